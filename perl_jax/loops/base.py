@@ -18,7 +18,7 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf.tokenizer import Tokenizer, train_bpe, word_tokenizer
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import JobConfig
-from perl_jax.loops.model import Model, check_context, data_options, unrolled
+from perl_jax.loops.model import Model, check_context, data_options, for_devices
 from perl_jax.loops.supervised import Supervised, fit, validate_sft
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
@@ -86,8 +86,8 @@ def train_base(config: BaseConfig) -> pathlib.Path:
         dtype=config.dtype,
         remat=config.remat,
     )
-    lm = LanguageModel(unrolled(shape))
     mesh = sharding.make_mesh(config.mesh)
+    lm = LanguageModel(for_devices(shape, mesh))
     shardings = sharding.base_shardings(lm.base_axes(), lm.abstract_base(), mesh)
     initial = lm.init_base(jax.random.key(config.seed))
     base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)

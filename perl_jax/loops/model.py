@@ -61,8 +61,8 @@ def load_model(options: ModelOptions) -> Model:
     """Loads a base straight to its place on the mesh."""
     folder = hf_checkpoint.find_model(options.model)
     config = hf_checkpoint.model_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
-    lm = LanguageModel(unrolled(config))
     mesh = sharding.make_mesh(options.mesh)
+    lm = LanguageModel(for_devices(config, mesh))
     shardings = sharding.base_shardings(lm.base_axes(), lm.abstract_base(), mesh)
     tokenizer = Tokenizer.load(folder)
     require(
@@ -73,10 +73,13 @@ def load_model(options: ModelOptions) -> Model:
     return Model(str(options.model), lm, base, tokenizer, mesh, shardings, trees.fingerprint(base))
 
 
-def unrolled(config: ModelConfig) -> ModelConfig:
-    """The config with its layers inlined where that pays: shallow models on a CPU."""
-    shallow = jax.default_backend() == "cpu" and config.layers <= _SHALLOW
-    return dataclasses.replace(config, unroll=config.layers) if shallow else config
+def for_devices(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
+    """The config as the devices run it best: on a CPU shallow models have their layers inlined,
+    and a single device, whose rows can be looped over, attends in blocks."""
+    if jax.default_backend() != "cpu":
+        return config
+    unroll = config.layers if config.layers <= _SHALLOW else 1
+    return dataclasses.replace(config, unroll=unroll, attention="blocked" if mesh.size == 1 else "plain")
 
 
 def data_options(config: DataConfig) -> DataOptions:

@@ -16,6 +16,7 @@ class ModelConfig:
     remat: recompute each layer in the backward pass instead of keeping its activations.
     unroll: layers inlined in each turn of the layer scan; the numbers do not depend on it. 1 keeps
       compiling quick for deep models; a CPU runs a shallow one up to 1.7 times as fast unrolled.
+    attention: plain, or blocked: the same numbers in cache-sized pieces, for one CPU device.
     """
 
     vocab_size: int
@@ -33,6 +34,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     unroll: int = 1
+    attention: Literal["plain", "blocked"] = "plain"
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_dim", "max_positions", "unroll"):
@@ -43,4 +45,5 @@ class ModelConfig:
         )
         config_lib.require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.")
         config_lib.one_of("model.dtype", self.dtype, config_lib.DTYPES)
+        config_lib.one_of("model.attention", self.attention, ("plain", "blocked"))
         config_lib.one_of("model.param_dtype", self.param_dtype, config_lib.DTYPES)

