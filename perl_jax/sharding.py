@@ -22,6 +22,7 @@ RULES: Mapping[str, str | None] = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
     "rank": None,

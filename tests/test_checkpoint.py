@@ -19,6 +19,7 @@ from perl_jax import checkpoint, trees
 from perl_jax.checkpoint import Checkpoints, Record
 from perl_jax.config import OptimizerConfig, UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf import families
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.state import TrainState, init_state, make_optimizer
 from tests import small
@@ -215,11 +216,12 @@ import pathlib, sys
 import jax, numpy as np
 from perl_jax import checkpoint, trees
 from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf import families
 from perl_jax.models.language_model import LanguageModel
 
 folder = pathlib.Path(sys.argv[1])
 np.random.default_rng(123).standard_normal(3)
-config = hf_checkpoint.model_config(folder / "model")
+config = families.read_config(folder / "model")
 lm, base = LanguageModel(config), hf_checkpoint.load_base(folder / "model", config)
 adapter, record = checkpoint.load_artefact(
     folder / "reward", lm, base_fingerprint=trees.fingerprint(base), base_name="again", role="reward"

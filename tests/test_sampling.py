@@ -11,6 +11,7 @@ import pytest
 from perl_jax import sampling, steps
 from perl_jax.config import UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf import families
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.sampling import SamplingConfig
@@ -66,7 +67,7 @@ def check_layout(rollout: sampling.Rollout, config: SamplingConfig, prompts=PROM
 
 @pytest.fixture(scope="module")
 def stories():
-    config = hf_checkpoint.model_config(STORIES)
+    config = families.read_config(STORIES)
     return LanguageModel(config), hf_checkpoint.load_base(STORIES, config), Tokenizer.load(STORIES)
 
 

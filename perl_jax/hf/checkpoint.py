@@ -1,45 +1,43 @@
-"""A Hugging Face folder's `config.json` and safetensors <-> a base tree.
+"""A Hugging Face folder's safetensors <-> a base tree.
 
 Only safetensors are read (no pickle), and nothing in the folder is executed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 import pathlib
-from typing import Any, Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from perl_jax import config as config_lib
 from perl_jax import trees
 from perl_jax.config import UserError
+from perl_jax.hf import families
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tree
 
-_LAYER_NAMES = {
-    "attention_norm/scale": "input_layernorm",
-    "attention/q/kernel": "self_attn.q_proj",
-    "attention/k/kernel": "self_attn.k_proj",
-    "attention/v/kernel": "self_attn.v_proj",
-    "attention/o/kernel": "self_attn.o_proj",
-    "mlp_norm/scale": "post_attention_layernorm",
-    "mlp/gate/kernel": "mlp.gate_proj",
-    "mlp/up/kernel": "mlp.up_proj",
-    "mlp/down/kernel": "mlp.down_proj",
-}
-_OUTER_NAMES = {"embedding": "model.embed_tokens", "final_norm/scale": "model.norm", "lm_head": "lm_head"}
-# Settings that change the numbers and that the decoder has one way of doing.
-_ONLY_VALUE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+# Weights are read from disk in pieces of at most so many bytes.
+_PIECE_BYTES = 2**26
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_model(model: str) -> pathlib.Path:
-    """The local folder of a model: a folder as it is, or a hub name fetched through the hub client."""
+    """The local folder of a model: a folder as it is, or a hub name fetched through the hub client.
+
+    A hub name may pin a revision (branch, tag or commit): `owner/name@revision`. What was fetched
+    before is found again without a network.
+    """
     path = pathlib.Path(model).expanduser()
     if path.is_dir():
         return path
@@ -50,133 +48,129 @@ def find_model(model: str) -> pathlib.Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
+    name, _, revision = model.partition("@")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        return pathlib.Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        return pathlib.Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model} is neither a local folder nor a model the hub can give: {reason}") from error
 
 
-def model_config(folder: pathlib.Path, *, dtype: str = "float32", param_dtype: str = "float32", remat: bool = False, unroll: int = 1) -> ModelConfig:
-    """ModelConfig from `config.json`; an architecture or setting that is not supported is an error."""
-    values = config_lib.read_json(folder / "config.json")
-    kind = values.get("model_type")
-    config_lib.require(kind == "llama", f"{folder}/config.json has model_type {kind!r}; supported: llama.")
-    for field, allowed in _ONLY_VALUE.items():
-        found = values.get(field, allowed)
-        config_lib.require(found == allowed, f"{folder}/config.json has {field} {found!r}; only {allowed!r} is supported.")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    config_lib.require(rope_type == "default", f"{folder}/config.json has rope type {rope_type!r}; only 'default' is supported.")
-    try:
-        heads = values["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            width=values["hidden_size"],
-            ffn_width=values["intermediate_size"],
-            layers=values["num_hidden_layers"],
-            heads=heads,
-            kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-            max_positions=values.get("max_position_embeddings", 2048),
-            norm_epsilon=values.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-            tied_embeddings=values.get("tie_word_embeddings", False),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            remat=remat,
-            unroll=unroll,
-        )
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json has no field {error.args[0]!r}.") from error
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, from its file's header."""
+
+    path: pathlib.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
-def config_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The `config.json` that transformers reads for this decoder."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": config.param_dtype,
-        **{f"{name}_token_id": value for name, value in token_ids.items()},
-    }
-
-
-def _tensor_names(name: str, layers: int) -> list[str]:
-    """The safetensors names behind one base leaf: one a layer, or one."""
-    place, _, rest = name.partition("/")
-    if place == "outer":
-        return [_OUTER_NAMES[rest] + ".weight"]
-    return [f"model.layers.{index}.{_LAYER_NAMES[rest]}.weight" for index in range(layers)]
-
-
-def _transposed(name: str) -> bool:
-    """torch keeps [out, in] where this project keeps [in, out]; embeddings and norms agree."""
-    return name.endswith(("kernel", "lm_head"))
-
-
-def load_base(folder: pathlib.Path, config: ModelConfig, place: Callable[[str, np.ndarray], jax.Array] | None = None) -> Tree:
+def load_base(folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None) -> Tree:
     """The base tree of a folder's safetensors, one file or several with an index.
 
-    place(name, array): puts a leaf where it belongs (its sharding); default: the default device.
-    Leaves take `config.param_dtype`. Missing, extra and wrongly shaped tensors: one error for all.
+    shardings: of each leaf by its name; None: the default device. Leaves take `config.param_dtype`.
+    Every file's header is checked before anything is read: missing, extra, wrongly shaped and
+    unreadable tensors are one error. Tensors then go one by one from disk to their place, and each
+    process reads only its devices' parts: beyond what the devices hold, the host holds one tensor.
     """
-    place = place or (lambda name, array: jax.device_put(array))
-    files = _tensor_files(folder)
-    abstract = trees.named_leaves(LanguageModel(config).abstract_base())
-    expected = {tensor for name in abstract for tensor in _tensor_names(name, config.layers)}
+    files = stored_tensors(folder)
+    abstract = LanguageModel(config).abstract_base()
+    _check(folder, config, files, trees.named_leaves(abstract))
+    default = SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda name: default if shardings is None else shardings[name]
+    return trees.map_named(lambda name, spec: _load_leaf(files, name, config, spec, place(name)), abstract)
+
+
+def _check(folder: pathlib.Path, config: ModelConfig, files: Mapping[str, Stored], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """One UserError for everything in which the files do not fit the config."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, spec in abstract.items():
+        shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
+        expected |= dict.fromkeys(families.tensor_names(name, config), shape[::-1] if families.transposed(name) else shape)
     ignored = {"lm_head.weight"} if config.tied_embeddings else set()
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    problems = [f"missing {name}" for name in sorted(expected - set(files))]
-    problems += [f"unexpected {name}" for name in sorted(set(files) - expected - ignored)]
-    for name, spec in abstract.items():
-        for tensor in _tensor_names(name, config.layers):
-            shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
-            shape = shape[::-1] if _transposed(name) else shape
-            if tensor in files and files[tensor][1] != shape:
-                problems.append(f"{tensor} has shape {files[tensor][1]}, config.json asks for {shape}")
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(files))]
+    problems += [f"unexpected {name}" for name in sorted(set(files) - set(expected) - ignored)]
+    for name in sorted(set(expected) & set(files)):
+        if files[name].shape != expected[name]:
+            problems.append(f"{name} has shape {files[name].shape}, config.json asks for {expected[name]}")
+        if files[name].dtype not in _STORED:
+            problems.append(f"{name} is stored as {files[name].dtype}, not as one of {', '.join(_STORED)}")
     config_lib.require(not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}.")
-    return trees.map_named(lambda name, spec: place(name, _read_leaf(files, name, config, spec)), LanguageModel(config).abstract_base())
 
 
-def _read_leaf(files: dict, name: str, config: ModelConfig, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    layers = []
-    for tensor in _tensor_names(name, config.layers):
-        with safe_open(files[tensor][0], framework="numpy") as handle:
-            array = handle.get_tensor(tensor)
-        layers.append((array.T if _transposed(name) else array).astype(spec.dtype))
-    return np.stack(layers) if name.startswith("layers/") else np.ascontiguousarray(layers[0])
+def _load_leaf(files: Mapping[str, Stored], name: str, config: ModelConfig, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+    """One leaf at its place; a stacked one is filled layer by layer, in place."""
+    tensors = families.tensor_names(name, config)
+    turn = families.transposed(name)
+    read = lambda tensor, shape, place: jax.make_array_from_callback(
+        shape, place, functools.partial(_read_part, files[tensor], spec.dtype, turn, shape)
+    )
+    if not name.startswith("layers/"):
+        return read(tensors[0], spec.shape, sharding)
+    layer_sharding = _without_layers(sharding)
+    stack = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)()
+    fill = jax.jit(_fill, donate_argnums=0, out_shardings=sharding)
+    for index, tensor in enumerate(tensors):
+        # Waiting here keeps the next tensor from being read before this one is let go.
+        stack = jax.block_until_ready(fill(stack, read(tensor, spec.shape[1:], layer_sharding), index))
+    return stack
 
 
-def _tensor_files(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, tuple[int, ...]]]:
-    """Tensor name -> (file, shape), from the headers alone."""
+def _fill(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    """A stacked leaf's sharding without its first dimension, which no mesh axis splits."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _read_part(stored: Stored, dtype: np.dtype, turn: bool, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    """One device's part of a tensor, in the leaf's layout and dtype.
+
+    Read in pieces, and the file opened anew for each: pages of an open file stay mapped and would
+    count as this process's memory.
+    """
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    source = bounds[::-1] if turn else bounds
+    target = out.T if turn else out
+    row_bytes = max(1, math.prod(stop - start for start, stop in source[1:]) * 4)
+    step = max(1, _PIECE_BYTES // row_bytes)
+    (first, last), rest = source[0], tuple(slice(*bound) for bound in source[1:])
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        with safe_open(stored.path, framework="numpy") as handle:
+            target[start - first : stop - first] = handle.get_slice(stored.name)[(slice(start, stop), *rest)]
+    return out
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of a folder's safetensors, from the headers alone."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         paths = [folder / file for file in sorted(set(config_lib.read_json(index)["weight_map"].values()))]
     else:
         paths = [folder / "model.safetensors"]
+    return {name: stored for path in paths for name, stored in read_header(path).items()}
+
+
+def read_header(path: pathlib.Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file; UserError when it is absent or not whole."""
+    config_lib.require(path.exists(), f"There is no file {path}; weights are read from safetensors only.")
     found = {}
-    for path in paths:
-        config_lib.require(path.exists(), f"There is no file {path}; weights are read from safetensors only.")
-        try:
-            with safe_open(path, framework="numpy") as handle:
-                for name in handle.keys():
-                    found[name] = (path, tuple(handle.get_slice(name).get_shape()))
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a complete safetensors file: {error}.") from error
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file: {error}.") from error
     return found
 
 
@@ -187,10 +181,10 @@ def save_base(folder: pathlib.Path, config: ModelConfig, base: Tree, token_ids: 
     for name, leaf in trees.named_leaves(base).items():
         array = np.asarray(leaf).astype(jnp.dtype(config.param_dtype))
         parts = list(array) if name.startswith("layers/") else [array]
-        for tensor, part in zip(_tensor_names(name, config.layers), parts, strict=True):
-            tensors[tensor] = np.ascontiguousarray(part.T if _transposed(name) else part)
+        for tensor, part in zip(families.tensor_names(name, config), parts, strict=True):
+            tensors[tensor] = np.ascontiguousarray(part.T if families.transposed(name) else part)
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    text = json.dumps(config_json(config, token_ids), indent=1) + "\n"
+    text = json.dumps(families.llama_json(config, token_ids), indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from perl_jax.checkpoint import Record
 from perl_jax.config import UserError, require
 from perl_jax.data.tasks import DataOptions
 from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf import families
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import DataConfig, JobConfig, ModelOptions
@@ -60,7 +61,7 @@ class Model:
 def load_model(options: ModelOptions) -> Model:
     """Loads a base straight to its place on the mesh."""
     folder = hf_checkpoint.find_model(options.model)
-    config = hf_checkpoint.model_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
+    config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
     mesh = sharding.make_mesh(options.mesh)
     lm = LanguageModel(for_devices(config, mesh))
     shardings = sharding.base_shardings(lm.base_axes(), lm.abstract_base(), mesh)
@@ -69,7 +70,7 @@ def load_model(options: ModelOptions) -> Model:
         len(tokenizer) <= config.vocab_size,
         f"The tokenizer in {folder} has {len(tokenizer)} tokens, its model only {config.vocab_size}.",
     )
-    base = hf_checkpoint.load_base(folder, config, lambda name, array: jax.device_put(array, shardings[name]))
+    base = hf_checkpoint.load_base(folder, config, shardings)
     return Model(str(options.model), lm, base, tokenizer, mesh, shardings, trees.fingerprint(base))
 
 
@@ -79,7 +80,8 @@ def for_devices(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
     if jax.default_backend() != "cpu":
         return config
     unroll = config.layers if config.layers <= _SHALLOW else 1
-    return dataclasses.replace(config, unroll=unroll, attention="blocked" if mesh.size == 1 else "plain")
+    blocked = mesh.size == 1 and config.attention_cap is None
+    return dataclasses.replace(config, unroll=unroll, attention="blocked" if blocked else "plain")
 
 
 def data_options(config: DataConfig) -> DataOptions:

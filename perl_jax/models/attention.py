@@ -12,7 +12,9 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from perl_jax.models.config import Rope
 from perl_jax.types import Array
 
 # Large and finite: a row with no visible key (a padded query) then averages its keys instead of
@@ -25,10 +27,22 @@ def positions(valid_BT: Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def rotary_angles(positions_BT: Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, K/2] of position * theta^(-2i/K) (Su et al. 2021, arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians a position, float32 [K/2] (Su et al. 2021, arXiv 2104.09864), scaled as `rope` says."""
+    plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if rope.scaling == "none":
+        return plain.astype(np.float32)
+    if rope.scaling == "linear":
+        return (plain / rope.factor).astype(np.float32)
+    # Turns that a frequency makes over the positions of the original training.
+    turns = rope.original_positions * plain / (2 * np.pi)
+    share = np.clip((turns - rope.low_factor) / (rope.high_factor - rope.low_factor), 0.0, 1.0)
+    return (plain * (share + (1 - share) / rope.factor)).astype(np.float32)
+
+
+def rotary_angles(positions_BT: Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, K/2] of position * frequency."""
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies(rope, head_dim)[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -47,15 +61,29 @@ def causal_mask(valid_BT: Array) -> jax.Array:
     return causal_TS[None, :, :] & valid_BT[:, None, :].astype(bool)
 
 
-def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, query heads in groups over key/value heads; softmax in float32."""
+def within(window: Array | int, query_positions_BT: Array, key_positions_BS: Array) -> jax.Array:
+    """[B, T, S]: keys fewer than `window` positions back (later keys too; a causal mask has those)."""
+    return query_positions_BT[:, :, None] - key_positions_BS[:, None, :] < window
+
+
+def capped(logits: Array, cap: float | None) -> Array:
+    """cap tanh(x / cap) (Gemma 2, arXiv 2408.00118); None: x."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: float | None = None, cap: float | None = None) -> jax.Array:
+    """softmax(cap(scale q k^T)) v, query heads in groups over key/value heads; softmax in float32.
+
+    scale: default 1 / sqrt(K).
+    """
     batch, length, heads, head_dim = q_BTHK.shape
     kv_heads = k_BSNK.shape[2]
     chex.assert_equal_shape([k_BSNK, v_BSNK])
     chex.assert_shape(mask_BTS, (batch, length, k_BSNK.shape[1]))
     q_BTNGK = q_BTHK.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     logits = jnp.einsum("btngk,bsnk->bngts", q_BTNGK, k_BSNK, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask_BTS[:, None, None], logits * head_dim**-0.5, MASKED)
+    logits = capped(logits * (head_dim**-0.5 if scale is None else scale), cap)
+    logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSNK.dtype)
     out_BTNGK = jnp.einsum("bngts,bsnk->btngk", weights, v_BSNK)
     return out_BTNGK.reshape(batch, length, heads, head_dim)
@@ -66,8 +94,10 @@ QUERY_BLOCK = 128
 CACHED_BYTES = 2**22
 
 
-def attend_blocked(q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTT: Array) -> jax.Array:
-    """`attend` of a causal mask, a few rows at a time, queries in blocks that skip later keys.
+def attend_blocked(
+    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTT: Array, scale: float | None = None, cap: None = None
+) -> jax.Array:
+    """`attend` of a causal mask, a few rows at a time, queries in blocks that skip later keys; no cap.
 
     The backward pass recomputes the weights from the inputs and each query's largest logit and sum
     (Dao et al. 2022, arXiv 2205.14135), so nothing of size T x T is kept. Queries that see no key
@@ -77,7 +107,9 @@ def attend_blocked(q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTT: Array)
     kv_heads = k_BTNK.shape[2]
     chex.assert_equal_shape([k_BTNK, v_BTNK])
     chex.assert_shape(mask_BTT, (batch, length, length))
-    q_BTNGK = (q_BTHK * head_dim**-0.5).astype(q_BTHK.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    if cap is not None:
+        raise ValueError("attention in blocks has no cap")
+    q_BTNGK = (q_BTHK * (head_dim**-0.5 if scale is None else scale)).astype(q_BTHK.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q_BNGTK, k_BNTK, v_BNTK = jnp.moveaxis(q_BTNGK, 1, 3), jnp.swapaxes(k_BTNK, 1, 2), jnp.swapaxes(v_BTNK, 1, 2)
     bias_BTT = jnp.where(mask_BTT, 0.0, MASKED)
 
@@ -137,7 +169,14 @@ ATTENTION = {"plain": attend, "blocked": attend_blocked}
 
 
 def attend_cached(
-    q_B1HK: Array, k_B1NK: Array, v_B1NK: Array, cache_k_BSNK: Array, cache_v_BSNK: Array, visible_BS: Array
+    q_B1HK: Array,
+    k_B1NK: Array,
+    v_B1NK: Array,
+    cache_k_BSNK: Array,
+    cache_v_BSNK: Array,
+    visible_BS: Array,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """One new token's attention over the cache and over itself.
 
@@ -149,8 +188,9 @@ def attend_cached(
     q_BNGK = q_B1HK.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     past = jnp.einsum("bngk,bsnk->bngs", q_BNGK, cache_k_BSNK, preferred_element_type=jnp.float32)
     own = jnp.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], preferred_element_type=jnp.float32)
-    past = jnp.where(visible_BS[:, None, None, :], past * head_dim**-0.5, MASKED)
-    logits = jnp.concatenate([past, own[..., None] * head_dim**-0.5], axis=-1)
+    scale = head_dim**-0.5 if scale is None else scale
+    past = jnp.where(visible_BS[:, None, None, :], capped(past * scale, cap), MASKED)
+    logits = jnp.concatenate([past, capped(own[..., None] * scale, cap)], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_B1NK.dtype)
     out_BNGK = jnp.einsum("bngs,bsnk->bngk", weights[..., :-1], cache_v_BSNK)
     out_BNGK = out_BNGK + weights[..., -1:] * v_B1NK[:, 0, :, None, :]

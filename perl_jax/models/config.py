@@ -1,4 +1,4 @@
-"""Configuration of the decoder."""
+"""Configuration of the decoder: one set of fields that spans the Llama, Qwen and Gemma families."""
 
 from __future__ import annotations
 
@@ -7,11 +7,45 @@ from typing import Literal
 
 from perl_jax import config as config_lib
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Frequencies of rotary positions: theta^(-2i/K), then scaled.
+
+    scaling: none; linear divides every frequency by `factor` (position interpolation, arXiv
+      2306.15595); llama3 divides those whose wavelength exceeds original_positions / low_factor,
+      leaves those below original_positions / high_factor, and blends between (Llama 3.1).
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    original_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        config_lib.one_of("rope.scaling", self.scaling, ("none", "linear", "llama3"))
+        for field in ("theta", "factor", "low_factor", "high_factor", "original_positions"):
+            config_lib.positive(f"rope.{field}", getattr(self, field))
+        rising = self.scaling != "llama3" or self.high_factor > self.low_factor
+        config_lib.require(rising, f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, {self.low_factor}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder of the Llama family.
+    """Shape and options of a decoder.
 
+    rope: rotary positions; local_rope: those of layers with a window, where they differ.
+    window: keys a token sees in the layers of `windowed`, itself included (sliding window).
+    windowed, unrotated: indices of layers with the window, and of layers without rotary positions.
+    biases: projections with a bias. qk_norm: RMSNorm over each head of queries and keys.
+    sandwich_norms: a norm after attention and after the feed-forward layer too.
+    unit_offset_norms: norms multiply by 1 + scale, in float32 (Gemma), instead of by scale.
+    scaled_embedding: embeddings times sqrt(width). query_scale: of q k^T; None: 1 / sqrt(K).
+    attention_cap, logit_cap: x -> cap tanh(x / cap) on attention and output logits.
     dtype: of activations. param_dtype: of the base's weights (the frozen ones).
     remat: recompute each layer in the backward pass instead of keeping its activations.
     unroll: layers inlined in each turn of the layer scan; the numbers do not depend on it. 1 keeps
@@ -28,7 +62,20 @@ class ModelConfig:
     head_dim: int
     max_positions: int = 2048
     norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
+    rope: Rope = Rope()
+    local_rope: Rope | None = None
+    window: int | None = None
+    windowed: tuple[int, ...] = ()
+    unrotated: tuple[int, ...] = ()
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    sandwich_norms: bool = False
+    unit_offset_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scaled_embedding: bool = False
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
     tied_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -44,6 +91,23 @@ class ModelConfig:
             f"model.heads is {self.heads}; it must be a multiple of model.kv_heads, {self.kv_heads}.",
         )
         config_lib.require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.")
+        config_lib.require(not self.windowed or bool(self.window), f"model.windowed is {self.windowed}; it needs a model.window.")
+        for field in ("windowed", "unrotated"):
+            outside = [index for index in getattr(self, field) if not 0 <= index < self.layers]
+            config_lib.require(not outside, f"model.{field} has {outside}; layers are 0 to {self.layers - 1}.")
+        for field in ("window", "query_scale", "attention_cap", "logit_cap"):
+            if getattr(self, field) is not None:
+                config_lib.positive(f"model.{field}", getattr(self, field))
+        unknown = sorted(set(self.biases) - set(PROJECTIONS))
+        config_lib.require(not unknown, f"model.biases has {unknown}; projections are {', '.join(PROJECTIONS)}.")
+        config_lib.one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
         config_lib.one_of("model.dtype", self.dtype, config_lib.DTYPES)
         config_lib.one_of("model.attention", self.attention, ("plain", "blocked"))
         config_lib.one_of("model.param_dtype", self.param_dtype, config_lib.DTYPES)
+        blockable = self.attention == "plain" or self.attention_cap is None
+        config_lib.require(blockable, "model.attention is 'blocked'; with model.attention_cap it must be 'plain'.")
+
+    @property
+    def attention_scale(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale

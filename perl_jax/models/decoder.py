@@ -7,6 +7,7 @@ base from the adapter.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -35,13 +36,14 @@ def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W, plus (alpha / R) (dropout(x) A) B where an adapter sits on it. No bias."""
+    """y = x W + bias, plus (alpha / R) (dropout(x) A) B where an adapter sits on it."""
 
     def __init__(self, name: str, config: ModelConfig, lora: LoRAConfig | None, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
         # 1 / sqrt(in) keeps activations at their size for any width; the family's usual 0.02 is that
         # of a width of 2,500 and leaves narrow models nearly linear for hundreds of steps.
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[0]), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if name in config.biases else None
         self.lora = lora if lora is not None and name in lora.projections else None
         self.stream = LINEAR.index(name)
         if self.lora is not None:
@@ -50,6 +52,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTD: Array, dropout_key: Array | None = None) -> jax.Array:
         out_BTF = matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        if self.bias is not None:
+            out_BTF = out_BTF + self.bias[...].astype(x_BTD.dtype)[None, None, :]
         if self.lora is None:
             return out_BTF
         if dropout_key is not None and self.lora.dropout > 0:
@@ -62,16 +66,25 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    def __init__(self, config: ModelConfig):
+    The quotient is taken in float32. With `unit_offset_norms` the factor is 1 + scale, applied
+    before rounding to the activations' dtype (Gemma); otherwise scale, applied after (Llama).
+    """
+
+    def __init__(self, config: ModelConfig, size: int | None = None, axis: str = "embed"):
         self.epsilon = config.norm_epsilon
-        self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype), axes=("embed",))
+        self.offset = config.unit_offset_norms
+        initial = jnp.zeros if self.offset else jnp.ones
+        self.scale = nnx.Param(initial((size or config.width,), config.param_dtype), axes=(axis,))
 
-    def __call__(self, x_BTD: Array) -> jax.Array:
-        x32 = x_BTD.astype(jnp.float32)
+    def __call__(self, x: Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (normed.astype(x_BTD.dtype)) * self.scale[...].astype(x_BTD.dtype)[None, None, :]
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        if self.offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -84,52 +97,70 @@ class Attention(nnx.Module):
         self.k = Linear("k", config, lora, (config.width, key_value), ("embed", "kv_heads"), rngs)
         self.v = Linear("v", config, lora, (config.width, key_value), ("embed", "kv_heads"), rngs)
         self.o = Linear("o", config, lora, (query, config.width), ("heads", "embed"), rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim, "head_dim")
+            self.k_norm = RMSNorm(config, config.head_dim, "head_dim")
 
     def project(self, x_BTD: Array, rotary: tuple, key: Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B,T,H,K], rotated keys and values [B,T,N,K]."""
-        head_dim = self.config.head_dim
-        split = lambda x: x.reshape(*x.shape[:2], -1, head_dim)
-        q_BTHK, k_BTNK = split(self.q(x_BTD, key)), split(self.k(x_BTD, key))
-        return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), split(self.v(x_BTD, key))
+        split = lambda x: x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        q_BTHK, k_BTNK, v_BTNK = split(self.q(x_BTD, key)), split(self.k(x_BTD, key)), split(self.v(x_BTD, key))
+        if self.config.qk_norm:
+            q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
+        return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
 
     def output(self, heads_BTHK: Array, key: Array | None) -> jax.Array:
         """The output projection over all heads."""
         return self.o(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), key)
 
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, lora: LoRAConfig | None, rngs: nnx.Rngs):
+        self.activation = config.activation
         self.gate = Linear("gate", config, lora, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
         self.up = Linear("up", config, lora, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
         self.down = Linear("down", config, lora, (config.ffn_width, config.width), ("mlp", "embed"), rngs)
 
     def __call__(self, x_BTD: Array, key: Array | None) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD, key)) * self.up(x_BTD, key), key)
+        return self.down(ACTIVATIONS[self.activation](self.gate(x_BTD, key)) * self.up(x_BTD, key), key)
 
 
 class Block(nnx.Module):
     """One pre-norm layer. Returns its output and the keys and values a cache would keep."""
 
     def __init__(self, config: ModelConfig, lora: LoRAConfig | None, rngs: nnx.Rngs):
+        self.config = config
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, lora, rngs)
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, lora, rngs)
+        if config.sandwich_norms:
+            self.attention_post_norm = RMSNorm(config)
+            self.mlp_post_norm = RMSNorm(config)
 
     def __call__(self, x_BTD: Array, rotary: tuple, mask_BTS: Array, key: Array | None) -> tuple[jax.Array, tuple]:
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key)
-        attend = attention.ATTENTION[self.attention.config.attention]
-        x_BTD = x_BTD + self.attention.output(attend(q, k, v, mask_BTS), key)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), key), (k, v)
+        attend = attention.ATTENTION[self.config.attention]
+        heads = attend(q, k, v, mask_BTS, self.config.attention_scale, self.config.attention_cap)
+        return self._after_attention(x_BTD, heads, key), (k, v)
 
     def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array) -> tuple[jax.Array, tuple]:
         """The same layer for one new token against a cache (k_BSNK, v_BSNK)."""
         q, k, v = self.attention.project(self.attention_norm(x_B1D), rotary, None)
-        heads = attention.attend_cached(q, k, v, *cache, visible_BS)
-        x_B1D = x_B1D + self.attention.output(heads, None)
-        return x_B1D + self.mlp(self.mlp_norm(x_B1D), None), (k, v)
+        heads = attention.attend_cached(q, k, v, *cache, visible_BS, self.config.attention_scale, self.config.attention_cap)
+        return self._after_attention(x_B1D, heads, None), (k, v)
+
+    def _after_attention(self, x_BTD: Array, heads_BTHK: Array, key: Array | None) -> jax.Array:
+        sandwich = self.config.sandwich_norms
+        out_BTD = self.attention.output(heads_BTHK, key)
+        x_BTD = x_BTD + (self.attention_post_norm(out_BTD) if sandwich else out_BTD)
+        out_BTD = self.mlp(self.mlp_norm(x_BTD), key)
+        return x_BTD + (self.mlp_post_norm(out_BTD) if sandwich else out_BTD)
 
 
 class Outer(nnx.Module):
@@ -146,9 +177,12 @@ class Outer(nnx.Module):
 
     def embed(self, tokens_BT: Array) -> jax.Array:
         """x_BTD in the activations' dtype."""
-        return jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.dtype)
+        x_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.dtype)
+        # The factor is rounded to the activations' dtype, as the model was trained.
+        return x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype) if self.config.scaled_embedding else x_BTD
 
     def logits(self, hidden_BTD: Array) -> jax.Array:
         """logits_BTV in float32, of hidden states that the final norm has already been applied to."""
         weight_DV = self.embedding[...].T if self.config.tied_embeddings else self.lm_head[...]
-        return matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.float32)
+        logits_BTV = matmul(hidden_BTD, weight_DV.astype(hidden_BTD.dtype), jnp.float32)
+        return attention.capped(logits_BTV, self.config.logit_cap)

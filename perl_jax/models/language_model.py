@@ -18,7 +18,7 @@ from flax import nnx
 from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models import attention
-from perl_jax.models.config import ModelConfig
+from perl_jax.models.config import ModelConfig, Rope
 from perl_jax.models.decoder import Block, LoRAParam, Outer
 from perl_jax.types import Array, Tree
 
@@ -166,13 +166,17 @@ class LanguageModel:
         graph = _split(self.config, config).block
         outer = self._outer(base, adapter)
         x_B1D = outer.embed(token_B[:, None])
-        rotary = attention.rotary_angles(cache.position_B[:, None], self.config.head_dim, self.config.rope_theta)
+        positions_B1 = cache.position_B[:, None]
+        kinds = _LayerKinds.of(self.config, positions_B1)
+        slot_positions_BS = attention.positions(cache.visible_BS)
 
         def layer(x, leaves):
-            block_weights, block_lora, k_BSNK, v_BSNK = leaves
-            return _merge(graph, block_weights, block_lora).decode(x, rotary, (k_BSNK, v_BSNK), cache.visible_BS)
+            block_weights, block_lora, k_BSNK, v_BSNK, kind = leaves
+            visible_B1S = kinds.mask(kind, cache.visible_BS[:, None, :], positions_B1, slot_positions_BS)
+            return _merge(graph, block_weights, block_lora).decode(x, kinds.rotary(kind), (k_BSNK, v_BSNK), visible_B1S[:, 0])
 
-        x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, (weights["layers"], lora, cache.k_LBSNK, cache.v_LBSNK), unroll=self.config.unroll)
+        leaves = (weights["layers"], lora, cache.k_LBSNK, cache.v_LBSNK, kinds.by_layer)
+        x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, leaves, unroll=self.config.unroll)
         write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, 0, cache.column, 0, 0))
         here_S = jnp.arange(cache.visible_BS.shape[1]) == cache.column
         updated = KVCache(
@@ -195,20 +199,72 @@ class LanguageModel:
         chex.assert_equal_shape([tokens_BT, valid_BT])
         weights, lora, config = _resolve(base, adapter)
         graph = _split(self.config, config).block
-        rotary = attention.rotary_angles(attention.positions(valid_BT), self.config.head_dim, self.config.rope_theta)
+        positions_BT = attention.positions(valid_BT)
+        kinds = _LayerKinds.of(self.config, positions_BT)
         mask_BTS = attention.causal_mask(valid_BT)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
 
         def layer(x, leaves):
-            block_weights, block_lora, key = leaves
-            x, kv = _merge(graph, block_weights, block_lora)(x, rotary, mask_BTS, key)
+            block_weights, block_lora, key, kind = leaves
+            mask = kinds.mask(kind, mask_BTS, positions_BT, positions_BT)
+            x, kv = _merge(graph, block_weights, block_lora)(x, kinds.rotary(kind), mask, key)
             return x, kv if keep_cache else None
 
         if self.config.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
         outer = self._outer(base, adapter)
-        x_BTD, kv = jax.lax.scan(layer, outer.embed(tokens_BT), (weights["layers"], lora, keys), unroll=self.config.unroll)
+        x_BTD, kv = jax.lax.scan(layer, outer.embed(tokens_BT), (weights["layers"], lora, keys, kinds.by_layer), unroll=self.config.unroll)
         return outer.final_norm(x_BTD), kv
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerKinds:
+    """What differs from layer to layer besides weights: rotary tables and windows.
+
+    Models whose layers are all alike carry nothing through the layer scan; in the others each layer
+    has the number of its rotary table and its window.
+
+    cos_J, sin_J: a table for each different rotary embedding. by_layer: {rope, window}, int32 [L].
+    """
+
+    cos_J: tuple[jax.Array, ...]
+    sin_J: tuple[jax.Array, ...]
+    by_layer: Tree | None
+    window: int | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, positions_BT: Array) -> _LayerKinds:
+        windowed, unrotated = set(config.windowed), set(config.unrotated)
+        local = config.local_rope or config.rope
+        ropes = [None if i in unrotated else local if i in windowed else config.rope for i in range(config.layers)]
+        different = list(dict.fromkeys(ropes))
+        tables = [_rotary_table(positions_BT, config.head_dim, rope) for rope in different]
+        cos_J, sin_J = zip(*tables)
+        if len(different) == 1 and len(windowed) in (0, config.layers):
+            return cls(cos_J, sin_J, None, config.window if windowed else None)
+        # Further back than any position: no window.
+        window_L = [config.window if i in windowed else 2**30 for i in range(config.layers)]
+        rope_L = [different.index(rope) for rope in ropes]
+        return cls(cos_J, sin_J, {"rope": jnp.array(rope_L, jnp.int32), "window": jnp.array(window_L, jnp.int32)}, None)
+
+    def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of a layer."""
+        if len(self.cos_J) == 1:
+            return self.cos_J[0], self.sin_J[0]
+        return jnp.stack(self.cos_J)[kind["rope"]], jnp.stack(self.sin_J)[kind["rope"]]
+
+    def mask(self, kind: Tree | None, mask_BTS: Array, query_positions_BT: Array, key_positions_BS: Array) -> Array:
+        """The mask of a layer: its window's share of `mask_BTS`."""
+        window = self.window if kind is None else kind["window"]
+        return mask_BTS if window is None else mask_BTS & attention.within(window, query_positions_BT, key_positions_BS)
+
+
+def _rotary_table(positions_BT: Array, head_dim: int, rope: Rope | None) -> tuple[jax.Array, jax.Array]:
+    """cos and sin; without a rope those of angle 0, which leave queries and keys bit for bit as they are."""
+    if rope is not None:
+        return attention.rotary_angles(positions_BT, head_dim, rope)
+    shape = (*positions_BT.shape, 1, head_dim // 2)
+    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
 def _resolve(base: Tree, adapter: Adapter | None) -> tuple[Tree, Tree | None, LoRAConfig | None]:

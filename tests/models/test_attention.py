@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from perl_jax.models import attention
+from perl_jax.models.config import Rope
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 6, 2, 4
 
@@ -60,7 +61,7 @@ def test_rotation_is_a_complex_product(qkv):
     # The pair (i, i + K/2) is one complex number, turned by position * theta^(-2i/K).
     q_BTHK, theta = qkv[0], 100.0
     positions_BT = np.array([[0, 1, 2, 3, 4], [0, 0, 5, 6, 1000]])
-    rotated = attention.rotate(q_BTHK, *attention.rotary_angles(positions_BT, HEAD_DIM, theta))
+    rotated = attention.rotate(q_BTHK, *attention.rotary_angles(positions_BT, HEAD_DIM, Rope(theta)))
     frequencies = theta ** (-2 * np.arange(HEAD_DIM // 2) / HEAD_DIM)
     turned = (q_BTHK[..., :2] + 1j * q_BTHK[..., 2:]) * np.exp(1j * positions_BT[:, :, None, None] * frequencies)
     np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
@@ -70,7 +71,7 @@ def test_rotation_is_a_complex_product(qkv):
 def test_rotation_is_done_in_float32(qkv):
     # The angle of position 1000 in bfloat16 would be a different angle.
     positions_BT = np.full((BATCH, LENGTH), 1001)
-    angles = attention.rotary_angles(positions_BT, HEAD_DIM, 10000.0)
+    angles = attention.rotary_angles(positions_BT, HEAD_DIM, Rope())
     assert angles[0].dtype == jnp.float32
     low = attention.rotate(qkv[0].astype(jnp.bfloat16), *angles)
     assert low.dtype == jnp.bfloat16

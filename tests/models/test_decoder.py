@@ -128,7 +128,7 @@ def test_remat_changes_nothing_but_memory():
 @jax.jit
 def unrolled_logits(base, role, tokens):
     """The modules themselves, three layers one after the other, each with its own leaves."""
-    rotary = attention.rotary_angles(attention.positions(tokens.valid_BT), small.CONFIG.head_dim, small.CONFIG.rope_theta)
+    rotary = attention.rotary_angles(attention.positions(tokens.valid_BT), small.CONFIG.head_dim, small.CONFIG.rope)
     mask_BTS = attention.causal_mask(tokens.valid_BT)
     outer, block = Outer(small.CONFIG, nnx.Rngs(0)), Block(small.CONFIG, small.LORA, nnx.Rngs(0))
     nnx.update(outer, base["outer"])
