@@ -67,8 +67,9 @@ def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) 
 def baseline(
     train: Sequence[str], train_labels: Sequence[float], validation: Sequence[str], validation_labels: Sequence[float],
     test: Sequence[str], test_labels: Sequence[float],
-) -> dict[str, float]:  # fmt: skip
-    """AUC and balanced accuracy on test rows; C and the threshold are chosen on validation rows."""
+) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+    """AUC and balanced accuracy on test rows, and the rows' scores; C and the threshold are chosen
+    on validation rows."""
     vectors = TfIdf(train)
     sides = [vectors.matrix(texts) for texts in (train, validation, test)]
     best: tuple[float, float, np.ndarray] | None = None
@@ -80,8 +81,9 @@ def baseline(
     _, strength, weights = best
     scores = [side @ weights[:-1] + weights[-1] for side in sides]
     threshold = evaluate.best_threshold(scores[1], validation_labels)
-    return {
+    results = {
         "auc": evaluate.auc(scores[2], test_labels),
         "balanced_accuracy": evaluate.balanced_accuracy(scores[2], test_labels, threshold),
         "strength": strength,
     }
+    return results, scores[2]

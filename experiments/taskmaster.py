@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from bag_of_words import baseline
 from stages import Experiment, Stage, flags, run_stages, whole_job
 
-from perl_jax import config
+from perl_jax import config, evaluate
 from perl_jax.data.tasks import DataOptions, get_task
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
@@ -32,19 +34,59 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
     """Puts the bag-of-words numbers beside every reward model's, for the report."""
     options = DataOptions(data_dir=data_dir)
     splits = {split: list(get_task(task).open("labels", split, options)) for split in ("train", "validation", "test")}
+    labels = np.asarray([row["label"] for row in splits["test"]])
+    dialogues = [first_user_turn(row["prompt"]) for row in splits["test"]]
     views = {
         "bag of words, response": lambda row: row["response"],
         "bag of words, context and response": lambda row: row["prompt"] + row["response"],
     }
-    results = {}
+    results, scores = {}, {}
     for name, view in views.items():
         sides = [side for rows in splits.values() for side in ([view(row) for row in rows], [row["label"] for row in rows])]
-        results[name] = baseline(*sides)
-        print(f"{name}: AUC {results[name]['auc']:.3f}, balanced accuracy {results[name]['balanced_accuracy']:.3f}")
-    for path in root.glob("*/reward/evaluation.json"):
-        values = config.read_json(path)
-        config.write_json(path, values | {"baselines": results})
-        print(f"{path.parent.parent.name} reward model: AUC {values['auc']:.3f}, balanced accuracy {values['balanced_accuracy']:.3f}")
+        results[name], scores[name] = baseline(*sides)
+    for path in sorted(root.glob("*/reward/evaluation.json")):
+        model = np.asarray(config.read_json(path.parent / "scores.json")["score"])
+        against = {name: auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
+        rows = {name: values | {"auc_difference": against[name]} for name, values in results.items()}
+        values = config.read_json(path) | {"auc_interval": auc_interval(model, labels, dialogues), "baselines": rows}
+        config.write_json(path, values)
+        low, high = values["auc_interval"]
+        print(f"{path.parent.parent.name} reward model: AUC {values['auc']:.3f} ({low:.3f} to {high:.3f})")
+        for name, (low, high) in against.items():
+            area = results[name]["auc"]
+            print(f"  {name}: AUC {area:.3f}; reward model minus it {values['auc'] - area:+.3f} ({low:+.3f} to {high:+.3f})")
+
+
+def first_user_turn(prompt: str) -> str:
+    """What turns of one dialogue share, from a rendered prompt."""
+    return prompt.partition("user:\n")[2].partition("\nagent:")[0].lower()
+
+
+def resampled(dialogues: Sequence[str], draws: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Row indices of bootstrap samples that draw whole dialogues: turns of one are not independent."""
+    members: dict[str, list[int]] = {}
+    for index, dialogue in enumerate(dialogues):
+        members.setdefault(dialogue, []).append(index)
+    groups = [np.asarray(rows) for rows in members.values()]
+    random = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
+
+
+def auc_interval(scores: np.ndarray, labels: np.ndarray, dialogues: Sequence[str]) -> tuple[float, float]:
+    """95 % bootstrap interval of an AUC, over dialogues."""
+    draws = [evaluate.auc(scores[rows], labels[rows]) for rows in resampled(dialogues) if 0 < labels[rows].sum() < len(rows)]
+    return tuple(float(x) for x in np.percentile(draws, (2.5, 97.5)))
+
+
+def auc_difference(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, dialogues: Sequence[str]) -> tuple[float, float]:
+    """95 % bootstrap interval of AUC(scores) - AUC(others), the same dialogues in both."""
+    draws = [
+        evaluate.auc(scores[rows], labels[rows]) - evaluate.auc(others[rows], labels[rows])
+        for rows in resampled(dialogues)
+        if 0 < labels[rows].sum() < len(rows)
+    ]
+    return tuple(float(x) for x in np.percentile(draws, (2.5, 97.5)))
 
 
 def main() -> int:
@@ -67,7 +109,7 @@ def main() -> int:
     if arguments.model is None:
         shape = flags(width=192, ffn_width=512, layers=4, heads=6, kv_heads=3, vocab_size=2048)
         lengths = flags(data__max_prompt_length=prompt, data__max_response_length=response)
-        training = flags(steps=steps(1500), batch_size=16, evaluate_every=250, optimizer__learning_rate=3e-3)
+        training = flags(steps=steps(1000), batch_size=16, evaluate_every=100, optimizer__learning_rate=3e-3)
         stages.append(Stage("base", "base", "full", (*flags(model=model), *shape, *data, *lengths, *OPTIMIZER, *training)))
     lengths = flags(data__max_prompt_length=prompt, data__max_response_length=response)
     common = (*flags(model=model, seed=arguments.seed), *data, *lengths)
@@ -76,7 +118,7 @@ def main() -> int:
         rate = RATES[tuning][job]
         return (*OPTIMIZER, *flags(steps=steps(count), batch_size=batch, optimizer__learning_rate=rate, **more))
 
-    reward = lambda tuning, split: train(tuning, "reward", 300, 16, evaluate_every=25, objective="pointwise", split=split)
+    reward = lambda tuning, split: train(tuning, "reward", 200, 16, evaluate_every=25, objective="pointwise", split=split)
     judge = root / "judge" / "reward"
     stages.append(Stage("judge/reward", "reward", "judge", (*common, *reward("lora", "judge"))))
     for tuning in ("lora", "full") if arguments.tuning == "both" else (arguments.tuning,):
@@ -84,9 +126,9 @@ def main() -> int:
             root,
             tuning,
             common=common,
-            sft=train(tuning, "sft", 200, 16, evaluate_every=50),
+            sft=train(tuning, "sft", 120, 16, evaluate_every=40),
             reward=reward(tuning, "train"),
-            rl=train(tuning, "rl", 60, 32, checkpoint_every=20),
+            rl=train(tuning, "rl", 40, 32, checkpoint_every=20),
             evaluate=flags(batch_size=32, judge=judge / "adapters/reward"),
             reward_of="lora" if arguments.tuning == "both" else tuning,
         )

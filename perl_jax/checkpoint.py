@@ -86,6 +86,7 @@ class Record:
 
     role: policy, reward or value. base_name is for people, base_fingerprint decides. score_mean
     and score_std: a reward's normalisation, score = (raw - mean) / std; None on other roles.
+    under: ranks of the frozen pairs beneath the adapter, by projection; None: there are none.
     """
 
     role: Literal["policy", "reward", "value"]
@@ -100,11 +101,13 @@ class Record:
     score_mean: float | None = None
     score_std: float | None = None
     scaling: str = "alpha / rank"
+    under: dict[str, int] | None = None
     dtype: str = "float32"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        config_lib.one_of("artefact.scaling", self.scaling, ("alpha / rank",))
+        rule = "alpha / rank" if self.lora is None else self.lora.scaling_rule
+        config_lib.one_of("artefact.scaling", self.scaling, (rule,))
         config_lib.one_of("artefact.dtype", self.dtype, ("float32",))
 
     def normalise(self, scores: Any) -> Any:
@@ -142,7 +145,9 @@ def read_record(folder: pathlib.Path) -> Record:
     return config_lib.from_dict(Record, values)
 
 
-def abstract_adapter(lm: LanguageModel, tuning: str, lora: LoRAConfig | None, has_head: bool) -> Adapter:
+def abstract_adapter(
+    lm: LanguageModel, tuning: str, lora: LoRAConfig | None, has_head: bool, under: Mapping[str, int] | None = None
+) -> Adapter:
     """Shapes of a role's tree."""
     head = None
     if has_head:
@@ -150,7 +155,7 @@ def abstract_adapter(lm: LanguageModel, tuning: str, lora: LoRAConfig | None, ha
     if tuning == "full":
         weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), lm.abstract_base())
         return Adapter(weights=weights, head=head)
-    return Adapter(lora=lm.abstract_lora(lora), head=head, config=lora)
+    return Adapter(lora=lm.abstract_lora(lora), head=head, under=None if under is None else lm.abstract_under(under), config=lora)
 
 
 def load_artefact(
@@ -170,7 +175,7 @@ def load_artefact(
     )
     config_lib.require(record.role == role, f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.")
     config_lib.require(record.has_head or role == "policy", f"{folder} is a {role} artefact without its scalar head; it cannot score.")
-    abstract = abstract_adapter(lm, record.tuning, record.lora, record.has_head)
+    abstract = abstract_adapter(lm, record.tuning, record.lora, record.has_head, record.under)
     if shardings is not None:
         place = shardings(abstract)
     else:

@@ -109,6 +109,7 @@ class OptimizerConfig:
         name: adafactor (the paper's; Shazeer & Stern 2018, no relative step) or adamw.
         learning_rate: The largest rate; None: 1e-4 for adapters, 1e-5 for full tuning.
         head_learning_rate: The scalar head's own rate; None: the same as the rest.
+        lora_b_ratio: B's rate over A's (LoRA+; its paper uses 16); 1: the same.
         schedule: After the warm-up: constant, or linear or cosine decay to 0.
         warmup_steps: Steps of linear warm-up; 0: none.
         clip_norm: Largest global norm over the role's trainable leaves; None: no clipping.
@@ -121,6 +122,7 @@ class OptimizerConfig:
     name: typing.Literal["adafactor", "adamw"] = "adafactor"
     learning_rate: float | None = None
     head_learning_rate: float | None = None
+    lora_b_ratio: float = 1.0
     schedule: typing.Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     clip_norm: float | None = 1.0
@@ -140,6 +142,7 @@ class OptimizerConfig:
         positive("optimizer.warmup_steps", self.warmup_steps, zero=True)
         positive("optimizer.weight_decay", self.weight_decay, zero=True)
         positive("optimizer.epsilon", self.epsilon)
+        positive("optimizer.lora_b_ratio", self.lora_b_ratio)
         for field in ("b1", "b2"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field} is {value!r}; it must lie in [0, 1).")

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from perl_jax import trees
 from perl_jax.config import OptimizerConfig
-from perl_jax.lora import Adapter
+from perl_jax.lora import Adapter, trainable
 from perl_jax.types import Array, Tree
 
 Optimizers = Mapping[str, optax.GradientTransformation]
@@ -81,11 +82,14 @@ def make_optimizer(config: OptimizerConfig, steps: int, tuning: str = "lora") ->
     """Clipping by the global norm over the role's trainable leaves, then the rule, head apart.
 
     Clipping comes first and over lora, head and weights together: one bound on one update.
+    With lora_b_ratio (LoRA+, Hayou et al. 2024, arXiv 2402.12354) B has the rate times the ratio.
     """
+    plus = config.lora_b_ratio != 1.0
 
     def labels(role: Adapter) -> Adapter:
         name = lambda part, label: jax.tree.map(lambda _: label, part)
-        return role.replace(lora=name(role.lora, "body"), weights=name(role.weights, "body"), head=name(role.head, "head"))
+        sides = trees.map_named(lambda leaf, _: "lora_b" if plus and leaf.endswith("lora_b") else "body", role.lora)
+        return role.replace(lora=sides, weights=name(role.weights, "body"), head=name(role.head, "head"))
 
     body_rate = learning_rate(config, tuning)
     head_rate = body_rate if config.head_learning_rate is None else config.head_learning_rate
@@ -93,6 +97,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, tuning: str = "lora") ->
         "body": _rule(config, schedule(config, body_rate, steps)),
         "head": _rule(config, schedule(config, head_rate, steps)),
     }
+    if plus:
+        rules["lora_b"] = _rule(config, schedule(config, body_rate * config.lora_b_ratio, steps))
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, optax.multi_transform(rules, labels))
 
@@ -106,7 +112,7 @@ def init_state(
     say) that begin equal must not share buffers.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
-    states = {name: optimizers[name].init(role) for name, role in roles.items()}
+    states = {name: optimizers[name].init(trainable(role)) for name, role in roles.items()}
     return TrainState(
         step=jnp.int32(0), roles=copy(roles), optimizers=states, frozen=copy(frozen or {}), key=jax.random.key_data(key)
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from perl_jax import trees
-from perl_jax.lora import Adapter
+from perl_jax.lora import Adapter, trainable
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.rl import losses
 from perl_jax.rl.advantages import returns_to_tokens
@@ -50,11 +50,15 @@ def gradients(
     """Sum of losses, logs, and d(total)/d(roles) / weight over the whole batch.
 
     The gradient of the mean over the batch, whatever the microbatches' shares of the weight:
-    totals, weights and gradients are added in float32 and divided once.
+    totals, weights and gradients are added in float32 and divided once. What lies frozen under an
+    adapter is not differentiated.
     """
+    under = {name: role.under for name, role in roles.items()}
+    roles = {name: trainable(role) for name, role in roles.items()}
 
     def total(roles, microbatch, key):
-        loss, logs = objective(roles, frozen, microbatch, key)
+        whole = {name: role.replace(under=under[name]) for name, role in roles.items()}
+        loss, logs = objective(whole, frozen, microbatch, key)
         return loss.total, (loss, logs)
 
     differentiate = jax.value_and_grad(total, has_aux=True)
@@ -85,8 +89,8 @@ def train_step(
     roles, opt_states = {}, {}
     metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
     for name, role in state.roles.items():
-        updates, opt_states[name] = optimizers[name].update(grads[name], state.optimizers[name], role)
-        roles[name] = optax.apply_updates(role, updates)
+        updates, opt_states[name] = optimizers[name].update(grads[name], state.optimizers[name], trainable(role))
+        roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
         metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
     metrics["finite"] = trees.all_finite((loss, grads, roles))
     return state.replace(step=state.step + 1, roles=roles, optimizers=opt_states), metrics

@@ -30,6 +30,14 @@ def map_named(function: Callable[..., Array], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
 
 
+def insert(tree: dict, name: str, leaf: Array) -> None:
+    """Puts a leaf into nested dicts at its path's name."""
+    *above, last = name.split("/")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[last] = leaf
+
+
 def count(tree: Tree) -> int:
     """Number of array elements."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -16,7 +16,7 @@ from perl_jax import lora as lora_lib
 from perl_jax import steps, trees
 from perl_jax.config import OptimizerConfig, UserError
 from perl_jax.lora import Adapter, LoRAConfig
-from perl_jax.models.decoder import Linear
+from perl_jax.models.decoder import Adapted, Linear
 from perl_jax.programs import Program
 from perl_jax.state import init_state, make_optimizer
 from tests import small
@@ -69,7 +69,7 @@ def test_wrong_settings_are_refused_by_name(fields, message):
 
 
 def test_scale_is_alpha_over_rank():
-    assert LoRAConfig(rank=4, alpha=10.0).scale == 2.5
+    assert LoRAConfig(rank=4, alpha=10.0).scale_of("q") == 2.5
 
 
 # Initial values.
@@ -151,7 +151,7 @@ def torch_adapted(model, adapter: Adapter):
     parameters = dict(model.named_parameters())
     for stem in sorted(name.removesuffix("/lora_a") for name in leaves if name.endswith("lora_a")):
         _, part, projection = stem.split("/")
-        delta_LDF = adapter.config.scale * leaves[f"{stem}/lora_a"] @ leaves[f"{stem}/lora_b"]
+        delta_LDF = adapter.config.scale_of("q") * leaves[f"{stem}/lora_a"] @ leaves[f"{stem}/lora_b"]
         for index, delta_DF in enumerate(delta_LDF):
             name = f"model.layers.{index}.{TORCH_NAMES[part]}.{projection}_proj.weight"
             parameters[name] = parameters[name] + delta_DF.T
@@ -333,7 +333,7 @@ def test_every_projection_drops_its_own_inputs():
     a_DR, b_RF, x_BTD = (noise.standard_normal(shape).astype(np.float32) for shape in ((32, 5), (5, 24), (1, 2, 32)))
     outputs = []
     for name in lora.projections:
-        linear = Linear(name, small.CONFIG, lora, (32, 24), ("embed", "heads"), nnx.Rngs(0))
+        linear = Linear(name, small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
         linear.lora_a[...], linear.lora_b[...] = a_DR, b_RF
         outputs.append(np.array(linear(x_BTD, jax.random.key(1))))
     for one, other in itertools.combinations(outputs, 2):

@@ -356,8 +356,8 @@ def test_nan_in_a_batch_is_seen():
 
 def test_an_update_out_of_range_is_seen():
     # Loss and gradient are finite; it is the weights that the update leaves behind that are not.
-    objective = lambda roles, frozen, batch, key: (LossSum(-jnp.sum(roles["policy"]), jnp.float32(1)), {})
+    objective = lambda roles, frozen, batch, key: (LossSum(-roles["policy"].head["bias"], jnp.float32(1)), {})
     optimizers = {"policy": optax.sgd(1e38)}
     for start, finite in ((2e38, True), (3e38, False)):
-        state = init_state({"policy": jnp.full(1, start)}, optimizers, jax.random.key(0))
+        state = init_state({"policy": Adapter(head={"bias": jnp.float32(start)})}, optimizers, jax.random.key(0))
         assert bool(steps.train_step(objective, optimizers, 1, state, None, {})[1]["finite"]) == finite

@@ -95,7 +95,7 @@ def fresh_role(model: Model, config: JobConfig, key: jax.Array) -> Adapter:
     """The trainable tree a job starts from: a LoRA adapter equal to the base, or all its weights."""
     if config.tuning == "full":
         return full_weights(model.base)
-    return model.lm.init_adapter(key, config.lora)
+    return model.lm.init_adapter(key, config.lora, model.base)
 
 
 def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.Array) -> Adapter:

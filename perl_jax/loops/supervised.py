@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping
 import jax
 import numpy as np
 
-from perl_jax import checkpoint, config as config_lib, evaluate, sharding, state as state_lib, steps
+from perl_jax import checkpoint, config as config_lib, evaluate, lora, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.tasks import get_task
@@ -155,6 +155,8 @@ def make_record(model: Model, config: JobConfig, role: str, adapter: Adapter, st
         tokenizer_fingerprint=model.tokenizer.fingerprint,
         step=step,
         metrics=metrics,
+        scaling="alpha / rank" if adapter.config is None else adapter.config.scaling_rule,
+        under=lora.under_ranks(adapter.under),
         **more,
     )
 
@@ -201,10 +203,11 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     state, timings, program = fit(folder, config, model, role, job, config.split)
     adapter = state.roles["reward"]
     mean, std = reference_moments(model, config, adapter, job.kind)
-    results = evaluate_reward(model, config, adapter, job.kind)
+    results, rows = evaluate_reward(model, config, adapter, job.kind)
     record = make_record(model, config, "reward", adapter, int(state.step), _headline(results), score_mean=mean, score_std=std)
     checkpoint.save_artefact(artefact, adapter, record)
     run_lib.write_cost(folder, model, state, {"learn": program}, timings)
+    config_lib.write_json(folder / "scores.json", rows)
     config_lib.write_json(folder / "evaluation.json", results)
     return artefact
 
@@ -219,8 +222,8 @@ def reference_moments(model: Model, config: RewardConfig, adapter: Adapter, kind
     return float(scores.mean()), std
 
 
-def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> dict[str, Any]:
-    """Held-out quality on the test split, for `evaluation.json`."""
+def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row."""
     batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None)
     scores = score_batches(model, adapter, batches)
     if kind == "comparisons":
@@ -245,7 +248,8 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
         "brier": evaluate.brier(probabilities, labels),
         "reliability": [dataclasses.asdict(row) for row in table],
     }
-    return results
+    names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
+    return results, {name: side.tolist() for name, side in zip(names, scores, strict=True)}
 
 
 def both_classes(rows: Any, task: str, split: str) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 Each weight names its logical axes beside its shape; sharding rules map those to mesh axes. LoRA
 leaves are variables of their own type in the same modules, so that one split separates the frozen
-base from the adapter.
+base from the adapter and from what lies frozen under it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from perl_jax.lora import LINEAR, LoRAConfig
+from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.types import Array
@@ -22,6 +23,18 @@ from perl_jax.types import Array
 
 class LoRAParam(nnx.Variable):
     """A leaf of an adapter."""
+
+
+class UnderParam(nnx.Variable):
+    """A leaf of the frozen pairs under an adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """What sits on the linear layers of a block: an adapter's config, and targets of frozen pairs."""
+
+    lora: LoRAConfig | None = None
+    under: tuple[str, ...] = ()
 
 
 def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
@@ -36,33 +49,60 @@ def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + bias, plus (alpha / R) (dropout(x) A) B where an adapter sits on it."""
+    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see `perl_jax.lora`)."""
 
-    def __init__(self, name: str, config: ModelConfig, lora: LoRAConfig | None, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs):
+    def __init__(self, name: str, config: ModelConfig, adapted: Adapted, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
         # 1 / sqrt(in) keeps activations at their size for any width; the family's usual 0.02 is that
         # of a width of 2,500 and leaves narrow models nearly linear for hundreds of steps.
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[0]), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if name in config.biases else None
-        self.lora = lora if lora is not None and name in lora.projections else None
-        self.stream = LINEAR.index(name)
+        self.lora = adapted.lora if adapted.lora is not None and name in adapted.lora.projections else None
+        self.name = name
         if self.lora is not None:
-            self.lora_a = LoRAParam(jnp.zeros((shape[0], lora.rank), lora.dtype), axes=(axes[0], "rank"))
-            self.lora_b = LoRAParam(jnp.zeros((lora.rank, shape[1]), lora.dtype), axes=("rank", axes[1]))
+            rank = self.lora.rank_of(name)
+            self.lora_a = LoRAParam(jnp.zeros((shape[0], rank), self.lora.dtype), axes=(axes[0], "rank"))
+            self.lora_b = LoRAParam(jnp.zeros((rank, shape[1]), self.lora.dtype), axes=("rank", axes[1]))
+            if self.lora.dora:
+                self.magnitude = LoRAParam(jnp.zeros(shape[1:], self.lora.dtype), axes=axes[1:])
+        self.has_under = name in adapted.under
+        if self.has_under:
+            # Shapes do not matter here: the tree that is merged in brings its own rank.
+            self.under_a = UnderParam(jnp.zeros((shape[0], 1)), axes=(axes[0], "rank"))
+            self.under_b = UnderParam(jnp.zeros((1, shape[1])), axes=("rank", axes[1]))
 
     def __call__(self, x_BTD: Array, dropout_key: Array | None = None) -> jax.Array:
-        out_BTF = matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        out_BTF = self._product(x_BTD)
+        if self.has_under:
+            under_a, under_b = (jax.lax.stop_gradient(leaf[...]).astype(x_BTD.dtype) for leaf in (self.under_a, self.under_b))
+            out_BTF = out_BTF + matmul(matmul(x_BTD, under_a), under_b)
+        if self.lora is not None:
+            out_BTF = self._adapted(x_BTD, out_BTF, dropout_key)
         if self.bias is not None:
             out_BTF = out_BTF + self.bias[...].astype(x_BTD.dtype)[None, None, :]
-        if self.lora is None:
-            return out_BTF
-        if dropout_key is not None and self.lora.dropout > 0:
+        return out_BTF
+
+    def _product(self, x_BTD: Array) -> jax.Array:
+        """x W."""
+        return matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+
+    def _adapted(self, x_BTD: Array, out_BTF: Array, dropout_key: Array | None) -> jax.Array:
+        """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
+        dropped = dropout_key is not None and self.lora.dropout > 0
+        if dropped:
             keep = 1.0 - self.lora.dropout
-            mask = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.stream), keep, x_BTD.shape)
-            x_BTD = jnp.where(mask, x_BTD / keep, 0)
+            key = jax.random.fold_in(dropout_key, LINEAR.index(self.name))
+            x_BTD = jnp.where(jax.random.bernoulli(key, keep, x_BTD.shape), x_BTD / keep, 0)
+        scale = self.lora.scale_of(self.name)
         h_BTR = matmul(x_BTD, self.lora_a[...].astype(x_BTD.dtype))
-        delta_BTF = matmul(h_BTR, self.lora_b[...].astype(x_BTD.dtype))
-        return out_BTF + self.lora.scale * delta_BTF
+        delta_BTF = scale * matmul(h_BTR, self.lora_b[...].astype(x_BTD.dtype))
+        if not self.lora.dora:
+            return out_BTF + delta_BTF
+        norm_F = jax.lax.stop_gradient(output_norms(self.kernel[...], self.lora_a[...], self.lora_b[...], scale))
+        share_F = (self.magnitude[...] / norm_F).astype(x_BTD.dtype)[None, None, :]
+        # With dropout the rescaled part sees the dropped input, the base the whole one.
+        seen_BTF = self._product(x_BTD) if dropped else out_BTF
+        return out_BTF + (share_F - 1) * seen_BTF + share_F * delta_BTF
 
 
 class RMSNorm(nnx.Module):
@@ -90,13 +130,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
         query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.config = config
-        self.q = Linear("q", config, lora, (config.width, query), ("embed", "heads"), rngs)
-        self.k = Linear("k", config, lora, (config.width, key_value), ("embed", "kv_heads"), rngs)
-        self.v = Linear("v", config, lora, (config.width, key_value), ("embed", "kv_heads"), rngs)
-        self.o = Linear("o", config, lora, (query, config.width), ("heads", "embed"), rngs)
+        self.q = Linear("q", config, adapted, (config.width, query), ("embed", "heads"), rngs)
+        self.k = Linear("k", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
+        self.v = Linear("v", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
+        self.o = Linear("o", config, adapted, (query, config.width), ("heads", "embed"), rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim, "head_dim")
             self.k_norm = RMSNorm(config, config.head_dim, "head_dim")
@@ -120,11 +160,11 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.gate = Linear("gate", config, lora, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
-        self.up = Linear("up", config, lora, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
-        self.down = Linear("down", config, lora, (config.ffn_width, config.width), ("mlp", "embed"), rngs)
+        self.gate = Linear("gate", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
+        self.up = Linear("up", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
+        self.down = Linear("down", config, adapted, (config.ffn_width, config.width), ("mlp", "embed"), rngs)
 
     def __call__(self, x_BTD: Array, key: Array | None) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.gate(x_BTD, key)) * self.up(x_BTD, key), key)
@@ -133,12 +173,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One pre-norm layer. Returns its output and the keys and values a cache would keep."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
         self.config = config
         self.attention_norm = RMSNorm(config)
-        self.attention = Attention(config, lora, rngs)
+        self.attention = Attention(config, adapted, rngs)
         self.mlp_norm = RMSNorm(config)
-        self.mlp = MLP(config, lora, rngs)
+        self.mlp = MLP(config, adapted, rngs)
         if config.sandwich_norms:
             self.attention_post_norm = RMSNorm(config)
             self.mlp_post_norm = RMSNorm(config)

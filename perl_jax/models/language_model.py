@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 
 import chex
 import flax.struct
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from perl_jax import lora as lora_lib
+from perl_jax import trees
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig, Rope
-from perl_jax.models.decoder import Block, LoRAParam, Outer
+from perl_jax.models.decoder import Adapted, Block, LoRAParam, Outer, UnderParam
 from perl_jax.types import Array, Tree
 
 
@@ -51,17 +53,18 @@ class _Split:
 
 
 @functools.lru_cache(maxsize=64)
-def _split(config: ModelConfig, lora: LoRAConfig | None) -> _Split:
-    block = nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0)))
+def _split(config: ModelConfig, adapted: Adapted) -> _Split:
+    block = nnx.eval_shape(lambda: Block(config, adapted, nnx.Rngs(0)))
     outer = nnx.eval_shape(lambda: Outer(config, nnx.Rngs(0)))
-    block_graph, base, adapter = nnx.split(block, nnx.Param, LoRAParam)
+    block_graph, base, adapter, _ = nnx.split(block, nnx.Param, LoRAParam, UnderParam)
     outer_graph, around = nnx.split(outer, nnx.Param)
-    stack = lambda leaf: jax.ShapeDtypeStruct((config.layers, *leaf.shape), leaf.dtype)
+    stack = lambda number: lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype)
+    chosen = 0 if adapted.lora is None else len(adapted.lora.adapted_layers(config.layers))
     return _Split(
         block=block_graph,
         outer=outer_graph,
-        base={"layers": jax.tree.map(stack, nnx.to_pure_dict(base)), "outer": nnx.to_pure_dict(around)},
-        lora={"layers": jax.tree.map(stack, nnx.to_pure_dict(adapter))},
+        base={"layers": jax.tree.map(stack(config.layers), nnx.to_pure_dict(base)), "outer": nnx.to_pure_dict(around)},
+        lora={"layers": jax.tree.map(stack(chosen), nnx.to_pure_dict(adapter))},
         base_axes={"layers": _axes(base, ("layers",)), "outer": _axes(around, ())},
         lora_axes={"layers": _axes(adapter, ("layers",))},
     )
@@ -94,30 +97,58 @@ class LanguageModel:
 
     def abstract_base(self) -> Tree:
         """Shapes and dtypes of the base: {layers: leaves stacked over L, outer: embedding, ...}."""
-        return _split(self.config, None).base
+        return _split(self.config, Adapted()).base
 
     def base_axes(self) -> Tree:
         """Logical axes of every base leaf (tuples of names)."""
-        return _split(self.config, None).base_axes
+        return _split(self.config, Adapted()).base_axes
 
     def abstract_lora(self, config: LoRAConfig) -> Tree:
         """Shapes of an adapter's LoRA leaves."""
-        return _split(self.config, config).lora
+        return _split(self.config, Adapted(config)).lora
 
     def lora_axes(self, config: LoRAConfig) -> Tree:
         """Logical axes of an adapter's LoRA leaves, derived from the weights they sit on."""
-        return _split(self.config, config).lora_axes
+        return _split(self.config, Adapted(config)).lora_axes
+
+    def abstract_under(self, ranks: Mapping[str, int]) -> Tree:
+        """Shapes of frozen pairs of the given ranks, by projection (`Adapter.under`)."""
+        out: dict = {}
+        number = self.config.layers
+        for name, kernel in trees.named_leaves(self.abstract_base()).items():
+            module, _, leaf = name.rpartition("/")
+            rank = ranks.get(module.rpartition("/")[2])
+            if leaf == "kernel" and rank is not None:
+                _, width, features = kernel.shape
+                trees.insert(out, f"{module}/under_a", jax.ShapeDtypeStruct((number, width, rank), jnp.float32))
+                trees.insert(out, f"{module}/under_b", jax.ShapeDtypeStruct((number, rank, features), jnp.float32))
+        return out
 
     def init_base(self, key: jax.Array) -> Tree:
-        """Random weights: N(0, 0.02), norms 1, as a model is before pre-training."""
+        """Random weights: N(0, 1/sqrt(in)), as a model is before pre-training."""
         outer_key, layer_key = jax.random.split(key)
-        layers = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(self.config, None, nnx.Rngs(params=k)), nnx.Param)))
+        layers = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(self.config, Adapted(), nnx.Rngs(params=k)), nnx.Param)))
         outer = nnx.to_pure_dict(nnx.state(Outer(self.config, nnx.Rngs(params=outer_key)), nnx.Param))
         return {"layers": layers(jax.random.split(layer_key, self.config.layers)), "outer": outer}
 
-    def init_adapter(self, key: jax.Array, config: LoRAConfig) -> Adapter:
-        """A fresh adapter without a head: equal to the base bit for bit."""
-        return Adapter(lora=lora_lib.init_lora(key, self.abstract_lora(config)), config=config)
+    def init_adapter(self, key: jax.Array, config: LoRAConfig, base: Tree | None = None) -> Adapter:
+        """A fresh adapter without a head: equal to the base, bit for bit where one side is zero.
+
+        base: needed by DoRA and PiSSA, which start from its weights.
+        """
+        abstract = self.abstract_lora(config)
+        kernels = {}
+        if config.dora or config.init == "pissa":
+            if base is None:
+                raise ValueError("DoRA and PiSSA start from the base's weights: give `base`")
+            chosen = jnp.array(config.adapted_layers(self.config.layers))
+            modules = {name.rsplit("/", 1)[0] for name in trees.named_leaves(abstract)}
+            leaves = trees.named_leaves(base)
+            kernels = {module: leaves[module + "/kernel"][chosen] for module in modules}
+        adapter = Adapter(lora=lora_lib.init_lora(key, abstract, config, kernels), config=config)
+        if config.init != "pissa":
+            return adapter
+        return adapter.replace(under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0))
 
     # Forward passes over whole sequences.
 
@@ -162,21 +193,18 @@ class LanguageModel:
 
     def decode(self, base: Tree, adapter: Adapter | None, token_B: Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Appends one token to every row: logits_BV of the token after it, and the cache."""
-        weights, lora, config = _resolve(base, adapter)
-        graph = _split(self.config, config).block
         outer = self._outer(base, adapter)
-        x_B1D = outer.embed(token_B[:, None])
         positions_B1 = cache.position_B[:, None]
         kinds = _LayerKinds.of(self.config, positions_B1)
         slot_positions_BS = attention.positions(cache.visible_BS)
 
-        def layer(x, leaves):
-            block_weights, block_lora, k_BSNK, v_BSNK, kind = leaves
+        def layer(block, x, leaves):
+            k_BSNK, v_BSNK, kind = leaves
             visible_B1S = kinds.mask(kind, cache.visible_BS[:, None, :], positions_B1, slot_positions_BS)
-            return _merge(graph, block_weights, block_lora).decode(x, kinds.rotary(kind), (k_BSNK, v_BSNK), visible_B1S[:, 0])
+            return block.decode(x, kinds.rotary(kind), (k_BSNK, v_BSNK), visible_B1S[:, 0])
 
-        leaves = (weights["layers"], lora, cache.k_LBSNK, cache.v_LBSNK, kinds.by_layer)
-        x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, leaves, unroll=self.config.unroll)
+        leaves = (cache.k_LBSNK, cache.v_LBSNK, kinds.by_layer)
+        x_B1D, (k, v) = self._scan(layer, base, adapter, outer.embed(token_B[:, None]), leaves)
         write = lambda slots, new: jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, 0, cache.column, 0, 0))
         here_S = jnp.arange(cache.visible_BS.shape[1]) == cache.column
         updated = KVCache(
@@ -191,30 +219,70 @@ class LanguageModel:
     # Pieces.
 
     def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:
-        weights, _, config = _resolve(base, adapter)
-        return nnx.merge(_split(self.config, config).outer, weights["outer"])
+        return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
 
     def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache):
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
-        weights, lora, config = _resolve(base, adapter)
-        graph = _split(self.config, config).block
         positions_BT = attention.positions(valid_BT)
         kinds = _LayerKinds.of(self.config, positions_BT)
         mask_BTS = attention.causal_mask(valid_BT)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
 
-        def layer(x, leaves):
-            block_weights, block_lora, key, kind = leaves
+        def layer(block, x, leaves):
+            key, kind = leaves
             mask = kinds.mask(kind, mask_BTS, positions_BT, positions_BT)
-            x, kv = _merge(graph, block_weights, block_lora)(x, kinds.rotary(kind), mask, key)
+            x, kv = block(x, kinds.rotary(kind), mask, key)
             return x, kv if keep_cache else None
 
-        if self.config.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
         outer = self._outer(base, adapter)
-        x_BTD, kv = jax.lax.scan(layer, outer.embed(tokens_BT), (weights["layers"], lora, keys, kinds.by_layer), unroll=self.config.unroll)
+        x_BTD, kv = self._scan(layer, base, adapter, outer.embed(tokens_BT), (keys, kinds.by_layer), remat=self.config.remat)
         return outer.final_norm(x_BTD), kv
+
+    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, remat: bool = False):
+        """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked outs.
+
+        Layers with and without an adapter form runs, one scan each; where all have one (or none has)
+        there is one run. Below the lowest adapted layer nothing is trained, so nothing is computed
+        backwards there.
+        """
+        weights, number = _weights(base, adapter)["layers"], self.config.layers
+        chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(number)
+        under = None if adapter is None or adapter.under is None else adapter.under["layers"]
+        outs = []
+        for start, stop, adapted in _runs(chosen, number):
+            lora = None
+            if adapted:
+                first = chosen.index(start)
+                lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
+            targets = () if under is None else lora_lib.under_targets(under)
+            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
+            whole = stop - start == number
+
+            # A run's weights are picked layer by layer: slicing a run out of the stack would copy it.
+            def body(x, inputs):
+                index, mine, leaves = inputs
+                block_weights, block_under, leaves = leaves if whole else jax.tree.map(lambda leaf: leaf[index], (weights, under, per_layer))
+                return layer(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
+
+            body = jax.checkpoint(body, prevent_cse=False) if remat else body
+            index_L = jnp.arange(start, stop)
+            inputs = (index_L, lora, (weights, under, per_layer) if whole else None)
+            x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start))
+            outs.append(out)
+        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+def _runs(chosen: tuple[int, ...], number: int) -> list[tuple[int, int, bool]]:
+    """Runs of consecutive layers that all have an adapter, or all have none: (start, stop, adapted)."""
+    runs: list[tuple[int, int, bool]] = []
+    for index in range(number):
+        adapted = index in chosen
+        if runs and runs[-1][2] == adapted:
+            runs[-1] = (runs[-1][0], index + 1, adapted)
+        else:
+            runs.append((index, index + 1, adapted))
+    return runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,18 +335,9 @@ def _rotary_table(positions_BT: Array, head_dim: int, rope: Rope | None) -> tupl
     return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
-def _resolve(base: Tree, adapter: Adapter | None) -> tuple[Tree, Tree | None, LoRAConfig | None]:
-    """The weights to read, the stacked LoRA leaves (None without), and their config."""
-    if adapter is None:
-        return base, None, None
-    weights = base if adapter.weights is None else adapter.weights
-    if adapter.lora is None:
-        return weights, None, None
-    return weights, adapter.lora["layers"], adapter.config
-
-
-def _merge(graph: nnx.GraphDef, weights: Tree, lora: Tree | None) -> Block:
-    return nnx.merge(graph, weights) if lora is None else nnx.merge(graph, weights, lora)
+def _weights(base: Tree, adapter: Adapter | None) -> Tree:
+    """The weights to read: the base's, or in full tuning those that stand in for it."""
+    return base if adapter is None or adapter.weights is None else adapter.weights
 
 
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:

@@ -14,7 +14,7 @@ from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Block, Linear, Outer
+from perl_jax.models.decoder import Adapted, Block, Linear, Outer
 from perl_jax.models.language_model import full_weights, last_valid
 from perl_jax.types import Tokens
 from tests import small
@@ -130,7 +130,7 @@ def unrolled_logits(base, role, tokens):
     """The modules themselves, three layers one after the other, each with its own leaves."""
     rotary = attention.rotary_angles(attention.positions(tokens.valid_BT), small.CONFIG.head_dim, small.CONFIG.rope)
     mask_BTS = attention.causal_mask(tokens.valid_BT)
-    outer, block = Outer(small.CONFIG, nnx.Rngs(0)), Block(small.CONFIG, small.LORA, nnx.Rngs(0))
+    outer, block = Outer(small.CONFIG, nnx.Rngs(0)), Block(small.CONFIG, Adapted(small.LORA), nnx.Rngs(0))
     nnx.update(outer, base["outer"])
     x_BTD = outer.embed(tokens.tokens_BT)
     for index in range(small.CONFIG.layers):
@@ -214,7 +214,7 @@ def test_initial_weights():
 def test_dropout_keeps_the_adapters_mean():
     # One adapted projection, 4,000 masks: the mean of the dropped-out outputs is the plain output.
     lora = small.LoRAConfig(rank=5, alpha=10.0, targets="q", dropout=0.3)
-    linear = Linear("q", small.CONFIG, lora, (32, 24), ("embed", "heads"), nnx.Rngs(0))
+    linear = Linear("q", small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
     noise = np.random.default_rng(0)
     linear.lora_a[...], linear.lora_b[...] = noise.standard_normal((32, 5)), noise.standard_normal((5, 24))
     x_BTD = noise.standard_normal((1, 1, 32)).astype(np.float32)
