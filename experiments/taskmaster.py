@@ -1,14 +1,16 @@
 """The whole job on PERL's own released data: real dialogues, real thumbs.
 
 Claim     On Taskmaster Coffee (TM-4) and Ticketing (TM-3), split so that no dialogue is on both
-          sides, a LoRA reward model on a small base trained from the task's dialogues ranks turns
-          better than a bag-of-words regression, and RL against it raises the reward of a judge
-          trained on a disjoint part.
+          sides, the whole job runs on a small base trained from the task's dialogues, and reports
+          whether its reward model ranks turns better than a bag-of-words regression, and whether
+          RL raises the score of a judge trained on a disjoint part.
 Command   python experiments/taskmaster.py --task coffee --data-dir PATH_TO_TASKMASTER
           (without --data-dir the data are downloaded; --model uses a model of yours as the base)
 Hardware  2 CPU cores
-Time      see experiments/LOG.md
-Numbers   see experiments/LOG.md
+Time      1 hour
+Numbers   coffee, test AUC: adapters 0.616 (0.515 to 0.705), full tuning 0.482 (0.339 to 0.630), bag of
+          words 0.612: not shown to be better. Judge's win rate of RL over SFT: adapters 0.531
+          (0.483 to 0.578), full tuning 0.534 (0.487 to 0.581). See experiments/LOG.md for why.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from perl_jax.data.tasks import DataOptions, get_task
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
 OPTIMIZER = flags(optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98)
-RATES = {"lora": {"sft": 2e-3, "reward": 1e-3, "rl": 3e-4}, "full": {"sft": 3e-4, "reward": 2e-4, "rl": 3e-5}}
+RATES = {"lora": {"sft": 2e-3, "reward": 1e-3, "rl": 1.5e-3}, "full": {"sft": 3e-4, "reward": 2e-4, "rl": 1.5e-4}}
 
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
@@ -48,13 +50,13 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
         model = np.asarray(config.read_json(path.parent / "scores.json")["score"])
         against = {name: auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
         rows = {name: values | {"auc_difference": against[name]} for name, values in results.items()}
-        values = config.read_json(path) | {"auc_interval": auc_interval(model, labels, dialogues), "baselines": rows}
-        config.write_json(path, values)
-        low, high = values["auc_interval"]
-        print(f"{path.parent.parent.name} reward model: AUC {values['auc']:.3f} ({low:.3f} to {high:.3f})")
+        area, (low, high) = evaluate.auc(model, labels), auc_interval(model, labels, dialogues)
+        estimate = {"value": area, "low": low, "high": high, "n": len(labels)}
+        config.write_json(path, config.read_json(path) | {"auc": estimate, "baselines": rows})
+        print(f"{path.parent.parent.name} reward model: AUC {area:.3f} ({low:.3f} to {high:.3f})")
         for name, (low, high) in against.items():
-            area = results[name]["auc"]
-            print(f"  {name}: AUC {area:.3f}; reward model minus it {values['auc'] - area:+.3f} ({low:+.3f} to {high:+.3f})")
+            other = results[name]["auc"]
+            print(f"  {name}: AUC {other:.3f}; reward model minus it {area - other:+.3f} ({low:+.3f} to {high:+.3f})")
 
 
 def first_user_turn(prompt: str) -> str:
@@ -128,7 +130,7 @@ def main() -> int:
             common=common,
             sft=train(tuning, "sft", 120, 16, evaluate_every=40),
             reward=reward(tuning, "train"),
-            rl=train(tuning, "rl", 40, 32, checkpoint_every=20),
+            rl=train(tuning, "rl", 60, 32, checkpoint_every=20),
             evaluate=flags(batch_size=32, judge=judge / "adapters/reward"),
             reward_of="lora" if arguments.tuning == "both" else tuning,
         )

@@ -94,6 +94,31 @@ def _score(config: Any) -> None:
     run_score(config)
 
 
+def _export(config: Any) -> None:
+    from perl_jax.loops.exchange import export
+
+    folder, difference = export(config)
+    _done(f"{config.format} export, read back with outputs within {difference:.2g}", folder)
+
+
+def _import(config: Any) -> None:
+    from perl_jax.loops.exchange import run_import
+
+    _done("adapter", run_import(config))
+
+
+def _average(config: Any) -> None:
+    from perl_jax.loops.exchange import run_average
+
+    _done("adapter", run_average(config))
+
+
+def _show(config: Any) -> None:
+    from perl_jax.loops.exchange import show
+
+    print(show(config))
+
+
 def _report(config: ReportConfig) -> None:
     from perl_jax.report import write_report
 
@@ -102,7 +127,7 @@ def _report(config: ReportConfig) -> None:
 
 def _config(name: str) -> type:
     """The config class of a command; imported on demand, so that --help and errors are quick."""
-    from perl_jax.loops import base, generate, jobs
+    from perl_jax.loops import base, exchange, generate, jobs
 
     return {
         "sft": jobs.SFTConfig,
@@ -113,10 +138,14 @@ def _config(name: str) -> type:
         "generate": generate.GenerateConfig,
         "score": generate.ScoreConfig,
         "report": ReportConfig,
+        "export": exchange.ExportConfig,
+        "import": exchange.ImportConfig,
+        "average": exchange.AverageConfig,
+        "show": exchange.ShowConfig,
     }[name]
 
 
-NOT_YET = ("export", "import", "plan")
+NOT_YET = ("plan",)
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sft": (_sft, "fit a policy to demonstrations"),
     "reward": (_reward, "fit a reward model to comparisons or labels"),
@@ -126,8 +155,10 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "score": (_score, "log-probabilities and rewards of given responses"),
     "report": (_report, "write a run's page"),
     "base": (_base, "train a small base model on the spot"),
-    "export": (_not_yet("export"), "adapters to PEFT or merged weights (not yet)"),
-    "import": (_not_yet("import"), "adapters from PEFT (not yet)"),
+    "export": (_export, "write an adapter for PEFT, or merged into a checkpoint"),
+    "import": (_import, "read an adapter written by PEFT"),
+    "average": (_average, "the weighted sum of adapters"),
+    "show": (_show, "what an artefact is"),
     "plan": (_not_yet("plan"), "memory and cost on a TPU topology (not yet)"),
 }
 

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from perl_jax import config as config_lib
+from perl_jax import lora as lora_lib
 from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.lora import Adapter, LoRAConfig
@@ -114,6 +115,18 @@ class Record:
         """(raw - mean) / std."""
         config_lib.require(self.score_mean is not None, f"The {self.role} artefact has no stored score normalisation.")
         return (scores - self.score_mean) / self.score_std
+
+
+def record_of(adapter: Adapter, **values: Any) -> Record:
+    """The record of a role: what its tree says of itself, and `values`."""
+    return Record(
+        tuning="full" if adapter.weights is not None else "lora",
+        lora=adapter.config,
+        has_head=adapter.head is not None,
+        scaling="alpha / rank" if adapter.config is None else adapter.config.scaling_rule,
+        under=lora_lib.under_ranks(adapter.under),
+        **values,
+    )
 
 
 def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> None:

@@ -121,6 +121,13 @@ class LoRAConfig:
         require(numbers[-1] < layers, f"lora.layers is {self.layers!r}; the model has layers 0 to {layers - 1}.")
         return numbers
 
+    def place_of(self, layer: int) -> int | None:
+        """Where a layer's leaves lie in the adapter's stacks; None where it has none."""
+        numbers = _layer_numbers(self.layers)
+        if self.layers is None:
+            return layer
+        return numbers.index(layer) if layer in numbers else None
+
 
 def _pattern(field: str, text: str) -> dict[str, float]:
     """`q=4,down=32` as numbers by name."""
@@ -312,21 +319,38 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
         return adapter.weights
     if adapter.lora is None and adapter.under is None:
         return base
-    lora = {} if adapter.lora is None else trees.named_leaves(adapter.lora)
-    under = {} if adapter.under is None else trees.named_leaves(adapter.under)
+    changed = moved_modules(adapter)
 
     def merged(name: str, weight: jax.Array) -> jax.Array:
-        stem = name.removesuffix("kernel")
-        out = weight.astype(jnp.float32)
-        if stem + "under_a" in under:
-            out = out + jnp.einsum("...dr,...rf->...df", under[stem + "under_a"], under[stem + "under_b"])
-        if stem + "lora_a" in lora:
-            chosen = jnp.array(adapter.config.adapted_layers(weight.shape[0]))
-            a, b, scale = lora[stem + "lora_a"], lora[stem + "lora_b"], adapter.config.scale_of(_target(name))
-            moved = out[chosen] + scale * jnp.einsum("...dr,...rf->...df", a, b)
-            if adapter.config.dora:
-                moved = moved * (lora[stem + "magnitude"] / jnp.linalg.norm(moved, axis=-2))[..., None, :]
-            out = out.at[chosen].set(moved)
-        return out.astype(weight.dtype) if name.startswith("layers/") and name.endswith("kernel") else weight
+        module = name.removesuffix("/kernel")
+        if module not in changed:
+            return weight
+        layers = [merged_kernel(adapter, module, index, kernel) for index, kernel in enumerate(weight.astype(jnp.float32))]
+        return jnp.stack(layers).astype(weight.dtype)
 
     return trees.map_named(merged, base)
+
+
+def moved_modules(adapter: Adapter) -> set[str]:
+    """Paths of the modules whose kernel an adapter changes: layers/attention/q."""
+    parts = [part for part in (adapter.lora, adapter.under) if part is not None]
+    return {name.rpartition("/")[0] for part in parts for name in trees.named_leaves(part)}
+
+
+def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Array) -> jax.Array:
+    """One layer's kernel (float32) with the adapter in it."""
+    if adapter.under is not None:
+        under = trees.named_leaves(adapter.under)
+        if f"{module}/under_a" in under:
+            kernel_DF = kernel_DF + under[f"{module}/under_a"][layer] @ under[f"{module}/under_b"][layer]
+    lora = {} if adapter.lora is None else trees.named_leaves(adapter.lora)
+    if f"{module}/lora_a" not in lora:
+        return kernel_DF
+    *_, target = module.split("/")
+    place = adapter.config.place_of(layer)
+    if place is None:
+        return kernel_DF
+    moved_DF = kernel_DF + adapter.config.scale_of(target) * (lora[f"{module}/lora_a"][place] @ lora[f"{module}/lora_b"][place])
+    if not adapter.config.dora:
+        return moved_DF
+    return moved_DF * (lora[f"{module}/magnitude"][place] / jnp.linalg.norm(moved_DF, axis=0))[None, :]

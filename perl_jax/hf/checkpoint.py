@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from perl_jax.types import Tree
 
 # Weights are read from disk in pieces of at most so many bytes.
 _PIECE_BYTES = 2**26
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Dtypes that weights may be stored in.
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_model(model: str) -> pathlib.Path:
@@ -67,15 +68,16 @@ class Stored:
     dtype: str
 
 
-def load_base(folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None) -> Tree:
+def load_base(folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None, ignore: Collection[str] = ()) -> Tree:
     """The base tree of a folder's safetensors, one file or several with an index.
 
-    shardings: of each leaf by its name; None: the default device. Leaves take `config.param_dtype`.
+    shardings: of each leaf by its name; None: the default device. ignore: tensors that may be there
+    beside the base's. Leaves take `config.param_dtype`.
     Every file's header is checked before anything is read: missing, extra, wrongly shaped and
     unreadable tensors are one error. Tensors then go one by one from disk to their place, and each
     process reads only its devices' parts: beyond what the devices hold, the host holds one tensor.
     """
-    files = stored_tensors(folder)
+    files = {name: stored for name, stored in stored_tensors(folder).items() if name not in ignore}
     abstract = LanguageModel(config).abstract_base()
     _check(folder, config, files, trees.named_leaves(abstract))
     default = SingleDeviceSharding(jax.local_devices()[0])
@@ -96,30 +98,34 @@ def _check(folder: pathlib.Path, config: ModelConfig, files: Mapping[str, Stored
     for name in sorted(set(expected) & set(files)):
         if files[name].shape != expected[name]:
             problems.append(f"{name} has shape {files[name].shape}, config.json asks for {expected[name]}")
-        if files[name].dtype not in _STORED:
-            problems.append(f"{name} is stored as {files[name].dtype}, not as one of {', '.join(_STORED)}")
+        if files[name].dtype not in STORED:
+            problems.append(f"{name} is stored as {files[name].dtype}, not as one of {', '.join(STORED)}")
     config_lib.require(not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}.")
 
 
 def _load_leaf(files: Mapping[str, Stored], name: str, config: ModelConfig, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-    """One leaf at its place; a stacked one is filled layer by layer, in place."""
+    """One leaf at its place; a stacked one is filled layer by layer, in place.
+
+    Tensors arrive as they are stored and are turned and cast by the devices: a transposed copy on
+    the host takes several times as long.
+    """
     tensors = families.tensor_names(name, config)
     turn = families.transposed(name)
-    read = lambda tensor, shape, place: jax.make_array_from_callback(
-        shape, place, functools.partial(_read_part, files[tensor], spec.dtype, turn, shape)
-    )
     if not name.startswith("layers/"):
-        return read(tensors[0], spec.shape, sharding)
+        whole = _read(files[tensors[0]], _turned(sharding) if turn else sharding)
+        settle = lambda tensor: (tensor.T if turn else tensor).astype(spec.dtype)
+        return whole if not turn and whole.dtype == spec.dtype else jax.jit(settle, donate_argnums=0, out_shardings=sharding)(whole)
     layer_sharding = _without_layers(sharding)
     stack = jax.jit(functools.partial(jnp.zeros, spec.shape, spec.dtype), out_shardings=sharding)()
-    fill = jax.jit(_fill, donate_argnums=0, out_shardings=sharding)
+    fill = jax.jit(functools.partial(_fill, turn), donate_argnums=0, out_shardings=sharding)
     for index, tensor in enumerate(tensors):
         # Waiting here keeps the next tensor from being read before this one is let go.
-        stack = jax.block_until_ready(fill(stack, read(tensor, spec.shape[1:], layer_sharding), index))
+        stack = jax.block_until_ready(fill(stack, _read(files[tensor], _turned(layer_sharding) if turn else layer_sharding), index))
     return stack
 
 
-def _fill(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+def _fill(turn: bool, stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    layer = (layer.T if turn else layer).astype(stack.dtype)
     return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
@@ -130,24 +136,41 @@ def _without_layers(sharding: Sharding) -> Sharding:
     return sharding
 
 
-def _read_part(stored: Stored, dtype: np.dtype, turn: bool, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """One device's part of a tensor, in the leaf's layout and dtype.
+def _turned(sharding: Sharding) -> Sharding:
+    """A matrix's sharding for its transpose."""
+    if isinstance(sharding, NamedSharding):
+        rows, columns = (*sharding.spec, None, None)[:2]
+        return NamedSharding(sharding.mesh, PartitionSpec(columns, rows))
+    return sharding
+
+
+def _read(stored: Stored, sharding: Sharding) -> jax.Array:
+    """A tensor as it is stored, over devices; each process reads its devices' parts."""
+    return jax.make_array_from_callback(stored.shape, sharding, functools.partial(_read_part, stored))
+
+
+def _read_part(stored: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    """One device's part of a tensor.
 
     Read in pieces, and the file opened anew for each: pages of an open file stay mapped and would
     count as this process's memory.
     """
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    source = bounds[::-1] if turn else bounds
-    target = out.T if turn else out
-    row_bytes = max(1, math.prod(stop - start for start, stop in source[1:]) * 4)
+    bounds = [part.indices(size)[:2] for part, size in zip(index, stored.shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], jnp.dtype(STORED[stored.dtype]))
+    row_bytes = max(1, math.prod(out.shape[1:]) * out.itemsize)
     step = max(1, _PIECE_BYTES // row_bytes)
-    (first, last), rest = source[0], tuple(slice(*bound) for bound in source[1:])
+    (first, last), rest = bounds[0], tuple(slice(*bound) for bound in bounds[1:])
     for start in range(first, last, step):
         stop = min(start + step, last)
         with safe_open(stored.path, framework="numpy") as handle:
-            target[start - first : stop - first] = handle.get_slice(stored.name)[(slice(start, stop), *rest)]
+            out[start - first : stop - first] = handle.get_slice(stored.name)[(slice(start, stop), *rest)]
     return out
+
+
+def read_tensor(stored: Stored) -> np.ndarray:
+    """A whole tensor as it is stored."""
+    with safe_open(stored.path, framework="numpy") as handle:
+        return handle.get_tensor(stored.name)
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:

@@ -24,7 +24,7 @@ _ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
 # Fields that say something about files, training or generation, not about the function computed.
 _NO_EFFECT = {
     *("_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type"),
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "_attn_implementation", "cache_implementation"),
     *("task_specific_params", "is_encoder_decoder", "unsloth_version", "unsloth_fixed", "transformers.js_config", "auto_map"),
 }

@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping
 import jax
 import numpy as np
 
-from perl_jax import checkpoint, config as config_lib, evaluate, lora, sharding, state as state_lib, steps
+from perl_jax import checkpoint, config as config_lib, evaluate, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.tasks import get_task
@@ -118,7 +118,7 @@ def validate_reward(model: Model, measure: Program, state: TrainState, batches: 
     loss = held_out_loss(model, measure, state, batches)
     if labels is None:
         return {"validation/loss": loss, "validation/accuracy": evaluate.pairwise_accuracy(*scores).value}
-    return {"validation/loss": loss, "validation/accuracy": evaluate.auc(scores[0], labels)}
+    return {"validation/loss": loss, "validation/auc": evaluate.auc(scores[0], labels)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,18 +145,14 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
 
 def make_record(model: Model, config: JobConfig, role: str, adapter: Adapter, step: int, metrics: dict, **more: Any) -> Record:
     """The record of a trained role."""
-    return Record(
+    return checkpoint.record_of(
+        adapter,
         role=role,
-        tuning="full" if adapter.weights is not None else "lora",
-        lora=adapter.config,
-        has_head=adapter.head is not None,
         base_name=model.name,
         base_fingerprint=model.fingerprint,
         tokenizer_fingerprint=model.tokenizer.fingerprint,
         step=step,
         metrics=metrics,
-        scaling="alpha / rank" if adapter.config is None else adapter.config.scaling_rule,
-        under=lora.under_ranks(adapter.under),
         **more,
     )
 
@@ -167,7 +163,7 @@ REWARD = {
         "reward", "reward", "comparisons", steps.pairwise_objective, validate_reward, "validation/accuracy", ("train/loss", "validation/accuracy")
     ),
     "pointwise": Supervised(
-        "reward", "reward", "labels", steps.pointwise_objective, validate_reward, "validation/accuracy", ("train/loss", "validation/accuracy")
+        "reward", "reward", "labels", steps.pointwise_objective, validate_reward, "validation/auc", ("train/loss", "validation/auc")
     ),
 }
 

@@ -17,6 +17,7 @@ LEARNING_PANELS = (
     ("sft", "validation/loss", "SFT: validation loss", "nats a token"),
     ("reward", "train/loss", "Reward model: training loss", "nats"),
     ("reward", "validation/accuracy", "Reward model: validation accuracy", "share of pairs"),
+    ("reward", "validation/auc", "Reward model: validation AUC", "AUC"),
     ("rl", "reward/score", "RL: reward model's score", "normalised score"),
     ("rl", "reward/gold", "RL: gold reward", "gold reward"),
 )

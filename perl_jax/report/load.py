@@ -188,7 +188,7 @@ def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     keys = {key for row in rows for key in row}
     if any(key.startswith(("reward/", "kl/", "policy/")) for key in keys):
         return "rl"
-    return "reward" if {"train/accuracy", "validation/accuracy"} & keys else "sft"
+    return "reward" if {"train/accuracy", "validation/accuracy", "validation/auc"} & keys else "sft"
 
 
 def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:

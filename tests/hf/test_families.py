@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax import trees
 from perl_jax.config import UserError
-from perl_jax.hf import checkpoint, families
+from perl_jax.hf import checkpoint, families, peft
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tokens, Tree
 from tests import small
@@ -108,6 +109,38 @@ def _decode(lm, base, prompt, new_BC):
         return cache, logits_BV
 
     return first_BV, jnp.swapaxes(jax.lax.scan(step, cache, new_BC.T)[1], 0, 1)
+
+
+@pytest.mark.slow
+def test_sft_gradients_of_an_adapter_equal_pefts(case):
+    # The same random LoRA on every linear layer, by PEFT and here; d loss / d A and d loss / d B.
+    torch, peft_library = pytest.importorskip("torch"), pytest.importorskip("peft")
+    lm, base = load(case)
+    torch.manual_seed(2)
+    config = peft_library.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft_library.get_peft_model(small.load_torch(case), config).eval()
+    leaves = {name.replace(".default", ""): leaf for name, leaf in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for leaf in leaves.values():
+            leaf.add_(0.2 * torch.randn(leaf.shape))
+    tokens = small.make_tokens([("none", 11), ("left", 9), ("right", 7)])
+    torch_sft_loss(model(**small.torch_inputs(tokens)).logits, tokens).backward()
+    values = {"peft_type": "LORA", "r": 3, "lora_alpha": 5}
+    role = peft.from_peft(values, {name: leaf.detach().numpy() for name, leaf in leaves.items()}, lm.config)
+    expected = peft.from_peft(values, {name: leaf.grad.numpy() for name, leaf in leaves.items()}, lm.config)
+    _, grads = small.gradient(small.sft_loss, lm, role, base, tokens)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected.lora))
+    assert largest > 1e-3
+    for (name, mine), theirs in zip(trees.named_leaves(grads.lora).items(), jax.tree.leaves(expected.lora), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4 * max(1.0, largest), err_msg=name)
+
+
+def torch_sft_loss(logits_BTV: Any, tokens: Tokens) -> Any:
+    """Mean of -log p over response tokens, with torch's own cross-entropy."""
+    torch = pytest.importorskip("torch")
+    response_BT = torch.tensor(tokens.response_BT[:, 1:])
+    targets = torch.tensor(tokens.tokens_BT[:, 1:], dtype=torch.long)[response_BT]
+    return torch.nn.functional.cross_entropy(logits_BTV[:, :-1][response_BT], targets)
 
 
 def test_a_window_hides_what_lies_further_back():

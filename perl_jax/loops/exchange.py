@@ -1,0 +1,333 @@
+"""`export`, `import`, `show` and `average`: adapters to and from the rest of the world."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from safetensors.numpy import save_file
+
+from perl_jax import checkpoint, config as config_lib, lora, trees
+from perl_jax.checkpoint import Record
+from perl_jax.config import UserError, require
+from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf import families, peft
+from perl_jax.lora import Adapter
+from perl_jax.loops.generate import load_any
+from perl_jax.loops.jobs import ModelOptions
+from perl_jax.loops.model import Model, load_model
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.types import Tree
+
+_SHARD_BYTES = 4 * 2**30
+_OFFSET_FILE = "perl_jax_reward.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(ModelOptions):
+    """Write an adapter for PEFT, or a whole checkpoint with it merged in; then reload and compare.
+
+    Attributes:
+        adapter: The artefact to export.
+        format: peft (adapter_config.json and adapter_model.safetensors) or merged (a checkpoint).
+        to: The folder to write; it must not exist yet.
+    """
+
+    adapter: tyro.conf.Positional[str]
+    format: Literal["peft", "merged"]
+    to: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(ModelOptions):
+    """Read an adapter written by PEFT into an artefact.
+
+    Attributes:
+        peft: The folder with adapter_config.json and adapter_model.safetensors.
+        to: The artefact's folder to write; it must not exist yet.
+    """
+
+    peft: tyro.conf.Positional[str]
+    to: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AverageConfig(ModelOptions):
+    """The weighted sum of adapters of one base and one role, as an artefact.
+
+    Attributes:
+        adapters: The artefacts.
+        weights: One weight each; None: equal ones that add to 1.
+        to: The artefact's folder to write; it must not exist yet.
+    """
+
+    adapters: tyro.conf.Positional[tuple[str, ...]]
+    weights: tuple[float, ...] | None = None
+    to: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowConfig:
+    """List what an artefact is: role, adapter, size, base, training step, metrics.
+
+    Attributes:
+        adapter: The artefact's folder.
+    """
+
+    adapter: tyro.conf.Positional[str]
+
+
+@contextlib.contextmanager
+def new_folder(to: str) -> Iterator[pathlib.Path]:
+    """A folder that appears under its name when all in it is written; what is there already is refused."""
+    folder = pathlib.Path(to).expanduser()
+    require(not folder.exists(), f"{folder} exists already; give --to a folder that does not.")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export(config: ExportConfig) -> tuple[pathlib.Path, float]:
+    """Writes the export, reads it back, and compares; returns the folder and the largest difference."""
+    model = load_model(config)
+    adapter, record = load_any(model, config.adapter)
+    with new_folder(config.to) as folder:
+        write = {"peft": _write_peft, "merged": _write_merged}[config.format]
+        write(folder, config, model, adapter, record)
+        difference = {"peft": _compare_peft, "merged": _compare_merged}[config.format](folder, model, adapter, record)
+    return pathlib.Path(config.to), difference
+
+
+def _head(adapter: Adapter, record: Record) -> tuple[Tree | None, float]:
+    """(the head with a reward's normalisation in its kernel, the constant a head without bias lacks)."""
+    if adapter.head is None:
+        return None, 0.0
+    mean, std = (record.score_mean, record.score_std) if record.role == "reward" else (0.0, 1.0)
+    head = {"kernel": adapter.head["kernel"] / std, "bias": jnp.zeros((), jnp.float32)}
+    return head, float((adapter.head["bias"] - mean) / std)
+
+
+def _write_peft(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
+    head, offset = _head(adapter, record)
+    values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
+    config_lib.write_json(folder / "adapter_config.json", values)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_offset(folder, record, offset)
+
+
+def _write_offset(folder: pathlib.Path, record: Record, offset: float) -> None:
+    if record.has_head:
+        meaning = "normalised score = logit + offset; the classifier's head has no bias to put it in. Differences of scores need none."
+        config_lib.write_json(folder / _OFFSET_FILE, {"offset": offset, "role": record.role, "meaning": meaning})
+
+
+def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
+    """Every tensor of the base's files, in its stored dtype, with the adapter added in float32."""
+    source = hf_checkpoint.find_model(config.model)
+    stored = hf_checkpoint.stored_tensors(source)
+    head, offset = _head(adapter, record)
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"model-{len(shards) + 1:05}.safetensors", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name in trees.named_leaves(model.lm.abstract_base()):
+        if name == "outer/lm_head" and head is not None:
+            continue
+        for layer, tensor in enumerate(families.tensor_names(name, model.lm.config)):
+            pending[tensor] = np.ascontiguousarray(_moved(adapter, name, layer, hf_checkpoint.read_tensor(stored[tensor])))
+            if sum(part.nbytes for part in pending.values()) > _SHARD_BYTES:
+                flush()
+    if head is not None:
+        pending["score.weight"] = np.asarray(head["kernel"])[None, :].astype(_common_dtype(stored))
+    flush()
+    if len(shards) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        index = {tensor: f"model-{number:05}.safetensors" for number, shard in enumerate(shards, 1) for tensor in shard}
+        config_lib.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    for path in source.iterdir():
+        if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    values = config_lib.read_json(source / "config.json")
+    if head is not None:
+        values["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in values.get("architectures", [])]
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": model.tokenizer.pad_id}
+    config_lib.write_json(folder / "config.json", values)
+    _write_offset(folder, record, offset)
+
+
+def _common_dtype(stored: Mapping[str, hf_checkpoint.Stored]) -> np.dtype:
+    """The dtype that most of a checkpoint's tensors have."""
+    dtypes = [tensor.dtype for tensor in stored.values()]
+    return jnp.dtype(hf_checkpoint.STORED[max(set(dtypes), key=dtypes.count)])
+
+
+def _moved(adapter: Adapter, name: str, layer: int, array: np.ndarray) -> np.ndarray:
+    """A stored tensor with the role in it, in its own dtype and layout."""
+    turn = np.transpose if families.transposed(name) else np.asarray
+    if adapter.weights is not None:
+        leaf = trees.named_leaves(adapter.weights)[name]
+        return turn(np.asarray(leaf[layer] if name.startswith("layers/") else leaf)).astype(array.dtype)
+    module = name.removesuffix("/kernel")
+    if module not in lora.moved_modules(adapter):
+        return array
+    return turn(np.asarray(lora.merged_kernel(adapter, module, layer, jnp.asarray(turn(array), jnp.float32)))).astype(array.dtype)
+
+
+def _probe(model: Model) -> tuple[jax.Array, jax.Array]:
+    """Random tokens to compare two models on, some rows padded."""
+    length = min(16, model.lm.config.max_positions)
+    tokens_BT = np.random.default_rng(0).integers(model.lm.config.vocab_size, size=(4, length))
+    valid_BT = np.arange(length)[None, :] < np.array([[length], [length], [length // 2], [1]])
+    return jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT)
+
+
+def _outputs(model: Model, base: Tree, adapter: Adapter | None) -> np.ndarray:
+    """Logits at real tokens, or scores where the role has a head."""
+    tokens_BT, valid_BT = _probe(model)
+    if adapter is not None and adapter.head is not None:
+        return np.asarray(jax.jit(model.lm.score)(base, adapter, tokens_BT, valid_BT))
+    return np.asarray(jax.jit(model.lm.logits)(base, adapter, tokens_BT, valid_BT))[np.asarray(valid_BT)]
+
+
+def _judge(expected: np.ndarray, found: np.ndarray, allowed: float, what: str) -> float:
+    difference = float(np.abs(expected - found).max())
+    scale = max(1.0, float(np.abs(expected).max()))
+    if not difference <= allowed * scale:
+        raise UserError(f"What was written does not give the same {what}: they differ by {difference:.3g}. Nothing was kept.")
+    return difference
+
+
+def _expected(model: Model, adapter: Adapter, record: Record) -> np.ndarray:
+    base = model.base if adapter.weights is None else None
+    outputs = _outputs(model, base, adapter)
+    return outputs if record.role != "reward" else np.asarray(record.normalise(outputs))
+
+
+def _compare_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> float:
+    again, offset = read_peft(folder, model)
+    found = _outputs(model, model.base, again) + offset
+    return _judge(_expected(model, adapter, record), found, _allowed(model), "scores" if record.has_head else "logits")
+
+
+def _compare_merged(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> float:
+    head, offset = _head(adapter, record)
+    config = families.read_config(folder, dtype=model.lm.config.dtype, param_dtype=model.lm.config.param_dtype)
+    if head is not None:
+        # A classifier has no output projection; as a tied one the base is read without.
+        config = dataclasses.replace(config, tied_embeddings=True)
+    base = hf_checkpoint.load_base(folder, config, ignore=("score.weight",))
+    merged = dataclasses.replace(model, lm=LanguageModel(config))
+    found = _outputs(merged, base, None if head is None else Adapter(head=head)) + offset
+    stored = hf_checkpoint.stored_tensors(folder)
+    low = any(tensor.dtype != "F32" for tensor in stored.values())
+    return _judge(_expected(model, adapter, record), found, 0.05 if low else _allowed(model), "scores" if record.has_head else "logits")
+
+
+def _allowed(model: Model) -> float:
+    """Share of the largest output that rounding may change."""
+    return 1e-4 if model.lm.config.dtype == "float32" else 0.05
+
+
+def read_peft(folder: pathlib.Path, model: Model) -> tuple[Adapter, float]:
+    """The role in a PEFT folder, and the constant its scores lack."""
+    values = config_lib.read_json(folder / "adapter_config.json")
+    stored = hf_checkpoint.read_header(folder / "adapter_model.safetensors")
+    tensors = {name: hf_checkpoint.read_tensor(tensor) for name, tensor in stored.items()}
+    offset = config_lib.read_json(folder / _OFFSET_FILE)["offset"] if (folder / _OFFSET_FILE).exists() else 0.0
+    return peft.from_peft(values, tensors, model.lm.config), offset
+
+
+def run_import(config: ImportConfig) -> pathlib.Path:
+    """Writes a PEFT adapter as an artefact, reads it back and compares."""
+    folder, target = pathlib.Path(config.peft).expanduser(), pathlib.Path(config.to).expanduser()
+    require(folder.is_dir(), f"There is no folder {folder}.")
+    require(not target.exists(), f"{target} exists already; give --to a folder that does not.")
+    model = load_model(config)
+    adapter, offset = read_peft(folder, model)
+    values = {}
+    if adapter.head is not None:
+        adapter = adapter.replace(head=adapter.head | {"bias": jnp.float32(offset)})
+        # Its scores are used as they are.
+        values = {"score_mean": 0.0, "score_std": 1.0}
+    adapter = model.place(adapter)
+    role = "policy" if adapter.head is None else "reward"
+    save(target, model, adapter, role, {"imported_from": str(folder)}, **values)
+    again, _ = model.load_role(target, role)
+    _judge(_outputs(model, model.base, adapter), _outputs(model, model.base, again), 0.0, "outputs")
+    return target
+
+
+def save(target: pathlib.Path, model: Model, adapter: Adapter, role: str, metrics: dict, step: int = 0, **values: Any) -> None:
+    """An artefact made outside a run."""
+    record = checkpoint.record_of(
+        adapter,
+        role=role,
+        base_name=model.name,
+        base_fingerprint=model.fingerprint,
+        tokenizer_fingerprint=model.tokenizer.fingerprint,
+        step=step,
+        metrics=metrics,
+        **values,
+    )
+    checkpoint.save_artefact(target, adapter, record)
+
+
+def run_average(config: AverageConfig) -> pathlib.Path:
+    """Writes the weighted sum of adapters; a reward's normalisations are averaged before the sum."""
+    target = pathlib.Path(config.to).expanduser()
+    require(not target.exists(), f"{target} exists already; give --to a folder that does not.")
+    require(len(config.adapters) > 0, "Give at least one adapter to average.")
+    number = len(config.adapters)
+    weights = config.weights or (1 / number,) * number
+    require(len(weights) == number, f"There are {number} adapters and {len(weights)} weights; give one weight for each.")
+    model = load_model(config)
+    loaded = [load_any(model, folder) for folder in config.adapters]
+    roles = sorted({record.role for _, record in loaded})
+    require(len(roles) == 1, f"Adapters of different roles ({', '.join(roles)}) cannot be averaged.")
+    values = {}
+    if roles == ["reward"]:
+        # The head is averaged, so a normalised score is the raw one's: keep the weighted moments.
+        values = {"score_mean": sum(w * r.score_mean for w, (_, r) in zip(weights, loaded)), "score_std": sum(w * r.score_std for w, (_, r) in zip(weights, loaded))}
+    adapter = lora.average([adapter for adapter, _ in loaded], weights, model.lm.config.layers)
+    save(target, model, model.place(adapter), roles[0], {"averaged": list(config.adapters), "weights": list(weights)}, **values)
+    return target
+
+
+def show(config: ShowConfig) -> str:
+    """The artefact's record in lines a person can read."""
+    folder = pathlib.Path(config.adapter)
+    record = checkpoint.read_record(folder)
+    settings = {} if record.lora is None else dataclasses.asdict(record.lora)
+    kind = ", ".join(f"{name} {value}" for name, value in settings.items() if value not in (None, "", False)) or "every weight"
+    lines = {
+        "role": record.role + (" (with its scalar head)" if record.has_head else ""),
+        "tuning": f"{record.tuning}: {kind}",
+        "scaling": record.scaling if record.lora else None,
+        "size": f"{checkpoint.folder_bytes(folder) / 2**20:,.2f} MiB on disk",
+        "base": f"{record.base_name}, fingerprint {record.base_fingerprint}",
+        "tokenizer": f"fingerprint {record.tokenizer_fingerprint}",
+        "frozen beneath": None if record.under is None else ", ".join(f"{name} rank {rank}" for name, rank in record.under.items()),
+        "step": f"{record.step:,}",
+        "normalisation": None if record.score_mean is None else f"(raw - {record.score_mean:.4g}) / {record.score_std:.4g}",
+        "metrics": json.dumps(record.metrics) if record.metrics else None,
+    }
+    return "\n".join(f"{name:<15}{value}" for name, value in lines.items() if value is not None)

@@ -1,0 +1,396 @@
+"""Adapters out to PEFT and transformers and back in: the same outputs, and nothing overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from perl_jax import __main__ as command
+from perl_jax import checkpoint, lora as lora_lib, trees
+from perl_jax.config import UserError
+from perl_jax.hf import checkpoint as hf_checkpoint
+from perl_jax.hf.tokenizer import word_tokenizer
+from perl_jax.lora import Adapter, LoRAConfig
+from perl_jax.loops import exchange
+from perl_jax.loops.jobs import ModelOptions
+from perl_jax.loops.model import Model, load_model
+from tests import small
+from tests.hf.test_families import write_random
+
+VARIANTS = {
+    "plain": LoRAConfig(rank=3, alpha=7.0),
+    "all-linear": LoRAConfig(rank=3, alpha=7.0, targets="all-linear"),
+    "rank-stabilised": LoRAConfig(rank=3, alpha=2.0, rank_stabilised=True, targets="q,down"),
+    "dora": LoRAConfig(rank=2, alpha=4.0, dora=True, targets="q,v,o,up,down"),
+    "a-zero": LoRAConfig(rank=2, alpha=2.0, init="a-zero"),
+    "pissa": LoRAConfig(rank=2, alpha=4.0, init="pissa", targets="all-linear"),
+    "patterns": LoRAConfig(rank=4, alpha=8.0, targets="all-linear", ranks="q=2,down=6", alphas="v=3,down=1"),
+    "layers": LoRAConfig(rank=3, layers="1,3", targets="q,k,gate"),
+    "dora-layers": LoRAConfig(rank=3, layers="2-3", dora=True, rank_stabilised=True, targets="v,down"),
+}
+TOKENS = small.make_tokens()
+
+
+# (family, variant, with a head): every variant, every family, both heads; not every product of them.
+EXPORTS = [("llama", variant, False) for variant in VARIANTS]
+EXPORTS += [("llama", "plain", True), ("llama", "dora-layers", True), ("llama", "pissa", True)]
+EXPORTS += [("qwen2", "all-linear", False), ("qwen2", "dora", False), ("qwen2", "patterns", True)]
+QUICK = [("llama", "dora", False), ("llama", "pissa", True), ("llama", "patterns", False), ("qwen2", "plain", True)]
+MERGES = [("llama", "plain", False), ("llama", "dora-layers", True), ("qwen2", "pissa", False), ("qwen2", "plain", True)]
+
+
+def mostly_slow(cases: list[tuple[str, str, bool]]) -> list:
+    """The cases, all but a few marked slow: each compiles a decoder of its own several times."""
+    return [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in cases]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Model]:
+    """A base with every kind of output projection: an untied Llama, and a tied Qwen with biases."""
+    root = tmp_path_factory.mktemp("models")
+    settings = {"llama": {}, "qwen2": {"tie_word_embeddings": True, "head_dim": None}}
+    return {kind: load(write_base(root / kind, kind, **more)) for kind, more in settings.items()}
+
+
+@pytest.fixture
+def model(request, models) -> Model:
+    """The Llama, or the family that a test's parameters name."""
+    return models[getattr(request, "param", "llama")]
+
+
+def write_base(folder: pathlib.Path, kind: str = "llama", **settings: Any) -> pathlib.Path:
+    write_random(folder, kind, **settings)
+    word_tokenizer("good bad fine tea coffee please yes no thanks".split()).save(folder)
+    return folder
+
+
+def load(folder: pathlib.Path, **options: Any) -> Model:
+    return load_model(ModelOptions(model=str(folder), **options))
+
+
+def moved(model: Model, config: LoRAConfig, *, head: bool) -> Adapter:
+    """A role as if trained: every trained leaf has moved away from its start."""
+    noise = np.random.default_rng(4)
+    fresh = model.lm.init_adapter(jax.random.key(1), config, model.base)
+    shake = lambda name, leaf: leaf + (0.3 if "magnitude" in name else 0.15) * noise.standard_normal(leaf.shape).astype(np.float32)
+    return fresh.replace(lora=trees.map_named(shake, fresh.lora), head=small.make_head(model.lm) if head else None)
+
+
+def save(folder: pathlib.Path, model: Model, adapter: Adapter) -> pathlib.Path:
+    moments = {} if adapter.head is None else {"score_mean": 0.4, "score_std": 2.5}
+    exchange.save(folder, model, adapter, "policy" if adapter.head is None else "reward", {"auc": 0.7}, step=12, **moments)
+    return folder
+
+
+def export(model: Model, artefact: pathlib.Path, form: str, to: pathlib.Path) -> float:
+    return exchange.export(exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(to)))[1]
+
+
+def torch_peft(model: Model, folder: pathlib.Path, *, head: bool) -> Any:
+    """The base with a PEFT folder's adapter, in torch."""
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(torch_base(model.name, head=head), folder).eval()
+
+
+def torch_base(folder: Any, *, head: bool) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    if not head:
+        return small.load_torch(pathlib.Path(folder))
+    kind = transformers.AutoModelForSequenceClassification
+    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", num_labels=1, pad_token_id=0).eval()
+
+
+def torch_outputs(torch_model: Any, *, head: bool) -> np.ndarray:
+    """Logits at real tokens, or the classifier's logit of right-padded rows."""
+    if not head:
+        return small.torch_logits(torch_model, TOKENS)[TOKENS.valid_BT]
+    torch = pytest.importorskip("torch")
+    tokens = scored_tokens()
+    # The classifier finds the last token by its id: padding must be 0 and nothing else may be.
+    ids_BT = np.where(tokens.valid_BT, tokens.tokens_BT, 0)
+    with torch.no_grad():
+        mask = torch.tensor(tokens.valid_BT, dtype=torch.long)
+        return torch_model(input_ids=torch.tensor(ids_BT, dtype=torch.long), attention_mask=mask).logits[:, 0].numpy()
+
+
+def scored_tokens():
+    tokens = small.make_tokens([("none", 11), ("right", 7), ("right", 1)])
+    return tokens.replace(tokens_BT=np.maximum(tokens.tokens_BT, 1))
+
+
+def outputs(model: Model, adapter: Adapter) -> np.ndarray:
+    base = None if adapter.weights is not None else model.base
+    if adapter.head is None:
+        return np.array(small.logits(model.lm, base, adapter, TOKENS))[TOKENS.valid_BT]
+    return np.array(small.score(model.lm, base, adapter, scored_tokens()))
+
+
+# Out.
+
+
+@pytest.mark.parametrize(("model", "variant", "head"), mostly_slow(EXPORTS), indirect=["model"])
+def test_peft_gives_the_outputs_of_the_exported_adapter(tmp_path, model, variant, head):
+    adapter = moved(model, VARIANTS[variant], head=head)
+    artefact = save(tmp_path / "artefact", model, adapter)
+    assert export(model, artefact, "peft", tmp_path / "peft") < 1e-4
+    theirs = torch_outputs(torch_peft(model, tmp_path / "peft", head=head), head=head)
+    mine = outputs(model, adapter)
+    assert np.abs(mine - outputs(model, Adapter(head=adapter.head))).max() > 0.05
+    if head:
+        stated = json.loads((tmp_path / "peft" / "perl_jax_reward.json").read_text())
+        theirs, mine = theirs + stated["offset"], (mine - 0.4) / 2.5
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    # And back in.
+    exchange.run_import(exchange.ImportConfig(model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "again")))
+    again, record = model.load_role(tmp_path / "again", "reward" if head else "policy")
+    found = outputs(model, again)
+    np.testing.assert_allclose(np.asarray(record.normalise(found)) if head else found, mine, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "variant", "head"), mostly_slow(MERGES), indirect=["model"])
+def test_transformers_loads_the_merged_export(tmp_path, model, variant, head):
+    adapter = moved(model, VARIANTS[variant], head=head)
+    artefact = save(tmp_path / "artefact", model, adapter)
+    assert export(model, artefact, "merged", tmp_path / "merged") < 1e-4
+    theirs = torch_outputs(torch_base(tmp_path / "merged", head=head), head=head)
+    mine = outputs(model, adapter)
+    if head:
+        theirs, mine = theirs + json.loads((tmp_path / "merged" / "perl_jax_reward.json").read_text())["offset"], (mine - 0.4) / 2.5
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_full_tuning_is_exported_whole(tmp_path, model):
+    weights = jax.tree.map(lambda leaf: leaf + 0.02 * np.random.default_rng(0).standard_normal(leaf.shape).astype(np.float32), model.base)
+    adapter = Adapter(weights=weights)
+    artefact = save(tmp_path / "artefact", model, adapter)
+    export(model, artefact, "merged", tmp_path / "merged")
+    theirs = torch_outputs(torch_base(tmp_path / "merged", head=False), head=False)
+    np.testing.assert_allclose(outputs(model, adapter), theirs, atol=1e-4)
+    with pytest.raises(UserError, match="fully tuned role has no adapter; export it with --format merged"):
+        export(model, artefact, "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists() and not list(tmp_path.glob(".peft*"))
+
+
+def test_a_merged_export_keeps_the_bases_dtype_and_files(monkeypatch, tmp_path):
+    # bfloat16 weights: W + s A B in float32, rounded once; in shards with an index.
+    monkeypatch.setattr(exchange, "_SHARD_BYTES", 20_000)
+    folder = write_base(tmp_path / "base")
+    tensors = {name: array.astype(jnp.bfloat16) for name, array in safetensors.load_file(folder / "model.safetensors").items()}
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    adapter = moved(model, VARIANTS["plain"], head=False)
+    export(model, save(tmp_path / "artefact", model, adapter), "merged", tmp_path / "merged")
+    stored = hf_checkpoint.stored_tensors(tmp_path / "merged")
+    assert {tensor.dtype for tensor in stored.values()} == {"BF16"} and len({tensor.path for tensor in stored.values()}) > 1
+    name, leaf = "model.layers.2.self_attn.v_proj.weight", trees.named_leaves(adapter.lora)
+    a, b = (np.asarray(leaf[f"layers/attention/v/lora_{side}"][2], np.float64) for side in "ab")
+    exact = tensors[name].astype(np.float64) + 7 / 3 * (a @ b).T
+    np.testing.assert_array_equal(hf_checkpoint.read_tensor(stored[name]), exact.astype(np.float32).astype(jnp.bfloat16))
+    untouched = "model.layers.2.mlp.up_proj.weight"
+    np.testing.assert_array_equal(hf_checkpoint.read_tensor(stored[untouched]), tensors[untouched])
+
+
+# In.
+
+
+PEFT_CONFIGS = {
+    "all-linear": {"target_modules": "all-linear", "r": 3, "lora_alpha": 5},
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 5},
+        "alpha_pattern": {r".*\.2\.self_attn\.v_proj": 9},
+    },
+    "rslora": {"target_modules": ["k_proj", "o_proj"], "r": 3, "use_rslora": True},
+    "dora": {"target_modules": "all-linear", "r": 2, "use_dora": True},
+    "dora-layers": {"target_modules": ["q_proj", "up_proj"], "r": 2, "use_dora": True, "layers_to_transform": [0, 3]},
+    "layers": {"target_modules": ["q_proj"], "r": 2, "layers_to_transform": [2]},
+}
+
+
+def write_peft(model: Model, folder: pathlib.Path, *, head: bool, **settings: Any) -> Any:
+    """A PEFT adapter with random weights, saved by PEFT; returns the torch model."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="SEQ_CLS" if head else "CAUSAL_LM", **settings)
+    adapted = peft.get_peft_model(torch_base(model.name, head=head), config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+IMPORTS = [("llama", case, False) for case in PEFT_CONFIGS] + [("llama", "patterns", True), ("llama", "dora", True)]
+IMPORTS += [("qwen2", "all-linear", True), ("qwen2", "dora", False)]
+
+
+@pytest.mark.parametrize(("model", "case", "head"), mostly_slow(IMPORTS), indirect=["model"])
+def test_imported_adapters_give_pefts_outputs(tmp_path, model, case, head):
+    adapted = write_peft(model, tmp_path / "peft", head=head, **PEFT_CONFIGS[case])
+    exchange.run_import(exchange.ImportConfig(model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "artefact")))
+    adapter, record = model.load_role(tmp_path / "artefact", "reward" if head else "policy")
+    np.testing.assert_allclose(outputs(model, adapter), torch_outputs(adapted, head=head), atol=1e-4)
+    assert record.role == ("reward" if head else "policy")
+
+
+def test_an_imported_config_keeps_what_is_even_over_layers(tmp_path, model):
+    settings = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 2}, "use_rslora": True}
+    write_peft(model, tmp_path / "peft", head=False, lora_dropout=0.1, **settings)
+    adapter, _ = exchange.read_peft(tmp_path / "peft", model)
+    assert adapter.config == LoRAConfig(rank=2, alpha=6.0, targets="q,v", ranks="q=4", rank_stabilised=True, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only 'LORA'"),
+        ({"bias": "all"}, "bias 'all'; only 'none' is supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4', which changes the base's weights"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']; only 'score'"),
+        ({"use_something_new": True}, "sets use_something_new, which is not known here"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ],
+)
+def test_peft_settings_that_are_not_supported_are_named(tmp_path, model, fields, message):
+    write_peft(model, tmp_path / "peft", head=False, target_modules=["q_proj"], r=2)
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(UserError) as error:
+        exchange.read_peft(tmp_path / "peft", model)
+    assert message in str(error.value)
+
+
+def test_peft_tensors_that_do_not_fit_are_named(tmp_path, model):
+    write_peft(model, tmp_path / "peft", head=False, target_modules=["q_proj"], r=2)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    good = safetensors.load_file(path)
+    stem = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    for change, message in (
+        ({"base_model.model.lm_head.lora_A.weight": np.zeros((2, 32), np.float32)}, "no place in this base: base_model.model.lm_head.lora_A.weight"),
+        ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": good[stem + "A.weight"]}, "no place in this base: .*layers.9"),
+        ({stem + "B.weight": None}, "layers.1.self_attn.q_proj has lora_a where lora_a, lora_b belong"),
+        ({stem + "A.weight": np.zeros((2, 7), np.float32)}, r"layers.1.self_attn.q_proj has A \(7, 2\)"),
+    ):
+        tensors = {name: array for name, array in (good | change).items() if array is not None}
+        safetensors.save_file(tensors, path)
+        with pytest.raises(UserError, match=message):
+            exchange.read_peft(tmp_path / "peft", model)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match="adapter_model.safetensors is not a complete safetensors file"):
+        exchange.read_peft(tmp_path / "peft", model)
+
+
+# Nothing is overwritten; a wrong export is not kept.
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path, model):
+    artefact = save(tmp_path / "artefact", model, moved(model, VARIANTS["plain"], head=False))
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "mine.txt").write_text("mine")
+    for form in ("peft", "merged"):
+        with pytest.raises(UserError, match="exists already; give --to a folder that does not"):
+            export(model, artefact, form, tmp_path / "to")
+    with pytest.raises(UserError, match="exists already"):
+        exchange.run_import(exchange.ImportConfig(model=model.name, peft=str(artefact), to=str(tmp_path / "to")))
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_an_export_that_reads_back_differently_is_not_kept(monkeypatch, tmp_path, model, form):
+    artefact = save(tmp_path / "artefact", model, moved(model, VARIANTS["plain"], head=False))
+    saved = exchange.save_file
+    monkeypatch.setattr(exchange, "save_file", lambda tensors, path, **kw: saved({n: a * np.asarray(1.1, a.dtype) for n, a in tensors.items()}, path, **kw))
+    with pytest.raises(UserError, match="does not give the same logits: they differ by .* Nothing was kept"):
+        export(model, artefact, form, tmp_path / "to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
+
+
+# Averages, and the listing.
+
+
+def test_an_average_is_the_weighted_sum_of_updates(tmp_path, model):
+    roles = [moved(model, VARIANTS[name], head=True) for name in ("plain", "patterns", "pissa")]
+    folders = [save(tmp_path / str(i), model, role) for i, role in enumerate(roles)]
+    weights = (0.5, 0.2, 0.3)
+    target = exchange.run_average(exchange.AverageConfig(model=model.name, adapters=tuple(map(str, folders)), weights=weights, to=str(tmp_path / "mean")))
+    mean, record = model.load_role(target, "reward")
+    assert (record.score_mean, record.score_std) == (0.4, 2.5)
+    merged = [lora_lib.merge(model.base, role) for role in roles]
+    expected = jax.tree.map(lambda base, *others: base + sum(w * (o - base) for w, o in zip(weights, others)), model.base, *merged)
+    for (name, a), b in zip(trees.named_leaves(lora_lib.merge(model.base, mean)).items(), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+    heads = [np.asarray(role.head["kernel"]) for role in roles]
+    np.testing.assert_allclose(mean.head["kernel"], sum(w * h for w, h in zip(weights, heads)), atol=1e-6)
+
+
+def test_adapters_that_cannot_be_averaged(tmp_path, model):
+    policy, reward = (save(tmp_path / str(head), model, moved(model, VARIANTS["plain"], head=head)) for head in (False, True))
+    dora = save(tmp_path / "dora", model, moved(model, VARIANTS["dora"], head=False))
+    make = lambda *adapters, weights=None: exchange.run_average(
+        exchange.AverageConfig(model=model.name, adapters=tuple(map(str, adapters)), weights=weights, to=str(tmp_path / "to"))
+    )
+    with pytest.raises(UserError, match="different roles"):
+        make(policy, reward)
+    with pytest.raises(UserError, match="2 adapters and 1 weights"):
+        make(policy, policy, weights=(1.0,))
+    with pytest.raises(UserError, match="magnitudes"):
+        make(policy, dora)
+    assert not (tmp_path / "to").exists()
+
+
+def test_show_lists_what_an_artefact_is(tmp_path, model):
+    text = exchange.show(exchange.ShowConfig(str(save(tmp_path / "artefact", model, moved(model, VARIANTS["pissa"], head=True)))))
+    for line in (
+        "role           reward (with its scalar head)",
+        "tuning         lora: rank 2, alpha 4.0, targets all-linear, init pissa",
+        "scaling        alpha / rank",
+        f"base           {model.name}, fingerprint {model.fingerprint}",
+        "step           12",
+        "normalisation  (raw - 0.4) / 2.5",
+        'metrics        {"auc": 0.7}',
+    ):
+        assert re.search(rf"^{re.escape(line)}", text, re.MULTILINE), text
+    assert re.search("frozen beneath .*q rank 2", text) and "MiB on disk" in text
+
+
+# By command, in a fresh process.
+
+
+@pytest.mark.slow
+def test_the_round_trip_by_commands(tmp_path):
+    folder = write_base(tmp_path / "base")
+    model = load(folder)
+    artefact = save(tmp_path / "artefact", model, moved(model, VARIANTS["dora"], head=False))
+
+    def perl_jax(*arguments: Any) -> subprocess.CompletedProcess:
+        line = [sys.executable, "-m", "perl_jax", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    done = perl_jax("export", artefact, "--model", folder, "--format", "peft", "--to", tmp_path / "peft")
+    assert done.returncode == 0 and "peft export, read back with outputs within" in done.stderr, done.stderr
+    done = perl_jax("import", tmp_path / "peft", "--model", folder, "--to", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    done = perl_jax("export", tmp_path / "again", "--model", folder, "--format", "merged", "--to", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    merged = torch_outputs(torch_base(tmp_path / "merged", head=False), head=False)
+    np.testing.assert_allclose(torch_outputs(torch_peft(model, tmp_path / "peft", head=False), head=False), merged, atol=1e-4)
+    shown = perl_jax("show", tmp_path / "again")
+    assert shown.returncode == 0 and "dora True" in shown.stdout
+    again = perl_jax("export", artefact, "--model", folder, "--format", "peft", "--to", tmp_path / "peft")
+    assert again.returncode == 2 and "exists already" in again.stderr
