@@ -19,7 +19,6 @@ from perl_jax import checkpoint, trees
 from perl_jax.checkpoint import Checkpoints, Record
 from perl_jax.config import OptimizerConfig, UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.hf import families
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.state import TrainState, init_state, make_optimizer
 from tests import small
@@ -215,8 +214,7 @@ FRESH = """
 import pathlib, sys
 import jax, numpy as np
 from perl_jax import checkpoint, trees
-from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.hf import families
+from perl_jax.hf import checkpoint as hf_checkpoint, families
 from perl_jax.models.language_model import LanguageModel
 
 folder = pathlib.Path(sys.argv[1])

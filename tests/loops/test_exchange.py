@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -17,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from perl_jax import __main__ as command
-from perl_jax import checkpoint, lora as lora_lib, trees
+from perl_jax import lora as lora_lib
+from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf.tokenizer import word_tokenizer
