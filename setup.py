@@ -27,6 +27,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.7",
         "huggingface_hub>=1.0",
+        "qwix>=0.1.8,<0.2",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "tyro>=1.0,<2",

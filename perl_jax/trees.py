@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Callable
+from typing import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: Tree) -> dict[str, Array]:
-    """Every leaf under its path's name, in the tree's order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> dict[str, Array]:
+    """Every leaf under its path's name, in the tree's order; is_leaf: as in `jax.tree.map`."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
 
 
 def map_named(function: Callable[..., Array], tree: Tree, *rest: Tree) -> Tree:
@@ -45,7 +45,12 @@ def count(tree: Tree) -> int:
 
 def size_bytes(tree: Tree) -> int:
     """Bytes of all leaves (global shapes, one copy)."""
-    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(int(np.prod(leaf.shape)) * _bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+
+
+def _bits(dtype: np.dtype) -> int:
+    # NumPy's own account gives the 4-bit types a whole byte; devices pack two into one.
+    return 4 if jnp.dtype(dtype).name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
 
 
 def all_finite(tree: Tree) -> jax.Array:
@@ -65,11 +70,20 @@ def fingerprint(tree: Tree) -> str:
     bfloat16: rounding makes the same checkpoint give the same digits whether it was loaded in
     bfloat16 or in float32; sampling keeps it quick on large models.
     """
+    return joined_marks({name: leaf_mark(name, leaf) for name, leaf in named_leaves(tree).items()})
+
+
+def leaf_mark(name: str, leaf: Array) -> bytes:
+    """A leaf's part of the fingerprint; for trees whose leaves do not exist at one time."""
+    flat = leaf.reshape(-1)
+    stride = max(1, flat.shape[0] // _FINGERPRINT_SAMPLES)
+    sample = np.asarray(flat[::stride]).astype(np.float32).astype(ml_dtypes.bfloat16)
+    return f"{name}{tuple(leaf.shape)}".encode() + sample.view(np.uint16).tobytes()
+
+
+def joined_marks(marks: Mapping[str, bytes]) -> str:
+    """The fingerprint of leaves by name."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(tree).items()):
-        digest.update(f"{name}{tuple(leaf.shape)}".encode())
-        flat = leaf.reshape(-1)
-        stride = max(1, flat.shape[0] // _FINGERPRINT_SAMPLES)
-        sample = np.asarray(flat[::stride]).astype(np.float32).astype(ml_dtypes.bfloat16)
-        digest.update(sample.view(np.uint16).tobytes())
+    for _, mark in sorted(marks.items()):
+        digest.update(mark)
     return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "perl_jax"
 
 LAYERS: dict[int, set[str]] = {
     0: {"types", "config", "trees", "masked"},
-    1: {"lora", "sharding", "rl"},
+    1: {"lora", "quantise", "sharding", "rl"},
     2: {"models"},
     3: {"hf", "data"},
     4: {"sampling", "state", "steps", "programs", "checkpoint"},

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +68,15 @@ class Stored:
     dtype: str
 
 
-def load_base(folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None, ignore: Collection[str] = ()) -> Tree:
+def load_base(
+    folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None, ignore: Collection[str] = (),
+    finish: Callable[[str, jax.Array], Tree] | None = None,
+) -> Tree:  # fmt: skip
     """The base tree of a folder's safetensors, one file or several with an index.
 
     shardings: of each leaf by its name; None: the default device. ignore: tensors that may be there
-    beside the base's. Leaves take `config.param_dtype`.
+    beside the base's. finish(name, leaf): what to keep of a leaf (its quantised form, say), called
+    before the next one is read. Leaves take `config.param_dtype`.
     Every file's header is checked before anything is read: missing, extra, wrongly shaped and
     unreadable tensors are one error. Tensors then go one by one from disk to their place, and each
     process reads only its devices' parts: beyond what the devices hold, the host holds one tensor.
@@ -82,7 +86,8 @@ def load_base(folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str,
     _check(folder, config, files, trees.named_leaves(abstract))
     default = SingleDeviceSharding(jax.local_devices()[0])
     place = lambda name: default if shardings is None else shardings[name]
-    return trees.map_named(lambda name, spec: _load_leaf(files, name, config, spec, place(name)), abstract)
+    finish = finish or (lambda name, leaf: leaf)
+    return trees.map_named(lambda name, spec: finish(name, _load_leaf(files, name, config, spec, place(name))), abstract)
 
 
 def _check(folder: pathlib.Path, config: ModelConfig, files: Mapping[str, Stored], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:

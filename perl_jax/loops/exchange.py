@@ -103,6 +103,8 @@ def new_folder(to: str) -> Iterator[pathlib.Path]:
 
 def export(config: ExportConfig) -> tuple[pathlib.Path, float]:
     """Writes the export, reads it back, and compares; returns the folder and the largest difference."""
+    whole = config.format != "merged" or config.quantise.kind == "none"
+    require(whole, "A merged export is made of the base's own weights; leave --quantise.kind out.")
     model = load_model(config)
     adapter, record = load_any(model, config.adapter)
     with new_folder(config.to) as folder:

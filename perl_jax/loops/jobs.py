@@ -8,6 +8,7 @@ from typing import Literal
 from perl_jax import config as config_lib
 from perl_jax.config import OptimizerConfig
 from perl_jax.lora import LoRAConfig
+from perl_jax.quantise import QuantiseConfig
 from perl_jax.sharding import MeshConfig
 
 
@@ -19,12 +20,14 @@ class ModelOptions:
         model: A local Hugging Face folder or a hub name.
         dtype: Of the frozen base and of activations.
         remat: Recompute layers in the backward pass (less memory, more time).
+        quantise: Keep the frozen base's matrices in 8 or 4 bits.
         mesh: Devices along each axis of the mesh.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    quantise: QuantiseConfig = QuantiseConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:

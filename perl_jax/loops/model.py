@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from perl_jax import checkpoint, lora, sharding, trees
+from perl_jax import checkpoint, lora, quantise, sharding, trees
 from perl_jax.checkpoint import Record
 from perl_jax.config import UserError, require
 from perl_jax.data.tasks import DataOptions
@@ -70,8 +70,15 @@ def load_model(options: ModelOptions) -> Model:
         len(tokenizer) <= config.vocab_size,
         f"The tokenizer in {folder} has {len(tokenizer)} tokens, its model only {config.vocab_size}.",
     )
-    base = hf_checkpoint.load_base(folder, config, shardings)
-    return Model(str(options.model), lm, base, tokenizer, mesh, shardings, trees.fingerprint(base))
+    marks: dict[str, bytes] = {}
+
+    def finish(name: str, leaf: jax.Array) -> Tree:
+        # The fingerprint is the true base's, whatever becomes of it.
+        marks[name] = trees.leaf_mark(name, leaf)
+        return quantise.quantise_leaf(name, leaf, options.quantise)
+
+    base = hf_checkpoint.load_base(folder, config, shardings, finish=finish)
+    return Model(str(options.model), lm, base, tokenizer, mesh, shardings, trees.joined_marks(marks))
 
 
 def for_devices(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
@@ -94,6 +101,7 @@ def data_options(config: DataConfig) -> DataOptions:
 def fresh_role(model: Model, config: JobConfig, key: jax.Array) -> Adapter:
     """The trainable tree a job starts from: a LoRA adapter equal to the base, or all its weights."""
     if config.tuning == "full":
+        _require_dense(config)
         return full_weights(model.base)
     return model.lm.init_adapter(key, config.lora, model.base)
 
@@ -112,7 +120,12 @@ def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.
         return adapter
     if config.tuning == "lora":
         raise UserError(f"{folder} is fully tuned; an adapter needs a frozen base: use --tuning full, or start from an adapter.")
+    _require_dense(config)
     return full_weights(lora.merge(model.base, adapter))
+
+
+def _require_dense(config: JobConfig) -> None:
+    require(config.quantise.kind == "none", "Full tuning trains the base's weights; quantise.kind must be none.")
 
 
 def check_context(model: Model, config: DataConfig) -> None:

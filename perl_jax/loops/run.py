@@ -104,7 +104,7 @@ def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: 
     tuned = any(role.weights is not None for role in state.roles.values())
     checkpoints = sorted((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     cost = {
-        "parameters_total": trained + (0 if tuned else trees.count(model.base)),
+        "parameters_total": trained + (0 if tuned else trees.count(model.lm.abstract_base())),
         "parameters_trainable": trained,
         "checkpoint_bytes": checkpoint.folder_bytes(checkpoints[-1]) if checkpoints else None,
         "state_bytes": trees.size_bytes(state),

@@ -18,6 +18,7 @@ from flax import nnx
 from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
+from perl_jax.quantise import dense
 from perl_jax.types import Array
 
 
@@ -84,7 +85,7 @@ class Linear(nnx.Module):
 
     def _product(self, x_BTD: Array) -> jax.Array:
         """x W."""
-        return matmul(x_BTD, self.kernel[...].astype(x_BTD.dtype))
+        return matmul(x_BTD, dense(self.kernel.get_value()).astype(x_BTD.dtype))
 
     def _adapted(self, x_BTD: Array, out_BTF: Array, dropout_key: Array | None) -> jax.Array:
         """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
@@ -98,7 +99,7 @@ class Linear(nnx.Module):
         delta_BTF = scale * matmul(h_BTR, self.lora_b[...].astype(x_BTD.dtype))
         if not self.lora.dora:
             return out_BTF + delta_BTF
-        norm_F = jax.lax.stop_gradient(output_norms(self.kernel[...], self.lora_a[...], self.lora_b[...], scale))
+        norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))
         share_F = (self.magnitude[...] / norm_F).astype(x_BTD.dtype)[None, None, :]
         # With dropout the rescaled part sees the dropped input, the base the whole one.
         seen_BTF = self._product(x_BTD) if dropped else out_BTF

@@ -22,6 +22,7 @@ from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig, Rope
 from perl_jax.models.decoder import Adapted, Block, LoRAParam, Outer, UnderParam
+from perl_jax.quantise import dense, is_quantised
 from perl_jax.types import Array, Tree
 
 
@@ -143,8 +144,8 @@ class LanguageModel:
                 raise ValueError("DoRA and PiSSA start from the base's weights: give `base`")
             chosen = jnp.array(config.adapted_layers(self.config.layers))
             modules = {name.rsplit("/", 1)[0] for name in trees.named_leaves(abstract)}
-            leaves = trees.named_leaves(base)
-            kernels = {module: leaves[module + "/kernel"][chosen] for module in modules}
+            leaves = trees.named_leaves(base, is_leaf=is_quantised)
+            kernels = {module: dense(leaves[module + "/kernel"])[chosen] for module in modules}
         adapter = Adapter(lora=lora_lib.init_lora(key, abstract, config, kernels), config=config)
         if config.init != "pissa":
             return adapter

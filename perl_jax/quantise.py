@@ -1,0 +1,64 @@
+"""A frozen base with its matrices in 8 or 4 bits, by qwix (QLoRA's idea, arXiv 2305.14314).
+
+Only the layers' matrices are quantised, weight-only and symmetric: w ~ q * scale, with one scale for
+each output, or for each block of inputs of an output: the largest |w| over 127.5 (int8) or 7.5
+(int4), which half a step is lost of at the largest weight, or over 1 (nf4's levels). Embedding, norms and biases stay as they are,
+and adapters stay float32. A quantised matrix is made dense where it is used, in the activations'
+dtype, and is never differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from perl_jax import config as config_lib
+from perl_jax.types import Tree
+
+KINDS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantiseConfig:
+    """In how many bits the frozen base's matrices are kept.
+
+    Attributes:
+        kind: none, int8, int4, or nf4 (4 bits, levels at a normal distribution's quantiles).
+        block: Inputs that share a scale; None: all inputs of an output. QLoRA's is 64.
+    """
+
+    kind: Literal["none", "int8", "int4", "nf4"] = "none"
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        config_lib.one_of("quantise.kind", self.kind, ("none", *KINDS))
+        if self.block is not None:
+            config_lib.whole("quantise.block", self.block)
+
+
+def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
+    """A base leaf in its quantised form; leaves that are no matrix of a layer come back as they are.
+
+    UserError names a matrix whose inputs the block does not divide.
+    """
+    if config.kind == "none" or not (name.startswith("layers/") and name.endswith("/kernel")):
+        return leaf
+    inputs = leaf.shape[1]
+    block = config.block or inputs
+    config_lib.require(inputs % block == 0, f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.")
+    quantise = lambda kernel_LDF: qwix.quantize(kernel_LDF, KINDS[config.kind], channelwise_axes=[0, 2], tiled_axes={1: block})
+    return jax.jit(quantise)(leaf)
+
+
+def is_quantised(leaf: Tree) -> bool:
+    """Whether a node of a base tree is a quantised matrix."""
+    return isinstance(leaf, qwix.QArray)
+
+
+def dense(kernel: Tree) -> jax.Array:
+    """A matrix as an array, whether quantised (q * scale) or not."""
+    return qwix.dequantize(kernel) if is_quantised(kernel) else kernel
