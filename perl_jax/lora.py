@@ -135,9 +135,12 @@ def _pattern(field: str, text: str) -> dict[str, float]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
         try:
-            out[name.strip()] = float(value)
+            number = float(value)
         except ValueError:
-            raise config_lib.UserError(f"lora.{field} is {text!r}; it must look like q=4,down=32.") from None
+            number = math.nan
+        good = math.isfinite(number) and name.strip() not in out
+        require(good, f"lora.{field} is {text!r}; it must look like q=4,down=32.")
+        out[name.strip()] = number
     return out
 
 
@@ -199,6 +202,10 @@ def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mappi
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         module, part = name.rsplit("/", 1)
+        if config.init == "pissa":
+            target, most = _target(name), min(kernels[module].shape[-2:])
+            rank = config.rank_of(target)
+            require(rank <= most, f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.")
         if part == "magnitude":
             return jnp.linalg.norm(kernels[module].astype(jnp.float32), axis=-2)
         if config.init == "pissa":

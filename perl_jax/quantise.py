@@ -38,6 +38,8 @@ class QuantiseConfig:
         config_lib.one_of("quantise.kind", self.kind, ("none", *KINDS))
         if self.block is not None:
             config_lib.whole("quantise.block", self.block)
+            used = self.kind != "none"
+            config_lib.require(used, f"quantise.block is {self.block}; it needs a quantise.kind other than none.")
 
 
 def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:

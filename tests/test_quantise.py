@@ -96,7 +96,7 @@ def test_cached_decoding_reads_the_quantised_base():
     np.testing.assert_allclose(second_BV, full_BTV[:, 8], atol=2e-5)
 
 
-@pytest.mark.parametrize(("fields", "message"), [({"kind": "int2"}, "quantise.kind is 'int2'; it must be one of none, int8, int4, nf4"), ({"block": 0}, "quantise.block is 0")])
+@pytest.mark.parametrize(("fields", "message"), [({"kind": "int2"}, "quantise.kind is 'int2'; it must be one of none, int8, int4, nf4"), ({"kind": "int8", "block": 0}, "quantise.block is 0"), ({"block": 4}, "quantise.block is 4; it needs a quantise.kind")])
 def test_wrong_settings_are_refused_by_name(fields, message):
     with pytest.raises(UserError, match=message):
         QuantiseConfig(**fields)

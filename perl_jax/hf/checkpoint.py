@@ -181,10 +181,14 @@ def read_tensor(stored: Stored) -> np.ndarray:
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     """Every tensor of a folder's safetensors, from the headers alone."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        paths = [folder / file for file in sorted(set(config_lib.read_json(index)["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    # As in transformers, a single file comes before an index that an earlier save may have left.
+    if index.exists() and not single.exists():
+        found = config_lib.read_json(index).get("weight_map")
+        config_lib.require(bool(found), f"{index} has no weight_map.")
+        paths = [folder / file for file in sorted(set(found.values()))]
     else:
-        paths = [folder / "model.safetensors"]
+        paths = [single]
     return {name: stored for path in paths for name, stored in read_header(path).items()}
 
 

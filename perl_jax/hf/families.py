@@ -26,12 +26,13 @@ _NO_EFFECT = {
     *("_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type"),
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "_attn_implementation", "cache_implementation"),
+    # Of the original training's layout; transformers' models do not read it.
+    "pretraining_tp",
     *("task_specific_params", "is_encoder_decoder", "unsloth_version", "unsloth_fixed", "transformers.js_config", "auto_map"),
 }
 # Settings that the decoder has one way of doing, in every family.
 _ONLY = {
     "attention_dropout": 0.0,
-    "pretraining_tp": 1,
     "use_bidirectional_attention": False,
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
@@ -87,7 +88,8 @@ def _gemma(values: Any) -> Settings:
 
 
 def _gemma3(values: Any) -> Settings:
-    return _gemma(values) | {"qk_norm": True}
+    # The config class has the attention cap, the model has none.
+    return _gemma(values) | {"qk_norm": True, "attention_cap": None}
 
 
 _WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}

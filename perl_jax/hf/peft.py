@@ -160,7 +160,7 @@ def _check_settings(values: Mapping[str, Any]) -> None:
     unknown = sorted(name for name, value in values.items() if name not in _KNOWN and name not in _ONLY_VALUE and value)
     require(not unknown, f"{where} sets {', '.join(unknown)}, which is not known here and could change the numbers.")
     begun = values.get("init_lora_weights", True)
-    changed = isinstance(begun, str) and begun.startswith(_BASE_CHANGING)
+    changed = isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING)
     require(
         not changed,
         f"{where} has init_lora_weights {begun!r}, which changes the base's weights; save it with PEFT's path_initial_model_for_weight_conversion.",
@@ -192,14 +192,17 @@ def _pairs(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config:
         if set(leaves) != wanted:
             problems.append(f"{module} has {', '.join(sorted(leaves))} where {', '.join(sorted(wanted))} belong")
             continue
-        a, b = leaves["lora_a"], leaves["lora_b"]
-        if (a.shape[0], b.shape[1]) != shapes[projection] or a.shape[1] != b.shape[0]:
+        a, b, magnitude = leaves["lora_a"], leaves["lora_b"], leaves.get("magnitude")
+        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != shapes[projection] or a.shape[1] != b.shape[0]:
             problems.append(f"{module} has A {a.shape} and B {b.shape} for a weight {shapes[projection]}")
+            continue
+        if magnitude is not None and magnitude.shape != (shapes[projection][1],):
+            problems.append(f"{module} has magnitudes {magnitude.shape} for {shapes[projection][1]} outputs")
             continue
         alpha = _by_pattern(values.get("alpha_pattern"), f"model.{module}", values.get("lora_alpha", 8))
         rank = a.shape[1]
         scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-        pairs[index, projection] = _Pair(a, b, leaves.get("magnitude"), scale)
+        pairs[index, projection] = _Pair(a, b, magnitude, scale)
     require(not problems, f"The adapter does not fit this base: {'; '.join(problems)}.")
     return pairs, head
 

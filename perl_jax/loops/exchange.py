@@ -128,13 +128,26 @@ def _write_peft(folder: pathlib.Path, config: ExportConfig, model: Model, adapte
     values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
     config_lib.write_json(folder / "adapter_config.json", values)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_offset(folder, record, offset)
+    _write_offset(folder, model, record, offset)
 
 
-def _write_offset(folder: pathlib.Path, record: Record, offset: float) -> None:
+def _classifier_pad(model: Model) -> int:
+    """The padding id for transformers' classifiers, which read the last token that has another id.
+
+    Every response ends in a stop id, so padding with one (usual where a tokenizer has no pad) would
+    make them read the token before it.
+    """
+    inner = model.tokenizer.inner
+    candidates = [i for i in (inner.pad_token_id, inner.unk_token_id, inner.bos_token_id) if i is not None]
+    usable = [i for i in candidates if i not in model.tokenizer.stop_ids]
+    require(bool(usable), f"{model.name} has no pad, unk or bos token besides its stop tokens; a classifier could not tell padding from an end.")
+    return usable[0]
+
+
+def _write_offset(folder: pathlib.Path, model: Model, record: Record, offset: float) -> None:
     if record.has_head:
         meaning = "normalised score = logit + offset; the classifier's head has no bias to put it in. Differences of scores need none."
-        config_lib.write_json(folder / _OFFSET_FILE, {"offset": offset, "role": record.role, "meaning": meaning})
+        config_lib.write_json(folder / _OFFSET_FILE, {"offset": offset, "role": record.role, "pad_token_id": _classifier_pad(model), "meaning": meaning})
 
 
 def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
@@ -170,10 +183,10 @@ def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adap
             shutil.copyfile(path, folder / path.name)
     values = config_lib.read_json(source / "config.json")
     if head is not None:
-        values["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in values.get("architectures", [])]
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": model.tokenizer.pad_id}
+        values["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in values.get("architectures") or []]
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": _classifier_pad(model)}
     config_lib.write_json(folder / "config.json", values)
-    _write_offset(folder, record, offset)
+    _write_offset(folder, model, record, offset)
 
 
 def _common_dtype(stored: Mapping[str, hf_checkpoint.Stored]) -> np.dtype:
@@ -254,8 +267,16 @@ def read_peft(folder: pathlib.Path, model: Model) -> tuple[Adapter, float]:
     values = config_lib.read_json(folder / "adapter_config.json")
     stored = hf_checkpoint.read_header(folder / "adapter_model.safetensors")
     tensors = {name: hf_checkpoint.read_tensor(tensor) for name, tensor in stored.items()}
-    offset = config_lib.read_json(folder / _OFFSET_FILE)["offset"] if (folder / _OFFSET_FILE).exists() else 0.0
-    return peft.from_peft(values, tensors, model.lm.config), offset
+    return peft.from_peft(values, tensors, model.lm.config), _stated(folder)["offset"]
+
+
+def _stated(folder: pathlib.Path) -> dict[str, Any]:
+    """What an export of this package says of a head; a reward without an offset where it says nothing."""
+    path = folder / _OFFSET_FILE
+    found = config_lib.read_json(path) if path.exists() else {"offset": 0.0, "role": "reward"}
+    good = isinstance(found, dict) and isinstance(found.get("offset"), float) and found.get("role") in ("reward", "value")
+    require(good, f"{path} must hold an offset (a number) and a role (reward or value).")
+    return found
 
 
 def run_import(config: ImportConfig) -> pathlib.Path:
@@ -268,13 +289,18 @@ def run_import(config: ImportConfig) -> pathlib.Path:
     values = {}
     if adapter.head is not None:
         adapter = adapter.replace(head=adapter.head | {"bias": jnp.float32(offset)})
+    role = "policy" if adapter.head is None else _stated(folder)["role"]
+    if role == "reward":
         # Its scores are used as they are.
         values = {"score_mean": 0.0, "score_std": 1.0}
     adapter = model.place(adapter)
-    role = "policy" if adapter.head is None else "reward"
-    save(target, model, adapter, role, {"imported_from": str(folder)}, **values)
-    again, _ = model.load_role(target, role)
-    _judge(_outputs(model, model.base, adapter), _outputs(model, model.base, again), 0.0, "outputs")
+    with new_folder(config.to) as temporary:
+        save(temporary / "artefact", model, adapter, role, {"imported_from": str(folder)}, **values)
+        again, _ = model.load_role(temporary / "artefact", role)
+        _judge(_outputs(model, model.base, adapter), _outputs(model, model.base, again), 1e-6, "outputs")
+        for path in (temporary / "artefact").iterdir():
+            path.rename(temporary / path.name)
+        (temporary / "artefact").rmdir()
     return target
 
 
@@ -300,6 +326,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
     require(len(config.adapters) > 0, "Give at least one adapter to average.")
     number = len(config.adapters)
     weights = config.weights or (1 / number,) * number
+    require(bool(np.isfinite(weights).all()), f"The weights are {weights}; they must be finite numbers.")
     require(len(weights) == number, f"There are {number} adapters and {len(weights)} weights; give one weight for each.")
     model = load_model(config)
     loaded = [load_any(model, folder) for folder in config.adapters]
@@ -309,6 +336,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
     if roles == ["reward"]:
         # The head is averaged, so a normalised score is the raw one's: keep the weighted moments.
         values = {"score_mean": sum(w * r.score_mean for w, (_, r) in zip(weights, loaded)), "score_std": sum(w * r.score_std for w, (_, r) in zip(weights, loaded))}
+        require(values["score_std"] > 0, f"The weights {weights} give the averaged score a standard deviation that is not above 0.")
     adapter = lora.average([adapter for adapter, _ in loaded], weights, model.lm.config.layers)
     save(target, model, model.place(adapter), roles[0], {"averaged": list(config.adapters), "weights": list(weights)}, **values)
     return target

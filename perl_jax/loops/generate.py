@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import numpy as np
 
 from perl_jax import checkpoint, config as config_lib, sharding, steps
 from perl_jax.checkpoint import Record
-from perl_jax.config import require
+from perl_jax.config import UserError, require
 from perl_jax.data.jsonl import read_jsonl
 from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import ModelOptions
 from perl_jax.loops.model import Model, host, load_model
@@ -137,10 +139,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     adapter, record = load_any(model, config.adapter)
     spec = BatchSpec(config.batch_size, config.max_prompt_length, config.max_response_length, shuffle_seed=None, epochs=1)
     batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
-    require(
-        not any(batches.truncated.values()),
-        f"{config.input} has rows longer than max_prompt_length {config.max_prompt_length} or max_response_length {config.max_response_length}.",
-    )
+    if any(batches.truncated.values()):
+        raise UserError(_first_too_long(config, model.tokenizer, rows))
     longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
     require(longest <= room, f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.")
     program = Program("measure", functools.partial(_measure, model.lm, config.temperature))
@@ -156,6 +156,17 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
                 normalise = record.normalise if record.role == "reward" else float
                 out[row]["score"] = float(normalise(float(score_B[i])))
     return out
+
+
+def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
+    """The sentence about the first row that would be cut."""
+    for number, row in enumerate(rows, 1):
+        counts = {"prompt": len(tokenizer.prompt_ids(row["prompt"])), "response": len(tokenizer.response_ids(row["response"]))}
+        limits = {"prompt": config.max_prompt_length, "response": config.max_response_length}
+        for field, limit in limits.items():
+            if counts[field] > limit:
+                return f"{config.input}: the {field} of row {number} has {counts[field]} tokens; max_{field}_length is {limit}."
+    raise ValueError("no row is too long")
 
 
 def run_score(config: ScoreConfig) -> None:

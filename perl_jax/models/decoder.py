@@ -100,10 +100,12 @@ class Linear(nnx.Module):
         if not self.lora.dora:
             return out_BTF + delta_BTF
         norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))
-        share_F = (self.magnitude[...] / norm_F).astype(x_BTD.dtype)[None, None, :]
+        share_F = (self.magnitude[...] / norm_F)[None, None, :]
+        # Taken from 1 in float32: in bfloat16 a share near 1 would be 1.
+        share_F, beyond_F = share_F.astype(x_BTD.dtype), (share_F - 1).astype(x_BTD.dtype)
         # With dropout the rescaled part sees the dropped input, the base the whole one.
         seen_BTF = self._product(x_BTD) if dropped else out_BTF
-        return out_BTF + (share_F - 1) * seen_BTF + share_F * delta_BTF
+        return out_BTF + beyond_F * seen_BTF + share_F * delta_BTF
 
 
 class RMSNorm(nnx.Module):

@@ -236,7 +236,6 @@ def test_missing_files_are_refused(llama):
         ({"model_type": "gpt2"}, "model_type 'gpt2'; supported: llama, mistral"),
         ({"model_type": ...}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: silu"),
-        ({"pretraining_tp": 2}, "pretraining_tp 2"),
         ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"hidden_size": ...}, "config.json has no field 'hidden_size'"),
         ({"num_attention_heads": ...}, "config.json has no field 'num_attention_heads'"),

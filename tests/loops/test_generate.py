@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -95,14 +96,15 @@ def test_scored_rows_are_written_or_printed(jobs, file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_response_length": 8}, "has rows longer than max_prompt_length 24 or max_response_length 8."),
-        ({"max_prompt_length": 11}, "has rows longer than max_prompt_length 11 or max_response_length 24."),
+        ({"max_response_length": 8}, r"the response of row \d has (\d+) tokens; max_response_length is 8\."),
+        ({"max_prompt_length": 11}, r"the prompt of row \d has (\d+) tokens; max_prompt_length is 11\."),
     ],
 )
 def test_rows_too_long_are_refused(base, file, fields, message):
     with pytest.raises(UserError) as error:
         score(config(base, file, **fields))
-    assert str(error.value) == f"{file} {message}"
+    found = re.fullmatch(rf"{re.escape(str(file))}: {message}", str(error.value))
+    assert found and int(found[1]) > next(iter(fields.values()))
 
 
 def test_rows_beyond_the_models_positions_are_refused(base, tmp_path):
