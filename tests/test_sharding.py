@@ -33,6 +33,7 @@ MESHES = {
     "data": (MeshConfig(data=8), DEVICES),
     "fsdp and tensor": (MeshConfig(data=1, fsdp=4, tensor=2), DEVICES),
     "all three": (MeshConfig(data=2, fsdp=2, tensor=2), DEVICES),
+    "four": (MeshConfig(data=2, fsdp=2), DEVICES[:4]),
     "permuted": (MeshConfig(data=2, fsdp=2, tensor=2), [DEVICES[i] for i in (3, 0, 6, 1, 7, 4, 2, 5)]),
 }
 slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
@@ -252,7 +253,7 @@ def reinforce_on_one_device() -> tuple[Any, dict, Any]:
     return reinforce_update(None)
 
 
-@pytest.mark.parametrize("where", [slow("data"), slow("fsdp and tensor"), "permuted", slow("all three")])
+@pytest.mark.parametrize("where", [slow("data"), slow("fsdp and tensor"), "permuted", slow("all three"), slow("four")])
 def test_reinforce_update_is_the_same_on_any_mesh(where):
     (state, metrics, rollout), (expected, expected_metrics, expected_rollout) = reinforce_update(where), reinforce_on_one_device()
     # The draws are functions of the key and the row alone. Logits differ by rounding, about 1e-6,

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from perl_jax import sharding
 from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.placement import Placement
-from perl_jax.quantise import dense
+from perl_jax.quantise import dense, is_quantised
 from perl_jax.types import Array
 
 
@@ -50,9 +51,36 @@ def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
     On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy;
     flattened it runs a feed-forward layer's backward pass 1.6 times as fast. Merging B into T
     leaves rows that are sharded over devices where they are.
+
+    A weight of another dtype than x is one that is trained (float32 under bfloat16 activations): it
+    is rounded to x's for the product, and its gradient is not (`_rounded_product`).
+    dtype: of the result; None: x's.
     """
-    flat = jnp.matmul(x_BTD.reshape(-1, x_BTD.shape[-1]), weight_DF, preferred_element_type=dtype)
+    x_ND, dtype = x_BTD.reshape(-1, x_BTD.shape[-1]), jnp.dtype(dtype or x_BTD.dtype)
+    if weight_DF.dtype == x_BTD.dtype:
+        flat = jnp.matmul(x_ND, weight_DF, preferred_element_type=dtype)
+    else:
+        flat = _rounded_product(x_ND, weight_DF, dtype)
     return flat.reshape(*x_BTD.shape[:-1], weight_DF.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rounded_product(x_ND: jax.Array, weight_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x round(W). dL/dW = x^T dy has W's own dtype: sums over tokens, and over devices, are not rounded to x's."""
+    return jnp.matmul(x_ND, weight_DF.astype(x_ND.dtype), preferred_element_type=dtype)
+
+
+def _rounded_product_forward(x_ND, weight_DF, dtype):
+    return _rounded_product(x_ND, weight_DF, dtype), (x_ND, weight_DF)
+
+
+def _rounded_product_backward(dtype, kept, dy_NF):
+    x_ND, weight_DF = kept
+    dx_ND = jnp.matmul(dy_NF, weight_DF.astype(x_ND.dtype).T, preferred_element_type=x_ND.dtype)
+    return dx_ND, jnp.matmul(x_ND.T, dy_NF, preferred_element_type=weight_DF.dtype)
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 class Linear(nnx.Module):
@@ -91,7 +119,9 @@ class Linear(nnx.Module):
 
     def _product(self, x_BTD: Array) -> jax.Array:
         """x W."""
-        return matmul(x_BTD, dense(self.kernel.get_value()).astype(x_BTD.dtype))
+        kernel = self.kernel.get_value()
+        # Of a quantised matrix there is no gradient.
+        return matmul(x_BTD, dense(kernel).astype(x_BTD.dtype) if is_quantised(kernel) else kernel)
 
     def _adapted(self, x_BTD: Array, out_BTF: Array, dropout_key: Array | None) -> jax.Array:
         """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
@@ -101,8 +131,7 @@ class Linear(nnx.Module):
             key = jax.random.fold_in(dropout_key, LINEAR.index(self.name))
             x_BTD = jnp.where(jax.random.bernoulli(key, keep, x_BTD.shape), x_BTD / keep, 0)
         scale = self.lora.scale_of(self.name)
-        h_BTR = matmul(x_BTD, self.lora_a[...].astype(x_BTD.dtype))
-        delta_BTF = scale * matmul(h_BTR, self.lora_b[...].astype(x_BTD.dtype))
+        delta_BTF = scale * matmul(matmul(x_BTD, self.lora_a[...]), self.lora_b[...])
         if not self.lora.dora:
             return out_BTF + delta_BTF
         norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))
@@ -232,9 +261,12 @@ class Outer(nnx.Module):
         return x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype) if self.config.scaled_embedding else x_BTD
 
     def output_matrix(self, place: Placement) -> jax.Array:
-        """The output projection in the activations' dtype, where logits are computed with it."""
-        weight_DV = self.embedding[...].T if self.config.tied_embeddings else self.lm_head[...]
-        return place.output_matrix(weight_DV.astype(self.config.dtype))
+        """The output projection where logits are computed with it."""
+        tied = self.config.tied_embeddings
+        axes = (self.embedding if tied else self.lm_head).get_metadata()["axes"]
+        own = tuple(sharding.RULES[axis] for axis in (axes[::-1] if tied else axes))
+        weight_DV = self.embedding[...].T if tied else self.lm_head[...]
+        return place.output_matrix(weight_DV, own, self.config.dtype)
 
     def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
         """logits_BTV in float32, of hidden states that the final norm has already been applied to."""

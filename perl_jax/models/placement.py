@@ -15,6 +15,7 @@ Without these constraints the compiler may replicate the batch instead, which it
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -36,9 +37,32 @@ def all_but_gathered(primitive: jax.extend.core.Primitive, *_: object, **setting
     """A policy of `jax.checkpoint`: keep everything but weights that came from other devices.
 
     Kept for the backward pass, those of all layers would be the whole base on every device. Before
-    they have their name they are the result of a constraint; those of activations cost nothing again.
+    they have their name they are the result of a constraint or of a cast; those of activations cost
+    next to nothing again.
     """
-    return settings.get("name") != GATHERED and primitive.name != "sharding_constraint"
+    return settings.get("name") != GATHERED and primitive.name not in ("sharding_constraint", "convert_element_type")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(leaf: jax.Array, there: NamedSharding, own: NamedSharding, dtype: str) -> jax.Array:
+    """A weight at another place, moved as `dtype`, in its own dtype; its gradient goes straight to `own`.
+
+    The derived gradient would have the constraint of the weight itself, so that every device got the
+    sum of the whole matrix; this way devices get the sums of their parts (a reduce-scatter, half the
+    bytes), in the weight's dtype and not in that of the journey.
+    """
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), there).astype(leaf.dtype)
+
+
+def _gathered_forward(leaf, there, own, dtype):
+    return gathered(leaf, there, own, dtype), None
+
+
+def _gathered_backward(there, own, dtype, _, cotangent):
+    return (jax.lax.with_sharding_constraint(cotangent, own),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +102,12 @@ class Placement:
         """Hidden states of all rows that a slice of the vocabulary is computed for."""
         return sharding.constrain(hidden_BTD, self.mesh, "data", None, None)
 
-    def output_matrix(self, weight_DV: Array) -> jax.Array:
-        """The output projection, split over its outputs alone."""
-        return sharding.constrain(weight_DV, self.mesh, None, VOCABULARY)
+    def output_matrix(self, weight_DV: Array, own: tuple[str | None, str | None], dtype: str) -> jax.Array:
+        """The output projection, split over its outputs alone. own: the axes it lies along; dtype: it moves in."""
+        if self.mesh is None or self.mesh.size == 1:
+            return weight_DV
+        place = functools.partial(sharding.fitting, self.mesh, weight_DV.shape)
+        return gathered(weight_DV, place(None, VOCABULARY), place(*own), dtype)
 
     def logits(self, logits_BTV: Array) -> jax.Array:
         return sharding.constrain(logits_BTV, self.mesh, "data", None, VOCABULARY)
@@ -92,19 +119,24 @@ class Placement:
     def weights(self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None) -> Tree:
         """One layer's leaves as the layout reads them; places: of the stacked leaves, by path name.
 
-        dtype: matrices are cast to it first, so that half as many bytes move where training weights
-        are float32 and activations are not.
+        dtype: matrices move in it, half as many bytes where training weights are float32 and
+        activations are not, and their gradients to where they are kept (`gathered`); None: adapters,
+        of which every device has the whole gradient.
         """
         if self.mesh is None or self.mesh.size == 1 or self.stationary:
             return layer
 
-        def gathered(name: str, leaf: Array) -> Array:
+        def read(name: str, leaf: Array) -> Array:
             # A quantised matrix is a node of several leaves, of one place.
             place = places.get(name) or places.get(name.rpartition("/")[0])
             if place is None or leaf.ndim < 2:
                 return leaf
-            leaf = leaf.astype(dtype) if dtype is not None and name in places else leaf
-            leaf = sharding.constrain(leaf, self.mesh, *["tensor" if entry == "tensor" else None for entry in place.spec[1:]])
+            entries = place.spec[1:]
+            there = sharding.fitting(self.mesh, leaf.shape, *["tensor" if entry == "tensor" else None for entry in entries])
+            if dtype is not None and name in places:
+                leaf = gathered(leaf, there, sharding.fitting(self.mesh, leaf.shape, *entries), dtype)
+            else:
+                leaf = jax.lax.with_sharding_constraint(leaf, there)
             return checkpoint_name(leaf, GATHERED)
 
-        return trees.map_named(gathered, layer)
+        return trees.map_named(read, layer)

@@ -14,7 +14,7 @@ from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Adapted, Block, Linear, Outer
+from perl_jax.models.decoder import Adapted, Block, Linear, Outer, matmul
 from perl_jax.models.language_model import full_weights, last_valid
 from perl_jax.models.placement import Placement
 from perl_jax.types import Tokens
@@ -166,6 +166,24 @@ def test_bfloat16_activations_stay_close(param_dtype):
     # Adapters and their gradients are float32 over a bfloat16 base.
     grads = jax.eval_shape(jax.grad(lambda role: jnp.sum(low.values(base, role, tokens.tokens_BT, tokens.valid_BT))), role)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_gradients_of_float32_weights_are_not_rounded_to_the_activations(dtype):
+    random = np.random.default_rng(0)
+    x_BTD = jnp.asarray(random.normal(size=(2, 150, 16)), jnp.bfloat16)
+    weight_DF, dy_BTF = jnp.asarray(random.normal(size=(16, 8)), jnp.float32), jnp.asarray(random.normal(size=(2, 150, 8)), jnp.bfloat16)
+    product, back = jax.vjp(lambda x, w: matmul(x, w, dtype), x_BTD, weight_DF)
+    assert product.dtype == (dtype or jnp.bfloat16)
+    dx_BTD, dw_DF = back(dy_BTF.astype(product.dtype))
+    exact = lambda array: np.asarray(array, np.float64)
+    dw = np.einsum("btd,btf->df", exact(x_BTD), exact(dy_BTF))
+    assert dw_DF.dtype == jnp.float32 and dx_BTD.dtype == jnp.bfloat16
+    # float32 sums of 300 terms; rounded to bfloat16 they would be 2e-3 of their size away.
+    np.testing.assert_allclose(dw_DF, dw, atol=2e-6 * np.abs(dw).max())
+    rounded = exact(weight_DF.astype(jnp.bfloat16))
+    np.testing.assert_allclose(exact(dx_BTD), exact(dy_BTF) @ rounded.T, rtol=1e-2, atol=5e-2)
+    np.testing.assert_allclose(exact(product), exact(x_BTD) @ rounded, rtol=1e-2, atol=5e-2)
 
 
 def test_bfloat16_decoding_equals_its_forward():
