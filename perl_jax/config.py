@@ -55,6 +55,17 @@ def whole(field: str, value: int) -> None:
     require(isinstance(value, int) and value > 0, f"{field} is {value!r}; it must be a whole number greater than 0.")
 
 
+def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
+    """`0,2,4-7` as sorted whole numbers; None: none. example: what the error says it must look like."""
+    found: set[int] = set()
+    for item in [] if text is None else text.split(","):
+        first, dash, last = item.strip().partition("-")
+        good = first.isdecimal() and (last.isdecimal() if dash else True) and (not dash or int(first) <= int(last))
+        require(good, f"{field} is {text!r}; it must look like {example}.")
+        found |= set(range(int(first), int(last if dash else first) + 1))
+    return tuple(sorted(found))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A frozen config as plain JSON types (paths become strings, tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -148,13 +148,7 @@ def _pattern(field: str, text: str) -> dict[str, float]:
 
 def _layer_numbers(text: str | None) -> tuple[int, ...]:
     """`0,2,4-7` as sorted numbers."""
-    numbers: set[int] = set()
-    for item in [] if text is None else text.split(","):
-        first, dash, last = item.strip().partition("-")
-        good = first.isdecimal() and (last.isdecimal() if dash else True) and (not dash or int(first) <= int(last))
-        require(good, f"lora.layers is {text!r}; it must look like 8-15 or 0,2,4-7.")
-        numbers |= set(range(int(first), int(last if dash else first) + 1))
-    return tuple(sorted(numbers))
+    return config_lib.numbers("lora.layers", text, "8-15 or 0,2,4-7")
 
 
 @flax.struct.dataclass

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 from typing import Any, Callable
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from perl_jax.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,23 @@ class Memory:
     def beyond_arguments(self) -> int:
         """What the program needs on top of what it is given."""
         return self.peak - self.arguments
+
+
+def keep_compiled(folder: str | None) -> None:
+    """Programs that took a second or more to compile are kept in a folder, for any process; None: as it was.
+
+    A run that starts again then compiles nothing. UserError where the folder cannot be made.
+    """
+    if folder is None:
+        return
+    if "://" not in folder:
+        try:
+            pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"compile_cache is {folder}, which cannot be made a folder: {error.strerror}.") from error
+    # JAX looks at the setting once, at its first compilation, which may have been before.
+    compilation_cache.set_cache_dir(os.path.expanduser(folder))
+    compilation_cache.reset_cache()
 
 
 class Program:

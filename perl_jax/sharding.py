@@ -59,8 +59,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the devices (default: all, host by host), in their order."""
-    devices = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else list(devices)
+    """A (data, fsdp, tensor) mesh over the devices (default: all, slice by slice and host by host), in their order.
+
+    The outermost axis, data, is then the one that spans slices, which the slow network joins. Orders
+    that follow a slice's links more closely deal out a host's rows, and a host loads one run of rows.
+    """
+    whole = lambda device: (getattr(device, "slice_index", None) or 0, device.process_index)
+    devices = sorted(jax.devices(), key=whole) if devices is None else list(devices)
     inner = config.fsdp * config.tensor
     data = len(devices) // inner if config.data == -1 else config.data
     config_lib.require(

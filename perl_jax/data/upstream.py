@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import pathlib
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Sequence
 
 from perl_jax.config import UserError, read_json, require
@@ -19,7 +21,8 @@ TIMEOUT_SECONDS = 60
 def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
     """Downloads base_url/name to folder/name unless it is there; whole or not at all.
 
-    UserError with the address and the reason when it cannot be read or is not JSON.
+    UserError with the address and the reason when it cannot be read or is not what its name says
+    (a ZIP archive; anything else must be JSON).
     """
     target = folder / name
     if target.exists():
@@ -28,18 +31,32 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             body = response.read()
-        json.loads(body)
+        check(name, body)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(f"Could not download {url} ({reason}); give a local copy with --data-dir.") from error
     except ValueError as error:
-        raise UserError(f"{url} did not give valid JSON ({error}); try again, or use --data-dir.") from error
+        kind = "ZIP" if name.endswith(".zip") else "JSON"
+        raise UserError(f"{url} did not give valid {kind} ({error}); try again, or use --data-dir.") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".part-", dir=target.parent)
     with os.fdopen(handle, "wb") as file:
         file.write(body)
     os.replace(temporary, target)
     return target
+
+
+def check(name: str, body: bytes) -> None:
+    """ValueError unless the bytes are a whole ZIP archive, or JSON, as the name says."""
+    if not name.endswith(".zip"):
+        json.loads(body)
+        return
+    try:
+        broken = zipfile.ZipFile(io.BytesIO(body)).testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from error
+    if broken is not None:
+        raise ValueError(f"{broken} in it is damaged")
 
 
 def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:

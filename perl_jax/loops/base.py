@@ -22,6 +22,7 @@ from perl_jax.loops.model import Model, check_context, data_options, for_devices
 from perl_jax.loops.supervised import Supervised, fit, validate_policy
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.programs import keep_compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
             return target
         ours = run_lib.finished(folder / "checkpoints")
         config_lib.require(ours, f"{target} already holds a model that this run did not train; give another --model folder.")
+    keep_compiled(config.compile_cache)
     tokenizer = _tokenizer(config)
     shape = ModelConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,

@@ -29,6 +29,8 @@ class ModelOptions:
             and XLA's own operations elsewhere (plain; blocked is for one CPU device).
         quantise: Keep the frozen base's matrices in 8 or 4 bits.
         mesh: Devices along each axis of the mesh.
+        compile_cache: A folder that keeps compiled programs for later processes; None: what
+            JAX_COMPILATION_CACHE_DIR says, or nothing is kept.
     """
 
     model: str
@@ -37,6 +39,7 @@ class ModelOptions:
     attention: Literal["auto", "plain", "blocked", "splash", "cudnn"] = "auto"
     quantise: QuantiseConfig = QuantiseConfig()
     mesh: MeshConfig = MeshConfig()
+    compile_cache: str | None = None
 
     def __post_init__(self) -> None:
         config_lib.one_of("dtype", self.dtype, config_lib.DTYPES)
@@ -95,6 +98,7 @@ class JobConfig(ModelOptions):
         seed: Of initial values, the order of rows, dropout and sampling.
         tensorboard: Write metrics for TensorBoard too.
         wandb: Send metrics to Weights & Biases too.
+        profile: Trace these steps, such as 20-22 or 5,20, with jax.profiler into the run's folder `profile`.
     """
 
     run: str
@@ -112,6 +116,7 @@ class JobConfig(ModelOptions):
     seed: int = 0
     tensorboard: bool = False
     wandb: bool = False
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +130,14 @@ class JobConfig(ModelOptions):
             self.batch_size % self.microbatches == 0,
             f"microbatches is {self.microbatches}; it must divide batch_size, {self.batch_size}.",
         )
+        traced = self.profiled
+        inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
+        config_lib.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """Numbers of the steps to trace."""
+        return config_lib.numbers("profile", self.profile, "20-22 or 5,20")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from perl_jax.models import kernels
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
+from perl_jax.programs import keep_compiled
 from perl_jax.sampling import SamplingConfig
 from perl_jax.types import Tree
 
@@ -96,6 +97,7 @@ class Model:
 
 def load_model(options: ModelOptions) -> Model:
     """Loads a base straight to its place on the mesh."""
+    keep_compiled(options.compile_cache)
     folder = hf_checkpoint.find_model(options.model)
     config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
     mesh = sharding.make_mesh(options.mesh)

@@ -21,12 +21,13 @@ from perl_jax.hosts import Termination
 from perl_jax.lora import trainable
 from perl_jax.loops.jobs import JobConfig
 from perl_jax.loops.model import Model
+from perl_jax.loops.profile import Profile
 from perl_jax.metrics import MetricsWriter, NoMetrics, Progress, environment
 from perl_jax.programs import Program
 from perl_jax.state import TrainState
 
 # What may differ between the command that began a run and the one that resumes it.
-_FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh")
+_FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh", "profile", "compile_cache")
 
 
 def open_run(job: str, config: JobConfig) -> pathlib.Path:
@@ -183,10 +184,11 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
     writes = hosts.is_writer()
     writer = MetricsWriter(folder, start, config.tensorboard, config.wandb) if writes else NoMetrics()
     progress = Progress(loop.job, config.steps, begin) if writes else NoMetrics()
-    with writer, progress, Termination() as termination:
+    with writer, progress, Termination() as termination, Profile(folder / "profile", config.profiled) as profile:
         for step in range(begin + 1, config.steps + 1):
             clock = time.perf_counter()
-            state, metrics, phases = loop.advance(state, next(loop.batches))
+            with profile.step(step):
+                state, metrics, phases = loop.advance(state, next(loop.batches))
             check_finite(folder, step, metrics)
             row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
             validated = None
