@@ -10,15 +10,14 @@ Numbers   not run whole yet; Gemma 2 9B on v5p:2x2x2 in 4 microbatches: reward 5
           tuning (33 %); RL 8.17 and 30.25 (27 %)
 
 Both sides: bfloat16 frozen weights and activations, Adafactor, float32 trained weights, every layer recomputed in the backward
-pass, weights split over all chips (fsdp), as few microbatches as fit. Full tuning's frozen reference and reward model are
-bfloat16 copies. 512 + 128 tokens a row.
+pass, weights split over all chips (fsdp), four rows a chip at a time, or one where four do not fit. Full tuning's frozen
+reference and reward model are bfloat16 copies. 512 + 128 tokens a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -27,49 +26,69 @@ from typing import Any
 
 import jax
 
+from perl_jax import config as config_lib
 from perl_jax.plan import command, topology
 from perl_jax.plan.config import PlanConfig
 
+JOBS = ("reward", "rl")
 MODELS = ("gemma2-2b", "gemma2-9b", "gemma2-27b", "llama3.1-8b", "llama3.1-70b")
 SLICES = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
-MICROBATCHES = (1, 2, 4, 8, 16)
+# Comparisons or episodes that a chip has at a time: fewer where these do not fit.
+ROWS = (4, 1)
 
 
 class Plans:
-    """Plans by their settings, each kept in a file: a table that was interrupted goes on."""
+    """Plans by their settings, each program's kept in a file: a table that was interrupted goes on."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, config: PlanConfig, only: str | None = None) -> dict[str, Any]:
-        """The plan as JSON; only: one of its programs."""
-        parts = (config.job, config.model, config.topology.replace(":", "-"), config.tuning, str(config.microbatches), str(config.batch), only or "all")
-        path = self.folder / ("_".join(parts) + ".json")
+        """The plan of all programs together, or of one: config, programs, peak_bytes, link_bytes, fits."""
+        planned, _ = command.prepare(config)
+        parts = [self._program(config, piece.name) for piece in planned.pieces if only in (None, piece.name)]
+        return {
+            "config": parts[0]["config"],
+            "programs": [part["programs"][0] for part in parts],
+            "peak_bytes": max(part["peak_bytes"] or math.inf for part in parts),
+            "link_bytes": sum(part["link_bytes"] for part in parts),
+            "fits": all(part["fits"] for part in parts),
+        }
+
+    def _program(self, config: PlanConfig, name: str) -> dict[str, Any]:
+        parts = (config.job, config.model, config.topology, config.mesh, config.tuning, config.microbatches, config.batch, name)
+        path = self.folder / ("_".join(map(str, parts)).replace(":", "-") + ".json")
         if not path.exists():
-            print(f"{' '.join(parts)} ...", file=sys.stderr)
-            path.write_text(json.dumps(command.as_json(command.plan(config, only=only))))
-        return json.loads(path.read_text())
+            print(*parts, "...", file=sys.stderr)
+            config_lib.write_json(path, command.as_json(command.plan(config, only=name)))
+        return config_lib.read_json(path)
 
 
-def layout(config: PlanConfig) -> PlanConfig:
-    """Split over all chips along fsdp, beyond the rows of a microbatch along tensor."""
+def layout(config: PlanConfig, rows: int) -> PlanConfig:
+    """Split over all chips along fsdp, `rows` of a batch on a chip at a time; chips beyond the batch along tensor."""
     chips = len(topology.topology(config.topology))
-    fsdp = math.gcd(chips, config.batch // config.microbatches)
-    return dataclasses.replace(config, mesh=f"fsdp={fsdp},tensor={chips // fsdp}")
+    microbatches = max(1, config.batch // (chips * rows))
+    fsdp = math.gcd(chips, config.batch // microbatches)
+    return dataclasses.replace(config, mesh=f"fsdp={fsdp},tensor={chips // fsdp}", microbatches=microbatches)
 
 
 def fitting(plans: Plans, config: PlanConfig) -> dict[str, Any] | None:
-    """The plan with as few microbatches as fit; None: no number of them does."""
-    for microbatches in MICROBATCHES:
-        tried = layout(dataclasses.replace(config, microbatches=microbatches))
-        planned, _ = command.prepare(tried)
-        if sum(planned.resident_bytes().values()) > topology.chip(tried.topology).usable:
-            return None
+    """The plan with as many rows at a time as fit; None: not even one does.
+
+    The update, the largest program, is compiled first: where it does not fit the others are not needed.
+    """
+    layouts = dict.fromkeys(layout(config, rows) for rows in ROWS)
+    planned, _ = command.prepare(next(iter(layouts)))
+    resident = planned.resident_bytes()
+    # Gradients are all there before the first weight moves: the update is clipped by their common norm.
+    if sum(resident.values()) + resident["trained roles"] > topology.chip(config.topology).usable:
+        return None
+    for tried in layouts:
         if plans(tried, only="learn")["fits"]:
             whole = plans(tried)
             if whole["fits"]:
@@ -86,17 +105,18 @@ def smallest(plans: Plans, config: PlanConfig, generation: str) -> dict[str, Any
     return None
 
 
-def memory_rows(plans: Plans, models: tuple[str, ...]) -> Iterator[list[str]]:
+def memory_rows(plans: Plans, models: tuple[str, ...], jobs: tuple[str, ...]) -> Iterator[list[str]]:
     gib = lambda plan: f"{plan['peak_bytes'] / 2**30:.1f}"
     sent = lambda plan: f"{plan['link_bytes'] / 1e9:.1f}"
     yield ["job", "model", "slice for full tuning", "full, GiB a chip", "adapters there", "ratio", "sent a chip and step, GB", "smallest slice for adapters"]
-    for job in ("reward", "rl"):
+    for job in jobs:
         for model in models:
             for generation in SLICES:
                 start = PlanConfig(job=job, model=model, topology=f"{generation}:{SLICES[generation][0]}")
                 full = smallest(plans, dataclasses.replace(start, tuning="full"), generation)
                 least = smallest(plans, start, generation)
-                there = None if full is None else plans(layout(dataclasses.replace(start, topology=full["config"]["topology"], microbatches=full["config"]["microbatches"])))
+                same = {} if full is None else {field: full["config"][field] for field in ("topology", "mesh", "microbatches")}
+                there = None if full is None else plans(dataclasses.replace(start, **same))
                 if full is None or there is None:
                     yield [job, model, f"none of {generation}'s", "-", "-", "-", "-", least["config"]["topology"] if least else "-"]
                     continue
@@ -120,15 +140,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=("memory", "scaling"), required=True)
     parser.add_argument("--model", choices=MODELS, help="one model only; of the scaling table gemma2-2b without it")
-    parser.add_argument("--job", choices=("reward", "rl"), default="reward", help="of the scaling table")
+    parser.add_argument("--job", choices=JOBS, help="one job only; of the scaling table reward without it")
     parser.add_argument("--run", default="runs/planning", help="folder of the plans")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     plans = Plans(pathlib.Path(arguments.run))
     if arguments.table == "memory":
-        rows = memory_rows(plans, (arguments.model,) if arguments.model else MODELS)
+        rows = memory_rows(plans, (arguments.model,) if arguments.model else MODELS, (arguments.job,) if arguments.job else JOBS)
     else:
-        rows = scaling_rows(plans, arguments.model or "gemma2-2b", arguments.job)
+        rows = scaling_rows(plans, arguments.model or "gemma2-2b", arguments.job or "reward")
     for index, row in enumerate(rows):
         print("| " + " | ".join(row) + " |")
         if index == 0:

@@ -28,8 +28,10 @@ from perl_jax import config, evaluate
 from perl_jax.data.tasks import DataOptions, get_task
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
-OPTIMIZER = flags(optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98)
-RATES = {"lora": {"sft": 2e-3, "reward": 1e-3, "rl": 1.5e-3}, "full": {"sft": 3e-4, "reward": 2e-4, "rl": 1.5e-4}}
+# Of the base alone, as in pre-training. The jobs take the commands' defaults.
+PRETRAINING = flags(
+    optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98, optimizer__learning_rate=3e-3
+)
 
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
@@ -111,26 +113,23 @@ def main() -> int:
     if arguments.model is None:
         shape = flags(width=192, ffn_width=512, layers=4, heads=6, kv_heads=3, vocab_size=2048)
         lengths = flags(data__max_prompt_length=prompt, data__max_response_length=response)
-        training = flags(steps=steps(1000), batch_size=16, evaluate_every=100, optimizer__learning_rate=3e-3)
-        stages.append(Stage("base", "base", "full", (*flags(model=model), *shape, *data, *lengths, *OPTIMIZER, *training)))
+        training = flags(steps=steps(1000), batch_size=16, evaluate_every=100)
+        stages.append(Stage("base", "base", "full", (*flags(model=model), *shape, *data, *lengths, *PRETRAINING, *training)))
     lengths = flags(data__max_prompt_length=prompt, data__max_response_length=response)
     common = (*flags(model=model, seed=arguments.seed), *data, *lengths)
 
-    def train(tuning: str, job: str, count: int, batch: int, **more: object) -> tuple[str, ...]:
-        rate = RATES[tuning][job]
-        return (*OPTIMIZER, *flags(steps=steps(count), batch_size=batch, optimizer__learning_rate=rate, **more))
-
-    reward = lambda tuning, split: train(tuning, "reward", 200, 16, evaluate_every=25, objective="pointwise", split=split)
+    train = lambda count, batch, **more: flags(steps=steps(count), batch_size=batch, **more)
+    reward = lambda split: train(200, 16, evaluate_every=25, objective="pointwise", split=split)
     judge = root / "judge" / "reward"
-    stages.append(Stage("judge/reward", "reward", "judge", (*common, *reward("lora", "judge"))))
+    stages.append(Stage("judge/reward", "reward", "judge", (*common, *reward("judge"))))
     for tuning in ("lora", "full") if arguments.tuning == "both" else (arguments.tuning,):
         stages += whole_job(
             root,
             tuning,
             common=common,
-            sft=train(tuning, "sft", 120, 16, evaluate_every=40),
-            reward=reward(tuning, "train"),
-            rl=train(tuning, "rl", 60, 32, checkpoint_every=20),
+            sft=train(120, 16, evaluate_every=40),
+            reward=reward("train"),
+            rl=train(100, 32, checkpoint_every=20),
             evaluate=flags(batch_size=32, judge=judge / "adapters/reward"),
             reward_of="lora" if arguments.tuning == "both" else tuning,
         )
