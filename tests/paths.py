@@ -9,3 +9,4 @@ _folder = pathlib.Path(os.environ.get("PERL_JAX_SHARED", pathlib.Path(__file__).
 SHARED: pathlib.Path | None = _folder if _folder.is_dir() else None
 STORIES: pathlib.Path | None = None if SHARED is None else SHARED / "models" / "stories260k"
 TASKMASTER: pathlib.Path | None = None if SHARED is None else SHARED / "data" / "taskmaster"
+REDIAL: pathlib.Path | None = None if SHARED is None else SHARED / "data" / "redial"

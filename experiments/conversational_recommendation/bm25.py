@@ -7,6 +7,7 @@ not used here.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 _jax = sys.modules.get("jax")
@@ -19,5 +20,8 @@ finally:
         del sys.modules["jax"]
     else:
         sys.modules["jax"] = _jax
+
+# It sets its own logger to DEBUG.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 __all__ = ["STOPWORDS_EN", "bm25s"]

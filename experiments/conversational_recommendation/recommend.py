@@ -23,7 +23,7 @@ from typing import Any
 
 from augment import AugmentConfig, read_conversations, template_conversations
 from documents import FIELDS, METADATA, PAPER, DocumentConfig, Tokenizer, TokenizerConfig
-from evaluate import BUCKETS, VIEWS, Ranked, Target, case_rows, gain_of, rank, selected, summary_of, targets_of, turns_summary, write_rows
+from ranked import BUCKETS, VIEWS, Ranked, Target, case_rows, gain_of, rank, selected, summary_of, targets_of, turns_summary, write_rows
 from ranking import MEASURES, Summary
 from redial import ReDial, read_redial, split_validation
 from retrieval import BM25Config, Fixed, QueryConfig, Random, Repeat, popularity
