@@ -27,8 +27,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from quickstart import LENGTHS, OPTIMIZER, RATES, base_stage
-from stages import Stage, flags
+from quickstart import LENGTHS, base_stage
+from stages import PRETRAINING, Stage, flags
 
 from perl_jax import config
 from perl_jax.metrics import read_metrics
@@ -58,16 +58,13 @@ def run(stage: Stage, root: pathlib.Path) -> None:
 
 
 def shared_stages(root: pathlib.Path, model: pathlib.Path, scale: float) -> list[Stage]:
-    """The base, one SFT adapter and one reward model: what all runs start from (as in the quickstart)."""
+    """The base, one SFT adapter and one reward model: what all runs start from, and none is compared by."""
     steps = lambda n: max(2, round(n * scale))
-    train = lambda job, n, **more: (
-        *flags(model=model), *LENGTHS, *OPTIMIZER,
-        *flags(steps=steps(n), batch_size=32, optimizer__learning_rate=RATES["lora"][job], **more),
-    )  # fmt: skip
+    train = lambda n, **more: (*flags(model=model), *LENGTHS, *PRETRAINING, *flags(steps=steps(n), batch_size=32, **more))
     return [
         base_stage(root, model, steps(600)),
-        Stage("sft", "sft", "lora", train("sft", 100, evaluate_every=50)),
-        Stage("reward", "reward", "lora", train("reward", 700, evaluate_every=100)),
+        Stage("sft", "sft", "lora", train(100, evaluate_every=50)),
+        Stage("reward", "reward", "lora", train(700, evaluate_every=100)),
     ]
 
 

@@ -106,23 +106,30 @@ def smallest(plans: Plans, config: PlanConfig, generation: str) -> dict[str, Any
 
 
 def memory_rows(plans: Plans, models: tuple[str, ...], jobs: tuple[str, ...]) -> Iterator[list[str]]:
-    gib = lambda plan: f"{plan['peak_bytes'] / 2**30:.1f}"
-    sent = lambda plan: f"{plan['link_bytes'] / 1e9:.1f}"
-    yield ["job", "model", "slice for full tuning", "full, GiB a chip", "adapters there", "ratio", "sent a chip and step, GB", "smallest slice for adapters"]
+    yield ["", *SLICES]
     for job in jobs:
         for model in models:
-            for generation in SLICES:
-                start = PlanConfig(job=job, model=model, topology=f"{generation}:{SLICES[generation][0]}")
-                full = smallest(plans, dataclasses.replace(start, tuning="full"), generation)
-                least = smallest(plans, start, generation)
-                same = {} if full is None else {field: full["config"][field] for field in ("topology", "mesh", "microbatches")}
-                there = None if full is None else plans(dataclasses.replace(start, **same))
-                if full is None or there is None:
-                    yield [job, model, f"none of {generation}'s", "-", "-", "-", "-", least["config"]["topology"] if least else "-"]
-                    continue
-                ratio = f"{there['peak_bytes'] / full['peak_bytes']:.0%}"
-                where = f"{full['config']['topology']} in {full['config']['microbatches']}"
-                yield [job, model, where, gib(full), gib(there), ratio, f"{sent(there)} against {sent(full)}", least["config"]["topology"] if least else "-"]
+            start = PlanConfig(job=job, model=model, topology="v5e:1x1")
+            yield [f"{job}, {model}", *(memory_cell(plans, start, generation) for generation in SLICES)]
+
+
+def memory_cell(plans: Plans, start: PlanConfig, generation: str) -> str:
+    """Slice and parts of a batch; GiB a chip, full tuning's and adapters'; GB sent likewise; where adapters fit."""
+    full = smallest(plans, dataclasses.replace(start, tuning="full"), generation)
+    least = smallest(plans, start, generation)
+    fits = "none" if least is None else slice_of(least)
+    if full is None:
+        return f"full tuning: none; adapters: {fits}"
+    there = plans(dataclasses.replace(start, **{field: full["config"][field] for field in ("topology", "mesh", "microbatches")}))
+    ratio = f"{there['peak_bytes'] / full['peak_bytes']:.0%}".replace("%", " %")
+    peaks = f"{full['peak_bytes'] / 2**30:.1f}, {there['peak_bytes'] / 2**30:.1f} ({ratio})"
+    sent = f"{full['link_bytes'] / 1e9:.0f}, {there['link_bytes'] / 1e9:.0f}"
+    return f"{slice_of(full)} / {full['config']['microbatches']}: {peaks}; {sent}; {fits}"
+
+
+def slice_of(plan: dict[str, Any]) -> str:
+    """2x4 of v5e:2x4."""
+    return plan["config"]["topology"].partition(":")[2]
 
 
 def scaling_rows(plans: Plans, model: str, job: str) -> Iterator[list[str]]:

@@ -17,7 +17,7 @@ import argparse
 import pathlib
 import sys
 
-from stages import Experiment, Stage, flags, run_stages, whole_job
+from stages import PRETRAINING, Experiment, Stage, flags, run_stages, whole_job
 
 EXPERIMENT = Experiment(
     title="Taking coffee orders: adapters against full tuning",
@@ -30,18 +30,14 @@ EXPERIMENT = Experiment(
     hardware="2 CPU cores",
 )
 LENGTHS = flags(data__max_prompt_length=40, data__max_response_length=32)
-OPTIMIZER = flags(optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98)
-# One rank and one set of rates for every job; full tuning takes a tenth of the adapters' rate in RL
-# and a third elsewhere.
-RATES = {"lora": {"sft": 3e-3, "reward": 3e-3, "rl": 1e-3}, "full": {"sft": 1e-3, "reward": 1e-3, "rl": 1e-4}}
 
 
 def base_stage(root: pathlib.Path, model: pathlib.Path, steps: int) -> Stage:
     """The small base that everything else is frozen on."""
     shape = flags(width=128, ffn_width=256, layers=3, heads=4, kv_heads=2)
     lengths = flags(data__max_prompt_length=64, data__max_response_length=64)
-    training = flags(steps=steps, batch_size=32, evaluate_every=200, optimizer__learning_rate=3e-3)
-    return Stage("base", "base", "full", (*flags(model=model), *shape, *lengths, *OPTIMIZER, *training))
+    training = flags(steps=steps, batch_size=32, evaluate_every=200)
+    return Stage("base", "base", "full", (*flags(model=model), *shape, *lengths, *PRETRAINING, *training))
 
 
 def main() -> int:
@@ -55,18 +51,15 @@ def main() -> int:
     steps = lambda n: max(2, round(n * arguments.scale))
     stages = [base_stage(root, model, steps(600))]
     common = (*flags(model=model, seed=arguments.seed), *LENGTHS)
-    for tuning, rates in RATES.items():
-        train = lambda job, count, batch, **more: (
-            *OPTIMIZER,
-            *flags(steps=steps(count), batch_size=batch, optimizer__learning_rate=rates[job], **more),
-        )
+    train = lambda count, batch, **more: flags(steps=steps(count), batch_size=batch, **more)
+    for tuning in ("lora", "full"):
         stages += whole_job(
             root,
             tuning,
             common=common,
-            sft=train("sft", 100, 32, evaluate_every=50),
-            reward=train("reward", 700, 32, evaluate_every=100),
-            rl=train("rl", 80, 64, checkpoint_every=20, data__bucket_count=1),
+            sft=train(100, 32, evaluate_every=50),
+            reward=train(700, 32, evaluate_every=100),
+            rl=train(80, 64, checkpoint_every=20, data__bucket_count=1),
             evaluate=flags(batch_size=128),
         )
     return run_stages(root, EXPERIMENT, stages)

@@ -47,6 +47,13 @@ def flags(**values: object) -> tuple[str, ...]:
     return tuple(out)
 
 
+# For what experiments start from, such as small bases that are trained on the spot; the jobs that they
+# compare take the commands' own defaults.
+PRETRAINING = flags(
+    optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98, optimizer__learning_rate=3e-3
+)
+
+
 def whole_job(
     root: pathlib.Path,
     tuning: str,

@@ -22,16 +22,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from bag_of_words import baseline
-from stages import Experiment, Stage, flags, run_stages, whole_job
+from stages import PRETRAINING, Experiment, Stage, flags, run_stages, whole_job
 
 from perl_jax import config, evaluate
 from perl_jax.data.tasks import DataOptions, get_task
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
-# Of the base alone, as in pre-training. The jobs take the commands' defaults.
-PRETRAINING = flags(
-    optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98, optimizer__learning_rate=3e-3
-)
 
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
