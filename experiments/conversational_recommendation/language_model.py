@@ -6,8 +6,8 @@ Claim     Conversations that a language model writes through perl_jax's sampler 
 Command   python experiments/conversational_recommendation/language_model.py --data-dir PATH_TO_REDIAL
           python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL \\
               --augmented runs/conversational_recommendation/written/conversations.jsonl
-          (--model writes with a model of yours; without it a small base and an adapter are trained
-          on the train side's conversations)
+          (--model writes with a model of yours; without it a small base is trained on the train side's
+          conversations)
 Hardware  2 CPU cores
 Time      TIME
 Numbers   NUMBERS
@@ -21,7 +21,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from augment import AugmentConfig, Linker, cold_movies, neighbours_of, write_conversations
+from augment import Linker, cold_movies, neighbours_of, write_conversations
 from documents import Passage, passages_of
 from redial import Movie, ReDial, Turn, read_redial
 from small_base import adapter_of, small_base, write_split
@@ -74,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
     model, adapter = options.model, options.adapter
     if model is None:
         model = small_base(root, redial.train, redial.movies, steps(options.base_steps), options.seed)
+        # The base has learned from such texts already; an adapter on top of it is specialised further.
+    if options.model is None and options.sft_steps:
         examples = [writer_example(p, redial.movies, linker) for p in passages_of(redial.train, "recommended") if p.at > 0 and p.movie in redial.movies]
         rows = [{"prompt": prompt, "response": response} for prompt, response in examples]
         adapter = adapter_of(folder, "sft", model, rows, steps(options.sft_steps), (PROMPT, RESPONSE), options.seed)
@@ -104,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/conversational_recommendation"), help="folder of the experiment")
     parser.add_argument("--model", help="a Hugging Face folder or hub name to write with")
     parser.add_argument("--adapter", help="a policy artefact of that model")
-    parser.add_argument("--below", type=int, default=AugmentConfig().below, help="write for movies in fewer training conversations than this")
-    parser.add_argument("--copies", type=int, default=2, help="conversations a movie")
-    parser.add_argument("--samples", type=int, default=2, help="of which the better one is kept")
+    parser.add_argument("--below", type=int, default=1, help="write for movies in fewer training conversations than this")
+    parser.add_argument("--copies", type=int, default=1, help="conversations a movie")
+    parser.add_argument("--samples", type=int, default=1, help="of which the best one is kept")
     parser.add_argument("--movies", type=int, help="at most so many movies")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--base-steps", type=int, default=600)
-    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--sft-steps", type=int, default=0, help="of an adapter on the small base; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)

@@ -86,6 +86,11 @@ class Case:
         """Movies of the context, the latest first, each once."""
         return tuple(dict.fromkeys(movie for turn in reversed(self.context) for movie in reversed(turn.movies)))
 
+    @property
+    def introduced(self) -> tuple[str, ...]:
+        """The same movies in the order in which they first came up."""
+        return tuple(dict.fromkeys(movie for turn in self.context for movie in turn.movies))
+
 
 @dataclasses.dataclass(frozen=True)
 class ReDial:

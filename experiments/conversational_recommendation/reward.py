@@ -13,7 +13,9 @@ is paid nothing. As a term of any `perl-jax` command:
     --terms '[{"kind": "function", "function": "experiments/conversational_recommendation/reward.py:score"}]'
 
 with the index's folder in the environment variable CONVERSATIONAL_RECOMMENDATION_INDEX, and rows whose
-`answer` is {"targets": [ID, ...], "mentioned": [ID, ...]} as JSON text.
+`answer` is {"targets": [ID, ...], "mentioned": [ID, ...]} as JSON text, the mentioned movies in the order in
+which they came up: #n in a query is the n-th of them, so that even a small policy can point at a title
+that it could not spell.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from documents import Tokenizer, TokenizerConfig
 from ranking import ranks_of, tie_order
 from redial import Movie
 from retrieval import Index
+from texts import pointed
 
 from perl_jax.config import UserError, read_json, require, write_json
 
@@ -58,13 +61,16 @@ class QueryIndex:
     def order(self) -> np.ndarray:
         return tie_order(len(self.movies))
 
-    def tokens(self, query: str) -> list[str]:
-        """A query's distinct tokens; whole titles in it are mentions."""
-        return list(dict.fromkeys(self.tokenizer.text(self.linker.linked(query))))
+    def tokens(self, query: str, introduced: Sequence[str] = ()) -> list[str]:
+        """A query's distinct tokens; #n, the n-th movie of the conversation, and whole titles are mentions."""
+        return list(dict.fromkeys(self.tokenizer.text(self.linker.linked(pointed(query, introduced)))))
 
     def ranks(self, query: str | Sequence[str], targets: Sequence[str], mentioned: Sequence[str]) -> np.ndarray:
-        """The targets' ranks among movies not mentioned; infinite outside the catalogue or without a known word."""
-        tokens = self.tokens(query) if isinstance(query, str) else query
+        """The targets' ranks among movies not mentioned; infinite outside the catalogue or without a known word.
+
+        query: text, or tokens. mentioned: the conversation's movies, in the order in which they came up.
+        """
+        tokens = self.tokens(query, mentioned) if isinstance(query, str) else query
         found = np.full(len(targets), np.inf)
         known = [i for i, movie in enumerate(targets) if movie in self.position]
         if self.index.known(tokens) and known:

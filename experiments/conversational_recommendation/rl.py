@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from augment import Linker
 from documents import Tokenizer, documents_of
 from ranking import measures
 from redial import Case, Dialogue, ReDial, cases_of, read_redial
@@ -35,14 +34,15 @@ from texts import heuristic_query, query_prompt
 from perl_jax import config
 from perl_jax.config import OptimizerConfig, UserError, require
 from perl_jax.loops.best_of import BestOfConfig, run_best_of
-from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig, ShapingConfig
+from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig
 from perl_jax.loops.policy_gradient import run_rl
 from perl_jax.metrics import read_metrics
 from perl_jax.rl.algorithms import AlgorithmConfig
 
 FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
-TERMS = json.dumps([{"kind": "function", "name": "retrieval", "function": FUNCTION}])
-PROMPT, RESPONSE = 128, 32
+# Times ten: rewards are around 0.1, and the penalty of a response without an end and the KL's weight are made for around 1.
+TERMS = json.dumps([{"kind": "function", "name": "retrieval", "function": FUNCTION, "weight": 10.0}])
+PROMPT, RESPONSE = 96, 24
 SAMPLES = 4
 
 
@@ -63,8 +63,8 @@ def prompt_rows(dialogues: Sequence[Dialogue], index: QueryIndex) -> tuple[list[
             new = [movie for movie in case.targets if movie not in case.mentioned]
             if case.context and new:
                 cases.append(case)
-                answer = write_answer(new, case.mentioned)
-                rows.append({"prompt": query_prompt(case, index.linker), "response": heuristic_query(case, index.linker, genres), "answer": answer})
+                answer = write_answer(new, case.introduced)
+                rows.append({"prompt": query_prompt(case, index.linker), "response": heuristic_query(case, genres), "answer": answer})
     require(bool(rows), "No dialogue has a case with a context and a movie that is new in it.")
     return cases, rows
 
@@ -72,9 +72,8 @@ def prompt_rows(dialogues: Sequence[Dialogue], index: QueryIndex) -> tuple[list[
 def query_index(redial: ReDial, documents: Sequence[Dialogue], settings: Settings) -> QueryIndex:
     """The index that queries are paid by."""
     tokenizer = Tokenizer(settings.tokenizer, redial.movies)
-    index = QueryIndex(Index(documents_of(redial.movies, settings.documents, tokenizer, documents), settings.bm25), tokenizer, redial.movies)
-    # Genres are needed for the heuristic, and the saved catalogue has none.
-    return index
+    made = documents_of(redial.movies, settings.documents, tokenizer, documents)
+    return QueryIndex(Index(made, settings.bm25), tokenizer, redial.movies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +158,13 @@ def run(options: argparse.Namespace) -> None:
     data = DataConfig(task="jsonl", data_dir=str(folder), max_prompt_length=PROMPT, max_response_length=RESPONSE, bucket_count=1)
     job = RLConfig(
         model=model, run=str(root / "rl"), policy=start, data=data, terms=TERMS, steps=steps(options.steps), batch_size=64, checkpoint_every=20,
-        temperature=0.7, seed=options.seed, algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.005),
-        shaping=ShapingConfig(missing_eos_penalty=0.1),  # rewards are about as large
+        temperature=0.7, seed=options.seed, algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.02),
         optimizer=OptimizerConfig(name="adamw", learning_rate=options.rate, schedule="linear", warmup_steps=5),
     )  # fmt: skip
     trained = str(run_rl(job))
-    linker, genres = Linker(redial.movies), genres_of(redial.movies)
+    genres = genres_of(redial.movies)
     whole = [query_tokens(case, settings.query, index.tokenizer) for case in test_cases]
-    heuristic = [heuristic_query(case, linker, genres) for case in test_cases]
+    heuristic = [heuristic_query(case, genres) for case in test_cases]
     write: Callable[[str, str], Queries] = lambda name, policy: measured(
         index, sampled(model, policy, data, root / f"{name}.jsonl", 0.7, options.seed), test
     )
@@ -177,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
         "after RL": write("rl_queries", trained),
     }
     gain = gain_interval(found["after RL"], found["SFT"], [case.dialogue for case in test_cases])
-    curve = [row["reward/score"] for row in read_metrics(root / "rl" / "metrics.jsonl")]
+    curve = [row["reward/term/retrieval"] for row in read_metrics(root / "rl" / "metrics.jsonl")]
     differences = found["after RL"].rewards - found["SFT"].rewards
     order = np.argsort(differences, kind="stable")
     shown = [int(order[int(q * (len(order) - 1))]) for q in (0.1, 0.5, 0.9)]
@@ -198,11 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", help="a folder with ReDial's files; downloaded when left out")
     parser.add_argument("--model", help="a Hugging Face folder or hub name to use as the base instead of a small one")
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/conversational_recommendation"), help="folder of the experiment")
-    parser.add_argument("--base-steps", type=int, default=800)
-    parser.add_argument("--sft-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=80, help="of RL, 16 prompts with 4 samples each")
-    parser.add_argument("--rate", type=float, default=2e-3, help="RL's learning rate")
-    parser.add_argument("--test-prompts", type=int, default=1000)
+    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60, help="of RL, 16 prompts with 4 samples each")
+    parser.add_argument("--rate", type=float, default=4e-3, help="RL's learning rate")
+    parser.add_argument("--test-prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)

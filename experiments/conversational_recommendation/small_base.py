@@ -46,15 +46,14 @@ def genres_of(movies: Mapping[str, Movie]) -> frozenset[str]:
 def corpus(dialogues: Sequence[Dialogue], movies: Mapping[str, Movie]) -> list[dict[str, str]]:
     """Texts of both tasks: conversations written for a movie, and conversations with their queries.
 
-    Made-up conversations of every movie are among the latter, so that titles that ReDial hardly
-    names are copied too.
+    Made-up conversations of every movie are among the latter, so that titles that ReDial hardly names occur.
     """
     linker, genres = Linker(movies), genres_of(movies)
     mentions = mention_counts(dialogues, {movie: i for i, movie in enumerate(movies)})
     cases = [case for dialogue in dialogues for case in cases_of(dialogue) if case.context]
     for passage in template_conversations(movies, mentions, AugmentConfig(below=10**9, copies=1, seed=1)):
         cases.append(Case(passage.dialogue, passage.at, passage.turns[: passage.at], (passage.movie,)))
-    texts = [query_prompt(case, linker) + heuristic_query(case, linker, genres) for case in cases]
+    texts = [query_prompt(case, linker) + heuristic_query(case, genres) for case in cases]
     examples = [writer_example(p, movies, linker) for p in passages_of(dialogues, "recommended") if p.at > 0 and p.movie in movies]
     return [{"text": text} for text in [*texts, *(prompt + response for prompt, response in examples)]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from augment import Linker
@@ -12,7 +13,7 @@ from users import likes
 SPEAKERS = {True: "seeker", False: "recommender"}
 CUE = "query:"
 SHOWN_TURNS = 6
-SEPARATOR = " ; "
+POINTER = re.compile(r"#(\d{1,4})")
 
 
 def rendered(turns: Iterable[Turn], linker: Linker) -> str:
@@ -33,23 +34,36 @@ def parsed(text: str, linker: Linker) -> tuple[Turn, ...]:
 
 
 def query_prompt(case: Case, linker: Linker) -> str:
-    """The last turns of the conversation, then the cue; a conversation that has not begun is the cue alone."""
-    return rendered(case.context[-SHOWN_TURNS:], linker) + CUE
+    """The last turns of the conversation, then the cue; a conversation that has not begun is the cue alone.
+
+    A movie has its number before its title, "#2 The Shining (1980)": the second that came up.
+    """
+    numbers = {movie: number for number, movie in enumerate(case.introduced, 1)}
+    numbered = lambda text: MENTION.sub(lambda match: f"#{numbers[match[1]]} @{match[1]}", text)
+    turns = (Turn(turn.seeker, numbered(turn.text), turn.movies) for turn in case.context[-SHOWN_TURNS:])
+    return rendered(turns, linker) + CUE
 
 
-def heuristic_query(case: Case, linker: Linker, genres: frozenset[str]) -> str:
-    """A rewriting without a model: the latest movies that the seeker likes, and the genres that were named.
+def pointed(query: str, introduced: Sequence[str]) -> str:
+    """A query with #n as the mention of the n-th movie; a number without a movie is left as a word."""
+    named = lambda match: f"@{introduced[int(match[1]) - 1]}" if 0 < int(match[1]) <= len(introduced) else match[1]
+    return POINTER.sub(named, query)
+
+
+def heuristic_query(case: Case, genres: frozenset[str]) -> str:
+    """A rewriting without a model: the latest movies that the seeker likes, by number, and the genres that were named.
 
     Without either, the seeker's last words; a conversation that has not begun gets "good movie".
     """
-    liked = [linker.name(movie) for movie in likes(case.context)[-2:]]
+    numbers = {movie: number for number, movie in enumerate(case.introduced, 1)}
+    liked = [f"#{numbers[movie]}" for movie in likes(case.context)[-2:]]
     said = [word.strip(".,!?;") for turn in case.context for word in MENTION.sub(" ", turn.text).lower().split()]
     named = [word for word in dict.fromkeys(said) if word in genres]
     parts = [*liked, *named[-3:]]
     if not parts:
         last = next((turn.text for turn in reversed(case.context) if turn.seeker), "")
         parts = [" ".join(MENTION.sub(" ", last).lower().split()[:8])]
-    return " " + (SEPARATOR.join(parts) if any(parts) else "good movie")
+    return " " + (" ".join(parts) if any(parts) else "good movie")
 
 
 def writer_prompt(movie: Movie, neighbours: Sequence[str], linker: Linker) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+import language_model
 import numpy as np
 import pytest
 import redial
@@ -12,7 +13,7 @@ import systems
 from augment import AugmentConfig, Linker, cold_movies, neighbours_of, read_conversations, template_conversation, template_conversations, write_conversations
 from documents import DocumentConfig, Tokenizer, TokenizerConfig, documents_of
 from redial import Movie, Turn
-from texts import heuristic_query, parsed, query_prompt, rendered, writer_example, writer_prompt
+from texts import heuristic_query, parsed, pointed, query_prompt, rendered, writer_example, writer_prompt
 
 from perl_jax.config import UserError
 from tests.experiments import tiny_redial
@@ -98,13 +99,35 @@ def test_conversations_as_text_for_a_model():
     assert prompt.startswith("movie: Night Train (1999)\n") and response.endswith("Night Train (1999).\n") or "Night Train (1999)?" in response
 
 
+def test_a_language_models_text_becomes_a_passage_that_ends_in_the_recommendation():
+    linker = Linker(MOVIES)
+    made = language_model.as_passage("10", "seeker: I like Dark Cellar (2001)\nrecommender: Night Train (1999) is scary\n", linker, 0)
+    assert [turn.text for turn in made.turns] == ["I like @11", "@10 is scary"] and made.at == 1
+    without = language_model.as_passage("10", "seeker: hi\nand so on", linker, 0)
+    assert [turn.text for turn in without.turns] == ["hi", "You should watch @10."] and without.turns[-1].movies == ("10",)
+    assert language_model.as_passage("10", "once upon a time", linker, 0) is None
+
+
+def test_each_copy_of_a_prompt_names_other_neighbours():
+    rows = language_model.written_prompts([MOVIES["20"]], {"20": ["10", "11", "30"]}, Linker(MOVIES), copies=2)
+    named = [row["prompt"].partition("like: ")[2].partition("\n")[0] for row in rows]
+    assert named == ["Night Train (1999), Dark Cellar (2001)", "Iron Orbit (2015), Night Train (1999)"]
+    assert [row["answer"] for row in rows] == ["20", "20"]
+    assert "like:" not in language_model.written_prompts([MOVIES["31"]], {"31": []}, Linker(MOVIES), copies=1)[0]["prompt"]
+
+
 def test_queries_without_a_model():
     linker, genres = Linker(MOVIES), frozenset({"horror", "romance"})
     case = redial.Case("1", 3, (Turn(True, "I love @10 and @11. Any horror?", ("10", "11")), Turn(False, "What of @20?", ("20",)), Turn(True, "Not that", ())), ("30",))
-    assert heuristic_query(case, linker, genres) == " Night Train (1999) ; Dark Cellar (2001) ; horror"
-    assert query_prompt(case, linker).endswith("recommender: What of Paper Hearts (2005)?\nseeker: Not that\nquery:")
-    assert heuristic_query(redial.Case("1", 0, (), ("30",)), linker, genres) == " good movie"
-    assert heuristic_query(redial.Case("1", 1, (Turn(True, "Hello there", ()),), ("30",)), linker, genres) == " hello there"
+    assert case.introduced == ("10", "11", "20")
+    assert heuristic_query(case, genres) == " #1 #2 horror"
+    assert query_prompt(case, linker) == (
+        "seeker: I love #1 Night Train (1999) and #2 Dark Cellar (2001). Any horror?\n"
+        "recommender: What of #3 Paper Hearts (2005)?\nseeker: Not that\nquery:"
+    )
+    assert heuristic_query(redial.Case("1", 0, (), ("30",)), genres) == " good movie"
+    assert heuristic_query(redial.Case("1", 1, (Turn(True, "Hello there", ()),), ("30",)), genres) == " hello there"
+    assert pointed("#2 #3 horror #0 #9", ["10", "11"]) == "@11 3 horror 0 9"
 
 
 def test_files_of_conversations(tmp_path):

@@ -44,6 +44,8 @@ def test_the_reward_by_hand(index):
 def test_titles_in_a_query_are_mentions(index):
     assert index.tokens("Dark Cellar (2000) ; horror ; horror") == ["dark", "cellar", "@1", "horror"]
     assert index.ranks("dark cellar (2000)", ["0"], [])[0] == 1  # document 0 holds @1
+    assert index.tokens("#2 scary #1", ["3", "1"]) == ["dark", "cellar", "@1", "scary", "iron", "orbit", "@3"]
+    assert index.ranks("#1", ["0"], ["1"])[0] == 1 and index.ranks("#1", ["0"], [])[0] == np.inf
 
 
 @pytest.mark.parametrize("query", ["", "   ", "nothing known", "?!"])
@@ -72,7 +74,7 @@ def test_it_is_a_term_of_any_command(index, tmp_path, monkeypatch):
     rows = [{"prompt": "p", "answer": write_answer(["1"], [])}, {"prompt": "p", "answer": write_answer(["2"], [])}]
     with Composite(read_terms(rl.TERMS)) as terms:
         columns = terms(["p", "p"], ["horror", "romance"], rows)
-        np.testing.assert_array_equal(columns["retrieval"], [1.0, 1.0])
+        np.testing.assert_array_equal(columns["retrieval"], [1.0, 1.0])  # without the weight
         with pytest.raises(UserError, match="A row's answer is 'x'"):
             terms(["p"], ["horror"], [{"prompt": "p", "answer": "x"}])
 
