@@ -42,7 +42,7 @@ from perl_jax.rl.algorithms import AlgorithmConfig
 FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
 # Times ten: rewards are around 0.1, and the penalty of a response without an end and the KL's weight are made for around 1.
 TERMS = json.dumps([{"kind": "function", "name": "retrieval", "function": FUNCTION, "weight": 10.0}])
-PROMPT, RESPONSE = 96, 24
+PROMPT, RESPONSE = 80, 16
 SAMPLES = 4
 
 
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
     data = DataConfig(task="jsonl", data_dir=str(folder), max_prompt_length=PROMPT, max_response_length=RESPONSE, bucket_count=1)
     job = RLConfig(
         model=model, run=str(root / "rl"), policy=start, data=data, terms=TERMS, steps=steps(options.steps), batch_size=64, checkpoint_every=20,
-        temperature=0.7, seed=options.seed, algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.02),
+        temperature=0.7, seed=options.seed, algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.005),
         optimizer=OptimizerConfig(name="adamw", learning_rate=options.rate, schedule="linear", warmup_steps=5),
     )  # fmt: skip
     trained = str(run_rl(job))
@@ -197,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a Hugging Face folder or hub name to use as the base instead of a small one")
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/conversational_recommendation"), help="folder of the experiment")
     parser.add_argument("--base-steps", type=int, default=600)
-    parser.add_argument("--sft-steps", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=60, help="of RL, 16 prompts with 4 samples each")
-    parser.add_argument("--rate", type=float, default=4e-3, help="RL's learning rate")
+    parser.add_argument("--sft-steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100, help="of RL, 16 prompts with 4 samples each")
+    parser.add_argument("--rate", type=float, default=5e-3, help="RL's learning rate")
     parser.add_argument("--test-prompts", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")

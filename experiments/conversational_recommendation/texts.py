@@ -12,7 +12,7 @@ from users import likes
 
 SPEAKERS = {True: "seeker", False: "recommender"}
 CUE = "query:"
-SHOWN_TURNS = 6
+SHOWN_TURNS = 4
 POINTER = re.compile(r"#(\d{1,4})")
 
 
