@@ -16,7 +16,6 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf.tokenizer import word_tokenizer
 from perl_jax.metrics import read_metrics
 from tests import small
-from tests.quick import quick_compilation
 
 WORDS = "good bad fine tea coffee please yes no thanks".split()
 JOBS = list(command.COMMANDS)
@@ -180,9 +179,8 @@ def test_a_job_on_rows_of_ones_own(model_folder, capsys, tmp_path, monkeypatch):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     run = tmp_path / "run"
     sizes = ("--data.max-prompt-length", 8, "--data.max-response-length", 8, "--batch-size", 8, "--steps", 2)
-    with quick_compilation():
-        arguments = ("sft", "--run", run, "--model", model_folder, "--data.task", "jsonl", "--data.data-dir", tmp_path, *sizes)
-        assert command.main([str(argument) for argument in arguments]) == 0
+    arguments = ("sft", "--run", run, "--model", model_folder, "--data.task", "jsonl", "--data.data-dir", tmp_path, *sizes)
+    assert command.main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.endswith(f"policy: {run / 'adapters' / 'policy'}\n")
     assert (run / "adapters" / "policy" / "artefact.json").exists() and len(read_metrics(run / "metrics.jsonl")) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from perl_jax.sharding import MeshConfig
 from perl_jax.state import init_state, make_optimizer
 from perl_jax.types import Pairs
 from tests import small
-from tests.quick import quick_compilation
 from tests.rollouts import OPTIMIZER, Rehearsal, even_base, placed_model, prompts, rl_config
 
 LM = small.changed(layers=2, vocab_size=64)
@@ -40,12 +38,6 @@ slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 # float32: a device adds its own part first, so sums differ in their last bits, about 1e-7 of the
 # largest term; a few layers of that.
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:

@@ -25,7 +25,6 @@ from perl_jax.state import init_state, make_optimizer
 from perl_jax.steps import Experience
 from perl_jax.types import Labelled, Pairs, Tokens, Tree
 from tests import small
-from tests.quick import quick_compilation
 
 LM = small.changed(layers=2)
 BASE = small.make_base(LM)
@@ -34,12 +33,6 @@ POLICY = small.make_adapter(LM, LORA, head=False)
 SCORER = small.make_adapter(LM, LORA, seed=4)
 TEMPERATURE = 0.7
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 @contextlib.contextmanager

@@ -255,7 +255,7 @@ class Outer(nnx.Module):
 
     def embed(self, tokens_BT: Array, place: Placement) -> jax.Array:
         """x_BTD in the activations' dtype."""
-        x_BTD = place.looked_up(jnp.take(self.embedding[...], tokens_BT, axis=0).astype(self.config.dtype))
+        x_BTD = place.looked_up(jnp.take(self.embedding[...], place.looking_up(tokens_BT), axis=0).astype(self.config.dtype))
         x_BTD = place.residual(x_BTD)
         # The factor is rounded to the activations' dtype, as the model was trained.
         return x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype) if self.config.scaled_embedding else x_BTD

@@ -340,6 +340,8 @@ class LanguageModel:
         chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(number)
         under = None if adapter is None or adapter.under is None else adapter.under["layers"]
         targets = () if under is None else tuple(lora_lib.under_ranks(under))
+        # A frozen base has the activations' dtype, and no gradient.
+        moved = None if adapter is None or adapter.weights is None else self.config.dtype
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         outs = []
         for start, stop, adapted in _runs(chosen, number):
@@ -354,7 +356,7 @@ class LanguageModel:
             def body(x, inputs):
                 index, mine, leaves = inputs
                 block_weights, block_under, leaves = leaves if whole else jax.tree.map(lambda leaf: leaf[index], (weights, under, per_layer))
-                block_weights, mine = place.weights(block_weights, base_places, self.config.dtype), place.weights(mine, lora_places)
+                block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
                 return layer(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
 
             body = self._rematerialised(body) if backward else body

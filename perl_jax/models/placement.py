@@ -94,6 +94,14 @@ class Placement:
         """Keys and values of all layers."""
         return sharding.constrain(x_LBSNK, self.mesh, None, ROWS, None, "tensor" if self.split_heads else None, None)
 
+    def looking_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """Ids of all rows whose part of the width a device looks up.
+
+        Rows that are split further leave the compiler a choice, and beside many devices it moves the
+        table instead.
+        """
+        return sharding.constrain(tokens_BT, self.mesh, "data", None)
+
     def looked_up(self, x_BTD: Array) -> jax.Array:
         """Embeddings as the lookup gives them: their width where the table has it."""
         return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
@@ -119,9 +127,9 @@ class Placement:
     def weights(self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None) -> Tree:
         """One layer's leaves as the layout reads them; places: of the stacked leaves, by path name.
 
-        dtype: matrices move in it, half as many bytes where training weights are float32 and
-        activations are not, and their gradients to where they are kept (`gathered`); None: adapters,
-        of which every device has the whole gradient.
+        dtype: of trained weights, which move in it (half as many bytes where they are float32 and
+        activations are not) and their gradients to where they are kept (`gathered`). None: frozen
+        ones, which move as they are, and adapters, of which every device has the whole gradient.
         """
         if self.mesh is None or self.mesh.size == 1 or self.stationary:
             return layer

@@ -11,13 +11,12 @@ import pytest
 from perl_jax import sharding
 from perl_jax.loops.base import train_base
 from tests.loops import tiny
-from tests.quick import quick_compilation
 
 
 @pytest.fixture(scope="package", autouse=True)
-def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def one_device() -> Iterator[None]:
     """The jobs' mesh, left to itself, would fill the eight devices that tests have."""
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
         yield
 

@@ -45,12 +45,6 @@ RULE = '[{"kind": "length", "maximum": 3, "scale": 4}, {"kind": "regex", "patter
 LOST = "another process of this run was killed, failed or cannot be reached any more"
 
 
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory) -> str:
-    """Every process after the first finds its programs compiled."""
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -60,14 +54,11 @@ def free_port() -> int:
 class Started:
     """The processes of one run; what they print goes to files beside the run. arguments: of all, or of each."""
 
-    def __init__(self, run: pathlib.Path, arguments: Sequence[str] | list[tuple[str, ...]], cache: str, count: int, devices: int) -> None:
+    def __init__(self, run: pathlib.Path, arguments: Sequence[str] | list[tuple[str, ...]], count: int, devices: int) -> None:
         shared = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_C", "JAX_N", "JAX_PROCESS"))},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROCESS"))},
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         address = f"localhost:{free_port()}"
         together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "PERL_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT)}
@@ -115,14 +106,14 @@ def running(processes: Started) -> Iterator[Started]:
         processes.end()
 
 
-def started(job: str, run: pathlib.Path, arguments: Sequence[str], cache: str, *, count: int = 2, devices: int = 4):
+def started(job: str, run: pathlib.Path, arguments: Sequence[str], *, count: int = 2, devices: int = 4):
     """`perl-jax JOB --run RUN ...` as so many processes with so many devices each, as a block."""
-    return running(Started(run, (job, "--run", str(run), *arguments), cache, count, devices))
+    return running(Started(run, (job, "--run", str(run), *arguments), count, devices))
 
 
-def whole(job: str, run: pathlib.Path, arguments: Sequence[str], cache: str, **layout: int) -> None:
+def whole(job: str, run: pathlib.Path, arguments: Sequence[str], **layout: int) -> None:
     """A run from where it is to its end."""
-    with started(job, run, arguments, cache, **layout) as processes:
+    with started(job, run, arguments, **layout) as processes:
         processes.wait()
 
 
@@ -164,7 +155,7 @@ def counting(tmp_path) -> tuple[str, pathlib.Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["sft", "full", "reward", "dpo", "grpo", "reinforce", "spread"])
-def test_two_processes_give_the_numbers_of_one(job, jobs, compile_cache, counting, tmp_path):
+def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     terms, counts = counting
     rl = ("--policy", str(jobs.policy), "--max-mismatch", "10")
     name, more = {
@@ -176,7 +167,7 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, compile_cache, countin
     }.get(job, (job, ()))
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
         counts.unlink(missing_ok=True)
-        whole(name, tmp_path / run, ("--model", jobs.base, *SETTINGS, *more), compile_cache, **layout)
+        whole(name, tmp_path / run, ("--model", jobs.base, *SETTINGS, *more), **layout)
         assert terms not in more or len(counts.read_text()) == STEPS * BATCH
     # Comparisons leave the head's bias a gradient of rounding errors alone, which Adam blows up.
     aside = ("head/bias",) if job == "reward" else ()
@@ -186,13 +177,13 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, compile_cache, countin
 
 
 @pytest.mark.slow
-def test_evaluation_and_best_of_n_see_all_rows(jobs, compile_cache, tmp_path):
+def test_evaluation_and_best_of_n_see_all_rows(jobs, tmp_path):
     data = ("--data.train-size", "32", "--data.evaluation-size", "19", "--data.max-prompt-length", "8", "--data.max-response-length", "8")
     common = ("--model", jobs.base, "--batch-size", "16", "--policy", str(jobs.tuned), "--reward", str(jobs.reward), *data)
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
-        whole("evaluate", tmp_path / run, common, compile_cache, **layout)
+        whole("evaluate", tmp_path / run, common, **layout)
         arguments = ("best-of", *common, "--n", "4", "--terms", RULE, "--output", str(tmp_path / f"{run}.jsonl"))
-        with running(Started(tmp_path / f"best-{run}", arguments, compile_cache, **layout)) as processes:
+        with running(Started(tmp_path / f"best-{run}", arguments, **layout)) as processes:
             processes.wait()
     # No sum goes over processes here: they are the same to the last bit.
     for file in ("{}/samples.jsonl", "{}.jsonl"):
@@ -210,17 +201,17 @@ LAYOUTS = {"8": {"count": 1, "devices": 8}, "2": {"count": 1, "devices": 2}, "2x
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("8", "2"), ("2x4", "8"), ("8", "2x4")])
-def test_a_run_goes_on_in_another_layout(before, after, base, compile_cache, tmp_path):
+def test_a_run_goes_on_in_another_layout(before, after, base, tmp_path):
     arguments = ("--model", base, *SETTINGS, "--tuning", "full", "--mesh.fsdp")
     width = {"8": "8", "2": "2", "2x4": "4"}
-    whole("sft", tmp_path / "whole", (*arguments, width[before]), compile_cache, **LAYOUTS[before])
-    with started("sft", tmp_path / "moved", (*arguments, width[before]), compile_cache, **LAYOUTS[before]) as processes:
+    whole("sft", tmp_path / "whole", (*arguments, width[before]), **LAYOUTS[before])
+    with started("sft", tmp_path / "moved", (*arguments, width[before]), **LAYOUTS[before]) as processes:
         processes.wait_for_step(4)
         processes.processes[-1].send_signal(signal.SIGTERM)
         processes.wait(143)
     stopped = last_checkpoint(tmp_path / "moved")
     assert 4 <= stopped < STEPS and cursor(tmp_path / "moved")["grain"]["next_index"] == stopped
-    whole("sft", tmp_path / "moved", (*arguments, width[after]), compile_cache, **LAYOUTS[after])
+    whole("sft", tmp_path / "moved", (*arguments, width[after]), **LAYOUTS[after])
     assert cursor(tmp_path / "moved") == cursor(tmp_path / "whole")
     assert_close_runs(tmp_path / "whole", tmp_path / "moved", relative=1e-5, absolute=2e-6)
 
@@ -239,27 +230,27 @@ def cursor(run: pathlib.Path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "victim"), [("reward", 0), ("rl", 1)])
-def test_a_killed_process_ends_the_others_and_leaves_no_trace(job, victim, jobs, compile_cache, tmp_path):
+def test_a_killed_process_ends_the_others_and_leaves_no_trace(job, victim, jobs, tmp_path):
     arguments = ("--model", jobs.base, *SETTINGS)
     if job == "rl":
         arguments += ("--policy", str(jobs.policy), "--max-mismatch", "10", "--terms", RULE, "--algorithm.name", "ppo", "--algorithm.epochs", "2")
-    whole(job, tmp_path / "whole", arguments, compile_cache, **LAYOUTS["2x4"])
-    with started(job, tmp_path / "killed", arguments, compile_cache) as processes:
+    whole(job, tmp_path / "whole", arguments, **LAYOUTS["2x4"])
+    with started(job, tmp_path / "killed", arguments) as processes:
         processes.wait_for_step(4)
         processes.processes[victim].kill()
         processes.wait(1, [1 - victim], seconds=BOUND)
         assert [LOST in said for said in processes.sentences(1 - victim)] == [True]
     assert not (tmp_path / "killed" / "cost.json").exists() and last_checkpoint(tmp_path / "killed") < STEPS
-    whole(job, tmp_path / "killed", arguments, compile_cache, **LAYOUTS["2x4"])
+    whole(job, tmp_path / "killed", arguments, **LAYOUTS["2x4"])
     roles = {"reward": ("reward",), "rl": ("policy", "value")}[job]
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", roles, tiny.open_model(jobs.base))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs_ends_the_others(victim, base, compile_cache, tmp_path):
+def test_a_process_that_hangs_ends_the_others(victim, base, tmp_path):
     # Its connections stay open: the others are inside a collective, and only heartbeats can tell.
-    with started("sft", tmp_path / "run", ("--model", base, *SETTINGS), compile_cache) as processes:
+    with started("sft", tmp_path / "run", ("--model", base, *SETTINGS)) as processes:
         processes.wait_for_step(2)
         processes.processes[victim].send_signal(signal.SIGSTOP)
         processes.wait(1, [1 - victim], seconds=BOUND)
@@ -269,10 +260,10 @@ def test_a_process_that_hangs_ends_the_others(victim, base, compile_cache, tmp_p
 # Told to stop.
 
 
-def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, compile_cache, tmp_path):
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, tmp_path):
     """Two processes, then one: the quick look at most of what this file is about."""
     arguments = ("--model", base, *SETTINGS)
-    with started("sft", tmp_path / "run", arguments, compile_cache) as processes:
+    with started("sft", tmp_path / "run", arguments) as processes:
         processes.wait_for_step(2)
         processes.processes[1].send_signal(signal.SIGTERM)
         processes.wait(143)
@@ -280,21 +271,21 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, compile_cache
         said = f"perl-jax sft: stopped by SIGTERM after step {step}, which is saved; the same command resumes from there."
         assert processes.sentences(0) == processes.sentences(1) == [said]
     assert steps_done(tmp_path / "run") == step < STEPS
-    whole("sft", tmp_path / "run", arguments, compile_cache, **LAYOUTS["8"])
-    whole("sft", tmp_path / "whole", arguments, compile_cache, **LAYOUTS["8"])
+    whole("sft", tmp_path / "run", arguments, **LAYOUTS["8"])
+    whole("sft", tmp_path / "whole", arguments, **LAYOUTS["8"])
     assert_close_runs(tmp_path / "whole", tmp_path / "run", relative=1e-5, absolute=2e-6)
 
 
 @pytest.mark.slow
-def test_sigterm_to_all_leaves_no_trace(jobs, compile_cache, tmp_path):
+def test_sigterm_to_all_leaves_no_trace(jobs, tmp_path):
     arguments = ("--model", jobs.base, *SETTINGS, "--policy", str(jobs.policy), "--max-mismatch", "10", "--reward", str(jobs.reward))
-    whole("rl", tmp_path / "whole", arguments, compile_cache, **LAYOUTS["2x4"])
-    with started("rl", tmp_path / "parts", arguments, compile_cache) as processes:
+    whole("rl", tmp_path / "whole", arguments, **LAYOUTS["2x4"])
+    with started("rl", tmp_path / "parts", arguments) as processes:
         processes.wait_for_step(4)
         for process in processes.processes:
             process.send_signal(signal.SIGTERM)
         processes.wait(143)
-    whole("rl", tmp_path / "parts", arguments, compile_cache, **LAYOUTS["2x4"])
+    whole("rl", tmp_path / "parts", arguments, **LAYOUTS["2x4"])
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("policy", "value"), tiny.open_model(jobs.base))
 
 
@@ -342,9 +333,9 @@ def test_a_second_signal(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_with_different_settings_are_refused(base, compile_cache, tmp_path):
+def test_processes_with_different_settings_are_refused(base, tmp_path):
     settings = [("sft", "--run", str(tmp_path / "run"), "--model", base, *SETTINGS, "--seed", seed) for seed in ("0", "1")]
-    with running(Started(tmp_path / "run", settings, compile_cache, 2, 4)) as processes:
+    with running(Started(tmp_path / "run", settings, 2, 4)) as processes:
         processes.wait(2, [1])
         assert processes.sentences(1) == [
             f"perl-jax sft: {tmp_path / 'run'} holds a run with other settings (seed was 0, is now 1); use the same ones, or another --run."

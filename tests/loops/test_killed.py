@@ -25,20 +25,11 @@ SETTINGS = (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def compile_cache(tmp_path_factory) -> str:
-    """Every process after the first finds its programs compiled."""
-    return str(tmp_path_factory.mktemp("compiled"))
-
-
-def start(job: str, run: pathlib.Path, arguments: tuple[str, ...], compile_cache: str) -> subprocess.Popen:
+def start(job: str, run: pathlib.Path, arguments: tuple[str, ...]) -> subprocess.Popen:
     """`perl-jax JOB` on one device; its output goes to a file beside the run."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
         "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": compile_cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", "perl_jax", job, "--run", str(run), *arguments]
     with open(f"{run}.log", "ab") as log:
@@ -66,24 +57,24 @@ def kill_at(process: subprocess.Popen, run: pathlib.Path, step: int, delay: floa
 
 
 @pytest.mark.parametrize("job", ["sft", "reward", "rl"])
-def test_three_kills_leave_no_trace(job, jobs, compile_cache, tmp_path):
+def test_three_kills_leave_no_trace(job, jobs, tmp_path):
     model = tiny.open_model(jobs.base)
     arguments = ("--model", jobs.base, *SETTINGS)
     if job == "rl":
         arguments += ("--policy", str(jobs.policy), "--reward", str(jobs.reward), "--max-mismatch", "10")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(job, whole, arguments, compile_cache), whole)
+    finish(start(job, whole, arguments), whole)
     seed = {"sft": 1, "reward": 2, "rl": 3}[job]
     draw = random.Random(seed)
     moments = []
     for low, high in ((1, 7), (8, 14), (15, 21)):
-        process = start(job, killed, arguments, compile_cache)
+        process = start(job, killed, arguments)
         step, delay = draw.randint(low, high), draw.uniform(0, 0.05)
         moments.append((step, round(delay, 3), kill_at(process, killed, step, delay)))
     # Shown when the test fails: (step waited for, seconds after it, rows written when it died).
     print(f"{job}, seed {seed}: killed at {moments}")
     assert not (killed / "cost.json").exists() and all(rows < STEPS for *_, rows in moments)
-    finish(start(job, killed, arguments, compile_cache), killed)
+    finish(start(job, killed, arguments), killed)
     assert_same_runs(whole, killed, {"sft": ("policy",), "reward": ("reward",), "rl": ("policy", "value")}[job], model)
     assert [row["step"] for row in tiny.timeless(killed)] == list(range(1, STEPS + 1))
     if job == "reward":
