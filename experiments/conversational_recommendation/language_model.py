@@ -1,16 +1,17 @@
 """Conversations for cold movies, written by a language model from their metadata.
 
-Claim     Conversations that a language model writes through perl_jax's sampler from a movie's metadata
-          make movies findable that no training conversation mentions; how much, beside a template
-          writer and by frequency, is what recommend.py --augmented shows.
+Claim     Conversations that even a very small language model writes through perl_jax's sampler from a
+          movie's metadata make some movies findable that no training conversation mentions, fewer
+          than a template does; recommend.py --augmented shows it by frequency.
 Command   python experiments/conversational_recommendation/language_model.py --data-dir PATH_TO_REDIAL
           python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL \\
               --augmented runs/conversational_recommendation/written/conversations.jsonl
           (--model writes with a model of yours; without it a small base is trained on the train side's
           conversations)
 Hardware  2 CPU cores
-Time      TIME
-Numbers   NUMBERS
+Time      10 minutes beside other work, without the base's
+Numbers   3,822 conversations; recall at 10 and 50 of the 865 targets that no training conversation
+          mentions: .002 .002 without, .017 .050 with them, .044 .083 with eight by the template
 """
 
 from __future__ import annotations
