@@ -46,7 +46,8 @@ FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
 # Times ten: rewards are around 0.1, and the penalty of a response without an end and the KL's weight are made for around 1.
 TERMS = json.dumps([{"kind": "function", "name": "retrieval", "function": FUNCTION, "weight": 10.0}])
 PROMPT, RESPONSE = 80, 16
-SAMPLES = 4
+# Of an update; as many as there are where there are fewer.
+PROMPTS, SAMPLES = 16, 4
 
 
 def split_train(train: Sequence[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
@@ -160,8 +161,9 @@ def run(options: argparse.Namespace) -> None:
     start = adapter_of(root, "sft", model, train, steps(options.sft_steps), (PROMPT, RESPONSE), options.seed)
     data = DataConfig(task="jsonl", data_dir=str(folder), max_prompt_length=PROMPT, max_response_length=RESPONSE, bucket_count=1)
     job = RLConfig(
-        model=model, run=str(root / "rl"), policy=start, data=data, terms=TERMS, steps=steps(options.steps), batch_size=64, checkpoint_every=20,
-        temperature=0.7, seed=options.seed, algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.005),
+        model=model, run=str(root / "rl"), policy=start, data=data, terms=TERMS, steps=steps(options.steps),
+        batch_size=SAMPLES * min(PROMPTS, len(train)), checkpoint_every=20, temperature=0.7, seed=options.seed,
+        algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.005),
         optimizer=OptimizerConfig(name="adamw", learning_rate=options.rate, schedule="linear", warmup_steps=5),
     )  # fmt: skip
     trained = str(run_rl(job))

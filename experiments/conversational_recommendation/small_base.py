@@ -73,9 +73,11 @@ def small_base(root: pathlib.Path, dialogues: Sequence[Dialogue], movies: Mappin
 
 def adapter_of(root: pathlib.Path, name: str, model: str, rows: Sequence[Mapping[str, str]], steps: int, lengths: tuple[int, int], seed: int = 0) -> str:
     """The folder of an adapter fitted to demonstrations (`prompt`, `response`)."""
-    folder = write_split(root / f"{name}_demonstrations", apart(rows))
+    parts = apart(rows)
+    folder = write_split(root / f"{name}_demonstrations", parts)
     data = DataConfig(task="jsonl", data_dir=str(folder), max_prompt_length=lengths[0], max_response_length=lengths[1])
     job = SFTConfig(
-        run=str(root / name), model=model, data=data, steps=steps, batch_size=32, evaluate_every=max(1, steps // 2), optimizer=OPTIMIZER, seed=seed,
+        run=str(root / name), model=model, data=data, steps=steps, batch_size=min(32, len(parts["train"])),
+        evaluate_every=max(1, steps // 2), optimizer=OPTIMIZER, seed=seed,
     )  # fmt: skip
     return str(run_sft(job))

@@ -60,11 +60,11 @@ def write(folder: pathlib.Path, train: Sequence[dict], test: Sequence[dict], mov
     return folder
 
 
-def small(folder: pathlib.Path, words: str = "") -> pathlib.Path:
-    """Ten train dialogues, horror goes with horror and romance with romance, and three test dialogues; words: said in the test ones."""
+def small(folder: pathlib.Path, words: str = "", tens: int = 1) -> pathlib.Path:
+    """Ten train dialogues (or several tens), horror goes with horror and romance with romance, and three test dialogues; words: said in the test ones."""
     horror, romance = ("10", "11"), ("20", "21")
-    pairs = [horror, romance, romance, horror, horror, romance, romance, horror, horror, romance]  # both in either half
-    train = [pair(100 + i, *of, words=f"{'scary' if of[0] == '10' else 'sweet'} please, on evening {i}", seeker=10 + i, recommender=30 + i) for i, of in enumerate(pairs)]
+    pairs = [horror, romance, romance, horror, horror, romance, romance, horror, horror, romance] * tens  # both in either half
+    train = [pair(100 + i, *of, words=f"{'scary' if of[0] == '10' else 'sweet'} please, on evening {i}", seeker=1000 + i, recommender=2000 + i) for i, of in enumerate(pairs)]
     test = [
         pair(900, "10", "11", words, seeker=90, recommender=91),
         pair(901, "20", "21", words, seeker=92, recommender=93),
