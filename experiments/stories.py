@@ -20,7 +20,7 @@ import sys
 
 import numpy as np
 
-from perl_jax import config
+from perl_jax import config, platforms
 from perl_jax.loops.best_of import BestOfConfig, run_best_of
 from perl_jax.loops.generate import GenerateConfig, generate
 from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig
@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/stories"), help="folder of the experiment")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
+    platforms.without_absent_chips()
     root = arguments.run
     write_prompts(root / "prompts")
     data = DataConfig(task="jsonl", data_dir=str(root / "prompts"), max_prompt_length=40, max_response_length=TOKENS, bucket_count=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import logging
 import os
 import pathlib
@@ -18,10 +17,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Transformers says at import that it has no torch, which is how it should be here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
-# libtpu is there for planning too. Where there is no chip JAX would still ask it, and it fails at length.
-_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
-if not any(glob.glob(pattern) for pattern in _DEVICES):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from perl_jax import platforms  # noqa: E402
+
+platforms.without_absent_chips()
 
 import tyro  # noqa: E402
 

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "perl_jax"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"types", "config", "hosts", "trees", "masked"},
+    0: {"types", "config", "hosts", "trees", "masked", "platforms"},
     1: {"lora", "quantise", "sharding", "rl", "rewards"},
     2: {"models"},
     3: {"hf", "data"},

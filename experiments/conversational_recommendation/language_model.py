@@ -29,6 +29,7 @@ from small_base import adapter_of, small_base, write_split
 from systems import mention_counts
 from texts import parsed, writer_example, writer_prompt
 
+from perl_jax import platforms
 from perl_jax.config import UserError, require
 from perl_jax.loops.best_of import BestOfConfig, run_best_of
 from perl_jax.loops.jobs import DataConfig
@@ -117,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)
+    platforms.without_absent_chips()
     try:
         run(options)
     except UserError as error:

@@ -34,7 +34,7 @@ from small_base import adapter_of, genres_of, small_base, write_split
 from systems import Settings
 from texts import heuristic_query, query_prompt
 
-from perl_jax import config
+from perl_jax import config, platforms
 from perl_jax.config import OptimizerConfig, UserError, require
 from perl_jax.loops.best_of import BestOfConfig, run_best_of
 from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig
@@ -209,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)
+    platforms.without_absent_chips()
     try:
         run(options)
     except UserError as error:
