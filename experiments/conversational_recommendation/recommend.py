@@ -8,10 +8,10 @@ Claim     BM25 over documents of metadata and training conversations, without an
 Command   python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL
           (without --data-dir ReDial is downloaded, the whole train split with it)
 Hardware  2 CPU cores
-Time      2.5 minutes with half of the cores taken by other work, 5 with all of them; index of all fields 1.4 s, 4,500 queries a second
+Time      2.2 minutes with one of the cores taken by other work; index of all fields 1.4 s, 4,600 queries a second
 Numbers   recall at 1, 10, 50, all targets: BM25 .030 .168 .343 (metadata alone .022 .086 .139), with
-          similar seekers and made-up conversations .040 .192 .368; only movies not mentioned before:
-          .028 .140 .311 and .035 .157 .327; repeating the context .053 .145 .252, popularity .013
+          similar seekers and made-up conversations .040 .191 .368; only movies not mentioned before:
+          .028 .140 .311 and .035 .156 .325; repeating the context .053 .145 .252, popularity .013
           .060 .175. Published: KBRD .030 .163 .338, KGSF .039 .183 .378, UniCRS .051 .224 .428
 """
 
