@@ -21,8 +21,9 @@ from perl_jax import lora as lora_lib
 from perl_jax import sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
-from perl_jax.models.config import ModelConfig, Rope
+from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
+from perl_jax.models.layers import LayerKinds, runs
 from perl_jax.models.placement import Placement, all_but_gathered
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import sequence_logprobs
@@ -249,7 +250,7 @@ class LanguageModel:
         """Appends one token to every row: logits_BV of the token after it, and the cache."""
         outer, place = self._outer(base, adapter), self._place(stationary=True)
         positions_B1 = cache.position_B[:, None]
-        kinds = _LayerKinds.of(self.config, positions_B1)
+        kinds = LayerKinds.of(self.config, positions_B1)
         slot_positions_BS = attention.positions(cache.visible_BS)
 
         def layer(block, x, leaves):
@@ -291,7 +292,7 @@ class LanguageModel:
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
         positions_BT = attention.positions(valid_BT)
-        kinds = _LayerKinds.of(self.config, positions_BT)
+        kinds = LayerKinds.of(self.config, positions_BT)
         place = self._place()
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
 
@@ -304,7 +305,7 @@ class LanguageModel:
         x_BTD, kv = self._scan(layer, base, adapter, outer.embed(tokens_BT, place), (keys, kinds.by_layer), place, backward=True)
         return outer.final_norm(x_BTD), kv
 
-    def _attend(self, kinds: _LayerKinds, kind: Tree | None, valid_BT: Array) -> Attend:
+    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array) -> Attend:
         """A layer's attention over whole sequences, on its own platform's path."""
         config = self.config
         settings = {"scale": config.attention_scale, "cap": config.attention_cap}
@@ -344,7 +345,7 @@ class LanguageModel:
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         outs = []
-        for start, stop, adapted in _runs(chosen, number):
+        for start, stop, adapted in runs(chosen, number):
             lora = None
             if adapted:
                 first = chosen.index(start)
@@ -370,68 +371,6 @@ class LanguageModel:
 def _of_layers(places: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
     """The layers' part, by path names within a layer."""
     return {name.removeprefix("layers/"): place for name, place in places.items() if name.startswith("layers/")}
-
-
-def _runs(chosen: tuple[int, ...], number: int) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive layers that all have an adapter, or all have none: (start, stop, adapted)."""
-    runs: list[tuple[int, int, bool]] = []
-    for index in range(number):
-        adapted = index in chosen
-        if runs and runs[-1][2] == adapted:
-            runs[-1] = (runs[-1][0], index + 1, adapted)
-        else:
-            runs.append((index, index + 1, adapted))
-    return runs
-
-
-@dataclasses.dataclass(frozen=True)
-class _LayerKinds:
-    """What differs from layer to layer besides weights: rotary tables and windows.
-
-    Models whose layers are all alike carry nothing through the layer scan; in the others each layer
-    has the number of its rotary table and its window.
-
-    cos_J, sin_J: a table for each different rotary embedding. by_layer: {rope, window}, int32 [L].
-    """
-
-    cos_J: tuple[jax.Array, ...]
-    sin_J: tuple[jax.Array, ...]
-    by_layer: Tree | None
-    window: int | None
-
-    @classmethod
-    def of(cls, config: ModelConfig, positions_BT: Array) -> _LayerKinds:
-        windowed, unrotated = set(config.windowed), set(config.unrotated)
-        local = config.local_rope or config.rope
-        ropes = [None if i in unrotated else local if i in windowed else config.rope for i in range(config.layers)]
-        different = list(dict.fromkeys(ropes))
-        tables = [_rotary_table(positions_BT, config.head_dim, rope) for rope in different]
-        cos_J, sin_J = zip(*tables)
-        if len(different) == 1 and len(windowed) in (0, config.layers):
-            return cls(cos_J, sin_J, None, config.window if windowed else None)
-        # Further back than any position: no window.
-        window_L = [config.window if i in windowed else 2**30 for i in range(config.layers)]
-        rope_L = [different.index(rope) for rope in ropes]
-        return cls(cos_J, sin_J, {"rope": jnp.array(rope_L, jnp.int32), "window": jnp.array(window_L, jnp.int32)}, None)
-
-    def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of a layer."""
-        if len(self.cos_J) == 1:
-            return self.cos_J[0], self.sin_J[0]
-        return jnp.stack(self.cos_J)[kind["rope"]], jnp.stack(self.sin_J)[kind["rope"]]
-
-    def mask(self, kind: Tree | None, mask_BTS: Array, query_positions_BT: Array, key_positions_BS: Array) -> Array:
-        """The mask of a layer: its window's share of `mask_BTS`."""
-        window = self.window if kind is None else kind["window"]
-        return mask_BTS if window is None else mask_BTS & attention.within(window, query_positions_BT, key_positions_BS)
-
-
-def _rotary_table(positions_BT: Array, head_dim: int, rope: Rope | None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin; without a rope those of angle 0, which leave queries and keys bit for bit as they are."""
-    if rope is not None:
-        return attention.rotary_angles(positions_BT, head_dim, rope)
-    shape = (*positions_BT.shape, 1, head_dim // 2)
-    return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:
