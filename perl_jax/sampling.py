@@ -1,4 +1,4 @@
-"""Sampling responses: one prefill, then a compiled decode loop with a KV cache.
+"""Sampling responses: prompts read once, then a compiled decode loop over all their samples.
 
 `sample` is the seam for faster engines: anything with its signature and its `Rollout` can stand in.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import chex
 import flax.struct
@@ -14,10 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax import config as config_lib
+from perl_jax import lora as lora_lib
+from perl_jax import trees
 from perl_jax.lora import Adapter
+from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.quantise import is_quantised
 from perl_jax.rl.logprobs import token_logprobs
-from perl_jax.types import Array, Tokens, Tree
+from perl_jax.types import Array, Prompts, Tokens, Tree
+
+
+ADAPTERS = ("auto", "applied", "merged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,10 @@ class SamplingConfig:
     top_p: keep the smallest set of most likely tokens with at least this probability; None: off.
     stop_ids: a row ends with the first of these it samples; the stop token is part of the response.
     pad_id: what the columns after the end hold.
+    cache: what keys and values are kept in; auto: the activations' dtype.
+    stages: the cache grows in so many steps, and a token reads what there is of it: less to read, and
+      the cache twice for a moment when it grows.
+    adapters: applied on the fly, merged into a copy of the base, or what costs less (`sampled_from`).
     """
 
     max_new_tokens: int
@@ -38,10 +50,16 @@ class SamplingConfig:
     top_p: float | None = None
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    cache: CacheKind = "auto"
+    stages: int = 1
+    adapters: Literal["auto", "applied", "merged"] = "auto"
 
     def __post_init__(self) -> None:
         config_lib.whole("sampling.max_new_tokens", self.max_new_tokens)
         config_lib.positive("sampling.temperature", self.temperature, zero=True)
+        config_lib.whole("sampling.stages", self.stages)
+        config_lib.one_of("sampling.cache", self.cache, CACHES)
+        config_lib.one_of("sampling.adapters", self.adapters, ADAPTERS)
         if self.top_k is not None:
             config_lib.whole("sampling.top_k", self.top_k)
         if self.top_p is not None:
@@ -83,16 +101,42 @@ def filter_logits(logits_BV: Array, top_k: int | None, top_p: float | None) -> j
     return logits_BV
 
 
-def choose(key: jax.Array, logits_BV: Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """Next token_B and its logp_B (see `Rollout.logp_BT`), in float32."""
+def row_keys(key: jax.Array, row_B: Array) -> jax.Array:
+    """A key for each row by its number: a row's draws do not depend on which rows are beside it."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(row_B)
+
+
+def choose(key_B: Array, logits_BV: Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """Next token_B and its logp_B (see `Rollout.logp_BT`), in float32. key_B: one for each row."""
     logits_BV = logits_BV.astype(jnp.float32)
     if config.temperature == 0:
-        token_B = jnp.argmax(logits_BV, axis=-1)
-    else:
-        logits_BV = logits_BV / config.temperature
-        token_B = jax.random.categorical(key, filter_logits(logits_BV, config.top_k, config.top_p), axis=-1)
-    token_B = token_B.astype(jnp.int32)
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return token_B, token_logprobs(logits_BV, token_B)
+    logits_BV = logits_BV / config.temperature
+    token_B = draw(key_B, filter_logits(logits_BV, config.top_k, config.top_p))
     return token_B, token_logprobs(logits_BV, token_B)
+
+
+# Tokens that are drawn from together.
+_BLOCK = 128
+
+
+def draw(key_B: Array, logits_BV: Array) -> jax.Array:
+    """One token a row from softmax(logits): first a block of the vocabulary, then a token of the block.
+
+    Both by Gumbel noise on log-weights (argmax of log w + g has probability w / sum w), so that noise
+    is needed for V / 128 + 128 numbers a row and not for V. Not by the cumulative sum, which is cheap
+    too: its rounding errors move every boundary between tokens, and rows then depend on what the
+    compiler made of the shapes around them.
+    """
+    most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    pad = ((0, 0), (0, -logits_BV.shape[1] % _BLOCK))
+    logits_BXY = jnp.pad(logits_BV - most_B1, pad, constant_values=-jnp.inf).reshape(logits_BV.shape[0], -1, _BLOCK)
+    blocks = logits_BXY.shape[1]
+    noise_BZ = jax.vmap(lambda key: jax.random.gumbel(key, (blocks + _BLOCK,)))(key_B)
+    block_B = jnp.argmax(jnp.log(jnp.sum(jnp.exp(logits_BXY), axis=-1)) + noise_BZ[:, :blocks], axis=-1)
+    inside_BY = jnp.take_along_axis(logits_BXY, block_B[:, None, None], axis=1)[:, 0]
+    return (block_B * _BLOCK + jnp.argmax(inside_BY + noise_BZ[:, blocks:], axis=-1)).astype(jnp.int32)
 
 
 def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
@@ -102,45 +146,94 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "config"))
-def sample(
-    lm: LanguageModel, base: Tree, adapter: Adapter | None, tokens_BP: Array, valid_BP: Array, key: jax.Array, config: SamplingConfig
-) -> Rollout:
-    """Samples a response for every prompt; `key` alone decides the draws, one fold a step.
+def sampled_from(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> tuple[Tree, Adapter | None]:
+    """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy.
 
-    Responses start at column P. Prompts that are trained on must be padded on the left: padded on
-    the right they are sampled from correctly, but a gap then lies before the first response token,
-    and column P - 1, where a trainer reads that token's log-probability, is padding.
+    Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto` merges
+    where that is less, in float32 only, because a copy in bfloat16 rounds small updates away and is
+    then another policy than the one that is trained.
     """
-    chex.assert_rank([tokens_BP, valid_BP], 2)
-    batch, prompt = tokens_BP.shape
-    total = prompt + config.max_new_tokens
-    logits_BV, cache = lm.prefill(base, adapter, tokens_BP, valid_BP, total)
-    room = ((0, 0), (0, config.max_new_tokens))
-    tokens_BT = jnp.pad(tokens_BP.astype(jnp.int32), room, constant_values=config.pad_id)
-    response_BT = jnp.zeros((batch, total), bool)
-    logp_BT = jnp.zeros((batch, total), jnp.float32)
-    # A row without a prompt is filler: it is done before it starts.
-    done_B = ~jnp.any(valid_BP.astype(bool), axis=1)
+    if adapter is not None and adapter.weights is not None:
+        return adapter.weights, None
+    if adapter is None or adapter.lora is None or config.adapters == "applied":
+        return base, adapter
+    if config.adapters == "auto" and not merging_pays(base, adapter, tokens):
+        return base, adapter
+    # A value head is not read in sampling.
+    return lora_lib.merge(base, adapter), None
 
-    def unfinished(carry):
-        step, _, _, done_B, *_ = carry
-        return (step < config.max_new_tokens) & ~jnp.all(done_B)
+
+def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
+    """Whether a float32 copy costs fewer operations than `tokens` applications."""
+    kernels = [leaf for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items() if name.rpartition("/")[0] in lora_lib.moved_modules(adapter)]
+    kernels = [leaf for leaf in kernels if getattr(leaf, "ndim", 0) == 3 or is_quantised(leaf)]
+    if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):
+        return False
+    shapes = [leaf.shape[1:] for leaf in kernels]
+    return sum(d * f for d, f in shapes) < tokens * sum(d + f for d, f in shapes)
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "config", "samples"))
+def sample(
+    lm: LanguageModel, base: Tree, adapter: Adapter | None, tokens_PS: Array, valid_PS: Array, key: jax.Array, config: SamplingConfig, samples: int = 1
+) -> Rollout:
+    """Samples `samples` responses for every prompt: rows next to each other, which share its keys and values.
+
+    `key` alone decides the draws: folded with the row's number, then with the token's. Responses start
+    at column S. Prompts that are trained on must be padded on the left: padded on the right they are
+    sampled from correctly, but a gap then lies before the first response token, and column S - 1,
+    where a trainer reads that token's log-probability, is padding.
+    """
+    chex.assert_rank([tokens_PS, valid_PS], 2)
+    room, prompt = config.max_new_tokens, tokens_PS.shape[1]
+    repeated = lambda x: jnp.repeat(x, samples, axis=0)
+    # A prompt without a token is filler: its rows are done before they start.
+    done_B = repeated(~jnp.any(valid_PS.astype(bool), axis=1))
+    rows = done_B.shape[0]
+    base, adapter = sampled_from(base, adapter, config, tokens_PS.size + rows * room)
+    rooms = sorted({-(-room * stage // config.stages) for stage in range(1, config.stages + 1)})
+    logits_PV, cache = lm.prefill(base, adapter, tokens_PS, valid_PS, rooms[0], samples, config.cache)
+    key_B = row_keys(key, jnp.arange(rows))
 
     def advance(carry):
-        step, logits_BV, cache, done_B, tokens_BT, response_BT, logp_BT = carry
-        token_B, logp_B = choose(jax.random.fold_in(key, step), logits_BV, config)
-        column = prompt + step
-        put = lambda array, values: jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), (0, column))
-        tokens_BT = put(tokens_BT, jnp.where(done_B, config.pad_id, token_B))
-        response_BT = put(response_BT, ~done_B)
-        logp_BT = put(logp_BT, jnp.where(done_B, 0.0, logp_B))
+        step, logits_BV, cache, done_B, tokens_BC, logp_BC, length_B = carry
+        token_B, logp_B = choose(row_keys_at(key_B, step), logits_BV, config)
+        put = lambda array, values: jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), (0, step))
+        tokens_BC = put(tokens_BC, jnp.where(done_B, config.pad_id, token_B))
+        logp_BC = put(logp_BC, jnp.where(done_B, 0.0, logp_B))
+        length_B = length_B + ~done_B
         done_B = done_B | is_stop(token_B, config.stop_ids)
-        logits_BV, cache = lm.decode(base, adapter, token_B, cache)
-        return step + 1, logits_BV, cache, done_B, tokens_BT, response_BT, logp_BT
+        logits_BV, cache = lm.decode(base, adapter, token_B, cache, config.cache)
+        return step + 1, logits_BV, cache, done_B, tokens_BC, logp_BC, length_B
 
-    carry = (jnp.int32(0), logits_BV, cache, done_B, tokens_BT, response_BT, logp_BT)
-    steps, _, _, _, tokens_BT, response_BT, logp_BT = jax.lax.while_loop(unfinished, advance, carry)
-    valid_BT = jnp.pad(valid_BP.astype(bool), room) | response_BT
-    finished_B = jnp.any(response_BT & is_stop(tokens_BT, config.stop_ids), axis=1)
-    return Rollout(Tokens(tokens_BT, valid_BT, response_BT), logp_BT, finished_B, steps)
+    tokens_BC = jnp.full((rows, room), config.pad_id, jnp.int32)
+    logp_BC, length_B = jnp.zeros((rows, room), jnp.float32), jnp.zeros((rows,), jnp.int32)
+    carry = (jnp.int32(0), repeated(logits_PV), cache, done_B, tokens_BC, logp_BC, length_B)
+    for limit in rooms:
+        step, logits_BV, cache, *rest = carry
+        # The columns of a full cache would be used again from the first one on.
+        carry = (step, logits_BV, cache.grown(limit).replace(column=step), *rest)
+        carry = jax.lax.while_loop(lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3]), advance, carry)
+    steps, _, _, _, tokens_BC, logp_BC, length_B = carry
+    return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, steps, config)
+
+
+def sample_prompts(lm: LanguageModel, config: SamplingConfig, samples: int, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
+    """`sample` for a batch of prompts and raw key data, as programs are called with."""
+    return sample(lm, base, adapter, prompts.tokens_BP, prompts.valid_BP, jax.random.wrap_key_data(key), config, samples)
+
+
+def row_keys_at(key_B: Array, token: Array) -> jax.Array:
+    """The rows' keys for a token by its number in the response: one for all rows, or one each."""
+    return jax.vmap(jax.random.fold_in)(key_B, jnp.broadcast_to(token, key_B.shape))
+
+
+def as_rollout(
+    prompt_BS: Array, valid_BS: Array, tokens_BC: Array, logp_BC: Array, length_B: Array, steps: Array, config: SamplingConfig
+) -> Rollout:
+    """Prompts and what was sampled, side by side."""
+    response_BC = jnp.arange(tokens_BC.shape[1])[None, :] < length_B[:, None]
+    join = lambda left, right: jnp.concatenate([left, right], axis=1)
+    sequences = Tokens(join(prompt_BS, tokens_BC), join(valid_BS, response_BC), join(jnp.zeros_like(valid_BS), response_BC))
+    finished_B = jnp.any(response_BC & is_stop(tokens_BC, config.stop_ids), axis=1)
+    return Rollout(sequences, join(jnp.zeros(prompt_BS.shape, jnp.float32), logp_BC), finished_B, steps)

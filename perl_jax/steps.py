@@ -17,6 +17,7 @@ import optax
 from perl_jax import trees
 from perl_jax.lora import Adapter, trainable
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.packing import pack
 from perl_jax.masked import masked_sum
 from perl_jax.rl import algorithms, losses
 from perl_jax.rl.algorithms import AlgorithmConfig
@@ -29,8 +30,8 @@ Logs = dict[str, LossSum]
 Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum, Logs]]
 
 
-def split_microbatches(batch: Tree, microbatches: int) -> Tree:
-    """Leaves [B, ...] -> [M, B/M, ...]; row b goes to microbatch b mod M.
+def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
+    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g mod M.
 
     Strided, not in runs: with rows sharded in runs over devices, every microbatch then still has
     its share on every device.
@@ -38,11 +39,19 @@ def split_microbatches(batch: Tree, microbatches: int) -> Tree:
 
     def split(leaf: Array) -> Array:
         rows = leaf.shape[0]
-        if rows % microbatches:
-            raise ValueError(f"{rows} rows do not split into {microbatches} microbatches")
-        return jnp.swapaxes(leaf.reshape(rows // microbatches, microbatches, *leaf.shape[1:]), 0, 1)
+        if rows % (microbatches * group):
+            groups = f" in groups of {group}" if group > 1 else ""
+            raise ValueError(f"{rows} rows{groups} do not split into {microbatches} microbatches")
+        dealt = leaf.reshape(rows // (microbatches * group), microbatches, group, *leaf.shape[1:])
+        return jnp.swapaxes(dealt, 0, 1).reshape(microbatches, rows // microbatches, *leaf.shape[1:])
 
     return jax.tree.map(split, batch)
+
+
+def group_of(batch: Tree) -> int:
+    """Rows of a batch that have to stay together: those of experience that share a packed prompt."""
+    layout = batch.sequences.layout if isinstance(batch, Experience) else None
+    return 1 if layout is None else layout.group
 
 
 def gradients(
@@ -66,7 +75,7 @@ def gradients(
     if microbatches == 1:
         (_, (loss, logs)), summed = differentiate(roles, batch, key)
     else:
-        split = split_microbatches(batch, microbatches)
+        split = split_microbatches(batch, microbatches, group_of(batch))
         keys = jax.random.split(key, microbatches)
         shape = jax.eval_shape(differentiate, roles, jax.tree.map(lambda x: x[0], split), keys[0])
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shape[0][1], shape[1]))
@@ -146,7 +155,25 @@ def sequence_logprobs(
 
     room: only of the last `room` columns, where responses are; 0 before.
     """
-    return lm.logprobs(base, adapter, tokens.tokens_BT, tokens.valid_BT, temperature, key, start=response_start(tokens, room))[0]
+    return token_logprobs(lm, base, adapter, tokens, temperature, key, room=room)[0]
+
+
+def token_logprobs(
+    lm: LanguageModel, base: Tree, adapter: Adapter | None, tokens: Tokens, temperature: float = 1.0, key: jax.Array | None = None, *, room: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """logp_BT and entropy_BT (`LanguageModel.logprobs`); of response tokens alone where the batch is packed."""
+    packed = {"packing": pack(tokens), "wanted_BT": tokens.response_BT} if tokens.layout else {}
+    return lm.logprobs(base, adapter, tokens.tokens_BT, tokens.valid_BT, temperature, key, start=response_start(tokens, room), **packed)
+
+
+def scores(lm: LanguageModel, base: Tree, adapter: Adapter, tokens: Tokens, key: jax.Array | None = None) -> jax.Array:
+    """score_B."""
+    return lm.score(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))
+
+
+def values(lm: LanguageModel, base: Tree, adapter: Adapter, tokens: Tokens, key: jax.Array | None = None) -> jax.Array:
+    """V(x_t) [B, T] of the state before each token: read where it ends, one position to the left."""
+    return shift_right(lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens)))
 
 
 def response_start(tokens: Tokens, room: int | None) -> int:
@@ -161,16 +188,18 @@ def sft_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batc
 
 
 def both_sides(batch: Pairs) -> Tokens:
-    """The chosen responses above the rejected ones, [2 B, T]."""
-    return jax.tree.map(lambda c, r: jnp.concatenate([c, r]), batch.chosen, batch.rejected)
+    """Each chosen response above its rejected one, [2 B, T]: rows that share a prompt lie together."""
+    return jax.tree.map(lambda c, r: jnp.stack([c, r], axis=1).reshape(-1, *c.shape[1:]), batch.chosen, batch.rejected)
+
+
+def sides(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The chosen and the rejected rows of `both_sides`."""
+    return both[0::2], both[1::2]
 
 
 def pair_scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Scores of chosen and rejected, both sides in one pass over the base."""
-    both = both_sides(batch)
-    score_2B = lm.score(base, adapter, both.tokens_BT, both.valid_BT, key)
-    chosen_B, rejected_B = jnp.split(score_2B, 2)
-    return chosen_B, rejected_B
+    return sides(scores(lm, base, adapter, both_sides(batch), key))
 
 
 def pairwise_objective(
@@ -192,14 +221,14 @@ def pairwise_objective(
 
 def pointwise_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None) -> tuple[LossSum, Logs]:
     """Binary cross-entropy of labels; logs the share of rows on the label's side of 0."""
-    score_B = lm.score(base, roles["reward"], batch.tokens.tokens_BT, batch.tokens.valid_BT, key)
+    score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     right = LossSum(jnp.sum(((score_B > 0) == (batch.label_B > 0.5)) * batch.weight_B), jnp.sum(batch.weight_B))
     return losses.binary_cross_entropy(score_B, batch.label_B, batch.weight_B), {"train/accuracy": right}
 
 
 def regression_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None) -> tuple[LossSum, Logs]:
     """Squared error to ratings."""
-    score_B = lm.score(base, roles["reward"], batch.tokens.tokens_BT, batch.tokens.valid_BT, key)
+    score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     return losses.squared_error(score_B, batch.label_B, batch.weight_B), {}
 
 
@@ -217,6 +246,11 @@ class Preferences:
     chosen_BT: Array
     rejected_BT: Array
 
+    @property
+    def reference_BT(self) -> jax.Array:
+        """Of the rows of `both_sides`."""
+        return jnp.stack([self.chosen_BT, self.rejected_BT], axis=1).reshape(-1, self.chosen_BT.shape[1])
+
 
 def preference_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Preferences, key: jax.Array | None,
@@ -228,8 +262,8 @@ def preference_objective(
     """
     both, weight_B = both_sides(batch.pairs), batch.pairs.weight_B
     logp_BT = sequence_logprobs(lm, base, roles["policy"], both, key=key)
-    ratio_B = response_log_ratio(logp_BT, jnp.concatenate([batch.chosen_BT, batch.rejected_BT]), both.response_BT, mean)
-    chosen_B, rejected_B = jnp.split(ratio_B, 2)
+    ratio_B = response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean)
+    chosen_B, rejected_B = sides(ratio_B)
     total = jnp.sum(weight_B)
     measured = {"train/accuracy": chosen_B > rejected_B, "dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
     logs = {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
@@ -268,11 +302,10 @@ def policy_gradient_objective(
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
-    start = response_start(sequences, room)
-    logp_BT, entropy_BT = lm.logprobs(base, roles["policy"], sequences.tokens_BT, sequences.valid_BT, temperature, policy_key, start=start)
+    logp_BT, entropy_BT = token_logprobs(lm, base, roles["policy"], sequences, temperature, policy_key, room=room)
     advantage_BT, losses_found, length = batch.advantage_BT, {}, config.length(room)
     if config.rule.critic:
-        values_BT = shift_right(lm.values(base, roles["value"], sequences.tokens_BT, sequences.valid_BT, value_key))
+        values_BT = values(lm, base, roles["value"], sequences, value_key)
         clipping = {} if batch.old_value_BT is None else {"old_BT": batch.old_value_BT, "clip": config.value_clip}
         losses_found["value/loss"] = losses.value_loss(values_BT, batch.target_BT, mask_BT, config.reduction, length=length, **clipping)
         if advantage_BT is None:

@@ -7,6 +7,7 @@ Names of arrays end in the letters of their dimensions (`logits_BTV`, `kernel_LD
     H query heads         N key/value heads                K head dimension
     L layers              R adapter rank                   G samples per prompt
     P prompt tokens       C completion (response) tokens   M microbatches
+    W packed rows         U slots of a packed row
 
 Two masks travel with every token array, from the tokenizer to the loss, and are never inferred
 from token ids (the padding id may equal an end-of-sequence id, and either may occur in a prompt):
@@ -17,6 +18,7 @@ from token ids (the padding id may equal an end-of-sequence id, and either may o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -27,16 +29,31 @@ Array = jax.Array | np.ndarray
 Tree = Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a batch is packed for the parts of a model that read tokens one by one (`models.packing`).
+
+    slots: U, the room of a packed row. parts: W, packed rows, each of so many consecutive rows (for a
+    microbatch of the batch, where there are several). group: consecutive rows that begin with the same
+    prompt in the same columns; its tokens are then computed once.
+    """
+
+    slots: int
+    parts: int = 1
+    group: int = 1
+
+
 @flax.struct.dataclass
 class Tokens:
     """Padded sequences. A row of all-False `valid_BT` is filler and carries no weight.
 
-    tokens_BT: int32 ids. valid_BT, response_BT: bool (module docstring).
+    tokens_BT: int32 ids. valid_BT, response_BT: bool (module docstring). layout: static; None: not packed.
     """
 
     tokens_BT: Array
     valid_BT: Array
     response_BT: Array
+    layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -19,7 +19,7 @@ LAYERS: dict[int, set[str]] = {
     1: {"lora", "quantise", "sharding", "rl", "rewards"},
     2: {"models"},
     3: {"hf", "data"},
-    4: {"sampling", "state", "steps", "programs", "checkpoint"},
+    4: {"sampling", "continuous", "state", "steps", "programs", "checkpoint"},
     5: {"loops", "evaluate", "metrics", "report", "plan"},
     # "__init__" is the package itself: what `import perl_jax` runs.
     6: {"__main__", "__init__"},

@@ -89,7 +89,7 @@ def test_more_bits_are_nearer():
 def test_cached_decoding_reads_the_quantised_base():
     base = quantised("int8")
     prompt_BP, valid_BP = TOKENS.tokens_BT[:2, :8], np.ones((2, 8), bool)
-    first_BV, cache = jax.jit(small.LM.prefill, static_argnums=4)(base, None, prompt_BP, valid_BP, 10)
+    first_BV, cache = jax.jit(small.LM.prefill, static_argnums=4)(base, None, prompt_BP, valid_BP, 2)
     second_BV, _ = jax.jit(small.LM.decode)(base, None, TOKENS.tokens_BT[:2, 8], cache)
     full_BTV = jax.jit(small.LM.logits)(base, None, TOKENS.tokens_BT[:2, :9], np.ones((2, 9), bool))
     np.testing.assert_allclose(first_BV, full_BTV[:, 7], atol=2e-5)

@@ -29,8 +29,8 @@ ROWS, P, C = 5, 5, 9
 STORY = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
 
 
-def sample(config: SamplingConfig, *, key: int = 0, adapter=ADAPTER, prompts=PROMPTS, lm=small.LM, base=BASE) -> sampling.Rollout:
-    return sampling.sample(lm, base, adapter, prompts.tokens_BT, prompts.valid_BT, jax.random.key(key), config)
+def sample(config: SamplingConfig, *, key: int = 0, adapter=ADAPTER, prompts=PROMPTS, lm=small.LM, base=BASE, samples=1) -> sampling.Rollout:
+    return sampling.sample(lm, base, adapter, prompts.tokens_BT, prompts.valid_BT, jax.random.key(key), config, samples)
 
 
 def responses(rollout: sampling.Rollout) -> list[list[int]]:
@@ -117,6 +117,10 @@ def test_sampled_stories_have_the_trainers_logprobs(stories):
 LOGITS = np.log(np.array([[0.05, 0.4, 0.1, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]], np.float32))
 
 
+def keys(rows: int) -> jax.Array:
+    return sampling.row_keys(jax.random.key(0), np.arange(rows))
+
+
 def kept(logits_BV) -> list[list[int]]:
     return [np.flatnonzero(np.isfinite(row)).tolist() for row in np.array(logits_BV)]
 
@@ -154,14 +158,14 @@ def test_ties_with_the_kth_token_stay():
 def test_logprobs_are_of_the_unfiltered_distribution_at_the_temperature():
     config = SamplingConfig(1, temperature=0.5, top_k=2)
     logits_BV = np.repeat(LOGITS[:1], 200, axis=0)
-    token_B, logp_B = sampling.choose(jax.random.key(0), logits_BV, config)
+    token_B, logp_B = sampling.choose(keys(200), logits_BV, config)
     assert set(np.array(token_B)) == {1, 3}
     p_V = np.exp(LOGITS[0]) ** 2 / np.sum(np.exp(LOGITS[0]) ** 2)
     np.testing.assert_allclose(logp_B, np.log(p_V)[np.array(token_B)], rtol=1e-5)
 
 
 def test_temperature_zero_takes_the_most_likely():
-    token_B, logp_B = sampling.choose(jax.random.key(0), LOGITS, SamplingConfig(1, temperature=0.0))
+    token_B, logp_B = sampling.choose(keys(2), LOGITS, SamplingConfig(1, temperature=0.0))
     assert token_B.tolist() == [1, 0]
     np.testing.assert_allclose(logp_B, np.log([0.4, 0.2]), rtol=1e-5)
 
@@ -213,6 +217,37 @@ def test_the_key_alone_decides_the_draws():
     ids = responses(sample(config, prompts=jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), PROMPTS)))
     assert len({tuple(row) for row in ids}) == ROWS
     assert all(len(set(row)) > 3 for row in ids)
+
+
+def test_a_rows_draws_depend_on_its_number_alone():
+    # Three samples of each prompt, from shared prompts or from copies of them; in a growing cache; merged or not.
+    config = SamplingConfig(C, stop_ids=(7,), pad_id=PAD)
+    apart = sample(config, prompts=jax.tree.map(lambda x: np.repeat(x, 3, axis=0), PROMPTS))
+    for more in ({}, {"stages": 4}, {"adapters": "merged"}, {"adapters": "applied"}):
+        shared = sample(dataclasses.replace(config, **more), samples=3)
+        assert responses(shared) == responses(apart)
+        np.testing.assert_allclose(shared.logp_BT, apart.logp_BT, atol=2e-5)
+    # Fewer rows beside it change nothing either.
+    few = sample(config, prompts=jax.tree.map(lambda x: x[:2], PROMPTS), samples=3)
+    assert responses(few) == responses(apart)[:6]
+
+
+def test_a_cache_of_fewer_bits_has_nearly_the_same_logprobs():
+    # The same tokens: greedy ones of the first steps, which the rounding does not change here.
+    exact = sample(SamplingConfig(4, temperature=0.0, pad_id=PAD))
+    for cache, error in (("bfloat16", 0.02), ("int8", 0.05)):
+        rounded = sample(SamplingConfig(4, temperature=0.0, pad_id=PAD, cache=cache))
+        assert responses(rounded) == responses(exact)
+        assert 1e-6 < np.abs(np.array(rounded.logp_BT) - np.array(exact.logp_BT)).max() < error
+
+
+def test_merging_is_chosen_by_what_it_costs():
+    # R D F once against R (D + F) a token, here D F / (D + F) = 16 to 32 tokens: few tokens are applied, many merged.
+    assert not sampling.merging_pays(BASE, ADAPTER, 4) and sampling.merging_pays(BASE, ADAPTER, 400)
+    low = jax.tree.map(lambda leaf: leaf.astype(np.float16), BASE)
+    assert not sampling.merging_pays(low, ADAPTER, 400)
+    assert sampling.sampled_from(BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[1] is ADAPTER
+    assert sampling.sampled_from(BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
@@ -305,6 +340,9 @@ def test_a_batch_of_filler_samples_nothing():
         ({"temperature": -0.1}, "sampling.temperature is -0.1"),
         ({"temperature": float("nan")}, "sampling.temperature is nan"),
         ({"top_k": 0}, "sampling.top_k is 0"),
+        ({"cache": "int4"}, "sampling.cache is 'int4'; it must be one of auto, float32, bfloat16, int8."),
+        ({"adapters": "folded"}, "sampling.adapters is 'folded'"),
+        ({"stages": 0}, "sampling.stages is 0"),
         ({"top_p": 0.0}, "sampling.top_p is 0.0; it must lie in (0, 1]."),
         ({"top_p": 1.5}, "sampling.top_p is 1.5"),
     ],

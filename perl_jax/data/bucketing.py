@@ -73,3 +73,26 @@ def evaluation_plan(lengths: np.ndarray, edges: Sequence[int], batch_size: int) 
     rows = rows.reshape(-1, batch_size)
     longest = [max(lengths[row] for row in batch if row != FILLER) for batch in rows]
     return Plan(rows, np.asarray(edges)[np.searchsorted(edges, longest)])
+
+
+def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 1) -> int:
+    """Tokens of the fullest packed row: of a part of consecutive rows, in the microbatch that gets most.
+
+    counts: of each row of a batch. Groups of rows are dealt to microbatches in turn, as
+    `steps.split_microbatches` deals them.
+    """
+    dealt = np.asarray(counts).reshape(parts, -1, microbatches, group)
+    return int(dealt.sum(axis=(1, 3)).max())
+
+
+# Packed rows are multiples of this long, and pay where they are shorter than the padded ones by a twentieth.
+SLOTS, WORTH = 64, 0.95
+
+
+def packed_slots(counts: np.ndarray, parts: int, microbatches: int, group: int, padded: int) -> int | None:
+    """The room that packed rows of a batch need, or None where packing is not worth it. padded: a padded row's columns."""
+    if len(counts) % (parts * microbatches * group):
+        return None
+    slots = -(-fullest(counts, parts, microbatches, group) // SLOTS) * SLOTS
+    whole = len(counts) // (parts * microbatches) * padded
+    return slots if slots <= WORTH * whole else None

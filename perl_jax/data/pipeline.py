@@ -23,10 +23,11 @@ from perl_jax.data.bucketing import (
     bucket_edges,
     check_edges,
     evaluation_plan,
+    packed_slots,
     training_plan,
 )
 from perl_jax.data.tokenise import Encoder, TokenRows, fill, tokenise
-from perl_jax.types import Labelled, Pairs, Prompts, Tokens
+from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
 Batch = Tokens | Pairs | Labelled | Prompts
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -43,6 +44,8 @@ class BatchSpec:
         are shuffled in each epoch and the remainder of an epoch is dropped.
     epochs: None repeats for ever.
     process_index, process_count: which contiguous slice of each batch this process gets.
+    packed: batches say how they are packed (`types.Layout`), where that is worth it; parts: consecutive
+        rows that stay together on a device, microbatches: of the update.
     """
 
     batch_size: int
@@ -54,6 +57,9 @@ class BatchSpec:
     epochs: int | None = None
     process_index: int = 0
     process_count: int = 1
+    packed: bool = False
+    parts: int = 1
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "max_prompt_length", "max_response_length", "bucket_count", "process_count"):
@@ -96,6 +102,7 @@ class Batches:
             self.lengths = check_edges(spec.buckets, int(lengths.max()))
         whole, rest = divmod(len(lengths), spec.batch_size)
         self.steps_per_epoch = whole + (spec.shuffle_seed is None and rest > 0)
+        self._slots: dict[int, int | None] | None = None
         # One plan is in use at a time, two while prefetching crosses into the next epoch.
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
 
@@ -127,8 +134,28 @@ class Batches:
         epoch, index = divmod(step, self.steps_per_epoch)
         share = self.spec.batch_size // self.spec.process_count
         start = share * self.spec.process_index
-        rows = self.rows_of(step)[start : start + share]
-        return collate(self.rows, rows, int(self.plan(epoch).lengths[index]), self.pad_id)
+        rows, columns = self.rows_of(step), int(self.plan(epoch).lengths[index])
+        batch = collate(self.rows, rows[start : start + share], columns, self.pad_id)
+        return with_layout(batch, self._layout(rows, columns)) if self.spec.packed else batch
+
+    def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
+        """The packing of a batch: one for each padded length, the fullest of the first epoch; None if it does not fit."""
+        spec, group = self.spec, 2 if self.rows.kind == "comparisons" else 1
+        need = lambda rows, columns: packed_slots(self._counts(rows), spec.parts, spec.microbatches, 1, columns * group)
+        if self._slots is None:
+            first, slots = self.plan(0), {}
+            for batch, length in zip(first.rows, first.lengths.tolist()):
+                # None, not worth it, stays.
+                found, before = need(batch, length), slots.get(length, 0)
+                slots[length] = None if found is None or before is None else max(before, found)
+            self._slots = slots
+        slots, own = self._slots.get(columns), need(rows, columns)
+        return None if slots is None or own is None or own > slots else Layout(slots, spec.parts, group)
+
+    def _counts(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row of a batch, a pair's prompt counted once; 0 of filler."""
+        tokens = self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
+        return np.where(rows == FILLER, 0, tokens[rows])
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)
@@ -185,6 +212,15 @@ def make_batches(rows: Iterable[Mapping], kind: str, encoder: Encoder, spec: Bat
 def collate(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Batch:
     """The batch of some rows at a padded length; index -1 is an all-False row of weight 0."""
     return COLLATE[rows.kind](rows, indices, columns, pad_id)
+
+
+def with_layout(batch: Batch, layout: Layout | None) -> Batch:
+    """The batch with its packing on every set of tokens."""
+    if isinstance(batch, Tokens):
+        return batch.replace(layout=layout)
+    if isinstance(batch, Pairs):
+        return batch.replace(chosen=batch.chosen.replace(layout=layout), rejected=batch.rejected.replace(layout=layout))
+    return batch.replace(tokens=batch.tokens.replace(layout=layout)) if isinstance(batch, Labelled) else batch
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:

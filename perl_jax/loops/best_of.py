@@ -15,7 +15,7 @@ from perl_jax import config as config_lib, hosts, sharding
 from perl_jax.config import require
 from perl_jax.data.tasks import get_task
 from perl_jax.loops import scoring
-from perl_jax.loops.jobs import DataConfig, RewardOptions
+from perl_jax.loops.jobs import DataConfig, RewardOptions, RolloutConfig
 from perl_jax.loops.model import check_context, host, load_model
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.scoring import Scorer, response_texts
@@ -37,6 +37,7 @@ class BestOfConfig(RewardOptions):
         output: The file to write; it must not exist yet.
         batch_size: Responses at a time, over all devices.
         temperature: Of sampling.
+        rollout: How responses are decoded.
         seed: Of sampling.
     """
 
@@ -47,6 +48,7 @@ class BestOfConfig(RewardOptions):
     output: str
     batch_size: int = 128
     temperature: float = 0.7
+    rollout: RolloutConfig = RolloutConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,7 +75,8 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     rewards, records = scoring.load_rewards(model, config.reward)
     batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size // config.n, None)
     task = get_task(config.data.task)
-    sample = sample_program(model, config.data.max_response_length, config.temperature)
+    shared = model.shared_prompts(config.batch_size, config.n)
+    sample = sample_program(model, config.data.max_response_length, config.temperature, config.rollout, shared)
     base = model.base if policy is None or policy.weights is None else None
     program = scoring.reward_program(model, records, config.combine) if records else None
     key = jax.random.key(config.seed)
@@ -82,7 +85,8 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
         for index, batch in enumerate(batches):
             # For the terms filler prompts have the first row's text.
             repeated = batch.repeated(config.n)
-            rollout = sample(base, policy, sharding.put_batch(repeated, model.mesh), jax.random.fold_in(key, index))
+            prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)
+            rollout = sample(base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index)))
             score_PN = np.asarray(host(scorer(rewards, rollout, np.maximum(repeated.row_B, 0))[0])).reshape(-1, config.n)
             texts = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
             for row, scores_N, texts_N in zip(batches.rows_of(index), score_PN, texts):

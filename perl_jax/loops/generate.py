@@ -98,8 +98,8 @@ def generate(config: GenerateConfig) -> list[str]:
         f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; {model.name} has {room} positions.",
     )
     sampler = model.sampler(config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p)
-    tokens_BP = jnp.asarray([ids] * config.samples, jnp.int32)
-    rollout = sample(model.lm, model.base, adapter, tokens_BP, jnp.ones_like(tokens_BP, bool), jax.random.key(config.seed), sampler)
+    tokens_PS = jnp.asarray([ids], jnp.int32)
+    rollout = sample(model.lm, model.base, adapter, tokens_PS, jnp.ones_like(tokens_PS, bool), jax.random.key(config.seed), sampler, config.samples)
     sequences = host(rollout.sequences)
     # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []

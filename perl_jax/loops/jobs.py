@@ -9,6 +9,7 @@ from typing import Literal
 from perl_jax import config as config_lib
 from perl_jax.config import OptimizerConfig
 from perl_jax.lora import LoRAConfig
+from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
@@ -62,6 +63,8 @@ class DataConfig:
             1 mixes them all.
         max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
             the room for a response.
+        packing: Compute each real token once: no padding, and what rows have in common (a pair's prompt,
+            a prompt's samples) a single time. auto: on a CPU.
     """
 
     task: str = "orders"
@@ -72,8 +75,10 @@ class DataConfig:
     bucket_count: int = 4
     max_prompt_length: int = 512
     max_response_length: int = 128
+    packing: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
+        config_lib.one_of("packing", self.packing, ("auto", "on", "off"))
         for field in ("bucket_count", "max_prompt_length", "max_response_length"):
             config_lib.whole(field, getattr(self, field))
 
@@ -308,6 +313,29 @@ class ShapingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are decoded.
+
+    Attributes:
+        slots: Responses that are decoded at a time; a finished one makes room for the next prompt's
+            (continuous batching). None: the whole batch at once, until its longest response ends.
+        cache: What keys and values are kept in; auto: the activations' dtype.
+        adapters: Applied to every token, merged into a copy of the base, or auto: merged where that is
+            fewer operations and the base is float32.
+    """
+
+    slots: int | None = None
+    cache: CacheKind = "auto"
+    adapters: Literal["auto", "applied", "merged"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.slots is not None:
+            config_lib.whole("rollout.slots", self.slots)
+        config_lib.one_of("rollout.cache", self.cache, CACHES)
+        config_lib.one_of("rollout.adapters", self.adapters, ("auto", "applied", "merged"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(RewardOptions, PolicyConfig):
     """Policy gradients on rollouts: sample, score, compare with a reference, learn.
 
@@ -316,6 +344,7 @@ class RLConfig(RewardOptions, PolicyConfig):
         kl: How the policy is kept near a reference.
         shaping: Clipping, whitening and penalties of scores.
         temperature: Of sampling and of every log-probability.
+        rollout: How responses are decoded.
         value_head: Begin the value model's head at zero, or with the (first) reward model's.
         value_learning_rate: The value model's own rate; None: the policy's.
         max_mismatch: The run fails when the mean of exp|sampler - trainer logprob| exceeds this.
@@ -325,6 +354,7 @@ class RLConfig(RewardOptions, PolicyConfig):
     kl: KLConfig = KLConfig()
     shaping: ShapingConfig = ShapingConfig()
     temperature: float = 0.7
+    rollout: RolloutConfig = RolloutConfig()
     value_head: Literal["zero", "reward"] = "zero"
     value_learning_rate: float | None = None
     max_mismatch: float = 1.1
@@ -383,6 +413,7 @@ class EvaluateConfig(ModelOptions):
         split: The split the prompts are from.
         batch_size: Prompts at a time, over all devices.
         temperature: Of sampling; 0: greedy.
+        rollout: How responses are decoded.
         seed: Of sampling.
     """
 
@@ -395,6 +426,7 @@ class EvaluateConfig(ModelOptions):
     split: Literal["validation", "test"] = "test"
     batch_size: int = 128
     temperature: float = 0.7
+    rollout: RolloutConfig = RolloutConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:

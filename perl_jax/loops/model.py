@@ -65,9 +65,23 @@ class Model:
 
     def sampler(self, max_new_tokens: int, temperature: float, **more: Any) -> SamplingConfig:
         """How responses are sampled: until one of the tokenizer's stop tokens."""
-        return SamplingConfig(
-            max_new_tokens=max_new_tokens, temperature=temperature, stop_ids=self.tokenizer.stop_ids, pad_id=self.tokenizer.pad_id, **more
-        )
+        # A CPU's decoding step spends a third of its time on a cache of this length, and has memory for its growth.
+        stages = 4 if max_new_tokens >= 64 and self.mesh.devices.flat[0].platform == "cpu" else 1
+        settings = {"stages": stages, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
+        return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, **settings)
+
+    @property
+    def row_parts(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def shared_prompts(self, rows: int, samples: int) -> int:
+        """How many samples of a prompt read one copy of it: all, where whole groups divide over the mesh's rows."""
+        return samples if rows % (samples * self.row_parts) == 0 else 1
+
+    def packs(self, packing: str) -> bool:
+        """Whether batches are packed (`DataConfig.packing`)."""
+        return packing == "on" or packing == "auto" and self.mesh.devices.flat[0].platform == "cpu"
 
     def record(self, role: str, adapter: Adapter, *, step: int = 0, metrics: dict[str, Any] | None = None, **more: Any) -> Record:
         """What an artefact of a role on this base says of itself."""

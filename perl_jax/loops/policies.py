@@ -11,19 +11,19 @@ from typing import Any, Sequence
 import jax
 import numpy as np
 
-from perl_jax import config as config_lib, evaluate, hosts, sharding, steps
+from perl_jax import config as config_lib, evaluate, hosts, sampling, sharding, steps
 from perl_jax.checkpoint import Record
+from perl_jax.continuous import ContinuousSampler
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import Adapter
-from perl_jax.loops.jobs import EvaluateConfig
+from perl_jax.loops.jobs import EvaluateConfig, RolloutConfig
 from perl_jax.loops.model import Model, check_context, host, load_model
 from perl_jax.loops.scoring import response_texts
 from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
 from perl_jax.programs import Program
 from perl_jax.rl import kl
-from perl_jax.sampling import Rollout, SamplingConfig, sample
-from perl_jax.types import Array, Prompts, Tokens, Tree
+from perl_jax.types import Tokens, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Responses:
 class Programs:
     """Compiled pieces of an evaluation."""
 
-    sample: Program
+    sample: Program | ContinuousSampler
     score: Program
     logprobs: Program
 
@@ -56,19 +56,18 @@ def make_programs(model: Model, config: EvaluateConfig) -> Programs:
     # At temperature 0 there is no sampling distribution; the KL is then that of the models' own.
     temperature = config.temperature or 1.0
     return Programs(
-        sample=sample_program(model, config.data.max_response_length, config.temperature),
+        sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
         score=Program("score", functools.partial(_score, model.lm), limit=32, out_shardings=rows),
         logprobs=Program("logprobs", functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature), limit=32, out_shardings=rows),
     )
 
 
-def sample_program(model: Model, max_new_tokens: int, temperature: float) -> Program:
-    """(base, policy, prompts, key) -> Rollout."""
-    return Program("sample", functools.partial(_sample, model.lm, model.sampler(max_new_tokens, temperature)), limit=16)
-
-
-def _sample(lm, config: SamplingConfig, base: Tree, policy: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
-    return sample(lm, base, policy, prompts.tokens_BP, prompts.valid_BP, key, config)
+def sample_program(model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1) -> Program | ContinuousSampler:
+    """(base, policy, prompts, key data) -> Rollout, `samples` rows a prompt."""
+    sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
+    if rollout.slots is not None:
+        return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots)
+    return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=16)
 
 
 def _score(lm, base: Tree, reward: Adapter, tokens: Tokens) -> jax.Array:
@@ -88,7 +87,7 @@ def respond(
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "finished", "kl", *rewards)}
     key = jax.random.key(config.seed)
     for index, batch in enumerate(batches):
-        rollout = programs.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.fold_in(key, index))
+        rollout = programs.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
         sequences = rollout.sequences
         own_BT = programs.logprobs(model.base, policy, sequences)
         anchor_BT = programs.logprobs(model.base, anchor, sequences)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax import checkpoint, sampling, sharding, state as state_lib, steps
+from perl_jax import checkpoint, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
 from perl_jax.data.tasks import Task, get_task
@@ -22,7 +22,9 @@ from perl_jax.lora import Adapter, init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
 from perl_jax.loops.jobs import RLConfig
+from perl_jax.loops.layouts import rollout_layout
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
+from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import initial_state, load_batches, step_program
@@ -30,11 +32,10 @@ from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import Program
 from perl_jax.rl import advantages, algorithms, kl, losses
 from perl_jax.rl.algorithms import Outcomes
-from perl_jax.rl.logprobs import shift_right
-from perl_jax.sampling import Rollout, SamplingConfig
+from perl_jax.sampling import Rollout
 from perl_jax.state import TrainState
 from perl_jax.steps import Experience
-from perl_jax.types import Array, Prompts, Tree
+from perl_jax.types import Array, Layout, Prompts, Tree
 
 
 @flax.struct.dataclass
@@ -124,35 +125,34 @@ def assemble(config: RLConfig, judged: Judged) -> tuple[Experience, RolloutStati
     return experience, RolloutStatistics(values, finite)
 
 
+# Lengths of prompts times sizes of packed rows, and a margin.
+_SHAPES = 32
+
+
 class Programs:
     """The compiled pieces of one RL step; None: what the algorithm does without."""
 
     def __init__(self, model: Model, config: RLConfig, records: tuple[Record, ...], state: TrainState, optimizers: state_lib.Optimizers):
         lm, algorithm = model.lm, config.algorithm
         room = config.data.max_response_length
-        sampler = model.sampler(room, config.temperature)
+        shared = model.shared_prompts(config.batch_size, algorithm.group)
         rows = sharding.batch_sharding(model.mesh)
         objective = functools.partial(steps.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room)
         update = functools.partial(steps.train_epochs, objective, optimizers, config.microbatches, algorithm.epochs, algorithm.minibatches)
-        greedy = dataclasses.replace(sampler, temperature=0.0)
-        self.sample = Program("sample", functools.partial(_sample, lm, sampler))
-        self.greedy = Program("greedy", functools.partial(_sample, lm, greedy)) if algorithm.rule.greedy else None
+        self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
+        self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
-        self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows)
-        self.values = Program("values", functools.partial(_values, lm), out_shardings=rows) if algorithm.rule.advantage == "gae" else None
-        self.assemble = Program("assemble", functools.partial(assemble, config))
+        self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
+        self.values = Program("values", functools.partial(_values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
+        self.assemble = Program("assemble", functools.partial(assemble, config), limit=_SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
         return {name: program for name, program in vars(self).items() if program is not None}
 
 
-def _sample(lm: LanguageModel, config: SamplingConfig, base: Tree, policy: Adapter, prompts: Prompts, key: Array) -> Rollout:
-    return sampling.sample(lm, base, policy, prompts.tokens_BP, prompts.valid_BP, jax.random.wrap_key_data(key), config)
-
-
 def _values(lm: LanguageModel, base: Tree, value: Adapter, sequences: Any) -> jax.Array:
-    return shift_right(lm.values(base, value, sequences.tokens_BT, sequences.valid_BT))
+    return steps.values(lm, base, value, sequences)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,12 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     key = jax.random.key_data(state.step_key(state_lib.SAMPLE))
     policy = state.roles["policy"]
     repeated = batch.repeated(config.algorithm.group)
-    rollout = jax.block_until_ready(programs.sample(base, policy, sharding.put_batch(repeated, job.model.mesh), key))
+    shared = job.model.shared_prompts(config.batch_size, config.algorithm.group)
+    prompts = batch.repeated(config.algorithm.group // shared)
+    rollout = jax.block_until_ready(programs.sample(base, policy, sharding.put_batch(prompts, job.model.mesh), key))
     greedy = None if programs.greedy is None else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
     clocks.append(time.perf_counter())
+    rollout, experience_layout = _packed(job, rollout, batch.tokens_BP.shape[1])
     score_B, scores = job.scorer(state.frozen, rollout, repeated.row_B)
     judged = Judged(
         rollout=rollout,
@@ -196,6 +199,7 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
         greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
     )
     experience, statistics = jax.block_until_ready(programs.assemble(judged))
+    experience = experience.replace(sequences=experience.sequences.replace(layout=experience_layout))
     clocks.append(time.perf_counter())
     state, metrics = jax.block_until_ready(programs.learn(state, base, experience))
     state = _controlled(config, job.model.lm, state, statistics.values["kl/sequence"])
@@ -208,6 +212,19 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     values |= _derived(values)
     seconds = np.diff(clocks)
     return state, values, {"sample": seconds[0], "score": seconds[1], "learn": seconds[2]}
+
+
+def _packed(job: Rollouts, rollout: Rollout, columns: int) -> tuple[Rollout, Layout | None]:
+    """Rollouts as the passes over all of them are packed, and the layout of the update's microbatches.
+
+    columns: of the prompts. Rows that an update deals out anew (minibatches) stay padded in it.
+    """
+    sequences, config = rollout.sequences, job.config
+    count = lambda mask_BT: host(jnp.sum(mask_BT, axis=1))
+    response_B = count(sequences.response_BT)
+    prompt_B = count(sequences.valid_BT) - response_B
+    whole, part = (rollout_layout(job.model, config, prompt_B, response_B, columns, number) for number in (1, config.microbatches))
+    return rollout.replace(sequences=sequences.replace(layout=whole)), part if config.algorithm.updates == 1 else None
 
 
 def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:

@@ -33,7 +33,7 @@ def with_reference(model: Model, state: TrainState, pairs: Pairs) -> Preferences
     reference = state.frozen["reference"]
     both = steps.both_sides(pairs)
     logp_BT = reference_program(model.lm)(model.base if reference.weights is None else None, reference, both)
-    return Preferences(pairs, *jnp.split(logp_BT, 2))
+    return Preferences(pairs, *steps.sides(logp_BT))
 
 
 def job_of(config: DPOConfig) -> Supervised:
@@ -82,4 +82,4 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
 def _implicit(lm: LanguageModel, mean: bool, base, policy, batch: Preferences) -> tuple:
     both = steps.both_sides(batch.pairs)
     logp_BT = steps.sequence_logprobs(lm, base, policy, both)
-    return jnp.split(steps.response_log_ratio(logp_BT, jnp.concatenate([batch.chosen_BT, batch.rejected_BT]), both.response_BT, mean), 2)
+    return steps.sides(steps.response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean))

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax import hosts, sharding
+from perl_jax import hosts, sharding, steps
 from perl_jax.checkpoint import Record
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.hosts import Share
@@ -46,11 +46,11 @@ def reward_program(model: Model, records: tuple[Record, ...], combine: str) -> P
     """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
-    return Program("reward", functools.partial(_scores, model.lm, records, combine), out_shardings=(rows, members))
+    return Program("reward", functools.partial(_scores, model.lm, records, combine), out_shardings=(rows, members), limit=32)
 
 
 def _scores(lm: LanguageModel, records: tuple[Record, ...], combine: str, base: Tree, rewards: Sequence[Adapter], tokens: Tokens) -> tuple:
-    score = lambda adapter, record: record.normalise(lm.score(None if adapter.weights is not None else base, adapter, tokens.tokens_BT, tokens.valid_BT))
+    score = lambda adapter, record: record.normalise(steps.scores(lm, None if adapter.weights is not None else base, adapter, tokens))
     scores_MB = jnp.stack([score(adapter, record) for adapter, record in zip(rewards, records, strict=True)])
     return COMBINE[combine](scores_MB, axis=0), scores_MB
 

@@ -22,13 +22,15 @@ from perl_jax.loops.run import Loop, Timings
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import Program
 from perl_jax.state import TrainState
-from perl_jax.types import Pairs, Tree
+from perl_jax.types import Labelled, Pairs, Tree
 
 # Rows of the training split whose scores define mean 0 and variance 1.
 _REFERENCE_ROWS = 512
 
 
-def load_batches(model: Model, config: DataConfig, kind: str, split: str, batch_size: int, seed: int | None) -> tuple[Batches, Any]:
+def load_batches(
+    model: Model, config: DataConfig, kind: str, split: str, batch_size: int, seed: int | None, microbatches: int = 1
+) -> tuple[Batches, Any]:
     """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up."""
     task = get_task(config.task)
     rows = hosts.in_turn(lambda: task.open(kind, split, data_options(config)))
@@ -42,6 +44,9 @@ def load_batches(model: Model, config: DataConfig, kind: str, split: str, batch_
         epochs=None if seed is not None else 1,
         process_index=share.index,
         process_count=share.count,
+        packed=model.packs(config.packing),
+        parts=model.row_parts,
+        microbatches=microbatches,
     )
     return make_batches(rows, kind, model.tokenizer, spec), rows
 
@@ -49,7 +54,8 @@ def load_batches(model: Model, config: DataConfig, kind: str, split: str, batch_
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
     """A jitted update(state, base, batch): state donated, batch and base not, results where the state is."""
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
-    return Program("learn", update, donate=(0,), out_shardings=places)
+    # Every padded length may come packed too.
+    return Program("learn", update, donate=(0,), out_shardings=places, limit=32)
 
 
 def initial_state(
@@ -95,10 +101,10 @@ def fit(
     """Trains one role and returns its (best or last) state."""
     optimizers = {job.role: state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
     state = initial_state(model, config, {job.role: role}, optimizers, frozen_roles)
-    batches, _ = load_batches(model, config.data, job.kind, split, config.batch_size, config.seed)
+    batches, _ = load_batches(model, config.data, job.kind, split, config.batch_size, config.seed, config.microbatches)
     held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None)
     program = learn_program(model, config, job, state, optimizers)
-    measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)))
+    measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)), limit=32)
     frozen = None if config.tuning == "full" else model.base
     truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
 
@@ -160,7 +166,13 @@ def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batc
 
 @functools.lru_cache(maxsize=8)
 def _score_program(lm: LanguageModel) -> Program:
-    return Program("score", lm.score, limit=64)
+    return Program("score", functools.partial(_scores, lm), limit=64)
+
+
+def _scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs | Labelled) -> tuple[jax.Array, ...]:
+    if isinstance(batch, Pairs):
+        return steps.pair_scores(lm, base, adapter, batch)
+    return (steps.scores(lm, base, adapter, batch.tokens),)
 
 
 def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.ndarray, ...]:
@@ -171,9 +183,8 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     order: list[np.ndarray] = []
     for index, batch in enumerate(batches):
         order.append(batches.rows_of(index))
-        placed = sharding.put_batch(batch, model.mesh)
-        for out, tokens in zip(sides, (placed.chosen, placed.rejected) if isinstance(placed, Pairs) else (placed.tokens,)):
-            out.append(host(program(base, adapter, tokens.tokens_BT, tokens.valid_BT)))
+        for out, score_B in zip(sides, program(base, adapter, sharding.put_batch(batch, model.mesh))):
+            out.append(host(score_B))
     rows = np.concatenate(order)
     real = rows >= 0
     back = np.argsort(rows[real])

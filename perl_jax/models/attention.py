@@ -166,32 +166,3 @@ def _softmax_sum_backward(kept, cotangent_NXK):
 _softmax_sum.defvjp(_softmax_sum_forward, _softmax_sum_backward)
 
 ATTENTION = {"plain": attend, "blocked": attend_blocked}
-
-
-def attend_cached(
-    q_B1HK: Array,
-    k_B1NK: Array,
-    v_B1NK: Array,
-    cache_k_BSNK: Array,
-    cache_v_BSNK: Array,
-    visible_BS: Array,
-    scale: float | None = None,
-    cap: float | None = None,
-) -> jax.Array:
-    """One new token's attention over the cache and over itself.
-
-    The new key and value are not in the cache yet: keeping the cache read-only here lets the layer
-    scan return one token a layer, and the caller write all layers with a single in-place update.
-    """
-    batch, _, heads, head_dim = q_B1HK.shape
-    kv_heads = k_B1NK.shape[2]
-    q_BNGK = q_B1HK.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    past = jnp.einsum("bngk,bsnk->bngs", q_BNGK, cache_k_BSNK, preferred_element_type=jnp.float32)
-    own = jnp.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], preferred_element_type=jnp.float32)
-    scale = head_dim**-0.5 if scale is None else scale
-    past = jnp.where(visible_BS[:, None, None, :], capped(past * scale, cap), MASKED)
-    logits = jnp.concatenate([past, capped(own[..., None] * scale, cap)], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_B1NK.dtype)
-    out_BNGK = jnp.einsum("bngs,bsnk->bngk", weights[..., :-1], cache_v_BSNK)
-    out_BNGK = out_BNGK + weights[..., -1:] * v_B1NK[:, 0, :, None, :]
-    return out_BNGK.reshape(batch, 1, heads, head_dim)

@@ -19,6 +19,7 @@ from flax import nnx
 from perl_jax import sharding
 from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
+from perl_jax.models.cache import attend_cached
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.placement import Placement
 from perl_jax.quantise import dense, is_quantised
@@ -228,9 +229,9 @@ class Block(nnx.Module):
         return self._after_attention(x_BTD, attend(q, k, v), key, place), (k, v)
 
     def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array, place: Placement) -> tuple[jax.Array, tuple]:
-        """The same layer for one new token against a cache (k_BSNK, v_BSNK)."""
+        """The same layer for one new token against its part of a cache (`cache.KVCache.by_layer`)."""
         q, k, v = self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
-        heads = attention.attend_cached(q, k, v, *cache, visible_BS, self.config.attention_scale, self.config.attention_cap)
+        heads = attend_cached(q, k, v, cache, visible_BS, self.config.attention_scale, self.config.attention_cap)
         return self._after_attention(x_B1D, heads, None, place), (k, v)
 
     def _after_attention(self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:

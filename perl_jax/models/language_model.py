@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,28 +20,15 @@ from perl_jax import lora as lora_lib
 from perl_jax import sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
+from perl_jax.models.cache import CacheKind, KVCache, keep
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.layers import LayerKinds, runs
+from perl_jax.models.packing import Packing, chosen, of_tokens
 from perl_jax.models.placement import Placement, all_but_gathered
 from perl_jax.quantise import dense, is_quantised
-from perl_jax.rl.logprobs import sequence_logprobs
+from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
 from perl_jax.types import Array, Tree
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of all layers; `column` is the slot the next token goes to.
-
-    k_LBSNK, v_LBSNK: activations' dtype. visible_BS: slots that hold real tokens.
-    position_B: rotary position of each row's next token.
-    """
-
-    k_LBSNK: Array
-    v_LBSNK: Array
-    visible_BS: Array
-    position_B: Array
-    column: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +175,11 @@ class LanguageModel:
 
     # Forward passes over whole sequences.
 
-    def hidden(self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None) -> jax.Array:
-        """hidden_BTD after the final norm. Dropout acts only where a `dropout_key` is given."""
-        return self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False)[0]
+    def hidden(
+        self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+    ) -> jax.Array:
+        """hidden_BTD after the final norm; packed, hidden_WUD. Dropout acts only where a `dropout_key` is given."""
+        return self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing)[0]
 
     def logits(self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None) -> jax.Array:
         """logits_BTV float32; position t predicts token t + 1."""
@@ -200,75 +188,98 @@ class LanguageModel:
 
     def logprobs(
         self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, temperature: float = 1.0,
-        dropout_key: Array | None = None, *, start: int = 0,
+        dropout_key: Array | None = None, *, start: int = 0, packing: Packing | None = None, wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         """logp_BT and entropy_BT of every token from column `start` on (`perl_jax.rl.logprobs`); 0 before.
+
+        packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
 
         Logits exist for a few columns at a time, and again in the backward pass: LOGIT_BYTES a
         device. The entropy is a diagnostic and has no gradient.
         """
         place = self._place()
-        hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
+        hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
         outer = self._outer(base, adapter)
         weight_DV = outer.output_matrix(place)
         head = lambda hidden_BCD: outer.logits(hidden_BCD, weight_DV, place)
         devices = 1 if self.mesh is None else self.mesh.size
-        columns = max(1, LOGIT_BYTES * devices // (4 * tokens_BT.shape[0] * self.config.vocab_size))
-        return sequence_logprobs(head, hidden_BTD, tokens_BT, temperature, start=start, columns=columns)
+        columns = lambda rows: max(1, LOGIT_BYTES * devices // (4 * rows * self.config.vocab_size))
+        if packing is None:
+            return sequence_logprobs(head, hidden, tokens_BT, temperature, start=start, columns=columns(tokens_BT.shape[0]))
+        length = tokens_BT.shape[1]
+        # Column 0 has no prediction.
+        wanted_BT = jnp.asarray(wanted_BT, bool) & (jnp.arange(length) >= max(start, 1))[None, :]
+        number = min(packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start))
+        place_WY, back = chosen(packing, wanted_BT, number)
+        hidden_WYD, token_WY = packing.read(hidden, place_WY - 1), of_tokens(packing, tokens_BT, place_WY)
+        logp_WY, entropy_WY = following_logprobs(head, hidden_WYD, token_WY, temperature, columns(packing.parts))
+        return back(logp_WY), back(entropy_WY)
 
-    def values(self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None) -> jax.Array:
+    def values(
+        self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+    ) -> jax.Array:
         """The scalar head at every position, float32 [B, T]; position t has seen tokens <= t."""
-        hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
-        return _head(adapter, hidden_BTD)
+        value = _head(adapter, self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing))
+        return value if packing is None else packing.to_sequences(value)
 
-    def score(self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None) -> jax.Array:
+    def score(
+        self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+    ) -> jax.Array:
         """score_B: the scalar head at each row's last real token, found by index."""
-        hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
+        hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
         index_B = last_valid(valid_BT)
-        last_BD = jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)[:, 0]
+        if packing is not None:
+            rows, length = tokens_BT.shape
+            place_B = jnp.arange(rows) % (rows // packing.parts) * length + index_B
+            return _head(adapter, packing.read(hidden, place_B.reshape(packing.parts, -1)).reshape(rows, -1))
+        last_BD = jnp.take_along_axis(hidden, index_B[:, None, None], axis=1)[:, 0]
         return _head(adapter, last_BD)
 
     # Cached decoding.
 
-    def prefill(self, base: Tree, adapter: Adapter | None, tokens_BP: Array, valid_BP: Array, slots: int) -> tuple[jax.Array, KVCache]:
-        """Reads prompts: logits_BV of each row's next token and a cache of `slots` >= P slots."""
-        batch, prompt = tokens_BP.shape
-        hidden_BPD, (k, v) = self._forward(base, adapter, tokens_BP, valid_BP, None, keep_cache=True)
-        last_B1D = jnp.take_along_axis(hidden_BPD, last_valid(valid_BP)[:, None, None], axis=1)
-        logits_BV = self._next_logits(base, adapter, last_B1D)
-        room = ((0, 0), (0, 0), (0, slots - prompt), (0, 0), (0, 0))
-        cache = KVCache(
-            k_LBSNK=self._place().cache(jnp.pad(k, room)),
-            v_LBSNK=self._place().cache(jnp.pad(v, room)),
-            visible_BS=jnp.pad(valid_BP.astype(bool), ((0, 0), (0, slots - prompt))),
-            position_B=jnp.sum(valid_BP.astype(jnp.int32), axis=1),
-            column=jnp.int32(prompt),
-        )
-        return logits_BV, cache
+    def prefill(
+        self, base: Tree, adapter: Adapter | None, tokens_PS: Array, valid_PS: Array, room: int, samples: int = 1, kind: CacheKind = "auto"
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads prompts: logits_PV of each one's next token, and a cache for `samples` rows a prompt.
 
-    def decode(self, base: Tree, adapter: Adapter | None, token_B: Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        room: columns for what each row decodes. kind: what the cache holds; auto: the activations' dtype.
+        """
+        place = self._place()
+        hidden_PSD, kv = self._forward(base, adapter, tokens_PS, valid_PS, None, keep_cache=True)
+        last_P1D = jnp.take_along_axis(hidden_PSD, last_valid(valid_PS)[:, None, None], axis=1)
+        prompt_k, prompt_v = (place.cache(keep(jnp.swapaxes(x_LPSNK, 2, 3), kind)) for x_LPSNK in kv)
+        rows = samples * tokens_PS.shape[0]
+        # [L, P, N, S, K], and scales [L, P, N, S], -> the same with B rows and `room` columns.
+        empty = lambda x: place.cache(jnp.zeros((x.shape[0], rows, x.shape[2], room, *x.shape[4:]), x.dtype))
+        cache = KVCache(
+            prompt_k=prompt_k,
+            prompt_v=prompt_v,
+            own_k=jax.tree.map(empty, prompt_k),
+            own_v=jax.tree.map(empty, prompt_v),
+            prompt_visible_PS=valid_PS.astype(bool),
+            own_visible_BC=jnp.zeros((rows, room), bool),
+            own_position_BC=jnp.zeros((rows, room), jnp.int32),
+            position_B=jnp.repeat(jnp.sum(valid_PS.astype(jnp.int32), axis=1), samples),
+            column=jnp.int32(0),
+        )
+        return self._next_logits(base, adapter, last_P1D), cache
+
+    def decode(self, base: Tree, adapter: Adapter | None, token_B: Array, cache: KVCache, kind: CacheKind = "auto") -> tuple[jax.Array, KVCache]:
         """Appends one token to every row: logits_BV of the token after it, and the cache."""
         outer, place = self._outer(base, adapter), self._place(stationary=True)
         positions_B1 = cache.position_B[:, None]
         kinds = LayerKinds.of(self.config, positions_B1)
-        slot_positions_BS = attention.positions(cache.visible_BS)
+        visible_BS, slot_positions_BS = cache.slots()
 
         def layer(block, x, leaves):
-            k_BSNK, v_BSNK, kind = leaves
-            visible_B1S = kinds.mask(kind, cache.visible_BS[:, None, :], positions_B1, slot_positions_BS)
-            return block.decode(x, kinds.rotary(kind), (k_BSNK, v_BSNK), visible_B1S[:, 0], place)
+            part, of_layer = leaves
+            visible_B1S = kinds.mask(of_layer, visible_BS[:, None, :], positions_B1, slot_positions_BS)
+            return block.decode(x, kinds.rotary(of_layer), part, visible_B1S[:, 0], place)
 
-        leaves = (cache.k_LBSNK, cache.v_LBSNK, kinds.by_layer)
+        leaves = (cache.by_layer, kinds.by_layer)
         x_B1D, (k, v) = self._scan(layer, base, adapter, outer.embed(token_B[:, None], place), leaves, place)
-        write = lambda slots, new: place.cache(jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, 0, cache.column, 0, 0)))
-        here_S = jnp.arange(cache.visible_BS.shape[1]) == cache.column
-        updated = KVCache(
-            k_LBSNK=write(cache.k_LBSNK, k),
-            v_LBSNK=write(cache.v_LBSNK, v),
-            visible_BS=cache.visible_BS | here_S[None, :],
-            position_B=cache.position_B + 1,
-            column=cache.column + 1,
-        )
+        updated = cache.appended(k, v, kind)
+        updated = updated.replace(own_k=place.cache(updated.own_k), own_v=place.cache(updated.own_v))
         return self._next_logits(base, adapter, outer.final_norm(x_B1D)), updated
 
     # Pieces.
@@ -288,22 +299,24 @@ class LanguageModel:
     def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:
         return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
 
-    def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache):
+    def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache, packing=None):
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
-        positions_BT = attention.positions(valid_BT)
-        kinds = LayerKinds.of(self.config, positions_BT)
+        own = (lambda x_BT: x_BT) if packing is None else packing.packed
+        tokens, positions = own(tokens_BT), own(attention.positions(valid_BT))
+        kinds = LayerKinds.of(self.config, positions)
         place = self._place()
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
 
         def layer(block, x, leaves):
             key, kind = leaves
-            x, kv = block(x, kinds.rotary(kind), self._attend(kinds, kind, valid_BT), key, place)
+            attend = self._attend(kinds, kind, valid_BT)
+            x, kv = block(x, kinds.rotary(kind), attend if packing is None else packing.attending(attend), key, place)
             return x, kv if keep_cache else None
 
         outer = self._outer(base, adapter)
-        x_BTD, kv = self._scan(layer, base, adapter, outer.embed(tokens_BT, place), (keys, kinds.by_layer), place, backward=True)
-        return outer.final_norm(x_BTD), kv
+        x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True)
+        return outer.final_norm(x), kv
 
     def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array) -> Attend:
         """A layer's attention over whole sequences, on its own platform's path."""
@@ -330,7 +343,7 @@ class LanguageModel:
         kept = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[self.config.remat]
         return jax.checkpoint(body, prevent_cse=False, policy=kept)
 
-    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False):
+    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: tuple, place: Placement, backward: bool = False):
         """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked outs.
 
         Layers with and without an adapter form runs, one scan each; where all have one (or none has)
@@ -344,21 +357,20 @@ class LanguageModel:
         # A frozen base has the activations' dtype, and no gradient.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
+        graph = lambda adapted: _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
+        block = lambda adapted, *parts: nnx.merge(graph(adapted), *(part for part in parts if part is not None))
+        adapters = lambda start, stop: jax.tree.map(lambda leaf: leaf[chosen.index(start) : chosen.index(start) + stop - start], adapter.lora["layers"])
         outs = []
         for start, stop, adapted in runs(chosen, number):
-            lora = None
-            if adapted:
-                first = chosen.index(start)
-                lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
-            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
+            lora = adapters(start, stop) if adapted else None
             whole = stop - start == number
 
             # A run's weights are picked layer by layer: slicing a run out of the stack would copy it.
-            def body(x, inputs):
+            def body(x, inputs, adapted=adapted, whole=whole):
                 index, mine, leaves = inputs
                 block_weights, block_under, leaves = leaves if whole else jax.tree.map(lambda leaf: leaf[index], (weights, under, per_layer))
                 block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
-                return layer(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
+                return layer(block(adapted, block_weights, mine, block_under), x, leaves)
 
             body = self._rematerialised(body) if backward else body
             index_L = jnp.arange(start, stop)

@@ -90,9 +90,10 @@ class Placement:
         """Queries, keys and values: beside the cache in either layout."""
         return sharding.constrain(x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None)
 
-    def cache(self, x_LBSNK: Array) -> jax.Array:
-        """Keys and values of all layers."""
-        return sharding.constrain(x_LBSNK, self.mesh, None, ROWS, None, "tensor" if self.split_heads else None, None)
+    def cache(self, part: Tree) -> Tree:
+        """Keys or values of all layers, [L, B, N, S, ...]: beside the queries that read them."""
+        entries = (None, ROWS, "tensor" if self.split_heads else None, None, None)
+        return jax.tree.map(lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part)
 
     def looking_up(self, tokens_BT: jax.Array) -> jax.Array:
         """Ids of all rows whose part of the width a device looks up.

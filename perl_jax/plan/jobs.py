@@ -117,7 +117,11 @@ def _supervised(model: Model, config: JobConfig, job: supervised.Supervised, rol
 
 
 def _rl(model: Model, config: RLConfig) -> Planned:
-    """Samples, scores, log-probabilities (values) and the update; the reward model is of the same kind."""
+    """Samples, scores, log-probabilities (values) and the update; the reward model is of the same kind.
+
+    The whole batch is decoded at once, which is the most that slots would hold.
+    """
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=None))
     policy = _role(model, config, head=False)
     reward = _role(model, config, head=True)
     roles = {"policy": policy} | ({"value": reward} if config.algorithm.rule.critic else {})
@@ -129,10 +133,11 @@ def _rl(model: Model, config: RLConfig) -> Planned:
     programs = policy_gradient.Programs(model, config, (_RECORD,), state, optimizers)
     base, batch = _base(model, config), config.batch_size
     prompt, room = config.data.max_prompt_length, config.data.max_response_length
-    prompts = _rows(model, Prompts(_ids(batch, prompt), _flags(batch, prompt), jax.ShapeDtypeStruct((batch,), np.int32)))
+    number = batch // model.shared_prompts(batch, config.algorithm.group)
+    prompts = _rows(model, Prompts(_ids(number, prompt), _flags(number, prompt), jax.ShapeDtypeStruct((number,), np.int32)))
     key = _placed(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), sharding.replicated(model.mesh))
     rollout = _rows(model, _result(programs.sample, base, state.roles["policy"], prompts, key))
-    pieces = [Piece(programs.sample, (base, state.roles["policy"], prompts, key), prompts, _cache(model, batch, prompt + room), room)]
+    pieces = [Piece(programs.sample, (base, state.roles["policy"], prompts, key), prompts, (_cache(model, number, prompt), _cache(model, batch, room)), room)]
     sequences = rollout.sequences
     reading = lambda program, role, tree: Piece(program, (None if role.weights is not None else base, tree, sequences), rollout)
     pieces.append(reading(programs.reward, frozen["reward"], [state.frozen["reward"]]))
@@ -207,8 +212,8 @@ def _base(model: Model, config: JobConfig) -> Tree | None:
 def _cache(model: Model, rows: int, slots: int) -> Tree:
     """The keys and values of a decode loop, where they live."""
     config = model.lm.config
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
-    place = sharding.fitting(model.mesh, shape, None, sharding.BATCH_AXES, None, "tensor" if model.lm.split_heads else None, None)
+    shape = (config.layers, rows, config.kv_heads, slots, config.head_dim)
+    place = sharding.fitting(model.mesh, shape, None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
     keys = jax.ShapeDtypeStruct(shape, config.dtype, sharding=place)
     return keys, keys
 

@@ -132,18 +132,22 @@ def sequence_logprobs(
     hidden_BTD = hidden_BTD[:, first:last]
     following_BT = jnp.pad(tokens_BT[:, first + 1 :], ((0, 0), (0, last - length + 1)))
 
+    logp_BT, entropy_BT = following_logprobs(head, hidden_BTD, following_BT, temperature, columns)
+    back = lambda x_BT: jnp.pad(x_BT, ((0, 0), (first + 1, 0)))[:, :length]
+    return back(logp_BT), back(entropy_BT)
+
+
+def following_logprobs(
+    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, following_BT: Array, temperature: float, columns: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of `columns`."""
+
     def piece(hidden_BCD: jax.Array, following_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = head(hidden_BCD)
         return token_logprobs(logits_BCV, following_BC, temperature), entropy(jax.lax.stop_gradient(logits_BCV), temperature)
 
-    pieces = -(-(last - first) // columns)
-    if pieces == 1:
-        about = piece(hidden_BTD, following_BT)
-    else:
-        about = _by_pieces(piece, hidden_BTD, following_BT, pieces)
-    back = lambda x_BT: jnp.pad(x_BT, ((0, 0), (first + 1, 0)))[:, :length]
-    logp_BT, entropy_BT = about
-    return back(logp_BT), back(entropy_BT)
+    pieces = -(-following_BT.shape[1] // columns)
+    return piece(hidden_BTD, following_BT) if pieces == 1 else _by_pieces(piece, hidden_BTD, following_BT, pieces)
 
 
 def _by_pieces(piece: Callable, hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:

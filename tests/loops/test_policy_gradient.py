@@ -205,7 +205,9 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     seen: list[tuple] = []
 
     def note(what: str, key: jax.Array) -> None:
-        jax.debug.callback(lambda data: seen.append((what, *np.asarray(data).tolist())), jax.random.key_data(key))
+        # Of a batch of keys every one counts.
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda data: seen.extend((what, *one) for one in np.asarray(data).reshape(-1, data.shape[-1]).tolist()), data)
 
     def noting(owner, name: str, position: int) -> None:
         original = getattr(owner, name)
@@ -233,9 +235,10 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
         run.step(prompts(LM, seed))
     jax.effects_barrier()
     counts = {what: sum(name == what for name, *_ in seen) for what in {name for name, *_ in seen}}
-    # Two roles, two layers, two projections; the sampler draws once for each token of the room.
+    # Two roles, two layers, two projections; the sampler draws once for each row and token of the room.
+    rows = run.config.batch_size
     whole = {"gradients": 2, "sample": 2, "logprobs": 2 * microbatches, "values": 2 * microbatches, "bernoulli": 2 * microbatches * 8}
-    assert counts == whole | {"choose": counts["choose"]} and 2 <= counts["choose"] <= 2 * (4 + microbatches)
+    assert counts == whole | {"choose": counts["choose"]} and 2 * rows <= counts["choose"] <= 2 * rows * (4 + microbatches)
     keys = [tuple(key) for _, *key in seen]
     assert len(set(keys)) == len(keys)
 
@@ -244,13 +247,13 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
 
 
 def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
-    honest = policy_gradient._sample
+    honest = sampling.sample_prompts
 
     def biased(*arguments):
         made = honest(*arguments)
         return made.replace(logp_BT=made.logp_BT - 0.5)
 
-    monkeypatch.setattr(policy_gradient, "_sample", biased)
+    monkeypatch.setattr(sampling, "sample_prompts", biased)
     # exp 0.5 = 1.6487.
     run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, rl_config(max_mismatch=1.6))
     with pytest.raises(TrainingError, match=r"Step 1: .* = 1\.6487, above max_mismatch = 1\.6; the run stopped"):

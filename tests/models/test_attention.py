@@ -139,21 +139,3 @@ def test_attention_in_blocks_keeps_bfloat16(qkv):
     np.testing.assert_allclose(
         attention.attend_blocked(q, k, v, mask_BTS).astype(np.float32), attention.attend(*qkv, mask_BTS), atol=0.03
     )
-
-
-def test_cached_attention_equals_the_last_query(qkv):
-    q, k, v = qkv
-    valid_BT = np.array([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
-    full = attention.attend(q, k, v, attention.causal_mask(valid_BT))[:, -1:]
-    # The cache has more room than tokens; what lies in unused slots must not matter.
-    room = lambda x: np.concatenate([x[:, :-1], np.full((BATCH, 3, KV_HEADS, HEAD_DIM), 9.0, np.float32)], axis=1)
-    visible_BS = np.concatenate([valid_BT[:, :-1], np.zeros((BATCH, 3), bool)], axis=1)
-    one = attention.attend_cached(q[:, -1:], k[:, -1:], v[:, -1:], room(k), room(v), visible_BS)
-    np.testing.assert_allclose(one, full, atol=1e-6)
-
-
-def test_cached_attention_of_a_first_token_is_its_own_value(qkv):
-    q, k, v = (x[:, :1] for x in qkv)
-    empty = np.zeros((BATCH, 4, KV_HEADS, HEAD_DIM), np.float32)
-    out = attention.attend_cached(q, k, v, empty, empty, np.zeros((BATCH, 4), bool))
-    np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], HEADS // KV_HEADS, axis=1), atol=1e-6)

@@ -36,8 +36,7 @@ def test_adapters_and_full_weights_differ_from_the_base():
 @functools.partial(jax.jit, static_argnums=0)
 def teacher_forced(lm, role, prompt, new_BC):
     """Logits of prefilling a prompt and then decoding given tokens one by one, and the cache."""
-    slots = prompt.tokens_BT.shape[1] + new_BC.shape[1] + 2
-    first_BV, cache = lm.prefill(BASE, role, prompt.tokens_BT, prompt.valid_BT, slots)
+    first_BV, cache = lm.prefill(BASE, role, prompt.tokens_BT, prompt.valid_BT, new_BC.shape[1] + 2)
 
     def step(cache, token_B):
         logits_BV, cache = lm.decode(BASE, role, token_B, cache)
@@ -59,9 +58,9 @@ def test_cached_decoding_equals_the_full_forward(role):
     last_B = np.array(last_valid(prompt.valid_BT))
     np.testing.assert_allclose(first_BV, full_BTV[np.arange(BATCH), last_B], atol=2e-5)
     np.testing.assert_allclose(rest_BCV, full_BTV[:, 11:], atol=2e-5)
-    assert int(cache.column) == 15
+    assert int(cache.column) == 4
     np.testing.assert_array_equal(cache.position_B, valid_BT.sum(axis=1))
-    np.testing.assert_array_equal(cache.visible_BS, np.pad(valid_BT, ((0, 0), (0, 2))))
+    np.testing.assert_array_equal(cache.slots()[0], np.pad(valid_BT, ((0, 0), (0, 2))))
 
 
 def test_padding_sides_agree():
@@ -191,7 +190,7 @@ def test_bfloat16_decoding_equals_its_forward():
     prompt = jax.tree.map(lambda x: x[:, :7], tokens)
     full_BTV = small.logits(low, BASE, None, tokens)
     _, rest_BCV, cache = teacher_forced(low, None, prompt, tokens.tokens_BT[:, 7:])
-    assert cache.k_LBSNK.dtype == cache.v_LBSNK.dtype == jnp.bfloat16
+    assert cache.own_k.values.dtype == cache.prompt_v.values.dtype == jnp.bfloat16
     np.testing.assert_allclose(rest_BCV, full_BTV[:, 7:], atol=0.1 * float(full_BTV.std()))
 
 

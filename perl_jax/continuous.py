@@ -1,0 +1,284 @@
+"""Continuous batching: a finished row leaves the batch and the next prompt takes its slot.
+
+`sampling.sample` decodes a batch until its longest response ends; where lengths differ widely most of
+its rows wait. Here a fixed number of slots decodes in compiled chunks, and the host looks between
+chunks who has finished, keeps what they made and lets the next prompts in (Yu et al. 2022, "Orca").
+When no prompt is left, the rows that still go on move together into fewer slots.
+
+Tokens are those of `sampling.sample` for the same key: a row's draws depend on the key and its
+number alone, not on its slot or on who is beside it. Every process of a run takes the same decisions,
+from numbers that all of them have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perl_jax import config as config_lib
+from perl_jax import hosts, sharding
+from perl_jax.lora import Adapter
+from perl_jax.models.cache import KVCache
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.programs import Program
+from perl_jax.sampling import Rollout, SamplingConfig, choose, is_stop, row_keys, row_keys_at, sampled_from
+from perl_jax.types import Array, Prompts, Tokens, Tree
+
+
+@flax.struct.dataclass
+class Slots:
+    """The rows that are being decoded.
+
+    cache: of one prompt a slot. logits_BV: of each row's next token. row_B: the number of the row of
+    the rollout that is in the slot. length_B: tokens it has; done_B: ended, or nobody is there.
+    """
+
+    cache: KVCache
+    logits_BV: Array
+    row_B: Array
+    length_B: Array
+    done_B: Array
+    tokens_BC: Array
+    logp_BC: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """Prompts that are let in together, and the slots their samples take; a slot of -1: nobody."""
+
+    tokens_AS: np.ndarray
+    valid_AS: np.ndarray
+    slot_AG: np.ndarray
+    row_AG: np.ndarray
+
+
+class ContinuousSampler:
+    """Samples `samples` responses to each prompt through `slots` slots: (base, adapter, prompts, key data) -> Rollout.
+
+    chunk: the most decoding steps between two looks at who has finished. Raises UserError where the
+    slots do not hold the samples of one prompt, or do not divide over the mesh's rows.
+    """
+
+    def __init__(self, lm: LanguageModel, config: SamplingConfig, samples: int, slots: int, chunk: int = 16) -> None:
+        config_lib.whole("slots", slots)
+        parts = 1 if lm.mesh is None else lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
+        config_lib.require(slots % samples == 0, f"slots is {slots}; it must be a multiple of the {samples} samples of a prompt.")
+        config_lib.require(slots % parts == 0, f"slots is {slots}; it must be a multiple of the mesh's data x fsdp = {parts} parts.")
+        self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
+        place = functools.partial(_placed, lm)
+        self.prepare = Program("prepare", functools.partial(_prepare, config))
+        self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=32)
+        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=32)
+        self.fewer = Program("fewer", functools.partial(_fewer, place), limit=32)
+
+    @property
+    def compilations(self) -> int:
+        """Of all its programs."""
+        return sum(program.compilations for program in (self.prepare, self.admit, self.decode, self.fewer))
+
+    def memory(self):
+        """Of the largest of its programs."""
+        found = [program.memory() for program in (self.admit, self.decode) if program.compilations]
+        return max(found, key=lambda account: account.peak, default=None)
+
+    def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
+        tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
+        base, adapter = self.prepare(base, adapter)
+        made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
+        waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
+        state, slots = self._empty(base, adapter, tokens_PS.shape[1]), self.slots
+        inside_B, steps = np.full(slots, -1), 0
+        while waiting or (inside_B >= 0).any():
+            for admission in self._admissions(made, waiting, inside_B):
+                state = self.admit(base, adapter, state, *dataclasses.astuple(admission))
+            active = int((inside_B >= 0).sum())
+            # With prompts waiting, a prompt's worth of free slots is what it is stopped for; otherwise a halved batch.
+            until = slots - self.samples if waiting else active // 2 if slots > self.parts and slots > 1 else 0
+            state, done = self.decode(base, adapter, state, np.int32(min(until, active - 1)), key)
+            done_B, length_B, taken = (np.asarray(jax.device_get(x)) for x in done)
+            steps += int(taken)
+            over_B = done_B & (inside_B >= 0)
+            if over_B.any():
+                made.keep(inside_B, over_B, length_B, *(np.asarray(jax.device_get(hosts.whole(x))) for x in (state.tokens_BC, state.logp_BC)))
+                inside_B[over_B] = -1
+            fewer = self._size(int((inside_B >= 0).sum()))
+            if not waiting and 0 < fewer < slots:
+                stays = np.argsort(inside_B < 0, kind="stable")[:fewer].astype(np.int32)
+                state, inside_B, slots = self.fewer(state, stays), inside_B[stays], fewer
+        return made.rollout(steps, self.lm.mesh)
+
+    def _size(self, active: int) -> int:
+        """The fewest slots, halving, that hold so many rows."""
+        size = self.slots
+        while size % (2 * self.parts) == 0 and size // 2 >= active:
+            size //= 2
+        return size
+
+    def _admissions(self, made: _Made, waiting: deque[int], inside_B: np.ndarray) -> list[Admission]:
+        """Takes prompts from the queue while their samples have slots, in calls of two sizes: all slots, or an eighth."""
+        out = []
+        free = deque(np.flatnonzero(inside_B < 0).tolist())
+        while waiting and len(free) >= self.samples:
+            number = self.slots // self.samples
+            if len(free) < len(inside_B):
+                number = max(1, number // 8)
+            slot_AG, row_AG = np.full((number, self.samples), -1, np.int32), np.zeros((number, self.samples), np.int32)
+            prompts = np.zeros(number, np.int64)
+            for place in range(number):
+                if waiting and len(free) >= self.samples:
+                    prompts[place] = waiting.popleft()
+                    slot_AG[place] = [free.popleft() for _ in range(self.samples)]
+                    row_AG[place] = prompts[place] * self.samples + np.arange(self.samples)
+                    inside_B[slot_AG[place]] = row_AG[place]
+            out.append(Admission(made.tokens_PS[prompts], made.valid_PS[prompts], slot_AG, row_AG))
+        return out
+
+    def _empty(self, base: Tree, adapter: Adapter | None, columns: int) -> Slots:
+        """Slots without anybody, where they live."""
+        shapes = jax.eval_shape(functools.partial(_vacant, self.lm, self.config, self.slots, columns), base, adapter)
+        zeros = lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), shapes)
+        state = jax.jit(lambda: _placed(self.lm, zeros().replace(done_B=jnp.ones(self.slots, bool))))()
+        return state
+
+
+class _Made:
+    """What has been sampled so far, on the host, by the rollout's row."""
+
+    def __init__(self, tokens_PS: np.ndarray, valid_PS: np.ndarray, samples: int, config: SamplingConfig) -> None:
+        self.tokens_PS, self.valid_PS, self.samples, self.config = tokens_PS, valid_PS, samples, config
+        rows = len(tokens_PS) * samples
+        self.tokens_BC = np.full((rows, config.max_new_tokens), config.pad_id, np.int32)
+        self.logp_BC = np.zeros((rows, config.max_new_tokens), np.float32)
+        self.length_B = np.zeros(rows, np.int32)
+
+    def keep(self, inside_B: np.ndarray, over_B: np.ndarray, length_B: np.ndarray, tokens_BC: np.ndarray, logp_BC: np.ndarray) -> None:
+        """Takes over the rows that have ended."""
+        for slot in np.flatnonzero(over_B):
+            row, length = inside_B[slot], length_B[slot]
+            self.tokens_BC[row, :length], self.logp_BC[row, :length] = tokens_BC[slot, :length], logp_BC[slot, :length]
+            self.length_B[row] = length
+
+    def rollout(self, steps: int, mesh: jax.sharding.Mesh | None) -> Rollout:
+        """Every row, as `sampling.sample` gives it; on a mesh placed like a batch."""
+        wide = lambda x_PS: np.repeat(x_PS, self.samples, axis=0)
+        response_BC = np.arange(self.config.max_new_tokens)[None, :] < self.length_B[:, None]
+        stop_BC = np.isin(self.tokens_BC, self.config.stop_ids) & response_BC
+        join = lambda left, right: np.concatenate([left, right], axis=1)
+        prompt_BS, valid_BS = wide(self.tokens_PS).astype(np.int32), wide(self.valid_PS)
+        sequences = Tokens(join(prompt_BS, self.tokens_BC), join(valid_BS, response_BC), join(np.zeros_like(valid_BS), response_BC))
+        logp_BT = join(np.zeros(prompt_BS.shape, np.float32), self.logp_BC)
+        rows = (sequences, logp_BT, stop_BC.any(axis=1))
+        if mesh is not None:
+            rows = sharding.put_batch(jax.tree.map(sharding.row_share(mesh).part, rows), mesh)
+        return Rollout(*rows, steps=jnp.int32(steps))
+
+
+def _prepare(config: SamplingConfig, base: Tree, adapter: Adapter | None) -> tuple[Tree, Adapter | None]:
+    # Many tokens: a merged copy pays wherever it may.
+    return sampled_from(base, adapter, config, 2**30)
+
+
+def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, columns: int, base: Tree, adapter: Adapter | None) -> Slots:
+    tokens_BS = jnp.zeros((slots, columns), jnp.int32)
+    logits_BV, cache = lm.prefill(base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache)
+    number_B, made_BC = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, config.max_new_tokens), jnp.int32)
+    return Slots(cache, logits_BV, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32))
+
+
+def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
+    """The state with `layers` of every array [L, slots, ...] and `rows` of every other [slots, ...]."""
+    cache = state.cache
+    return Slots(
+        cache=cache.replace(
+            **{name: jax.tree.map(layers, part) for name, part in zip(("prompt_k", "prompt_v", "own_k", "own_v"), cache.by_layer)},
+            prompt_visible_PS=rows(cache.prompt_visible_PS),
+            own_visible_BC=rows(cache.own_visible_BC),
+            own_position_BC=rows(cache.own_position_BC),
+            position_B=rows(cache.position_B),
+        ),
+        logits_BV=rows(state.logits_BV),
+        row_B=rows(state.row_B),
+        length_B=rows(state.length_B),
+        done_B=rows(state.done_B),
+        tokens_BC=rows(state.tokens_BC),
+        logp_BC=rows(state.logp_BC),
+    )
+
+
+def _placed(lm: LanguageModel, state: Slots) -> Slots:
+    """The state where it lives: rows over the mesh's rows, keys and values beside the heads that read them."""
+    heads = "tensor" if lm.split_heads else None
+    layers = lambda x: sharding.constrain(x, lm.mesh, *(None, sharding.BATCH_AXES, heads, None, None)[: x.ndim])
+    placed = _changed(state, layers, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
+    return placed.replace(cache=placed.cache.replace(column=sharding.constrain(state.cache.column, lm.mesh)))
+
+
+def _admit(
+    lm: LanguageModel, config: SamplingConfig, place, base: Tree, adapter: Adapter | None, state: Slots,
+    tokens_AS: Array, valid_AS: Array, slot_AG: Array, row_AG: Array,
+) -> Slots:  # fmt: skip
+    """Reads prompts and puts each one's keys, values and next logits into the slots of its samples."""
+    logits_AV, read = lm.prefill(base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
+    samples, slots = slot_AG.shape[1], state.done_B.shape[0]
+    # Nobody's slot lies behind the last one, where nothing is written.
+    slot_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1)
+    wide = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
+    rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
+    parts = lambda whole, new: jax.tree.map(lambda x, y: x.at[:, slot_X].set(wide(y, 1), mode="drop"), whole, new)
+    fresh = lambda array, value: rows(array, jnp.full((slot_X.shape[0], *array.shape[1:]), value, array.dtype))
+    cache = state.cache.replace(
+        prompt_k=parts(state.cache.prompt_k, read.prompt_k),
+        prompt_v=parts(state.cache.prompt_v, read.prompt_v),
+        prompt_visible_PS=rows(state.cache.prompt_visible_PS, wide(read.prompt_visible_PS)),
+        own_visible_BC=fresh(state.cache.own_visible_BC, False),
+        position_B=rows(state.cache.position_B, wide(read.position_B)),
+    )
+    return place(
+        state.replace(
+            cache=cache,
+            logits_BV=rows(state.logits_BV, wide(logits_AV)),
+            row_B=rows(state.row_B, row_AG.reshape(-1)),
+            length_B=fresh(state.length_B, 0),
+            done_B=fresh(state.done_B, False),
+        )
+    )
+
+
+def _decode(
+    lm: LanguageModel, config: SamplingConfig, place, chunk: int, base: Tree, adapter: Adapter | None, state: Slots, until: Array, key: Array
+) -> tuple[Slots, tuple[Array, Array, Array]]:
+    """At most `chunk` steps, fewer once no more than `until` rows go on; (done_B, length_B, steps) for the host."""
+    key_B = row_keys(jax.random.wrap_key_data(key), state.row_B)
+    each_B = jnp.arange(state.done_B.shape[0])
+
+    def goes_on(carry: tuple[Array, Slots]) -> Array:
+        step, state = carry
+        return (step < chunk) & (jnp.sum(~state.done_B) > until)
+
+    def advance(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+        step, state = carry
+        token_B, logp_B = choose(row_keys_at(key_B, state.length_B), state.logits_BV, config)
+        # A row that is done writes behind the last column, where nothing is kept.
+        column_B = jnp.where(state.done_B, config.max_new_tokens, state.length_B)
+        put = lambda array_BC, value_B: array_BC.at[each_B, column_B].set(value_B, mode="drop")
+        length_B = state.length_B + ~state.done_B
+        logits_BV, cache = lm.decode(base, adapter, token_B, state.cache, config.cache)
+        done_B = state.done_B | is_stop(token_B, config.stop_ids) | (length_B >= config.max_new_tokens)
+        made = {"tokens_BC": put(state.tokens_BC, token_B), "logp_BC": put(state.logp_BC, logp_B)}
+        return step + 1, place(state.replace(cache=cache, logits_BV=logits_BV, length_B=length_B, done_B=done_B, **made))
+
+    steps, state = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))
+    known = lambda x: sharding.constrain(x, lm.mesh, *[None] * x.ndim)
+    return place(state), (known(state.done_B), known(state.length_B), steps)
+
+
+def _fewer(place, state: Slots, stays_Y: Array) -> Slots:
+    """Only some of the slots, in the given order."""
+    return place(_changed(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))

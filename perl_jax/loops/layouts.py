@@ -1,0 +1,33 @@
+"""How a batch of rollouts is packed: few sizes, whatever the lengths that were sampled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from perl_jax.data.bucketing import SLOTS, WORTH, fullest
+from perl_jax.loops.jobs import RLConfig
+from perl_jax.loops.model import Model
+from perl_jax.types import Layout
+
+# Sizes that the room of a batch's responses is packed into: so many programs at most for each length of prompts.
+LEVELS = 4
+
+
+def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, response_B: np.ndarray, columns: int, microbatches: int) -> Layout | None:
+    """The layout of rollouts with so many real tokens in each row's prompt and response; None: not worth it.
+
+    columns: of the prompts. microbatches: of the pass that reads them.
+    """
+    if not model.packs(config.data.packing):
+        return None
+    rows, parts, room = len(prompt_B), model.row_parts, config.data.max_response_length
+    samples = config.algorithm.group
+    group = samples if rows % (parts * microbatches * samples) == 0 else 1
+    if rows % (parts * microbatches):
+        return None
+    first_B = np.arange(rows) % group == 0
+    need = fullest(np.where(first_B, prompt_B, 0) + response_B, parts, microbatches, group)
+    each = rows // (parts * microbatches)
+    sizes = [-(-(each // group * columns + each * room * level // LEVELS) // SLOTS) * SLOTS for level in range(1, LEVELS + 1)]
+    slots = next(size for size in sizes if size >= need)
+    return Layout(slots, parts, group) if slots <= WORTH * each * (columns + room) else None

@@ -1,0 +1,152 @@
+"""The cache of keys and values that decoding reads: each prompt's once, and each response's own.
+
+The samples of a prompt are rows next to each other and read one copy of its keys and values
+together. What a row has decoded lies in its own part, at one common column for all rows: one
+in-place write a step. The columns are used in turn, so that rows may begin at different steps; a
+row that decodes no more tokens than there are columns never meets its own end.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from perl_jax.models.attention import MASKED, capped, positions
+from perl_jax.types import Array
+
+CACHES = ("auto", "float32", "bfloat16", "int8")
+CacheKind = Literal["auto", "float32", "bfloat16", "int8"]
+
+
+@flax.struct.dataclass
+class Kept:
+    """Keys or values [..., S, K]; int8 ones with a scale [..., S] for each token and head."""
+
+    values: Array
+    scale: Array | None = None
+
+
+def keep(x_SK: Array, kind: CacheKind) -> Kept:
+    """Keys or values as the cache holds them; auto: as they are. int8: round(127 x / max|x|) a token and head."""
+    if kind == "auto":
+        return Kept(x_SK)
+    if kind != "int8":
+        return Kept(x_SK.astype(kind))
+    x_SK = x_SK.astype(jnp.float32)
+    scale_S = jnp.maximum(jnp.max(jnp.abs(x_SK), axis=-1), 1e-30) / 127
+    return Kept(jnp.round(x_SK / scale_S[..., None]).astype(jnp.int8), scale_S)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers. P prompts, B = P G rows, C columns for what they decode.
+
+    prompt_k, prompt_v: [L, P, N, S, K] of left-, right- or unpadded prompts, prompt_visible_PS their real tokens.
+    own_k, own_v: [L, B, N, C, K]; own_visible_BC: columns that hold tokens of this row;
+    own_position_BC: their rotary positions. position_B: of each row's next token. column: where it goes.
+    """
+
+    prompt_k: Kept
+    prompt_v: Kept
+    own_k: Kept
+    own_v: Kept
+    prompt_visible_PS: Array
+    own_visible_BC: Array
+    own_position_BC: Array
+    position_B: Array
+    column: Array
+
+    @property
+    def by_layer(self) -> tuple[Kept, Kept, Kept, Kept]:
+        """What one layer reads, stacked over layers."""
+        return self.prompt_k, self.prompt_v, self.own_k, self.own_v
+
+    @property
+    def samples(self) -> int:
+        """G, rows that share a prompt."""
+        return self.own_visible_BC.shape[0] // self.prompt_visible_PS.shape[0]
+
+    def slots(self) -> tuple[jax.Array, jax.Array]:
+        """Visible [B, S + C] and positions [B, S + C] of all keys of each row, the prompt's first."""
+        repeated = lambda x_PS: jnp.repeat(x_PS, self.samples, axis=0)
+        visible_BS = repeated(self.prompt_visible_PS)
+        position_BS = repeated(positions(self.prompt_visible_PS))
+        join = lambda a, b: jnp.concatenate([a, b], axis=1)
+        return join(visible_BS, self.own_visible_BC), join(position_BS, self.own_position_BC)
+
+    def grown(self, room: int) -> KVCache:
+        """With more columns for what rows decode, the new ones behind the old."""
+        more = room - self.own_visible_BC.shape[1]
+        pad = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+        return self.replace(
+            own_k=jax.tree.map(lambda x: pad(x, 3), self.own_k),
+            own_v=jax.tree.map(lambda x: pad(x, 3), self.own_v),
+            own_visible_BC=pad(self.own_visible_BC, 1),
+            own_position_BC=pad(self.own_position_BC, 1),
+        )
+
+    def appended(self, k_LB1NK: Array, v_LB1NK: Array, kind: CacheKind) -> KVCache:
+        """With every row's newest token in the common column."""
+
+        def write(part: Kept, new_LB1NK: Array) -> Kept:
+            new = keep(jnp.swapaxes(new_LB1NK, 2, 3), kind)
+            put = lambda slots, x: jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), self.column, axis=3)
+            return jax.tree.map(put, part, new)
+
+        here_C = jnp.arange(self.own_visible_BC.shape[1]) == self.column
+        return self.replace(
+            own_k=write(self.own_k, k_LB1NK),
+            own_v=write(self.own_v, v_LB1NK),
+            own_visible_BC=self.own_visible_BC | here_C[None, :],
+            own_position_BC=jnp.where(here_C[None, :], self.position_B[:, None], self.own_position_BC),
+            position_B=self.position_B + 1,
+            column=(self.column + 1) % self.own_visible_BC.shape[1],
+        )
+
+
+def attend_cached(
+    q_B1HK: Array, k_B1NK: Array, v_B1NK: Array, layer: tuple[Kept, Kept, Kept, Kept], visible_BS: Array,
+    scale: float | None = None, cap: float | None = None,
+) -> jax.Array:  # fmt: skip
+    """One new token's attention over its prompt, over what its row has decoded, and over itself.
+
+    layer: one layer of `KVCache.by_layer`. visible_BS: over prompt and own columns side by side.
+    The new key and value are not in the cache yet: keeping the cache read-only here lets the layer
+    scan return one token a layer, and the caller write all layers with a single in-place update.
+    """
+    prompt_k, prompt_v, own_k, own_v = layer
+    batch, _, heads, head_dim = q_B1HK.shape
+    prompts, kv_heads, length, _ = prompt_k.values.shape
+    grouped = (prompts, batch // prompts, kv_heads, heads // kv_heads)
+    q_BNGK = q_B1HK.reshape(batch, kv_heads, -1, head_dim)
+    # All queries that read a prompt's keys of one head, in one product: [P, N, samples x group, K].
+    q_PNXK = jnp.swapaxes(q_B1HK.reshape(*grouped, head_dim), 1, 2).reshape(prompts, kv_heads, -1, head_dim)
+    prompt_PNXS = _logits(q_PNXK, prompt_k)
+    prompt_BNGS = jnp.swapaxes(prompt_PNXS.reshape(prompts, kv_heads, grouped[1], grouped[3], length), 1, 2).reshape(batch, kv_heads, -1, length)
+    own_BNGC = _logits(q_BNGK, own_k)
+    self_BNG = jnp.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], preferred_element_type=jnp.float32)
+    scale = head_dim**-0.5 if scale is None else scale
+    past = jnp.where(visible_BS[:, None, None, :], capped(jnp.concatenate([prompt_BNGS, own_BNGC], axis=-1) * scale, cap), MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([past, capped(self_BNG[..., None] * scale, cap)], axis=-1), axis=-1)
+    prompt_PNXS = jnp.swapaxes(weights[..., :length].reshape(*grouped, length), 1, 2).reshape(prompts, kv_heads, -1, length)
+    out_PNXK = _mixed(prompt_PNXS, prompt_v, v_B1NK.dtype)
+    out_BNGK = jnp.swapaxes(out_PNXK.reshape(prompts, kv_heads, grouped[1], grouped[3], head_dim), 1, 2).reshape(batch, kv_heads, -1, head_dim)
+    out_BNGK = out_BNGK + _mixed(weights[..., length:-1], own_v, v_B1NK.dtype)
+    out_BNGK = out_BNGK + weights[..., -1:].astype(v_B1NK.dtype) * v_B1NK[:, 0, :, None, :]
+    return out_BNGK.reshape(batch, 1, heads, head_dim)
+
+
+def _logits(q_BNXK: Array, k_BNSK: Kept) -> jax.Array:
+    """q k^T, float32."""
+    logits = jnp.einsum("bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), preferred_element_type=jnp.float32)
+    return logits if k_BNSK.scale is None else logits * k_BNSK.scale[:, :, None, :]
+
+
+def _mixed(weights_BNXS: Array, v_BNSK: Kept, dtype: jnp.dtype) -> jax.Array:
+    """weights times values; a value's scale goes to its weight."""
+    if v_BNSK.scale is not None:
+        weights_BNXS = weights_BNXS * v_BNSK.scale[:, :, None, :]
+    return jnp.einsum("bnxs,bnsk->bnxk", weights_BNXS.astype(dtype), v_BNSK.values.astype(dtype))

@@ -1,0 +1,155 @@
+"""Packed batches: the same losses and gradients as padded ones, with every real token computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from perl_jax import steps, trees
+from perl_jax.models.language_model import full_weights
+from perl_jax.models.packing import pack
+from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.types import Labelled, Layout, Pairs, Tokens
+from tests import small
+
+BASE = small.make_base()
+POLICY = small.make_adapter()
+REWARD = POLICY.replace(head=small.make_head())
+LENGTH, PROMPT = 12, 5
+GROUP = 4
+
+
+def group_rows(groups: int, lengths: list[int], left: bool = False, seed: int = 0) -> Tokens:
+    """Rows in groups that begin with one prompt; right-padded, or with the prompt padded on the left as rollouts are."""
+    rng = np.random.default_rng(seed)
+    rows = len(lengths)
+    each = rows // groups
+    tokens_BT = rng.integers(1, 61, (rows, LENGTH), dtype=np.int32)
+    valid_BT, response_BT = np.zeros((rows, LENGTH), bool), np.zeros((rows, LENGTH), bool)
+    for group in range(groups):
+        prompt = PROMPT - group % 3
+        for row in range(group * each, (group + 1) * each):
+            start = PROMPT - prompt if left else 0
+            tokens_BT[row, start : start + prompt] = tokens_BT[group * each, start : start + prompt]
+            valid_BT[row, start : start + prompt + lengths[row]] = True
+            response_BT[row, start + prompt : start + prompt + lengths[row]] = True
+    return Tokens(tokens_BT, valid_BT, response_BT)
+
+
+LENGTHS = [7, 1, 3, 0, 5, 5, 2, 7]
+
+
+def real_tokens(tokens: Tokens, group: int) -> int:
+    first_B = np.arange(len(tokens.tokens_BT)) % group == 0
+    return int((tokens.response_BT.sum() + (tokens.valid_BT & ~tokens.response_BT)[first_B].sum()))
+
+
+@pytest.mark.parametrize(("group", "parts"), [(1, 1), (1, 4), (4, 1), (4, 2)])
+def test_every_real_token_has_a_slot_and_copies_share_one(group, parts):
+    tokens = group_rows(2, LENGTHS)
+    packing = pack(tokens.replace(layout=Layout(80, parts, group)))
+    assert int(packing.filled_WU.sum()) == real_tokens(tokens, group)
+    packed_WU = np.array(packing.packed(tokens.tokens_BT))
+    back_BT = np.array(packing.spread(packed_WU))
+    np.testing.assert_array_equal(back_BT[tokens.valid_BT], tokens.tokens_BT[tokens.valid_BT])
+    # No slot is two different tokens'.
+    slot_BT, part_B = np.array(packing.slot_BT), np.arange(8) // (8 // parts)
+    places = {(part_B[b], slot_BT[b, t]) for b, t in zip(*np.nonzero(tokens.valid_BT))}
+    assert len(places) == real_tokens(tokens, group)
+
+
+def test_both_gathers_have_the_gradients_of_their_sums():
+    # Against JAX's own derivative of plain indexing.
+    tokens = group_rows(2, LENGTHS)
+    packing = pack(tokens.replace(layout=Layout(56, 1, GROUP)))
+    x_WU3 = jax.random.normal(jax.random.key(0), (1, 56, 3))
+    weight_BT3 = jax.random.normal(jax.random.key(1), (8, LENGTH, 3)) * tokens.valid_BT[:, :, None]
+    plain = lambda x: jnp.sum(x[0][packing.slot_BT] * weight_BT3)
+    ours = lambda x: jnp.sum(packing.to_sequences(x) * weight_BT3)
+    np.testing.assert_allclose(jax.grad(ours)(x_WU3), jax.grad(plain)(x_WU3), atol=1e-5)
+    weight_WU3 = jax.random.normal(jax.random.key(2), (1, 56, 3)) * packing.filled_WU[:, :, None]
+    # Copies equal, as hidden states of shared prompts are: each slot reads its first owner.
+    x_BT3 = jax.random.normal(jax.random.key(3), (8, LENGTH, 3))
+    plain = lambda x: jnp.sum(x.reshape(-1, 3)[packing.token_WU[0]] * weight_WU3[0])
+    ours = lambda x: jnp.sum(packing.attending(lambda q: q * x)(jnp.ones((1, 56, 3))) * weight_WU3)
+    np.testing.assert_allclose(jax.grad(ours)(x_BT3), jax.grad(plain)(x_BT3), atol=1e-5)
+
+
+def value_and_gradient(objective, role, batch, microbatches: int = 1):
+    name = "reward" if objective in (steps.pairwise_objective, steps.pointwise_objective) else "policy"
+    function = lambda role: steps.gradients(lambda *a: objective(small.LM, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
+    loss, _, grads = jax.jit(function)(role)
+    return loss.mean, grads
+
+
+def assert_close(a, b) -> None:
+    (loss_a, grads_a), (loss_b, grads_b) = a, b
+    np.testing.assert_allclose(loss_a, loss_b, rtol=1e-5)
+    scale = float(trees.global_norm(grads_a))
+    assert scale > 1e-3
+    for x, y in zip(jax.tree.leaves(grads_a), jax.tree.leaves(grads_b), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * scale)
+
+
+def experience(tokens: Tokens) -> steps.Experience:
+    rng = np.random.default_rng(4)
+    noise = lambda: jnp.asarray(rng.standard_normal(tokens.tokens_BT.shape), jnp.float32)
+    return steps.Experience(tokens, -3 + noise(), noise(), noise())
+
+
+def cases() -> dict:
+    ragged, rollouts = group_rows(8, LENGTHS), group_rows(2, LENGTHS, left=True)
+    weight = np.ones(4, np.float32)
+    pairs = lambda layout: Pairs(
+        *(jax.tree.map(lambda x: x[side::2], group_rows(4, LENGTHS)).replace(layout=layout) for side in (0, 1)), weight
+    )
+    labelled = lambda layout: Labelled(ragged.replace(layout=layout), np.linspace(0, 1, 8, dtype=np.float32), np.ones(8, np.float32))
+    gradient = lambda lm, *a: steps.policy_gradient_objective(lm, AlgorithmConfig(name="rloo", samples=4), 0.9, "k2", 7, *a)
+    return {
+        "sft": (steps.sft_objective, POLICY, lambda layout: ragged.replace(layout=layout), 1),
+        "pairs": (steps.pairwise_objective, REWARD, pairs, 2),
+        "labels": (steps.pointwise_objective, REWARD, labelled, 1),
+        "rl": (gradient, POLICY, lambda layout: experience(rollouts.replace(layout=layout)), 4),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize(("parts", "microbatches"), [(1, 1), (2, 1), (1, 2)])
+def test_losses_and_gradients_equal_the_padded_ones(name, parts, microbatches):
+    objective, role, batch, group = cases()[name]
+    if name == "pairs" and parts * microbatches == 1:
+        group = 2
+    padded = value_and_gradient(objective, role, batch(None), microbatches)
+    packed = value_and_gradient(objective, role, batch(Layout(72, parts, group)), microbatches)
+    assert_close(padded, packed)
+
+
+def test_full_tuning_and_dropout_of_nothing_are_packed_too():
+    tokens = group_rows(8, LENGTHS)
+    role = full_weights(BASE)
+    whole = [value_and_gradient(steps.sft_objective, role, tokens.replace(layout=layout)) for layout in (None, Layout(72))]
+    assert_close(*whole)
+
+
+def test_scores_and_values_are_those_of_padded_rows():
+    tokens = group_rows(2, LENGTHS, left=True)
+    layout = Layout(40, 2, GROUP)
+    for function in (steps.scores, steps.values):
+        padded, packed = (np.array(jax.jit(function, static_argnums=0)(small.LM, BASE, REWARD, tokens.replace(layout=which))) for which in (None, layout))
+        if padded.ndim == 2:
+            # The column after a real token is about the next one.
+            about_BT = np.pad(tokens.valid_BT[:, :-1], ((0, 0), (1, 0)))
+            padded, packed = padded[about_BT], packed[about_BT]
+        np.testing.assert_allclose(packed, padded, atol=2e-5)
+
+
+def test_a_group_that_does_not_divide_is_refused():
+    tokens = group_rows(2, LENGTHS)
+    with pytest.raises(AssertionError):
+        pack(tokens.replace(layout=Layout(40, 1, 3)))
+    with pytest.raises(ValueError, match="8 rows in groups of 4 do not split into 4 microbatches"):
+        steps.split_microbatches(dataclasses.asdict(tokens)["tokens_BT"], 4, 4)
