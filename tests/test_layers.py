@@ -31,6 +31,7 @@ SAME_LAYER_ALLOWED: dict[str, set[str]] = {
     "trees": {"hosts", "types"},
     "lora": {"quantise"},
     "masked": {"types"},
+    "continuous": {"programs", "sampling"},
     "steps": {"state"},
     "checkpoint": {"state"},
     "report": {"evaluate", "metrics"},

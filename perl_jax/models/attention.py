@@ -95,13 +95,14 @@ CACHED_BYTES = 2**22
 
 
 def attend_blocked(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: None = None
+    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: None = None, *, read_BT: Array | None = None
 ) -> jax.Array:
-    """`attend` of a causal mask, a few rows at a time, queries in blocks that skip later keys; no cap.
+    """`attend` of a causal mask, row by row, queries in blocks that skip later keys; no cap.
 
-    The backward pass recomputes the weights from the inputs and each query's largest logit and sum
-    (Dao et al. 2022, arXiv 2205.14135), so nothing of size T x T is kept. Queries that see no key
-    give a finite output, not the same one as `attend`.
+    read_BT: queries whose output is read; blocks without any are left out, and their outputs are 0.
+    None: those that see themselves. The backward pass recomputes the weights from the inputs and each
+    query's largest logit and sum (Dao et al. 2022, arXiv 2205.14135), so nothing of size T x T is kept.
+    Queries that see no key give a finite output, not the same one as `attend`.
     """
     batch, length, heads, head_dim = q_BTHK.shape
     kv_heads = k_BTNK.shape[2]
@@ -112,20 +113,30 @@ def attend_blocked(
     q_BTNGK = (q_BTHK * (head_dim**-0.5 if scale is None else scale)).astype(q_BTHK.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     q_BNGTK, k_BNTK, v_BNTK = jnp.moveaxis(q_BTNGK, 1, 3), jnp.swapaxes(k_BTNK, 1, 2), jnp.swapaxes(v_BTNK, 1, 2)
     bias_BTT = jnp.where(mask_BTS, 0.0, MASKED)
+    read_BT = jnp.diagonal(mask_BTS, axis1=1, axis2=2) if read_BT is None else read_BT
+
+    def block(start: int, inputs: tuple[jax.Array, ...]) -> jax.Array:
+        q_NGTK, k_NTK, v_NTK, bias_TT, _ = inputs
+        stop = min(start + QUERY_BLOCK, length)
+        q_NXK = q_NGTK[:, :, start:stop].reshape(kv_heads, -1, head_dim)
+        out_NXK = _softmax_sum(q_NXK, k_NTK[:, :stop], v_NTK[:, :stop], bias_TT[start:stop, :stop])
+        return out_NXK.reshape(kv_heads, -1, stop - start, head_dim)
 
     def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
-        q_NGTK, k_NTK, v_NTK, bias_TT = inputs
         blocks = []
         for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
-            q_NXK = q_NGTK[:, :, start:stop].reshape(kv_heads, -1, head_dim)
-            out_NXK = _softmax_sum(q_NXK, k_NTK[:, :stop], v_NTK[:, :stop], bias_TT[start:stop, :stop])
-            blocks.append(out_NXK.reshape(kv_heads, -1, stop - start, head_dim))
+            empty = jnp.zeros((kv_heads, heads // kv_heads, min(QUERY_BLOCK, length - start), head_dim), v_BNTK.dtype)
+            some = jnp.any(inputs[4][start : start + QUERY_BLOCK])
+            blocks.append(jax.lax.cond(some, functools.partial(block, start), lambda _, empty=empty: empty, inputs))
         return jnp.concatenate(blocks, axis=2)
 
-    weights_bytes = heads * min(length, QUERY_BLOCK) * length * 4
-    rows = max(1, min(batch, CACHED_BYTES // weights_bytes))
-    out_BNGTK = jax.lax.map(row, (q_BNGTK, k_BNTK, v_BNTK, bias_BTT), batch_size=rows)
+    inputs = (q_BNGTK, k_BNTK, v_BNTK, bias_BTT, read_BT)
+    if length > QUERY_BLOCK:
+        out_BNGTK = jax.lax.map(row, inputs)
+    else:
+        # Rows this short are worked on together, as many as stay in the caches.
+        rows = max(1, min(batch, CACHED_BYTES // (heads * length * length * 4)))
+        out_BNGTK = jax.lax.map(functools.partial(block, 0), inputs, batch_size=rows)
     return jnp.moveaxis(out_BNGTK, 3, 1).reshape(batch, length, heads, head_dim)
 
 

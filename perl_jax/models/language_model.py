@@ -310,7 +310,7 @@ class LanguageModel:
 
         def layer(block, x, leaves):
             key, kind = leaves
-            attend = self._attend(kinds, kind, valid_BT)
+            attend = self._attend(kinds, kind, valid_BT, None if packing is None else packing.own_BT)
             x, kv = block(x, kinds.rotary(kind), attend if packing is None else packing.attending(attend), key, place)
             return x, kv if keep_cache else None
 
@@ -318,13 +318,14 @@ class LanguageModel:
         x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True)
         return outer.final_norm(x), kv
 
-    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array) -> Attend:
-        """A layer's attention over whole sequences, on its own platform's path."""
+    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array | None) -> Attend:
+        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count; None: real ones."""
         config = self.config
         settings = {"scale": config.attention_scale, "cap": config.attention_cap}
         if config.attention not in KERNELS:
             positions_BT = attention.positions(valid_BT)
             mask_BTS = kinds.mask(kind, attention.causal_mask(valid_BT), positions_BT, positions_BT)
+            settings |= {"read_BT": read_BT} if config.attention == "blocked" else {}
             return functools.partial(attention.ATTENTION[config.attention], mask_BTS=mask_BTS, **settings)
         over = functools.partial(KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings)
         window = kernels.narrower(config.window if config.windowed else None, valid_BT.shape[1])

@@ -10,12 +10,14 @@ import pytest
 from perl_jax import sampling, steps, trees
 from perl_jax.config import TrainingError
 from perl_jax.loops import policy_gradient
-from perl_jax.loops.jobs import KLConfig, ShapingConfig
+from perl_jax.loops.jobs import KLConfig, RolloutConfig, ShapingConfig
+from perl_jax.loops.layouts import LEVELS
 from perl_jax.loops.policy_gradient import Judged, assemble
 from perl_jax.lora import LoRAConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.sampling import Rollout
-from perl_jax.types import Pairs, Tokens
+from perl_jax.types import Pairs, Prompts, Tokens
 from tests import small
 from tests.rollouts import Rehearsal, placed_model, prompts, rl_config
 
@@ -258,3 +260,28 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
     run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, rl_config(max_mismatch=1.6))
     with pytest.raises(TrainingError, match=r"Step 1: .* = 1\.6487, above max_mismatch = 1\.6; the run stopped"):
         run.step(prompts(LM))
+
+
+# Shapes.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [None, 4])
+def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots):
+    # Prompts of two padded lengths and responses of any length; packed to one of a few sizes.
+    config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=4), rollout=RolloutConfig(slots=slots), room=16, temperature=1.3)
+    run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
+    rng, counts, responses = np.random.default_rng(0), [], set()
+    for step in range(200):
+        columns = (8, 16)[step % 2]
+        valid_PS = np.arange(columns)[None, :] >= columns - rng.integers(1, columns + 1, 2)[:, None]
+        metrics = run.step(Prompts(rng.integers(3, LM.config.vocab_size, (2, columns), dtype=np.int32), valid_PS, np.arange(2, dtype=np.int32)))
+        counts.append(sum(program.compilations for program in run.programs.by_name().values()))
+        responses.add(metrics["response/length"])
+    assert len(responses) > 20
+    # Sizes turn up as responses of their length do: no more of them than there are, and none in the second half.
+    most = 2 * (LEVELS + 1)
+    reading = [run.programs.reward, run.programs.logprobs, run.programs.assemble, run.programs.learn]
+    assert all(program.compilations <= most for program in reading)
+    assert run.programs.sample.compilations == 2 if slots is None else run.programs.sample.compilations <= 20
+    assert counts[-1] == counts[99]

@@ -1,0 +1,186 @@
+"""perl_jax in the contest, by the functions that its own jobs run; see `contest.py` for the protocol.
+
+    python experiments/benchmarks/contest/contender_perl_jax.py --work FOLDER --job JOB [--tuning full]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import contender
+import jax
+import numpy as np
+import work
+
+from perl_jax import sharding, state as state_lib
+from perl_jax.checkpoint import Record
+from perl_jax.config import OptimizerConfig
+from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
+from perl_jax.data.tasks import get_task
+from perl_jax.loops import policies, policy_gradient, scoring, supervised
+from perl_jax.loops.jobs import DataConfig, KLConfig, RewardConfig, RLConfig, RolloutConfig
+from perl_jax.loops.model import Model, fresh_role, load_model
+from perl_jax.lora import Adapter, LoRAConfig, init_head
+from perl_jax.models.language_model import resting
+from perl_jax.rl.algorithms import AlgorithmConfig
+
+KINDS = {"reward-equal": "comparisons", "reward-ragged": "comparisons", "rl-model": "prompts", "rl-function": "prompts", "generate": "prompts"}
+# As fast as the batch at once, in half its memory; ragged pairs do not deal out evenly.
+MICROBATCHES = {"reward-equal": 4, "reward-ragged": 1, "rl-model": 4, "rl-function": 4, "generate": 1}
+ALGORITHMS = {"rl-model": "rloo", "rl-function": "grpo"}
+RECORD = Record("reward", "lora", None, True, "contest", "-", "-", 0, {}, score_mean=0.0, score_std=1.0)
+ROWS = work.PROMPTS * work.SAMPLES
+# Lengths of rows are at most these.
+LONGEST = max(map(max, work.RAGGED))
+
+
+def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLConfig:
+    """The job as a user would configure it."""
+    shared = {
+        "model": str(folder / "model"),
+        "run": "-",
+        "tuning": tuning,
+        "lora": LoRAConfig(rank=work.RANK, alpha=work.ALPHA),
+        "optimizer": OptimizerConfig(name="adamw"),
+        "microbatches": MICROBATCHES[job],
+    }
+    if KINDS[job] == "comparisons":
+        data = DataConfig(task="jsonl", max_prompt_length=LONGEST, max_response_length=LONGEST, bucket_count=1)
+        return RewardConfig(**shared, data=data, batch_size=work.PAIRS)
+    function = json.dumps([{"kind": "function", "function": f"{pathlib.Path(contender.__file__)}:even_words"}])
+    return RLConfig(
+        **shared,
+        data=DataConfig(task="jsonl", max_prompt_length=work.PROMPT_TOKENS, max_response_length=work.NEW_TOKENS, bucket_count=1),
+        batch_size=ROWS,
+        algorithm=AlgorithmConfig(name=ALGORITHMS.get(job, "rloo"), samples=work.SAMPLES),
+        kl=KLConfig(beta=work.KL_WEIGHT),
+        temperature=1.0,
+        reward=("reward",) if job != "rl-function" else (),
+        terms=function if job == "rl-function" else None,
+    )
+
+
+def endless(model: Model) -> Model:
+    """A model whose responses nothing ends: every contender samples them whole."""
+    model.tokenizer.stop_ids = ()
+    return model
+
+
+def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: Any) -> Batches:
+    """The file's batches in its order, over and over."""
+    spec = BatchSpec(
+        batch_size=work.PAIRS if KINDS[job] == "comparisons" else work.PROMPTS,
+        max_prompt_length=config.data.max_prompt_length,
+        max_response_length=config.data.max_response_length,
+        bucket_count=1,
+        shuffle_seed=None,
+        packed=model.packs(config.data.packing),
+        parts=model.row_parts,
+        microbatches=config.microbatches,
+    )
+    return make_batches(rows, KINDS[job], model.tokenizer, spec)
+
+
+def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Callable[[int, contender.Parts], int]:
+    """step(number) -> tokens: one update of a reward model."""
+    role = fresh_role(model, config, jax.random.key(0)).replace(head=init_head(jax.random.key(1), model.lm.config.width))
+    optimizers = {"reward": state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
+    state = supervised.initial_state(model, config, {"reward": role}, optimizers)
+    job = supervised.reward_job(config)
+    program = supervised.learn_program(model, config, job, state, optimizers)
+    base, held = None if config.tuning == "full" else model.base, [state]
+
+    def step(number: int, parts: contender.Parts) -> int:
+        batch = batches.batch(number % batches.steps_per_epoch)
+        held[0], metrics = jax.block_until_ready(program(held[0], base, job.ready(model, held[0], batch)))
+        finite(metrics)
+        return int(batch.chosen.valid_BT.sum() + batch.rejected.valid_BT.sum())
+
+    return step
+
+
+def moved(role: Adapter, seed: int) -> Adapter:
+    """An adapter that is no longer the base: B random too."""
+    shift = lambda leaf: leaf + 0.01 * jax.random.normal(jax.random.key(seed), leaf.shape)
+    return role if role.lora is None else role.replace(lora=jax.tree.map(shift, role.lora))
+
+
+def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]) -> Callable[[int, contender.Parts], int]:
+    """step(number) -> sampled tokens: rollouts, rewards, reference and an update."""
+    dtype, adapters = model.lm.config.dtype, dataclasses.replace(config, tuning="lora")
+    policy = fresh_role(model, config, jax.random.key(0))
+    reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(head=init_head(jax.random.key(1), model.lm.config.width))
+    frozen = {"reference": resting(policy, dtype)} | ({"reward": reward} if config.reward else {})
+    roles, records = {"policy": policy}, (RECORD,) if config.reward else ()
+    optimizers = policy_gradient.make_optimizers(config, roles, model.lm.config.width)
+    state = supervised.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+    programs = policy_gradient.Programs(model, config, records, state, optimizers)
+    scorer = scoring.Scorer(model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows).__enter__()
+    base = None if config.tuning == "full" else model.base
+    job, held = policy_gradient.Rollouts(model, base, programs, scorer, get_task("jsonl"), rows, config), [state]
+
+    def step(number: int, parts: contender.Parts) -> int:
+        held[0], metrics, seconds = policy_gradient.advance(job, held[0], batches.batch(number % batches.steps_per_epoch))
+        finite(metrics)
+        parts.seconds = {"generate": seconds["sample"], "score": seconds["score"], "learn": seconds["learn"]}
+        return round(metrics["response/length"] * ROWS)
+
+    return step
+
+
+def generate_step(model: Model, config: RLConfig, batches: Batches) -> Callable[[int, contender.Parts], int]:
+    """step(number) -> sampled tokens."""
+    policy = moved(fresh_role(model, config, jax.random.key(0)), 3)
+    program = policies.sample_program(model, work.NEW_TOKENS, 1.0, RolloutConfig(), work.SAMPLES)
+
+    def step(number: int, parts: contender.Parts) -> int:
+        prompts = sharding.put_batch(batches.batch(number % batches.steps_per_epoch), model.mesh)
+        rollout = program(model.base, policy, prompts, jax.random.key_data(jax.random.key(number)))
+        return int(np.sum(rollout.sequences.response_BT))
+
+    return step
+
+
+def finite(metrics: dict[str, Any]) -> None:
+    if not bool(metrics["finite"]):
+        raise ValueError("The loss or a gradient is not finite.")
+
+
+def run(options: argparse.Namespace, protocol: contender.Protocol) -> None:
+    rows, config = contender.read_rows(options.work, options.job), config_of(options.job, options.work, options.tuning)
+    model = endless(load_model(config))
+    batches = batches_of(model, rows, options.job, config)
+    if KINDS[options.job] == "comparisons":
+        step = reward_step(model, config, batches)
+    elif options.job == "generate":
+        step = generate_step(model, config, batches)
+    else:
+        step = rl_step(model, config, batches, rows)
+    parts, numbers = contender.Parts(), itertools.count()
+    for _ in range(2):
+        contender.check_tokens(options.job, step(next(numbers), parts))
+    parts.take()
+    lm = model.lm.config
+    settings = f"{options.tuning}, {config.microbatches} microbatches, {lm.dtype}, attention {lm.attention}, packed {batches.spec.packed}, defaults otherwise"
+    protocol.ready("perl_jax", contender.versions(["perl_jax", "jax", "jaxlib", "flax"]), settings)
+    for number in steps(protocol, numbers):
+        tokens = step(number, parts)
+        protocol.report(contender.check_tokens(options.job, tokens), parts.take(), None if KINDS[options.job] == "comparisons" else "others")
+
+
+def steps(protocol: contender.Protocol, numbers: Iterator[int]) -> Iterator[int]:
+    """Numbers of steps, as they are asked for."""
+    while protocol.wait():
+        yield next(numbers)
+
+
+if __name__ == "__main__":
+    # Before anything prints.
+    speaking = contender.Protocol()
+    run(contender.parser(__doc__, list(KINDS)).parse_args(), speaking)

@@ -1,0 +1,54 @@
+"""How rollouts are packed: the sizes a hand would choose, and never one that does not hold them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from perl_jax.data.bucketing import fullest, packed_slots
+from perl_jax.loops.layouts import LEVELS, rollout_layout
+from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.types import Layout
+from tests import small
+from tests.rollouts import placed_model, rl_config
+
+MODEL = placed_model(small.LM, small.make_base())
+
+
+def test_the_fullest_part_of_a_dealt_batch():
+    counts = np.array([5, 1, 1, 1, 9, 1, 2, 2])
+    assert fullest(counts, parts=1) == 22 and fullest(counts, parts=2) == 14
+    # Rows 0, 2, 4, 6 and 1, 3, 5, 7; then by groups of two: rows 0, 1, 4, 5 and 2, 3, 6, 7.
+    assert fullest(counts, 1, microbatches=2) == 17 and fullest(counts, 1, microbatches=2, group=2) == 16
+    assert fullest(counts, 2, microbatches=2) == 11
+
+
+def test_packing_that_saves_little_or_does_not_divide_is_left():
+    assert packed_slots(np.full(8, 100), 1, 1, 1, 200) == 832
+    assert packed_slots(np.full(8, 100), 1, 1, 1, 104) is None
+    assert packed_slots(np.full(6, 10), 4, 1, 1, 200) is None
+
+
+def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> Layout | None:
+    config = rl_config(room=room, algorithm=AlgorithmConfig(name="rloo", samples=4), **fields)
+    response_B = np.broadcast_to(np.asarray(response), 8)
+    return rollout_layout(MODEL, config, np.full(8, prompt), response_B, columns, microbatches)
+
+
+@pytest.mark.parametrize(("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)])
+def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
+    # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the room is 64 tokens, and padded rows have 320.
+    assert layout(response) == (Layout(slots, 1, 4) if slots <= 0.95 * 320 else None)
+    assert len({layout(n) for n in range(33)}) <= LEVELS + 1
+
+
+def test_groups_that_microbatches_would_part_share_nothing():
+    assert layout(4, microbatches=2) == Layout(64, 1, 4)
+    assert layout(4, microbatches=4) == Layout(64, 1, 1)
+
+
+def test_packing_can_be_switched_off():
+    config = rl_config(room=32)
+    off = rl_config(room=32, data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off"))
+    assert rollout_layout(MODEL, off, np.full(8, 4), np.full(8, 1), 8, 1) is None
+    assert rollout_layout(MODEL, config, np.full(8, 4), np.full(8, 1), 8, 1) is not None
