@@ -276,7 +276,8 @@ def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots):
         columns = (8, 16)[step % 2]
         valid_PS = np.arange(columns)[None, :] >= columns - rng.integers(1, columns + 1, 2)[:, None]
         metrics = run.step(Prompts(rng.integers(3, LM.config.vocab_size, (2, columns), dtype=np.int32), valid_PS, np.arange(2, dtype=np.int32)))
-        counts.append(sum(program.compilations for program in run.programs.by_name().values()))
+        # A rare number of rows that go on may turn up late: slots have a bound of their own, below.
+        counts.append(sum(program.compilations for name, program in run.programs.by_name().items() if slots is None or name != "sample"))
         responses.add(metrics["response/length"])
     assert len(responses) > 20
     # Sizes turn up as responses of their length do: no more of them than there are, and none in the second half.
