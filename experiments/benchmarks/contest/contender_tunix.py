@@ -60,7 +60,7 @@ class Settings:
 
     rollout: int = 8
     reference: int = 2
-    learn: int = 2
+    learn: int = 1
     remat: str = "NONE"
 
     def __post_init__(self) -> None:
