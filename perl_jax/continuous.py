@@ -23,13 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax import config as config_lib
-from perl_jax import hosts, sharding
+from perl_jax import hosts, sharding, trees
+from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter
 from perl_jax.models.cache import KVCache
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.placement import Placement
 from perl_jax.programs import Program
-from perl_jax.sampling import Rollout, SamplingConfig, choose, is_stop, row_keys, row_keys_at, sampled_from
-from perl_jax.types import Array, Prompts, Tokens, Tree
+from perl_jax.sampling import Rollout, SamplingConfig, as_rollout, choose, is_stop, merges, moved_kernels, row_keys, row_keys_at
+from perl_jax.types import Array, Prompts, Tree
 
 
 @flax.struct.dataclass
@@ -73,7 +75,8 @@ class ContinuousSampler:
         config_lib.require(slots % parts == 0, f"slots is {slots}; it must be a multiple of the mesh's data x fsdp = {parts} parts.")
         self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
         place = functools.partial(_placed, lm)
-        self.prepare = Program("prepare", functools.partial(_prepare, config))
+        self.merge = Program("merge", lora_lib.merge)
+        self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=32)
         self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=32)
         self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=32)
         self.fewer = Program("fewer", functools.partial(_fewer, place), limit=32)
@@ -81,7 +84,7 @@ class ContinuousSampler:
     @property
     def compilations(self) -> int:
         """Of all its programs."""
-        return sum(program.compilations for program in (self.prepare, self.admit, self.decode, self.fewer))
+        return sum(program.compilations for program in (self.merge, self.vacant, self.admit, self.decode, self.fewer))
 
     def memory(self):
         """Of the largest of its programs."""
@@ -90,10 +93,10 @@ class ContinuousSampler:
 
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
-        base, adapter = self.prepare(base, adapter)
+        base, adapter = self._sampled_from(base, adapter)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
-        state, slots = self._empty(base, adapter, tokens_PS.shape[1]), self.slots
+        state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
         inside_B, steps = np.full(slots, -1), 0
         while waiting or (inside_B >= 0).any():
             for admission in self._admissions(made, waiting, inside_B):
@@ -140,12 +143,18 @@ class ContinuousSampler:
             out.append(Admission(made.tokens_PS[prompts], made.valid_PS[prompts], slot_AG, row_AG))
         return out
 
-    def _empty(self, base: Tree, adapter: Adapter | None, columns: int) -> Slots:
-        """Slots without anybody, where they live."""
-        shapes = jax.eval_shape(functools.partial(_vacant, self.lm, self.config, self.slots, columns), base, adapter)
-        zeros = lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), shapes)
-        state = jax.jit(lambda: _placed(self.lm, zeros().replace(done_B=jnp.ones(self.slots, bool))))()
-        return state
+    def _sampled_from(self, base: Tree, adapter: Adapter | None) -> tuple[Tree, Adapter | None]:
+        """`sampling.sampled_from`, where only what is merged goes through a program: that copies what it gives back."""
+        if adapter is not None and adapter.weights is not None:
+            return adapter.weights, None
+        # Many tokens: a merged copy pays wherever it may.
+        if not merges(base, adapter, self.config, 2**30):
+            return base, adapter
+        moved: dict = {}
+        for name, kernel in moved_kernels(base, adapter).items():
+            trees.insert(moved, name, kernel)
+        merged = trees.named_leaves(self.merge(moved, adapter))
+        return trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
 
 
 class _Made:
@@ -167,29 +176,26 @@ class _Made:
 
     def rollout(self, steps: int, mesh: jax.sharding.Mesh | None) -> Rollout:
         """Every row, as `sampling.sample` gives it; on a mesh placed like a batch."""
-        wide = lambda x_PS: np.repeat(x_PS, self.samples, axis=0)
-        response_BC = np.arange(self.config.max_new_tokens)[None, :] < self.length_B[:, None]
-        stop_BC = np.isin(self.tokens_BC, self.config.stop_ids) & response_BC
-        join = lambda left, right: np.concatenate([left, right], axis=1)
-        prompt_BS, valid_BS = wide(self.tokens_PS).astype(np.int32), wide(self.valid_PS)
-        sequences = Tokens(join(prompt_BS, self.tokens_BC), join(valid_BS, response_BC), join(np.zeros_like(valid_BS), response_BC))
-        logp_BT = join(np.zeros(prompt_BS.shape, np.float32), self.logp_BC)
-        rows = (sequences, logp_BT, stop_BC.any(axis=1))
-        if mesh is not None:
-            rows = sharding.put_batch(jax.tree.map(sharding.row_share(mesh).part, rows), mesh)
-        return Rollout(*rows, steps=jnp.int32(steps))
+        part = (lambda rows: rows) if mesh is None else sharding.row_share(mesh).part
+        wide = lambda x_PS: part(np.repeat(x_PS, self.samples, axis=0))
+        made = [part(x) for x in (self.tokens_BC, self.logp_BC, self.length_B)]
+        rollout = as_rollout(wide(self.tokens_PS).astype(np.int32), wide(self.valid_PS), *made, jnp.int32(steps), self.config)
+        if mesh is None:
+            return rollout
+        rows = sharding.put_batch((rollout.sequences, rollout.logp_BT, rollout.finished_B), mesh)
+        return Rollout(*rows, rollout.steps)
 
 
-def _prepare(config: SamplingConfig, base: Tree, adapter: Adapter | None) -> tuple[Tree, Adapter | None]:
-    # Many tokens: a merged copy pays wherever it may.
-    return sampled_from(base, adapter, config, 2**30)
+def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, place, base: Tree, adapter: Adapter | None, prompt_1S: Array) -> Slots:
+    """Slots without anybody, for prompts of so many columns; nothing of the arguments but their shapes is read."""
 
+    def read() -> tuple[jax.Array, KVCache]:
+        tokens_BS = jnp.zeros((slots, prompt_1S.shape[1]), jnp.int32)
+        return lm.prefill(base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache)
 
-def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, columns: int, base: Tree, adapter: Adapter | None) -> Slots:
-    tokens_BS = jnp.zeros((slots, columns), jnp.int32)
-    logits_BV, cache = lm.prefill(base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache)
+    logits_BV, cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), jax.eval_shape(read))
     number_B, made_BC = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, config.max_new_tokens), jnp.int32)
-    return Slots(cache, logits_BV, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32))
+    return place(Slots(cache, logits_BV, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32)))
 
 
 def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
@@ -214,9 +220,7 @@ def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[
 
 def _placed(lm: LanguageModel, state: Slots) -> Slots:
     """The state where it lives: rows over the mesh's rows, keys and values beside the heads that read them."""
-    heads = "tensor" if lm.split_heads else None
-    layers = lambda x: sharding.constrain(x, lm.mesh, *(None, sharding.BATCH_AXES, heads, None, None)[: x.ndim])
-    placed = _changed(state, layers, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
+    placed = _changed(state, Placement(lm.mesh, lm.split_heads).cache, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
     return placed.replace(cache=placed.cache.replace(column=sharding.constrain(state.cache.column, lm.mesh)))
 
 

@@ -155,22 +155,30 @@ def sampled_from(base: Tree, adapter: Adapter | None, config: SamplingConfig, to
     """
     if adapter is not None and adapter.weights is not None:
         return adapter.weights, None
-    if adapter is None or adapter.lora is None or config.adapters == "applied":
-        return base, adapter
-    if config.adapters == "auto" and not merging_pays(base, adapter, tokens):
-        return base, adapter
     # A value head is not read in sampling.
-    return lora_lib.merge(base, adapter), None
+    return (lora_lib.merge(base, adapter), None) if merges(base, adapter, config, tokens) else (base, adapter)
+
+
+def merges(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:
+    """Whether `sampled_from` merges; decided by shapes and dtypes alone."""
+    if adapter is None or adapter.lora is None or config.adapters == "applied":
+        return False
+    return config.adapters == "merged" or merging_pays(base, adapter, tokens)
 
 
 def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
     """Whether a float32 copy costs fewer operations than `tokens` applications."""
-    kernels = [leaf for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items() if name.rpartition("/")[0] in lora_lib.moved_modules(adapter)]
-    kernels = [leaf for leaf in kernels if getattr(leaf, "ndim", 0) == 3 or is_quantised(leaf)]
+    kernels = moved_kernels(base, adapter).values()
     if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):
         return False
     shapes = [leaf.shape[1:] for leaf in kernels]
     return sum(d * f for d, f in shapes) < tokens * sum(d + f for d, f in shapes)
+
+
+def moved_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
+    """The base's kernels that an adapter changes, by path name."""
+    moved = lora_lib.moved_modules(adapter)
+    return {name: leaf for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items() if name.endswith("/kernel") and name.removesuffix("/kernel") in moved}
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "config", "samples"))
@@ -185,7 +193,7 @@ def sample(
     where a trainer reads that token's log-probability, is padding.
     """
     chex.assert_rank([tokens_PS, valid_PS], 2)
-    room, prompt = config.max_new_tokens, tokens_PS.shape[1]
+    room = config.max_new_tokens
     repeated = lambda x: jnp.repeat(x, samples, axis=0)
     # A prompt without a token is filler: its rows are done before they start.
     done_B = repeated(~jnp.any(valid_PS.astype(bool), axis=1))

@@ -189,7 +189,12 @@ def sft_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batc
 
 def both_sides(batch: Pairs) -> Tokens:
     """Each chosen response above its rejected one, [2 B, T]: rows that share a prompt lie together."""
-    return jax.tree.map(lambda c, r: jnp.stack([c, r], axis=1).reshape(-1, *c.shape[1:]), batch.chosen, batch.rejected)
+    return jax.tree.map(in_turn, batch.chosen, batch.rejected)
+
+
+def in_turn(chosen: Array, rejected: Array) -> jax.Array:
+    """Rows of both in the order of `both_sides`."""
+    return jnp.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
 
 
 def sides(both: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -249,7 +254,7 @@ class Preferences:
     @property
     def reference_BT(self) -> jax.Array:
         """Of the rows of `both_sides`."""
-        return jnp.stack([self.chosen_BT, self.rejected_BT], axis=1).reshape(-1, self.chosen_BT.shape[1])
+        return in_turn(self.chosen_BT, self.rejected_BT)
 
 
 def preference_objective(

@@ -89,10 +89,10 @@ def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 
 SLOTS, WORTH = 64, 0.95
 
 
-def packed_slots(counts: np.ndarray, parts: int, microbatches: int, group: int, padded: int) -> int | None:
+def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
     """The room that packed rows of a batch need, or None where packing is not worth it. padded: a padded row's columns."""
-    if len(counts) % (parts * microbatches * group):
+    if len(counts) % (parts * microbatches):
         return None
-    slots = -(-fullest(counts, parts, microbatches, group) // SLOTS) * SLOTS
+    slots = -(-fullest(counts, parts, microbatches) // SLOTS) * SLOTS
     whole = len(counts) // (parts * microbatches) * padded
     return slots if slots <= WORTH * whole else None

@@ -141,7 +141,7 @@ class Batches:
     def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
         """The packing of a batch: one for each padded length, the fullest of the first epoch; None if it does not fit."""
         spec, group = self.spec, 2 if self.rows.kind == "comparisons" else 1
-        need = lambda rows, columns: packed_slots(self._counts(rows), spec.parts, spec.microbatches, 1, columns * group)
+        need = lambda rows, columns: packed_slots(np.where(rows == FILLER, 0, self._tokens[rows]), spec.parts, spec.microbatches, columns * group)
         if self._slots is None:
             first, slots = self.plan(0), {}
             for batch, length in zip(first.rows, first.lengths.tolist()):
@@ -152,10 +152,10 @@ class Batches:
         slots, own = self._slots.get(columns), need(rows, columns)
         return None if slots is None or own is None or own > slots else Layout(slots, spec.parts, group)
 
-    def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of each row of a batch, a pair's prompt counted once; 0 of filler."""
-        tokens = self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
-        return np.where(rows == FILLER, 0, tokens[rows])
+    @functools.cached_property
+    def _tokens(self) -> np.ndarray:
+        """Tokens of each row of the source, a pair's prompt counted once."""
+        return self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)

@@ -114,7 +114,7 @@ def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter
     logp_BT = steps.sequence_logprobs(lm, base, adapter, tokens, temperature)
     if adapter is None or adapter.head is None:
         return logp_BT, None
-    return logp_BT, lm.score(base, adapter, tokens.tokens_BT, tokens.valid_BT)
+    return logp_BT, steps.scores(lm, base, adapter, tokens)
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:

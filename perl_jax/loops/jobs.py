@@ -14,6 +14,7 @@ from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.rl.kl import LOSS_ESTIMATORS, REWARD_ESTIMATORS
+from perl_jax.sampling import ADAPTERS
 from perl_jax.sharding import MeshConfig
 
 
@@ -332,7 +333,7 @@ class RolloutConfig:
         if self.slots is not None:
             config_lib.whole("rollout.slots", self.slots)
         config_lib.one_of("rollout.cache", self.cache, CACHES)
-        config_lib.one_of("rollout.adapters", self.adapters, ("auto", "applied", "merged"))
+        config_lib.one_of("rollout.adapters", self.adapters, ADAPTERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
 from perl_jax.programs import Program
 from perl_jax.rl import kl
-from perl_jax.types import Tokens, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def make_programs(model: Model, config: EvaluateConfig) -> Programs:
     temperature = config.temperature or 1.0
     return Programs(
         sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
-        score=Program("score", functools.partial(_score, model.lm), limit=32, out_shardings=rows),
+        score=Program("score", functools.partial(steps.scores, model.lm), limit=32, out_shardings=rows),
         logprobs=Program("logprobs", functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature), limit=32, out_shardings=rows),
     )
 
@@ -68,10 +67,6 @@ def sample_program(model: Model, max_new_tokens: int, temperature: float, rollou
     if rollout.slots is not None:
         return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots)
     return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=16)
-
-
-def _score(lm, base: Tree, reward: Adapter, tokens: Tokens) -> jax.Array:
-    return lm.score(base, reward, tokens.tokens_BT, tokens.valid_BT)
 
 
 def respond(

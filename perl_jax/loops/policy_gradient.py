@@ -18,7 +18,7 @@ from perl_jax import checkpoint, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
 from perl_jax.data.tasks import Task, get_task
-from perl_jax.lora import Adapter, init_head
+from perl_jax.lora import init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
 from perl_jax.loops.jobs import RLConfig
@@ -143,16 +143,12 @@ class Programs:
         self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
         self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
-        self.values = Program("values", functools.partial(_values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
+        self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
         self.assemble = Program("assemble", functools.partial(assemble, config), limit=_SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
         return {name: program for name, program in vars(self).items() if program is not None}
-
-
-def _values(lm: LanguageModel, base: Tree, value: Adapter, sequences: Any) -> jax.Array:
-    return steps.values(lm, base, value, sequences)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 
 from perl_jax import checkpoint, evaluate, steps
 from perl_jax.loops import run as run_lib

@@ -344,7 +344,7 @@ class LanguageModel:
         kept = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[self.config.remat]
         return jax.checkpoint(body, prevent_cse=False, policy=kept)
 
-    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: tuple, place: Placement, backward: bool = False):
+    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False):
         """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked outs.
 
         Layers with and without an adapter form runs, one scan each; where all have one (or none has)
@@ -358,20 +358,21 @@ class LanguageModel:
         # A frozen base has the activations' dtype, and no gradient.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
-        graph = lambda adapted: _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
-        block = lambda adapted, *parts: nnx.merge(graph(adapted), *(part for part in parts if part is not None))
-        adapters = lambda start, stop: jax.tree.map(lambda leaf: leaf[chosen.index(start) : chosen.index(start) + stop - start], adapter.lora["layers"])
         outs = []
         for start, stop, adapted in runs(chosen, number):
-            lora = adapters(start, stop) if adapted else None
+            lora = None
+            if adapted:
+                first = chosen.index(start)
+                lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
+            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
             whole = stop - start == number
 
             # A run's weights are picked layer by layer: slicing a run out of the stack would copy it.
-            def body(x, inputs, adapted=adapted, whole=whole):
+            def body(x, inputs):
                 index, mine, leaves = inputs
                 block_weights, block_under, leaves = leaves if whole else jax.tree.map(lambda leaf: leaf[index], (weights, under, per_layer))
                 block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
-                return layer(block(adapted, block_weights, mine, block_under), x, leaves)
+                return layer(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
 
             body = self._rematerialised(body) if backward else body
             index_L = jnp.arange(start, stop)

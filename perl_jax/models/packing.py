@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax.types import Array, Layout, Tokens
+from perl_jax.types import Array, Tokens
 
 
 @flax.struct.dataclass
@@ -28,7 +28,8 @@ class Packing:
 
     slot_BT: each real token's place among the U of its packed row; copies have one place.
     token_WU: the place [b T] of the token that a slot holds; filled_WU: slots that hold one.
-    own_BT: real tokens that are not copies. group: consecutive rows that may share slots.
+    own_BT: real tokens that are not copies. shared_BT: tokens of shared prompts, in every row of their
+    group. group: consecutive rows that may share slots.
     """
 
     slot_BT: Array

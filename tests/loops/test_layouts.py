@@ -24,9 +24,9 @@ def test_the_fullest_part_of_a_dealt_batch():
 
 
 def test_packing_that_saves_little_or_does_not_divide_is_left():
-    assert packed_slots(np.full(8, 100), 1, 1, 1, 200) == 832
-    assert packed_slots(np.full(8, 100), 1, 1, 1, 104) is None
-    assert packed_slots(np.full(6, 10), 4, 1, 1, 200) is None
+    assert packed_slots(np.full(8, 100), 1, 1, 200) == 832
+    assert packed_slots(np.full(8, 100), 1, 1, 104) is None
+    assert packed_slots(np.full(6, 10), 4, 1, 200) is None
 
 
 def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> Layout | None:

@@ -20,20 +20,17 @@ Where Tunix departs from the letter of the work, or would without the lines mark
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import contender
 import jax
 import numpy as np
 import optax
@@ -45,9 +42,10 @@ from tunix.models.llama3 import params as llama_params
 from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
+from work import ALPHA, KL_WEIGHT, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, RANK, SAMPLES
 
-PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 8, 4, 64, 128
-RANK, ALPHA, BETA, LEARNING_RATE = 8, 16.0, 0.05, 1e-4
+JOB = "rl-function"
+LEARNING_RATE = 1e-4
 NO_TOKEN = -1
 PACKAGES = ("google-tunix", "qwix", "jax", "jaxlib", "flax", "optax", "transformers")
 COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -98,15 +96,9 @@ class Meter:
         self.compilations += event == COMPILATION
 
 
-def even_share(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The reward: of a completion's words, the share whose number is even ("w12" is, "w7" and "<pad>" are not)."""
-    even = [[word[-1] in "02468" for word in completion.split()] for completion in completions]
-    return [sum(words) / max(len(words), 1) for words in even]
-
-
-def model_folder(work: pathlib.Path) -> pathlib.Path:
-    """Where the checkpoint and its tokenizer are: the work's own folder, or the folder `model` in it."""
-    return work / "model" if (work / "model").is_dir() else work
+def even_words(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The contest's reward, called as Tunix calls rewards."""
+    return contender.even_words(prompts, completions)
 
 
 def load_policy(folder: pathlib.Path, mesh: jax.sharding.Mesh, remat: str) -> tuple[nnx.Module, nnx.Module]:
@@ -178,8 +170,7 @@ def adapter(cluster: rl_cluster.RLCluster) -> list[jax.Array]:
 
 def check_step(before: list[np.ndarray], after: list[jax.Array], tokens: int) -> None:
     """Raises unless the step sampled all its tokens and moved the adapter to finite numbers."""
-    if tokens != PROMPTS * SAMPLES * NEW_TOKENS:
-        raise RuntimeError(f"the step sampled {tokens} tokens, not {PROMPTS * SAMPLES * NEW_TOKENS}")
+    contender.check_tokens(JOB, tokens)
     if not all(np.isfinite(x).all() for x in after):
         raise RuntimeError("the step left numbers in the adapter that are not finite")
     if all(np.array_equal(x, y) for x, y in zip(before, after, strict=True)):
@@ -196,22 +187,17 @@ def warm_up(meter: Meter) -> Iterator[None]:
     raise RuntimeError(f"still compiling after {MOST_WARM_UP_STEPS} steps")
 
 
-def wanted(cluster: rl_cluster.RLCluster, meter: Meter, lines: Iterable[str], report: Callable[[dict], None], ready: dict) -> Iterator[None]:
-    """A turn a step: first those of the warm-up, then one a line of `lines`, its figures reported when it is over."""
+def wanted(cluster: rl_cluster.RLCluster, meter: Meter, protocol: contender.Protocol, settings: Settings) -> Iterator[None]:
+    """A turn a step: first those of the warm-up, then one a line of the protocol, its figures reported when it is over."""
     yield from warm_up(meter)
-    report(ready)
-    for line in lines:
-        start, processor = time.perf_counter(), time.process_time()
-        if line.strip() != "step":
-            raise ValueError(f'a line is "step", not {line!r}')
+    protocol.ready("tunix", contender.versions(PACKAGES), describe(settings))
+    while protocol.wait():
         before = [np.array(x) for x in adapter(cluster)]
         meter.seconds, meter.tokens = {}, 0
         yield
         after = jax.block_until_ready(adapter(cluster))
-        seconds, processor = time.perf_counter() - start, time.process_time() - processor
         check_step(before, after, meter.tokens)
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        report({"seconds": seconds, "parts": meter.seconds, "tokens": meter.tokens, "peak_mib": peak_mib, "processor_seconds": processor})
+        protocol.report(meter.tokens, meter.seconds)
 
 
 def batches(prompts: list[str], rollout: base_rollout.RolloutConfig, turns: Iterator[None]) -> Iterator[dict[str, np.ndarray]]:
@@ -226,22 +212,20 @@ def batches(prompts: list[str], rollout: base_rollout.RolloutConfig, turns: Iter
         yield {"prompts": np.array(group)}
 
 
-def run(work: pathlib.Path, settings: Settings, lines: Iterable[str], report: Callable[[dict], None]) -> None:
-    """Trains for as long as `lines` asks."""
+def run(folder: pathlib.Path, settings: Settings, protocol: contender.Protocol) -> None:
+    """Trains for as long as the protocol asks."""
     meter = Meter()
     jax.monitoring.register_event_duration_secs_listener(meter.compiled)
-    cluster = build_cluster(model_folder(work), settings)
-    algorithm = grpo_learner.GRPOConfig(num_generations=SAMPLES, num_iterations=1, beta=BETA, kl_loss_mode="low_var_kl")
-    learner = grpo_learner.GRPOLearner(cluster, algorithm, reward_fns=even_share)
+    cluster = build_cluster(folder / "model", settings)
+    algorithm = grpo_learner.GRPOConfig(num_generations=SAMPLES, num_iterations=1, beta=KL_WEIGHT, kl_loss_mode="low_var_kl")
+    learner = grpo_learner.GRPOLearner(cluster, algorithm, reward_fns=even_words)
     if learner.should_sync_weights or learner.can_enable_async_rollout:
         raise RuntimeError("the rollout was to share the policy's weights and to run in step with it")
     cluster.generate = meter.timed("generate", cluster.generate)
     cluster.get_ref_per_token_logps = meter.timed("reference", cluster.get_ref_per_token_logps)
     cluster.update_actor = meter.timed("learn", cluster.update_actor)
-    prompts = [json.loads(line)["prompt"] for line in (work / "prompts.jsonl").read_text().splitlines()]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    ready = {"ready": True, "name": "tunix", "versions": versions, "settings": describe(settings)}
-    turns = wanted(cluster, meter, lines, report, ready)
+    prompts = [row["prompt"] for row in contender.read_rows(folder, JOB)]
+    turns = wanted(cluster, meter, protocol, settings)
     learner.train(batches(prompts, cluster.get_rollout_config(rl_cluster.Mode.TRAIN), turns))
 
 
@@ -251,25 +235,17 @@ def describe(settings: Settings) -> str:
     return f"{sizes}; remat {settings.remat}; float32; vanilla rollout; base shared with the reference"
 
 
-def claim_stdout() -> TextIO:
-    """The standard output for the protocol's lines alone: whatever else would write to it goes to stderr."""
-    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return lines
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="the folder with the model, its tokenizer and the prompts")
-    parser.add_argument("--job", choices=["rl-function"], required=True)
-    parser.add_argument("--tuning", choices=["lora"], default="lora")
+    parser = contender.parser(__doc__, [JOB])
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON: fields of Settings in the place of the fastest ones")
     arguments = parser.parse_args()
+    if arguments.tuning != "lora":
+        parser.error("Tunix is in the contest with adapters alone")
     settings = Settings(**arguments.settings)
-    stdout = claim_stdout()
+    protocol = contender.Protocol()
     jax.config.update("jax_platforms", "cpu")
-    run(arguments.work, settings, sys.stdin, lambda line: print(json.dumps(line), file=stdout))
+    run(arguments.work, settings, protocol)
 
 
 if __name__ == "__main__":
