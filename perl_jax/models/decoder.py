@@ -158,12 +158,15 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(initial((size or config.width,), config.param_dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        # Flat like products: XLA's CPU backend is slow at sums over [1, T, D].
+        x32 = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        scale = jnp.expand_dims(self.scale[...], range(x32.ndim - 1))
         if self.offset:
-            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+            out = (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        else:
+            out = normed.astype(x.dtype) * scale.astype(x.dtype)
+        return out.reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -208,7 +211,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
         gate_BTF, up_BTF = place.features(self.gate(x_BTD, key)), place.features(self.up(x_BTD, key))
-        return self.down(ACTIVATIONS[self.activation](gate_BTF) * up_BTF, key)
+        # Of the elementwise part its two inputs alone are kept for the backward pass.
+        gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
+        return self.down(gated(gate_BTF, up_BTF), key)
 
 
 class Block(nnx.Module):

@@ -12,6 +12,7 @@ that has to be known beforehand (`types.Layout.slots`); W parts of rows keep the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -126,7 +127,9 @@ def _to_sequences_backward(packing, cotangent_BT):
         # The copies' part goes to the group's first row.
         grouped = cotangent_BT.reshape(-1, packing.group, *cotangent_BT.shape[1:])
         shared_PT = packing.shared_BT[:: packing.group]
-        first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), jnp.sum(grouped, axis=1), grouped[:, 0])
+        # One after the other: a sum over the axis is slow in XLA's CPU backend.
+        total_PT = functools.reduce(jnp.add, (grouped[:, row] for row in range(packing.group)))
+        first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), total_PT, grouped[:, 0])
         cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(cotangent_BT.shape)
     return None, _masked(packing.packed(cotangent_BT), packing.filled_WU)
 

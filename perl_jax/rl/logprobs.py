@@ -104,13 +104,13 @@ def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
     finite and above 0.
     """
     _check_temperature(temperature)
-    scaled_V = _scaled(logits_V, temperature)
-    banned_V = jnp.isneginf(scaled_V)
-    logz = jax.nn.logsumexp(scaled_V, axis=-1)
-    # Not logz - sum p logit: with large logits that is a small difference of large numbers.
-    logp_V = jnp.where(banned_V, 0, scaled_V - logz[..., None])
-    p_V = jnp.where(banned_V, 0, jnp.exp(logp_V))
-    return -jnp.sum(p_V * logp_V, axis=-1)
+    # Flat: sums over [1, N, V] take XLA's CPU backend 60 times as long as over [N, V].
+    scaled_NV = _scaled(logits_V, temperature).reshape(-1, logits_V.shape[-1])
+    logz_N1 = jax.nn.logsumexp(scaled_NV, axis=-1, keepdims=True)
+    # Not logz - sum p logit: with large logits that is a small difference of large numbers. The bound
+    # changes no sum, as p is 0 long before, and makes 0 of a banned token's 0 times infinity.
+    logp_NV = jnp.maximum(scaled_NV - logz_N1, -1e4)
+    return -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1).reshape(logits_V.shape[:-1])
 
 
 def sequence_logprobs(
