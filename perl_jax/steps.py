@@ -49,9 +49,8 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
 
 def group_of(batch: Tree) -> int:
-    """Rows of a batch that have to stay together: those of experience that share a packed prompt."""
-    layout = batch.sequences.layout if isinstance(batch, Experience) else None
-    return 1 if layout is None else layout.group
+    """Rows of a batch that have to stay together: as many as it says."""
+    return getattr(batch, "group", 1)
 
 
 def gradients(
@@ -294,20 +293,32 @@ class Experience:
     reference_BT: Array | None = None
     kl_weight_B: Array | None = None
 
+    @property
+    def group(self) -> int:
+        """Rows that share a packed prompt."""
+        return 1 if self.sequences.layout is None else self.sequences.layout.group
+
+
+# (batch, the policy's log-probabilities) -> experience, and what the log says of it.
+ExperienceOf = Callable[[Tree, jax.Array], tuple[Experience, Logs]]
+
 
 def policy_gradient_objective(
     lm: LanguageModel, config: AlgorithmConfig, temperature: float, estimator: str, room: int,
-    roles: dict[str, Adapter], base: Tree, batch: Experience, key: jax.Array | None,
+    roles: dict[str, Adapter], base: Tree, batch: Experience | Tree, key: jax.Array | None, *, experience_of: ExperienceOf | None = None,
 ) -> tuple[LossSum, Logs]:  # fmt: skip
     """The losses of policy and value model (`perl_jax.rl.algorithms`), added.
 
     The sum is safe: the two share no trained leaf, and each role has its own optimizer. V(x_t) is
     read where the state before token t ends, one position to the left. estimator: of a KL in the
     loss. room: the most tokens a response may have; responses lie in so many last columns.
+    experience_of: for a batch that is no experience yet, because the log-probabilities it lacks are
+    those that this very pass computes: the policy is still the one that sampled.
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
     logp_BT, entropy_BT = token_logprobs(lm, base, roles["policy"], sequences, temperature, policy_key, room=room)
+    batch, known = (batch, {}) if experience_of is None else experience_of(batch, logp_BT)
     advantage_BT, losses_found, length = batch.advantage_BT, {}, config.length(room)
     if config.rule.critic:
         values_BT = values(lm, base, roles["value"], sequences, value_key)
@@ -321,6 +332,7 @@ def policy_gradient_objective(
             logp_BT, batch.reference_BT, mask_BT, estimator, config.reduction, length=length, weight_B=batch.kl_weight_B
         )
     logs = {
+        **known,
         **losses_found,
         **_token_means(mask_BT, {"response/entropy": entropy_BT, **_ratio_logs(config, logp_BT, batch.old_logp_BT, mask_BT)}),
         **_moments("advantage", advantage_BT, mask_BT),

@@ -21,6 +21,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -230,3 +231,23 @@ class TicketingBuilder(TaskmasterBuilder):
     name = "taskmaster_ticketing"
     folder, reward_count, data_count = "TM-3-2020", 8, 0
     read = staticmethod(dialogue.turns_of_tm3)
+
+
+class BothBuilder(RowsBuilder):
+    """The dialogues of both: text for a base, as ticketing's own are too few (138) to train one on."""
+
+    name = "taskmaster"
+    sources = TaskmasterBuilder.sources
+    tasks: ClassVar = (CoffeeBuilder, TicketingBuilder)
+
+    @classmethod
+    def kind_splits(cls) -> dict[str, tuple[str, ...]]:
+        return {"corpus": KIND_SPLITS["corpus"]}
+
+    @classmethod
+    def content(cls, kind: str, options: DataOptions) -> object:
+        return [task.content(kind, options) for task in cls.tasks]
+
+    @classmethod
+    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+        return itertools.chain.from_iterable(task.rows(kind, split, options) for task in cls.tasks)

@@ -12,7 +12,7 @@ from perl_jax.config import one_of
 from perl_jax.data.jsonl import JsonlBuilder
 from perl_jax.data.orders import OrdersBuilder, gold_rewards
 from perl_jax.data.store import DataOptions, RowsBuilder, RowSource, open_rows
-from perl_jax.data.taskmaster import CoffeeBuilder, TicketingBuilder
+from perl_jax.data.taskmaster import BothBuilder, CoffeeBuilder, TicketingBuilder
 
 __all__ = ["TASKS", "DataOptions", "Task", "get_task"]
 
@@ -45,6 +45,7 @@ TASKS: dict[str, Task] = {
         task_of(OrdersBuilder, "Embedded: structured coffee orders, simulated raters, known reward.", gold_rewards),
         task_of(CoffeeBuilder, "Taskmaster TM-4: coffee ordering, thumbs up or down on single turns."),
         task_of(TicketingBuilder, "Taskmaster TM-3: movie ticketing, thumbs up or down on single turns."),
+        task_of(BothBuilder, "Taskmaster TM-4 and TM-3: dialogues of both, to train a base on."),
         task_of(JsonlBuilder, "Your own rows: a JSON Lines file, or a folder with one for each split."),
     )
 }

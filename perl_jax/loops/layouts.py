@@ -21,8 +21,7 @@ def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, respons
     if not model.packs(config.data.packing):
         return None
     rows, parts, room = len(prompt_B), model.row_parts, config.data.max_response_length
-    samples = config.algorithm.group
-    group = samples if rows % (parts * microbatches * samples) == 0 else 1
+    group = dealt_group(config, rows, parts, microbatches)
     if rows % (parts * microbatches):
         return None
     first_B = np.arange(rows) % group == 0
@@ -31,3 +30,9 @@ def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, respons
     sizes = [-(-(each // group * columns + each * room * level // LEVELS) // SLOTS) * SLOTS for level in range(1, LEVELS + 1)]
     slots = next(size for size in sizes if size >= need)
     return Layout(slots, parts, group) if slots <= WORTH * each * (columns + room) else None
+
+
+def dealt_group(config: RLConfig, rows: int, parts: int, microbatches: int) -> int:
+    """Rows that stay together when rollouts are dealt out: a prompt's samples, where whole groups divide."""
+    samples = config.algorithm.group
+    return samples if rows % (parts * microbatches * samples) == 0 else 1

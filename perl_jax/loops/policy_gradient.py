@@ -17,12 +17,13 @@ import numpy as np
 from perl_jax import checkpoint, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
+from perl_jax.continuous import ContinuousSampler
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
 from perl_jax.loops.jobs import RLConfig
-from perl_jax.loops.layouts import rollout_layout
+from perl_jax.loops.layouts import dealt_group, rollout_layout
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
@@ -32,10 +33,11 @@ from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import Program
 from perl_jax.rl import advantages, algorithms, kl, losses
 from perl_jax.rl.algorithms import Outcomes
+from perl_jax.rl.losses import LossSum
 from perl_jax.sampling import Rollout
 from perl_jax.state import TrainState
 from perl_jax.steps import Experience
-from perl_jax.types import Array, Layout, Prompts, Tree
+from perl_jax.types import Array, Layout, Prompts, Tokens, Tree
 
 
 @flax.struct.dataclass
@@ -50,20 +52,43 @@ class RolloutStatistics:
 class Judged:
     """A batch of rollouts with all that was measured on it.
 
-    score_B: before shaping. policy_BT, reference_BT: log-probabilities by one and the same program,
-    so that equal adapters give a KL of exactly 0; reference_BT None: no reference. values_BT: of
-    the state before each token, where the algorithm needs them now. greedy, greedy_score_P: each
-    prompt's greedy response and its score, where it is the baseline. beta: the KL's coefficient.
+    score_B: before shaping. policy_BT, reference_BT: log-probabilities by one and the same program;
+    policy_BT None: the update's own (`one_pass`), reference_BT None: no reference. same: whether the
+    reference is the policy as it is now; its log-probabilities are then the policy's, whatever program
+    those come from, and the KL is exactly 0. values_BT: of the state before each token, where the algorithm needs them now. greedy,
+    greedy_score_P: each prompt's greedy response and its score, where it is the baseline. beta: the
+    KL's coefficient.
     """
 
     rollout: Rollout
     score_B: Array
-    policy_BT: Array
+    policy_BT: Array | None
     beta: Array
     reference_BT: Array | None = None
+    same: Array | bool = False
     values_BT: Array | None = None
     greedy: Rollout | None = None
     greedy_score_P: Array | None = None
+
+
+@flax.struct.dataclass
+class Rewarded:
+    """What experience is made of once the policy's log-probabilities are known; rows are leading in all.
+
+    sampled_BT: the sampler's log-probabilities. score_B: shaped. reference_BT, same_B, values_BT,
+    beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy response. group: rows
+    that have to be dealt out together.
+    """
+
+    sequences: Tokens
+    sampled_BT: Array
+    score_B: Array
+    beta_B: Array
+    same_B: Array
+    reference_BT: Array | None
+    values_BT: Array | None
+    greedy_B: Array | None
+    group: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def shaped(config: RLConfig, score_B: Array, rollout: Rollout) -> jax.Array:
@@ -75,54 +100,98 @@ def shaped(config: RLConfig, score_B: Array, rollout: Rollout) -> jax.Array:
     return advantages.overlong_penalty(score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty)
 
 
-def assemble(config: RLConfig, judged: Judged) -> tuple[Experience, RolloutStatistics]:
+def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
+    """Whether the update itself can take the policy's log-probabilities, so that no pass goes before it.
+
+    A single update meets the policy as it sampled, unless there is dropout. What its advantages
+    compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts: of
+    the mesh's rows.
+    """
+    algorithm, rows = config.algorithm, config.batch_size
+    compares_batch = algorithm.whitened or algorithm.rule.advantage == "batch-mean"
+    together = not algorithm.rule.grouped or dealt_group(config, rows, parts, config.microbatches) == algorithm.group
+    return algorithm.updates == 1 and dropout == 0 and together and (config.microbatches == 1 or not compares_batch)
+
+
+def assemble(config: RLConfig, parts: int, judged: Judged) -> tuple[Experience | Rewarded, RolloutStatistics]:
     """Judged rollouts -> experience, and what the log says of them.
+
+    Without the policy's log-probabilities: all but what depends on them (`experience_of`).
+    """
+    rollout, mask_BT = judged.rollout, judged.rollout.sequences.response_BT
+    score_B, rows = shaped(config, judged.score_B, rollout), mask_BT.shape[0]
+    greedy_B = None
+    if judged.greedy is not None:
+        greedy_B = jnp.repeat(shaped(config, judged.greedy_score_P, judged.greedy), config.algorithm.group)
+    rewarded = Rewarded(
+        sequences=rollout.sequences,
+        sampled_BT=rollout.logp_BT,
+        score_B=score_B,
+        beta_B=jnp.full_like(score_B, judged.beta),
+        same_B=jnp.broadcast_to(jnp.asarray(judged.same), (rows,)),
+        reference_BT=judged.reference_BT,
+        values_BT=judged.values_BT,
+        greedy_B=greedy_B,
+        group=dealt_group(config, rows, parts, config.microbatches),
+    )
+    real_B = jnp.any(mask_BT, axis=1)
+    mean = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)) / jnp.maximum(jnp.sum(real_B), 1)
+    values = {
+        "reward/score": mean(judged.score_B),
+        "reward/score_std": jnp.sqrt(mean(jnp.square(judged.score_B - mean(judged.score_B)))),
+        "kl/beta": judged.beta,
+        "response/length": mean(jnp.sum(mask_BT, axis=1).astype(jnp.float32)),
+        "response/eos_rate": mean(rollout.finished_B.astype(jnp.float32)),
+    }
+    finite = jnp.all(jnp.isfinite(score_B))
+    if judged.policy_BT is None:
+        return rewarded, RolloutStatistics(values, finite)
+    experience, logs = experience_of(config, rewarded, judged.policy_BT)
+    finite &= jnp.all(jnp.isfinite(jnp.where(mask_BT, judged.policy_BT, 0.0))) & jnp.isfinite(logs["reward/return"].total)
+    return experience, RolloutStatistics(values | {name: value.mean for name, value in logs.items()}, finite)
+
+
+def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tuple[Experience, steps.Logs]:
+    """Experience from rewards and the policy's log-probabilities, without gradient; sums for the log.
 
     With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s - beta sum_t
     kl_t); with the KL in the loss R = s.
     """
-    rollout, policy_BT = judged.rollout, judged.policy_BT
-    mask_BT = rollout.sequences.response_BT
-    reference_BT = policy_BT if judged.reference_BT is None else judged.reference_BT
+    policy_BT, mask_BT = jax.lax.stop_gradient(policy_BT), rewarded.sequences.response_BT
+    reference_BT = policy_BT
+    if rewarded.reference_BT is not None:
+        reference_BT = jnp.where(rewarded.same_B[:, None], policy_BT, rewarded.reference_BT)
     kl_BT = kl.kl_in_reward("k1" if config.kl_in_loss else config.estimator, policy_BT, reference_BT)
     kl_B = kl.sequence_kl(kl_BT, mask_BT)
-    beta = jnp.zeros_like(judged.beta) if config.kl_in_loss else judged.beta
-    weight = 1.0 if config.kl.whole_score else 1 - beta
-    score_B = shaped(config, judged.score_B, rollout)
-    return_B = advantages.terminal_return(score_B, kl_B, beta, weight)
-    outcomes = Outcomes(return_B, advantages.token_rewards(weight * score_B, kl_BT, mask_BT, beta), mask_BT, judged.values_BT)
-    if judged.greedy is not None:
+    beta_B = jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B
+    weight_B = jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B
+    return_B = advantages.terminal_return(rewarded.score_B, kl_B, beta_B, weight_B)
+    rewards_BT = advantages.token_rewards(weight_B * rewarded.score_B, kl_BT, mask_BT, beta_B[:, None])
+    outcomes = Outcomes(return_B, rewards_BT, mask_BT, rewarded.values_BT)
+    if rewarded.greedy_B is not None:
         # Without its KL: any number that depends on the prompt alone leaves the gradient exact.
-        outcomes = outcomes.replace(greedy_P=weight * shaped(config, judged.greedy_score_P, judged.greedy))
+        outcomes = outcomes.replace(greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group])
     advantage_BT, target_BT = algorithms.advantages(config.algorithm, outcomes)
-    in_loss = config.kl_in_loss and judged.reference_BT is not None
+    in_loss = config.kl_in_loss and rewarded.reference_BT is not None
     experience = Experience(
-        rollout.sequences,
+        rewarded.sequences,
         policy_BT,
         advantage_BT,
         target_BT,
-        old_value_BT=judged.values_BT if config.algorithm.value_clip is not None else None,
+        old_value_BT=rewarded.values_BT if config.algorithm.value_clip is not None else None,
         reference_BT=reference_BT if in_loss else None,
-        kl_weight_B=jnp.full_like(return_B, judged.beta) if in_loss else None,
+        kl_weight_B=rewarded.beta_B if in_loss else None,
     )
     k1_B = kl.sequence_kl(kl.kl_in_reward("k1", policy_BT, reference_BT), mask_BT)
-    real_B = jnp.any(mask_BT, axis=1)
-    rows = jnp.maximum(jnp.sum(real_B), 1)
-    mean = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)) / rows
-    tokens = jnp.maximum(losses.count_tokens(mask_BT), 1)
-    values = {
-        "reward/score": mean(judged.score_B),
-        "reward/score_std": jnp.sqrt(mean(jnp.square(judged.score_B - mean(judged.score_B)))),
-        "reward/return": mean(return_B),
-        "kl/sequence": mean(k1_B),
-        "kl/token": jnp.sum(jnp.where(real_B, k1_B, 0.0)) / tokens,
-        "kl/beta": judged.beta,
-        "response/length": mean(jnp.sum(mask_BT, axis=1).astype(jnp.float32)),
-        "response/eos_rate": mean(rollout.finished_B.astype(jnp.float32)),
-        "sampler/mismatch": losses.sampler_mismatch(rollout.logp_BT, policy_BT, mask_BT),
+    real_B, rows, tokens = jnp.any(mask_BT, axis=1), losses.count_sequences(mask_BT), losses.count_tokens(mask_BT)
+    total = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0))
+    logs = {
+        "reward/return": LossSum(total(return_B), rows),
+        "kl/sequence": LossSum(total(k1_B), rows),
+        "kl/token": LossSum(total(k1_B), tokens),
+        "sampler/mismatch": LossSum(losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens),
     }
-    finite = jnp.all(jnp.isfinite(return_B)) & jnp.all(jnp.isfinite(jnp.where(mask_BT, policy_BT, 0.0)))
-    return experience, RolloutStatistics(values, finite)
+    return experience, logs
 
 
 # Lengths of prompts times sizes of packed rows, and a margin.
@@ -137,18 +206,22 @@ class Programs:
         room = config.data.max_response_length
         shared = model.shared_prompts(config.batch_size, algorithm.group)
         rows = sharding.batch_sharding(model.mesh)
-        objective = functools.partial(steps.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room)
+        # Of an adapter's own configuration: it may come from an artefact.
+        lora = state.roles["policy"].config
+        self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
+        made_of = functools.partial(experience_of, config) if self.one_pass else None
+        objective = functools.partial(steps.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room, experience_of=made_of)
         update = functools.partial(steps.train_epochs, objective, optimizers, config.microbatches, algorithm.epochs, algorithm.minibatches)
         self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
         self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
         self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
         self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
-        self.assemble = Program("assemble", functools.partial(assemble, config), limit=_SHAPES)
+        self.assemble = Program("assemble", functools.partial(assemble, config, model.row_parts), out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
-        return {name: program for name, program in vars(self).items() if program is not None}
+        return {name: program for name, program in vars(self).items() if isinstance(program, (Program, ContinuousSampler))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +260,10 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     judged = Judged(
         rollout=rollout,
         score_B=score_B,
-        policy_BT=programs.logprobs(base, policy, rollout.sequences),
+        policy_BT=None if programs.one_pass else programs.logprobs(base, policy, rollout.sequences),
         beta=state.controls["beta"],
         reference_BT=_reference(job, state, rollout),
+        same=np.bool_(_reference_is_policy(config, int(state.step))),
         values_BT=None if programs.values is None else programs.values(base, state.roles["value"], rollout.sequences),
         greedy=greedy,
         greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
@@ -198,9 +272,10 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     experience = experience.replace(sequences=experience.sequences.replace(layout=experience_layout))
     clocks.append(time.perf_counter())
     state, metrics = jax.block_until_ready(programs.learn(state, base, experience))
-    state = _controlled(config, job.model.lm, state, statistics.values["kl/sequence"])
+    metrics |= statistics.values
+    state = _controlled(config, job.model.lm, state, metrics["kl/sequence"])
     clocks.append(time.perf_counter())
-    values = {name: value.item() for name, value in host(metrics | statistics.values).items()} | scores
+    values = {name: value.item() for name, value in host(metrics).items()} | scores
     values["finite"] = values["finite"] and bool(statistics.finite)
     _check_mismatch(values["sampler/mismatch"], config, int(state.step))
     if job.task.gold is not None:
@@ -221,6 +296,14 @@ def _packed(job: Rollouts, rollout: Rollout, columns: int) -> tuple[Rollout, Lay
     prompt_B = count(sequences.valid_BT) - response_B
     whole, part = (rollout_layout(job.model, config, prompt_B, response_B, columns, number) for number in (1, config.microbatches))
     return rollout.replace(sequences=sequences.replace(layout=whole)), part if config.algorithm.updates == 1 else None
+
+
+def _reference_is_policy(config: RLConfig, step: int) -> bool:
+    """Whether the reference is the policy as it is at the beginning of this step."""
+    if config.kl.reference == "none":
+        return False
+    refreshed = config.kl.refresh is not None and step > 0 and step % config.kl.refresh == 0
+    return refreshed or (step == 0 and config.kl.reference == "start")
 
 
 def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:

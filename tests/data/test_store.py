@@ -49,7 +49,7 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
 
 
 def test_registry_and_its_errors(tmp_path):
-    assert list(TASKS) == ["orders", "taskmaster_coffee", "taskmaster_ticketing", "jsonl"]
+    assert list(TASKS) == ["orders", "taskmaster_coffee", "taskmaster_ticketing", "taskmaster", "jsonl"]
     task = get_task("orders")
     assert task.kinds == ("corpus", "demonstrations", "comparisons", "labels", "prompts")
     assert task.gold(["x"], ["y"]).tolist() == [-1.0]

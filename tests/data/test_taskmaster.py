@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -209,6 +210,18 @@ def test_ticketing_demonstrations_come_from_dialogues_when_there(tmp_path):
     assert all(row["prompt"].startswith("agent:\nWelcome!\nuser:\nhi ") for row in found)
     splits = ("train", "validation", "test")
     assert sum(len(opened("taskmaster_ticketing", "corpus", split, options)) for split in splits) == 60
+
+
+def test_the_corpus_of_both_is_both_corpora(tmp_path):
+    options = small_upstream(tmp_path, dialogues_too=True)
+    (tmp_path / "TM-4-2024" / "data").mkdir(parents=True)
+    shutil.copytree(tmp_path / "TM-3-2020" / "reward", tmp_path / "TM-4-2024" / "reward")
+    say = lambda speaker, text: {"speaker": speaker, "text": text, "annotations": []}
+    coffees = [{"utterances": [say("user", f"coffee {i}"), say("assistant", "how?")]} for i in range(60)]
+    write_json(tmp_path / "TM-4-2024" / "data" / "data_00.json", coffees)
+    for split in ("train", "validation", "test"):
+        own = [row for task in ("taskmaster_coffee", "taskmaster_ticketing") for row in opened(task, "corpus", split, options)]
+        assert opened("taskmaster", "corpus", split, options) == own
 
 
 def test_missing_copy_is_named(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from perl_jax import sampling, steps, trees
 from perl_jax.config import TrainingError
 from perl_jax.loops import policy_gradient
-from perl_jax.loops.jobs import KLConfig, RolloutConfig, ShapingConfig
+from perl_jax.loops.jobs import DataConfig, KLConfig, RolloutConfig, ShapingConfig
 from perl_jax.loops.layouts import LEVELS
 from perl_jax.loops.policy_gradient import Judged, assemble
 from perl_jax.lora import LoRAConfig
@@ -42,7 +44,7 @@ def rollout() -> Rollout:
 def assembled(score_B, policy_BT, reference_BT, beta: float, penalty: float = 0.0, **fields):
     """What `assemble` makes of the rollout above, by REINFORCE unless an algorithm is given."""
     config = rl_config(shaping=ShapingConfig(missing_eos_penalty=penalty), room=3, batch_size=4, **fields)
-    return assemble(config, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT))
+    return assemble(config, 1, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT))
 
 
 def test_return_by_hand():
@@ -108,7 +110,7 @@ def test_scores_are_clipped_whitened_and_then_penalised():
     # second row has 3 of 3 tokens, both of the buffer's.
     shaping = ShapingConfig(clip=5.0, whiten=True, missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer=2)
     config = rl_config(shaping=shaping, room=3, batch_size=4)
-    target_BT = assemble(config, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT))[0].target_BT
+    target_BT = assemble(config, 1, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT))[0].target_BT
     spread = 1.5 / (1.5 * np.sqrt(2))
     # The first has 2 tokens: one of the buffer's.
     np.testing.assert_allclose(target_BT[:2, 2], [3.5 - spread - 1.0, 3.5 + spread - 0.5 - 2.0], rtol=1e-5)
@@ -175,6 +177,70 @@ def test_step_zero(name):
     # One step on the policy has left its anchor.
     second = run.step(prompts(LM, seed=1))
     assert second["kl/sequence"] != 0.0 and int(run.state.step) == 2
+
+
+# The policy's log-probabilities by a pass before the update, or by the update itself.
+
+ONE_PASS = {
+    "reinforce": {"microbatches": 2},
+    "rloo": {"microbatches": 2},
+    "rloo, padded": {"microbatches": 2, "packing": "off"},
+    "rloo, whole score": {"kl": KLConfig(whole_score=True)},
+    "remax": {"microbatches": 4},
+    "grpo": {"microbatches": 2},
+    "grpo, base": {"kl": KLConfig(reference="base")},
+    "dr-grpo, no reference": {"kl": KLConfig(reference="none", beta=0.0)},
+    "gspo": {},
+    "reinforce-mean": {},
+    "ppo": {},
+    "reinforce, KL in the loss": {"microbatches": 2, "kl": KLConfig(place="loss")},
+}
+
+
+@pytest.mark.parametrize("case", [case if case in ("rloo", "grpo") else pytest.param(case, marks=pytest.mark.slow) for case in ONE_PASS])
+def test_one_pass_is_the_update_of_two(case, monkeypatch):
+    settings = dict(ONE_PASS[case])
+    data = DataConfig(max_prompt_length=8, max_response_length=6, packing=settings.pop("packing", "auto"))
+    config = rl_config(algorithm=AlgorithmConfig(name=case.partition(",")[0]), **settings)
+    config = dataclasses.replace(config, data=data)
+    found = {}
+    for one in (True, False):
+        if not one:
+            monkeypatch.setattr(policy_gradient, "one_pass", lambda *_: False)
+        run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
+        assert run.programs.one_pass == one
+        # The second step's policy is not the reference.
+        batch = lambda seed: jax.tree.map(lambda leaf: leaf[: 8 // config.algorithm.group], prompts(LM, seed))
+        found[one] = [run.step(batch(seed)) for seed in range(2)], jax.device_get(run.state.roles)
+    (steps_of_one, roles_of_one), (steps_of_two, roles_of_two) = found[True], found[False]
+    assert steps_of_one[0]["kl/sequence"] == 0.0 if config.kl.reference == "start" else True
+    assert steps_of_one[1]["kl/sequence"] != 0.0 or config.kl.reference == "none"
+    for one, two in zip(steps_of_one, steps_of_two, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            assert one[name] == pytest.approx(two[name], rel=2e-4, abs=2e-5), name
+    for name, leaf in trees.named_leaves(roles_of_one).items():
+        np.testing.assert_allclose(leaf, trees.named_leaves(roles_of_two)[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"algorithm": AlgorithmConfig(epochs=2)}, False),
+        ({"algorithm": AlgorithmConfig(minibatches=2)}, False),
+        # The batch's mean and deviation are not a microbatch's.
+        ({"algorithm": AlgorithmConfig(name="reinforce-mean"), "microbatches": 2}, False),
+        ({"algorithm": AlgorithmConfig(name="ppo"), "microbatches": 2}, False),
+        ({"algorithm": AlgorithmConfig(name="ppo", whiten=False), "microbatches": 2}, True),
+        # Eight microbatches of one row would tear a prompt's samples apart.
+        ({"algorithm": AlgorithmConfig(name="rloo"), "microbatches": 8}, False),
+        ({"algorithm": AlgorithmConfig(name="rloo"), "microbatches": 2}, True),
+    ],
+)
+def test_when_one_pass_will_do(fields, expected):
+    assert policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.0) == expected
+    assert not policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.1)
 
 
 def test_step_zero_of_a_reward_reaches_its_head():
