@@ -102,8 +102,9 @@ class ContinuousSampler:
             for admission in self._admissions(made, waiting, inside_B):
                 state = self.admit(base, adapter, state, *dataclasses.astuple(admission))
             active = int((inside_B >= 0).sum())
-            # With prompts waiting, a prompt's worth of free slots is what it is stopped for; otherwise a halved batch.
-            until = slots - self.samples if waiting else active // 2 if slots > self.parts and slots > 1 else 0
+            # With prompts waiting, it is stopped for room for a call's worth of them; otherwise for a halved batch.
+            room = min(len(waiting), self._some) * self.samples
+            until = slots - room if waiting else active // 2 if slots > self.parts and slots > 1 else 0
             state, done = self.decode(base, adapter, state, np.int32(min(until, active - 1)), key)
             done_B, length_B, taken = (np.asarray(jax.device_get(x)) for x in done)
             steps += int(taken)
@@ -117,6 +118,11 @@ class ContinuousSampler:
                 state, inside_B, slots = self.fewer(state, stays), inside_B[stays], fewer
         return made.rollout(steps, self.lm.mesh)
 
+    @property
+    def _some(self) -> int:
+        """Prompts that are let in together while others are decoded: one at a time would be read at the cost of several."""
+        return max(1, self.slots // self.samples // 8)
+
     def _size(self, active: int) -> int:
         """The fewest slots, halving, that hold so many rows."""
         size = self.slots
@@ -129,9 +135,7 @@ class ContinuousSampler:
         out = []
         free = deque(np.flatnonzero(inside_B < 0).tolist())
         while waiting and len(free) >= self.samples:
-            number = self.slots // self.samples
-            if len(free) < len(inside_B):
-                number = max(1, number // 8)
+            number = self.slots // self.samples if len(free) == len(inside_B) else self._some
             slot_AG, row_AG = np.full((number, self.samples), -1, np.int32), np.zeros((number, self.samples), np.int32)
             prompts = np.zeros(number, np.int64)
             for place in range(number):

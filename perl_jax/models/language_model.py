@@ -349,7 +349,8 @@ class LanguageModel:
 
         Layers with and without an adapter form runs, one scan each; where all have one (or none has)
         there is one run. Below the lowest adapted layer nothing is trained, so nothing is computed
-        backwards there.
+        backwards there. backward: whether there may be a backward pass; without one nothing is gained
+        by inlining layers (decoding on a CPU is 1.3 times as fast rolled).
         """
         weights, number = _weights(base, adapter)["layers"], self.config.layers
         chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(number)
@@ -377,7 +378,7 @@ class LanguageModel:
             body = self._rematerialised(body) if backward else body
             index_L = jnp.arange(start, stop)
             inputs = (index_L, lora, (weights, under, per_layer) if whole else None)
-            x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start))
+            x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1)
             outs.append(out)
         return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 

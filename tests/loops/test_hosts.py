@@ -154,13 +154,16 @@ def counting(tmp_path) -> tuple[str, pathlib.Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["sft", "full", "reward", "dpo", "grpo", "reinforce", "spread"])
+@pytest.mark.parametrize("job", ["sft", "full", "reward", "dpo", "grpo", "slots", "reinforce", "spread"])
 def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     terms, counts = counting
     rl = ("--policy", str(jobs.policy), "--max-mismatch", "10")
+    two = ("--mesh.data", "2", "--mesh.fsdp", "1", "--mesh.tensor", "4")
     name, more = {
         "full": ("sft", ("--tuning", "full", "--mesh.fsdp", "8")),
         "grpo": ("rl", (*rl, "--algorithm.name", "grpo", "--terms", terms)),
+        # Two prompts at a time of four; slots, packed rows and their microbatches divide over two devices.
+        "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8")),
         "reinforce": ("rl", (*rl, "--reward", str(jobs.reward))),
         # Every row is on every device, and still its terms are computed once.
         "spread": ("rl", (*rl, "--algorithm.name", "ppo", "--reward", str(jobs.reward), "--terms", terms, "--mesh.tensor", "8")),

@@ -59,21 +59,33 @@ VARIABLES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLIBC_TU
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """requirements: of its environment; None runs it by the Python that runs the driver. variables: of its process."""
+    """environment: the name of its environment, and requirements, pip's words for what that holds. arguments, variables: of its process."""
 
     script: str
-    requirements: tuple[str, ...] | None
+    environment: str
+    requirements: tuple[str, ...]
     jobs: tuple[str, ...] = tuple(work.JOBS)
+    arguments: tuple[str, ...] = ()
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # On the CPU torch needs no more than its CPU build, which some indexes have as the same version.
 TRL = ("trl==1.16.0", "peft==0.21.2", "transformers==5.24.0", "accelerate==1.15.0", "datasets==5.2.0", "torch==2.13.0")
+TUNIX = (
+    *("google-tunix==0.1.7", "qwix==0.1.8", "jax==0.10.2", "jaxlib==0.10.2", "flax==0.12.8", "optax==0.2.8"),
+    *("orbax-checkpoint==0.12.8", "transformers==5.12.1"),
+)
+ROOT = HERE.parents[2]
+# As its users have it: without the tests' torch, which transformers would load.
+PERL_JAX = ("-c", str(ROOT / "constraints.txt"), "-e", str(ROOT))
 CONTENDERS = {
-    "perl_jax": Contender("contender_perl_jax.py", None),
-    "trl": Contender("contender_trl.py", TRL),
-    "tunix": Contender("contender_tunix.py", ("google-tunix==0.1.7", "qwix==0.1.8", "jax==0.10.2", "flax==0.12.8", "transformers==5.12.1"), ("rl-function",)),
+    "perl_jax": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX),
+    "trl": Contender("contender_trl.py", "trl", TRL),
+    "tunix": Contender("contender_tunix.py", "tunix", TUNIX, ("rl-function",)),
+    # Everything trained in the place of adapters.
+    "perl_jax_full": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX, arguments=("--tuning", "full")),
 }
+PEERS = ("perl_jax", "trl", "tunix")
 
 
 class ContestError(Exception):
@@ -81,7 +93,7 @@ class ContestError(Exception):
 
 
 def environment(name: str, requirements: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
-    """The Python of a virtual environment with exactly these requirements, made unless it is there.
+    """The Python of a virtual environment with these requirements, made unless it is there.
 
     pip takes packages from where the user's configuration says. The marker is written last.
     """
@@ -160,12 +172,8 @@ def started(job: str, names: Sequence[str], options: argparse.Namespace) -> Iter
         running = {}
         for name in names:
             contender = CONTENDERS[name]
-            python = sys.executable
-            if contender.requirements is not None:
-                python = environment(name, contender.requirements, options.environments)
-            command = [python, HERE / contender.script, "--work", options.work.absolute(), "--job", job]
-            # Not every contender knows of anything but adapters.
-            command += ["--tuning", options.tuning] if options.tuning != "lora" else []
+            python = environment(contender.environment, contender.requirements, options.environments)
+            command = [python, HERE / contender.script, "--work", options.work.absolute(), "--job", job, *contender.arguments]
             print(f"{job}: {name} is warming up", file=sys.stderr)
             running[name] = Running(name, command, contender.variables, pathlib.Path(logs) / f"{name}.txt")
             stack.callback(running[name].close)
@@ -193,8 +201,8 @@ def play(job: str, names: Sequence[str], options: argparse.Namespace) -> dict[st
     with started(job, names, options) as running:
         steps, rates = alternate(running, options.rounds, work.TOKENS[job])
         said = {name: {"ready": running[name].ready, "steps": steps[name]} for name in names}
-    phases = [dataclasses.asdict(phase) for phase in ceiling.phases(job, options.tuning)]
-    return {"job": job, "tuning": options.tuning, "rates": dataclasses.asdict(rates), "phases": phases, "contenders": said}
+    phases = [dataclasses.asdict(phase) for phase in ceiling.phases(job, "lora")]
+    return {"job": job, "rates": dataclasses.asdict(rates), "phases": phases, "contenders": said}
 
 
 def chosen(job: str, wanted: Sequence[str]) -> list[str]:
@@ -205,16 +213,15 @@ def chosen(job: str, wanted: Sequence[str]) -> list[str]:
     return [name for name in wanted if job in CONTENDERS[name].jobs]
 
 
-def main(description: str | None, jobs: Sequence[str], rounds: int) -> None:
+def main(description: str | None, jobs: Sequence[str], rounds: int, contenders: Sequence[str] = PEERS) -> None:
     """The command line of a benchmark: its jobs, one after another."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="steps of each contender")
     parser.add_argument("--jobs", default=",".join(jobs), help="comma-separated")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated; the first is what others are compared with")
-    parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
+    parser.add_argument("--contenders", default=",".join(contenders), help="comma-separated; the first is what others are compared with")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/contest"), help="folder for the model and the rows")
     environments = pathlib.Path("runs/environments")
-    parser.add_argument("--environments", type=pathlib.Path, default=environments, help="folder for other contenders' packages")
+    parser.add_argument("--environments", type=pathlib.Path, default=environments, help="folder for the contenders' packages")
     parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
     options = parser.parse_args()
     try:

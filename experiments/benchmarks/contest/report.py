@@ -88,5 +88,5 @@ def text(contest: dict[str, Any]) -> str:
     medians = {name: statistics.median(step["seconds"] for step in one["steps"]) for name, one in contenders.items()}
     phases = [ceiling.Phase(**phase) for phase in contest["phases"]]
     top = ceiling.text(phases, ceiling.Rates(**contest["rates"]), medians)
-    title = f"\n{contest['job']}, {contest['tuning']}, {rounds} rounds\n"
+    title = f"\n{contest['job']}, {rounds} rounds\n"
     return "\n".join((title, comparison(contenders, work.TOKENS[contest["job"]]) + parts(contenders), "", *said, "", top))
