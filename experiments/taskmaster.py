@@ -1,7 +1,7 @@
 """The whole job on PERL's own released data: real dialogues, real thumbs.
 
 Claim     On Taskmaster Coffee (TM-4) and Ticketing (TM-3), split so that no dialogue is on both
-          sides, the whole job runs on a small base trained from the task's dialogues, and reports
+          sides, the whole job runs on a small base trained from dialogues (Coffee's; for Ticketing both), and reports
           whether its reward model ranks turns better than a bag-of-words regression, and whether
           RL raises the score of a judge trained on a disjoint part.
 Command   python experiments/taskmaster.py --task coffee --data-dir PATH_TO_TASKMASTER

@@ -103,8 +103,7 @@ class ContinuousSampler:
                 state = self.admit(base, adapter, state, *dataclasses.astuple(admission))
             active = int((inside_B >= 0).sum())
             # With prompts waiting, it is stopped for room for a call's worth of them; otherwise for a halved batch.
-            room = min(len(waiting), self._some) * self.samples
-            until = slots - room if waiting else active // 2 if slots > self.parts and slots > 1 else 0
+            until = slots - self._room(waiting) if waiting else active // 2 if slots > self.parts and slots > 1 else 0
             state, done = self.decode(base, adapter, state, np.int32(min(until, active - 1)), key)
             done_B, length_B, taken = (np.asarray(jax.device_get(x)) for x in done)
             steps += int(taken)
@@ -123,6 +122,10 @@ class ContinuousSampler:
         """Prompts that are let in together while others are decoded: one at a time would be read at the cost of several."""
         return max(1, self.slots // self.samples // 8)
 
+    def _room(self, waiting: deque[int]) -> int:
+        """Free slots that are worth a call."""
+        return min(len(waiting), self._some) * self.samples
+
     def _size(self, active: int) -> int:
         """The fewest slots, halving, that hold so many rows."""
         size = self.slots
@@ -131,10 +134,10 @@ class ContinuousSampler:
         return size
 
     def _admissions(self, made: _Made, waiting: deque[int], inside_B: np.ndarray) -> list[Admission]:
-        """Takes prompts from the queue while their samples have slots, in calls of two sizes: all slots, or an eighth."""
+        """Takes prompts from the queue while there are slots for a call's worth of them, in calls of two sizes: all slots, or an eighth."""
         out = []
         free = deque(np.flatnonzero(inside_B < 0).tolist())
-        while waiting and len(free) >= self.samples:
+        while waiting and len(free) >= self._room(waiting):
             number = self.slots // self.samples if len(free) == len(inside_B) else self._some
             slot_AG, row_AG = np.full((number, self.samples), -1, np.int32), np.zeros((number, self.samples), np.int32)
             prompts = np.zeros(number, np.int64)

@@ -49,6 +49,21 @@ def test_the_same_rollout_through_fewer_slots(samples, slots, chunk):
     np.testing.assert_array_equal(made.finished_B, expected.finished_B)
 
 
+@pytest.mark.parametrize(("number", "samples", "slots", "chunk"), [(45, 1, 16, 3), (41, 2, 32, 16)])
+def test_prompts_are_let_in_together(number, samples, slots, chunk, monkeypatch):
+    given, calls = prompts(number), []
+    sampler = ContinuousSampler(small.LM, CONFIG, samples, slots, chunk)
+    admissions = sampler._admissions
+    monkeypatch.setattr(sampler, "_admissions", lambda *a: calls.extend(found := admissions(*a)) or found)
+    expected, made = static(given, samples), sampler(BASE, ADAPTER, given, KEY)
+    small.assert_same(expected.sequences, made.sequences)
+    # First as many as there are slots for, then two at a time; one is alone only at the end.
+    sizes = [int((call.slot_AG >= 0).all(axis=1).sum()) for call in calls]
+    first = slots // samples
+    assert sizes == [first] + [2] * ((number - first) // 2) + [1] * ((number - first) % 2)
+    assert sampler.admit.compilations == 2
+
+
 @pytest.mark.parametrize("more", [{"temperature": 0.0}, {"cache": "int8"}, {"adapters": "applied"}, {"top_k": 5, "top_p": 0.8}])
 def test_settings_are_the_static_samplers(more):
     given, config = prompts(6), dataclasses.replace(CONFIG, **more)

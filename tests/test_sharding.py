@@ -245,7 +245,7 @@ def reinforce_on_one_device() -> tuple[Any, dict, Any]:
     return reinforce_update(None)
 
 
-@pytest.mark.parametrize("where", [slow("data"), slow("fsdp and tensor"), "permuted", slow("all three"), slow("four")])
+@pytest.mark.parametrize("where", [slow("data"), slow("fsdp and tensor"), slow("permuted"), slow("all three"), slow("four")])
 def test_reinforce_update_is_the_same_on_any_mesh(where):
     (state, metrics, rollout), (expected, expected_metrics, expected_rollout) = reinforce_update(where), reinforce_on_one_device()
     # The draws are functions of the key and the row alone. Logits differ by rounding, about 1e-6,

@@ -45,7 +45,7 @@ TASKS: dict[str, Task] = {
         task_of(OrdersBuilder, "Embedded: structured coffee orders, simulated raters, known reward.", gold_rewards),
         task_of(CoffeeBuilder, "Taskmaster TM-4: coffee ordering, thumbs up or down on single turns."),
         task_of(TicketingBuilder, "Taskmaster TM-3: movie ticketing, thumbs up or down on single turns."),
-        task_of(BothBuilder, "Taskmaster TM-4 and TM-3: dialogues of both, to train a base on."),
+        task_of(BothBuilder, "Taskmaster TM-4 and TM-3: the corpora of both, to train a base on."),
         task_of(JsonlBuilder, "Your own rows: a JSON Lines file, or a folder with one for each split."),
     )
 }

@@ -54,7 +54,7 @@ class DataConfig:
     """The task and the lengths of its rows, in tokens.
 
     Attributes:
-        task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (dialogues of both), or jsonl.
+        task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (the corpora of both), or jsonl.
         data_dir: The data set's upstream folder; for jsonl the file or folder.
         data_seed: Seed of the embedded task's rows.
         train_size: At most so many rows of the training split; None: all.

@@ -52,12 +52,11 @@ class RolloutStatistics:
 class Judged:
     """A batch of rollouts with all that was measured on it.
 
-    score_B: before shaping. policy_BT, reference_BT: log-probabilities by one and the same program;
-    policy_BT None: the update's own (`one_pass`), reference_BT None: no reference. same: whether the
-    reference is the policy as it is now; its log-probabilities are then the policy's, whatever program
-    those come from, and the KL is exactly 0. values_BT: of the state before each token, where the algorithm needs them now. greedy,
-    greedy_score_P: each prompt's greedy response and its score, where it is the baseline. beta: the
-    KL's coefficient.
+    score_B: before shaping. policy_BT, reference_BT: log-probabilities, by one program. reference_BT
+    None: no reference. policy_BT: with `one_pass` read by the KL alone, and where `measured` says so;
+    elsewhere the update's own are. values_BT: of the state before each token, where the algorithm
+    needs them now. greedy, greedy_score_P: each prompt's greedy response and its score, where it is
+    the baseline. beta: the KL's coefficient.
     """
 
     rollout: Rollout
@@ -65,7 +64,7 @@ class Judged:
     policy_BT: Array | None
     beta: Array
     reference_BT: Array | None = None
-    same: Array | bool = False
+    measured: Array | bool = True
     values_BT: Array | None = None
     greedy: Rollout | None = None
     greedy_score_P: Array | None = None
@@ -73,18 +72,19 @@ class Judged:
 
 @flax.struct.dataclass
 class Rewarded:
-    """What experience is made of once the policy's log-probabilities are known; rows are leading in all.
+    """What experience is made of once the update has the policy's log-probabilities; rows lead in all.
 
-    sampled_BT: the sampler's log-probabilities. score_B: shaped. reference_BT, same_B, values_BT,
-    beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy response. group: rows
-    that have to be dealt out together.
+    sampled_BT: the sampler's log-probabilities. score_B: shaped. policy_BT, reference_BT, measured_B,
+    values_BT, beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy response.
+    group: rows that have to be dealt out together.
     """
 
     sequences: Tokens
     sampled_BT: Array
     score_B: Array
     beta_B: Array
-    same_B: Array
+    measured_B: Array
+    policy_BT: Array | None
     reference_BT: Array | None
     values_BT: Array | None
     greedy_B: Array | None
@@ -107,16 +107,19 @@ def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
     compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts: of
     the mesh's rows.
     """
-    algorithm, rows = config.algorithm, config.batch_size
+    algorithm = config.algorithm
+    if algorithm.updates > 1 or dropout > 0:
+        return False
     compares_batch = algorithm.whitened or algorithm.rule.advantage == "batch-mean"
-    together = not algorithm.rule.grouped or dealt_group(config, rows, parts, config.microbatches) == algorithm.group
-    return algorithm.updates == 1 and dropout == 0 and together and (config.microbatches == 1 or not compares_batch)
+    together = dealt_group(config, config.batch_size, parts, config.microbatches) == algorithm.group
+    return config.microbatches == 1 or (together and not compares_batch)
 
 
-def assemble(config: RLConfig, parts: int, judged: Judged) -> tuple[Experience | Rewarded, RolloutStatistics]:
+def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[Experience | Rewarded, RolloutStatistics]:
     """Judged rollouts -> experience, and what the log says of them.
 
-    Without the policy's log-probabilities: all but what depends on them (`experience_of`).
+    one: whether it will be one pass; what depends on the policy's log-probabilities is then left to
+    the update (`experience_of`).
     """
     rollout, mask_BT = judged.rollout, judged.rollout.sequences.response_BT
     score_B, rows = shaped(config, judged.score_B, rollout), mask_BT.shape[0]
@@ -128,7 +131,8 @@ def assemble(config: RLConfig, parts: int, judged: Judged) -> tuple[Experience |
         sampled_BT=rollout.logp_BT,
         score_B=score_B,
         beta_B=jnp.full_like(score_B, judged.beta),
-        same_B=jnp.broadcast_to(jnp.asarray(judged.same), (rows,)),
+        measured_B=jnp.broadcast_to(jnp.asarray(judged.measured), (rows,)),
+        policy_BT=judged.policy_BT,
         reference_BT=judged.reference_BT,
         values_BT=judged.values_BT,
         greedy_B=greedy_B,
@@ -144,7 +148,7 @@ def assemble(config: RLConfig, parts: int, judged: Judged) -> tuple[Experience |
         "response/eos_rate": mean(rollout.finished_B.astype(jnp.float32)),
     }
     finite = jnp.all(jnp.isfinite(score_B))
-    if judged.policy_BT is None:
+    if one:
         return rewarded, RolloutStatistics(values, finite)
     experience, logs = experience_of(config, rewarded, judged.policy_BT)
     finite &= jnp.all(jnp.isfinite(jnp.where(mask_BT, judged.policy_BT, 0.0))) & jnp.isfinite(logs["reward/return"].total)
@@ -154,14 +158,16 @@ def assemble(config: RLConfig, parts: int, judged: Judged) -> tuple[Experience |
 def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tuple[Experience, steps.Logs]:
     """Experience from rewards and the policy's log-probabilities, without gradient; sums for the log.
 
+    The KL is of numbers from one program where those are known, so that it is exactly 0 between equals.
     With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s - beta sum_t
     kl_t); with the KL in the loss R = s.
     """
     policy_BT, mask_BT = jax.lax.stop_gradient(policy_BT), rewarded.sequences.response_BT
-    reference_BT = policy_BT
+    reference_BT = from_BT = policy_BT
     if rewarded.reference_BT is not None:
-        reference_BT = jnp.where(rewarded.same_B[:, None], policy_BT, rewarded.reference_BT)
-    kl_BT = kl.kl_in_reward("k1" if config.kl_in_loss else config.estimator, policy_BT, reference_BT)
+        reference_BT = rewarded.reference_BT
+        from_BT = jnp.where(rewarded.measured_B[:, None], rewarded.policy_BT, policy_BT)
+    kl_BT = kl.kl_in_reward("k1" if config.kl_in_loss else config.estimator, from_BT, reference_BT)
     kl_B = kl.sequence_kl(kl_BT, mask_BT)
     beta_B = jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B
     weight_B = jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B
@@ -182,7 +188,7 @@ def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tup
         reference_BT=reference_BT if in_loss else None,
         kl_weight_B=rewarded.beta_B if in_loss else None,
     )
-    k1_B = kl.sequence_kl(kl.kl_in_reward("k1", policy_BT, reference_BT), mask_BT)
+    k1_B = kl.sequence_kl(kl.kl_in_reward("k1", from_BT, reference_BT), mask_BT)
     real_B, rows, tokens = jnp.any(mask_BT, axis=1), losses.count_sequences(mask_BT), losses.count_tokens(mask_BT)
     total = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0))
     logs = {
@@ -217,7 +223,7 @@ class Programs:
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
         self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
         self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
-        self.assemble = Program("assemble", functools.partial(assemble, config, model.row_parts), out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
+        self.assemble = Program("assemble", functools.partial(assemble, config, model.row_parts, self.one_pass), out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
@@ -257,13 +263,16 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     clocks.append(time.perf_counter())
     rollout, experience_layout = _packed(job, rollout, batch.tokens_BP.shape[1])
     score_B, scores = job.scorer(state.frozen, rollout, repeated.row_B)
+    reference_BT = _reference(job, state, rollout)
+    measured = not programs.one_pass or (reference_BT is not None and _may_be_one(config, int(state.step)))
     judged = Judged(
         rollout=rollout,
         score_B=score_B,
-        policy_BT=None if programs.one_pass else programs.logprobs(base, policy, rollout.sequences),
+        # An array of its kind where it is not read.
+        policy_BT=programs.logprobs(base, policy, rollout.sequences) if measured else reference_BT,
         beta=state.controls["beta"],
-        reference_BT=_reference(job, state, rollout),
-        same=np.bool_(_reference_is_policy(config, int(state.step))),
+        reference_BT=reference_BT,
+        measured=np.bool_(measured),
         values_BT=None if programs.values is None else programs.values(base, state.roles["value"], rollout.sequences),
         greedy=greedy,
         greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
@@ -298,16 +307,13 @@ def _packed(job: Rollouts, rollout: Rollout, columns: int) -> tuple[Rollout, Lay
     return rollout.replace(sequences=sequences.replace(layout=whole)), part if config.algorithm.updates == 1 else None
 
 
-def _reference_is_policy(config: RLConfig, step: int) -> bool:
-    """Whether the reference is the policy as it is at the beginning of this step."""
-    if config.kl.reference == "none":
-        return False
-    refreshed = config.kl.refresh is not None and step > 0 and step % config.kl.refresh == 0
-    return refreshed or (step == 0 and config.kl.reference == "start")
+def _may_be_one(config: RLConfig, step: int) -> bool:
+    """Whether the reference may be the policy as it is at the beginning of this step."""
+    return step == 0 or (config.kl.refresh is not None and step % config.kl.refresh == 0)
 
 
 def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:
-    """Log-probabilities under the reference, by the program that the policy's come from."""
+    """Log-probabilities under the reference."""
     kind = job.config.kl.reference
     if kind == "none":
         return None

@@ -211,7 +211,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
         gate_BTF, up_BTF = place.features(self.gate(x_BTD, key)), place.features(self.up(x_BTD, key))
-        # Of the elementwise part its two inputs alone are kept for the backward pass.
+        # Of the elementwise part its two inputs alone are kept for the backward pass, unless a policy around the layer says otherwise.
         gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
         return self.down(gated(gate_BTF, up_BTF), key)
 

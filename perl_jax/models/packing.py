@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from perl_jax.masked import at_least_float32
 from perl_jax.types import Array, Tokens
 
 
@@ -127,8 +128,8 @@ def _to_sequences_backward(packing, cotangent_BT):
         # The copies' part goes to the group's first row.
         grouped = cotangent_BT.reshape(-1, packing.group, *cotangent_BT.shape[1:])
         shared_PT = packing.shared_BT[:: packing.group]
-        # One after the other: a sum over the axis is slow in XLA's CPU backend.
-        total_PT = functools.reduce(jnp.add, (grouped[:, row] for row in range(packing.group)))
+        # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as a sum would be.
+        total_PT = functools.reduce(jnp.add, (at_least_float32(grouped[:, row]) for row in range(packing.group))).astype(grouped.dtype)
         first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), total_PT, grouped[:, 0])
         cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(cotangent_BT.shape)
     return None, _masked(packing.packed(cotangent_BT), packing.filled_WU)

@@ -141,7 +141,8 @@ def _rl(model: Model, config: RLConfig) -> Planned:
     sequences = rollout.sequences
     reading = lambda program, role, tree: Piece(program, (None if role.weights is not None else base, tree, sequences), rollout)
     pieces.append(reading(programs.reward, frozen["reward"], [state.frozen["reward"]]))
-    if not programs.one_pass or config.kl.reference != "none":
+    before = not programs.one_pass or config.kl.reference != "none"
+    if before:
         pieces.append(reading(programs.logprobs, policy, state.roles["policy"]))
     number_B = _rows(model, jax.ShapeDtypeStruct((batch,), jnp.float32))
     each_BT = _rows(model, jax.ShapeDtypeStruct((batch, prompt + room), jnp.float32))
@@ -151,8 +152,8 @@ def _rl(model: Model, config: RLConfig) -> Planned:
         values_BT = each_BT
     greedy = config.algorithm.rule.greedy
     judged = policy_gradient.Judged(
-        rollout, number_B, None if programs.one_pass else each_BT, state.controls["beta"],
-        each_BT if config.kl.reference != "none" else None, np.bool_(False), values_BT,
+        rollout, number_B, each_BT if before else None, state.controls["beta"],
+        each_BT if config.kl.reference != "none" else None, np.bool_(True), values_BT,
         greedy=rollout if greedy else None, greedy_score_P=number_B if greedy else None,
     )  # fmt: skip
     experience = _rows(model, _result(programs.assemble, judged)[0])

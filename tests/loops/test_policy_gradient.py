@@ -44,7 +44,7 @@ def rollout() -> Rollout:
 def assembled(score_B, policy_BT, reference_BT, beta: float, penalty: float = 0.0, **fields):
     """What `assemble` makes of the rollout above, by REINFORCE unless an algorithm is given."""
     config = rl_config(shaping=ShapingConfig(missing_eos_penalty=penalty), room=3, batch_size=4, **fields)
-    return assemble(config, 1, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT))
+    return assemble(config, 1, False, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT))
 
 
 def test_return_by_hand():
@@ -110,7 +110,7 @@ def test_scores_are_clipped_whitened_and_then_penalised():
     # second row has 3 of 3 tokens, both of the buffer's.
     shaping = ShapingConfig(clip=5.0, whiten=True, missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer=2)
     config = rl_config(shaping=shaping, room=3, batch_size=4)
-    target_BT = assemble(config, 1, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT))[0].target_BT
+    target_BT = assemble(config, 1, False, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT))[0].target_BT
     spread = 1.5 / (1.5 * np.sqrt(2))
     # The first has 2 tokens: one of the buffer's.
     np.testing.assert_allclose(target_BT[:2, 2], [3.5 - spread - 1.0, 3.5 + spread - 0.5 - 2.0], rtol=1e-5)
@@ -187,6 +187,7 @@ ONE_PASS = {
     "rloo, padded": {"microbatches": 2, "packing": "off"},
     "rloo, whole score": {"kl": KLConfig(whole_score=True)},
     "remax": {"microbatches": 4},
+    "remax, samples": {"samples": 2, "microbatches": 2},
     "grpo": {"microbatches": 2},
     "grpo, base": {"kl": KLConfig(reference="base")},
     "dr-grpo, no reference": {"kl": KLConfig(reference="none", beta=0.0)},
@@ -201,7 +202,8 @@ ONE_PASS = {
 def test_one_pass_is_the_update_of_two(case, monkeypatch):
     settings = dict(ONE_PASS[case])
     data = DataConfig(max_prompt_length=8, max_response_length=6, packing=settings.pop("packing", "auto"))
-    config = rl_config(algorithm=AlgorithmConfig(name=case.partition(",")[0]), **settings)
+    algorithm = AlgorithmConfig(name=case.partition(",")[0], samples=settings.pop("samples", None))
+    config = rl_config(algorithm=algorithm, **settings)
     config = dataclasses.replace(config, data=data)
     found = {}
     for one in (True, False):
@@ -227,6 +229,9 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
     ("fields", "expected"),
     [
         ({}, True),
+        # Nor are a prompt's samples to be torn apart where a greedy response is compared with each.
+        ({"algorithm": AlgorithmConfig(name="remax", samples=2), "microbatches": 8}, False),
+        ({"algorithm": AlgorithmConfig(name="reinforce", samples=2), "microbatches": 8}, False),
         ({"algorithm": AlgorithmConfig(epochs=2)}, False),
         ({"algorithm": AlgorithmConfig(minibatches=2)}, False),
         # The batch's mean and deviation are not a microbatch's.
@@ -241,6 +246,12 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
 def test_when_one_pass_will_do(fields, expected):
     assert policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.0) == expected
     assert not policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.1)
+
+
+def test_samples_that_do_not_divide_over_the_mesh_take_two_passes():
+    config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=2), microbatches=2)
+    assert [policy_gradient.one_pass(config, parts, dropout=0.0) for parts in (1, 2, 4)] == [True, True, False]
+    assert policy_gradient.one_pass(dataclasses.replace(config, microbatches=1), 4, dropout=0.0)
 
 
 def test_step_zero_of_a_reward_reaches_its_head():

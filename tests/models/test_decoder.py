@@ -123,7 +123,8 @@ def test_remat_changes_nothing_but_memory(kind):
     for (name, a), b in zip(trees.named_leaves(grads).items(), jax.tree.leaves(grads2)):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
     count = lambda lm: str(jax.make_jaxpr(functools.partial(small.gradient, small.sft_loss, lm))(role, BASE, tokens)).count("remat")
-    assert count(plain) == 0 < count(remat)
+    # The elementwise part of a gated layer is computed again in any case.
+    assert count(plain) == 1 < count(remat)
 
 
 @jax.jit

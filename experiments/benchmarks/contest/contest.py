@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -59,13 +60,13 @@ VARIABLES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLIBC_TU
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """environment: the name of its environment, and requirements, pip's words for what that holds. arguments, variables: of its process."""
+    """environment: the name of its environment, and requirements, pip's words for what that holds. tuning: lora or full. variables: of its process."""
 
     script: str
     environment: str
     requirements: tuple[str, ...]
     jobs: tuple[str, ...] = tuple(work.JOBS)
-    arguments: tuple[str, ...] = ()
+    tuning: str = "lora"
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -83,7 +84,7 @@ CONTENDERS = {
     "trl": Contender("contender_trl.py", "trl", TRL),
     "tunix": Contender("contender_tunix.py", "tunix", TUNIX, ("rl-function",)),
     # Everything trained in the place of adapters.
-    "perl_jax_full": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX, arguments=("--tuning", "full")),
+    "perl_jax_full": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX, tuning="full"),
 }
 PEERS = ("perl_jax", "trl", "tunix")
 
@@ -99,7 +100,8 @@ def environment(name: str, requirements: Sequence[str], folder: pathlib.Path) ->
     """
     home = folder.absolute() / name
     python, marker = home / "bin" / "python", home / "installed.txt"
-    wanted = "\n".join((platform.python_version(), *requirements))
+    local = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in ("constraints.txt", "setup.py"))).hexdigest()
+    wanted = "\n".join((platform.python_version(), *requirements, *((local,) if str(ROOT) in requirements else ())))
     if not (marker.exists() and marker.read_text() == wanted):
         print(f"installing {', '.join(requirements)} under {home}", file=sys.stderr)
         venv.create(home, clear=True, with_pip=True)
@@ -173,7 +175,9 @@ def started(job: str, names: Sequence[str], options: argparse.Namespace) -> Iter
         for name in names:
             contender = CONTENDERS[name]
             python = environment(contender.environment, contender.requirements, options.environments)
-            command = [python, HERE / contender.script, "--work", options.work.absolute(), "--job", job, *contender.arguments]
+            command = [python, HERE / contender.script, "--work", options.work.absolute(), "--job", job]
+            # Not every contender knows of anything but adapters.
+            command += ["--tuning", contender.tuning] if contender.tuning != "lora" else []
             print(f"{job}: {name} is warming up", file=sys.stderr)
             running[name] = Running(name, command, contender.variables, pathlib.Path(logs) / f"{name}.txt")
             stack.callback(running[name].close)
@@ -200,8 +204,8 @@ def play(job: str, names: Sequence[str], options: argparse.Namespace) -> dict[st
     """A job's contest: its raw numbers, for `report.text` and for the JSON file."""
     with started(job, names, options) as running:
         steps, rates = alternate(running, options.rounds, work.TOKENS[job])
-        said = {name: {"ready": running[name].ready, "steps": steps[name]} for name in names}
-    phases = [dataclasses.asdict(phase) for phase in ceiling.phases(job, "lora")]
+        said = {name: {"ready": running[name].ready, "tuning": CONTENDERS[name].tuning, "steps": steps[name]} for name in names}
+    phases = {tuning: [dataclasses.asdict(phase) for phase in ceiling.phases(job, tuning)] for tuning in ("lora", "full")}
     return {"job": job, "rates": dataclasses.asdict(rates), "phases": phases, "contenders": said}
 
 

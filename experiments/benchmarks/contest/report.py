@@ -86,7 +86,11 @@ def text(contest: dict[str, Any]) -> str:
         for name, one in contenders.items()
     ]
     medians = {name: statistics.median(step["seconds"] for step in one["steps"]) for name, one in contenders.items()}
-    phases = [ceiling.Phase(**phase) for phase in contest["phases"]]
-    top = ceiling.text(phases, ceiling.Rates(**contest["rates"]), medians)
+    tops = []
+    for tuning in dict.fromkeys(one["tuning"] for one in contenders.values()):
+        phases = [ceiling.Phase(**phase) for phase in contest["phases"][tuning]]
+        alike = {name: median for name, median in medians.items() if contenders[name]["tuning"] == tuning}
+        tops.append(ceiling.text(phases, ceiling.Rates(**contest["rates"]), alike))
+    top = "\n".join(tops)
     title = f"\n{contest['job']}, {rounds} rounds\n"
     return "\n".join((title, comparison(contenders, work.TOKENS[contest["job"]]) + parts(contenders), "", *said, "", top))

@@ -1,8 +1,8 @@
 """A step of reinforcement learning from generation to update: perl_jax beside TRL with PEFT, and Tunix.
 
-Claim     32 samples, their rewards, the reference's log-probabilities and one update of the policy's adapters take two
-          thirds of the time of TRL's RLOOTrainer (rewards by a model), somewhat less than its GRPOTrainer (by a function),
-          and as long as in Tunix's GRPOLearner.
+Claim     32 samples, their rewards, the reference's log-probabilities and one update of the policy's adapters take little
+          more than half of the time of TRL's RLOOTrainer (rewards by a model) and GRPOTrainer (by a function), and two
+          thirds of the time and half of the memory of Tunix's GRPOLearner.
 Command   python experiments/benchmarks/contest/rl.py
 Hardware  2 CPU cores, 24 GiB; nothing else at work
 Time      40 minutes, and once a few more to install TRL and Tunix (two gigabytes)
