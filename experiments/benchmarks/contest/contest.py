@@ -1,4 +1,4 @@
-"""Contenders at the same work in turns: one step each, round after round, one at a time.
+"""Contenders at the same work in turns, round after round, one at a time.
 
 A contender is a script that is run as
 
@@ -26,7 +26,7 @@ A step by job; adapters are of rank 8, alpha 16, on q, k, v and o, alone trained
     generate                      the sampling alone, by a policy whose adapters may be merged
 
 Contenders start one after another and wait for their lines together; each round goes the other way round, after a pause
-in which threads that spin for more work go to sleep.
+in which threads that spin for more work go to sleep. A turn is two steps, of which the second counts.
 """
 
 from __future__ import annotations
@@ -194,6 +194,9 @@ def alternate(running: Mapping[str, Running], rounds: int, tokens: int) -> tuple
         rates.append(ceiling.measure())
         for name in list(running) if number % 2 == 0 else reversed(running):
             time.sleep(PAUSE_SECONDS)
+            # One that does not count: while a process waits, virtual machines give the memory that it freed to their host,
+            # and fetching it back took up to half of a step. In training a step follows a step.
+            running[name].step(tokens)
             steps[name].append(running[name].step(tokens))
         seconds = ", ".join(f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in steps.items())
         print(f"round {number + 1} of {rounds}: {seconds}", file=sys.stderr)
