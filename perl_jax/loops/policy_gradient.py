@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +21,9 @@ from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
+from perl_jax.loops.experience import Judged, assemble, experience_of, one_pass
 from perl_jax.loops.jobs import RLConfig
-from perl_jax.loops.layouts import dealt_group, rollout_layout
+from perl_jax.loops.layouts import rollout_layout
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
@@ -31,174 +31,10 @@ from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import initial_state, load_batches, step_program
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import Program
-from perl_jax.rl import advantages, algorithms, kl, losses
-from perl_jax.rl.algorithms import Outcomes
-from perl_jax.rl.losses import LossSum
+from perl_jax.rl import kl
 from perl_jax.sampling import Rollout
 from perl_jax.state import TrainState
-from perl_jax.steps import Experience
-from perl_jax.types import Array, Layout, Prompts, Tokens, Tree
-
-
-@flax.struct.dataclass
-class RolloutStatistics:
-    """Means over rows (or response tokens) of one batch of rollouts, for the log."""
-
-    values: dict[str, Array]
-    finite: Array
-
-
-@flax.struct.dataclass
-class Judged:
-    """A batch of rollouts with all that was measured on it.
-
-    score_B: before shaping. policy_BT, reference_BT: log-probabilities, by one program. reference_BT
-    None: no reference. policy_BT: with `one_pass` read by the KL alone, and where `measured` says so;
-    elsewhere the update's own are. values_BT: of the state before each token, where the algorithm
-    needs them now. greedy, greedy_score_P: each prompt's greedy response and its score, where it is
-    the baseline. beta: the KL's coefficient.
-    """
-
-    rollout: Rollout
-    score_B: Array
-    policy_BT: Array | None
-    beta: Array
-    reference_BT: Array | None = None
-    measured: Array | bool = True
-    values_BT: Array | None = None
-    greedy: Rollout | None = None
-    greedy_score_P: Array | None = None
-
-
-@flax.struct.dataclass
-class Rewarded:
-    """What experience is made of once the update has the policy's log-probabilities; rows lead in all.
-
-    sampled_BT: the sampler's log-probabilities. score_B: shaped. policy_BT, reference_BT, measured_B,
-    values_BT, beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy response.
-    group: rows that have to be dealt out together.
-    """
-
-    sequences: Tokens
-    sampled_BT: Array
-    score_B: Array
-    beta_B: Array
-    measured_B: Array
-    policy_BT: Array | None
-    reference_BT: Array | None
-    values_BT: Array | None
-    greedy_B: Array | None
-    group: int = flax.struct.field(pytree_node=False, default=1)
-
-
-def shaped(config: RLConfig, score_B: Array, rollout: Rollout) -> jax.Array:
-    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order."""
-    shaping, mask_BT = config.shaping, rollout.sequences.response_BT
-    score_B = advantages.shape_scores(score_B, jnp.any(mask_BT, axis=1), clip=shaping.clip, whiten=shaping.whiten)
-    score_B = advantages.missing_eos_penalty(score_B, rollout.finished_B, shaping.missing_eos_penalty)
-    room = config.data.max_response_length
-    return advantages.overlong_penalty(score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty)
-
-
-def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
-    """Whether the update itself can take the policy's log-probabilities, so that no pass goes before it.
-
-    A single update meets the policy as it sampled, unless there is dropout. What its advantages
-    compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts: of
-    the mesh's rows.
-    """
-    algorithm = config.algorithm
-    if algorithm.updates > 1 or dropout > 0:
-        return False
-    compares_batch = algorithm.whitened or algorithm.rule.advantage == "batch-mean"
-    together = dealt_group(config, config.batch_size, parts, config.microbatches) == algorithm.group
-    return config.microbatches == 1 or (together and not compares_batch)
-
-
-def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[Experience | Rewarded, RolloutStatistics]:
-    """Judged rollouts -> experience, and what the log says of them.
-
-    one: whether it will be one pass; what depends on the policy's log-probabilities is then left to
-    the update (`experience_of`).
-    """
-    rollout, mask_BT = judged.rollout, judged.rollout.sequences.response_BT
-    score_B, rows = shaped(config, judged.score_B, rollout), mask_BT.shape[0]
-    greedy_B = None
-    if judged.greedy is not None:
-        greedy_B = jnp.repeat(shaped(config, judged.greedy_score_P, judged.greedy), config.algorithm.group)
-    rewarded = Rewarded(
-        sequences=rollout.sequences,
-        sampled_BT=rollout.logp_BT,
-        score_B=score_B,
-        beta_B=jnp.full_like(score_B, judged.beta),
-        measured_B=jnp.broadcast_to(jnp.asarray(judged.measured), (rows,)),
-        policy_BT=judged.policy_BT,
-        reference_BT=judged.reference_BT,
-        values_BT=judged.values_BT,
-        greedy_B=greedy_B,
-        group=dealt_group(config, rows, parts, config.microbatches),
-    )
-    real_B = jnp.any(mask_BT, axis=1)
-    mean = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)) / jnp.maximum(jnp.sum(real_B), 1)
-    values = {
-        "reward/score": mean(judged.score_B),
-        "reward/score_std": jnp.sqrt(mean(jnp.square(judged.score_B - mean(judged.score_B)))),
-        "kl/beta": judged.beta,
-        "response/length": mean(jnp.sum(mask_BT, axis=1).astype(jnp.float32)),
-        "response/eos_rate": mean(rollout.finished_B.astype(jnp.float32)),
-    }
-    finite = jnp.all(jnp.isfinite(score_B))
-    if one:
-        return rewarded, RolloutStatistics(values, finite)
-    experience, logs = experience_of(config, rewarded, judged.policy_BT)
-    finite &= jnp.all(jnp.isfinite(jnp.where(mask_BT, judged.policy_BT, 0.0))) & jnp.isfinite(logs["reward/return"].total)
-    return experience, RolloutStatistics(values | {name: value.mean for name, value in logs.items()}, finite)
-
-
-def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tuple[Experience, steps.Logs]:
-    """Experience from rewards and the policy's log-probabilities, without gradient; sums for the log.
-
-    The KL is of numbers from one program where those are known, so that it is exactly 0 between equals.
-    With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s - beta sum_t
-    kl_t); with the KL in the loss R = s.
-    """
-    policy_BT, mask_BT = jax.lax.stop_gradient(policy_BT), rewarded.sequences.response_BT
-    reference_BT = from_BT = policy_BT
-    if rewarded.reference_BT is not None:
-        reference_BT = rewarded.reference_BT
-        from_BT = jnp.where(rewarded.measured_B[:, None], rewarded.policy_BT, policy_BT)
-    kl_BT = kl.kl_in_reward("k1" if config.kl_in_loss else config.estimator, from_BT, reference_BT)
-    kl_B = kl.sequence_kl(kl_BT, mask_BT)
-    beta_B = jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B
-    weight_B = jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B
-    return_B = advantages.terminal_return(rewarded.score_B, kl_B, beta_B, weight_B)
-    rewards_BT = advantages.token_rewards(weight_B * rewarded.score_B, kl_BT, mask_BT, beta_B[:, None])
-    outcomes = Outcomes(return_B, rewards_BT, mask_BT, rewarded.values_BT)
-    if rewarded.greedy_B is not None:
-        # Without its KL: any number that depends on the prompt alone leaves the gradient exact.
-        outcomes = outcomes.replace(greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group])
-    advantage_BT, target_BT = algorithms.advantages(config.algorithm, outcomes)
-    in_loss = config.kl_in_loss and rewarded.reference_BT is not None
-    experience = Experience(
-        rewarded.sequences,
-        policy_BT,
-        advantage_BT,
-        target_BT,
-        old_value_BT=rewarded.values_BT if config.algorithm.value_clip is not None else None,
-        reference_BT=reference_BT if in_loss else None,
-        kl_weight_B=rewarded.beta_B if in_loss else None,
-    )
-    k1_B = kl.sequence_kl(kl.kl_in_reward("k1", from_BT, reference_BT), mask_BT)
-    real_B, rows, tokens = jnp.any(mask_BT, axis=1), losses.count_sequences(mask_BT), losses.count_tokens(mask_BT)
-    total = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0))
-    logs = {
-        "reward/return": LossSum(total(return_B), rows),
-        "kl/sequence": LossSum(total(k1_B), rows),
-        "kl/token": LossSum(total(k1_B), tokens),
-        "sampler/mismatch": LossSum(losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens),
-    }
-    return experience, logs
-
+from perl_jax.types import Layout, Prompts, Tree
 
 # Lengths of prompts times sizes of packed rows, and a margin.
 _SHAPES = 32
@@ -223,7 +59,8 @@ class Programs:
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
         self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
         self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
-        self.assemble = Program("assemble", functools.partial(assemble, config, model.row_parts, self.one_pass), out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
+        assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
+        self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:

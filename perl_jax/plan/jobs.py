@@ -18,6 +18,7 @@ import numpy as np
 from perl_jax import checkpoint, sharding, state as state_lib, steps, trees
 from perl_jax.checkpoint import Record
 from perl_jax.loops import policy_gradient, preference, supervised
+from perl_jax.loops.experience import Judged
 from perl_jax.loops.jobs import DPOConfig, JobConfig, RewardConfig, RLConfig, SFTConfig
 from perl_jax.loops.model import Model
 from perl_jax.lora import Adapter
@@ -151,7 +152,7 @@ def _rl(model: Model, config: RLConfig) -> Planned:
         pieces.append(reading(programs.values, reward, state.roles["value"]))
         values_BT = each_BT
     greedy = config.algorithm.rule.greedy
-    judged = policy_gradient.Judged(
+    judged = Judged(
         rollout, number_B, each_BT if before else None, state.controls["beta"],
         each_BT if config.kl.reference != "none" else None, np.bool_(True), values_BT,
         greedy=rollout if greedy else None, greedy_score_P=number_B if greedy else None,

@@ -12,9 +12,9 @@ import pytest
 from perl_jax import sampling, steps, trees
 from perl_jax.config import TrainingError
 from perl_jax.loops import policy_gradient
+from perl_jax.loops.experience import Judged, assemble, one_pass
 from perl_jax.loops.jobs import DataConfig, KLConfig, RolloutConfig, ShapingConfig
 from perl_jax.loops.layouts import LEVELS
-from perl_jax.loops.policy_gradient import Judged, assemble
 from perl_jax.lora import LoRAConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.rl.algorithms import AlgorithmConfig
@@ -244,14 +244,14 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
     ],
 )
 def test_when_one_pass_will_do(fields, expected):
-    assert policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.0) == expected
-    assert not policy_gradient.one_pass(rl_config(**fields), 1, dropout=0.1)
+    assert one_pass(rl_config(**fields), 1, dropout=0.0) == expected
+    assert not one_pass(rl_config(**fields), 1, dropout=0.1)
 
 
 def test_samples_that_do_not_divide_over_the_mesh_take_two_passes():
     config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=2), microbatches=2)
-    assert [policy_gradient.one_pass(config, parts, dropout=0.0) for parts in (1, 2, 4)] == [True, True, False]
-    assert policy_gradient.one_pass(dataclasses.replace(config, microbatches=1), 4, dropout=0.0)
+    assert [one_pass(config, parts, dropout=0.0) for parts in (1, 2, 4)] == [True, True, False]
+    assert one_pass(dataclasses.replace(config, microbatches=1), 4, dropout=0.0)
 
 
 def test_step_zero_of_a_reward_reaches_its_head():
