@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax import config as config_lib
-from perl_jax import hosts, sharding, trees
+from perl_jax import hosts, sharding
 from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter
 from perl_jax.models.cache import KVCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
 from perl_jax.programs import Program
-from perl_jax.sampling import Rollout, SamplingConfig, as_rollout, choose, is_stop, merges, moved_kernels, row_keys, row_keys_at
+from perl_jax.sampling import Rollout, SamplingConfig, as_rollout, choose, is_stop, row_keys, row_keys_at, sampled_from
 from perl_jax.types import Array, Prompts, Tree
 
 
@@ -93,7 +93,8 @@ class ContinuousSampler:
 
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
-        base, adapter = self._sampled_from(base, adapter)
+        # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
+        base, adapter = sampled_from(base, adapter, self.config, 2**30, self.merge)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
@@ -149,19 +150,6 @@ class ContinuousSampler:
                     inside_B[slot_AG[place]] = row_AG[place]
             out.append(Admission(made.tokens_PS[prompts], made.valid_PS[prompts], slot_AG, row_AG))
         return out
-
-    def _sampled_from(self, base: Tree, adapter: Adapter | None) -> tuple[Tree, Adapter | None]:
-        """`sampling.sampled_from`, where only what is merged goes through a program: that copies what it gives back."""
-        if adapter is not None and adapter.weights is not None:
-            return adapter.weights, None
-        # Many tokens: a merged copy pays wherever it may.
-        if not merges(base, adapter, self.config, 2**30):
-            return base, adapter
-        moved: dict = {}
-        for name, kernel in moved_kernels(base, adapter).items():
-            trees.insert(moved, name, kernel)
-        merged = trees.named_leaves(self.merge(moved, adapter))
-        return trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
 
 
 class _Made:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -146,17 +147,25 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))
 
 
-def sampled_from(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> tuple[Tree, Adapter | None]:
+def sampled_from(
+    base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int, merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge
+) -> tuple[Tree, Adapter | None]:
     """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy.
 
     Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto` merges
     where that is less, in float32 only, because a copy in bfloat16 rounds small updates away and is
-    then another policy than the one that is trained.
+    then another policy than the one that is trained. merge: is given the kernels that change alone.
     """
     if adapter is not None and adapter.weights is not None:
         return adapter.weights, None
+    if not merges(base, adapter, config, tokens):
+        return base, adapter
+    moved: dict = {}
+    for name, kernel in moved_kernels(base, adapter).items():
+        trees.insert(moved, name, kernel)
+    merged = trees.named_leaves(merge(moved, adapter))
     # A value head is not read in sampling.
-    return (lora_lib.merge(base, adapter), None) if merges(base, adapter, config, tokens) else (base, adapter)
+    return trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
 
 
 def merges(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:

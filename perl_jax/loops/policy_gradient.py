@@ -16,7 +16,6 @@ import numpy as np
 from perl_jax import checkpoint, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
-from perl_jax.continuous import ContinuousSampler
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import init_head
 from perl_jax.loops import run as run_lib
@@ -64,7 +63,8 @@ class Programs:
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
-        return {name: program for name, program in vars(self).items() if isinstance(program, (Program, ContinuousSampler))}
+        names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
