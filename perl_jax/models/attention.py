@@ -8,6 +8,7 @@ the cache it is 2 to 4 times as fast.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 
 import chex
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax.models.config import Rope
+from perl_jax.models.packing import Packing
 from perl_jax.types import Array
 
 # Large and finite: a row with no visible key (a padded query) then averages its keys instead of
@@ -95,85 +97,144 @@ CACHED_BYTES = 2**22
 
 
 def attend_blocked(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: None = None, *, read_BT: Array | None = None
-) -> jax.Array:
+    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: None = None, *,
+    read_BT: Array | None = None, packing: Packing | None = None,
+) -> jax.Array:  # fmt: skip
     """`attend` of a causal mask, row by row, queries in blocks that skip later keys; no cap.
 
     read_BT: queries whose output is read; blocks without any are left out, and their outputs are 0.
-    None: those that see themselves. The backward pass recomputes the weights from the inputs and each
-    query's largest logit and sum (Dao et al. 2022, arXiv 2205.14135), so nothing of size T x T is kept.
+    None: those that see themselves. packing: queries, keys, values and outputs are packed tokens
+    [W, U, heads, K] of the sequences that the masks are about.
+
+    The backward pass recomputes the weights from the inputs and each query's largest logit and sum
+    (Dao et al. 2022, arXiv 2205.14135): nothing of size T x T is kept, and packed tokens are kept packed.
     Queries that see no key give a finite output, not the same one as `attend`.
     """
-    batch, length, heads, head_dim = q_BTHK.shape
-    kv_heads = k_BTNK.shape[2]
     chex.assert_equal_shape([k_BTNK, v_BTNK])
-    chex.assert_shape(mask_BTS, (batch, length, length))
+    chex.assert_shape(mask_BTS, (mask_BTS.shape[0], mask_BTS.shape[2], mask_BTS.shape[2]))
     if cap is not None:
         raise ValueError("attention in blocks has no cap")
-    q_BTNGK = (q_BTHK * (head_dim**-0.5 if scale is None else scale)).astype(q_BTHK.dtype).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    q_BNGTK, k_BNTK, v_BNTK = jnp.moveaxis(q_BTNGK, 1, 3), jnp.swapaxes(k_BTNK, 1, 2), jnp.swapaxes(v_BTNK, 1, 2)
-    bias_BTT = jnp.where(mask_BTS, 0.0, MASKED)
     read_BT = jnp.diagonal(mask_BTS, axis1=1, axis2=2) if read_BT is None else read_BT
-
-    def block(start: int, inputs: tuple[jax.Array, ...]) -> jax.Array:
-        q_NGTK, k_NTK, v_NTK, bias_TT, _ = inputs
-        stop = min(start + QUERY_BLOCK, length)
-        q_NXK = q_NGTK[:, :, start:stop].reshape(kv_heads, -1, head_dim)
-        out_NXK = _softmax_sum(q_NXK, k_NTK[:, :stop], v_NTK[:, :stop], bias_TT[start:stop, :stop])
-        return out_NXK.reshape(kv_heads, -1, stop - start, head_dim)
-
-    def row(inputs: tuple[jax.Array, ...]) -> jax.Array:
-        blocks = []
-        for start in range(0, length, QUERY_BLOCK):
-            empty = jnp.zeros((kv_heads, heads // kv_heads, min(QUERY_BLOCK, length - start), head_dim), v_BNTK.dtype)
-            some = jnp.any(inputs[4][start : start + QUERY_BLOCK])
-            blocks.append(jax.lax.cond(some, functools.partial(block, start), lambda _, empty=empty: empty, inputs))
-        return jnp.concatenate(blocks, axis=2)
-
-    inputs = (q_BNGTK, k_BNTK, v_BNTK, bias_BTT, read_BT)
-    if length > QUERY_BLOCK:
-        out_BNGTK = jax.lax.map(row, inputs)
-    else:
-        # Rows this short are worked on together, as many as stay in the caches.
-        rows = max(1, min(batch, CACHED_BYTES // (heads * length * length * 4)))
-        out_BNGTK = jax.lax.map(functools.partial(block, 0), inputs, batch_size=rows)
-    return jnp.moveaxis(out_BNGTK, 3, 1).reshape(batch, length, heads, head_dim)
+    q_BTHK = (q_BTHK * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)).astype(q_BTHK.dtype)
+    return _blocked(q_BTHK, k_BTNK, v_BTNK, mask_BTS, read_BT, packing)
 
 
 @jax.custom_vjp
-def _softmax_sum(q_NXK: jax.Array, k_NSK: jax.Array, v_NSK: jax.Array, bias_TS: jax.Array) -> jax.Array:
-    """softmax(q k^T + bias) v; X = G T queries of one key/value head, scaled before."""
-    return _softmax_sum_forward(q_NXK, k_NSK, v_NSK, bias_TS)[0]
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, read_BT: jax.Array, packing: Packing | None) -> jax.Array:
+    """`attend_blocked` of scaled queries."""
+    return _blocked_forward(q, k, v, mask_BTS, read_BT, packing)[0]
 
 
-def _biased(q_NXK: jax.Array, k_NSK: jax.Array, bias_TS: jax.Array) -> jax.Array:
-    logits_NXS = jnp.einsum("nxk,nsk->nxs", q_NXK, k_NSK, preferred_element_type=jnp.float32)
-    grouped = (*logits_NXS.shape[:1], -1, *bias_TS.shape)
-    return (logits_NXS.reshape(grouped) + bias_TS[None, None]).reshape(logits_NXS.shape)
+def _blocked_forward(q, k, v, mask_BTS, read_BT, packing):
+    spread = packing.spread if packing is not None else lambda x_BT: x_BT
+    heads, kv_heads = q.shape[2], k.shape[2]
+    inputs = (_by_heads(spread(x), kv_heads) for x in (q, k, v))
+    out_BNGTK, *sums = _by_rows(_row, (*inputs, mask_BTS, read_BT), heads)
+    out = _by_tokens(out_BNGTK)
+    out = out if packing is None else packing.packed(out)
+    return out, (q, k, v, out, *sums, mask_BTS, read_BT, packing)
 
 
-def _softmax_sum_forward(q_NXK, k_NSK, v_NSK, bias_TS):
-    logits_NXS = _biased(q_NXK, k_NSK, bias_TS)
-    largest_NX1 = jnp.max(logits_NXS, axis=-1, keepdims=True)
-    weights_NXS = jnp.exp(logits_NXS - largest_NX1)
-    sum_NX1 = jnp.sum(weights_NXS, axis=-1, keepdims=True)
-    out_NXK = jnp.einsum("nxs,nsk->nxk", weights_NXS.astype(v_NSK.dtype), v_NSK, preferred_element_type=jnp.float32) / sum_NX1
-    out_NXK = out_NXK.astype(v_NSK.dtype)
-    return out_NXK, (q_NXK, k_NSK, v_NSK, bias_TS, largest_NX1, sum_NX1, out_NXK)
+def _blocked_backward(kept, cotangent):
+    q, k, v, out, *sums, mask_BTS, read_BT, packing = kept
+    spread = packing.spread if packing is not None else lambda x_BT: x_BT
+    heads, kv_heads = q.shape[2], k.shape[2]
+    d_out = cotangent if packing is None else packing.packed_gradient(cotangent)
+    inputs = (_by_heads(x, kv_heads) for x in (spread(q), spread(k), spread(v), spread(out), d_out))
+    gradients = map(_by_tokens, _by_rows(_row_gradients, (*inputs, *sums, mask_BTS, read_BT), heads))
+    gradients = gradients if packing is None else map(packing.spread_gradient, gradients)
+    return *gradients, None, None, None
 
 
-def _softmax_sum_backward(kept, cotangent_NXK):
-    """With weights p and d = p (dp - sum_k do o): dv = p^T do, dq = d k, dk = d^T q."""
-    q_NXK, k_NSK, v_NSK, bias_TS, largest_NX1, sum_NX1, out_NXK = kept
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    p_NXS = jnp.exp(_biased(q_NXK, k_NSK, bias_TS) - largest_NX1) / sum_NX1
-    shared_NX1 = jnp.sum(cotangent_NXK.astype(jnp.float32) * out_NXK, axis=-1, keepdims=True)
-    d_NXS = (p_NXS * (product("nxk,nsk->nxs", cotangent_NXK, v_NSK) - shared_NX1)).astype(q_NXK.dtype)
-    dv_NSK = product("nxs,nxk->nsk", p_NXS.astype(v_NSK.dtype), cotangent_NXK)
-    dq_NXK, dk_NSK = product("nxs,nsk->nxk", d_NXS, k_NSK), product("nxs,nxk->nsk", d_NXS, q_NXK)
-    return dq_NXK.astype(q_NXK.dtype), dk_NSK.astype(k_NSK.dtype), dv_NSK.astype(v_NSK.dtype), jnp.zeros_like(bias_TS)
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-_softmax_sum.defvjp(_softmax_sum_forward, _softmax_sum_backward)
+def _by_heads(x_BTHK: Array, kv_heads: int) -> jax.Array:
+    """[B, N, G, T, K]: heads in groups over key/value heads; keys and values are groups of one."""
+    return jnp.moveaxis(x_BTHK.reshape(*x_BTHK.shape[:2], kv_heads, -1, x_BTHK.shape[-1]), 1, 3)
+
+
+def _by_tokens(x_BNGTK: Array) -> jax.Array:
+    """Back to [B, T, H, K]."""
+    x_BTNGK = jnp.moveaxis(x_BNGTK, 3, 1)
+    return x_BTNGK.reshape(*x_BTNGK.shape[:2], -1, x_BTNGK.shape[-1])
+
+
+def _by_rows(of_row: Callable, rows: tuple[jax.Array, ...], heads: int) -> tuple[jax.Array, ...]:
+    """One row after the other; those of a single block together, as many as stay in the caches."""
+    batch, length = rows[-1].shape
+    together = max(1, min(batch, CACHED_BYTES // (heads * length * length * 4)))
+    return jax.lax.map(of_row, rows, batch_size=None if length > QUERY_BLOCK else together)
+
+
+def _blocks(read_T: jax.Array) -> Iterator[tuple[int, int, Callable]]:
+    """(start, stop, either) of a row's blocks of queries: either(do, otherwise, *arguments) does where any is read."""
+    length = read_T.shape[0]
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        # A row of one block is not alone, and has something to read.
+        yield start, stop, functools.partial(jax.lax.cond, jnp.any(read_T[start:stop])) if length > QUERY_BLOCK else lambda do, _, *arguments: do(*arguments)
+
+
+def _row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """softmax(q k^T) v of one row: the output [N, G, T, K], each query's largest logit and sum [N, G, T, 1]."""
+    q_NGTK, k_N1TK, v_N1TK, mask_TT, read_T = row
+
+    def attended(q_NGXK, k_N1SK, v_N1SK, mask_XS):
+        logits_NYS = _masked_logits(q_NGXK, k_N1SK, mask_XS)
+        largest_NY1 = jnp.max(logits_NYS, axis=-1, keepdims=True)
+        weights_NYS = jnp.exp(logits_NYS - largest_NY1)
+        sum_NY1 = jnp.sum(weights_NYS, axis=-1, keepdims=True)
+        out_NYK = _product("nys,nsk->nyk", weights_NYS.astype(v_N1SK.dtype), v_N1SK[:, 0]) / sum_NY1
+        return tuple(x.reshape(*q_NGXK.shape[:3], -1) for x in (out_NYK.astype(v_N1SK.dtype), largest_NY1, sum_NY1))
+
+    def skipped(q_NGXK, k_N1SK, v_N1SK, mask_XS):
+        sums = (*q_NGXK.shape[:3], 1)
+        return jnp.zeros(q_NGXK.shape, v_N1SK.dtype), jnp.zeros(sums), jnp.ones(sums)
+
+    blocks = [
+        either(attended, skipped, q_NGTK[:, :, start:stop], k_N1TK[:, :, :stop], v_N1TK[:, :, :stop], mask_TT[start:stop, :stop])
+        for start, stop, either in _blocks(read_T)
+    ]
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks))
+
+
+def _row_gradients(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do, summed in float32."""
+    q_NGTK, k_N1TK, v_N1TK, out_NGTK, d_out_NGTK, largest_NGT1, sum_NGT1, mask_TT, read_T = row
+    shared_NGT1 = jnp.sum(d_out_NGTK.astype(jnp.float32) * out_NGTK, axis=-1, keepdims=True)
+    dk_NTK, dv_NTK = jnp.zeros(k_N1TK[:, 0].shape, jnp.float32), jnp.zeros(v_N1TK[:, 0].shape, jnp.float32)
+    dq = []
+    for start, stop, either in _blocks(read_T):
+
+        def attended(dk_NTK, dv_NTK, start=start, stop=stop):
+            mine = lambda x_NGTK: x_NGTK[:, :, start:stop].reshape(x_NGTK.shape[0], -1, x_NGTK.shape[-1])
+            k_N1SK, v_NSK, d_out_NYK = k_N1TK[:, :, :stop], v_N1TK[:, 0, :stop], mine(d_out_NGTK)
+            logits_NYS = _masked_logits(q_NGTK[:, :, start:stop], k_N1SK, mask_TT[start:stop, :stop])
+            p_NYS = jnp.exp(logits_NYS - mine(largest_NGT1)) / mine(sum_NGT1)
+            d_NYS = (p_NYS * (_product("nyk,nsk->nys", d_out_NYK, v_NSK) - mine(shared_NGT1))).astype(q_NGTK.dtype)
+            dk_NTK = dk_NTK.at[:, :stop].add(_product("nys,nyk->nsk", d_NYS, mine(q_NGTK)))
+            dv_NTK = dv_NTK.at[:, :stop].add(_product("nys,nyk->nsk", p_NYS.astype(v_NSK.dtype), d_out_NYK))
+            dq_NYK = _product("nys,nsk->nyk", d_NYS, k_N1SK[:, 0]).astype(q_NGTK.dtype)
+            return dq_NYK.reshape(*q_NGTK.shape[:2], stop - start, -1), dk_NTK, dv_NTK
+
+        def skipped(dk_NTK, dv_NTK, start=start, stop=stop):
+            return jnp.zeros_like(q_NGTK[:, :, start:stop]), dk_NTK, dv_NTK
+
+        part, dk_NTK, dv_NTK = either(attended, skipped, dk_NTK, dv_NTK)
+        dq.append(part)
+    return jnp.concatenate(dq, axis=2), dk_NTK[:, None].astype(k_N1TK.dtype), dv_NTK[:, None].astype(v_N1TK.dtype)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _masked_logits(q_NGXK: jax.Array, k_N1SK: jax.Array, mask_XS: jax.Array) -> jax.Array:
+    """[N, G X, S]."""
+    kv_heads, groups, queries, head_dim = q_NGXK.shape
+    logits_NYS = _product("nyk,nsk->nys", q_NGXK.reshape(kv_heads, -1, head_dim), k_N1SK[:, 0])
+    masked_NGXS = jnp.where(mask_XS[None, None], logits_NYS.reshape(kv_heads, groups, queries, -1), MASKED)
+    return masked_NGXS.reshape(logits_NYS.shape)
+
 
 ATTENTION = {"plain": attend, "blocked": attend_blocked}

@@ -46,23 +46,33 @@ class Adapted:
     under: tuple[str, ...] = ()
 
 
-def matmul(x_BTD: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
-    """x W over rows flattened to [B T, D].
+def flat(x_BTD: Array) -> jax.Array:
+    """[B T, D].
 
-    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy;
-    flattened it runs a feed-forward layer's backward pass 1.6 times as fast. Merging B into T
-    leaves rows that are sharded over devices where they are.
+    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy, and is
+    slow at sums over [1, T, D]; flattened it runs a feed-forward layer's backward pass 1.6 times as fast.
+    Merging B into T leaves rows that are sharded over devices where they are. What several products read
+    is flattened once: the backward pass would keep each reshaped array.
+    """
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
+def columns(x_BT: Array, column_BR: Array) -> jax.Array:
+    """[B, R, ...] of [B, T, ...]: each row's own columns."""
+    return jax.vmap(lambda x_T, column_R: x_T[column_R])(x_BT, column_BR)
+
+
+def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
+    """x W.
 
     A weight of another dtype than x is one that is trained (float32 under bfloat16 activations): it
     is rounded to x's for the product, and its gradient is not (`_rounded_product`).
     dtype: of the result; None: x's.
     """
-    x_ND, dtype = x_BTD.reshape(-1, x_BTD.shape[-1]), jnp.dtype(dtype or x_BTD.dtype)
-    if weight_DF.dtype == x_BTD.dtype:
-        flat = jnp.matmul(x_ND, weight_DF, preferred_element_type=dtype)
-    else:
-        flat = _rounded_product(x_ND, weight_DF, dtype)
-    return flat.reshape(*x_BTD.shape[:-1], weight_DF.shape[-1])
+    dtype = jnp.dtype(dtype or x_ND.dtype)
+    if weight_DF.dtype == x_ND.dtype:
+        return jnp.matmul(x_ND, weight_DF, preferred_element_type=dtype)
+    return _rounded_product(x_ND, weight_DF, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -107,41 +117,41 @@ class Linear(nnx.Module):
             self.under_a = UnderParam(jnp.zeros((shape[0], 1)), axes=(axes[0], "rank"))
             self.under_b = UnderParam(jnp.zeros((1, shape[1])), axes=("rank", axes[1]))
 
-    def __call__(self, x_BTD: Array, dropout_key: Array | None = None) -> jax.Array:
-        out_BTF = self._product(x_BTD)
+    def __call__(self, x_ND: Array, dropout_key: Array | None = None) -> jax.Array:
+        out_NF = self._product(x_ND)
         if self.has_under:
-            under_a, under_b = (jax.lax.stop_gradient(leaf[...]).astype(x_BTD.dtype) for leaf in (self.under_a, self.under_b))
-            out_BTF = out_BTF + matmul(matmul(x_BTD, under_a), under_b)
+            under_a, under_b = (jax.lax.stop_gradient(leaf[...]).astype(x_ND.dtype) for leaf in (self.under_a, self.under_b))
+            out_NF = out_NF + matmul(matmul(x_ND, under_a), under_b)
         if self.lora is not None:
-            out_BTF = self._adapted(x_BTD, out_BTF, dropout_key)
+            out_NF = self._adapted(x_ND, out_NF, dropout_key)
         if self.bias is not None:
-            out_BTF = out_BTF + self.bias[...].astype(x_BTD.dtype)[None, None, :]
-        return out_BTF
+            out_NF = out_NF + self.bias[...].astype(x_ND.dtype)[None, :]
+        return out_NF
 
-    def _product(self, x_BTD: Array) -> jax.Array:
+    def _product(self, x_ND: Array) -> jax.Array:
         """x W."""
         kernel = self.kernel.get_value()
         # Of a quantised matrix there is no gradient.
-        return matmul(x_BTD, dense(kernel).astype(x_BTD.dtype) if is_quantised(kernel) else kernel)
+        return matmul(x_ND, dense(kernel).astype(x_ND.dtype) if is_quantised(kernel) else kernel)
 
-    def _adapted(self, x_BTD: Array, out_BTF: Array, dropout_key: Array | None) -> jax.Array:
+    def _adapted(self, x_ND: Array, out_NF: Array, dropout_key: Array | None) -> jax.Array:
         """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
         dropped = dropout_key is not None and self.lora.dropout > 0
         if dropped:
             keep = 1.0 - self.lora.dropout
             key = jax.random.fold_in(dropout_key, LINEAR.index(self.name))
-            x_BTD = jnp.where(jax.random.bernoulli(key, keep, x_BTD.shape), x_BTD / keep, 0)
+            x_ND = jnp.where(jax.random.bernoulli(key, keep, x_ND.shape), x_ND / keep, 0)
         scale = self.lora.scale_of(self.name)
-        delta_BTF = scale * matmul(matmul(x_BTD, self.lora_a[...]), self.lora_b[...])
+        delta_NF = scale * matmul(matmul(x_ND, self.lora_a[...]), self.lora_b[...])
         if not self.lora.dora:
-            return out_BTF + delta_BTF
+            return out_NF + delta_NF
         norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))
-        share_F = (self.magnitude[...] / norm_F)[None, None, :]
+        share_F = (self.magnitude[...] / norm_F)[None, :]
         # Taken from 1 in float32: in bfloat16 a share near 1 would be 1.
-        share_F, beyond_F = share_F.astype(x_BTD.dtype), (share_F - 1).astype(x_BTD.dtype)
+        share_F, beyond_F = share_F.astype(x_ND.dtype), (share_F - 1).astype(x_ND.dtype)
         # With dropout the rescaled part sees the dropped input, the base the whole one.
-        seen_BTF = self._product(x_BTD) if dropped else out_BTF
-        return out_BTF + beyond_F * seen_BTF + share_F * delta_BTF
+        seen_NF = self._product(x_ND) if dropped else out_NF
+        return out_NF + beyond_F * seen_NF + share_F * delta_NF
 
 
 class RMSNorm(nnx.Module):
@@ -158,15 +168,34 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(initial((size or config.width,), config.param_dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> jax.Array:
-        # Flat like products: XLA's CPU backend is slow at sums over [1, T, D].
-        x32 = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        scale = jnp.expand_dims(self.scale[...], range(x32.ndim - 1))
-        if self.offset:
-            out = (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-        else:
-            out = normed.astype(x.dtype) * scale.astype(x.dtype)
-        return out.reshape(x.shape)
+        scale = self.scale[...]
+        return _normed(x.reshape(-1, *x.shape[2:]), scale, self.epsilon, self.offset).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normed(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
+    """`RMSNorm` of [N, D] or [N, H, K], of which the input alone is kept for the backward pass."""
+    return _norm(x, scale, epsilon, offset)
+
+
+def _norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    scale = jnp.expand_dims(scale, range(x.ndim - 1))
+    if offset:
+        return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _normed_forward(x, scale, epsilon, offset):
+    return _norm(x, scale, epsilon, offset), (x, scale)
+
+
+def _normed_backward(epsilon, offset, kept, cotangent):
+    return jax.vjp(lambda x, scale: _norm(x, scale, epsilon, offset), *kept)[1](cotangent)
+
+
+_normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Attention(nnx.Module):
@@ -185,8 +214,9 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B,T,H,K], rotated keys and values [B,T,N,K]."""
-        split = lambda x: place.heads(x.reshape(*x.shape[:2], -1, self.config.head_dim))
-        q_BTHK, k_BTNK, v_BTNK = split(self.q(x_BTD, key)), split(self.k(x_BTD, key)), split(self.v(x_BTD, key))
+        x_ND = flat(x_BTD)
+        split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
+        q_BTHK, k_BTNK, v_BTNK = split(self.q(x_ND, key)), split(self.k(x_ND, key)), split(self.v(x_ND, key))
         if self.config.qk_norm:
             q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
@@ -194,10 +224,27 @@ class Attention(nnx.Module):
     def output(self, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
         """The output projection over all heads."""
         heads_BTF = place.features(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), place.split_heads)
-        return self.o(heads_BTF, key)
+        return self.o(flat(heads_BTF), key).reshape(*heads_BTF.shape[:2], -1)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """activation(gate) * up, of which the two inputs alone are kept for the backward pass."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _gated_forward(activation, gate, up):
+    return _gated(activation, gate, up), (gate, up)
+
+
+def _gated_backward(activation, kept, cotangent):
+    return jax.vjp(lambda gate, up: ACTIVATIONS[activation](gate) * up, *kept)[1](cotangent)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 class MLP(nnx.Module):
@@ -210,10 +257,10 @@ class MLP(nnx.Module):
         self.down = Linear("down", config, adapted, (config.ffn_width, config.width), ("mlp", "embed"), rngs)
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
-        gate_BTF, up_BTF = place.features(self.gate(x_BTD, key)), place.features(self.up(x_BTD, key))
-        # Of the elementwise part its two inputs alone are kept for the backward pass, unless a policy around the layer says otherwise.
-        gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
-        return self.down(gated(gate_BTF, up_BTF), key)
+        x_ND = flat(x_BTD)
+        features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
+        gated_BTF = _gated(self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key)))
+        return self.down(flat(gated_BTF), key).reshape(x_BTD.shape)
 
 
 class Block(nnx.Module):
@@ -229,9 +276,15 @@ class Block(nnx.Module):
             self.attention_post_norm = RMSNorm(config)
             self.mlp_post_norm = RMSNorm(config)
 
-    def __call__(self, x_BTD: Array, rotary: tuple, attend: Attend, key: Array | None, place: Placement) -> tuple[jax.Array, tuple]:
+    def __call__(
+        self, x_BTD: Array, rotary: tuple, attend: Attend, key: Array | None, place: Placement, only_BR: Array | None = None
+    ) -> tuple[jax.Array, tuple]:
+        """only_BR: columns that go on after attention; the output is theirs, [B, R, D]. None: all."""
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
-        return self._after_attention(x_BTD, attend(q, k, v), key, place), (k, v)
+        heads_BTHK = attend(q, k, v)
+        if only_BR is not None:
+            x_BTD, heads_BTHK = columns(x_BTD, only_BR), columns(heads_BTHK, only_BR)
+        return self._after_attention(x_BTD, heads_BTHK, key, place), (k, v)
 
     def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array, place: Placement) -> tuple[jax.Array, tuple]:
         """The same layer for one new token against its part of a cache (`cache.KVCache.by_layer`)."""
@@ -276,5 +329,5 @@ class Outer(nnx.Module):
 
     def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
         """logits_BTV in float32, of hidden states that the final norm has already been applied to."""
-        logits_BTV = place.logits(matmul(place.before_logits(hidden_BTD), weight_DV, jnp.float32))
-        return attention.capped(logits_BTV, self.config.logit_cap)
+        logits_NV = matmul(flat(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
+        return attention.capped(place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap)

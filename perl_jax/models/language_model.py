@@ -22,10 +22,10 @@ from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
 from perl_jax.models.cache import CacheKind, KVCache, keep
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
+from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam, columns
 from perl_jax.models.layers import LayerKinds, runs
 from perl_jax.models.packing import Packing, chosen, of_tokens
-from perl_jax.models.placement import Placement, all_but_gathered
+from perl_jax.models.placement import Placement, all_but_weights
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
 from perl_jax.types import Array, Tree
@@ -226,14 +226,9 @@ class LanguageModel:
         self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
     ) -> jax.Array:
         """score_B: the scalar head at each row's last real token, found by index."""
-        hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
-        index_B = last_valid(valid_BT)
-        if packing is not None:
-            rows, length = tokens_BT.shape
-            place_B = jnp.arange(rows) % (rows // packing.parts) * length + index_B
-            return _head(adapter, packing.read(hidden, place_B.reshape(packing.parts, -1)).reshape(rows, -1))
-        last_BD = jnp.take_along_axis(hidden, index_B[:, None, None], axis=1)[:, 0]
-        return _head(adapter, last_BD)
+        last_B1 = last_valid(valid_BT)[:, None]
+        hidden_WRD, _ = self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing, only_BR=last_B1)
+        return _head(adapter, hidden_WRD.reshape(tokens_BT.shape[0], -1))
 
     # Cached decoding.
 
@@ -299,7 +294,12 @@ class LanguageModel:
     def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:
         return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
 
-    def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache, packing=None):
+    def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache, packing=None, only_BR=None):
+        """Hidden states after the final norm, and keys and values of every layer if they are to be kept.
+
+        only_BR: columns of each row whose hidden states are wanted: in the last layer no others go through attention
+        and what follows it. The result is [B, R, D]; packed, [W, b R, D].
+        """
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
         own = (lambda x_BT: x_BT) if packing is None else packing.packed
@@ -307,25 +307,38 @@ class LanguageModel:
         kinds = LayerKinds.of(self.config, positions)
         place = self._place()
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
+        read_BT = jnp.asarray(valid_BT, bool) if packing is None else packing.own_BT
 
-        def layer(block, x, leaves):
+        def layer(block, x, leaves, read_BT=read_BT, only_WR=None):
             key, kind = leaves
-            attend = self._attend(kinds, kind, valid_BT, None if packing is None else packing.own_BT)
-            x, kv = block(x, kinds.rotary(kind), attend if packing is None else packing.attending(attend), key, place)
+            x, kv = block(x, kinds.rotary(kind), self._attend(kinds, kind, valid_BT, read_BT, packing), key, place, only_WR)
             return x, kv if keep_cache else None
 
+        last = None
+        if only_BR is not None:
+            only_WR = only_BR if packing is None else packing.slot_at(only_BR)
+            # Trained weights stay one stack: their last layer by itself would be a copy of the others, and so would the gradients.
+            if adapter is None or adapter.weights is None:
+                only_WU = jnp.any(jnp.arange(tokens.shape[1])[None, None, :] == only_WR[:, :, None], axis=1)
+                only_BT = only_WU if packing is None else packing.spread(only_WU) & read_BT
+                last = functools.partial(layer, read_BT=only_BT, only_WR=only_WR)
+
         outer = self._outer(base, adapter)
-        x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True)
+        x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True, last=last)
+        if only_BR is not None and last is None:
+            x = columns(x, only_WR)
         return outer.final_norm(x), kv
 
-    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array | None) -> Attend:
-        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count; None: real ones."""
+    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array, packing: Packing | None) -> Attend:
+        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count."""
+        if packing is not None and self.config.attention != "blocked":
+            return packing.attending(self._attend(kinds, kind, valid_BT, read_BT, None))
         config = self.config
         settings = {"scale": config.attention_scale, "cap": config.attention_cap}
         if config.attention not in KERNELS:
             positions_BT = attention.positions(valid_BT)
             mask_BTS = kinds.mask(kind, attention.causal_mask(valid_BT), positions_BT, positions_BT)
-            settings |= {"read_BT": read_BT} if config.attention == "blocked" else {}
+            settings |= {"read_BT": read_BT, "packing": packing} if config.attention == "blocked" else {}
             return functools.partial(attention.ATTENTION[config.attention], mask_BTS=mask_BTS, **settings)
         over = functools.partial(KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings)
         window = kernels.narrower(config.window if config.windowed else None, valid_BT.shape[1])
@@ -334,23 +347,27 @@ class LanguageModel:
         windowed = kind["window"] == config.window
         return lambda q, k, v: kernels.by_window(windowed, lambda: over(q, k, v, window=window), lambda: over(q, k, v, window=None))
 
-    def _rematerialised(self, body: Callable) -> Callable:
-        """A layer that keeps for the backward pass what `remat` says, and never gathered weights."""
+    def _rematerialised(self, body: Callable, picked: bool) -> Callable:
+        """A layer that keeps for the backward pass what `remat` says, and never weights. picked: the layer picks its own from a stack."""
         if self.config.remat == "none":
-            if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+            if not picked and (self.mesh is None or self.mesh.shape["fsdp"] == 1):
                 return body
-            return jax.checkpoint(body, prevent_cse=False, policy=all_but_gathered)
+            return jax.checkpoint(body, prevent_cse=False, policy=all_but_weights)
         policies = jax.checkpoint_policies
         kept = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[self.config.remat]
         return jax.checkpoint(body, prevent_cse=False, policy=kept)
 
-    def _scan(self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False):
+    def _scan(
+        self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False,
+        last: Callable | None = None,
+    ):  # fmt: skip
         """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked outs.
 
         Layers with and without an adapter form runs, one scan each; where all have one (or none has)
         there is one run. Below the lowest adapted layer nothing is trained, so nothing is computed
         backwards there. backward: whether there may be a backward pass; without one nothing is gained
-        by inlining layers (decoding on a CPU is 1.3 times as fast rolled).
+        by inlining layers (decoding on a CPU is 1.3 times as fast rolled). last: the last layer, where
+        it is another function, whose x may have another shape.
         """
         weights, number = _weights(base, adapter)["layers"], self.config.layers
         chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(number)
@@ -360,27 +377,37 @@ class LanguageModel:
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         outs = []
-        for start, stop, adapted in runs(chosen, number):
+        for start, stop, adapted in runs(chosen, number, apart=last is not None):
             lora = None
             if adapted:
                 first = chosen.index(start)
                 lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
             graph = _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
             whole = stop - start == number
+            through = layer if last is None or stop < number else last
 
             # A run's weights are picked layer by layer: slicing a run out of the stack would copy it.
             def body(x, inputs):
                 index, mine, leaves = inputs
-                block_weights, block_under, leaves = leaves if whole else jax.tree.map(lambda leaf: leaf[index], (weights, under, per_layer))
+                block_weights, block_under, leaves = leaves if whole else jax.tree.map(functools.partial(_picked, index), (weights, under, per_layer))
                 block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
-                return layer(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
+                return through(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
 
-            body = self._rematerialised(body) if backward else body
+            body = self._rematerialised(body, picked=not whole) if backward else body
             index_L = jnp.arange(start, stop)
             inputs = (index_L, lora, (weights, under, per_layer) if whole else None)
+            if through is last:
+                x, out = body(x, jax.tree.map(lambda leaf: leaf[0], inputs))
+                outs.append(jax.tree.map(lambda leaf: leaf[None], out))
+                continue
             x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1)
             outs.append(out)
         return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
+    """A layer's leaf."""
+    return jax.lax.dynamic_index_in_dim(leaf_L, index, keepdims=False)
 
 
 def _of_layers(places: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:

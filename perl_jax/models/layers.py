@@ -12,12 +12,12 @@ from perl_jax.models.config import ModelConfig, Rope
 from perl_jax.types import Array, Tree
 
 
-def runs(chosen: tuple[int, ...], number: int) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive layers that all have an adapter, or all have none: (start, stop, adapted)."""
+def runs(chosen: tuple[int, ...], number: int, apart: bool = False) -> list[tuple[int, int, bool]]:
+    """Runs of consecutive layers that all have an adapter, or all have none: (start, stop, adapted). apart: the last layer is a run."""
     found: list[tuple[int, int, bool]] = []
     for index in range(number):
         adapted = index in chosen
-        if found and found[-1][2] == adapted:
+        if found and found[-1][2] == adapted and not (apart and index == number - 1):
             found[-1] = (found[-1][0], index + 1, adapted)
         else:
             found.append((index, index + 1, adapted))

@@ -55,6 +55,26 @@ class Packing:
         spread = _gather(x_WU, _by_part(self.slot_BT, self.parts))
         return spread.reshape(*self.slot_BT.shape, *x_WU.shape[2:])
 
+    def spread_gradient(self, cotangent_BT: Array) -> jax.Array:
+        """[W, U, ...]: a slot's gradient is its own token's and its copies' together."""
+        if self.group > 1:
+            # The copies' part goes to the group's first row.
+            grouped = cotangent_BT.reshape(-1, self.group, *cotangent_BT.shape[1:])
+            shared_PT = self.shared_BT[:: self.group]
+            # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as a sum would be.
+            total_PT = functools.reduce(jnp.add, (at_least_float32(grouped[:, row]) for row in range(self.group))).astype(grouped.dtype)
+            first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), total_PT, grouped[:, 0])
+            cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(cotangent_BT.shape)
+        return _masked(self.packed(cotangent_BT), self.filled_WU)
+
+    def packed_gradient(self, cotangent_WU: Array) -> jax.Array:
+        """[B, T, ...]: copies and padding have no gradient."""
+        return _masked(self.spread(cotangent_WU), self.own_BT)
+
+    def slot_at(self, column_BY: Array) -> jax.Array:
+        """[W, b Y]: the slots that hold the tokens at these columns of each row."""
+        return _by_part(jnp.take_along_axis(self.slot_BT, column_BY, axis=1), self.parts)
+
     def read(self, x_WU: Array, place_WY: Array) -> jax.Array:
         """[W, Y, ...]: what the slots hold of the tokens at places [b T] of each part."""
         return _gather(x_WU, _gather(_by_part(self.slot_BT, self.parts), place_WY))
@@ -115,44 +135,26 @@ def _wide(mask: Array, ndim: int) -> jax.Array:
 
 @jax.custom_vjp
 def _to_sequences(packing: Packing, x_WU: jax.Array) -> jax.Array:
-    """`spread` with a gradient by gathers: a slot's is its own token's and its copies' together."""
+    """`spread` with a gradient by gathers."""
     return packing.spread(x_WU)
 
 
-def _to_sequences_forward(packing, x_WU):
-    return packing.spread(x_WU), packing
-
-
-def _to_sequences_backward(packing, cotangent_BT):
-    if packing.group > 1:
-        # The copies' part goes to the group's first row.
-        grouped = cotangent_BT.reshape(-1, packing.group, *cotangent_BT.shape[1:])
-        shared_PT = packing.shared_BT[:: packing.group]
-        # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as a sum would be.
-        total_PT = functools.reduce(jnp.add, (at_least_float32(grouped[:, row]) for row in range(packing.group))).astype(grouped.dtype)
-        first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), total_PT, grouped[:, 0])
-        cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(cotangent_BT.shape)
-    return None, _masked(packing.packed(cotangent_BT), packing.filled_WU)
-
-
-_to_sequences.defvjp(_to_sequences_forward, _to_sequences_backward)
+_to_sequences.defvjp(
+    lambda packing, x_WU: (packing.spread(x_WU), packing),
+    lambda packing, cotangent_BT: (None, packing.spread_gradient(cotangent_BT)),
+)
 
 
 @jax.custom_vjp
 def _to_packed(packing: Packing, x_BT: jax.Array) -> jax.Array:
-    """`packed` with a gradient by a gather: copies and padding have none."""
+    """`packed` with a gradient by a gather."""
     return packing.packed(x_BT)
 
 
-def _to_packed_forward(packing, x_BT):
-    return packing.packed(x_BT), packing
-
-
-def _to_packed_backward(packing, cotangent_WU):
-    return None, _masked(packing.spread(cotangent_WU), packing.own_BT)
-
-
-_to_packed.defvjp(_to_packed_forward, _to_packed_backward)
+_to_packed.defvjp(
+    lambda packing, x_BT: (packing.packed(x_BT), packing),
+    lambda packing, cotangent_WU: (None, packing.packed_gradient(cotangent_WU)),
+)
 
 
 def chosen(packing: Packing, wanted_BT: Array, number: int) -> tuple[jax.Array, Callable[[Array], jax.Array]]:

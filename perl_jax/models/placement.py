@@ -33,14 +33,14 @@ VOCABULARY = ("tensor", "fsdp")
 GATHERED = "gathered weights"
 
 
-def all_but_gathered(primitive: jax.extend.core.Primitive, *_: object, **settings: object) -> bool:
-    """A policy of `jax.checkpoint`: keep everything but weights that came from other devices.
+def all_but_weights(primitive: jax.extend.core.Primitive, *_: object, **settings: object) -> bool:
+    """A policy of `jax.checkpoint`: keep everything but weights that came from other devices or out of a stack.
 
-    Kept for the backward pass, those of all layers would be the whole base on every device. Before
-    they have their name they are the result of a constraint or of a cast; those of activations cost
-    next to nothing again.
+    Kept for the backward pass, those of all layers would be a second base, on every device. Before
+    gathered ones have their name they are the result of a constraint or of a cast; those of activations
+    cost next to nothing again.
     """
-    return settings.get("name") != GATHERED and primitive.name not in ("sharding_constraint", "convert_element_type")
+    return settings.get("name") != GATHERED and primitive.name not in ("sharding_constraint", "convert_element_type", "dynamic_slice", "squeeze")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

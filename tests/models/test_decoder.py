@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +19,9 @@ from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Block, Linear, Outer, matmul
 from perl_jax.models.language_model import full_weights, last_valid
+from perl_jax.models.packing import pack
 from perl_jax.models.placement import Placement
-from perl_jax.types import Tokens
+from perl_jax.types import Layout, Tokens
 from tests import small
 
 BASE = small.make_base()
@@ -98,6 +102,24 @@ def test_score_is_the_value_at_the_last_real_token():
     assert len(set(np.round(np.array(score_B), 3))) == 4
 
 
+@pytest.mark.parametrize("role", ["lora", "layers", "full"])
+@pytest.mark.parametrize("attention_path", ["plain", "blocked"])
+def test_gradients_of_scores_are_those_of_values_at_the_last_real_token(role, attention_path):
+    # A score's last layer computes its own token alone; values come from the whole last layer.
+    tokens, lm = small.make_tokens(), small.changed(attention=attention_path)
+    roles = ROLES | {"layers": lm.init_adapter(jax.random.key(0), dataclasses.replace(small.LORA, layers="0,2")).replace(head=small.make_head())}
+    weight_B = jnp.arange(1.0, BATCH + 1)
+    last_B = np.array([np.flatnonzero(valid_T)[-1] for valid_T in tokens.valid_BT])
+    by_value = lambda role: jnp.sum(weight_B * lm.values(BASE, role, tokens.tokens_BT, tokens.valid_BT)[np.arange(BATCH), last_B])
+    by_score = lambda role: jnp.sum(weight_B * lm.score(BASE, role, tokens.tokens_BT, tokens.valid_BT))
+    role = roles[role] if role != "full" else full_weights(BASE).replace(head=small.make_head())
+    expected, found = (jax.jit(jax.grad(loss))(role) for loss in (by_value, by_score))
+    scale = float(trees.global_norm(expected))
+    assert scale > 1e-2
+    for (name, a), b in zip(trees.named_leaves(found).items(), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * scale, err_msg=name)
+
+
 def test_score_is_the_head_of_the_last_hidden_state():
     # kernel . h + bias, in numpy.
     tokens, role = small.make_tokens(), ROLES["lora"]
@@ -123,8 +145,55 @@ def test_remat_changes_nothing_but_memory(kind):
     for (name, a), b in zip(trees.named_leaves(grads).items(), jax.tree.leaves(grads2)):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
     count = lambda lm: str(jax.make_jaxpr(functools.partial(small.gradient, small.sft_loss, lm))(role, BASE, tokens)).count("remat")
-    # The elementwise part of a gated layer is computed again in any case.
-    assert count(plain) == 1 < count(remat)
+    assert count(plain) == 0 < count(remat)
+
+
+def kept_for_the_backward_pass(lm, role, tokens) -> dict[int, dict[tuple, int]]:
+    """By a layer scan's length: how often it stacks a shape of floats up, one layer's part of it."""
+
+    def loss(lora):
+        return jnp.sum(lm.hidden(small.make_base(lm), role.replace(lora=lora), tokens.tokens_BT, tokens.valid_BT, packing=pack(tokens)))
+
+    found: dict[int, dict[tuple, int]] = {}
+    for equation in jax.make_jaxpr(jax.grad(loss))(role.lora).eqns:
+        if equation.primitive.name == "scan" and not equation.params["reverse"]:
+            shapes = collections.Counter(out.aval.shape[1:] for out in equation.outvars[equation.params["num_carry"] :] if out.aval.dtype == jnp.float32)
+            found[equation.params["length"]] = dict(shapes)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_layer_keeps_for_the_backward_pass(packed):
+    lm, config = small.changed(attention="blocked"), small.CONFIG
+    tokens, lora = small.make_tokens(), dataclasses.replace(small.LORA, targets="attention")
+    rows, length = tokens.tokens_BT.shape
+    place = (1, 60) if packed else (rows, length)
+    number = math.prod(place)
+    tokens = tokens.replace(layout=Layout(60) if packed else None)
+    kept = kept_for_the_backward_pass(lm, small.make_adapter(lm, lora, head=False), tokens)[config.layers]
+    flat = collections.Counter()
+    for shape, times in kept.items():
+        flat[(number, math.prod(shape) // number) if shape[:2] == place else shape] += times
+    heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
+    assert flat == {
+        # What either norm reads, and what q, k and v read.
+        (number, config.width): 3,
+        # Queries, what attention gives, and the same as o reads it.
+        (number, heads * head_dim): 3,
+        (number, kv_heads * head_dim): 2,
+        (rows, kv_heads, heads // kv_heads, length, 1): 2,
+        # gate(x) and up(x).
+        (number, config.ffn_width): 2,
+        (number, lora.rank): 4,
+    }
+
+
+def test_no_layer_keeps_weights_for_the_backward_pass():
+    tokens = small.make_tokens()
+    role = small.LM.init_adapter(jax.random.key(0), dataclasses.replace(small.LORA, layers="1-2"))
+    weights = {leaf.shape[1:] for leaf in jax.tree.leaves(BASE["layers"]) if leaf.ndim > 2}
+    kept = kept_for_the_backward_pass(small.LM, role, tokens)
+    assert kept[2] and not weights & set(kept[2])
 
 
 @jax.jit
@@ -171,19 +240,19 @@ def test_bfloat16_activations_stay_close(param_dtype):
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_gradients_of_float32_weights_are_not_rounded_to_the_activations(dtype):
     random = np.random.default_rng(0)
-    x_BTD = jnp.asarray(random.normal(size=(2, 150, 16)), jnp.bfloat16)
-    weight_DF, dy_BTF = jnp.asarray(random.normal(size=(16, 8)), jnp.float32), jnp.asarray(random.normal(size=(2, 150, 8)), jnp.bfloat16)
-    product, back = jax.vjp(lambda x, w: matmul(x, w, dtype), x_BTD, weight_DF)
+    x_ND = jnp.asarray(random.normal(size=(300, 16)), jnp.bfloat16)
+    weight_DF, dy_NF = jnp.asarray(random.normal(size=(16, 8)), jnp.float32), jnp.asarray(random.normal(size=(300, 8)), jnp.bfloat16)
+    product, back = jax.vjp(lambda x, w: matmul(x, w, dtype), x_ND, weight_DF)
     assert product.dtype == (dtype or jnp.bfloat16)
-    dx_BTD, dw_DF = back(dy_BTF.astype(product.dtype))
+    dx_ND, dw_DF = back(dy_NF.astype(product.dtype))
     exact = lambda array: np.asarray(array, np.float64)
-    dw = np.einsum("btd,btf->df", exact(x_BTD), exact(dy_BTF))
-    assert dw_DF.dtype == jnp.float32 and dx_BTD.dtype == jnp.bfloat16
+    dw = exact(x_ND).T @ exact(dy_NF)
+    assert dw_DF.dtype == jnp.float32 and dx_ND.dtype == jnp.bfloat16
     # float32 sums of 300 terms; rounded to bfloat16 they would be 2e-3 of their size away.
     np.testing.assert_allclose(dw_DF, dw, atol=2e-6 * np.abs(dw).max())
     rounded = exact(weight_DF.astype(jnp.bfloat16))
-    np.testing.assert_allclose(exact(dx_BTD), exact(dy_BTF) @ rounded.T, rtol=1e-2, atol=5e-2)
-    np.testing.assert_allclose(exact(product), exact(x_BTD) @ rounded, rtol=1e-2, atol=5e-2)
+    np.testing.assert_allclose(exact(dx_ND), exact(dy_NF) @ rounded.T, rtol=1e-2, atol=5e-2)
+    np.testing.assert_allclose(exact(product), exact(x_ND) @ rounded, rtol=1e-2, atol=5e-2)
 
 
 def test_bfloat16_decoding_equals_its_forward():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from perl_jax import steps, trees
+from perl_jax.models import attention
 from perl_jax.models.language_model import full_weights
 from perl_jax.models.packing import pack
 from perl_jax.rl.algorithms import AlgorithmConfig
@@ -79,9 +81,9 @@ def test_both_gathers_have_the_gradients_of_their_sums():
     np.testing.assert_allclose(jax.grad(ours)(x_BT3), jax.grad(plain)(x_BT3), atol=1e-5)
 
 
-def value_and_gradient(objective, role, batch, microbatches: int = 1):
+def value_and_gradient(objective, role, batch, microbatches: int = 1, lm=small.LM):
     name = "reward" if objective in (steps.pairwise_objective, steps.pointwise_objective) else "policy"
-    function = lambda role: steps.gradients(lambda *a: objective(small.LM, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
+    function = lambda role: steps.gradients(lambda *a: objective(lm, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
     loss, _, grads = jax.jit(function)(role)
     return loss.mean, grads
 
@@ -128,6 +130,17 @@ def test_losses_and_gradients_equal_the_padded_ones(name, parts, microbatches):
     assert_close(padded, packed)
 
 
+@pytest.mark.parametrize("block", [attention.QUERY_BLOCK, 5])
+@pytest.mark.parametrize("name", ["pairs", "labels", "rl"])
+def test_attention_in_blocks_takes_packed_tokens(name, block, monkeypatch):
+    # Rows of one block are worked on together, longer ones block by block; both against the plain path, padded.
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    objective, role, batch, group = cases()[name]
+    padded = value_and_gradient(objective, role, batch(None))
+    packed = value_and_gradient(objective, role, batch(Layout(72, 2, group)), lm=small.changed(attention="blocked"))
+    assert_close(padded, packed)
+
+
 def test_full_tuning_and_dropout_of_nothing_are_packed_too():
     tokens = group_rows(8, LENGTHS)
     role = full_weights(BASE)
@@ -138,8 +151,10 @@ def test_full_tuning_and_dropout_of_nothing_are_packed_too():
 def test_scores_and_values_are_those_of_padded_rows():
     tokens = group_rows(2, LENGTHS, left=True)
     layout = Layout(40, 2, GROUP)
-    for function in (steps.scores, steps.values):
-        padded, packed = (np.array(jax.jit(function, static_argnums=0)(small.LM, BASE, REWARD, tokens.replace(layout=which))) for which in (None, layout))
+    for function, path in itertools.product((steps.scores, steps.values), ("plain", "blocked")):
+        function = jax.jit(function, static_argnums=0)
+        padded = np.array(function(small.LM, BASE, REWARD, tokens))
+        packed = np.array(function(small.changed(attention=path), BASE, REWARD, tokens.replace(layout=layout)))
         if padded.ndim == 2:
             # The column after a real token is about the next one.
             about_BT = np.pad(tokens.valid_BT[:, :-1], ((0, 0), (1, 0)))

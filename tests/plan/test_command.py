@@ -60,7 +60,9 @@ def test_every_job_on_a_slice(folder, job, names):
     assert found.peak == max(sum(program.memory.values()) for program in found.programs)
     # Three passes (with what is computed again) over 128 tokens of a batch, products of weights and activations alone.
     rows = 16 * (2 if job in ("reward", "dpo") else 1)
-    assert learn(found).flops > 3 * 2 * MATRICES * rows * 128
+    # Of the last layer a score needs its last token alone, behind its keys and values.
+    needed = MATRICES * (LAYERS - 1) / LAYERS if job == "reward" else MATRICES
+    assert learn(found).flops > 3 * 2 * needed * rows * 128
 
 
 @pytest.mark.slow

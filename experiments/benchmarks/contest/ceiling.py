@@ -30,7 +30,7 @@ import work
 
 LAYERS, VOCABULARY, WIDTH = work.MODEL["num_hidden_layers"], work.MODEL["vocab_size"], work.MODEL["hidden_size"]
 QUERIES, KEYS = (work.MODEL[name] * work.MODEL["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-FLOAT_BYTES = 4
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2}[work.SIZE.dtype]
 TARGETS = tuple(f"self_attn.{name}" for name in work.TARGETS)
 
 
@@ -118,7 +118,7 @@ def best_rate(amount: float, action: Callable[[], object], times: int = 3) -> fl
 
 
 def measure(size: int = 2048, long: int = 8192) -> Rates:
-    """By numpy on all cores: float32 products of square matrices, and of a matrix of 256 MiB with a vector."""
+    """Of a CPU, by numpy on all cores: float32 products of square matrices, and of a matrix of 256 MiB with a vector."""
     square, matrix, vector = np.ones((size, size), np.float32), np.ones((long, long), np.float32), np.ones(long, np.float32)
     return Rates(best_rate(2 * size**3, lambda: square @ square), best_rate(matrix.nbytes, lambda: matrix @ vector))
 
@@ -136,6 +136,6 @@ def text(phases: Sequence[Phase], rates: Rates, medians: dict[str, float]) -> st
     memory = f" {read / 1e9:,.1f} GB from memory in decoding at {rates.bytes / 1e9:.1f} GB/s." if read else ""
     shares = ", ".join(f"{name} {least / median:.0%}" for name, median in medians.items())
     return (
-        f"A step is {total / 1e9:,.0f} GFLOP ({parts}); float32 products of 2048 x 2048 here make {rates.operations / 1e9:.1f} GFLOP/s."
+        f"A step is {total / 1e9:,.0f} GFLOP ({parts}); products of large square matrices here make {rates.operations / 1e9:,.1f} GFLOP/s."
         f"{memory}\nAt least {least:.2f} s; of that speed {shares}."
     )

@@ -14,7 +14,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import work
@@ -45,16 +45,18 @@ def even_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 class Parts:
-    """Seconds by part of the step under way."""
+    """Seconds by part of the step under way. settle: waits for what the device still does."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.settle = settle
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Adds what the block takes to the part `name`."""
         began = time.perf_counter()
         yield
+        self.settle()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
@@ -67,10 +69,13 @@ class Protocol:
     """The contender's end: `ready` once, then as long as `wait` is true one step and `report`.
 
     From the first moment on, standard output is the protocol's alone; what libraries print goes to
-    standard error. A step's seconds run from its line's arrival to `report`.
+    standard error. A step's seconds run from its line's arrival to `report`, and until the device is done (`settle`).
+    peak_bytes: the largest memory of the process so far; on a GPU to be set to that of the device.
     """
 
     def __init__(self) -> None:
+        self.settle: Callable[[], object] = lambda: None
+        self.peak_bytes: Callable[[], int] = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._output = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._began = self._processor = 0.0
@@ -88,10 +93,11 @@ class Protocol:
 
     def report(self, tokens: int, parts: dict[str, float], rest: str | None = None) -> None:
         """A step's end; seconds that are in none of the parts get the name `rest`."""
+        self.settle()
         seconds, processor = time.perf_counter() - self._began, time.process_time() - self._processor
         if rest is not None:
             parts = parts | {rest: seconds - sum(parts.values())}
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak_mib = self.peak_bytes() / 2**20
         self._say({"seconds": seconds, "parts": parts, "tokens": tokens, "peak_mib": peak_mib, "processor_seconds": processor})
 
     def _say(self, line: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from perl_jax.models.language_model import resting
 from perl_jax.rl.algorithms import AlgorithmConfig
 
 KINDS = {"reward-equal": "comparisons", "reward-ragged": "comparisons", "rl-model": "prompts", "rl-function": "prompts", "generate": "prompts"}
-# As fast as the batch at once, in half its memory; ragged pairs do not deal out evenly.
+# On a CPU as fast as the batch at once, in half its memory; ragged pairs do not deal out evenly.
 MICROBATCHES = {"reward-equal": 4, "reward-ragged": 1, "rl-model": 4, "rl-function": 4, "generate": 1}
 ALGORITHMS = {"rl-model": "rloo", "rl-function": "grpo"}
 RECORD = Record("reward", "lora", None, True, "contest", "-", "-", 0, {}, score_mean=0.0, score_std=1.0)
@@ -48,7 +48,8 @@ def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLC
         "tuning": tuning,
         "lora": LoRAConfig(rank=work.RANK, alpha=work.ALPHA),
         "optimizer": OptimizerConfig(name="adamw"),
-        "microbatches": MICROBATCHES[job],
+        "microbatches": MICROBATCHES[job] if work.SIZE.device == "cpu" else 1,
+        "dtype": work.SIZE.dtype,
     }
     if KINDS[job] == "comparisons":
         data = DataConfig(task="jsonl", max_prompt_length=LONGEST, max_response_length=LONGEST, bucket_count=1)
@@ -183,4 +184,7 @@ def steps(protocol: contender.Protocol, numbers: Iterator[int]) -> Iterator[int]
 if __name__ == "__main__":
     # Before anything prints.
     speaking = contender.Protocol()
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device])
+    if work.SIZE.device == "gpu":
+        speaking.peak_bytes = lambda: jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     run(contender.parser(__doc__, list(KINDS)).parse_args(), speaking)

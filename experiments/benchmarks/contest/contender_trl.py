@@ -62,11 +62,13 @@ class Settings:
     threads: int | None = None
 
 
-# In seconds of one core, float32: reward-equal 1 pair at a time 8.6, 2 8.8, 4 9.2, 8 10.0; ragged 1 10.5, 2 13.4, 8 26;
+# On a CPU. In seconds of one core, float32: reward-equal 1 pair at a time 8.6, 2 8.8, 4 9.2, 8 10.0; ragged 1 10.5, 2 13.4, 8 26;
 # rl-function 2 responses at a time 41.7, 4 41.2, 8 41.6, 32 48.2. Of no help: eager attention (+2 % in training, +22 % in
 # generation), a static cache (+5 %), torch.compile (training +7 %, generation -2 % after a minute of compiling, with a
 # static cache +40 %), malloc without mmap or with huge pages (within 4 %), continuous batching (5 times as long).
 # Adapters merged: generation -2 %.
+DEVICE = {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device]
+DTYPE = getattr(torch, work.SIZE.dtype)
 BEST = {
     "reward-equal": Settings(at_once=1),
     "reward-ragged": Settings(at_once=1),
@@ -74,6 +76,15 @@ BEST = {
     "rl-function": Settings(at_once=4),
     "generate": Settings(at_once=work.PROMPTS * work.SAMPLES),
 }
+if DEVICE == "cuda":
+    # Not tried against others yet: the batch at once, but for the policy's logits.
+    BEST = {job: dataclasses.replace(best, at_once=work.PAIRS) for job, best in BEST.items()}
+
+
+def settle() -> None:
+    """Waits for what the device still does."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 class Turns(TrainerCallback):
@@ -85,7 +96,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, protocol: Protocol, job: str, settings: Settings, rest: str | None):
         self.protocol, self.job, self.settings, self.rest = protocol, job, settings, rest
-        self.parts, self.tokens = Parts(), 0
+        self.parts, self.tokens = Parts(settle), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any) -> None:
         contender.check_tokens(self.job, self.tokens)
@@ -147,7 +158,7 @@ def describe(job: str, settings: Settings, model: torch.nn.Module) -> str:
     if job == "generate":
         how = f"adapters {'merged' if settings.merged else 'apart'}"
     cache = "" if job.startswith("reward") else f" {settings.cache or 'growing'} cache,"
-    return f"{how}, {settings.attention} attention,{cache} {torch.get_num_threads()} threads, float32"
+    return f"{how}, {settings.attention} attention,{cache} {torch.get_num_threads()} threads, {work.SIZE.dtype} on {DEVICE}"
 
 
 def lora(task: str) -> LoraConfig:
@@ -155,11 +166,11 @@ def lora(task: str) -> LoraConfig:
 
 
 def training(settings: Settings, folder: str, batch: int) -> dict[str, Any]:
-    """Arguments of every trainer: float32 on the CPU, one batch a step, nothing logged or saved."""
+    """Arguments of every trainer: one batch a step, nothing logged or saved."""
     return {
         "output_dir": folder,
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": DEVICE == "cpu",
+        "bf16": DTYPE == torch.bfloat16,
         "per_device_train_batch_size": settings.at_once,
         "gradient_accumulation_steps": batch // settings.at_once,
         "max_steps": 10**6,
@@ -174,7 +185,7 @@ def training(settings: Settings, folder: str, batch: int) -> dict[str, Any]:
 
 
 def load(kind: Any, folder: pathlib.Path, settings: Settings, **named: Any) -> PreTrainedModel:
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=settings.attention, **named)
+    return kind.from_pretrained(folder, dtype=DTYPE, attn_implementation=settings.attention, **named)
 
 
 def train_reward(folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns) -> None:
@@ -233,20 +244,20 @@ def batches(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> I
     while True:
         for start in range(0, len(rows), work.PROMPTS):
             texts = [row["prompt"] for row in rows[start : start + work.PROMPTS] for _ in range(work.SAMPLES)]
-            yield dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
+            yield dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(DEVICE))
 
 
 def sample(model: Any, inputs: dict[str, torch.Tensor], config: GenerationConfig) -> int:
     """How many tokens were generated; ValueError where a row has not all of its own."""
     with torch.inference_mode():
         ids = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
-    ends = torch.isin(ids, torch.tensor(UNSAMPLED)).sum()
+    ends = torch.isin(ids, torch.tensor(UNSAMPLED, device=DEVICE)).sum()
     return contender.check_tokens("generate", ids.numel() - int(ends))
 
 
 def generate(folder: pathlib.Path, settings: Settings, lora_config: LoraConfig | None, protocol: Protocol) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = load(AutoModelForCausalLM, folder / "model", settings).eval()
+    model = load(AutoModelForCausalLM, folder / "model", settings).to(DEVICE).eval()
     if lora_config is not None:
         model = get_peft_model(model, lora_config).eval()
         model = model.merge_and_unload() if settings.merged else model
@@ -276,6 +287,9 @@ def main() -> None:
     arguments = parser.parse_args()
     protocol, job, folder = Protocol(), arguments.job, arguments.work
     settings = dataclasses.replace(BEST[job], **arguments.settings)
+    protocol.settle = settle
+    if DEVICE == "cuda":
+        protocol.peak_bytes = torch.cuda.max_memory_allocated
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     reward = job.startswith("reward")

@@ -42,6 +42,7 @@ from tunix.models.llama3 import params as llama_params
 from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
+import work
 from work import ALPHA, KL_WEIGHT, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, RANK, SAMPLES
 
 JOB = "rl-function"
@@ -120,7 +121,7 @@ def load_policy(folder: pathlib.Path, mesh: jax.sharding.Mesh, remat: str) -> tu
     )
     # The model ignores the configuration's rope_theta (see above).
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=theta)
-    base = llama_params.create_model_from_safe_tensors(str(folder), config, mesh, dtype=jax.numpy.float32)
+    base = llama_params.create_model_from_safe_tensors(str(folder), config, mesh, dtype=work.SIZE.dtype)
     provider = qwix.LoraProvider(module_path=r".*(q_proj|k_proj|v_proj|o_proj)", rank=RANK, alpha=ALPHA)
     policy = qwix.apply_lora_to_model(base, provider, rngs=nnx.Rngs(0), **base.get_model_input())
     return policy, base
@@ -232,7 +233,7 @@ def run(folder: pathlib.Path, settings: Settings, protocol: contender.Protocol) 
 def describe(settings: Settings) -> str:
     """The settings in a line."""
     sizes = f"prompts at a time: {settings.rollout} in the rollout, {settings.reference} in the reference, {settings.learn} in the update"
-    return f"{sizes}; remat {settings.remat}; float32; vanilla rollout; base shared with the reference"
+    return f"{sizes}; remat {settings.remat}; {work.SIZE.dtype}; vanilla rollout; base shared with the reference"
 
 
 def main() -> None:
@@ -244,7 +245,9 @@ def main() -> None:
         parser.error("Tunix is in the contest with adapters alone")
     settings = Settings(**arguments.settings)
     protocol = contender.Protocol()
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device])
+    if work.SIZE.device == "gpu":
+        protocol.peak_bytes = lambda: jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     run(arguments.work, settings, protocol)
 
 

@@ -15,11 +15,11 @@ by the Python of its own environment, and speaks JSON lines (`contender.Protocol
 seconds: from the line to the end of the step, reading and batching the rows in it; the driver's own clock must agree.
 parts: any of generate, score, reference, learn and others; a part that cannot be told apart is left out.
 tokens: `work.TOKENS[JOB]`, counted by what was really seen or sampled. peak_mib: the process's largest resident
-memory since it began (ru_maxrss). processor_seconds: of all its threads, for machines that other work shares.
+memory since it began (ru_maxrss); on a GPU what its library had of the device's at most. processor_seconds: of all its threads, for machines that other work shares.
 
 A step by job; adapters are of rank 8, alpha 16, on q, k, v and o, alone trained (with a scalar head for rewards):
 
-    reward-equal, reward-ragged   an update of a reward model on 8 pairs, Bradley-Terry, float32
+    reward-equal, reward-ragged   an update of a reward model on 8 pairs, Bradley-Terry
     rl-model                      4 samples of 128 tokens for each of 8 prompts at temperature 1, no early end, rewards from
                                   a model of the same shape, KL weight 0.05, RLOO, one update from the 32 samples
     rl-function                   the same with `contender.even_words` for rewards, GRPO
@@ -27,6 +27,10 @@ A step by job; adapters are of rank 8, alpha 16, on q, k, v and o, alone trained
 
 Contenders start one after another and wait for their lines together; each round goes the other way round, after a pause
 in which threads that spin for more work go to sleep. A turn is two steps, of which the second counts.
+
+CONTEST_SIZE=1b and 8b (`work.SIZES`) are for one GPU, whose memory must hold all contenders of a job beside each other;
+--contenders says which. Weights and activations are bfloat16 there, and environments have CUDA. What the contenders' best
+settings are has been tried on a CPU alone.
 """
 
 from __future__ import annotations
@@ -55,7 +59,11 @@ HERE = pathlib.Path(__file__).absolute().parent
 PAUSE_SECONDS = 0.5
 LAST_LINES = 12
 # Everybody's memory comes in large pages where Linux has them: fewer faults when a step's room is taken anew.
-VARIABLES = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# On a GPU JAX would take three quarters of the memory for itself at once.
+VARIABLES = {
+    **{"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    **{"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CONTEST_SIZE": work.NAME},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +87,15 @@ TUNIX = (
 ROOT = HERE.parents[2]
 # As its users have it: without the tests' torch, which transformers would load.
 PERL_JAX = ("-c", str(ROOT / "constraints.txt"), "-e", str(ROOT))
+SUFFIX = ""
+if work.SIZE.device == "gpu":
+    SUFFIX, PERL_JAX, TUNIX = "_gpu", (*PERL_JAX[:-1], f"{ROOT}[cuda]"), (*TUNIX, "jax[cuda13]==0.10.2")
 CONTENDERS = {
-    "perl_jax": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX),
-    "trl": Contender("contender_trl.py", "trl", TRL),
-    "tunix": Contender("contender_tunix.py", "tunix", TUNIX, ("rl-function",)),
+    "perl_jax": Contender("contender_perl_jax.py", "perl_jax" + SUFFIX, PERL_JAX),
+    "trl": Contender("contender_trl.py", "trl" + SUFFIX, TRL),
+    "tunix": Contender("contender_tunix.py", "tunix" + SUFFIX, TUNIX, ("rl-function",)),
     # Everything trained in the place of adapters.
-    "perl_jax_full": Contender("contender_perl_jax.py", "perl_jax", PERL_JAX, tuning="full"),
+    "perl_jax_full": Contender("contender_perl_jax.py", "perl_jax" + SUFFIX, PERL_JAX, tuning="full"),
 }
 PEERS = ("perl_jax", "trl", "tunix")
 
@@ -101,7 +112,7 @@ def environment(name: str, requirements: Sequence[str], folder: pathlib.Path) ->
     home = folder.absolute() / name
     python, marker = home / "bin" / "python", home / "installed.txt"
     local = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in ("constraints.txt", "setup.py"))).hexdigest()
-    wanted = "\n".join((platform.python_version(), *requirements, *((local,) if str(ROOT) in requirements else ())))
+    wanted = "\n".join((platform.python_version(), *requirements, *((local,) if requirements == PERL_JAX else ())))
     if not (marker.exists() and marker.read_text() == wanted):
         print(f"installing {', '.join(requirements)} under {home}", file=sys.stderr)
         venv.create(home, clear=True, with_pip=True)
@@ -185,13 +196,13 @@ def started(job: str, names: Sequence[str], options: argparse.Namespace) -> Iter
         yield running
 
 
-def alternate(running: Mapping[str, Running], rounds: int, tokens: int) -> tuple[dict[str, list[dict[str, Any]]], ceiling.Rates]:
-    """Each contender's steps, in turns, and the best rates of the machine between rounds."""
+def alternate(running: Mapping[str, Running], rounds: int, tokens: int) -> tuple[dict[str, list[dict[str, Any]]], ceiling.Rates | None]:
+    """Each contender's steps, in turns, and the best rates of a CPU between rounds."""
     steps: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
     rates = []
     for number in range(rounds):
         time.sleep(PAUSE_SECONDS)
-        rates.append(ceiling.measure())
+        rates += [ceiling.measure()] if work.SIZE.device == "cpu" else []
         for name in list(running) if number % 2 == 0 else reversed(running):
             time.sleep(PAUSE_SECONDS)
             # One that does not count: while a process waits, virtual machines give the memory that it freed to their host,
@@ -200,14 +211,24 @@ def alternate(running: Mapping[str, Running], rounds: int, tokens: int) -> tuple
             steps[name].append(running[name].step(tokens))
         seconds = ", ".join(f"{name} {taken[-1]['seconds']:.2f} s" for name, taken in steps.items())
         print(f"round {number + 1} of {rounds}: {seconds}", file=sys.stderr)
-    return steps, ceiling.best(rates)
+    return steps, ceiling.best(rates) if rates else None
 
 
-def play(job: str, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+def gpu(options: argparse.Namespace) -> dict[str, Any]:
+    """The GPU's name and rates (`ceiling_gpu.py`), by perl_jax's environment."""
+    python = environment("perl_jax" + SUFFIX, PERL_JAX, options.environments)
+    said = subprocess.run([python, HERE / "ceiling_gpu.py"], capture_output=True, text=True, env=os.environ | VARIABLES, check=False)
+    if said.returncode:
+        raise ContestError(f"The GPU's rates could not be measured; the last words were:\n{said.stderr[-2000:]}")
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def play(job: str, names: Sequence[str], options: argparse.Namespace, device: dict[str, Any] | None) -> dict[str, Any]:
     """A job's contest: its raw numbers, for `report.text` and for the JSON file."""
     with started(job, names, options) as running:
         steps, rates = alternate(running, options.rounds, work.TOKENS[job])
         said = {name: {"ready": running[name].ready, "tuning": CONTENDERS[name].tuning, "steps": steps[name]} for name in names}
+    rates = rates or ceiling.Rates(device["operations"], device["bytes"])
     phases = {tuning: [dataclasses.asdict(phase) for phase in ceiling.phases(job, tuning)] for tuning in ("lora", "full")}
     return {"job": job, "rates": dataclasses.asdict(rates), "phases": phases, "contenders": said}
 
@@ -236,14 +257,15 @@ def main(description: str | None, jobs: Sequence[str], rounds: int, contenders: 
         if unknown or options.rounds < 1:
             raise ContestError(f"Jobs must be of {', '.join(jobs)}, rounds 1 or more.")
         work.write(options.work)
-        played = {"machine": report.machine(), "contests": []}
+        device = gpu(options) if work.SIZE.device == "gpu" else None
+        played = {"machine": report.machine() | {"gpu": device and device["device"]}, "size": work.NAME, "contests": []}
         print(report.machine_text(played["machine"]))
         for job in options.jobs.split(","):
             names = chosen(job, options.contenders.split(","))
             if not names:
                 print(f"{job}: none of these contenders takes part")
                 continue
-            played["contests"].append(play(job, names, options))
+            played["contests"].append(play(job, names, options, device))
             print(report.text(played["contests"][-1]), flush=True)
             if options.json is not None:
                 options.json.write_text(json.dumps(played, indent=1))

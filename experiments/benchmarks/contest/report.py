@@ -29,8 +29,9 @@ def machine() -> dict[str, Any]:
 
 
 def machine_text(found: dict[str, Any]) -> str:
+    gpu = f"{found['gpu']}; " if found["gpu"] else ""
     return (
-        f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB; Python {found['python']}, {found['system']}; "
+        f"{gpu}{found['cpu']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB; Python {found['python']}, {found['system']}; "
         f"load average before the run {found['load']:.1f}"
     )
 

@@ -1,8 +1,8 @@
-"""The work of the contest: a small Llama, its tokenizer and rows of text, the same wherever they are written.
+"""The work of the contest: a Llama, its tokenizer and rows of text, the same wherever they are written.
 
     python experiments/benchmarks/contest/work.py FOLDER
 
-    FOLDER/model                a Llama of 46.2 million random float32 weights (`MODEL`), with its tokenizer
+    FOLDER/model                a Llama of random weights (`MODEL`), with its tokenizer
     FOLDER/pairs_equal.jsonl    prompt, chosen, rejected: both sides of every pair have 256 tokens, half of them the prompt
     FOLDER/pairs_ragged.jsonl   the same number of tokens a batch, in rows of 64 to 512 (`RAGGED`)
     FOLDER/prompts.jsonl        prompt: 64 tokens each
@@ -14,14 +14,19 @@ One word is one token, and a prompt ends in a space: a text can be joined, decod
 changing its tokens, and neither eos nor padding can grow out of words, or words out of them. A word that is not
 in the vocabulary, such as two that were joined, has no id and is an error. All counts are checked as rows are written.
 
-Needs numpy, safetensors and tokenizers.
+The environment variable CONTEST_SIZE is a name of `SIZES`, for the driver and, through it, for every contender: 46m (the
+default) for a CPU, 1b and 8b for a GPU, tiny to see that all of it runs. Embeddings are tied in each.
+
+Needs numpy, safetensors and tokenizers, and ml_dtypes to write bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -57,16 +62,44 @@ TOKENS = {
 }
 
 PAD, EOS = "<pad>", "<eos>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A Llama's shape, the dtype of its weights and activations, and what it is run on: cpu or gpu."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    dtype: str
+    device: str
+
+
+SIZES = {
+    "46m": Size(12, 512, 8, 4, 64, 1536, 16384, "float32", "cpu"),
+    "tiny": Size(2, 64, 4, 2, 16, 128, 512, "bfloat16", "cpu"),
+    # The shapes of Llama 3.2 1B and Llama 3.1 8B.
+    "1b": Size(16, 2048, 32, 8, 64, 8192, 128256, "bfloat16", "gpu"),
+    "8b": Size(32, 4096, 32, 8, 128, 14336, 128256, "bfloat16", "gpu"),
+}
+NAME = os.environ.get("CONTEST_SIZE", "46m")
+if NAME not in SIZES:
+    raise SystemExit(f"CONTEST_SIZE is {NAME!r}; it must be one of {', '.join(SIZES)}.")
+SIZE = SIZES[NAME]
 MODEL = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 12,
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 1536,
-    "vocab_size": 16384,
+    "num_hidden_layers": SIZE.layers,
+    "hidden_size": SIZE.width,
+    "num_attention_heads": SIZE.heads,
+    "num_key_value_heads": SIZE.kv_heads,
+    "head_dim": SIZE.head_dim,
+    "intermediate_size": SIZE.ffn,
+    "vocab_size": SIZE.vocabulary,
     "max_position_embeddings": 2048,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
@@ -74,7 +107,7 @@ MODEL = {
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
-    "dtype": "float32",
+    "dtype": SIZE.dtype,
     "bos_token_id": None,
     "eos_token_id": 1,
     "pad_token_id": 0,
@@ -92,19 +125,35 @@ def layer_shapes() -> dict[str, tuple[int, int]]:
     return named | {f"mlp.{name}": shape for name, shape in feed_forward.items()}
 
 
-def weights(random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Norms are 1, matrices normal with deviation 1 / sqrt(in), and so is the embedding, which is the head as well."""
-    width = MODEL["hidden_size"]
+def weights(random: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """What lies around the layers, then layer by layer. Norms are 1, matrices normal with deviation 1 / sqrt(in), and so is
+    the embedding, which is the head as well."""
+    width, dtype = MODEL["hidden_size"], np.float32
+    if SIZE.dtype == "bfloat16":
+        from ml_dtypes import bfloat16 as dtype  # noqa: PLC0415  contenders read this module too, and need not have it
 
     def matrix(shape: tuple[int, int]) -> np.ndarray:
-        return random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))
+        return (random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))).astype(dtype)
 
-    tensors = {"model.embed_tokens.weight": matrix((MODEL["vocab_size"], width)), "model.norm.weight": np.ones(width, np.float32)}
+    norm = lambda: np.ones(width, dtype)
+    yield {"model.embed_tokens.weight": matrix((MODEL["vocab_size"], width)), "model.norm.weight": norm()}
     for layer in range(MODEL["num_hidden_layers"]):
-        tensors |= {f"model.layers.{layer}.{name}.weight": matrix(shape) for name, shape in layer_shapes().items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        tensors |= {f"model.layers.{layer}.{name}.weight": np.ones(width, np.float32) for name in norms}
-    return tensors
+        matrices = {f"model.layers.{layer}.{name}.weight": matrix(shape) for name, shape in layer_shapes().items()}
+        yield matrices | {f"model.layers.{layer}.{name}.weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def write_weights(folder: pathlib.Path) -> None:
+    """One file where they are few, otherwise one for each part and an index."""
+    parts = weights(np.random.default_rng(SEED))
+    if SIZE.device == "cpu":
+        save_file({name: tensor for part in parts for name, tensor in part.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts):
+        file = f"model-{number:05}.safetensors"
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def word_tokenizer() -> Tokenizer:
@@ -118,7 +167,7 @@ def word_tokenizer() -> Tokenizer:
 
 def write_model(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights(np.random.default_rng(SEED)), folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(folder)
     (folder / "config.json").write_text(json.dumps(MODEL, indent=1))
     ids = {"eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]}
     (folder / "generation_config.json").write_text(json.dumps(ids))
