@@ -10,7 +10,8 @@ Hardware  2 CPU cores
 Time      1 hour
 Numbers   coffee, adapters, the commands' default hyperparameters: test AUC 0.655 (0.556 to 0.764), bag of
           words 0.612 (difference -0.026 to +0.103); judge's win rate of RL over SFT 0.527 (0.480 to
-          0.574), its mean score +0.054. Ticketing: test AUC 0.514 (0.436 to 0.607), win rate 0.524 (0.488 to 0.561).
+          0.574), its mean score +0.054. Ticketing: test AUC 0.514 (0.436 to 0.607; 0.611 and
+          0.608 with other seeds), win rate 0.524 (0.488 to 0.561).
           See experiments/LOG.md.
 """
 

@@ -85,6 +85,20 @@ def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 
     return int(dealt.sum(axis=(1, 3)).max())
 
 
+def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
+    """An order of a batch's rows in which parts and microbatches get about as many tokens each.
+
+    From the longest row to the shortest they are dealt out forth and back. Rows that do not divide stay as they are.
+    """
+    bins = parts * microbatches
+    if bins == 1 or len(counts) % bins:
+        return np.arange(len(counts))
+    rounds = np.argsort(-np.asarray(counts), kind="stable").reshape(-1, bins)
+    rounds[1::2] = rounds[1::2, ::-1]
+    # [round, part, microbatch] -> places as `fullest` reads them.
+    return rounds.reshape(-1, parts, microbatches).swapaxes(0, 1).reshape(-1)
+
+
 # Packed rows are multiples of this long, and pay where they are shorter than the padded ones by a twentieth.
 SLOTS, WORTH = 64, 0.95
 

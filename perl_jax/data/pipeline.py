@@ -20,6 +20,7 @@ from perl_jax.config import UserError, positive, require
 from perl_jax.data.bucketing import (
     FILLER,
     Plan,
+    balanced,
     bucket_edges,
     check_edges,
     evaluation_plan,
@@ -127,7 +128,18 @@ class Batches:
     def rows_of(self, step: int) -> np.ndarray:
         """The source rows of a whole batch, -1 for filler."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        return self.plan(epoch).rows[index]
+        return self._arranged(self.plan(epoch).rows[index])
+
+    def _arranged(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of a packed batch in an order that fills its packed rows evenly. Prompts keep theirs: samples depend on it."""
+        spec = self.spec
+        if not spec.packed or self.rows.kind == "prompts":
+            return rows
+        return rows[balanced(self._counts(rows), spec.parts, spec.microbatches)]
+
+    def _counts(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of the rows of a batch, a pair's prompt counted once."""
+        return np.where(rows == FILLER, 0, self._tokens[rows])
 
     def batch(self, step: int) -> Batch:
         """This process's slice of the batch of a step (random access; the iterator's function)."""
@@ -141,12 +153,12 @@ class Batches:
     def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
         """The packing of a batch: one for each padded length, the fullest of the first epoch; None if it does not fit."""
         spec, group = self.spec, 2 if self.rows.kind == "comparisons" else 1
-        need = lambda rows, columns: packed_slots(np.where(rows == FILLER, 0, self._tokens[rows]), spec.parts, spec.microbatches, columns * group)
+        need = lambda rows, columns: packed_slots(self._counts(rows), spec.parts, spec.microbatches, columns * group)
         if self._slots is None:
             first, slots = self.plan(0), {}
             for batch, length in zip(first.rows, first.lengths.tolist()):
                 # None, not worth it, stays.
-                found, before = need(batch, length), slots.get(length, 0)
+                found, before = need(self._arranged(batch), length), slots.get(length, 0)
                 slots[length] = None if found is None or before is None else max(before, found)
             self._slots = slots
         slots, own = self._slots.get(columns), need(rows, columns)

@@ -172,8 +172,9 @@ def _blocks(read_T: jax.Array) -> Iterator[tuple[int, int, Callable]]:
     length = read_T.shape[0]
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        # A row of one block is not alone, and has something to read.
-        yield start, stop, functools.partial(jax.lax.cond, jnp.any(read_T[start:stop])) if length > QUERY_BLOCK else lambda do, _, *arguments: do(*arguments)
+        # Rows of one block are worked on together: nothing to leave out.
+        alone = length > QUERY_BLOCK
+        yield start, stop, functools.partial(jax.lax.cond, jnp.any(read_T[start:stop])) if alone else lambda do, _, *arguments: do(*arguments)
 
 
 def _row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

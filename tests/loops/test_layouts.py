@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perl_jax.data.bucketing import fullest, packed_slots
+from perl_jax.data.bucketing import balanced, fullest, packed_slots
 from perl_jax.loops.layouts import LEVELS, rollout_layout
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.types import Layout
@@ -13,6 +13,21 @@ from tests import small
 from tests.rollouts import placed_model, rl_config
 
 MODEL = placed_model(small.LM, small.make_base())
+
+
+@pytest.mark.parametrize(("parts", "microbatches"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (1, 16)])
+def test_ragged_rows_are_dealt_out_evenly(parts, microbatches):
+    counts = np.random.default_rng(0).integers(20, 400, 64)
+    order = balanced(counts, parts, microbatches)
+    assert sorted(order) == list(range(64))
+    even = counts.sum() / (parts * microbatches)
+    assert fullest(counts[order], parts, microbatches) <= 1.06 * even
+    if parts * microbatches > 1:
+        assert fullest(counts, parts, microbatches) > fullest(counts[order], parts, microbatches)
+
+
+def test_rows_that_do_not_divide_keep_their_order():
+    assert list(balanced(np.array([5, 1, 9]), 1, 2)) == [0, 1, 2]
 
 
 def test_the_fullest_part_of_a_dealt_batch():

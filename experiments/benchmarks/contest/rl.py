@@ -1,7 +1,7 @@
 """A step of reinforcement learning from generation to update: perl_jax beside TRL with PEFT, and Tunix.
 
-Claim     32 samples, their rewards, the reference's log-probabilities and one update of the policy's adapters take little
-          more than half of the time of TRL's RLOOTrainer (rewards by a model) and GRPOTrainer (by a function), and two
+Claim     32 samples, their rewards, the reference's log-probabilities and one update of the policy's adapters take about
+          half of the time of TRL's RLOOTrainer (rewards by a model) and GRPOTrainer (by a function), and two
           thirds of the time and half of the memory of Tunix's GRPOLearner.
 Command   python experiments/benchmarks/contest/rl.py
 Hardware  2 CPU cores, 24 GiB; nothing else at work

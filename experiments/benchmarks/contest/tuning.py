@@ -1,7 +1,7 @@
 """Adapters against full tuning in perl_jax: a step of reward model training and a step of reinforcement learning.
 
-Claim     With adapters alone trained, a reward step takes seven tenths of full tuning's time and half to three quarters of its
-          memory; an RL step, of which only the update differs, five sixths of the time.
+Claim     With adapters alone trained, a reward step takes seven to eight tenths of full tuning's time and six to seven of its
+          memory; an RL step, of which only the update differs, seven eighths of the time.
 Command   python experiments/benchmarks/contest/tuning.py
 Hardware  2 CPU cores, 24 GiB; nothing else at work
 Time      12 minutes
