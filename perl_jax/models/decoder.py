@@ -21,6 +21,7 @@ from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.cache import attend_cached
 from perl_jax.models.config import ModelConfig
+from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.types import Array
@@ -55,11 +56,6 @@ def flat(x_BTD: Array) -> jax.Array:
     is flattened once: the backward pass would keep each reshaped array.
     """
     return x_BTD.reshape(-1, x_BTD.shape[-1])
-
-
-def columns(x_BT: Array, column_BR: Array) -> jax.Array:
-    """[B, R, ...] of [B, T, ...]: each row's own columns."""
-    return jax.vmap(lambda x_T, column_R: x_T[column_R])(x_BT, column_BR)
 
 
 def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
@@ -283,7 +279,7 @@ class Block(nnx.Module):
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
         heads_BTHK = attend(q, k, v)
         if only_BR is not None:
-            x_BTD, heads_BTHK = columns(x_BTD, only_BR), columns(heads_BTHK, only_BR)
+            x_BTD, heads_BTHK = gather(x_BTD, only_BR), gather(heads_BTHK, only_BR)
         return self._after_attention(x_BTD, heads_BTHK, key, place), (k, v)
 
     def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array, place: Placement) -> tuple[jax.Array, tuple]:

@@ -22,9 +22,9 @@ from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
 from perl_jax.models.cache import CacheKind, KVCache, keep
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam, columns
+from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.layers import LayerKinds, runs
-from perl_jax.models.packing import Packing, chosen, of_tokens
+from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
@@ -326,7 +326,7 @@ class LanguageModel:
         outer = self._outer(base, adapter)
         x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True, last=last)
         if only_BR is not None and last is None:
-            x = columns(x, only_WR)
+            x = gather(x, only_WR)
         return outer.final_norm(x), kv
 
     def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array, packing: Packing | None) -> Attend:

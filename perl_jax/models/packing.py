@@ -48,11 +48,11 @@ class Packing:
 
     def packed(self, x_BT: Array) -> jax.Array:
         """[B, T, ...] -> [W, U, ...]; spare slots hold the first token of their part."""
-        return _gather(_by_part(x_BT, self.parts), self.token_WU)
+        return gather(_by_part(x_BT, self.parts), self.token_WU)
 
     def spread(self, x_WU: Array) -> jax.Array:
         """[W, U, ...] -> [B, T, ...]; padding gets any token's numbers."""
-        spread = _gather(x_WU, _by_part(self.slot_BT, self.parts))
+        spread = gather(x_WU, _by_part(self.slot_BT, self.parts))
         return spread.reshape(*self.slot_BT.shape, *x_WU.shape[2:])
 
     def spread_gradient(self, cotangent_BT: Array) -> jax.Array:
@@ -77,7 +77,7 @@ class Packing:
 
     def read(self, x_WU: Array, place_WY: Array) -> jax.Array:
         """[W, Y, ...]: what the slots hold of the tokens at places [b T] of each part."""
-        return _gather(x_WU, _gather(_by_part(self.slot_BT, self.parts), place_WY))
+        return gather(x_WU, gather(_by_part(self.slot_BT, self.parts), place_WY))
 
     def to_sequences(self, x_WU: Array) -> jax.Array:
         """`spread` with a gradient by gathers."""
@@ -118,8 +118,8 @@ def _by_part(x_BT: Array, parts: int) -> jax.Array:
     return jnp.reshape(x_BT, (parts, -1, *x_BT.shape[2:]))
 
 
-def _gather(x_WX: Array, index_WY: Array) -> jax.Array:
-    """Each part's entries by its own indices."""
+def gather(x_WX: Array, index_WY: Array) -> jax.Array:
+    """Each row's entries by its own indices."""
     take = lambda x_X, index_Y: jnp.take(x_X, index_Y, axis=0, mode="clip")
     return jax.vmap(take)(x_WX, index_WY)
 
@@ -165,10 +165,10 @@ def chosen(packing: Packing, wanted_BT: Array, number: int) -> tuple[jax.Array, 
     wanted_WX = _by_part(jnp.asarray(wanted_BT, bool), packing.parts)
     place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(wanted_WX)
     rank_WX = jnp.where(wanted_WX, jnp.cumsum(wanted_WX, axis=1) - 1, 0)
-    back = lambda x_WY: jnp.where(wanted_BT, _gather(x_WY, rank_WX).reshape(wanted_BT.shape), 0)
+    back = lambda x_WY: jnp.where(wanted_BT, gather(x_WY, rank_WX).reshape(wanted_BT.shape), 0)
     return place_WY, back
 
 
 def of_tokens(packing: Packing, x_BT: Array, place_WY: Array) -> jax.Array:
     """[W, Y]: what tokens at places [b T] of each part have."""
-    return _gather(_by_part(x_BT, packing.parts), place_WY)
+    return gather(_by_part(x_BT, packing.parts), place_WY)

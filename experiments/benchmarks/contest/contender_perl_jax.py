@@ -184,7 +184,7 @@ def steps(protocol: contender.Protocol, numbers: Iterator[int]) -> Iterator[int]
 if __name__ == "__main__":
     # Before anything prints.
     speaking = contender.Protocol()
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device])
+    jax.config.update("jax_platforms", work.SIZE.platform)
     if work.SIZE.device == "gpu":
         speaking.peak_bytes = lambda: jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     run(contender.parser(__doc__, list(KINDS)).parse_args(), speaking)

@@ -62,13 +62,13 @@ class Settings:
     threads: int | None = None
 
 
+DEVICE = work.SIZE.platform
+DTYPE = getattr(torch, work.SIZE.dtype)
 # On a CPU. In seconds of one core, float32: reward-equal 1 pair at a time 8.6, 2 8.8, 4 9.2, 8 10.0; ragged 1 10.5, 2 13.4, 8 26;
 # rl-function 2 responses at a time 41.7, 4 41.2, 8 41.6, 32 48.2. Of no help: eager attention (+2 % in training, +22 % in
 # generation), a static cache (+5 %), torch.compile (training +7 %, generation -2 % after a minute of compiling, with a
 # static cache +40 %), malloc without mmap or with huge pages (within 4 %), continuous batching (5 times as long).
 # Adapters merged: generation -2 %.
-DEVICE = {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device]
-DTYPE = getattr(torch, work.SIZE.dtype)
 BEST = {
     "reward-equal": Settings(at_once=1),
     "reward-ragged": Settings(at_once=1),

@@ -245,7 +245,7 @@ def main() -> None:
         parser.error("Tunix is in the contest with adapters alone")
     settings = Settings(**arguments.settings)
     protocol = contender.Protocol()
-    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[work.SIZE.device])
+    jax.config.update("jax_platforms", work.SIZE.platform)
     if work.SIZE.device == "gpu":
         protocol.peak_bytes = lambda: jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
     run(arguments.work, settings, protocol)

@@ -78,6 +78,11 @@ class Size:
     dtype: str
     device: str
 
+    @property
+    def platform(self) -> str:
+        """The device by the name that JAX and torch have for it."""
+        return {"cpu": "cpu", "gpu": "cuda"}[self.device]
+
 
 SIZES = {
     "46m": Size(12, 512, 8, 4, 64, 1536, 16384, "float32", "cpu"),
