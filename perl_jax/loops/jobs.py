@@ -400,16 +400,16 @@ class RLConfig(RewardOptions, PolicyConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ModelOptions):
-    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge.
+class EvaluateConfig(RewardOptions):
+    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge; the reward (reward,
+    combine, reward_weight, terms) is the proxy to report: what the policy was trained for.
 
     Attributes:
         run: The folder that evaluation.json and samples.jsonl go to.
         policy: The policy artefact.
         baseline: The policy artefact to compare with; None: the base.
-        reward: The artefact of the proxy reward to report.
-        judge: A reward artefact that decides wins where the task has no gold reward; None: the
-            proxy itself, which flatters a policy trained on it.
+        judge: Reward artefacts whose mean score decides wins where the task has no gold reward; none:
+            the proxy itself, which flatters a policy trained on it.
         data: The prompts.
         split: The split the prompts are from.
         batch_size: Prompts at a time, over all devices.
@@ -421,8 +421,7 @@ class EvaluateConfig(ModelOptions):
     run: str
     policy: str
     baseline: str | None = None
-    reward: str
-    judge: str | None = None
+    judge: tuple[str, ...] = ()
     data: DataConfig = DataConfig()
     split: Literal["validation", "test"] = "test"
     batch_size: int = 128

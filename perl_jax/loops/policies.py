@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from perl_jax import config as config_lib, evaluate, hosts, sampling, sharding, steps
-from perl_jax.checkpoint import Record
 from perl_jax.continuous import ContinuousSampler
+from perl_jax.data.pipeline import Batches
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import Adapter
+from perl_jax.loops import scoring
 from perl_jax.loops.jobs import EvaluateConfig, RolloutConfig
 from perl_jax.loops.model import Model, check_context, host, load_model
-from perl_jax.loops.scoring import response_texts
+from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
 from perl_jax.programs import Program
+from perl_jax.rewards.compose import Term
 from perl_jax.rl import kl
 
 
@@ -29,7 +33,7 @@ from perl_jax.rl import kl
 class Responses:
     """One policy's responses to all prompts, in the prompts' order.
 
-    rewards: normalised scores by reward model's name (`proxy`, `judge`). gold: None if not known.
+    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known.
     """
 
     texts: list[str]
@@ -40,27 +44,6 @@ class Responses:
     gold: np.ndarray | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """Compiled pieces of an evaluation."""
-
-    sample: Program | ContinuousSampler
-    score: Program
-    logprobs: Program
-
-
-def make_programs(model: Model, config: EvaluateConfig) -> Programs:
-    """Programs for one sampling configuration."""
-    rows = sharding.batch_sharding(model.mesh)
-    # At temperature 0 there is no sampling distribution; the KL is then that of the models' own.
-    temperature = config.temperature or 1.0
-    return Programs(
-        sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
-        score=Program("score", functools.partial(steps.scores, model.lm), limit=32, out_shardings=rows),
-        logprobs=Program("logprobs", functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature), limit=32, out_shardings=rows),
-    )
-
-
 def sample_program(model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1) -> Program | ContinuousSampler:
     """(base, policy, prompts, key data) -> Rollout, `samples` rows a prompt."""
     sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
@@ -69,42 +52,64 @@ def sample_program(model: Model, max_new_tokens: int, temperature: float, rollou
     return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=16)
 
 
-def respond(
-    model: Model, config: EvaluateConfig, programs: Programs, policy: Adapter | None, anchor: Adapter | None, rewards: dict[str, tuple[Adapter, Record]], task: Task
-) -> tuple[Responses, list[str]]:
-    """Samples a response to every prompt of the split and measures it; also returns the prompts.
+def logprob_program(model: Model, temperature: float) -> Program:
+    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them."""
+    logprobs = functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature or 1.0)
+    return Program("logprobs", logprobs, limit=32, out_shardings=sharding.batch_sharding(model.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What all policies of a comparison are measured with.
+
+    raters: by name (`proxy`, `judge`), what gives scores and its reward models by their names.
+    """
+
+    model: Model
+    sample: Program | ContinuousSampler
+    logprobs: Program
+    raters: Mapping[str, tuple[Scorer, Mapping[str, Adapter]]]
+    batches: Batches
+    rows: Any
+    task: Task
+    seed: int
+
+
+def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> tuple[Responses, list[str]]:
+    """Samples a response to every prompt and measures it; also returns the prompts.
 
     Both policies of a comparison are sampled with the same keys, one a batch.
     """
-    batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size, None)
+    model = job.model
     texts: list[str] = []
     tokens: list[list[int]] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "finished", "kl", *rewards)}
-    key = jax.random.key(config.seed)
-    for index, batch in enumerate(batches):
-        rollout = programs.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "finished", "kl", *job.raters)}
+    key = jax.random.key(job.seed)
+    for index, batch in enumerate(job.batches):
+        rollout = job.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
         sequences = rollout.sequences
-        own_BT = programs.logprobs(model.base, policy, sequences)
-        anchor_BT = programs.logprobs(model.base, anchor, sequences)
+        own_BT = job.logprobs(model.base, policy, sequences)
+        anchor_BT = job.logprobs(model.base, anchor, sequences)
         columns["kl"].append(host(kl.sequence_kl(kl.k1(own_BT, anchor_BT), sequences.response_BT)))
-        columns["row"].append(batches.rows_of(index))
+        columns["row"].append(job.batches.rows_of(index))
         columns["finished"].append(host(rollout.finished_B))
-        for name, (adapter, record) in rewards.items():
-            columns[name].append(record.normalise(host(programs.score(model.base, adapter, sequences))))
+        for name, (scorer, models) in job.raters.items():
+            # For the terms filler prompts have the first row's text.
+            columns[name].append(host(scorer(models, rollout, np.maximum(batch.row_B, 0))[0]))
         texts += response_texts(model.tokenizer, rollout)
         ids_BT, mask_BT = host(sequences.tokens_BT), host(sequences.response_BT)
         tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT)]
     merged = {name: np.concatenate(parts) for name, parts in columns.items()}
     order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
-    prompts = [rows[int(merged["row"][i])]["prompt"] for i in order]
+    prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]
     ordered = [texts[i] for i in order]
-    gold = None if task.gold is None else np.asarray(task.gold(prompts, ordered), np.float64)
+    gold = None if job.task.gold is None else np.asarray(job.task.gold(prompts, ordered), np.float64)
     responses = Responses(
         texts=ordered,
         tokens=[tokens[i] for i in order],
         finished=merged["finished"][order],
         kl=merged["kl"][order],
-        rewards={name: merged[name][order].astype(np.float64) for name in rewards},
+        rewards={name: merged[name][order].astype(np.float64) for name in job.raters},
         gold=gold,
     )
     return responses, prompts
@@ -161,18 +166,36 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     path = folder / "evaluation.json"
     if hosts.agreed(path.exists() and config_lib.read_json(path).get("config") == config_lib.to_dict(config)):
         return folder
+    terms = scoring.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
     task = get_task(config.data.task)
     policy, _ = model.load_role(config.policy, "policy")
     baseline = model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
-    rewards = {"proxy": model.load_role(config.reward, "reward")}
-    if config.judge is not None:
-        rewards["judge"] = model.load_role(config.judge, "reward")
-    programs = make_programs(model, config)
-    ours, prompts = respond(model, config, programs, policy, baseline, rewards, task)
-    theirs, _ = respond(model, config, programs, baseline, baseline, rewards, task)
-    judge = "gold" if task.gold is not None else "judge" if config.judge is not None else "proxy"
+    batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size, None)
+    with contextlib.ExitStack() as stack:
+
+        def rater(folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float) -> tuple[Scorer, Mapping[str, Adapter]]:
+            models, records = scoring.load_rewards(model, folders)
+            program = scoring.reward_program(model, records, combine) if records else None
+            return stack.enter_context(Scorer(model, program, terms, weight, rows)), models
+
+        raters = {"proxy": rater(config.reward, config.combine, terms, config.reward_weight)}
+        if config.judge:
+            raters["judge"] = rater(config.judge, "mean", (), 1.0)
+        job = Evaluation(
+            model=model,
+            sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
+            logprobs=logprob_program(model, config.temperature),
+            raters=raters,
+            batches=batches,
+            rows=rows,
+            task=task,
+            seed=config.seed,
+        )
+        ours, prompts = respond(job, policy, baseline)
+        theirs, _ = respond(job, baseline, baseline)
+    judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"
     results = {"policies": {"sft": describe(theirs), "rl": describe(ours)}, **compare(ours, theirs, judge), "config": config_lib.to_dict(config)}
     if hosts.is_writer():
         folder.mkdir(parents=True, exist_ok=True)

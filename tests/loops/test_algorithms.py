@@ -12,7 +12,7 @@ import pytest
 
 from perl_jax.checkpoint import Checkpoints
 from perl_jax.config import UserError
-from perl_jax.loops import policy_gradient
+from perl_jax.loops import policies, policy_gradient, supervised
 from perl_jax.loops.jobs import KLConfig, ShapingConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.rl.algorithms import ALGORITHMS, AlgorithmConfig
@@ -137,12 +137,14 @@ def test_a_killed_run_goes_on_bit_for_bit(jobs, tmp_path, monkeypatch):
 # Rewards.
 
 
-@pytest.mark.slow
-def test_an_ensemble_and_terms_add_up(jobs, tmp_path):
-    other = tmp_path / "other"
-    from perl_jax.loops import supervised
+@pytest.fixture(scope="module")
+def second(jobs, tmp_path_factory):
+    """Another reward model."""
+    return supervised.run_reward(tiny.reward_config(tmp_path_factory.mktemp("second"), jobs.base, seed=3, lora=LoRAConfig(rank=2)))
 
-    second = supervised.run_reward(tiny.reward_config(other, jobs.base, seed=3, lora=LoRAConfig(rank=2)))
+
+@pytest.mark.slow
+def test_an_ensemble_and_terms_add_up(jobs, second, tmp_path):
     terms = json.dumps([{"kind": "length", "weight": 0.5, "maximum": 2, "scale": 4}, {"kind": "words", "words": ["milk"], "name": "milk"}])
     fields = {"reward": (str(jobs.reward), str(second)), "combine": "min", "reward_weight": 2.0, "terms": terms, "steps": 2}
     config = dataclasses.replace(tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, "x"), **fields)
@@ -152,6 +154,32 @@ def test_an_ensemble_and_terms_add_up(jobs, tmp_path):
         # The mean of the least is at most the least of the means.
         assert row["reward/score"] - parts <= 2 * min(row["reward/model_0"], row["reward/model_1"]) + 1e-5
         assert row["reward/disagreement"] > 0
+
+
+@pytest.mark.slow
+def test_an_evaluation_reports_the_reward_that_rl_was_paid(jobs, second, tmp_path):
+    data = dataclasses.replace(tiny.DATA, evaluation_size=8)
+    first, second = str(jobs.reward), str(second)
+
+    def proxies(name, **fields):
+        config = tiny.evaluate_config(tmp_path / name, jobs.base, policy=str(jobs.policy), temperature=0.0, data=data, **fields)
+        found = tiny.read(policies.run_evaluate(config) / "evaluation.json")
+        samples = [json.loads(line)["rl"] for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        return np.array([row["proxy"] for row in samples]), [row["text"] for row in samples], found
+
+    a, texts, _ = proxies("a", reward=(first,))
+    b, _, _ = proxies("b", reward=(second,))
+    assert np.abs(a - b).max() > 1e-3
+    mean, same, found = proxies("mean", reward=(first, second), judge=(second, first))
+    assert same == texts and np.allclose(mean, (a + b) / 2, atol=1e-5)
+    assert found["policies"]["rl"]["judge_reward"]["value"] == pytest.approx(mean.mean(), abs=1e-5)
+    terms = json.dumps([{"kind": "words", "words": ["add"]}])
+    both, _, _ = proxies("terms", reward=(first, second), combine="min", reward_weight=2.0, terms=terms)
+    alone, _, found = proxies("alone", terms=terms)
+    assert np.allclose(both, 2 * np.minimum(a, b) + alone, atol=1e-5)
+    assert "judge_reward" not in found["policies"]["rl"]
+    with pytest.raises(UserError, match="There is no reward: give reward artefacts, or terms."):
+        tiny.evaluate_config(tmp_path / "none", jobs.base, policy=str(jobs.policy))
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
 def test_greedy_evaluation_against_the_base_itself(jobs, tmp_path):
     # No baseline: the base. Greedy, so that both columns would be equal for equal policies.
     data = dataclasses.replace(tiny.DATA, evaluation_size=8)
-    config = tiny.evaluate_config(tmp_path, jobs.base, policy=str(jobs.policy), reward=str(jobs.reward), judge=str(jobs.reward), temperature=0.0, data=data)
+    config = tiny.evaluate_config(tmp_path, jobs.base, policy=str(jobs.policy), reward=(str(jobs.reward),), judge=(str(jobs.reward),), temperature=0.0, data=data)
     found = tiny.read(policies.run_evaluate(config) / "evaluation.json")
     assert found["policies"]["rl"]["kl"]["value"] != 0.0 == found["policies"]["sft"]["kl"]["value"]
     # The judge is the proxy here.

@@ -265,7 +265,7 @@ def test_another_base_is_refused_by_name(jobs, other_base, tmp_path):
     message = str(error.value)
     assert f"{jobs.policy} was trained on the base {jobs.base}" in message and f"not on {other_base}" in message
     with pytest.raises(UserError, match="was trained on the base"):
-        policies.run_evaluate(tiny.evaluate_config(tmp_path / "b", other_base, policy=str(jobs.policy), reward=str(jobs.reward)))
+        policies.run_evaluate(tiny.evaluate_config(tmp_path / "b", other_base, policy=str(jobs.policy), reward=(str(jobs.reward),)))
 
 
 def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):

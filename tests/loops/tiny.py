@@ -73,7 +73,7 @@ def run_jobs(root: pathlib.Path, base: str, tuning: str, **fields: Any) -> Jobs:
     policy = run_sft(sft_config(root / "sft", base, **fields))
     reward = run_reward(reward_config(root / "reward", base, **fields))
     tuned = run_rl(rl_config(root / "rl", base, policy, reward, **fields))
-    run_evaluate(evaluate_config(root / "rl", base, policy=str(tuned), baseline=str(policy), reward=str(reward)))
+    run_evaluate(evaluate_config(root / "rl", base, policy=str(tuned), baseline=str(policy), reward=(str(reward),)))
     return Jobs(root, base, policy, reward, tuned)
 
 
