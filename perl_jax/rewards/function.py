@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn
@@ -15,29 +20,31 @@ import numpy as np
 
 from perl_jax.config import UserError, positive, require
 from perl_jax.rewards import checks
-from perl_jax.rewards.worker import serve
 
 Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prompts, responses, rows
 
 GRACE_SECONDS = 2.0  # for a worker to leave by itself once its pipe is closed
+LOOK_SECONDS = 0.1  # between looks at whether a worker that says nothing is still there
+# A program of its own: multiprocessing would import the user's script again, and with it jax and all that training needs.
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[3]); from perl_jax.rewards import worker; worker.main()"
 
 
 @dataclasses.dataclass
 class Worker:
     """The process and the pipe to it; both None while there is no process."""
 
-    process: Any = None
+    process: subprocess.Popen | None = None
     pipe: connection.Connection | None = None
     takes_rows: bool = False
 
     def start(self, target: str, seconds: float) -> None:
         """Loads the function in a new process; UserError if that fails or takes longer than `seconds`."""
-        # Spawned, not forked: a fork of a process in which JAX has threads can deadlock.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        # A daemon ends with this process; when this one is killed, the worker's own watch ends it.
-        self.process = context.Process(target=serve, args=(target, theirs), name=f"reward {target}", daemon=True)
-        self.process.start()
+        self.pipe, theirs = multiprocessing.Pipe()
+        number = theirs.fileno()
+        # -P: a module of the working folder is not taken for one of Python's own before the path is set.
+        command = [sys.executable, "-P", "-c", START, target, str(number), json.dumps(sys.path, default=str)]
+        # A session of its own: what it starts ends with it. Its input says nothing, but ends when this process does, even by a kill.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(number,), start_new_session=True)
         theirs.close()  # the worker has its own
         try:
             self.takes_rows = self.receive(target, seconds, "starting up (start_seconds)")
@@ -60,40 +67,43 @@ class Worker:
 
     def receive(self, target: str, seconds: float, what: str) -> Any:
         """The next reply's content; UserError for an error in it, none within `seconds`, or a worker that has ended."""
+        latest = time.monotonic() + seconds
         try:
-            # The process too: a program that it left behind can hold the pipe open.
-            ready = connection.wait([self.pipe, self.process.sentinel], seconds)
-            if ready and not self.pipe.poll():
-                self.ended(target, what)
-            reply = self.pipe.recv() if ready else None
+            while not self.pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
+                # The process too: a program that it left behind can hold the pipe open. Its last word may have come meanwhile.
+                if self.process.poll() is not None and not self.pipe.poll():
+                    self.ended(target, what)
+                if time.monotonic() >= latest:
+                    self.kill()
+                    raise UserError(f"The reward function {target} took longer than {seconds:g} s for {what} and was ended.")
+            kind, content = self.pipe.recv()
         except (EOFError, OSError):
             self.ended(target, what)
-        if reply is None:
-            self.kill()
-            raise UserError(f"The reward function {target} took longer than {seconds:g} s for {what} and was ended.")
-        kind, content = reply
         require(kind != "error", content)
         return content
 
     def ended(self, target: str, what: str) -> NoReturn:
         """Clears up after a worker that has gone, and says so."""
-        self.process.join(GRACE_SECONDS)
-        code = self.process.exitcode
+        code = self.wait()
         self.kill()
         signalled = f" ({signal.strsignal(-code)})" if code is not None and code < 0 else ""
         raise UserError(f"The process of the reward function {target} ended with exit code {code}{signalled} during {what}.")
+
+    def wait(self) -> int | None:
+        """The exit code of a process that is about to leave; None if it does not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)
+        return self.process.returncode
 
     def kill(self) -> None:
         """Ends the process at once, and what it started."""
         if self.process is None:
             return
-        if self.process.exitcode is None:  # else its number may be another's by now
-            try:
+        if self.process.poll() is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                self.process.kill()  # it has not come as far as having a group
-        self.process.join()
-        self.process.close()
+        self.process.wait()
+        self.process.stdin.close()
         self.pipe.close()
         self.process = self.pipe = None
 
@@ -102,7 +112,7 @@ class Worker:
         if self.process is None:
             return
         self.pipe.close()
-        self.process.join(GRACE_SECONDS)
+        self.wait()
         self.kill()
 
 
@@ -113,8 +123,8 @@ class FunctionReward:
     A function with a third parameter (one without a default, or called rows) gets the rows, too.
     The process starts at the first batch, or on entering the context, and stays: what the function
     keeps between calls is still there, until a time-out or a crash; the batch after starts anew.
-    It is a daemon, which may start programs but not `multiprocessing` processes of its own. As
-    with every spawned process, a script that trains needs `if __name__ == "__main__":`.
+    It imports what the function's module imports, neither the script that trains nor jax, and ends
+    with the process that trains. It must not use that one's accelerator.
 
     Attributes:
         function: module:function, or path/to/file.py:function.

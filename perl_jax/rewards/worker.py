@@ -1,16 +1,16 @@
 """The worker process of a reward function: loads it, calls it, checks what it returns.
 
-Runs apart from training, so nothing heavy is imported here. What the function prints goes to
-standard error: replies travel through a pipe of their own, and standard output is the command's.
+Runs apart from training, so nothing heavy is imported here (a test looks). What the function prints
+goes to standard error: replies travel through a pipe of their own, and standard output is the command's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import math
-import multiprocessing
 import os
 import pathlib
 import signal
@@ -28,25 +28,26 @@ SHOWN = 80  # characters of a response in a message
 LONGEST = 300  # characters of an exception's message in ours
 
 
-def serve(target: str, connection: Connection) -> None:
-    """Answers batches until the other end closes.
+def main() -> None:
+    """The program that `function.Worker` starts: the function's name and the number of its end of the pipe are arguments.
 
-    Sends ("ready", whether it wants rows) once, then for each (prompts, responses, rows) one of
-    ("values", floats) and ("error", sentence). An error before "ready" is the last message.
+    Answers batches until the other end closes: sends ("ready", whether it wants rows) once, then for
+    each (prompts, responses, rows) one of ("values", floats) and ("error", sentence). An error before
+    "ready" is the last message.
     """
-    os.setsid()  # a process group of its own, so that programs the function starts can end with it
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    target, number = sys.argv[1], int(sys.argv[2])
+    os.set_inheritable(number, False)  # programs that the function starts would hold the pipe open
+    threading.Thread(target=end_with_parent, args=(os.dup(0),), daemon=True).start()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.stdout = sys.stderr  # at once, line by line, and not when a buffer is full
-    try:
-        answer(target, connection)
-    except (EOFError, OSError):
-        pass  # the other end is closed: nobody is left to tell
+    with contextlib.suppress(EOFError, OSError):  # the other end is closed: nobody is left to tell
+        answer(target, Connection(number))
 
 
-def end_with_parent() -> None:
-    """Ends this process and what it started when the parent ends, even by a kill."""
-    multiprocessing.parent_process().join()
+def end_with_parent(watched: int) -> None:
+    """Ends this process and what it started when the input that it began with ends: with its parent, even by a kill."""
+    os.read(watched, 1)
     os.killpg(0, signal.SIGKILL)
 
 

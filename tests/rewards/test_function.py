@@ -167,8 +167,7 @@ def test_a_hang_a_crash_and_a_kill_end_the_process_and_the_next_batch_has_a_new_
         process = reward.worker.process
         assert "took longer than 1.5 s for a batch of 2 (timeout_seconds) and was ended." in message(reward, "hang", "b")
         assert reward.worker.process is None
-        with pytest.raises(ValueError, match="process object is closed"):
-            process.is_alive()
+        assert process.returncode == -signal.SIGKILL
         assert ask(reward, "calls") == [1]
         assert "ended with exit code 3 during a batch of 1" in message(reward, "die")
         assert ask(reward, "calls") == [1]
@@ -206,6 +205,34 @@ def test_a_killed_parent_takes_the_worker_along(tmp_path):
             assert pipe.read(6) == b"begun "
             parent.send_signal(signal.SIGKILL)
             assert pipe.read() == b""
+
+
+# Without `if __name__ == "__main__":`, and with much imported.
+TRAINS = """
+import sys
+import jax
+from perl_jax.rewards.function import FunctionReward
+
+print("trains")
+with FunctionReward(sys.argv[1]) as reward:
+    print(reward(["p"], ["r"], [{}]).tolist())
+"""
+WHAT_IS_THERE = """
+import sys
+
+def score(prompts, responses):
+    return [sum(name in sys.modules for name in ("jax", "numpy", "transformers", "orbax", "perl_jax.rewards.function"))]
+"""
+
+
+def test_the_process_imports_neither_the_script_that_trains_nor_what_that_needs(tmp_path):
+    (tmp_path / "trains.py").write_text(TRAINS)
+    # Of the working folder: Python's own is not to be taken from there.
+    (tmp_path / "json.py").write_text("raise SystemExit('not this one')\n")
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-P", tmp_path / "trains.py", file(tmp_path / "elsewhere", WHAT_IS_THERE)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.stdout == "trains\n[0.0]\n", ran.stderr
 
 
 def test_rows_and_modules(tmp_path, monkeypatch):

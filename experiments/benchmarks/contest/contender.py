@@ -14,7 +14,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import work
@@ -65,36 +65,77 @@ class Parts:
         return taken
 
 
+def descendants() -> list[pathlib.Path]:
+    """/proc's folders of the living processes below this one; none where there is no /proc."""
+    parents = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(folder.name)] = int(status(folder)["PPid"])
+    found = [os.getpid()]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return [pathlib.Path("/proc", str(process)) for process in found[1:]]
+
+
+def status(folder: pathlib.Path) -> dict[str, str]:
+    """What the kernel says of a process: its memory, its parent."""
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in (folder / "status").read_text().splitlines())}
+
+
+def peak_memory() -> int:
+    """The largest resident bytes of this process so far, and of each living process below it (VmHWM).
+
+    The sum is an upper bound: peaks need not have been at one time, and what processes share counts in each.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for folder in descendants():
+        with contextlib.suppress(OSError):
+            peak += int(status(folder).get("VmHWM", "0 kB").split()[0])  # a process that has ended has none
+    return peak * 1024
+
+
+def processor_seconds() -> float:
+    """Of all threads of this process and of those below it, living (to a clock tick, 10 ms) or ended and waited for."""
+    seconds = time.process_time() + sum(os.times()[2:4])
+    for folder in descendants():
+        with contextlib.suppress(OSError):
+            # After the name in brackets: user, system, and those of its own children that have ended.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
 class Protocol:
     """The contender's end: `ready` once, then as long as `wait` is true one step and `report`.
 
     From the first moment on, standard output is the protocol's alone; what libraries print goes to
     standard error. A step's seconds run from its line's arrival to `report`, and until the device is done (`settle`).
-    peak_bytes: the largest memory of the process so far; on a GPU to be set to that of the device.
+    peak_bytes: `peak_memory`, that of the process and its children; on a GPU to be set to that of the device.
     """
 
     def __init__(self) -> None:
         self.settle: Callable[[], object] = lambda: None
-        self.peak_bytes: Callable[[], int] = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_bytes: Callable[[], int] = peak_memory
         self._output = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._began = self._processor = 0.0
 
-    def ready(self, name: str, versions: dict[str, str], settings: str) -> None:
-        self._say({"ready": True, "name": name, "versions": versions, "settings": settings})
+    def ready(self, name: str, versions: dict[str, str], settings: str, compiled_mib: Mapping[str, float] | None = None) -> None:
+        """compiled_mib: memory by program, as the compiler accounts for it."""
+        self._say({"ready": True, "name": name, "versions": versions, "settings": settings, "compiled_mib": compiled_mib or {}})
 
     def wait(self) -> bool:
         """Blocks until the next step is asked for; False where no more will be."""
         line = sys.stdin.readline()
         if line and line.strip() != "step":
             raise ValueError(f"A line must be 'step', not {line!r}.")
-        self._began, self._processor = time.perf_counter(), time.process_time()
+        self._processor, self._began = processor_seconds(), time.perf_counter()
         return bool(line)
 
     def report(self, tokens: int, parts: dict[str, float], rest: str | None = None) -> None:
         """A step's end; seconds that are in none of the parts get the name `rest`."""
         self.settle()
-        seconds, processor = time.perf_counter() - self._began, time.process_time() - self._processor
+        seconds, processor = time.perf_counter() - self._began, processor_seconds() - self._processor
         if rest is not None:
             parts = parts | {rest: seconds - sum(parts.values())}
         peak_mib = self.peak_bytes() / 2**20

@@ -23,7 +23,7 @@ from perl_jax.checkpoint import Record
 from perl_jax.config import OptimizerConfig
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.tasks import get_task
-from perl_jax.loops import policies, policy_gradient, scoring, supervised
+from perl_jax.loops import policies, policy_gradient, run as run_lib, scoring, supervised
 from perl_jax.loops.jobs import DataConfig, KLConfig, RewardConfig, RLConfig, RolloutConfig
 from perl_jax.loops.model import Model, fresh_role, load_model
 from perl_jax.lora import Adapter, LoRAConfig, init_head
@@ -38,6 +38,8 @@ RECORD = Record("reward", "lora", None, True, "contest", "-", "-", 0, {}, score_
 ROWS = work.PROMPTS * work.SAMPLES
 # Lengths of rows are at most these.
 LONGEST = max(map(max, work.RAGGED))
+# step(number, parts) -> tokens, and the compiler's account of the step's programs in bytes (none of a job without a state).
+Taken = tuple[Callable[[int, contender.Parts], int], Callable[[], dict[str, int]]]
 
 
 def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLConfig:
@@ -88,8 +90,8 @@ def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: A
     return make_batches(rows, KINDS[job], model.tokenizer, spec)
 
 
-def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Callable[[int, contender.Parts], int]:
-    """step(number) -> tokens: one update of a reward model."""
+def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
+    """One update of a reward model."""
     role = fresh_role(model, config, jax.random.key(0)).replace(head=init_head(jax.random.key(1), model.lm.config.width))
     optimizers = {"reward": state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
     state = supervised.initial_state(model, config, {"reward": role}, optimizers)
@@ -103,7 +105,7 @@ def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Callabl
         finite(metrics)
         return int(batch.chosen.valid_BT.sum() + batch.rejected.valid_BT.sum())
 
-    return step
+    return step, lambda: run_lib.peak_compiled(model, held[0], {"learn": program})
 
 
 def moved(role: Adapter, seed: int) -> Adapter:
@@ -112,8 +114,8 @@ def moved(role: Adapter, seed: int) -> Adapter:
     return role if role.lora is None else role.replace(lora=jax.tree.map(shift, role.lora))
 
 
-def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]) -> Callable[[int, contender.Parts], int]:
-    """step(number) -> sampled tokens: rollouts, rewards, reference and an update."""
+def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]) -> Taken:
+    """Rollouts, rewards, reference and an update; its tokens are those that were sampled."""
     dtype, adapters = model.lm.config.dtype, dataclasses.replace(config, tuning="lora")
     policy = fresh_role(model, config, jax.random.key(0))
     reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(head=init_head(jax.random.key(1), model.lm.config.width))
@@ -132,11 +134,11 @@ def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dic
         parts.seconds = {"generate": seconds["sample"], "score": seconds["score"], "learn": seconds["learn"]}
         return round(metrics["response/length"] * ROWS)
 
-    return step
+    return step, lambda: run_lib.peak_compiled(model, held[0], programs.by_name())
 
 
-def generate_step(model: Model, config: RLConfig, batches: Batches) -> Callable[[int, contender.Parts], int]:
-    """step(number) -> sampled tokens."""
+def generate_step(model: Model, config: RLConfig, batches: Batches) -> Taken:
+    """Sampling alone."""
     policy = moved(fresh_role(model, config, jax.random.key(0)), 3)
     program = policies.sample_program(model, work.NEW_TOKENS, 1.0, RolloutConfig(), work.SAMPLES)
 
@@ -145,7 +147,7 @@ def generate_step(model: Model, config: RLConfig, batches: Batches) -> Callable[
         rollout = program(model.base, policy, prompts, jax.random.key_data(jax.random.key(number)))
         return int(np.sum(rollout.sequences.response_BT))
 
-    return step
+    return step, dict
 
 
 def finite(metrics: dict[str, Any]) -> None:
@@ -158,18 +160,19 @@ def run(options: argparse.Namespace, protocol: contender.Protocol) -> None:
     model = endless(load_model(config))
     batches = batches_of(model, rows, options.job, config)
     if KINDS[options.job] == "comparisons":
-        step = reward_step(model, config, batches)
+        step, compiled = reward_step(model, config, batches)
     elif options.job == "generate":
-        step = generate_step(model, config, batches)
+        step, compiled = generate_step(model, config, batches)
     else:
-        step = rl_step(model, config, batches, rows)
+        step, compiled = rl_step(model, config, batches, rows)
     parts, numbers = contender.Parts(), itertools.count()
     for _ in range(2):
         contender.check_tokens(options.job, step(next(numbers), parts))
     parts.take()
     lm = model.lm.config
     settings = f"{options.tuning}, {config.microbatches} microbatches, {lm.dtype}, attention {lm.attention}, packed {batches.spec.packed}, defaults otherwise"
-    protocol.ready("perl_jax", contender.versions(["perl_jax", "jax", "jaxlib", "flax"]), settings)
+    compiled_mib = {name: count / 2**20 for name, count in compiled().items()}
+    protocol.ready("perl_jax", contender.versions(["perl_jax", "jax", "jaxlib", "flax"]), settings, compiled_mib)
     for number in steps(protocol, numbers):
         tokens = step(number, parts)
         protocol.report(contender.check_tokens(options.job, tokens), parts.take(), None if KINDS[options.job] == "comparisons" else "others")

@@ -7,15 +7,17 @@ A contender is a script that is run as
 by the Python of its own environment, and speaks JSON lines (`contender.Protocol` is its side of this):
 
 - Once it has loaded the work (`work.py`) and taken enough steps for every compilation to be over, it prints
-  {"ready": true, "name": NAME, "versions": {PACKAGE: VERSION}, "settings": TEXT}
+  {"ready": true, "name": NAME, "versions": {PACKAGE: VERSION}, "settings": TEXT} and, where it can, "compiled_mib": {PROGRAM: M}
 - For each line "step" on its standard input it takes one step and prints
   {"seconds": S, "parts": {NAME: S}, "tokens": N, "peak_mib": M} and, where it can, "processor_seconds": S
 - It ends when its standard input does. Only these lines go to its standard output.
 
 seconds: from the line to the end of the step, reading and batching the rows in it; the driver's own clock must agree.
 parts: any of generate, score, reference, learn and others; a part that cannot be told apart is left out.
-tokens: `work.TOKENS[JOB]`, counted by what was really seen or sampled. peak_mib: the process's largest resident
-memory since it began (ru_maxrss); on a GPU what its library had of the device's at most. processor_seconds: of all its threads, for machines that other work shares.
+tokens: `work.TOKENS[JOB]`, counted by what was really seen or sampled. peak_mib: the process's largest resident memory
+since it began and that of each process it started, as a sum; on a GPU what its library had of the device's at most.
+processor_seconds: of all their threads, for machines that other work shares. compiled_mib: memory by program as the compiler
+accounts for it, with what stays resident meanwhile (`peak_bytes_by_program` of a run's cost.json).
 
 A step by job; adapters are of rank 8, alpha 16, on q, k, v and o, alone trained (with a scalar head for rewards):
 
@@ -78,7 +80,7 @@ class Contender:
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# On the CPU torch needs no more than its CPU build, which some indexes have as the same version.
+# The CPU build of torch is enough where there is no GPU.
 TRL = ("trl==1.16.0", "peft==0.21.2", "transformers==5.24.0", "accelerate==1.15.0", "datasets==5.2.0", "torch==2.13.0")
 TUNIX = (
     *("google-tunix==0.1.7", "qwix==0.1.8", "jax==0.10.2", "jaxlib==0.10.2", "flax==0.12.8", "optax==0.2.8"),
@@ -105,10 +107,7 @@ class ContestError(Exception):
 
 
 def environment(name: str, requirements: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
-    """The Python of a virtual environment with these requirements, made unless it is there.
-
-    pip takes packages from where the user's configuration says. The marker is written last.
-    """
+    """The Python of a virtual environment with these requirements, made unless it is there; the marker is written last."""
     home = folder.absolute() / name
     python, marker = home / "bin" / "python", home / "installed.txt"
     local = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in ("constraints.txt", "setup.py"))).hexdigest()
@@ -229,8 +228,11 @@ def play(job: str, names: Sequence[str], options: argparse.Namespace, device: di
         steps, rates = alternate(running, options.rounds, work.TOKENS[job])
         said = {name: {"ready": running[name].ready, "tuning": CONTENDERS[name].tuning, "steps": steps[name]} for name in names}
     rates = rates or ceiling.Rates(device["operations"], device["bytes"])
-    phases = {tuning: [dataclasses.asdict(phase) for phase in ceiling.phases(job, tuning)] for tuning in ("lora", "full")}
-    return {"job": job, "rates": dataclasses.asdict(rates), "phases": phases, "contenders": said}
+    counted = {
+        name: {tuning: [dataclasses.asdict(phase) for phase in ceiling.phases(job, tuning, shared)] for tuning in ("lora", "full")}
+        for name, shared in (("phases", True), ("phases_rows_alone", False))
+    }
+    return {"job": job, "rates": dataclasses.asdict(rates), **counted, "contenders": said}
 
 
 def chosen(job: str, wanted: Sequence[str]) -> list[str]:

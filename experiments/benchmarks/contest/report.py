@@ -79,6 +79,16 @@ def parts(contenders: dict[str, Any]) -> str:
     return "\n\n" + table([("median s of", *names), *rows])
 
 
+def compiled(contenders: dict[str, Any]) -> str:
+    """Memory by program by the compiler's account, or nothing where no contender has one."""
+    known = {name: said["ready"]["compiled_mib"] for name, said in contenders.items() if said["ready"].get("compiled_mib")}
+    names = list(dict.fromkeys(program for found in known.values() for program in found))
+    if not names:
+        return ""
+    rows = [(name, *(f"{found[program]:,.0f}" if program in found else "-" for program in names)) for name, found in known.items()]
+    return "\n\n" + table([("MiB by the compiler's account, without libraries", *names), *rows])
+
+
 def text(contest: dict[str, Any]) -> str:
     contenders = contest["contenders"]
     rounds = len(next(iter(contenders.values()))["steps"])
@@ -89,9 +99,10 @@ def text(contest: dict[str, Any]) -> str:
     medians = {name: statistics.median(step["seconds"] for step in one["steps"]) for name, one in contenders.items()}
     tops = []
     for tuning in dict.fromkeys(one["tuning"] for one in contenders.values()):
-        phases = [ceiling.Phase(**phase) for phase in contest["phases"][tuning]]
+        least, alone = ([ceiling.Phase(**phase) for phase in contest[rows][tuning]] for rows in ("phases", "phases_rows_alone"))
         alike = {name: median for name, median in medians.items() if contenders[name]["tuning"] == tuning}
-        tops.append(ceiling.text(phases, ceiling.Rates(**contest["rates"]), alike))
+        tops.append(ceiling.text(least, alone, ceiling.Rates(**contest["rates"]), alike))
     top = "\n".join(tops)
     title = f"\n{contest['job']}, {rounds} rounds\n"
-    return "\n".join((title, comparison(contenders, work.TOKENS[contest["job"]]) + parts(contenders), "", *said, "", top))
+    tables = comparison(contenders, work.TOKENS[contest["job"]]) + parts(contenders) + compiled(contenders)
+    return "\n".join((title, tables, "", *said, "", top))

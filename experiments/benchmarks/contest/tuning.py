@@ -3,9 +3,14 @@
 Claim     With adapters alone trained, a reward step takes seven to eight tenths of full tuning's time and six to seven of its
           memory; an RL step, of which only the update differs, seven eighths of the time.
 Command   python experiments/benchmarks/contest/tuning.py
-Hardware  2 CPU cores, 24 GiB; nothing else at work
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      12 minutes
-Numbers   see experiments/LOG.md
+Numbers   reward, equal pairs 3.65 s, full tuning 5.11 (1.40 times), 1,331 and 2,243 MiB; ragged 4.09 s, 5.21 (1.28), 2,238 and 3,190
+          MiB; RLOO 17.5 s, 19.8 (1.13), 1,559 and 2,793 MiB
+
+Beside the memory of the process stands the compiler's account of each program, from the code that writes `peak_bytes_by_program`
+of a run's cost.json. `perl-jax plan` has padded batches and TPU slices: XLA's figure for what is alive at a CPU program's worst
+moment, which it reads, leaves temporaries out.
 """
 
 import contest

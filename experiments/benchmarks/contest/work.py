@@ -28,6 +28,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -181,15 +182,20 @@ def write_model(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": MODEL["max_position_embeddings"]}))
 
 
+def prompt_tokens(pair: tuple[int, int]) -> int:
+    """Of the prompt that chosen and rejected share: half of their mean length."""
+    return sum(pair) // 4
+
+
 def text(random: np.random.Generator, tokens: int) -> str:
     return " ".join(f"w{word}" for word in random.integers(0, WORDS, tokens))
 
 
 def pairs(random: np.random.Generator, lengths: Sequence[tuple[int, int]]) -> Iterator[dict[str, str]]:
-    """Comparisons of the given lengths, BATCHES times, each time in another order; a prompt is half of its pair's mean."""
+    """Comparisons of the given lengths, BATCHES times, each time in another order."""
     for _ in range(BATCHES):
         for pair in random.permutation(len(lengths)):
-            prompt = sum(lengths[pair]) // 4
+            prompt = prompt_tokens(lengths[pair])
             chosen, rejected = (text(random, length - prompt - 1) for length in lengths[pair])
             yield {"prompt": text(random, prompt) + " ", "chosen": chosen, "rejected": rejected}
 
@@ -225,13 +231,23 @@ def encoded(tokenizer: Tokenizer, words: str) -> list[int]:
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes all of it, unless this very work is there already (`work.json` says which is, and is written last)."""
+    """Writes all of it, unless this very work is there already (`work.json` says which is, and is written last).
+
+    Another work's model goes first: loaders would take its weights where its files have other names. A folder `model`
+    without `work.json` beside it is somebody else's: SystemExit.
+    """
     description = {"seed": SEED, "batches": BATCHES, "model": MODEL, "equal": EQUAL, "ragged": RAGGED, "prompts": (PROMPTS, PROMPT_TOKENS)}
     description, marker = json.dumps(description, indent=1), folder / "work.json"
     if marker.exists() and marker.read_text() == description:
         return
+    model = folder / "model"
+    if model.exists() and not marker.exists():
+        raise SystemExit(f"{model} exists and is not the contest's; choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text("being written")
+    shutil.rmtree(model, ignore_errors=True)
     tokenizer, random = word_tokenizer(), np.random.default_rng(SEED + 1)
-    write_model(folder / "model", tokenizer)
+    write_model(model, tokenizer)
     equal, ragged = list(pairs(random, EQUAL)), list(pairs(random, RAGGED))
     prompts = [{"prompt": text(random, PROMPT_TOKENS) + " "} for _ in range(BATCHES * PROMPTS)]
     check_pairs(tokenizer, equal, EQUAL)
