@@ -22,7 +22,15 @@ COST = {
     ("reward", "full"): (BASE_PARAMETERS + 513, 0.134, 2.71e9),
     ("rl", "lora"): (393_729, 0.512, 2.05e9),
     ("rl", "full"): (2 * BASE_PARAMETERS + 513, 0.671, 3.61e9),
+    ("dpo", "lora"): (196_608, 0.148, 1.44e9),
+    ("dpo", "full"): (BASE_PARAMETERS, 0.203, 2.95e9),
 }
+# RL is paid by two reward models and three terms.
+SETTINGS = {
+    "rl": {"reward": ["reward_a", "reward_b"], "combine": "min", "terms": "terms.json",
+           "algorithm": {"name": "reinforce"}},
+    "dpo": {"loss": "dpo"},
+}  # fmt: skip
 NASTY = "<script>alert('x')</script> & \"quoted\" </pre> \u0007 \ud800"
 
 
@@ -47,7 +55,13 @@ def rl_rows(tuning: str, steps: int, noise: np.random.Generator) -> list[dict[st
         rows.append({
             "reward/score": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
             "reward/gold": gold + wobble[1],
-            "reward/return": gold + wobble[1] - 0.05,
+            "reward/return": 1.6 * (1 - np.exp(-3 * done)) + wobble[0],
+            "reward/model_0": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
+            "reward/model_1": 1.5 * (1 - np.exp(-5 * done)) + wobble[2],
+            "reward/disagreement": 0.1 + 0.3 * done ** 2 + 0.2 * abs(wobble[3]),
+            "reward/term/length": -0.3 * (1 - done) + 0.1 * wobble[3],
+            "reward/term/format": 0.5 + 0.4 * done + 0.2 * wobble[4],
+            "reward/term/is the order complete, by my_rewards.py": 0.2 + 0.2 * done + wobble[5],
             "kl/sequence": (14.0 if tuning == "full" else 8.0) * done + 0.4 * abs(wobble[2]) * done,
             "kl/token": 0.4 * done,
             # It stays as it is: the page leaves it out.
@@ -65,21 +79,25 @@ def rl_rows(tuning: str, steps: int, noise: np.random.Generator) -> list[dict[st
 
 
 def fitting_rows(job: str, tuning: str, steps: int, noise: np.random.Generator) -> list[dict]:
-    """An SFT or reward run: a falling loss, validation every tenth step."""
+    """An SFT, reward or DPO run: a falling loss, validation every tenth step."""
+    pairs = job in ("reward", "dpo")
     rows = []
     for i in range(steps):
         done = i / max(1, steps - 1)
         row = {
-            "train/loss": (3.2 if job != "reward" else 0.69) * (0.4 + 0.6 * np.exp(-4 * done))
+            "train/loss": (0.69 if pairs else 3.2) * (0.4 + 0.6 * np.exp(-4 * done))
             + noise.normal(0, 0.04),
             "train/gradient_norm": 1.0,
             "train/learning_rate": 1e-4,
             "time/step": 0.1,
         }
+        if job == "dpo":
+            row["dpo/chosen_reward"] = 0.6 * done + noise.normal(0, 0.05)
+            row["dpo/rejected_reward"] = -1.4 * done + noise.normal(0, 0.05)
         if i % 10 == 9:
             gap = 0.02 if tuning == "full" else 0.0
             row["validation/loss"] = row["train/loss"] + 0.05 + gap
-            if job == "reward":
+            if pairs:
                 row["validation/accuracy"] = 0.5 + 0.27 * (1 - np.exp(-4 * done)) - gap
         rows.append(row)
     return rows
@@ -124,13 +142,15 @@ def reward_evaluation(tuning: str) -> dict[str, Any]:
     }
 
 
-def rl_evaluation(tuning: str) -> dict[str, Any]:
-    gold = 0.873 if tuning == "lora" else 0.691
+def policy_evaluation(job: str, tuning: str) -> dict[str, Any]:
+    """What `perl-jax evaluate` writes, of an RL run or a DPO run."""
+    gold = (0.873 if tuning == "lora" else 0.691) - (0.1 if job == "dpo" else 0.0)
     policies = {}
     for name, value, kl in (("sft", 0.214, 0.0), ("rl", gold, 8.1 if tuning == "lora" else 14.3)):
         policies[name] = {
             "gold_reward": measure(value, 0.021, 512),
             "proxy_reward": measure(2 * value, 0.05, 512),
+            "judge_reward": measure(1.6 * value, 0.06, 512),
             "kl": measure(kl, 0.3, 512) if kl else 0.0,
             "length": measure(24.1, 0.4, 512),
             "eos_rate": 0.985,
@@ -140,19 +160,21 @@ def rl_evaluation(tuning: str) -> dict[str, Any]:
     return {
         "policies": policies,
         "win_rate": {"wins": 401, "ties": 38, "losses": 73, "rate": 0.8203, "low": 0.785,
-                     "high": 0.851, "judge": "the gold reward"},
+                     "high": 0.851, "judge": "gold"},
         "gold_gain": measure(gold - 0.214, 0.028, 512),
+        "config": {"reward": ["reward_a", "reward_b"], "judge": ["judge_a", "judge_b"]},
     }  # fmt: skip
 
 
-def sample_rows(tuning: str, prompts: int) -> list[dict[str, Any]]:
+def sample_rows(job: str, tuning: str, prompts: int) -> list[dict[str, Any]]:
     rows = []
+    end = "(DPO)" if job == "dpo" else f"({tuning})"
     for i in range(prompts):
         prompt = f"User: Can I get a large latte, number {i}?\nAssistant:"
         answers = {
             "sft": {"text": "Sure, what size would you like?", "gold": 0.1 * (i % 4),
                     "proxy": -0.2},
-            "rl": {"text": f"A large latte, coming up! Anything else? ({tuning})", "gold": 0.9,
+            "rl": {"text": f"A large latte, coming up! Anything else? {end}", "gold": 0.9,
                    "proxy": 1.73},
         }  # fmt: skip
         if i == 1:
@@ -171,25 +193,25 @@ def make_run(folder: Path, job: str, tuning: str, steps: int = 60, seed: int = 0
     environment = {"python": "3.12.1", "device": "cpu", "packages": {"jax": "0.10.2"}}
     write_json(folder / "config.json", {
         "job": job, "tuning": tuning, "learning_rate": 1e-4, "batch": 64, "steps": steps,
-        "environment": environment,
+        **SETTINGS.get(job, {}), "environment": environment,
     })  # fmt: skip
-    if job in ("reward", "rl", "sft"):
+    if job != "base":
         write_json(folder / "cost.json", cost(job, tuning))
     if job == "reward":
         write_json(folder / "evaluation.json", reward_evaluation(tuning))
-    if job == "rl":
-        write_json(folder / "evaluation.json", rl_evaluation(tuning))
-        lines = "".join(json.dumps(row) + "\n" for row in sample_rows(tuning, 14))
+    if job in ("rl", "dpo"):
+        write_json(folder / "evaluation.json", policy_evaluation(job, tuning))
+        lines = "".join(json.dumps(row) + "\n" for row in sample_rows(job, tuning, 14))
         (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
 def make_experiment(folder: Path, steps: int = 60) -> Path:
-    """SFT, reward model and RL, each with LoRA and with full tuning, on one base model."""
+    """SFT, reward model, RL and DPO, each with LoRA and with full tuning, on one base model."""
     runs = [{"name": "base", "job": "base", "tuning": "full", "folder": "base"}]
     make_run(folder / "base", "base", "full", steps)
     for tuning in ("lora", "full"):
-        for seed, job in enumerate(("sft", "reward", "rl")):
+        for seed, job in enumerate(("sft", "reward", "rl", "dpo")):
             name = f"{tuning}/{job}"
             runs.append({"name": name, "job": job, "tuning": tuning, "folder": name})
             make_run(folder / name, job, tuning, steps, 2 * seed + (tuning == "full"))

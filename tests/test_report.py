@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -136,10 +137,30 @@ class TestExperiment:
             assert words in page.text
 
     def test_policies_and_wins(self, page):
-        assert page.row("RL, LoRA")[:3] == [
-            "0.873 (0.852 to 0.894)", "1.746 (1.696 to 1.796)", "8.10 (7.80 to 8.40)",
+        assert page.row("RL, LoRA")[:4] == [
+            "0.873 (0.852 to 0.894)", "1.746 (1.696 to 1.796)", "1.397 (1.337 to 1.457)",
+            "8.10 (7.80 to 8.40)",
         ]  # fmt: skip
-        assert page.row("LoRA") == ["the gold reward", "401", "38", "73", "82.0 % (78.5 to 85.1)"]
+        wins = ["the gold reward", "401", "38", "73", "82.0 % (78.5 to 85.1)"]
+        for name in ("RL, LoRA", "RL, Full tuning", "DPO, LoRA", "DPO, Full tuning"):
+            assert page.row(name, 1) == wins
+
+    def test_dpo_is_measured_as_rl_is(self, page):
+        assert page.row("Gold reward, after DPO")[0] == "0.773 (0.752 to 0.794)"
+        assert page.row("Gain in gold reward", 1) == [
+            "+0.559 (0.531 to 0.587)", "+0.377 (0.349 to 0.405)", "+0.18",
+        ]  # fmt: skip
+        assert page.row("Win rate of DPO over SFT, ties half")[0] == "82.0 % (78.5 to 85.1)"
+        assert "DPO moved the gold reward from 0.214 to 0.773, a gain of +0.559" in page.text
+        assert page.row("DPO, LoRA")[0] == "0.773 (0.752 to 0.794)"
+        # Both start from the SFT policy of their tuning: one line, one answer to each prompt.
+        policies = [row[0] for row in page.rows if len(row) == 9]
+        assert policies[1:] == [
+            "SFT, LoRA", "RL, LoRA", "SFT, Full tuning", "RL, Full tuning", "DPO, LoRA",
+            "DPO, Full tuning",
+        ]  # fmt: skip
+        assert page.text.count("Sure, what size would you like?") == 2 * 12
+        assert page.text.count("coming up! Anything else? (DPO)") == 2 * 11
 
     def test_over_optimisation_is_called_by_name(self, page):
         assert "LoRA: no over-optimisation to be seen" in page.text
@@ -155,9 +176,26 @@ class TestExperiment:
         assert "<script" not in (experiment / "report.html").read_text(encoding="utf-8")
 
     def test_pictures_have_words(self, page):
-        assert len(page.alts) == 19
+        assert len(page.alts) == 27
         assert all(len(alt) > 20 for alt in page.alts)
         assert any(alt.startswith("SFT: training loss. LoRA goes from ") for alt in page.alts)
+
+    def test_what_rl_was_paid(self, page):
+        titles = [alt.partition(". ")[0] for alt in page.alts]
+        first = titles.index("RL: score by reward models and terms")
+        assert titles[first : first + 5] == [
+            "RL: score by reward models and terms", "RL: return that it learns from",
+            "RL: gold reward", "RL: reward, by part (LoRA)", "RL: reward, by part (Full tuning)",
+        ]  # fmt: skip
+        assert "Disagreement of the reward models" in titles
+        parts = next(alt for alt in page.alts if alt.startswith("RL: reward, by part (LoRA)"))
+        names = [part.partition(" goes from ")[0] for part in parts.partition(". ")[2].split("; ")]
+        assert names == [
+            "reward model 0", "reward model 1", "term length", "term format",
+            "term is the order complete, by my_rewards.py",
+        ]  # fmt: skip
+        assert "trained on the proxy (the reward models and terms);" in page.text
+        assert "the policy exploits the reward models and terms." in page.text
 
     def test_reproduce(self, page):
         for words in ("make run", "2 CPU cores", "9 min 43 s", "jax 0.10.2", '"learning_rate"'):
@@ -182,6 +220,7 @@ class TestSingleRun:
                 ["headline", "curves", "gold", "policies", "samples", "health", "time",
                  "reproduce"],
             ),
+            ("dpo", ["headline", "curves", "policies", "samples", "time", "reproduce"]),
         ],
     )
     def test_each_job(self, tmp_path, job, expected):
@@ -190,18 +229,107 @@ class TestSingleRun:
         assert "LoRA against full" not in page.text
 
     def test_job_is_inferred_without_a_config(self, tmp_path):
-        for job in ("sft", "reward", "rl"):
+        for job in ("sft", "reward", "rl", "dpo"):
             folder = make_run(tmp_path / job, job, "lora")
             (folder / "config.json").unlink()
             run = read_experiment(folder).runs[0]
             assert (run.job, run.tuning) == (job, "")
             assert "This run" in parse(folder).text
 
+    def test_title_and_command_as_jobs_write_them(self, tmp_path, blank_pictures):
+        folder = make_run(tmp_path / "mine", "rl", "lora")
+        config = {"job": "rl", "tuning": "lora", "algorithm": {"name": "reinforce"}}
+        whole = {"config": config, "command": ["perl-jax", "rl", "--run", "a folder"]}
+        (folder / "config.json").write_text(json.dumps(whole))
+        found = read_experiment(folder)
+        assert (found.title, found.command) == ("mine", "perl-jax rl --run 'a folder'")
+        assert "perl-jax rl --run 'a folder'" in parse(folder).text
+
+    def test_dpo_keeps_its_own_measure_beside_the_evaluation(self, tmp_path, blank_pictures):
+        folder = make_run(tmp_path / "dpo", "dpo", "lora")
+        found = json.loads((folder / "evaluation.json").read_text())
+        found["pairwise_accuracy"] = 0.75
+        (folder / "evaluation.json").write_text(json.dumps(found))
+        page = parse(folder)
+        assert page.row("Pairs in order of the implicit reward") == ["75.0 %"]
+        assert page.row("Gain in gold reward") == ["+0.559 (0.531 to 0.587)"]
+
+    @pytest.mark.parametrize(
+        ("judge", "artefacts", "expected"),
+        [("gold", ["a"], "the gold reward"), ("judge", ["a", "b"], "the mean of 2 judges"),
+         ("judge", ["a"], "a judge's reward model"), ("judge", "a", "a judge's reward model"),
+         ("proxy", [], "the proxy reward"), ("my friend", None, "my friend")],
+    )  # fmt: skip
+    def test_who_judged(self, tmp_path, blank_pictures, judge, artefacts, expected):
+        folder = make_run(tmp_path / "rl", "rl", "lora")
+        found = json.loads((folder / "evaluation.json").read_text())
+        found["win_rate"]["judge"], found["config"]["judge"] = judge, artefacts
+        (folder / "evaluation.json").write_text(json.dumps(found))
+        page = parse(folder)
+        assert page.row("RL, LoRA", 1)[0] == expected
+        assert f"of all prompts, judged by {expected}." in page.text
+
     def test_metrics_alone(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
         page = parse(tmp_path)
         assert page.sections[:2] == ["headline", "curves"]
         assert page.row("Time a step, median") == ["not measured"]
+
+
+class TestParts:
+    MODELS = ("reward/model_0", "reward/model_1")
+
+    @pytest.mark.parametrize(
+        ("settings", "parts", "paid", "shown"),
+        [
+            ({"reward": ["a"]}, (), "reward model", 0),
+            ({"reward": "a"}, (), "reward model", 0),
+            ({"reward": ["a", "b"]}, MODELS, "reward models", 2),
+            ({"reward": ["a"]}, ("reward/term/x",), "reward model and terms", 1),
+            # A single term is the score itself but for its weight.
+            ({"reward": []}, ("reward/term/x",), "terms", 0),
+            ({"reward": []}, ("reward/term/x", "reward/term/y"), "terms", 2),
+            ({"reward": ["a", "b"]}, ("reward/term/x", *MODELS), "reward models and terms", 3),
+            # Without a configuration by what was logged.
+            ({}, (), "reward model", 0),
+            ({}, MODELS, "reward models", 2),
+            ({}, ("reward/term/x", "reward/term/y"), "terms", 2),
+        ],
+    )
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_what_there_is(self, settings, parts, paid, shown, nested):
+        rows = [{"step": s, "reward/score": 1.0, **dict.fromkeys(parts, 0.5)} for s in (1, 2)]
+        config = {"config": settings} if nested and settings else settings
+        run = Run("r", "rl", "lora", config=config, rows=rows)
+        assert curves.paid_by([run]) == paid
+        found = curves.part_curves(run)
+        assert len(found) == shown and len({one.style for one in found}) == shown
+        assert [one.label for one in found[:1]] in ([], ["reward model 0"], ["term x"])
+
+    def test_a_run_of_terms_alone_names_no_reward_model(self, tmp_path, blank_pictures):
+        folder = make_run(tmp_path / "rl", "rl", "lora")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        models = ("reward/model_", "reward/disagreement")
+        kept = [{k: v for k, v in row.items() if not k.startswith(models)} for row in rows]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        config = {"job": "rl", "tuning": "lora", "reward": [], "terms": "[]"}
+        (folder / "config.json").write_text(json.dumps({"config": config}))
+        page = parse(folder)
+        assert any(alt.startswith("RL: score by terms. ") for alt in page.alts)
+        assert not any("reward model" in words for words in (page.text, *page.alts))
+
+    def test_styles_of_parts_differ(self):
+        assert len({plots.part_style(i) for i in range(28)}) == 28
+
+    @pytest.mark.parametrize(
+        ("n", "name", "lines"),
+        [(1, "x" * 60, 0), (4, "short", 0), (5, "short", 3), (9, "short", 5), (2, "x" * 60, 2)],
+    )
+    def test_a_large_legend_is_below_the_curves(self, n, name, lines):
+        x = np.arange(3.0)
+        many = [plots.Curve(f"{name} {i}", "", x, x + i) for i in range(n)]
+        height = re.search(rb'height="([0-9.]+)pt"', plots.curves_plot("t", many, "x", "y"))[1]
+        assert float(height) == pytest.approx(72 * (3.5 + 0.2 * lines))
 
 
 @pytest.fixture
@@ -214,7 +342,7 @@ class TestMissing:
     def test_every_file_can_be_missing(self, experiment, tmp_path, blank_pictures):
         files = [p.relative_to(experiment) for p in sorted(experiment.rglob("*.json*"))]
         files = [p for p in files if p.name != "experiment.json"]
-        assert len(files) == 26
+        assert len(files) == 36
         for i, name in enumerate(n for n in files if n.parts[0] != "full"):
             folder = shutil.copytree(experiment, tmp_path / str(i))
             (folder / name).unlink()

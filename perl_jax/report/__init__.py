@@ -6,7 +6,8 @@ Two kinds of folder are understood:
     `cost.json` and `samples.jsonl`;
   * an experiment: `experiment.json` with `title`, `summary`, `command`, `hardware`, `seconds`,
     `task` and `runs`, a list of {"name", "job", "tuning", "folder"} whose folders, inside this
-    one, are like the above. job: base, sft, reward or rl; tuning: lora, full or any other name.
+    one, are like the above. job: base, sft, reward, rl or dpo; tuning: lora, full or any other
+    name.
 
 `cost.json`: `parameters_total`, `parameters_trainable`, `checkpoint_bytes`, `base_bytes`,
 `seconds_per_step` (median), `peak_bytes_compiled`, `peak_bytes_measured` (null where the device
@@ -14,12 +15,16 @@ does not say), `phases` ({name: seconds of a step}), `compilations`.
 
 `evaluation.json` of a reward run: `pairwise_accuracy`, `noise_ceiling`, `auc`,
 `balanced_accuracy`, `ece`, `reliability` (bins of `perl_jax.evaluate.reliability`), `baselines`
-({name: {"auc", "balanced_accuracy"}}). Of an RL run: `policies` ({"sft": .., "rl": ..} of
-`gold_reward`, `proxy_reward`, `kl`, `length`, `eos_rate`, `distinct_1`, `distinct_2`), `win_rate`
-(`perl_jax.evaluate.WinRate` with a `judge`), `gold_gain`. A measure is a number or
-{"value", "low", "high", "n"}.
+({name: {"auc", "balanced_accuracy"}}). Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of
+`gold_reward`, `proxy_reward`, `judge_reward`, `kl`, `length`, `eos_rate`, `distinct_1`,
+`distinct_2`; "rl" is the run's policy, of DPO too), `win_rate` (`perl_jax.evaluate.WinRate` with a
+`judge`: gold, judge or proxy), `gold_gain`, `config` (`EvaluateConfig`); of a DPO run also
+`pairwise_accuracy`. A measure is a number or {"value", "low", "high", "n"}.
 
-`samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line.
+`samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line, of both.
+
+An RL run's metrics may hold parts of its reward: `reward/model_0` .. and `reward/disagreement` of
+an ensemble, `reward/term/NAME` of a term.
 
 What is missing is left out or said to be not measured. The page has no script and asks nothing
 of the network.

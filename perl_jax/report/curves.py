@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,14 +24,16 @@ LEARNING_PANELS = (
     ("dpo", "validation/accuracy", "DPO: validation accuracy", "share of pairs"),
     ("dpo", "dpo/chosen_reward", "DPO: implicit reward of the chosen", "nats"),
     ("dpo", "dpo/rejected_reward", "DPO: implicit reward of the rejected", "nats"),
-    ("rl", "reward/score", "RL: reward model's score", "normalised score"),
-    ("rl", "reward/gold", "RL: gold reward", "gold reward"),
 )
+# Of a reward: the members of an ensemble, and terms; each is logged before it is weighed.
+MODEL_PREFIX, TERM_PREFIX = "reward/model_", "reward/term/"
+PARTS = {MODEL_PREFIX: "reward model", TERM_PREFIX: "term"}
 # Left out of the page where it stays as it was at the first step.
 HEALTH_PANELS = (
     ("kl/sequence", "KL from the reference", "nats a sequence"),
     ("kl/token", "KL from the reference, a token", "nats a token"),
     ("kl/beta", "KL coefficient", "beta"),
+    ("reward/disagreement", "Disagreement of the reward models", "standard deviation"),
     ("response/length", "Response length", "tokens"),
     ("response/eos_rate", "Responses that end themselves", "share"),
     ("response/entropy", "Policy entropy", "nats a token"),
@@ -88,11 +91,73 @@ def job_runs(experiment: Experiment, job: str) -> list[Run]:
     return experiment.runs_of(job)
 
 
+def part_keys(run: Run) -> list[str]:
+    """The metrics of a run that are parts of its reward, reward models first."""
+    logged = dict.fromkeys(key for row in run.rows for key in row)
+    return [key for prefix in PARTS for key in logged if key.startswith(prefix)]
+
+
+def part_name(key: str) -> str:
+    """`reward/term/length` is `term length`."""
+    prefix = next(prefix for prefix in PARTS if key.startswith(prefix))
+    return f"{PARTS[prefix]} {key.removeprefix(prefix)}"
+
+
+def model_count(run: Run) -> int:
+    """How many reward models paid the policy: from the settings, or else from what was logged."""
+    if "reward" in run.settings:
+        artefacts = run.settings["reward"]
+        return len(artefacts) if isinstance(artefacts, list) else int(bool(artefacts))
+    keys = part_keys(run)
+    members = sum(key.startswith(MODEL_PREFIX) for key in keys)
+    # A single reward model is the score itself and is not logged apart.
+    return members or int(not keys)
+
+
+def paid_by(runs: Sequence[Run]) -> str:
+    """What gave the score: `reward model`, `reward models`, `terms`, `reward models and terms`."""
+    models = max((model_count(run) for run in runs), default=1)
+    terms = any(key.startswith(TERM_PREFIX) for run in runs for key in part_keys(run))
+    named = ["reward models" if models > 1 else "reward model"] if models or not terms else []
+    return " and ".join(named + ["terms"] * terms)
+
+
+def part_curves(run: Run) -> list[Curve]:
+    """A curve a part of the reward; none where a single part is the whole."""
+    keys = part_keys(run)
+    if len(keys) + (model_count(run) == 1) < 2:
+        return []
+    found = []
+    for i, key in enumerate(keys):
+        if (one := curve(run, key, part_name(key))) is not None:
+            found.append(replace(one, style=plots.part_style(i)))
+    return found
+
+
+def reward_panels(runs: Sequence[Run]) -> list[Html]:
+    """What RL is paid: the score, the return that is left of it, the gold, the parts run by run."""
+    paid = paid_by(runs)
+    unit = "score" if "terms" in paid else "normalised score"
+    whose = lambda run: f" ({tuning_name(run.tuning)})" if len(runs) > 1 else ""
+    parts = [
+        panel(f"RL: reward, by part{whose(run)}", part_curves(run), "mean, before its weight")
+        for run in runs
+    ]
+    return [
+        panel(f"RL: score by {paid}", curves_of(runs, "reward/score"), unit),
+        panel("RL: return that it learns from", curves_of(runs, "reward/return"), "return"),
+        panel("RL: gold reward", curves_of(runs, "reward/gold"), "gold reward"),
+        *parts,
+    ]
+
+
 def learning_curves(experiment: Experiment) -> Html:
+    """Losses and validation of every job, and what RL is paid."""
     panels = [
         panel(title, curves_of(job_runs(experiment, job), key), unit)
         for job, key, title, unit in LEARNING_PANELS
     ]
+    panels += reward_panels(experiment.runs_of("rl"))
     note = (
         "Strong line: running mean over about a twelfth of the steps. Faint line: every step. "
         "Validation is drawn as measured."
@@ -142,7 +207,7 @@ def optimisation_sentence(run: Run) -> str:
         return (
             f"{name}: the gold reward peaks at {formats.significant(gold[top])} near step "
             f"{steps[top]:.0f} and ends at {formats.significant(gold[-1])}, while the proxy "
-            "goes on rising: past the peak the policy exploits the reward model."
+            f"goes on rising: past the peak the policy exploits the {paid_by([run])}."
         )
     return (
         f"{name}: no over-optimisation to be seen; the smoothed gold reward goes from "
@@ -171,8 +236,8 @@ def gold_against_proxy(experiment: Experiment) -> Html:
     shown = grid(figures)
     sentences = [tag("p", s) for run in runs if (s := optimisation_sentence(run))]
     note = (
-        "The policy is trained on the proxy (the reward model); the gold reward is what the proxy "
-        "stands for. When the proxy rises and the gold reward falls, RL has gone too far."
+        f"The policy is trained on the proxy (the {paid_by(runs)}); the gold reward is what the "
+        "proxy stands for. When the proxy rises and the gold reward falls, RL has gone too far."
     )
     return section(
         "gold", "Gold reward against its proxy",

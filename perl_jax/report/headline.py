@@ -9,8 +9,10 @@ from perl_jax.evaluate import Estimate
 from perl_jax.report import formats
 from perl_jax.report.load import (
     JOB_NAMES,
+    POLICY_JOBS,
     Experiment,
     Run,
+    entry,
     estimate,
     number,
     text,
@@ -41,6 +43,7 @@ def reward_measure(run: Run, name: str) -> Estimate | None:
 
 
 def trainable_text(run: Run) -> str | None:
+    """`40.2 k (0.31 %)`: trained parameters and, where the total is known, their share of it."""
     trainable = number(run.cost, "parameters_trainable")
     total = number(run.cost, "parameters_total")
     if trainable is None:
@@ -50,6 +53,7 @@ def trainable_text(run: Run) -> str | None:
 
 
 def checkpoint_text(run: Run) -> str | None:
+    """`4.74 MB (base 113 MB)`: a checkpoint beside the base that it leaves out."""
     size, base = number(run.cost, "checkpoint_bytes"), number(run.cost, "base_bytes")
     if size is None:
         return None
@@ -57,25 +61,29 @@ def checkpoint_text(run: Run) -> str | None:
 
 
 def seconds_text(run: Run) -> str | None:
+    """The median time of a step."""
     value = number(run.cost, "seconds_per_step")
     return None if value is None else formats.seconds(value)
 
 
 def bytes_text(run: Run, key: str) -> str | None:
+    """A size of the run's costs, in decimal units."""
     value = number(run.cost, key)
     return None if value is None else formats.size_of(value)
 
 
 def share_text(found: Estimate | None) -> str | None:
+    """A share in percent with its interval."""
     return None if found is None else formats.percent_interval(found)
 
 
 def policy_measure(run: Run, policy: str, name: str) -> Estimate | None:
-    """A measure of one of the policies of an RL run's evaluation."""
+    """A measure of one side of a run's evaluation: `rl`, its policy, or `sft`, its start."""
     return estimate(run.evaluation, "policies", policy, name)
 
 
 def gain_text(run: Run) -> str | None:
+    """The gain in gold reward, paired by prompt, with its sign."""
     found = estimate(run.evaluation, "gold_gain")
     return None if found is None else formats.interval(found, with_sign=True)
 
@@ -90,7 +98,18 @@ def win_estimate(run: Run) -> Estimate | None:
     return Estimate(rate, number(block, "low"), number(block, "high"), int(n))
 
 
+def judge_text(run: Run) -> str:
+    """Who decided the wins, in words."""
+    judge = text(run.evaluation, "win_rate", "judge")
+    artefacts = entry(run.evaluation, "config", "judge")
+    several = len(artefacts) if isinstance(artefacts, list) else 1
+    model = f"the mean of {several} judges" if several > 1 else "a judge's reward model"
+    names = {"gold": "the gold reward", "judge": model, "proxy": "the proxy reward"}
+    return names.get(judge, judge)
+
+
 def value_of(found: Estimate | None) -> float | None:
+    """The estimate without its interval."""
     return None if found is None else found.value
 
 
@@ -119,26 +138,36 @@ REWARD_ROWS = (
     Row("Calibration error (ECE)", lambda r: value_of(reward_measure(r, "ece")),
         lambda r: share_text(reward_measure(r, "ece")), "points"),
 )  # fmt: skip
-RL_ROWS = (
-    Row("Gold reward, SFT", lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
-        lambda r: interval_text(policy_measure(r, "sft", "gold_reward")), "difference"),
-    Row("Gold reward, after RL", lambda r: value_of(policy_measure(r, "rl", "gold_reward")),
-        lambda r: interval_text(policy_measure(r, "rl", "gold_reward")), "difference"),
-    Row("Gain in gold reward", lambda r: value_of(estimate(r.evaluation, "gold_gain")),
-        gain_text, "difference"),
-    Row("Win rate of RL over SFT, ties half", lambda r: value_of(win_estimate(r)),
-        lambda r: share_text(win_estimate(r)), "points"),
-    Row("KL from the SFT policy (nats)", lambda r: value_of(policy_measure(r, "rl", "kl")),
-        lambda r: interval_text(policy_measure(r, "rl", "kl")), "difference"),
-)  # fmt: skip
 DPO_ROWS = (
-    Row("Pairs in order of the implicit reward", lambda r: value_of(estimate(r.evaluation, "pairwise_accuracy")),
+    Row("Pairs in order of the implicit reward",
+        lambda r: value_of(estimate(r.evaluation, "pairwise_accuracy")),
         lambda r: share_text(estimate(r.evaluation, "pairwise_accuracy")), "points"),
 )  # fmt: skip
-JOB_ROWS = {"reward": REWARD_ROWS, "rl": RL_ROWS, "dpo": DPO_ROWS, "sft": ()}
+
+
+def policy_rows(name: str) -> tuple[Row, ...]:
+    """The lines of a job that makes policies, by its name on the page."""
+    return (
+        Row("Gold reward, SFT", lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
+            lambda r: interval_text(policy_measure(r, "sft", "gold_reward")), "difference"),
+        Row(f"Gold reward, after {name}",
+            lambda r: value_of(policy_measure(r, "rl", "gold_reward")),
+            lambda r: interval_text(policy_measure(r, "rl", "gold_reward")), "difference"),
+        Row("Gain in gold reward", lambda r: value_of(estimate(r.evaluation, "gold_gain")),
+            gain_text, "difference"),
+        Row(f"Win rate of {name} over SFT, ties half", lambda r: value_of(win_estimate(r)),
+            lambda r: share_text(win_estimate(r)), "points"),
+        Row("KL from the SFT policy (nats)", lambda r: value_of(policy_measure(r, "rl", "kl")),
+            lambda r: interval_text(policy_measure(r, "rl", "kl")), "difference"),
+    )  # fmt: skip
+
+
+JOB_ROWS = {"reward": REWARD_ROWS, "rl": policy_rows(JOB_NAMES["rl"]),
+            "dpo": DPO_ROWS + policy_rows(JOB_NAMES["dpo"]), "sft": ()}  # fmt: skip
 
 
 def interval_text(found: Estimate | None) -> str | None:
+    """A value with its interval."""
     return None if found is None else formats.interval(found)
 
 
@@ -191,6 +220,7 @@ def headline_table(experiment: Experiment) -> Html:
 
 
 def lora_share_sentence(experiment: Experiment) -> str:
+    """How few parameters LoRA trained, in the last job that says; "" where none does."""
     for job in ("rl", "dpo", "reward", "sft"):
         run = experiment.run(job, "lora")
         if run is None:
@@ -206,6 +236,7 @@ def lora_share_sentence(experiment: Experiment) -> str:
 
 
 def reward_sentence(experiment: Experiment) -> str:
+    """Each reward model's accuracy on pairs, or its AUC on labels, and what the labels allow."""
     parts, ceiling = [], None
     for run in experiment.runs_of("reward"):
         found = reward_measure(run, "pairwise_accuracy")
@@ -226,9 +257,10 @@ def trained_with(run: Run) -> str:
     return {"lora": "LoRA", "full": "full tuning", "": "this run"}.get(run.tuning, run.tuning)
 
 
-def gold_sentence(experiment: Experiment) -> str:
+def gold_sentence(experiment: Experiment, job: str) -> str:
+    """Where the policies of a job took the gold reward."""
     parts = []
-    for run in experiment.runs_of("rl"):
+    for run in experiment.runs_of(job):
         before, after = (policy_measure(run, p, "gold_reward") for p in ("sft", "rl"))
         if before is None or after is None:
             continue
@@ -240,25 +272,27 @@ def gold_sentence(experiment: Experiment) -> str:
             f"from {formats.significant(before.value)} to {formats.significant(after.value)}"
             f"{change} with {trained_with(run)}"
         )
-    return f"RL moved the gold reward {'; '.join(parts)}." if parts else ""
+    return f"{JOB_NAMES[job]} moved the gold reward {'; '.join(parts)}." if parts else ""
 
 
-def win_sentence(experiment: Experiment) -> str:
+def win_sentence(experiment: Experiment, job: str) -> str:
+    """How often a job's responses won, and by whose judgement."""
     parts = []
-    for run in experiment.runs_of("rl"):
+    for run in experiment.runs_of(job):
         found = win_estimate(run)
         if found is not None:
             parts.append(f"{formats.percent_interval(found)} ({trained_with(run)})")
-    judge = next(
-        (j for r in experiment.runs_of("rl") if (j := text(r.evaluation, "win_rate", "judge"))), ""
-    )
+    if not parts:
+        return ""
+    judge = next((j for run in experiment.runs_of(job) if (j := judge_text(run))), "")
     by = f", judged by {judge}" if judge else ""
-    return f"Its responses beat SFT's in {' and '.join(parts)} of all prompts{by}." if parts else ""
+    return f"{JOB_NAMES[job]}'s responses beat SFT's in {' and '.join(parts)} of all prompts{by}."
 
 
 def cost_sentence(experiment: Experiment) -> str:
-    """LoRA's RL step against full tuning's; the reward model's where there is no RL."""
-    for job, name in (("rl", "an RL step"), ("reward", "a reward-model step")):
+    """LoRA's RL step against full tuning's; DPO's or the reward model's where there is no RL."""
+    steps = {"rl": "an RL step", "dpo": "a DPO step", "reward": "a reward-model step"}
+    for job, name in steps.items():
         lora, full = experiment.run(job, "lora"), experiment.run(job, "full")
         if lora is None or full is None:
             continue
@@ -283,8 +317,7 @@ def summary_paragraph(experiment: Experiment) -> Html:
         experiment.summary.strip(),
         lora_share_sentence(experiment),
         reward_sentence(experiment),
-        gold_sentence(experiment),
-        win_sentence(experiment),
+        *(make(experiment, job) for job in POLICY_JOBS for make in (gold_sentence, win_sentence)),
         cost_sentence(experiment),
     ]
     found = [sentence for sentence in sentences if sentence]

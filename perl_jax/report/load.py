@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from perl_jax.metrics import FILE_NAME, NONFINITE_KEY, read_metrics
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
 JOB_NAMES = {"base": "Base model", "sft": "SFT", "reward": "Reward model", "rl": "RL", "dpo": "DPO"}
+# Jobs whose policies `perl-jax evaluate` compares with what they start from.
+POLICY_JOBS = ("rl", "dpo")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The job's settings: `config` of its config.json, or the file itself where it is flat."""
+        nested = self.config.get("config")
+        return nested if isinstance(nested, Mapping) else self.config
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,11 @@ class Experiment:
         """The runs of a job, one a tuning, in the order of `tunings`."""
         found = (self.run(job, tuning) for tuning in self.tunings or [""])
         return [run for run in found if run is not None]
+
+    @property
+    def policy_runs(self) -> list[Run]:
+        """The runs that make policies, job by job."""
+        return [run for job in POLICY_JOBS for run in self.runs_of(job)]
 
 
 def tuning_name(tuning: str) -> str:
@@ -180,6 +194,12 @@ def find_text(tree: object, key: str, depth: int = 3) -> str:
     return ""
 
 
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command of a run as one line: jobs write it as a list of its words."""
+    words = config.get("command")
+    return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
+
+
 def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The job of a single run, from its configuration or else from its metrics."""
     named = find_text(config, "job")
@@ -244,8 +264,9 @@ def read_experiment(folder: Path) -> Experiment:
         about = {}
         runs = [read_run(folder, "", "", "", notes)]
         for run in runs:
-            about = {"title": find_text(run.config, "name") or folder.resolve().name}
-            about["command"] = find_text(run.config, "command")
+            # Not searched for: an algorithm has a name too.
+            about = {"title": text(run.config, "name") or folder.resolve().name}
+            about["command"] = command_of(run.config)
             about["task"] = find_text(run.config, "task")
     else:
         raise UserError(

@@ -24,7 +24,10 @@ STYLES = {"lora": ("#0072B2", "-"), "full": ("#D55E00", "--"), "": ("#0072B2", "
           "base": ("#374151", "-")}  # fmt: skip
 OTHER_STYLES = (("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "-"), ("#E69F00", "--"))
 PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+PART_LINES = ("-", "--", "-.", ":")
 LARGEST_RAW = 1500
+# A legend of more curves, or of longer names, does not fit among them.
+MOST_INSIDE, LONGEST_INSIDE = 4, 32
 SETTINGS = {
     "svg.fonttype": "path",
     "svg.hashsalt": "perl_jax",
@@ -51,13 +54,17 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line: `tuning` decides its colour and style; x and y are of one length."""
+    """A named line; x and y are of one length.
+
+    `tuning` decides its colour and style, unless it has a `style` of its own.
+    """
 
     label: str
     tuning: str
     x: np.ndarray
     y: np.ndarray
     faint_raw: bool = True
+    style: tuple[str, str] | None = None
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -101,6 +108,11 @@ def style_of(tuning: str) -> tuple[str, str]:
     return OTHER_STYLES[sum(map(ord, tuning)) % len(OTHER_STYLES)]
 
 
+def part_style(index: int) -> tuple[str, str]:
+    """Colour and line style of one part among others of a run: 28 pairs before one returns."""
+    return PHASE_COLOURS[index % len(PHASE_COLOURS)], PART_LINES[index % len(PART_LINES)]
+
+
 def render(figure: Figure) -> bytes:
     """The figure as SVG, the same bytes for the same figure; the XML prologue is left out."""
     buffer = io.BytesIO()
@@ -115,7 +127,7 @@ def render(figure: Figure) -> bytes:
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
     """Each curve smoothed over its faint raw points."""
     for curve in curves:
-        colour, line = style_of(curve.tuning)
+        colour, line = curve.style or style_of(curve.tuning)
         smoothed = curve.y
         if curve.faint_raw:
             axes.plot(*thin(curve.x, curve.y), color=colour, alpha=0.22, linewidth=0.9)
@@ -138,13 +150,19 @@ def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
 
 
 def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -> bytes:
-    """One panel of curves."""
+    """One panel of curves; a large legend is below them."""
+    long = any(len(printed(curve.label)) > LONGEST_INSIDE for curve in curves)
+    below = len(curves) > 1 and (long or len(curves) > MOST_INSIDE)
+    columns = 1 if long else 2
+    lines = -(-len(curves) // columns) if below else 0
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.5 + 0.2 * lines), layout="constrained")
         axes = figure.subplots()
         draw_curves(axes, curves)
         axes.set_title(title)
-        finish(axes, xlabel, ylabel)
+        finish(axes, xlabel, ylabel, legend=not below)
+        if below:
+            figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=2.6)
         return render(figure)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from perl_jax.evaluate import Estimate
 from perl_jax.metrics import TIMING_PREFIX
 from perl_jax.report import formats, plots
-from perl_jax.report.headline import DASH
+from perl_jax.report.headline import DASH, judge_text
 from perl_jax.report.load import (
     JOB_NAMES,
     Experiment,
@@ -18,7 +18,6 @@ from perl_jax.report.load import (
     estimate,
     number,
     series,
-    text,
     tuning_name,
 )
 from perl_jax.report.markup import Html, figure, join, section, table, tag, with_interval
@@ -26,13 +25,15 @@ from perl_jax.report.markup import Html, figure, join, section, table, tag, with
 POLICY_COLUMNS = {
     "gold_reward": "Gold reward",
     "proxy_reward": "Proxy reward",
+    "judge_reward": "Judge's reward",
     "kl": "KL (nats)",
     "length": "Length (tokens)",
     "eos_rate": "Ends itself",
-    "distinct_1": "Distinct-1",
-    "distinct_2": "Distinct-2",
+    # A hyphen at which no line breaks.
+    "distinct_1": "Distinct\u20111",
+    "distinct_2": "Distinct\u20112",
 }
-POLICY_NAMES = {"sft": "SFT", "rl": "RL", "base": "Base"}
+POLICY_NAMES = {"sft": "SFT", "base": "Base"}
 SHARES = frozenset({"eos_rate", "distinct_1", "distinct_2"})
 # Keys that name the whole step rather than a part of it.
 WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile"})
@@ -57,6 +58,7 @@ def baseline_table(experiment: Experiment) -> Html:
 
 
 def measures(values: object) -> list[str]:
+    """AUC and balanced accuracy as the table shows them."""
     area, balanced = estimate(values, "auc"), estimate(values, "balanced_accuracy")
     return [
         formats.NOT_MEASURED if area is None else formats.interval(area),
@@ -65,6 +67,7 @@ def measures(values: object) -> list[str]:
 
 
 def policy_cell(key: str, found: Estimate | None) -> str:
+    """One measure of one policy, its interval in a lighter span; a dash where it was not taken."""
     if found is None:
         return DASH
     if key in SHARES:
@@ -72,16 +75,23 @@ def policy_cell(key: str, found: Estimate | None) -> str:
     return with_interval(formats.interval(found))
 
 
+def side_name(run: Run, side: str) -> str:
+    """Whose policy a side of an evaluation is: `rl` is the run's own, whichever job made it."""
+    return JOB_NAMES[run.job] if side == "rl" else POLICY_NAMES.get(side, side)
+
+
 def policies(experiment: Experiment) -> Html:
-    """Every policy of every RL run, and the counts behind the win rates."""
+    """Every policy of every RL and DPO run, and the counts behind the win rates."""
     lines: list[list[object]] = []
     columns = dict(POLICY_COLUMNS)
     rows: list[tuple[str, Mapping[str, object]]] = []
-    for run in experiment.runs_of("rl"):
+    for run in experiment.policy_runs:
         found = entry(run.evaluation, "policies")
         for name, values in found.items() if isinstance(found, Mapping) else ():
-            if isinstance(values, Mapping):
-                rows.append((f"{POLICY_NAMES.get(name, name)}, {tuning_name(run.tuning)}", values))
+            row = (f"{side_name(run, name)}, {tuning_name(run.tuning)}", values)
+            # RL and DPO from one SFT policy were measured against the same numbers.
+            if isinstance(values, Mapping) and row not in rows:
+                rows.append(row)
                 columns.update({k: k for k in values if k not in columns and estimate(values, k)})
     used = [key for key in columns if any(estimate(values, key) for _, values in rows)]
     for label, values in rows:
@@ -95,8 +105,9 @@ def policies(experiment: Experiment) -> Html:
 
 
 def win_table(experiment: Experiment) -> Html:
+    """Wins, ties and losses of every policy against SFT's, and who judged."""
     lines: list[list[object]] = []
-    for run in experiment.runs_of("rl"):
+    for run in experiment.policy_runs:
         block = entry(run.evaluation, "win_rate")
         rate = number(block, "rate")
         if rate is None:
@@ -104,12 +115,13 @@ def win_table(experiment: Experiment) -> Html:
         counts = (number(block, key) for key in ("wins", "ties", "losses"))
         cells = [DASH if c is None else f"{c:.0f}" for c in counts]
         shown = Estimate(rate, number(block, "low"), number(block, "high"), 0)
-        judge = text(block, "judge") or DASH
-        lines.append([tuning_name(run.tuning), judge, *cells, formats.percent_interval(shown)])
+        name = f"{JOB_NAMES[run.job]}, {tuning_name(run.tuning)}"
+        judge = judge_text(run) or DASH
+        lines.append([name, judge, *cells, formats.percent_interval(shown)])
     if not lines:
         return Html("")
-    header = ["RL against SFT", "Judge", "Wins", "Ties", "Losses", "Win rate, ties half"]
-    return table("Win rate of RL's response over SFT's to the same prompt.", header, lines, 2)
+    header = ["Against SFT", "Judge", "Wins", "Ties", "Losses", "Win rate, ties half"]
+    return table("Win rate of a response over SFT's to the same prompt.", header, lines, 2)
 
 
 def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
@@ -136,26 +148,27 @@ def shortened(words: str) -> str:
 
 
 def samples(experiment: Experiment) -> Html:
-    """SFT's and RL's responses side by side, prompt by prompt, for each tuning."""
-    by_prompt: dict[str, list[tuple[str, Mapping[str, object]]]] = {}
-    for run in experiment.runs_of("rl"):
+    """SFT's responses beside RL's and DPO's, prompt by prompt, for each tuning."""
+    runs = experiment.policy_runs
+    # The first answer of each run to each prompt.
+    by_prompt: dict[str, dict[int, Mapping[str, object]]] = {}
+    for i, run in enumerate(runs):
         for row in run.samples:
-            by_prompt.setdefault(str(row.get("prompt", "")), []).append((run.tuning, row))
-    # Prompts that every tuning answered first: they are the ones that can be compared.
-    most = max((len({t for t, _ in rows}) for rows in by_prompt.values()), default=0)
-    order = sorted(by_prompt, key=lambda p: len({t for t, _ in by_prompt[p]}) < most)
+            by_prompt.setdefault(str(row.get("prompt", "")), {}).setdefault(i, row)
+    # Prompts that every run answered first: they are the ones that can be compared.
+    most = max(map(len, by_prompt.values()), default=0)
+    order = sorted(by_prompt, key=lambda p: len(by_prompt[p]) < most)
     cards = []
     for prompt in order[:MOST_PROMPTS]:
-        seen: dict[str, Mapping[str, object]] = {}
-        for tuning, row in by_prompt[prompt]:
-            seen.setdefault(tuning, row)
         answers = [
-            sample_answer(f"{label}, {tuning_name(tuning)}", row, side)
-            for tuning, row in seen.items()
-            for side, label in (("sft", "SFT"), ("rl", "RL"))
+            sample_answer(f"{side_name(runs[i], side)}, {tuning_name(runs[i].tuning)}", row, side)
+            for i, row in by_prompt[prompt].items()
+            for side in ("sft", "rl")
         ]
+        # RL and DPO from one SFT policy show its answer once.
+        shown = dict.fromkeys(answers)
         head = tag("pre", shortened(prompt), dir="auto", class_="prompt")
-        cards.append(tag("article", head, tag("div", *answers, class_="answers"), class_="sample"))
+        cards.append(tag("article", head, tag("div", *shown, class_="answers"), class_="sample"))
     note = f"The first {len(cards)} of {len(by_prompt)} prompts of the evaluation's samples."
     return section("samples", "Samples", cards and tag("p", note, class_="note"), *cards)
 
@@ -202,7 +215,7 @@ def time_spent(experiment: Experiment) -> Html:
     tunings = experiment.tunings
     bars: dict[str, dict[str, float]] = {}
     lines: list[list[object]] = []
-    for job in ("rl", "reward", "sft"):
+    for job in ("rl", "dpo", "reward", "sft"):
         for run in experiment.runs_of(job):
             phases = phases_of(run)
             if sum(phases.values()) > 0:

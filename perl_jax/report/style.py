@@ -46,6 +46,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
 .prompt { background: var(--wash); padding: .7rem .9rem; border-bottom: 1px solid var(--line); }
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: 1px; background: var(--line); }
 .answer { background: #fff; padding: .6rem .9rem .8rem; min-width: 0; }
+.answer:last-child:nth-child(odd) { grid-column: 1 / -1; }
 .who { margin: 0 0 .3rem; font-size: .85rem; display: flex; flex-wrap: wrap; gap: 0 .6rem;
   justify-content: space-between; }
 .who span { color: var(--soft); font-variant-numeric: tabular-nums; }
