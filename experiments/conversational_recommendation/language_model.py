@@ -91,7 +91,9 @@ def run(options: argparse.Namespace) -> None:
             temperature=options.temperature, seed=options.seed,
         )
     )  # fmt: skip
-    texts = [json.loads(line)["response"] for line in output.read_text(encoding="utf-8").splitlines()]
+    # Prompts with an empty response have no line.
+    found = {row["row"]: row["response"] for row in map(json.loads, output.read_text(encoding="utf-8").splitlines())}
+    texts = [found.get(index, "") for index in range(len(prompts))]
     passages = [as_passage(row["answer"], text, linker, i) for i, (row, text) in enumerate(zip(prompts, texts, strict=True))]
     kept = [passage for passage in passages if passage is not None]
     require(bool(kept), "None of the model's texts can be read as a conversation; train longer, or give another --model.")

@@ -8,21 +8,25 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perl_jax.config import UserError, require
-from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, SPLITS, DataOptions, RowsBuilder, file_hash
+from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, DataOptions, RowsBuilder, file_hash
+from perl_jax.rewards.checks import is_number
 
 PERCENTILES = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 # Bounds of numbers.
 RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
 
-def read_jsonl(path: pathlib.Path, fields: Sequence[str]) -> list[dict[str, str | float]]:
+def read_jsonl(path: pathlib.Path, fields: Sequence[str], others: bool = False) -> list[dict[str, Any]]:
     """The rows of a file, with just the wanted fields; blank lines are skipped.
 
+    others: every other field comes too, as it is; only `answer` is checked, which must be a string
+    that is not empty, or a number.
+
     `label` and `probability` are numbers in [0, 1], `weight` is 0 or more, `margin` and `rating` are
-    any numbers, every other field is a string that is not empty; `DEFAULTS` may be absent. Where
+    any numbers, every other wanted field is a string that is not empty; `DEFAULTS` may be absent. Where
     comparisons are wanted, a line may hold `ranked`, two or more responses from best to worst, in
     the place of `chosen` and `rejected`: it gives every pair, their weights adding up to the line's
     (Ouyang et al. 2022, arXiv 2203.02155, equation 1). UserError naming file, line (from 1), field.
@@ -33,12 +37,12 @@ def read_jsonl(path: pathlib.Path, fields: Sequence[str]) -> list[dict[str, str 
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     numbered = enumerate(lines, start=1)
-    rows = [row for number, line in numbered if line.strip() for row in parse_line(line, fields, f"{path}, line {number}")]
+    rows = [row for number, line in numbered if line.strip() for row in parse_line(line, fields, f"{path}, line {number}", others)]
     require(bool(rows), f"{path} is empty; it must hold one JSON object a line.")
     return rows
 
 
-def parse_line(line: bytes, fields: Sequence[str], where: str) -> list[dict[str, str | float]]:
+def parse_line(line: bytes, fields: Sequence[str], where: str, others: bool = False) -> list[dict[str, Any]]:
     """A line's row, or rows of ranked responses; `where` opens the message of any error."""
     try:
         # utf-8-sig: the byte order mark that some editors put before the first line is not content.
@@ -49,9 +53,20 @@ def parse_line(line: bytes, fields: Sequence[str], where: str) -> list[dict[str,
         raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}).") from error
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON (nested too deeply).") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where}: not valid JSON ({error}).") from error
     require(isinstance(value, dict), f"{where}: must be a JSON object with {', '.join(fields)}.")
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
-    return [{field: checked(value, field, where) for field in fields} for value in values]
+    kept = {field: item for field, item in value.items() if field not in fields} if others else {}
+    if "answer" in kept:
+        check_answer(kept["answer"], where)
+    return [{field: checked(value, field, where) for field in fields} | kept for value in values]
+
+
+def check_answer(answer: Any, where: str) -> None:
+    """UserError, opened by `where`, unless a response can be compared with it."""
+    good = is_number(answer) or (isinstance(answer, str) and bool(answer.strip()))
+    require(good, f"{where}: the field answer is {answer!r}; it must be a text that is not empty, or a number.")
 
 
 def ranked_pairs(value: dict, where: str) -> list[dict]:
@@ -65,15 +80,15 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
 
 
 def checked(value: dict, field: str, where: str) -> str | float:
+    """A field of a line's object as rows have it, or its default; UserError, opened by `where`."""
     if field not in value and field in DEFAULTS:
         return DEFAULTS[field]
     require(field in value, f"{where}: the field {field} is missing.")
     item = value[field]
     if field in NUMBERS:
-        number = isinstance(item, (int, float)) and not isinstance(item, bool)
         low, high = RANGES.get(field, (-math.inf, math.inf))
         bounds = f"in [{low}, {high}]" if high < math.inf else "of 0 or more" if low == 0 else "that is finite"
-        good = number and math.isfinite(item) and low <= item <= high
+        good = is_number(item) and low <= item <= high
         require(good, f"{where}: the field {field} is {item!r}; it must be a number {bounds}.")
         return float(item)
     require(isinstance(item, str), f"{where}: the field {field} is a {type(item).__name__}; it must be a string.")
@@ -92,7 +107,8 @@ def split_of(text: str) -> str:
 
 
 def find(options: DataOptions) -> pathlib.Path:
-    require(options.data_dir is not None, "The task jsonl needs --data-dir: a .jsonl file, or a folder of them.")
+    """The file or folder of the user's rows; UserError if none is named or there."""
+    require(options.data_dir is not None, "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them.")
     path = pathlib.Path(options.data_dir).expanduser()
     require(path.exists(), f"There is no file or folder {path}.")
     return path
@@ -100,7 +116,10 @@ def find(options: DataOptions) -> pathlib.Path:
 
 class JsonlBuilder(RowsBuilder):
     """One file, split 80/10/10 by a hash of the prompt so that equal prompts stay together, or a
-    folder with train.jsonl, validation.jsonl and test.jsonl (a split without a file has no rows)."""
+    folder with train.jsonl, validation.jsonl and test.jsonl (a split without a file has no rows).
+
+    A prompt's other columns reach the rewards as they are; those of other kinds of rows are dropped.
+    """
 
     name = "jsonl"
     sources: ClassVar = ("jsonl.py",)
@@ -119,8 +138,8 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
-        path, fields = find(options), KINDS[kind]
+        path, fields, others = find(options), KINDS[kind], kind in OPEN
         if path.is_file():
-            return (row for row in read_jsonl(path, fields) if split_of(row[fields[0]]) == split)
+            return (row for row in read_jsonl(path, fields, others) if split_of(row[fields[0]]) == split)
         file = path / f"{split}.jsonl"
-        return iter(read_jsonl(file, fields) if file.is_file() else [])
+        return iter(read_jsonl(file, fields, others) if file.is_file() else [])

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,13 +30,17 @@ KINDS: dict[str, tuple[str, ...]] = {
     "comparisons": ("prompt", "chosen", "rejected", "probability", "margin", "weight"),
     "labels": ("prompt", "response", "label"),
     "ratings": ("prompt", "response", "rating"),
-    "prompts": ("prompt", "answer"),
+    "prompts": ("prompt",),
     "corpus": ("text",),
 }
 NUMBERS = ("probability", "margin", "weight", "label", "rating")
 # What a row may leave out. probability: of chosen being preferred, NaN where not known. margin: by
-# how much chosen is better, for the loss. weight: of the pair. answer: for rewards that compare.
-DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0, "answer": ""}
+# how much chosen is better, for the loss. weight: of the pair.
+DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0}
+# Kinds whose rows may have other columns, of any JSON values, for rewards to read (such as `answer`);
+# they are stored in one column, as the text of a JSON object.
+OPEN = ("prompts",)
+OTHERS = "others"
 SPLITS = ("train", "validation", "test")
 CACHE_VARIABLE = "PERL_JAX_CACHE"
 
@@ -103,11 +107,12 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterable[Mapping[str, object]]:
-        """The rows of one kind and split, in order."""
+        """The rows of one kind and split, in order; those of `OPEN` kinds with any other columns."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         fields = KINDS[self.builder_config.name]
-        features = {name: np.float64 if name in NUMBERS else tfds.features.Text() for name in fields}
+        stored = (*fields, OTHERS) if self.builder_config.name in OPEN else fields
+        features = {name: np.float64 if name in NUMBERS else tfds.features.Text() for name in stored}
         # The generator's order is kept: it is the order users see, and the pipeline shuffles anyway.
         return tfds.core.DatasetInfo(
             builder=self, description=self.name, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -125,12 +130,24 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return generators
 
     def _generate_examples(self, rows: Iterable[Mapping[str, object]]):
-        left_out = {field: value for field, value in DEFAULTS.items() if field in KINDS[self.builder_config.name]}
-        yield from enumerate(left_out | dict(row) for row in rows)
+        yield from enumerate(stored_row(self.builder_config.name, row) for row in rows)
+
+
+def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
+    """A row as it is stored: what it leaves out at its default, other columns (`OPEN`) as one text."""
+    fields = KINDS[kind]
+    stored = {field: value for field, value in DEFAULTS.items() if field in fields} | dict(row)
+    if kind not in OPEN:
+        return stored
+    others = {name: stored.pop(name) for name in row if name not in fields}
+    return stored | {OTHERS: json.dumps(others)}
 
 
 class RowSource(Sequence):
-    """Random access to prepared rows as dictionaries of str and float (stored as float32)."""
+    """Random access to prepared rows as dictionaries of str and float (stored as float32).
+
+    The other columns of an `OPEN` kind are beside them, as they were given.
+    """
 
     def __init__(self, records: Sequence, limit: int | None = None) -> None:
         self._records = records
@@ -139,10 +156,12 @@ class RowSource(Sequence):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: int) -> dict[str, str | float]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._size:
             raise IndexError(f"row {index} of {self._size}")
-        return {name: plain(value) for name, value in self._records[index].items()}
+        row = {name: plain(value) for name, value in self._records[index].items()}
+        others = json.loads(row.pop(OTHERS, "{}"))
+        return row | others
 
 
 def plain(value: object) -> str | float:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,8 @@ from perl_jax import config as config_lib, hosts, sharding
 from perl_jax.config import require
 from perl_jax.data.tasks import get_task
 from perl_jax.loops import scoring
-from perl_jax.loops.jobs import DataConfig, RewardOptions, RolloutConfig
+from perl_jax.loops.experience import shaped
+from perl_jax.loops.jobs import DataConfig, RewardOptions, RolloutConfig, ShapingConfig
 from perl_jax.loops.model import check_context, host, load_model
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.scoring import Scorer, response_texts
@@ -24,16 +26,20 @@ from perl_jax.loops.supervised import load_batches
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfConfig(RewardOptions):
-    """Sample N responses to each prompt and keep the one that the reward likes best.
+    """Sample N responses to each prompt and keep the one that RL would be paid most for, its KL aside.
 
-    The output is JSON Lines with `prompt`, `response`, `score` and `mean_score` (of the N), which
-    `sft --data.task jsonl` can be trained on; a summary goes to standard error.
+    The output is JSON Lines that `sft --data.task jsonl` can be trained on: `row` (the prompt's number
+    in its split, from 0), `prompt`, `response`, `score`, `reward` (the score as shaping leaves it, by
+    which responses are chosen), `finished` (whether it ended within its room), and the means of these
+    over the N. Prompts whose best response is empty are left out, as nothing can be learned from it. A
+    summary over all prompts goes to standard error, with their number (`empty`).
 
     Attributes:
         policy: The policy artefact to sample from; None: the base.
         n: Responses to each prompt.
         data: The prompts.
         split: The split the prompts are from.
+        shaping: Clipping and penalties of scores, as in RL.
         output: The file to write; it must not exist yet.
         batch_size: Responses at a time, over all devices.
         temperature: Of sampling.
@@ -45,6 +51,7 @@ class BestOfConfig(RewardOptions):
     n: int = 8
     data: DataConfig = DataConfig()
     split: Literal["train", "validation", "test"] = "train"
+    shaping: ShapingConfig = ShapingConfig()
     output: str
     batch_size: int = 128
     temperature: float = 0.7
@@ -57,6 +64,10 @@ class BestOfConfig(RewardOptions):
             config_lib.whole(field, getattr(self, field))
         require(self.batch_size % self.n == 0, f"batch_size is {self.batch_size} responses; it must be a multiple of n, {self.n}.")
         config_lib.positive("temperature", self.temperature)
+        whitened = "shaping.whiten is over a batch of training, and the order of a prompt's samples needs none: leave it out."
+        require(not self.shaping.whiten, whitened)
+        buffer, room = self.shaping.overlong_buffer, self.data.max_response_length
+        require(buffer <= room, f"shaping.overlong_buffer is {buffer}; a response has room for {room} tokens.")
 
 
 def kl_bound(n: int) -> float:
@@ -64,8 +75,30 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def chosen(texts_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The response with the highest reward, the first of equals; of each column its value and the mean of all."""
+    best = int(np.argmax(columns["reward"]))
+    row: dict[str, Any] = {"response": texts_N[best]}
+    for name, values_N in columns.items():
+        row |= {name: values_N[best].item(), f"mean_{name}": float(values_N.mean())}
+    return row
+
+
+def is_empty(row: Mapping[str, Any]) -> bool:
+    """Whether its response is one that no demonstration may have."""
+    return not row["response"].strip()
+
+
+def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
+    """Means over prompts, of the best responses and (mean_) of all, and how many of the best are empty."""
+    columns = [name for name in rows[0] if name not in ("row", "prompt", "response")]
+    names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
+    means = {names.get(name, name): float(np.mean([row[name] for row in rows])) for name in columns}
+    return means | {"kl_bound": kl_bound(n), "empty": float(sum(map(is_empty, rows)))}
+
+
 def run_best_of(config: BestOfConfig) -> dict[str, float]:
-    """Writes the rows; returns means over prompts: of the best score, of all scores, gold where known."""
+    """Writes the rows whose response is not empty; returns the `summary` of all. UserError if none is left."""
     output = pathlib.Path(config.output).expanduser()
     require(not hosts.agreed(output.exists()), f"{output} exists already; give --output a file that does not.")
     terms = scoring.read_terms(config.terms)
@@ -87,19 +120,23 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             repeated = batch.repeated(config.n)
             prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)
             rollout = sample(base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index)))
-            score_PN = np.asarray(host(scorer(rewards, rollout, np.maximum(repeated.row_B, 0))[0])).reshape(-1, config.n)
-            texts = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
-            for row, scores_N, texts_N in zip(batches.rows_of(index), score_PN, texts):
+            score_B = host(scorer(rewards, rollout, np.maximum(repeated.row_B, 0))[0])
+            rollout = host(rollout)
+            columns = {"score": score_B, "reward": host(shaped(config.shaping, config.data.max_response_length, score_B, rollout)), "finished": rollout.finished_B}
+            columns = {name: column_B.reshape(-1, config.n) for name, column_B in columns.items()}
+            texts_PN = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
+            for place, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
-                    best = int(np.argmax(scores_N))
-                    prompt = rows[int(row)]["prompt"]
-                    made[int(row)] = {"prompt": prompt, "response": texts_N[best], "score": float(scores_N[best]), "mean_score": float(scores_N.mean())}
+                    prompt, texts_N = rows[row]["prompt"], texts_PN[place]
+                    measured = {name: column_PN[place] for name, column_PN in columns.items()}
                     if task.gold is not None:
-                        gold_N = task.gold([prompt] * config.n, list(texts_N))
-                        made[int(row)] |= {"gold": float(gold_N[best]), "mean_gold": float(gold_N.mean())}
-    written = [made[row] for row in sorted(made)]
+                        measured["gold"] = task.gold([prompt] * config.n, list(texts_N))
+                    made[row] = {"row": row, "prompt": prompt, **chosen(texts_N, measured)}
+    everything = [made[row] for row in sorted(made)]
+    written = [row for row in everything if not is_empty(row)]
+    nothing = f"The best response is empty for all of the {len(everything)} prompts; there is nothing to write to {output}."
+    require(bool(written), nothing)
     if hosts.is_writer():
         output.parent.mkdir(parents=True, exist_ok=True)
         config_lib.write_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
-    means = {name: float(np.mean([row[name] for row in written])) for name in written[0] if name not in ("prompt", "response")}
-    return means | {"kl_bound": kl_bound(config.n)}
+    return summary(everything, config.n)

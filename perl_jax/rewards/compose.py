@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,7 @@ from perl_jax.config import UserError, one_of, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
-from perl_jax.rewards.rules import RULES, Row
+from perl_jax.rewards.rules import RULES, ExactMatch, Row
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 
@@ -55,6 +55,7 @@ def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
 
 
 def read(path: pathlib.Path) -> str:
+    """The text of a file of terms; UserError naming it if it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -64,6 +65,7 @@ def read(path: pathlib.Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
+    """The JSON value of a text; UserError, opened by `where`, if it is none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -93,6 +95,7 @@ def to_term(value: Any, where: str) -> Term:
 
 
 def check_names(terms: Sequence[Term]) -> None:
+    """UserError naming the terms that have one name."""
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"Two reward terms are called {', '.join(twice)}; give each a name of its own by the field name.")
@@ -128,6 +131,15 @@ class Composite:
         if not len(responses):
             return {term.name: np.zeros(0, np.float64) for term in self.terms}
         return {term.name: checked_column(term, term.reward(prompts, responses, rows), len(responses)) for term in self.terms}
+
+    def check_rows(self, rows: Iterable[Row]) -> None:
+        """UserError naming the term and the row if one lacks what a term compares with: told before training."""
+        for term in self.terms:
+            if isinstance(term.reward, ExactMatch):
+                try:
+                    term.reward.check_rows(rows)
+                except UserError as error:
+                    raise UserError(f"The reward term {term.name}: {error}") from error
 
     def total(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """sum over terms of weight * column: float64 [n]."""

@@ -219,6 +219,7 @@ class Judge:
 
 
 def check_url(url: Any) -> None:
+    """UserError unless it is an http or https address without a user's name or password in it."""
     checks.text("judge.url", url)
     example = "such as http://localhost:8000/v1"
     try:

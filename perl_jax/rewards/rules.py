@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from perl_jax.config import UserError, one_of, positive, require
 from perl_jax.rewards import checks
 
 Row = Mapping[str, Any]
+
+SHOWN = 80  # characters of a prompt in a message
 
 UNITS: Mapping[str, Callable[[str], int]] = {"words": lambda text: len(text.split()), "characters": len}
 MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
@@ -122,8 +124,10 @@ class Regex:
 class ExactMatch:
     """1 if the response is the row's answer, else 0; a row's number is compared as it is printed.
 
+    A row without an answer, or with an empty one, is an error: else an empty response would be right.
+
     Attributes:
-        field: The row's field that holds the answer.
+        field: The row's field that holds the answer: any column of the prompts.
         strict: Compare as it is; otherwise case and runs of white space make no difference.
     """
 
@@ -139,12 +143,19 @@ class ExactMatch:
         form = str if self.strict else normalised
         return np.array([form(r) == form(a) for r, a in zip(responses, answers, strict=True)], np.float64)
 
+    def check_rows(self, rows: Iterable[Row]) -> None:
+        """UserError naming the first row without an answer."""
+        for index, row in enumerate(rows):
+            self.answer(row, index)
+
     def answer(self, row: Row, index: int) -> str:
+        # The prompt too: in a batch the index says little.
+        where = f"Row {index} ({row['prompt'][:SHOWN]!r})" if "prompt" in row else f"Row {index}"
         has = ", ".join(map(str, row)) or "no field at all"
-        require(self.field in row, f"Row {index} has no field {self.field!r} for exact_match to compare with; it has {has}.")
+        require(self.field in row, f"{where} has no field {self.field!r} (exact_match.field) to compare with; it has {has}.")
         value = row[self.field]
-        good = isinstance(value, str) or checks.is_number(value)
-        require(good, f"Row {index}: the field {self.field} is {value!r}; exact_match needs a text or a number.")
+        good = checks.is_number(value) or (isinstance(value, str) and bool(value.strip()))
+        require(good, f"{where}: the field {self.field} is {value!r}; exact_match needs a text that is not empty, or a number.")
         return str(value)
 
 

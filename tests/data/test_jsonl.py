@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -46,6 +47,8 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
         ('{"prompt": "p", "response": "r", "label": NaN}', r"line 3: the field label is nan; it must be a number in \[0, 1\]"),
         ('{"prompt": "\\ud800", "response": "r", "label": 1}', "line 3: the field prompt has half of a surrogate"),
         ("[" * 100_000, "line 3: not valid JSON"),
+        ("9" * 10_000, "line 3: not valid JSON"),
+        ('{"prompt": "p", "response": "r", "label": 1' + "0" * 400 + "}", "line 3: the field label is 10+; it must be a number in"),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path, line, message):
@@ -99,13 +102,48 @@ def test_a_changed_file_is_read_anew(tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
     write(folder / "train.jsonl", {"prompt": "old"})
-    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "old", "answer": ""}]
+    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "old"}]
     write(folder / "train.jsonl", {"prompt": "new"})
-    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "new", "answer": ""}]
+    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "new"}]
+
+
+def test_other_columns_of_prompts_come_as_they_are(tmp_path):
+    rows = [
+        {"prompt": "6 x 7?", "answer": 42, "source": {"book": ["é", None]}, "others": "mine"},
+        {"prompt": "half?", "answer": 0.5, "hard": True, "broken": "\ud800"},
+        {"prompt": "which?", "answer": "b"},
+        {"prompt": "bare"},
+    ]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write(folder / "train.jsonl", *rows)
+    found = opened(folder, "prompts", "train", tmp_path / "c")
+    assert found == rows and [type(row.get("answer")) for row in found] == [int, float, str, type(None)]
+    # A single file too; other kinds keep what they need alone.
+    path = write(tmp_path / "one.jsonl", *rows)
+    assert sorted(json.dumps(row) for row in every_split(path, "prompts", tmp_path / "c")) == sorted(map(json.dumps, rows))
+    path = write(tmp_path / "two.jsonl", {"prompt": "p", "response": "r", "source": "s"})
+    assert every_split(path, "demonstrations", tmp_path / "c") == [{"prompt": "p", "response": "r"}]
+
+
+def every_split(path, kind, cache):
+    """The rows of all splits, those left out that have none."""
+    splits = []
+    for split in ("train", "validation", "test"):
+        with contextlib.suppress(UserError):
+            splits += opened(path, kind, split, cache)
+    return splits
+
+
+@pytest.mark.parametrize("answer", [None, "", "  ", True, ["b"], math.nan, 10**400])
+def test_an_answer_is_a_text_or_a_number(tmp_path, answer):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer})
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or a number\.$"):
+        opened(path, "prompts", "train", tmp_path / "c")
 
 
 def test_errors_through_the_task(tmp_path):
-    with pytest.raises(UserError, match="The task jsonl needs --data-dir"):
+    with pytest.raises(UserError, match="The task jsonl needs --data.data-dir: a .jsonl file, or a folder"):
         get_task("jsonl").open("prompts", "train", DataOptions(cache_dir=str(tmp_path)))
     with pytest.raises(UserError, match="There is no file or folder .*nowhere"):
         opened(tmp_path / "nowhere", "prompts", "train", tmp_path / "c")

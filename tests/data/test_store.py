@@ -18,6 +18,16 @@ from perl_jax.data.tasks import TASKS, get_task
 SMALL = {"train_size": 20, "evaluation_size": 6}
 
 
+class Answered(orders.OrdersBuilder, skip_registration=True):
+    """A task whose prompts have answers."""
+
+    name = "answered"
+
+    @classmethod
+    def rows(cls, kind, split, options):
+        return ({"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3))
+
+
 class Broken(orders.OrdersBuilder, skip_registration=True):
     """Fails after three rows."""
 
@@ -46,6 +56,11 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
                 assert source[index][field] == (pytest.approx(value) if field in store.NUMBERS else value)
     with pytest.raises(IndexError):
         source[6]
+
+
+def test_a_task_of_ones_own_may_give_prompts_other_columns(tmp_path):
+    source = store.open_rows(Answered, "prompts", "train", options(tmp_path))
+    assert [source[i] for i in range(3)] == [{"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3)]
 
 
 def test_registry_and_its_errors(tmp_path):
@@ -113,7 +128,7 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".preparing-orders-prompts-")
     source = get_task("orders").open("prompts", "train", options(tmp_path))
-    assert [source[i] for i in range(20)] == [{"answer": "", **row} for row in orders.rows("prompts", "train", size=20)]
+    assert [source[i] for i in range(20)] == list(orders.rows("prompts", "train", size=20))
 
 
 def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):

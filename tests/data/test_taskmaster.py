@@ -226,7 +226,7 @@ def test_the_corpus_of_both_is_both_corpora(tmp_path):
 
 def test_missing_copy_is_named(tmp_path):
     options = DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(UserError, match=r"no \.json files in .*TM-4-2024/reward; --data-dir must name a copy"):
+    with pytest.raises(UserError, match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream folder\.$"):
         get_task("taskmaster_coffee").open("labels", "train", options)
     write_json(tmp_path / "TM-4-2024" / "reward" / "reward_00.json", {"not": "a list"})
     with pytest.raises(UserError, match=r"reward_00\.json must hold a JSON list of objects"):
@@ -273,7 +273,7 @@ def test_downloads_once_and_whole(server, tmp_path):
 
 def test_failed_downloads_leave_nothing_and_say_what_to_do(server, tmp_path):
     folder, base, _ = server
-    with pytest.raises(UserError, match=r"Could not download .*gone\.json \(File not found\); give a local copy"):
+    with pytest.raises(UserError, match=r"Could not download .*gone\.json \(File not found\); give a local copy \(data_dir\)\.$"):
         upstream.fetch(base, "gone.json", tmp_path / "cache")
     (folder / "half.json").write_text("[{")
     with pytest.raises(UserError, match=r"half\.json did not give valid JSON"):

@@ -13,7 +13,7 @@ from perl_jax.config import UserError
 from perl_jax.rewards.compose import KINDS, Composite, Term, read_terms
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
-from perl_jax.rewards.rules import RULES, Format, Length, Words
+from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Words
 
 LENGTH = {"kind": "length", "maximum": 1}
 
@@ -105,6 +105,13 @@ def test_columns_and_their_weighted_sum():
     assert total.tolist() == [1, -2.25, -1]
 
 
+def test_rows_are_checked_before_there_are_responses():
+    composite = Composite([Term("length", 1, Length(maximum=1)), Term("exact", 1, ExactMatch()), Term("gold", 1, ExactMatch("gold"))])
+    composite.check_rows([{"prompt": "p", "answer": "a", "gold": 0}] * 2)
+    with pytest.raises(UserError, match=r"^The reward term gold: Row 1 \('q'\) has no field 'gold' "):
+        composite.check_rows([{"prompt": "p", "answer": "a", "gold": 0}, {"prompt": "q", "answer": "a"}])
+
+
 def test_an_empty_batch_asks_nothing():
     def refuse(prompts, responses, rows):
         raise AssertionError("called")
@@ -150,7 +157,7 @@ def test_the_context_starts_and_ends_what_the_terms_need(tmp_path, monkeypatch):
     composite = Composite(read_terms(json.dumps([LENGTH, function])))
     worker = composite.terms[1].reward.worker
     with composite:
-        assert worker.process.is_alive()
+        assert worker.process.poll() is None
         columns = composite(["p"], ["one word"], [{}])
         assert composite.total(columns).tolist() == [16 - 0.05]
     assert worker.process is None

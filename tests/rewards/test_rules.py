@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from perl_jax.config import UserError
+from perl_jax.data.tasks import DataOptions, get_task
 from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Regex, Words
 
 
@@ -54,9 +55,9 @@ def test_regex():
 
 
 def test_exact_match():
-    rows = [{"answer": "Saint  Malo "}, {"answer": "straße"}, {"answer": 42}, {"answer": 0.5}, {"answer": ""}, {"answer": "b"}]
-    texts = ["\tsaint\nMALO", "STRASSE", "42", "0.5", " ", "a"]
-    assert rewards(ExactMatch(), *texts, rows=rows) == [1, 1, 1, 1, 1, 0]
+    rows = [{"answer": "Saint  Malo "}, {"answer": "straße"}, {"answer": 42}, {"answer": 0.5}, {"answer": "b"}, {"answer": "b"}]
+    texts = ["\tsaint\nMALO", "STRASSE", "42", "0.5", "", "a"]
+    assert rewards(ExactMatch(), *texts, rows=rows) == [1, 1, 1, 1, 0, 0]
     assert rewards(ExactMatch(strict=True), *texts, rows=rows) == [0, 0, 1, 1, 0, 0]
     assert rewards(ExactMatch(field="gold", strict=True), "a", rows=[{"gold": "a"}]) == [1]
 
@@ -64,16 +65,31 @@ def test_exact_match():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q", "id": 1}, "Row 1 has no field 'answer' for exact_match to compare with; it has question, id."),
-        ({}, "Row 1 has no field 'answer' for exact_match to compare with; it has no field at all."),
-        ({"answer": None}, "Row 1: the field answer is None; exact_match needs a text or a number."),
-        ({"answer": True}, "Row 1: the field answer is True; exact_match needs a text or a number."),
+        ({"prompt": "6 x 7?", "id": 1}, "Row 1 ('6 x 7?') has no field 'answer' (exact_match.field) to compare with; it has prompt, id."),
+        ({}, "Row 1 has no field 'answer' (exact_match.field) to compare with; it has no field at all."),
+        ({"answer": None}, "Row 1: the field answer is None; exact_match needs a text that is not empty, or a number."),
+        ({"answer": True}, "Row 1: the field answer is True; exact_match needs a text that is not empty, or a number."),
+        ({"answer": ""}, "Row 1: the field answer is ''; exact_match needs a text that is not empty, or a number."),
+        ({"prompt": "q" * 200, "answer": " "}, f"Row 1 ({'q' * 80!r}): the field answer is ' '; exact_match needs a text that is not empty, or a number."),
     ],
 )
 def test_exact_match_names_the_row(row, message):
     with pytest.raises(UserError) as caught:
-        rewards(ExactMatch(), "a", "b", rows=[{"answer": "a"}, row])
+        rewards(ExactMatch(), "a", "", rows=[{"answer": "a"}, row])
     assert str(caught.value) == message
+    # All rows at once, before there is a response.
+    with pytest.raises(UserError) as caught:
+        ExactMatch().check_rows([{"answer": "a"}, row])
+    assert str(caught.value) == message
+
+
+def test_exact_match_reads_any_column_of_ones_own_rows(tmp_path):
+    """An empty response was paid 1 where prompts had no answer."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "6 x 7?", "ground_truth": 42}\n')
+    rows = get_task("jsonl").open("prompts", "train", DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c")))
+    assert rewards(ExactMatch("ground_truth"), "", "42", rows=[rows[0], rows[0]]) == [0, 1]
+    with pytest.raises(UserError, match=r"^Row 0 \('6 x 7\?'\) has no field 'answer' .* it has prompt, ground_truth\.$"):
+        rewards(ExactMatch(), "", rows=[rows[0]])
 
 
 def test_words():
