@@ -163,6 +163,15 @@ class AlgorithmConfig:
         return self.normalise or self.rule.normalise
 
     @property
+    def kl_reduction(self) -> str:
+        """How tokens of a KL in the loss are reduced: as the objective's.
+
+        Where one product of ratios stands at each token a mean over them counts it once, and the
+        objective is of the sum.
+        """
+        return "sequence" if self.rule.ratio == "product" else self.reduction
+
+    @property
     def updates(self) -> int:
         """Updates from one batch of rollouts."""
         return self.epochs * self.minibatches

@@ -13,9 +13,14 @@ question than which one estimates well (Tang and Munos 2025, arXiv 2506.09477):
     E[grad k2] = grad KL(policy || reference)  the one wanted
     E[grad k3] = grad KL(reference || policy)  the forward KL
 
-So a KL inside the reward uses `kl_in_reward` (any estimator, no gradient), and a KL inside the loss
-uses `kl_in_loss`, whose gradient is k2's under every name it accepts. Both are per token, given the
-tokens before it: the effect of a token on the KL of later ones is in the reward form only.
+In a reward an estimator is not differentiated but multiplies grad log policy:
+
+    E[k1 grad log policy] = grad KL(policy || reference)  the one wanted
+    E[k3 grad log policy] = that minus grad KL(reference || policy), which near the reference is nothing
+
+and k2 is no better. So a KL inside the reward is `kl_in_reward`, k1 without a gradient, and a KL inside
+the loss is `kl_in_loss`, whose gradient is k2's under every name it accepts. Both are per token, given
+the tokens before it: the effect of a token on the KL of later ones is in the reward form only.
 """
 
 from __future__ import annotations
@@ -64,16 +69,12 @@ def k3_straight_through(logp_BT: Array, ref_BT: Array) -> jax.Array:
 
 
 Estimator = Callable[[Array, Array], jax.Array]
-REWARD_ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({"k1": k1, "k2": k2, "k3": k3})
 LOSS_ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({"k2": k2, "k3": k3_straight_through})
 
 
-def kl_in_reward(name: str, logp_BT: Array, ref_BT: Array) -> jax.Array:
-    """The estimator called `name` with no gradient through it, for rewards and for logs.
-
-    Raises ValueError naming the known estimators for any other name.
-    """
-    return jax.lax.stop_gradient(_lookup(REWARD_ESTIMATORS, name, "reward")(logp_BT, ref_BT))
+def kl_in_reward(logp_BT: Array, ref_BT: Array) -> jax.Array:
+    """k1 with no gradient through it, for rewards and for logs (module docstring)."""
+    return jax.lax.stop_gradient(k1(logp_BT, ref_BT))
 
 
 def kl_in_loss(name: str, logp_BT: Array, ref_BT: Array) -> jax.Array:
@@ -82,7 +83,9 @@ def kl_in_loss(name: str, logp_BT: Array, ref_BT: Array) -> jax.Array:
     Raises ValueError naming the known estimators for any other name, "k1" included: its gradient
     is zero in expectation.
     """
-    return _lookup(LOSS_ESTIMATORS, name, "loss")(logp_BT, jax.lax.stop_gradient(ref_BT))
+    if name not in LOSS_ESTIMATORS:
+        raise ValueError(f"unknown KL estimator {name!r} for the loss; known: {', '.join(sorted(LOSS_ESTIMATORS))}")
+    return LOSS_ESTIMATORS[name](logp_BT, jax.lax.stop_gradient(ref_BT))
 
 
 def sequence_kl(kl_BT: Array, mask_BT: Array) -> jax.Array:
@@ -119,11 +122,3 @@ def adaptive_beta(
         )
     error = jnp.clip(kl / target - 1, -0.2, 0.2)
     return jnp.minimum(beta * (1 + error * episodes / horizon), maximum)
-
-
-def _lookup(table: Mapping[str, Estimator], name: str, where: str) -> Estimator:
-    if name not in table:
-        raise ValueError(
-            f"unknown KL estimator {name!r} for the {where}; known: {', '.join(sorted(table))}"
-        )
-    return table[name]

@@ -80,7 +80,7 @@ def library_gradient(
     def rollouts() -> tuple[Outcomes, jax.Array, jax.Array]:
         """All sequences, as if they were one batch."""
         old_AT, reference_AT = sampled(stale)
-        kl_AT = kl.kl_in_reward("k1", old_AT, reference_AT)
+        kl_AT = kl.kl_in_reward(old_AT, reference_AT)
         return_A = advantages.terminal_return(jnp.asarray(SCORE_A), kl.sequence_kl(kl_AT, MASK_AT), in_return)
         rewards_AT = advantages.token_rewards((1 - in_return) * SCORE_A, kl_AT, MASK_AT, in_return)
         values_AT = logprobs.shift_right(jnp.asarray(VALUE_OF_ROW[ROWS_AT]))
@@ -97,7 +97,7 @@ def library_gradient(
         value = loss.mean if read == "mean" else loss.total / size
         if estimator is not None:
             length, weight_B = config.length(ROOM), jnp.full(size, in_loss)
-            value += losses.kl_loss(logp_BT, reference_BT, mask_BT, estimator, config.reduction, length=length, weight_B=weight_B).mean
+            value += losses.kl_loss(logp_BT, reference_BT, mask_BT, estimator, config.kl_reduction, length=length, weight_B=weight_B).mean
         return value
 
     def expected_loss(logp_NBT, batches, weight_N):
@@ -326,7 +326,7 @@ def test_groups_of_equal_returns_are_among_the_batches_and_give_nothing():
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "gspo"])
+@pytest.mark.parametrize("name", ["reinforce-mean", "rloo", "grpo", "dr-grpo", "gspo"])
 def test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl(name, estimator):
     """Of each state, the visits held fixed; divided by the stated length, or weighed like the tokens."""
     config = AlgorithmConfig(name, samples=2)
@@ -334,6 +334,9 @@ def test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl(name, estimator)
     added = library_gradient(config, 2, beta=BETA, estimator=estimator) - without
     along = lambda x: enumeration.divergence_along(x, REFERENCE, True, THETA, "reverse")
     exact = -BETA * enumeration.slopes(along, THETA)
+    if name in ("reinforce-mean", "rloo"):
+        # A sum over tokens, as the objective is.
+        return assert_same(added, exact)
     if name == "dr-grpo":
         return assert_same(added, exact / ROOM)
     # A mean over a response's tokens weighs a state by the lengths that follow: k2's gradient d log p'.

@@ -49,7 +49,7 @@ def test_reinforce_is_the_gradient_of_the_papers_objective(stops, baseline):
         def loss(theta):
             logp_BT = logprobs.next_token_logprobs(theta[rows_BT], tokens_BT, TEMPERATURE)
             ref_BT = logprobs.next_token_logprobs(reference[rows_BT], tokens_BT, TEMPERATURE)
-            kl_B = kl.sequence_kl(kl.kl_in_reward("k1", logp_BT, ref_BT), mask_BT)
+            kl_B = kl.sequence_kl(kl.kl_in_reward(logp_BT, ref_BT), mask_BT)
             return_B = advantages.terminal_return(jnp.asarray(score_B), kl_B, BETA)
             values_BT = logprobs.shift_right(jnp.asarray(value_of_row[rows_BT]))
             advantage_BT = advantages.returns_to_tokens(return_B, mask_BT) - values_BT
@@ -79,8 +79,8 @@ def test_sampled_k1_and_k3_average_to_the_sequence_kl(stops):
     with jax.enable_x64(True):
         logp_BT = logprobs.next_token_logprobs(theta[rows_BT], tokens_BT, TEMPERATURE)
         ref_BT = logprobs.next_token_logprobs(reference[rows_BT], tokens_BT, TEMPERATURE)
-        for name in ("k1", "k3"):
-            kl_B = kl.sequence_kl(kl.kl_in_reward(name, logp_BT, ref_BT), mask_BT)
+        for estimator in (kl.k1, kl.k3):
+            kl_B = kl.sequence_kl(estimator(logp_BT, ref_BT), mask_BT)
             np.testing.assert_allclose(np.sum(p_B * kl_B), exact, rtol=1e-10)
 
 
@@ -153,7 +153,7 @@ def test_leave_one_out_keeps_the_gradient_exact():
         def loss(theta):
             logp_BT = logprobs.next_token_logprobs(theta[rows_BT], tokens_BT, TEMPERATURE)
             ref_BT = logprobs.next_token_logprobs(reference[rows_BT], tokens_BT, TEMPERATURE)
-            kl_B = kl.sequence_kl(kl.kl_in_reward("k1", logp_BT, ref_BT), mask_BT)
+            kl_B = kl.sequence_kl(kl.kl_in_reward(logp_BT, ref_BT), mask_BT)
             return_B = advantages.terminal_return(jnp.asarray(score_B), kl_B, BETA)
             advantage_PG = advantages.leave_one_out(
                 jnp.stack([return_B[first], return_B[second]], axis=1)

@@ -34,7 +34,7 @@ def test_the_estimators_by_hand(wrap):
 
 def test_the_same_logprobs_give_exactly_zero_everywhere(wrap):
     logp_BT = jnp.asarray(np.random.default_rng(0).normal(-3, 2, (4, 5)), jnp.float32)
-    for name, estimator in {**kl.REWARD_ESTIMATORS, "st": kl.k3_straight_through}.items():
+    for name, estimator in {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3, "st": kl.k3_straight_through}.items():
         assert np.all(wrap(estimator)(logp_BT, logp_BT) == 0), name
 
 
@@ -51,13 +51,11 @@ def test_gradients_by_hand(wrap):
         np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-6, atol=1e-7)
 
 
-def test_reward_estimators_have_no_gradient_and_loss_ones_none_to_the_reference(wrap):
+def test_the_kl_in_the_reward_has_no_gradient_and_those_in_the_loss_none_to_the_reference(wrap):
     logp_BT, ref_BT = jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -0.5]])
-    for name in kl.REWARD_ESTIMATORS:
-        both = wrap(jax.grad(lambda a, b, n=name: kl.kl_in_reward(n, a, b).sum(), (0, 1)))
-        assert all(np.all(g == 0) for g in both(logp_BT, ref_BT)), name
-        value_BT = kl.kl_in_reward(name, logp_BT, ref_BT)
-        np.testing.assert_array_equal(value_BT, kl.REWARD_ESTIMATORS[name](logp_BT, ref_BT))
+    both = wrap(jax.grad(lambda a, b: kl.kl_in_reward(a, b).sum(), (0, 1)))
+    assert all(np.all(g == 0) for g in both(logp_BT, ref_BT))
+    np.testing.assert_array_equal(kl.kl_in_reward(logp_BT, ref_BT), kl.k1(logp_BT, ref_BT))
     for name in kl.LOSS_ESTIMATORS:
         both = wrap(jax.grad(lambda a, b, n=name: kl.kl_in_loss(n, a, b).sum(), (0, 1)))
         to_policy_BT, to_reference_BT = both(logp_BT, ref_BT)
@@ -84,8 +82,6 @@ def test_bfloat16_logprobs_are_subtracted_in_float32():
 
 def test_unknown_names_list_the_known_ones():
     one_BT = jnp.zeros((1, 1))
-    with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
-        kl.kl_in_reward("k4", one_BT, one_BT)
     with pytest.raises(ValueError, match="'k1'.*loss.*known: k2, k3$"):
         kl.kl_in_loss("k1", one_BT, one_BT)
     with pytest.raises(AssertionError):
@@ -145,6 +141,25 @@ def test_in_expectation_values_are_the_kl_and_gradients_are_what_they_are_said_t
         ):
             gradient_V = expected_gradient(estimator, theta_V, ref_V)
             np.testing.assert_allclose(gradient_V, expected_V, rtol=1e-7, atol=1e-9)
+
+
+def test_in_a_reward_k1_alone_pulls_towards_the_reference():
+    """There an estimator k multiplies grad log p: sum_a p(a) k(a) grad log p(a)."""
+    rng = np.random.default_rng(5)
+    ref_theta_V, direction_V = rng.normal(size=5), rng.normal(size=5)
+    for distance in (0.01, 1.0):
+        theta_V, ref_V = ref_theta_V + distance * direction_V, softmax(ref_theta_V)
+        p_V = softmax(theta_V)
+        reverse_V = slopes(lambda x: divergence(softmax(x), ref_V), theta_V)
+        forward_V = slopes(lambda x: divergence(ref_V, softmax(x)), theta_V)
+        with jax.enable_x64(True):
+            # d log p(a) / d theta = e_a - p.
+            estimates = {e: np.asarray(e(jnp.log(p_V)[None], jnp.log(ref_V)[None]))[0] for e in (kl.k1, kl.k2, kl.k3)}
+        k1_V, k2_V, k3_V = ((p_V * k_V) @ (np.eye(5) - p_V) for k_V in estimates.values())
+        np.testing.assert_allclose(k1_V, reverse_V, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(k3_V, reverse_V - forward_V, rtol=1e-6, atol=1e-9)
+        if distance == 0.01:
+            assert all(np.linalg.norm(k_V) < 0.05 * np.linalg.norm(reverse_V) for k_V in (k2_V, k3_V))
 
 
 def test_adaptive_beta_by_hand(wrap):

@@ -224,7 +224,7 @@ def test_rloo(beta, clip, high):
     given = make_batch("product")
     # From scores to the loss: clip, subtract the KL of the whole response, compare, weigh.
     score_B = advantages.shape_scores(REWARD_B, np.ones(len(REWARD_B), bool), clip=clip)
-    kl_B = kl.sequence_kl(kl.kl_in_reward("k1", given.old_BT, given.ref_BT), given.mask_BT)
+    kl_B = kl.sequence_kl(kl.kl_in_reward(given.old_BT, given.ref_BT), given.mask_BT)
     return_B = advantages.terminal_return(score_B, kl_B, beta, score_weight=1.0)
     advantage_BT = our_advantages(config, return_B, given.mask_BT)
     expected_B = trl_reference.rloo_advantages(
