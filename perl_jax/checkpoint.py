@@ -14,14 +14,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from perl_jax import config as config_lib
-from perl_jax import hosts, trees
+from perl_jax import hosts
 from perl_jax import lora as lora_lib
 from perl_jax.config import UserError
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.state import TrainState
-from perl_jax.types import Tree
 
 RECORD = "artefact.json"
 FORMAT = 1
@@ -221,8 +220,3 @@ def load_artefact(
 def folder_bytes(folder: pathlib.Path) -> int:
     """Bytes of all files below a folder."""
     return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file())
-
-
-def describe_tree(tree: Tree) -> str:
-    """`12,288 weights, 48.0 KiB`."""
-    return f"{trees.count(tree):,} weights, {trees.size_bytes(tree) / 1024:,.1f} KiB"

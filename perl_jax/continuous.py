@@ -29,9 +29,13 @@ from perl_jax.lora import Adapter
 from perl_jax.models.cache import KVCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
-from perl_jax.programs import Program
+from perl_jax.programs import LENGTHS, Program
 from perl_jax.sampling import Rollout, SamplingConfig, as_rollout, choose, is_stop, row_keys, row_keys_at, sampled_from
 from perl_jax.types import Array, Prompts, Tree
+
+
+# Sizes of a batch whose prompts have run out: all slots, and so many halvings. Each is a program to compile.
+HALVINGS = 4
 
 
 @flax.struct.dataclass
@@ -76,10 +80,12 @@ class ContinuousSampler:
         self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
         place = functools.partial(_placed, lm)
         self.merge = Program("merge", lora_lib.merge)
-        self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=32)
-        self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=32)
-        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=32)
-        self.fewer = Program("fewer", functools.partial(_fewer, place), limit=32)
+        # For each length of prompts, with an adapter and without: admissions of two sizes, batches of all sizes, the steps between these.
+        lengths = 2 * LENGTHS
+        self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=lengths)
+        self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=2 * lengths)
+        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=(HALVINGS + 1) * lengths)
+        self.fewer = Program("fewer", functools.partial(_fewer, place), limit=HALVINGS * LENGTHS)
 
     @property
     def compilations(self) -> int:
@@ -94,7 +100,7 @@ class ContinuousSampler:
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
         # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(base, adapter, self.config, 2**30, self.merge)
+        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
@@ -104,7 +110,7 @@ class ContinuousSampler:
                 state = self.admit(base, adapter, state, *dataclasses.astuple(admission))
             active = int((inside_B >= 0).sum())
             # With prompts waiting, it is stopped for room for a call's worth of them; otherwise for a halved batch.
-            until = slots - self._room(waiting) if waiting else active // 2 if slots > self.parts and slots > 1 else 0
+            until = slots - self._room(waiting) if waiting else active // 2 if self._halves(slots, 1) else 0
             state, done = self.decode(base, adapter, state, np.int32(min(until, active - 1)), key)
             done_B, length_B, taken = (np.asarray(jax.device_get(x)) for x in done)
             steps += int(taken)
@@ -112,10 +118,12 @@ class ContinuousSampler:
             if over_B.any():
                 made.keep(inside_B, over_B, length_B, *(np.asarray(jax.device_get(hosts.whole(x))) for x in (state.tokens_BC, state.logp_BC)))
                 inside_B[over_B] = -1
-            fewer = self._size(int((inside_B >= 0).sum()))
-            if not waiting and 0 < fewer < slots:
-                stays = np.argsort(inside_B < 0, kind="stable")[:fewer].astype(np.int32)
-                state, inside_B, slots = self.fewer(state, stays), inside_B[stays], fewer
+            active = int((inside_B >= 0).sum())
+            # One halving after the other: from each size to every smaller one would be as many programs as pairs.
+            while not waiting and active and self._halves(slots, active):
+                slots //= 2
+                stays = np.argsort(inside_B < 0, kind="stable")[:slots].astype(np.int32)
+                state, inside_B = self.fewer(state, stays), inside_B[stays]
         return made.rollout(steps, self.lm.mesh)
 
     @property
@@ -127,12 +135,9 @@ class ContinuousSampler:
         """Free slots that are worth a call."""
         return min(len(waiting), self._some) * self.samples
 
-    def _size(self, active: int) -> int:
-        """The fewest slots, halving, that hold so many rows."""
-        size = self.slots
-        while size % (2 * self.parts) == 0 and size // 2 >= active:
-            size //= 2
-        return size
+    def _halves(self, slots: int, active: int) -> bool:
+        """Whether half of the slots would hold so many rows and is a size that batches have."""
+        return slots % (2 * self.parts) == 0 and slots // 2 >= max(active, self.slots >> HALVINGS)
 
     def _admissions(self, made: _Made, waiting: deque[int], inside_B: np.ndarray) -> list[Admission]:
         """Takes prompts from the queue while there are slots for a call's worth of them, in calls of two sizes: all slots, or an eighth."""

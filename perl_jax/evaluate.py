@@ -9,11 +9,11 @@ Every interval is two-sided with 95 % confidence unless told otherwise.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from perl_jax.types import Array
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """A value with its confidence interval; `low` and `high` are None when n is too small."""
 
@@ -32,7 +32,7 @@ class Estimate:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Bin:
     """One bin of a reliability table: means of prediction and label over its n rows."""
 
@@ -43,7 +43,7 @@ class Bin:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class WinRate:
     """Counts of A against B; `rate` = (wins + ties / 2) / n with its Wilson interval."""
 
@@ -116,13 +116,24 @@ def compare(
 
 
 def pairwise_accuracy(
-    chosen: Array | Sequence[float], rejected: Array | Sequence[float]
+    chosen: Array | Sequence[float],
+    rejected: Array | Sequence[float],
+    weights: Array | Sequence[float] | None = None,
 ) -> Estimate:
     """Share of pairs whose chosen response scores higher, ties as half; Wilson interval.
 
-    A model that gives every response one score gets 0.5, not 0 or 1.
+    A model that gives every response one score gets 0.5, not 0 or 1. With weights the share is
+    sum w o / sum w, and its interval that of (sum w)^2 / sum w^2 pairs (Kish 1965).
     """
-    return proportion(compare(chosen, rejected))
+    outcomes_B = compare(chosen, rejected)
+    if weights is None:
+        return proportion(outcomes_B)
+    outcomes_B, w_B = paired(("outcomes", outcomes_B), ("weights", weights))
+    if w_B.min() < 0 or not w_B.sum() > 0:
+        raise ValueError("weights must be at least 0, and not all 0")
+    share = float(np.sum(w_B * outcomes_B) / np.sum(w_B))
+    effective = float(np.sum(w_B) ** 2 / np.sum(np.square(w_B)))
+    return dataclasses.replace(wilson(share * effective, effective), n=outcomes_B.size)
 
 
 def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
@@ -330,7 +341,7 @@ def t_quantile(confidence: float, freedom: int) -> float:
     )
 
 
-def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Estimate:
+def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Estimate:
     """A proportion with Wilson's score interval (Wilson 1927).
 
     centre = (p + z^2 / 2n) / (1 + z^2 / n);

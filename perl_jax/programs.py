@@ -13,6 +13,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from perl_jax.config import UserError
 
 
+# Padded lengths that a run's data may have, and shapes of a program that reads batches: each length padded
+# or packed in a few sizes, for a model with an adapter and without.
+LENGTHS = 16
+SHAPES = 8 * LENGTHS
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one compiled program on one device, by the compiler's own account.

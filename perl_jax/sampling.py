@@ -20,7 +20,7 @@ from perl_jax import lora as lora_lib
 from perl_jax import trees
 from perl_jax.lora import Adapter
 from perl_jax.models.cache import CACHES, CacheKind
-from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.quantise import is_quantised
 from perl_jax.rl.logprobs import token_logprobs
 from perl_jax.types import Array, Prompts, Tokens, Tree
@@ -148,16 +148,17 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 
 def sampled_from(
-    base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int, merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge
+    lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int, merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge
 ) -> tuple[Tree, Adapter | None]:
-    """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy.
+    """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy; full tuning's
+    weights in the activations' dtype, to which each token's products would round them again.
 
     Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto` merges
     where that is less, in float32 only, because a copy in bfloat16 rounds small updates away and is
     then another policy than the one that is trained. merge: is given the kernels that change alone.
     """
     if adapter is not None and adapter.weights is not None:
-        return adapter.weights, None
+        return resting(adapter, lm.config.dtype).weights, None
     if not merges(base, adapter, config, tokens):
         return base, adapter
     moved: dict = {}
@@ -207,7 +208,7 @@ def sample(
     # A prompt without a token is filler: its rows are done before they start.
     done_B = repeated(~jnp.any(valid_PS.astype(bool), axis=1))
     rows = done_B.shape[0]
-    base, adapter = sampled_from(base, adapter, config, tokens_PS.size + rows * room)
+    base, adapter = sampled_from(lm, base, adapter, config, tokens_PS.size + rows * room)
     rooms = sorted({-(-room * stage // config.stages) for stage in range(1, config.stages + 1)})
     logits_PV, cache = lm.prefill(base, adapter, tokens_PS, valid_PS, rooms[0], samples, config.cache)
     key_B = row_keys(key, jnp.arange(rows))

@@ -31,7 +31,7 @@ Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum,
 
 
 def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
-    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g mod M.
+    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g mod M, packed as one.
 
     Strided, not in runs: with rows sharded in runs over devices, every microbatch then still has
     its share on every device.
@@ -45,7 +45,8 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
         dealt = leaf.reshape(rows // (microbatches * group), microbatches, group, *leaf.shape[1:])
         return jnp.swapaxes(dealt, 0, 1).reshape(microbatches, rows // microbatches, *leaf.shape[1:])
 
-    return jax.tree.map(split, batch)
+    packed = lambda part: isinstance(part, Tokens)
+    return jax.tree.map(lambda part: part.of_microbatch() if packed(part) else part, jax.tree.map(split, batch), is_leaf=packed)
 
 
 def group_of(batch: Tree) -> int:
@@ -84,7 +85,7 @@ def gradients(
             return jax.tree.map(jnp.add, carry, (aux, grads)), None
 
         ((loss, logs), summed), _ = jax.lax.scan(add, zeros, (split, keys))
-    return loss, logs, jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1), summed)
+    return loss, logs, jax.tree.map(lambda g: g / jnp.where(loss.weight > 0, loss.weight, 1), summed)
 
 
 def train_step(
@@ -258,10 +259,11 @@ class Preferences:
 
 def preference_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Preferences, key: jax.Array | None,
-    *, kind: str, beta: float, label_smoothing: float, mean: bool,
+    *, kind: str, beta: float, label_smoothing: float, mean: bool, soft_labels: bool = False,
 ) -> tuple[LossSum, Logs]:  # fmt: skip
     """DPO or IPO (`losses.preference`) on log-ratios of whole responses, or of means over tokens.
 
+    soft_labels: a row's probability p, where known, makes its label smoothing 1 - p.
     Logs the implicit rewards beta log(pi / pi_ref) of both sides, and how often they are in order.
     """
     both, weight_B = both_sides(batch.pairs), batch.pairs.weight_B
@@ -271,7 +273,10 @@ def preference_objective(
     total = jnp.sum(weight_B)
     measured = {"train/accuracy": chosen_B > rejected_B, "dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
     logs = {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
-    return losses.preference(chosen_B, rejected_B, weight_B, beta=beta, kind=kind, label_smoothing=label_smoothing), logs
+    smoothing = label_smoothing
+    if soft_labels and batch.pairs.probability_B is not None:
+        smoothing = jnp.where(jnp.isnan(batch.pairs.probability_B), label_smoothing, 1 - batch.pairs.probability_B)
+    return losses.preference(chosen_B, rejected_B, weight_B, beta=beta, kind=kind, label_smoothing=smoothing), logs
 
 
 @flax.struct.dataclass
@@ -329,7 +334,7 @@ def policy_gradient_objective(
     losses_found["policy/loss"] = algorithms.policy_loss(config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, room)
     if batch.reference_BT is not None:
         losses_found["kl/loss"] = losses.kl_loss(
-            logp_BT, batch.reference_BT, mask_BT, estimator, config.reduction, length=length, weight_B=batch.kl_weight_B
+            logp_BT, batch.reference_BT, mask_BT, estimator, config.kl_reduction, length=length, weight_B=batch.kl_weight_B
         )
     logs = {
         **known,

@@ -33,14 +33,20 @@ Tree = Any
 class Layout:
     """How a batch is packed for the parts of a model that read tokens one by one (`models.packing`).
 
-    slots: U, the room of a packed row. parts: W, packed rows, each of so many consecutive rows (for a
-    microbatch of the batch, where there are several). group: consecutive rows that begin with the same
-    prompt in the same columns; its tokens are then computed once.
+    slots: U, the room of a packed row of a microbatch. parts: W, packed rows, each of so many consecutive
+    rows. group: consecutive rows that begin with the same prompt in the same columns; its tokens are then
+    computed once. microbatches: that the batch will be split into; read whole it needs their room together.
     """
 
     slots: int
     parts: int = 1
     group: int = 1
+    microbatches: int = 1
+
+    @property
+    def room(self) -> int:
+        """U of the batch as it is."""
+        return self.slots * self.microbatches
 
 
 @flax.struct.dataclass
@@ -54,6 +60,10 @@ class Tokens:
     valid_BT: Array
     response_BT: Array
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
+
+    def of_microbatch(self) -> Tokens:
+        """As a microbatch of the batch is packed."""
+        return self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, microbatches=1))
 
 
 @flax.struct.dataclass

@@ -339,8 +339,7 @@ def test_scores_are_normalised_with_the_stored_moments():
         record("value", score_mean=None).normalise(1.0)
 
 
-def test_describe_and_bytes(tmp_path):
-    assert checkpoint.describe_tree({"a": np.zeros((64, 16), np.float32), "b": np.zeros(512, np.int32)}) == "1,536 weights, 6.0 KiB"
+def test_bytes_of_a_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")
     (tmp_path / "c").write_bytes(b"67")

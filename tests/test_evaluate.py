@@ -146,6 +146,16 @@ class TestPolicies:
         assert isinstance(found, WinRate)
         assert (found.wins, found.ties, found.losses, found.rate) == (1, 2, 1, 0.5)
 
+    def test_weighted_pairs_by_hand(self):
+        # Right, wrong, tied with weights 1, 2, 1: 1.5 / 4, as sure as 16 / 6 pairs.
+        found = evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1], [1, 2, 1])
+        by_hand = evaluate.wilson(0.375 * 16 / 6, 16 / 6)
+        assert (found.value, found.low, found.high, found.n) == (pytest.approx(0.375), pytest.approx(by_hand.low), pytest.approx(by_hand.high), 3)
+        assert evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1], [5, 5, 5]).low == pytest.approx(evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1]).low)
+        for weights in ([0, 0, 0], [1, -1, 1]):
+            with pytest.raises(ValueError, match="weights must be at least 0, and not all 0"):
+                evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1], weights)
+
     def test_a_judge_of_positions_only_ties(self):
         always = np.ones(50, bool)
         assert evaluate.both_orders(always, always).ties == 50

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import sampling, steps
+from perl_jax import sampling, steps, trees
 from perl_jax.config import UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families
@@ -246,8 +247,16 @@ def test_merging_is_chosen_by_what_it_costs():
     assert not sampling.merging_pays(BASE, ADAPTER, 4) and sampling.merging_pays(BASE, ADAPTER, 400)
     low = jax.tree.map(lambda leaf: leaf.astype(np.float16), BASE)
     assert not sampling.merging_pays(low, ADAPTER, 400)
-    assert sampling.sampled_from(BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[1] is ADAPTER
-    assert sampling.sampled_from(BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
+    assert sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[1] is ADAPTER
+    assert sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
+
+
+def test_full_tuning_decodes_from_matrices_that_are_rounded_once():
+    role = small.make_full(BASE)
+    read, adapter = sampling.sampled_from(small.changed(dtype="bfloat16"), BASE, role, SamplingConfig(1), 400)
+    assert adapter is None
+    for name, leaf in trees.named_leaves(read).items():
+        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])

@@ -100,7 +100,9 @@ def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
 
 
 # Packed rows are multiples of this long, and pay where they are shorter than the padded ones by a twentieth.
-SLOTS, WORTH = 64, 0.95
+SLOTS, WORTH = 16, 0.95
+# Eighths of the padded size are what batches are packed into that do not fit what was planned.
+LEVELS = 8
 
 
 def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
@@ -110,3 +112,9 @@ def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int)
     slots = -(-fullest(counts, parts, microbatches) // SLOTS) * SLOTS
     whole = len(counts) // (parts * microbatches) * padded
     return slots if slots <= WORTH * whole else None
+
+
+def packed_sizes(planned: int, padded: int) -> list[int]:
+    """Sizes of packed rows, increasing: what is planned (0: nothing), and levels above it and above half of the padded size."""
+    levels = (-(-padded * level // (LEVELS * SLOTS)) * SLOTS for level in range(LEVELS // 2 + 1, LEVELS))
+    return ([planned] if planned else []) + [size for size in levels if planned < size <= WORTH * padded]

@@ -24,6 +24,7 @@ from perl_jax.data.bucketing import (
     bucket_edges,
     check_edges,
     evaluation_plan,
+    packed_sizes,
     packed_slots,
     training_plan,
 )
@@ -31,6 +32,8 @@ from perl_jax.data.tokenise import Encoder, TokenRows, fill, tokenise
 from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
 Batch = Tokens | Pairs | Labelled | Prompts
+# Batches that are looked at for how much room packed rows need, in whole epochs.
+_PLANNED = 512
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -103,7 +106,6 @@ class Batches:
             self.lengths = check_edges(spec.buckets, int(lengths.max()))
         whole, rest = divmod(len(lengths), spec.batch_size)
         self.steps_per_epoch = whole + (spec.shuffle_seed is None and rest > 0)
-        self._slots: dict[int, int | None] | None = None
         # One plan is in use at a time, two while prefetching crosses into the next epoch.
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
 
@@ -151,18 +153,31 @@ class Batches:
         return with_layout(batch, self._layout(rows, columns)) if self.spec.packed else batch
 
     def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
-        """The packing of a batch: one for each padded length, the fullest of the first epoch; None if it does not fit."""
-        spec, group = self.spec, 2 if self.rows.kind == "comparisons" else 1
-        need = lambda rows, columns: packed_slots(self._counts(rows), spec.parts, spec.microbatches, columns * group)
-        if self._slots is None:
-            first, slots = self.plan(0), {}
-            for batch, length in zip(first.rows, first.lengths.tolist()):
-                # None, not worth it, stays.
-                found, before = need(self._arranged(batch), length), slots.get(length, 0)
-                slots[length] = None if found is None or before is None else max(before, found)
-            self._slots = slots
-        slots, own = self._slots.get(columns), need(rows, columns)
-        return None if slots is None or own is None or own > slots else Layout(slots, spec.parts, group)
+        """The packing of a batch: the smallest that holds it of the few that its padded length has; None: padded."""
+        spec, own = self.spec, self._slots(rows, columns)
+        fits = () if own is None else (size for size in self._sizes.get(columns, ()) if size >= own)
+        slots = next(iter(fits), None)
+        return None if slots is None else Layout(slots, spec.parts, self._group, spec.microbatches)
+
+    @property
+    def _group(self) -> int:
+        """Rows of the model's batch that a row of the source is."""
+        return 2 if self.rows.kind == "comparisons" else 1
+
+    def _slots(self, rows: np.ndarray, columns: int) -> int | None:
+        """What a batch needs at least; None: packing it is not worth it."""
+        return packed_slots(self._counts(rows), self.spec.parts, self.spec.microbatches, columns * self._group)
+
+    @functools.cached_property
+    def _sizes(self) -> dict[int, list[int]]:
+        """Sizes of packed rows for each padded length: what the first batches need, and a few above for what later ones mix."""
+        spec, most = self.spec, dict.fromkeys(self.lengths, 0)
+        epochs = 1 if spec.shuffle_seed is None else -(-_PLANNED // self.steps_per_epoch)
+        for plan in map(self._plan, range(epochs)):
+            for rows, length in zip(plan.rows, plan.lengths.tolist()):
+                most[length] = max(most[length], self._slots(self._arranged(rows), length) or 0)
+        padded = lambda length: spec.batch_size // (spec.parts * spec.microbatches) * length * self._group
+        return {length: packed_sizes(slots, padded(length)) for length, slots in most.items()}
 
     @functools.cached_property
     def _tokens(self) -> np.ndarray:

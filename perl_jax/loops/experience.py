@@ -7,12 +7,14 @@ them on its way (`one_pass`).
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from perl_jax import steps
-from perl_jax.loops.jobs import RLConfig
+from perl_jax.loops.jobs import RLConfig, ShapingConfig
 from perl_jax.loops.layouts import dealt_group
 from perl_jax.rl import advantages, algorithms, kl, losses
 from perl_jax.rl.algorithms import Outcomes
@@ -73,12 +75,11 @@ class Rewarded:
     group: int = flax.struct.field(pytree_node=False, default=1)
 
 
-def shaped(config: RLConfig, score_B: Array, rollout: Rollout) -> jax.Array:
-    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order."""
-    shaping, mask_BT = config.shaping, rollout.sequences.response_BT
+def shaped(shaping: ShapingConfig, room: int, score_B: Array, rollout: Rollout) -> jax.Array:
+    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order. room: a response's, in tokens."""
+    mask_BT = rollout.sequences.response_BT
     score_B = advantages.shape_scores(score_B, jnp.any(mask_BT, axis=1), clip=shaping.clip, whiten=shaping.whiten)
     score_B = advantages.missing_eos_penalty(score_B, rollout.finished_B, shaping.missing_eos_penalty)
-    room = config.data.max_response_length
     return advantages.overlong_penalty(score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty)
 
 
@@ -104,10 +105,11 @@ def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[E
     the update (`experience_of`).
     """
     rollout, mask_BT = judged.rollout, judged.rollout.sequences.response_BT
-    score_B, rows = shaped(config, judged.score_B, rollout), mask_BT.shape[0]
+    paid = functools.partial(shaped, config.shaping, config.data.max_response_length)
+    score_B, rows = paid(judged.score_B, rollout), mask_BT.shape[0]
     greedy_B = None
     if judged.greedy is not None:
-        greedy_B = jnp.repeat(shaped(config, judged.greedy_score_P, judged.greedy), config.algorithm.group)
+        greedy_B = jnp.repeat(paid(judged.greedy_score_P, judged.greedy), config.algorithm.group)
     rewarded = Rewarded(
         sequences=rollout.sequences,
         sampled_BT=rollout.logp_BT,
@@ -149,7 +151,7 @@ def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tup
     if rewarded.reference_BT is not None:
         reference_BT = rewarded.reference_BT
         from_BT = jnp.where(rewarded.measured_B[:, None], rewarded.policy_BT, policy_BT)
-    kl_BT = kl.kl_in_reward("k1" if config.kl_in_loss else config.estimator, from_BT, reference_BT)
+    kl_BT = kl.kl_in_reward(from_BT, reference_BT)
     kl_B = kl.sequence_kl(kl_BT, mask_BT)
     beta_B = jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B
     weight_B = jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B
@@ -170,13 +172,12 @@ def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tup
         reference_BT=reference_BT if in_loss else None,
         kl_weight_B=rewarded.beta_B if in_loss else None,
     )
-    k1_B = kl.sequence_kl(kl.kl_in_reward("k1", from_BT, reference_BT), mask_BT)
     real_B, rows, tokens = jnp.any(mask_BT, axis=1), losses.count_sequences(mask_BT), losses.count_tokens(mask_BT)
     total = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0))
     logs = {
         "reward/return": LossSum(total(return_B), rows),
-        "kl/sequence": LossSum(total(k1_B), rows),
-        "kl/token": LossSum(total(k1_B), tokens),
+        "kl/sequence": LossSum(total(kl_B), rows),
+        "kl/token": LossSum(total(kl_B), tokens),
         "sampler/mismatch": LossSum(losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens),
     }
     return experience, logs

@@ -13,7 +13,8 @@ from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
-from perl_jax.rl.kl import LOSS_ESTIMATORS, REWARD_ESTIMATORS
+from perl_jax.programs import LENGTHS
+from perl_jax.rl.kl import LOSS_ESTIMATORS
 from perl_jax.sampling import ADAPTERS
 from perl_jax.sharding import MeshConfig
 
@@ -82,6 +83,7 @@ class DataConfig:
         config_lib.one_of("packing", self.packing, ("auto", "on", "off"))
         for field in ("bucket_count", "max_prompt_length", "max_response_length"):
             config_lib.whole(field, getattr(self, field))
+        config_lib.require(self.bucket_count <= LENGTHS, f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a program to compile.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,12 +228,14 @@ class DPOConfig(PolicyConfig):
         beta: How strongly the policy is held to where it starts; None: 0.5 for dpo (its paper's for
             summaries: at 0.1 short, noisily labelled responses drift, experiments/LOG.md), 0.1 for ipo.
         label_smoothing: Share of comparisons taken to be the wrong way round; dpo only.
+        soft_labels: A comparison's probability, where known, is its label; dpo only.
         token_mean: Compare log-ratios a token instead of those of whole responses.
     """
 
     loss: Literal["dpo", "ipo"] = "dpo"
     beta: float | None = None
     label_smoothing: float = 0.0
+    soft_labels: bool = False
     token_mean: bool = False
 
     def __post_init__(self) -> None:
@@ -240,6 +244,7 @@ class DPOConfig(PolicyConfig):
         config_lib.positive("beta", self.strength)
         smoothed = 0 <= self.label_smoothing < 0.5 and (self.loss == "dpo" or self.label_smoothing == 0)
         config_lib.require(smoothed, f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and be 0 for ipo.")
+        config_lib.require(self.loss == "dpo" or not self.soft_labels, f"soft_labels are for the loss dpo; loss is {self.loss!r}.")
 
     @property
     def strength(self) -> float:
@@ -254,7 +259,8 @@ class KLConfig:
     Attributes:
         beta: The KL's weight. In the reward, R = (1 - beta) score - beta KL; in the loss, R = score.
         place: reward or loss; None: where the algorithm has it.
-        estimator: k1, k2 or k3; None: k1 in the reward, k3 in the loss (there with k2's gradient).
+        estimator: In the reward k1, whose product with grad log pi is the KL's gradient, and no other's;
+            in the loss k2 or k3 (with k2's gradient). None: k1 and k3.
         reference: start (a frozen copy of the policy as it starts), base, none, or an artefact.
         refresh: Every so many steps the reference becomes the policy as it is; None: never.
         target: Adapt beta so that a response's mean KL comes near this; None: beta stays.
@@ -276,7 +282,7 @@ class KLConfig:
         if self.place is not None:
             config_lib.one_of("kl.place", self.place, ("reward", "loss"))
         if self.estimator is not None:
-            config_lib.one_of("kl.estimator", self.estimator, REWARD_ESTIMATORS)
+            config_lib.one_of("kl.estimator", self.estimator, ("k1", *LOSS_ESTIMATORS))
         without = self.reference != "none" or (self.beta == 0 and self.target is None)
         config_lib.require(without, f"kl.reference is none; kl.beta must be 0 then, it is {self.beta!r}, and kl.target None.")
         if self.refresh is not None:
@@ -384,9 +390,12 @@ class RLConfig(RewardOptions, PolicyConfig):
         config_lib.require(buffer <= room, f"shaping.overlong_buffer is {buffer}; a response has room for {room} tokens.")
         apart = not (self.algorithm.rule.greedy and self.shaping.whiten)
         config_lib.require(apart, "shaping.whiten is over the batch's samples; remax compares them with greedy responses: leave it out.")
-        if self.kl_in_loss:
-            estimators = self.kl.estimator in (None, *LOSS_ESTIMATORS)
-            config_lib.require(estimators, f"kl.estimator is {self.kl.estimator!r}; in the loss it must be one of {', '.join(LOSS_ESTIMATORS)}.")
+        place, estimators = ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
+        fitting = self.kl.estimator in (None, *estimators)
+        config_lib.require(fitting, f"kl.estimator is {self.kl.estimator!r}; in the {place} it must be {' or '.join(estimators)}.")
+        # The gain of the adaptive coefficient, batch_size / horizon, could turn its sign.
+        short = self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon
+        config_lib.require(not short, f"kl.horizon is {self.kl.horizon} episodes; it must be more than a fifth of batch_size, {self.batch_size}.")
 
     @property
     def kl_in_loss(self) -> bool:

@@ -29,7 +29,7 @@ def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, respons
     each = rows // (parts * microbatches)
     sizes = [-(-(each // group * columns + each * room * level // LEVELS) // SLOTS) * SLOTS for level in range(1, LEVELS + 1)]
     slots = next(size for size in sizes if size >= need)
-    return Layout(slots, parts, group) if slots <= WORTH * each * (columns + room) else None
+    return Layout(slots, parts, group, microbatches) if slots <= WORTH * each * (columns + room) else None
 
 
 def dealt_group(config: RLConfig, rows: int, parts: int, microbatches: int) -> int:

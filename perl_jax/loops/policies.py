@@ -24,7 +24,7 @@ from perl_jax.loops.model import Model, check_context, host, load_model
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
-from perl_jax.programs import Program
+from perl_jax.programs import SHAPES, Program
 from perl_jax.rewards.compose import Term
 from perl_jax.rl import kl
 
@@ -49,13 +49,13 @@ def sample_program(model: Model, max_new_tokens: int, temperature: float, rollou
     sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
     if rollout.slots is not None:
         return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots)
-    return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=16)
+    return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=SHAPES)
 
 
 def logprob_program(model: Model, temperature: float) -> Program:
     """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them."""
     logprobs = functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature or 1.0)
-    return Program("logprobs", logprobs, limit=32, out_shardings=sharding.batch_sharding(model.mesh))
+    return Program("logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,5 +203,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
             config_lib.write_json(folder / "config.json", {"config": {"job": "evaluate", **config_lib.to_dict(config)}, "environment": environment()})
         lines = [json.dumps(row) + "\n" for row in sample_rows(prompts, ours, theirs)]
         config_lib.write_atomically(folder / "samples.jsonl", "".join(lines))
-        config_lib.write_json(path, results)
+        # What the run's own job measured stays.
+        before = config_lib.read_json(path) if path.exists() else {}
+        config_lib.write_json(path, before | results)
     return folder

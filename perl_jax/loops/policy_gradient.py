@@ -29,14 +29,11 @@ from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import initial_state, load_batches, step_program
 from perl_jax.models.language_model import LanguageModel, resting
-from perl_jax.programs import Program
+from perl_jax.programs import SHAPES, Program
 from perl_jax.rl import kl
 from perl_jax.sampling import Rollout
 from perl_jax.state import TrainState
 from perl_jax.types import Layout, Prompts, Tree
-
-# Lengths of prompts times sizes of packed rows, and a margin.
-_SHAPES = 32
 
 
 class Programs:
@@ -56,10 +53,10 @@ class Programs:
         self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
         self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
-        self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=_SHAPES)
-        self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=_SHAPES) if algorithm.rule.advantage == "gae" else None
+        self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=SHAPES)
+        self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=SHAPES) if algorithm.rule.advantage == "gae" else None
         assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
-        self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=_SHAPES)
+        self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=SHAPES)
         self.learn = step_program(model, update, state)
 
     def by_name(self) -> dict[str, Program]:
@@ -222,7 +219,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     # Policy, reference and critic all begin as the anchor.
     roles, frozen = {"policy": policy}, dict(rewards)
     if algorithm.rule.critic:
-        head = rewards[scoring.role_name(0)].head if config.value_head == "reward" else init_head(None, model.lm.config.width)
+        head = scoring.paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
         roles["value"] = policy.replace(head=head)
     if config.kl.reference == "start":
         frozen["reference"] = policy

@@ -15,7 +15,7 @@ from perl_jax.loops.jobs import DPOConfig
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
 from perl_jax.loops.supervised import Supervised
 from perl_jax.models.language_model import LanguageModel, resting
-from perl_jax.programs import Program
+from perl_jax.programs import SHAPES, Program
 from perl_jax.state import TrainState
 from perl_jax.steps import Preferences
 from perl_jax.types import Pairs
@@ -24,7 +24,7 @@ from perl_jax.types import Pairs
 @functools.lru_cache(maxsize=8)
 def reference_program(lm: LanguageModel) -> Program:
     """(base or None, reference, tokens) -> its log-probabilities."""
-    return Program("reference", functools.partial(steps.sequence_logprobs, lm), limit=64)
+    return Program("reference", functools.partial(steps.sequence_logprobs, lm), limit=SHAPES)
 
 
 def with_reference(model: Model, state: TrainState, pairs: Pairs) -> Preferences:
@@ -37,7 +37,7 @@ def with_reference(model: Model, state: TrainState, pairs: Pairs) -> Preferences
 
 def job_of(config: DPOConfig) -> Supervised:
     """The supervised job that DPO is, once the reference's log-probabilities are there."""
-    settings = {"kind": config.loss, "beta": config.strength, "label_smoothing": config.label_smoothing, "mean": config.token_mean}
+    settings = {"kind": config.loss, "beta": config.strength, "label_smoothing": config.label_smoothing, "mean": config.token_mean, "soft_labels": config.soft_labels}
     objective = functools.partial(steps.preference_objective, **settings)
     shown = ("train/loss", "train/accuracy", "validation/accuracy")
     return Supervised("dpo", "policy", "comparisons", objective, supervised.validate_policy, None, shown, with_reference)
@@ -66,16 +66,18 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
 
 def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainState) -> dict:
     """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons."""
-    batches, _ = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None)
-    program = Program("implicit", functools.partial(_implicit, model.lm, config.token_mean), limit=64)
+    batches, rows = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None)
+    program = Program("implicit", functools.partial(_implicit, model.lm, config.token_mean), limit=SHAPES)
     base = model.base if state.roles["policy"].weights is None else None
-    chosen, rejected = [], []
+    order, chosen, rejected = [], [], []
     for index, batch in enumerate(batches):
         real_B = batches.rows_of(index) >= 0
+        order += batches.rows_of(index)[real_B].tolist()
         chosen_B, rejected_B = host(program(base, state.roles["policy"], job.ready(model, state, batch)))
         chosen += (config.strength * chosen_B[real_B]).tolist()
         rejected += (config.strength * rejected_B[real_B]).tolist()
-    return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected))}
+    weights = supervised.pair_weights(rows, config.data.task, "test")[order]
+    return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights))}
 
 
 def _implicit(lm: LanguageModel, mean: bool, base, policy, batch: Preferences) -> tuple:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,9 +17,10 @@ from perl_jax.checkpoint import Record
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.hosts import Share
 from perl_jax.lora import Adapter
+from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.model import Model, host
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.programs import Program
+from perl_jax.programs import SHAPES, Program
 from perl_jax.rewards import compose
 from perl_jax.rewards.compose import Composite, Term
 from perl_jax.sampling import Rollout
@@ -42,11 +45,18 @@ def load_rewards(model: Model, folders: Sequence[str]) -> tuple[dict[str, Adapte
     return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(record for _, record in loaded)
 
 
+def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
+    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the score's weight beside the KL."""
+    whole = config.kl_in_loss or config.kl.whole_score
+    weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
+    return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
+
+
 def reward_program(model: Model, records: tuple[Record, ...], combine: str) -> Program:
     """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
-    return Program("reward", functools.partial(_scores, model.lm, records, combine), out_shardings=(rows, members), limit=32)
+    return Program("reward", functools.partial(_scores, model.lm, records, combine), out_shardings=(rows, members), limit=SHAPES)
 
 
 def _scores(lm: LanguageModel, records: tuple[Record, ...], combine: str, base: Tree, rewards: Sequence[Adapter], tokens: Tokens) -> tuple:
@@ -64,6 +74,8 @@ class Scorer:
     def __init__(self, model: Model, program: Program | None, terms: Sequence[Term], weight: float, rows: Any) -> None:
         self.model, self.program, self.weight, self.rows = model, program, weight, rows
         self.terms = Composite(terms) if terms else None
+        if self.terms is not None:
+            self.terms.check_rows(rows)
 
     def __enter__(self) -> Scorer:
         if self.terms is not None:
@@ -81,7 +93,9 @@ class Scorer:
         """
         score_B, logs = None, {}
         if self.program is not None:
-            rewards = [role for name, role in frozen.items() if name.startswith("reward")]
+            # By number: the state's own order, by name, has reward_10 before reward_2.
+            names = (role_name(index) for index in itertools.count())
+            rewards = [frozen[name] for name in itertools.takewhile(frozen.__contains__, names)]
             base = self.model.base if any(role.weights is None for role in rewards) else None
             score_B, scores_MB = self.program(base, rewards, rollout.sequences)
             if len(rewards) > 1:

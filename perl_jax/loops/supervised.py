@@ -20,7 +20,7 @@ from perl_jax.loops.jobs import DataConfig, JobConfig, RewardConfig, SFTConfig
 from perl_jax.loops.model import Model, check_context, data_options, fresh_role, host, load_model
 from perl_jax.loops.run import Loop, Timings
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.programs import Program
+from perl_jax.programs import SHAPES, Program
 from perl_jax.state import TrainState
 from perl_jax.types import Labelled, Pairs, Tree
 
@@ -48,14 +48,21 @@ def load_batches(
         parts=model.row_parts,
         microbatches=microbatches,
     )
-    return make_batches(rows, kind, model.tokenizer, spec), rows
+    batches = make_batches(rows, kind, model.tokenizer, spec)
+    # Once: a split is opened again for each evaluation.
+    if split == "train" and hosts.is_writer():
+        for what, number in batches.truncated.items():
+            if number:
+                end, setting = ("beginning", "max_prompt_length") if what == "prompts" else ("end", "max_response_length")
+                print(f"{config.task}, {split}: {number} of {len(rows)} rows lose the {end} of their {what.removesuffix('s')} ({setting}).", flush=True)
+    return batches, rows
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
     """A jitted update(state, base, batch): state donated, batch and base not, results where the state is."""
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
     # Every padded length may come packed too.
-    return Program("learn", update, donate=(0,), out_shardings=places, limit=32)
+    return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)
 
 
 def initial_state(
@@ -104,7 +111,7 @@ def fit(
     batches, _ = load_batches(model, config.data, job.kind, split, config.batch_size, config.seed, config.microbatches)
     held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None)
     program = learn_program(model, config, job, state, optimizers)
-    measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)), limit=32)
+    measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)), limit=SHAPES)
     frozen = None if config.tuning == "full" else model.base
     truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
 
@@ -139,7 +146,7 @@ def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainS
         for name, part in {"loss": loss, **logs}.items():
             total = sums.setdefault(name, [0.0, 0.0])
             total[0], total[1] = total[0] + float(part.total), total[1] + float(part.weight)
-    return {name: total / max(weight, 1.0) for name, (total, weight) in sums.items()}
+    return {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in sums.items()}
 
 
 def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None) -> dict[str, float]:
@@ -149,13 +156,16 @@ def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches:
     return {"validation/loss": found["loss"], **accuracy}
 
 
-def validate_reward(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray | None) -> dict[str, float]:
-    """Held-out loss, and accuracy of pairs or AUC of labels."""
+def validate_pairs(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray) -> dict[str, float]:
+    """Held-out loss, and accuracy of pairs by their weights."""
     scores = score_batches(model, state.roles["reward"], batches)
-    loss = {"validation/loss": held_out(state)["loss"]}
-    if truth is None:
-        return loss | {"validation/accuracy": evaluate.pairwise_accuracy(*scores).value}
-    return loss | {"validation/auc": evaluate.auc(scores[0], truth)}
+    return {"validation/loss": held_out(state)["loss"], "validation/accuracy": evaluate.pairwise_accuracy(*scores, weights).value}
+
+
+def validate_labels(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray) -> dict[str, float]:
+    """Held-out loss, and AUC: a soft label above 0.5 is a yes."""
+    (scores,) = score_batches(model, state.roles["reward"], batches)
+    return {"validation/loss": held_out(state)["loss"], "validation/auc": evaluate.auc(scores, labels > 0.5)}
 
 
 def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray) -> dict[str, float]:
@@ -166,7 +176,7 @@ def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batc
 
 @functools.lru_cache(maxsize=8)
 def _score_program(lm: LanguageModel) -> Program:
-    return Program("score", functools.partial(_scores, lm), limit=64)
+    return Program("score", functools.partial(_scores, lm), limit=SHAPES)
 
 
 def _scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs | Labelled) -> tuple[jax.Array, ...]:
@@ -192,13 +202,20 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
 
 
 def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
-    """The rows' labels; AUC and balanced accuracy need some above 0.5 and some below."""
+    """The rows' labels, in [0, 1]; AUC and balanced accuracy need some above 0.5 and some below."""
     labels = np.asarray([row["label"] for row in rows])
     config_lib.require(
         bool((labels > 0.5).any() and (labels <= 0.5).any()),
         f"The {split} split of {task} has labels of one class only; it needs rows with label 0 and rows with label 1.",
     )
     return labels
+
+
+def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
+    """The rows' weights: the pairs of one ranking count as much as its line says together."""
+    weights = np.asarray([row["weight"] for row in rows], np.float64)
+    config_lib.require(bool(weights.sum() > 0), f"Every comparison of the {split} split of {task} has weight 0; some must count.")
+    return weights
 
 
 def ratings(rows: Any, task: str, split: str) -> np.ndarray:
@@ -211,13 +228,13 @@ def ratings(rows: Any, task: str, split: str) -> np.ndarray:
 SFT = Supervised("sft", "policy", "demonstrations", steps.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))
 
 
-def _reward(kind: str, objective: Callable, best: str, validate: Callable = validate_reward, truth: Callable | None = None) -> Supervised:
+def _reward(kind: str, objective: Callable, best: str, validate: Callable, truth: Callable) -> Supervised:
     return Supervised("reward", "reward", kind, objective, validate, best, ("train/loss", best), truth=truth)
 
 
 REWARD = {
-    "pairwise": _reward("comparisons", steps.pairwise_objective, "validation/accuracy"),
-    "pointwise": _reward("labels", steps.pointwise_objective, "validation/auc", truth=both_classes),
+    "pairwise": _reward("comparisons", steps.pairwise_objective, "validation/accuracy", validate_pairs, pair_weights),
+    "pointwise": _reward("labels", steps.pointwise_objective, "validation/auc", validate_labels, both_classes),
     "regression": _reward("ratings", steps.regression_objective, "validation/correlation", validate_regression, ratings),
 }
 
@@ -293,18 +310,19 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
         error = float(np.mean(np.square(scores[0] - truth)))
         return {"correlation": evaluate.correlation(scores[0], truth), "mean_squared_error": error, "n": len(truth)}, named
     if kind == "comparisons":
-        results = {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(*scores))}
+        weights = pair_weights(rows, config.data.task, "test")
+        results = {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(*scores, weights))}
         known = np.asarray([row["probability"] for row in rows])
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
         probabilities, labels = evaluate.preference_probabilities(*scores)
     else:
         labels = both_classes(rows, config.data.task, "test")
-        threshold = validation_threshold(model, config, adapter)
+        threshold, yes = validation_threshold(model, config, adapter), labels > 0.5
         results = {
-            "auc": evaluate.auc(scores[0], labels),
-            "balanced_accuracy": evaluate.balanced_accuracy(scores[0], labels, threshold),
-            "accuracy": float(np.mean((scores[0] >= threshold) == (labels > 0.5))),
+            "auc": evaluate.auc(scores[0], yes),
+            "balanced_accuracy": evaluate.balanced_accuracy(scores[0], yes, threshold),
+            "accuracy": float(np.mean((scores[0] >= threshold) == yes)),
             "n": len(labels),
         }
         probabilities = evaluate.sigmoid(scores[0])
@@ -321,7 +339,7 @@ def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -
     """The score threshold with the best balanced accuracy on the validation split."""
     batches, rows = load_batches(model, config.data, "labels", "validation", config.batch_size, None)
     (scores,) = score_batches(model, adapter, batches)
-    return evaluate.best_threshold(scores, np.asarray([row["label"] for row in rows]))
+    return evaluate.best_threshold(scores, np.asarray([row["label"] for row in rows]) > 0.5)
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:

@@ -108,8 +108,8 @@ def pack(tokens: Tokens) -> Packing | None:
     place_PGT = place_WX.reshape(-1, layout.group, valid_BT.shape[1])
     place_BT = jnp.where(shared_BT, jnp.repeat(place_PGT[:, 0], layout.group, axis=0), place_WX.reshape(valid_BT.shape))
     slot_BT = jnp.where(valid_BT, place_BT, 0)
-    token_WU = jax.vmap(lambda own_X: jnp.nonzero(own_X, size=layout.slots, fill_value=0)[0])(own_WX)
-    filled_WU = jnp.arange(layout.slots)[None, :] < jnp.sum(own_WX, axis=1, keepdims=True)
+    token_WU = jax.vmap(lambda own_X: jnp.nonzero(own_X, size=layout.room, fill_value=0)[0])(own_WX)
+    filled_WU = jnp.arange(layout.room)[None, :] < jnp.sum(own_WX, axis=1, keepdims=True)
     return Packing(slot_BT, token_WU, filled_WU, own_BT, shared_BT, layout.group)
 
 

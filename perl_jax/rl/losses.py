@@ -22,7 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax.masked import masked_mean, masked_sum, masked_values, masked_var
+from perl_jax.masked import masked_mean, masked_sum, masked_values
 from perl_jax.rl.kl import kl_in_loss, log_ratio
 from perl_jax.types import Array
 
@@ -36,23 +36,11 @@ class LossSum:
 
     @property
     def mean(self) -> Array:
-        """total / max(weight, 1); 0 for an empty batch."""
-        return self.total / jnp.maximum(self.weight, 1)
+        """total / weight; 0 for an empty batch."""
+        return self.total / jnp.where(self.weight > 0, self.weight, 1)
 
     def __add__(self, other: LossSum) -> LossSum:
         return LossSum(self.total + other.total, self.weight + other.weight)
-
-
-@flax.struct.dataclass
-class RatioStatistics:
-    """Of r = exp(logp_new - logp_old) over masked-in tokens; at a first on-policy step 1, 0, 0.
-
-    mean: mean of r. max_deviation: largest |r - 1|. clip_fraction: share with |r - 1| > epsilon.
-    """
-
-    mean: Array
-    max_deviation: Array
-    clip_fraction: Array
 
 
 def count_tokens(mask_BT: Array) -> jax.Array:
@@ -288,7 +276,7 @@ def preference(
     *,
     beta: float,
     kind: str = "dpo",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> LossSum:
     """Preference losses on log-ratios: chosen_B = sum_t (log pi - log pi_ref) of the chosen response.
 
@@ -299,51 +287,22 @@ def preference(
                by Mitchell 2023, "A note on DPO with noisy preferences", conservative DPO)
         "ipo"  (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, equation 17)
 
-    IPO's h may also be a difference of means over tokens: that is the caller's choice. Raises
-    ValueError for another kind, a beta that is not above 0, or a smoothing outside [0, 1/2).
+    IPO's h may also be a difference of means over tokens: that is the caller's choice. e may be one for
+    each row, [B]: 1 - p where raters prefer the chosen with probability p. Raises ValueError for another
+    kind, a beta that is not above 0, or one smoothing for all rows outside [0, 1/2).
     """
     chex.assert_rank([chosen_B, rejected_B, weight_B], 1)
-    if not beta > 0 or not 0 <= label_smoothing < 0.5:
+    each = jnp.ndim(label_smoothing) > 0
+    if not beta > 0 or not (each or 0 <= label_smoothing < 0.5):
         raise ValueError(f"beta {beta} must be above 0, label smoothing {label_smoothing} in [0, 1/2)")
     real_B = weight_B > 0
     h_B = masked_values(chosen_B, real_B) - masked_values(rejected_B, real_B)
     if kind == "dpo":
         right_B, wrong_B = jax.nn.softplus(-beta * h_B), jax.nn.softplus(beta * h_B)
         return _weighted((1 - label_smoothing) * right_B + label_smoothing * wrong_B, weight_B)
-    if kind != "ipo" or label_smoothing:
+    if kind != "ipo" or each or label_smoothing:
         raise ValueError(f"unknown preference loss {kind!r} (smoothing {label_smoothing}); known: dpo, and ipo without smoothing")
     return _weighted(jnp.square(h_B - 1 / (2 * beta)), weight_B)
-
-
-def explained_variance(values_BT: Array, returns_BT: Array, mask_BT: Array) -> jax.Array:
-    """1 - var(Z - V) / var(Z) over masked-in tokens: 1 perfect, 0 no better than a constant.
-
-    0 where the returns do not vary. Divides by the tokens' count in both, so it cancels.
-    """
-    chex.assert_rank([values_BT, returns_BT, mask_BT], 2)
-    returns_BT = masked_values(returns_BT, mask_BT)
-    residual = masked_var(returns_BT - masked_values(values_BT, mask_BT), mask_BT)
-    variance = masked_var(returns_BT, mask_BT)
-    varies = variance > 0
-    return jnp.where(varies, 1 - residual / jnp.where(varies, variance, 1), 0)
-
-
-def ratio_statistics(
-    logp_new_BT: Array, logp_old_BT: Array, mask_BT: Array, epsilon: float = 0.2
-) -> RatioStatistics:
-    """How far an update has moved the policy from the one that sampled (`RatioStatistics`).
-
-    Means divide by the number of masked-in tokens. The log-ratio is clamped to +-20.
-    """
-    chex.assert_rank([logp_new_BT, logp_old_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_new_BT, logp_old_BT, mask_BT])
-    ratio_BT = jnp.exp(log_ratio(logp_new_BT, logp_old_BT))
-    deviation_BT = jnp.abs(masked_values(ratio_BT - 1, mask_BT))
-    return RatioStatistics(
-        mean=masked_mean(ratio_BT, mask_BT),
-        max_deviation=jnp.max(deviation_BT),
-        clip_fraction=masked_mean(deviation_BT > epsilon, mask_BT),
-    )
 
 
 def sampler_mismatch(logp_sampler_BT: Array, logp_trainer_BT: Array, mask_BT: Array) -> jax.Array:

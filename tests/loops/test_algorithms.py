@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -12,13 +13,13 @@ import pytest
 
 from perl_jax.checkpoint import Checkpoints
 from perl_jax.config import UserError
-from perl_jax.loops import policies, policy_gradient, supervised
+from perl_jax.loops import policies, policy_gradient, scoring, supervised
 from perl_jax.loops.jobs import KLConfig, ShapingConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.rl.algorithms import ALGORITHMS, AlgorithmConfig
 from tests import small
 from tests.loops import tiny
-from tests.rollouts import Rehearsal, placed_model, prompts, rl_config
+from tests.rollouts import RECORD, Rehearsal, placed_model, prompts, rl_config
 
 LM = small.changed(layers=2)
 BASE = small.make_base(LM)
@@ -143,16 +144,45 @@ def second(jobs, tmp_path_factory):
     return supervised.run_reward(tiny.reward_config(tmp_path_factory.mktemp("second"), jobs.base, seed=3, lora=LoRAConfig(rank=2)))
 
 
+def test_members_of_a_large_ensemble_keep_their_own_normalisations():
+    """A state's roles come in the order of their names, in which reward_10 is before reward_2."""
+    seen = []
+    program = lambda base, roles, sequences: (seen.append([role.weights for role in roles]), (np.zeros(1), np.zeros((12, 1))))[1]
+    frozen = {scoring.role_name(i): types.SimpleNamespace(weights=i) for i in range(12)} | {"reference": types.SimpleNamespace(weights=-1)}
+    scorer = scoring.Scorer(None, program, (), 1.0, None)
+    scorer(jax.tree.map(lambda role: role, frozen), types.SimpleNamespace(sequences=None), np.zeros(1, int))
+    assert list(jax.tree.map(lambda role: role, frozen)) != list(frozen) and seen == [list(range(12))]
+
+
+@pytest.mark.parametrize(("kl", "weight"), [(KLConfig(beta=0.25), 1.5), (KLConfig(beta=0.25, whole_score=True), 2.0), (KLConfig(beta=0.25, place="loss"), 2.0)])
+def test_a_value_head_that_begins_as_the_reward_models_speaks_of_returns(kl, weight):
+    """V = w (s - mean) / std: in the units of R, without its KL."""
+    config = rl_config(kl=kl, reward_weight=2.0)
+    tokens = small.make_tokens()
+    raw_B = np.asarray(small.score(LM, BASE, REWARD, tokens))
+    role = REWARD.replace(head=scoring.paid_head(config, REWARD, RECORD))
+    np.testing.assert_allclose(small.score(LM, BASE, role, tokens), weight * (raw_B - 0.25) / 2.0, rtol=1e-4, atol=1e-5)
+
+
+def test_explained_variance_and_spreads_by_hand():
+    # Returns with mean 2 and mean square 12, errors with 1 and 3, advantages with 1 and 5: variances 8, 2 and 4.
+    sums = {"advantage": (1, 5), "return": (2, 12), "value/error": (1, 3)}
+    values = {f"{name}/{kind}": float(x) for name, pair in sums.items() for kind, x in zip(("mean", "square"), pair)}
+    assert policy_gradient._derived(values) == {"advantage/std": 2.0, "value/explained_variance": 0.75}
+    # Returns that do not vary have nothing to explain.
+    values = {"advantage/mean": 0.0, "advantage/square": 0.0, "return/mean": 2.0, "return/square": 4.0, "value/error/mean": 0.0, "value/error/square": 1.0}
+    assert policy_gradient._derived(values)["value/explained_variance"] == 0.0
+
+
 @pytest.mark.slow
 def test_an_ensemble_and_terms_add_up(jobs, second, tmp_path):
     terms = json.dumps([{"kind": "length", "weight": 0.5, "maximum": 2, "scale": 4}, {"kind": "words", "words": ["milk"], "name": "milk"}])
-    fields = {"reward": (str(jobs.reward), str(second)), "combine": "min", "reward_weight": 2.0, "terms": terms, "steps": 2}
+    fields = {"reward": (str(jobs.reward), str(second)), "combine": "mean", "reward_weight": 2.0, "terms": terms, "steps": 2}
     config = dataclasses.replace(tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, "x"), **fields)
     policy_gradient.run_rl(config)
     for row in tiny.rows(tmp_path / "rl"):
         parts = 0.5 * row["reward/term/length"] + row["reward/term/milk"]
-        # The mean of the least is at most the least of the means.
-        assert row["reward/score"] - parts <= 2 * min(row["reward/model_0"], row["reward/model_1"]) + 1e-5
+        assert row["reward/score"] == pytest.approx(row["reward/model_0"] + row["reward/model_1"] + parts, abs=1e-4)
         assert row["reward/disagreement"] > 0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perl_jax.data.bucketing import balanced, fullest, packed_slots
+from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slots
+from perl_jax.data.pipeline import Batches, BatchSpec
+from perl_jax.data.tokenise import Ragged, TokenRows
 from perl_jax.loops.layouts import LEVELS, rollout_layout
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.types import Layout
@@ -39,9 +41,38 @@ def test_the_fullest_part_of_a_dealt_batch():
 
 
 def test_packing_that_saves_little_or_does_not_divide_is_left():
-    assert packed_slots(np.full(8, 100), 1, 1, 200) == 832
+    assert packed_slots(np.full(8, 100), 1, 1, 200) == 800 and packed_slots(np.full(8, 101), 1, 1, 200) == 816
     assert packed_slots(np.full(8, 100), 1, 1, 104) is None
     assert packed_slots(np.full(6, 10), 4, 1, 200) is None
+
+
+def test_a_length_has_the_size_that_is_planned_and_levels_above():
+    # Eighths of 800 from five on, in whole sixteens, none beyond 95 %; what is planned below them.
+    assert packed_sizes(300, 800) == [300, 512, 608, 704]
+    assert packed_sizes(608, 800) == [608, 704] and packed_sizes(704, 800) == [704]
+    assert packed_sizes(0, 800) == [512, 608, 704]
+
+
+@pytest.mark.parametrize(("rows", "microbatches"), [(64, 1), (256, 1), (640, 4)])
+def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
+    lengths = np.random.default_rng(rows).integers(8, 120, rows)
+    spec = BatchSpec(16, 64, 64, packed=True, microbatches=microbatches)
+    ragged = lambda lengths: Ragged.of([np.ones(n, np.int32) for n in lengths])
+    batches = Batches(TokenRows("demonstrations", ragged(lengths // 2), (ragged(lengths - lengths // 2),), {}, {}), spec, 0)
+    padded, shapes = [], set()
+    for step in range(6 * batches.steps_per_epoch):
+        batch = batches.batch(step)
+        count, columns = int(batch.valid_BT.sum()), batch.valid_BT.shape[1]
+        shapes.add((columns, batch.layout))
+        if batch.layout is None:
+            padded.append(count / 16 / columns)
+            continue
+        assert fullest(batch.valid_BT.sum(axis=1), 1, microbatches) <= batch.layout.slots <= 0.95 * 16 / microbatches * columns
+        assert batch.layout.microbatches == microbatches
+    # Those that packing would shorten by less than what two levels are apart.
+    assert all(share > 0.8 for share in padded) and len(padded) < 1.5 * batches.steps_per_epoch
+    # Padded and one size, of batches that were looked at beforehand.
+    assert len(shapes) <= 2 * len(batches.lengths)
 
 
 def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> Layout | None:
@@ -50,16 +81,17 @@ def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> 
     return rollout_layout(MODEL, config, np.full(8, prompt), response_B, columns, microbatches)
 
 
-@pytest.mark.parametrize(("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)])
+@pytest.mark.parametrize(("response", "slots"), [(1, 80), (9, 80), (10, 144), (17, 144), (18, 208), (25, 208), (26, 272), (32, 272)])
 def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
     # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the room is 64 tokens, and padded rows have 320.
-    assert layout(response) == (Layout(slots, 1, 4) if slots <= 0.95 * 320 else None)
+    assert layout(response) == Layout(slots, 1, 4)
     assert len({layout(n) for n in range(33)}) <= LEVELS + 1
 
 
 def test_groups_that_microbatches_would_part_share_nothing():
-    assert layout(4, microbatches=2) == Layout(64, 1, 4)
-    assert layout(4, microbatches=4) == Layout(64, 1, 1)
+    # A quarter of the room is 32 tokens of four rows, 16 of two.
+    assert layout(4, microbatches=2) == Layout(48, 1, 4, 2)
+    assert layout(4, microbatches=4) == Layout(32, 1, 1, 4)
 
 
 def test_packing_can_be_switched_off():

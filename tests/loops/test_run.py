@@ -207,12 +207,24 @@ def check_growth(history: list[tuple[int, int]], programs_a_length: int) -> None
 
 
 def test_sft_compiles_once_a_bucket(base, tmp_path, compiled, monkeypatch):
-    data = dataclasses.replace(tiny.DATA, train_size=40, max_prompt_length=32, max_response_length=8)
+    data = dataclasses.replace(tiny.DATA, train_size=40, max_prompt_length=32, max_response_length=8, packing="off")
     history = lengths_and_compilations(monkeypatch, compiled)
     supervised.run_sft(tiny.sft_config(tmp_path, base, data=data, steps=15, evaluate_every=100, batch_size=4))
     # The last row comes after the validation, which compiles for itself.
     check_growth(history[:-1], 1)
     assert all(program.compilations <= 4 for program in compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(kind, base, tmp_path, compiled, monkeypatch):
+    data = dataclasses.replace(tiny.DATA, train_size=80, max_prompt_length=40, max_response_length=16, packing="on")
+    history = lengths_and_compilations(monkeypatch, compiled)
+    config = {"sft": tiny.sft_config, "reward": tiny.reward_config}[kind](tmp_path, base, data=data, steps=200, evaluate_every=200, checkpoint_every=200)
+    {"sft": supervised.run_sft, "reward": supervised.run_reward}[kind](config)
+    # Each padded length as it is and in one size, most of which three epochs have met.
+    lengths, counts = zip(*history[:-1])
+    assert len(set(lengths)) > 1 and counts[-1] <= 2 * len(set(lengths)) and counts[-1] == counts[100]
 
 
 @pytest.mark.slow
@@ -313,7 +325,11 @@ def test_wrong_settings_are_refused_by_name(fields, message):
         (lambda: {"kl": KLConfig(beta=1.0)}, "kl.beta is 1.0; it must lie in [0, 1)."),
         (lambda: {"kl": KLConfig(reference="none")}, "kl.reference is none; kl.beta must be 0 then, it is 0.05"),
         (lambda: {"kl": KLConfig(reference="base", refresh=2)}, "kl.refresh needs kl.reference start, it is 'base'"),
-        (lambda: {"kl": KLConfig(place="loss", estimator="k1")}, "kl.estimator is 'k1'; in the loss it must be one of k2, k3"),
+        (lambda: {"kl": KLConfig(place="loss", estimator="k1")}, "kl.estimator is 'k1'; in the loss it must be k2 or k3."),
+        (lambda: {"kl": KLConfig(estimator="k3")}, "kl.estimator is 'k3'; in the reward it must be k1."),
+        (lambda: {"kl": KLConfig(estimator="k2", place="reward"), "algorithm": AlgorithmConfig("grpo")}, "kl.estimator is 'k2'; in the reward it must be k1."),
+        (lambda: {"kl": KLConfig(target=6.0, horizon=1)}, "kl.horizon is 1 episodes; it must be more than a fifth of batch_size, 8."),
+        (lambda: {"data": dataclasses.replace(tiny.DATA, bucket_count=17)}, "bucket_count is 17; it must be at most 16: each length is a program to compile."),
         (lambda: {"kl": KLConfig(target=-1.0)}, "kl.target is -1.0"),
         (lambda: {"temperature": 0.0}, "temperature is 0.0; it must be a finite number greater than 0."),
         (lambda: {"max_mismatch": 1.0}, "max_mismatch is 1.0; it must be greater than 1."),
