@@ -1,6 +1,6 @@
 """Every policy gradient, and DPO, from one SFT adapter, with the default hyperparameters.
 
-Claim     REINFORCE, RLOO, ReMax, GRPO, Dr. GRPO, GSPO, PPO and DPO each raise the true (gold) reward
+Claim     REINFORCE (with a learned and with a mean baseline), RLOO, ReMax, GRPO, Dr. GRPO, GSPO, PPO, DPO and IPO each raise the true (gold) reward
           of the embedded task by adapters alone, over three seeds. Every setting but the number of
           steps is the command's default; two defaults (the floor of GRPO's deviation, DPO's beta)
           were set after a first round of these runs had failed without them.
@@ -57,12 +57,12 @@ def run(stage: Stage, root: pathlib.Path) -> None:
     subprocess.run([sys.executable, "-m", "perl_jax", *command[1:]], check=True)
 
 
-def shared_stages(root: pathlib.Path, model: pathlib.Path, scale: float) -> list[Stage]:
+def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
     """The base, one SFT adapter and one reward model: what all runs start from, and none is compared by."""
     steps = lambda n: max(2, round(n * scale))
     train = lambda n, **more: (*flags(model=model), *LENGTHS, *PRETRAINING, *flags(steps=steps(n), batch_size=32, **more))
     return [
-        base_stage(root, model, steps(600)),
+        base_stage(model, steps(600)),
         Stage("sft", "sft", "lora", train(100, evaluate_every=50)),
         Stage("reward", "reward", "lora", train(700, evaluate_every=100)),
     ]
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[*ALGORITHMS, "dpo", "ipo"], help="algorithms")
     arguments = parser.parse_args()
     root, model = arguments.run, arguments.run / "base" / "model"
-    for stage in shared_stages(root, model, arguments.scale):
+    for stage in shared_stages(model, arguments.scale):
         run(stage, root)
     for seed in range(arguments.seeds):
         for name in arguments.only:

@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(
 LENGTHS = flags(data__max_prompt_length=40, data__max_response_length=32)
 
 
-def base_stage(root: pathlib.Path, model: pathlib.Path, steps: int) -> Stage:
+def base_stage(model: pathlib.Path, steps: int) -> Stage:
     """The small base that everything else is frozen on."""
     shape = flags(width=128, ffn_width=256, layers=3, heads=4, kv_heads=2)
     lengths = flags(data__max_prompt_length=64, data__max_response_length=64)
@@ -49,14 +49,15 @@ def main() -> int:
     root = pathlib.Path(arguments.run)
     model = root / "base" / "model"
     steps = lambda n: max(2, round(n * arguments.scale))
-    stages = [base_stage(root, model, steps(600))]
-    common = (*flags(model=model, seed=arguments.seed), *LENGTHS)
+    stages = [base_stage(model, steps(600))]
+    common = (*flags(model=model), *LENGTHS)
     train = lambda count, batch, **more: flags(steps=steps(count), batch_size=batch, **more)
     for tuning in ("lora", "full"):
         stages += whole_job(
             root,
             tuning,
             common=common,
+            seed=arguments.seed,
             sft=train(100, 32, evaluate_every=50),
             reward=train(700, 32, evaluate_every=100),
             rl=train(80, 64, checkpoint_every=20, data__bucket_count=1),

@@ -20,12 +20,13 @@ from perl_jax.report import write_report
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command. name: its folder below the experiment's; tuning: lora, full, or none (a base)."""
+    """One command. name: its folder below the experiment's; tuning: lora, full, or none (a base); shown: in the report."""
 
     name: str
     job: str
     tuning: str
     arguments: tuple[str, ...]
+    shown: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Experiment:
 
 
 def flags(**values: object) -> tuple[str, ...]:
-    """`--data.task orders --steps 100` for data__task="orders", steps=100; None is left out."""
+    """`--data.task orders --steps 100` for data__task="orders", steps=100; several values for a list; None is left out."""
     out: list[str] = []
     for name, value in values.items():
         if value is not None:
-            out += ["--" + name.replace("__", ".").replace("_", "-"), str(value)]
+            values_of = value if isinstance(value, (tuple, list)) else (value,)
+            out += ["--" + name.replace("__", ".").replace("_", "-"), *map(str, values_of)]
     return tuple(out)
 
 
@@ -54,26 +56,41 @@ PRETRAINING = flags(
 )
 
 
+def ensemble(name: str, tuning: str, arguments: tuple[str, ...], seed: int, members: int) -> list[Stage]:
+    """Reward models that differ by their seed alone, `name` the first one's folder, which the report shows."""
+    folder = lambda member: name if member == 0 else f"{name}_{member}"
+    return [Stage(folder(member), "reward", tuning, (*arguments, *flags(seed=seed + member)), shown=member == 0) for member in range(members)]
+
+
+def artefacts(root: pathlib.Path, name: str, members: int) -> list[pathlib.Path]:
+    """What `ensemble` leaves."""
+    return [root / stage.name / "adapters/reward" for stage in ensemble(name, "", (), 0, members)]
+
+
 def whole_job(
     root: pathlib.Path,
     tuning: str,
     *,
     common: tuple[str, ...],
+    seed: int,
     sft: tuple[str, ...],
     reward: tuple[str, ...],
     rl: tuple[str, ...],
     evaluate: tuple[str, ...],
     reward_of: str = "lora",
+    members: int = 1,
 ) -> list[Stage]:
     """SFT, reward, RL and evaluation of one tuning.
 
     Policies of both tunings are trained and measured against one reward model (`reward_of`'s), as
-    in the paper: what differs between the columns is then the policy's tuning alone.
+    in the paper: what differs between the columns is then the policy's tuning alone. members: reward
+    models of as many seeds, whose mean score is the reward.
     """
-    policy, model = root / tuning / "sft/adapters/policy", root / reward_of / "reward/adapters/reward"
+    policy, model = root / tuning / "sft/adapters/policy", artefacts(root, f"{reward_of}/reward", members)
+    common, of_reward = (*common, *flags(seed=seed)), common
     return [
         Stage(f"{tuning}/sft", "sft", tuning, (*common, "--tuning", tuning, *sft)),
-        Stage(f"{tuning}/reward", "reward", tuning, (*common, "--tuning", tuning, *reward)),
+        *ensemble(f"{tuning}/reward", tuning, (*of_reward, "--tuning", tuning, *reward), seed, members),
         Stage(f"{tuning}/rl", "rl", tuning, (*common, "--tuning", tuning, *flags(policy=policy, reward=model), *rl)),
         Stage(
             f"{tuning}/rl",
@@ -114,7 +131,7 @@ def run_stages(root: pathlib.Path, experiment: Experiment, stages: Sequence[Stag
 
 def _write(path: pathlib.Path, experiment: Experiment, stages: Sequence[Stage], seconds: dict[str, float]) -> None:
     runs = [
-        {"name": stage.name, "job": stage.job, "tuning": stage.tuning, "folder": stage.name} for stage in stages if stage.job != "evaluate"
+        {"name": stage.name, "job": stage.job, "tuning": stage.tuning, "folder": stage.name} for stage in stages if stage.job != "evaluate" and stage.shown
     ]
     config.write_json(
         path,

@@ -146,7 +146,7 @@ def import_extra(module: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"writing metrics to {extra} needs the package {module} ({error}); "
-            f"install it with: pip install 'perl_jax[{extra}]'"
+            f"install it with: pip install -c constraints.txt -e '.[{extra}]'"
         ) from error
 
 

@@ -2,12 +2,13 @@
 
 Names of arrays end in the letters of their dimensions (`logits_BTV`, `kernel_LDF`):
 
-    B batch (rows)        T tokens of a whole sequence     S key positions (cache slots)
+    B batch (rows)        T tokens of a whole sequence     S key positions, columns of a prompt
     D model width         F feed-forward width             V vocabulary
     H query heads         N key/value heads                K head dimension
     L layers              R adapter rank                   G samples per prompt
-    P prompt tokens       C completion (response) tokens   M microbatches
-    W packed rows         U slots of a packed row
+    P prompts (columns of a prompt in tokens_BP)           M microbatches
+    C completion (response) tokens                         W packed rows
+    U slots of a packed row                                X, Y, Z: local to a function
 
 Two masks travel with every token array, from the tokenizer to the loss, and are never inferred
 from token ids (the padding id may equal an end-of-sequence id, and either may occur in a prompt):

@@ -234,7 +234,7 @@ class TicketingBuilder(TaskmasterBuilder):
 
 
 class BothBuilder(RowsBuilder):
-    """The corpora of both, coffee's rows first: text for a base, as ticketing's own are too few (138) to train one on."""
+    """The corpora of both, coffee's rows first: text for a base, as ticketing's reward rows alone give too few (138)."""
 
     name = "taskmaster"
     sources = TaskmasterBuilder.sources

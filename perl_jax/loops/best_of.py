@@ -75,12 +75,12 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def chosen(texts_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def chosen(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The response with the highest reward, the first of equals; of each column its value and the mean of all."""
     best = int(np.argmax(columns["reward"]))
-    row: dict[str, Any] = {"response": texts_N[best]}
-    for name, values_N in columns.items():
-        row |= {name: values_N[best].item(), f"mean_{name}": float(values_N.mean())}
+    row: dict[str, Any] = {"response": texts_G[best]}
+    for name, values_G in columns.items():
+        row |= {name: values_G[best].item(), f"mean_{name}": float(values_G.mean())}
     return row
 
 
@@ -124,14 +124,14 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             rollout = host(rollout)
             columns = {"score": score_B, "reward": host(shaped(config.shaping, config.data.max_response_length, score_B, rollout)), "finished": rollout.finished_B}
             columns = {name: column_B.reshape(-1, config.n) for name, column_B in columns.items()}
-            texts_PN = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
+            texts_PG = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
             for place, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
-                    prompt, texts_N = rows[row]["prompt"], texts_PN[place]
-                    measured = {name: column_PN[place] for name, column_PN in columns.items()}
+                    prompt, texts_G = rows[row]["prompt"], texts_PG[place]
+                    measured = {name: column_PG[place] for name, column_PG in columns.items()}
                     if task.gold is not None:
-                        measured["gold"] = task.gold([prompt] * config.n, list(texts_N))
-                    made[row] = {"row": row, "prompt": prompt, **chosen(texts_N, measured)}
+                        measured["gold"] = task.gold([prompt] * config.n, list(texts_G))
+                    made[row] = {"row": row, "prompt": prompt, **chosen(texts_G, measured)}
     everything = [made[row] for row in sorted(made)]
     written = [row for row in everything if not is_empty(row)]
     nothing = f"The best response is empty for all of the {len(everything)} prompts; there is nothing to write to {output}."

@@ -216,7 +216,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     policy = starting_role(model, config, config.policy, jax.random.key(config.seed))
     rewards, records = scoring.load_rewards(model, config.reward)
     algorithm = config.algorithm
-    # Policy, reference and critic all begin as the anchor.
+    # Policy, reference and critic all begin as the policy that training starts from.
     roles, frozen = {"policy": policy}, dict(rewards)
     if algorithm.rule.critic:
         head = scoring.paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
@@ -238,7 +238,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
         job = Rollouts(model, base, programs, scorer, get_task(config.data.task), rows, config)
         shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate")
         loop = Loop("rl", functools.partial(advance, job), iter(batches), None, None, shown)
-        state, timings = run_lib.train(folder, config, model, state, loop)
+        state, timings = run_lib.train(folder, config, state, loop)
     for name, adapter in state.roles.items():
         checkpoint.save_artefact(folder / "adapters" / name, adapter, model.record(name, adapter, step=int(state.step)))
     run_lib.write_cost(folder, model, state, programs.by_name(), timings)

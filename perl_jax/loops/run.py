@@ -160,7 +160,7 @@ class Loop:
     shown: tuple[str, ...]
 
 
-def train(folder: pathlib.Path, config: JobConfig, model: Model, state: TrainState, loop: Loop) -> tuple[TrainState, Timings]:
+def train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop) -> tuple[TrainState, Timings]:
     """Runs the loop from the newest checkpoint (or step 0) to `config.steps`.
 
     A checkpoint is written after the step's metrics and after its finiteness was seen: NaN or

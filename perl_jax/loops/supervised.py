@@ -122,7 +122,7 @@ def fit(
     loss = lambda state: held_out_loss(model, job, measure, state, held_out)
     validate = lambda state: job.validate(model, loss, state, held_out, truth)
     loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown)
-    state, timings = run_lib.train(folder, config, model, state, loop)
+    state, timings = run_lib.train(folder, config, state, loop)
     return state, timings, program
 
 

@@ -73,7 +73,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise UserError("perl-jax plan needs libtpu: pip install 'perl_jax[plan]'") from error
+        raise UserError("perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'") from error
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     facts = CHIPS[generation]

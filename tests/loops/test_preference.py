@@ -185,9 +185,9 @@ def test_the_best_of_several_is_written(jobs, tmp_path):
 
 
 def test_the_best_is_the_one_that_rl_pays_most():
-    texts_N = np.asarray(["cut off", "ended", "worse"], object)
+    texts_G = np.asarray(["cut off", "ended", "worse"], object)
     columns = {"score": np.asarray([0.9, 0.5, 0.4]), "reward": np.asarray([-0.1, 0.5, 0.4]), "finished": np.asarray([False, True, True])}
-    assert chosen(texts_N, columns) == {
+    assert chosen(texts_G, columns) == {
         "response": "ended", "score": 0.5, "mean_score": pytest.approx(0.6), "reward": 0.5, "mean_reward": pytest.approx(0.8 / 3),
         "finished": True, "mean_finished": pytest.approx(2 / 3),
     }  # fmt: skip
