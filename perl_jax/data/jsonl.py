@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -11,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from perl_jax.config import UserError, require
-from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, DataOptions, RowsBuilder, file_hash
+from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, TENTHS, DataOptions, RowsBuilder, file_hash, part_of
 from perl_jax.rewards.checks import is_number
 
-PERCENTILES = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 # Bounds of numbers.
 RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
@@ -102,8 +100,7 @@ def checked(value: dict, field: str, where: str) -> str | float:
 
 def split_of(text: str) -> str:
     """The split of a row of a single file, by a hash of its prompt (or text): 80 / 10 / 10."""
-    percentile = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
-    return next(split for split, (low, high) in PERCENTILES.items() if low <= percentile < high)
+    return part_of(text, TENTHS)
 
 
 def find(options: DataOptions) -> pathlib.Path:

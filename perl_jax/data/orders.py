@@ -19,7 +19,7 @@ from perl_jax.data.orders_language import (
     DRINKS, END_OF_TURN, MILKS, MISTAKES, PLACES, QUANTITIES, SIZES, Item, Order, answer, call,
     parse_request, sample_item, sample_order, spoken_order, vocabulary,
 )  # fmt: skip
-from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder
+from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
 
 __all__ = ["clerk", "gold_reward", "gold_rewards", "grade", "noise_ceiling", "rows", "vocabulary"]
 
@@ -37,7 +37,6 @@ SIZES_OF_SPLITS = {
     "labels": {"train": 8_000, "validation": 512, "test": 1_024},
     "prompts": {"train": 4_000, "validation": 256, "test": 512},
 }
-SPLIT_PERCENTILES = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,9 +294,7 @@ def noise_ceiling(probabilities: Sequence[float]) -> float:
 
 def split_of(order: Order) -> str:
     """The split an order belongs to, by a hash of its content: the same for every seed and kind."""
-    digest = hashlib.blake2b(order.content.encode(), digest_size=8).digest()
-    percentile = int.from_bytes(digest, "big") % 100
-    return next(name for name, (low, high) in SPLIT_PERCENTILES.items() if low <= percentile < high)
+    return part_of(order.content, TENTHS)
 
 
 def row_rng(seed: int, kind: str, split: str, index: int) -> random.Random:

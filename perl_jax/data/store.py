@@ -168,6 +168,16 @@ def plain(value: object) -> str | float:
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 
 
+def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
+    """The part whose percentiles [low, high) a text's hash is in: the same for ever, whatever else there is."""
+    percentile = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
+    return next(part for part, (low, high) in percentiles.items() if low <= percentile < high)
+
+
+# Train, validation, test.
+TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
+
+
 def file_hash(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()

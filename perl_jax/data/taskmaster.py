@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import itertools
 import json
 import pathlib
@@ -28,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from perl_jax.config import UserError, require
-from perl_jax.data import dialogue
+from perl_jax.data import dialogue, store
 from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder, file_hash
 from perl_jax.data.upstream import fetch, local_files, read_lists
 
@@ -60,9 +59,8 @@ class Rated:
 
 
 def part_of(group: str) -> str:
-    """The part of a group, by its hash."""
-    percentile = int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") % 100
-    return next(part for part, (low, high) in PERCENTILES.items() if low <= percentile < high)
+    """The part of a group of dialogues."""
+    return store.part_of(group, PERCENTILES)
 
 
 def parts(split: str, *, judged: bool) -> tuple[str, ...]:

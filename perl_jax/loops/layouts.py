@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from perl_jax.data.bucketing import SLOTS, WORTH, fullest
+from perl_jax.data.bucketing import WORTH, fullest
 from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.model import Model
 from perl_jax.types import Layout
 
 # Sizes that the room of a batch's responses is packed into: so many programs at most for each length of prompts.
 LEVELS = 4
+# They are multiples of this long: short responses share sizes, which would else turn up one by one as lengths do.
+MULTIPLE = 64
 
 
 def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, response_B: np.ndarray, columns: int, microbatches: int) -> Layout | None:
@@ -27,7 +29,7 @@ def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, respons
     first_B = np.arange(rows) % group == 0
     need = fullest(np.where(first_B, prompt_B, 0) + response_B, parts, microbatches, group)
     each = rows // (parts * microbatches)
-    sizes = [-(-(each // group * columns + each * room * level // LEVELS) // SLOTS) * SLOTS for level in range(1, LEVELS + 1)]
+    sizes = [-(-(each // group * columns + each * room * level // LEVELS) // MULTIPLE) * MULTIPLE for level in range(1, LEVELS + 1)]
     slots = next(size for size in sizes if size >= need)
     return Layout(slots, parts, group, microbatches) if slots <= WORTH * each * (columns + room) else None
 
