@@ -5,7 +5,7 @@ Claim     An update of a reward model's adapters takes two thirds of the time of
 Command   python experiments/benchmarks/contest/reward.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      12 minutes, and once a few more to install TRL (a gigabyte)
-Numbers   equal pairs 3.26 s, TRL 5.04 (1.55 times), 1,378 and 1,055 MiB; ragged 4.68 s, TRL 6.34 (1.36), 2,227 and 1,446 MiB
+Numbers   equal pairs 3.31 s, TRL 5.01 (1.51 times), 1,262 and 1,049 MiB; ragged 3.94 s, TRL 6.84 (1.74), 1,754 and 1,469 MiB
 """
 
 import contest

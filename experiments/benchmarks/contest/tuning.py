@@ -5,7 +5,7 @@ Claim     With adapters alone trained, a reward step takes seven to eight tenths
 Command   python experiments/benchmarks/contest/tuning.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      12 minutes
-Numbers   reward, equal pairs 3.65 s, full tuning 5.11 (1.40 times), 1,331 and 2,243 MiB; ragged 4.09 s, 5.21 (1.28), 2,238 and 3,190
+Numbers   reward, equal pairs 3.25 s, full tuning 4.82 (1.48 times), 1,308 and 2,208 MiB; ragged 3.86 s, 5.63 (1.46), 1,731 and 2,712
           MiB; RLOO 17.5 s, 19.8 (1.13), 1,559 and 2,793 MiB
 
 Beside the memory of the process stands the compiler's account of each program, from the code that writes `peak_bytes_by_program`
