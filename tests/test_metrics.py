@@ -134,7 +134,7 @@ class TestDashboards:
     ):
         write_steps(tmp_path, [1])
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UserError, match=rf"pip install 'perl_jax\[{option}\]'"):
+        with pytest.raises(UserError, match=rf"pip install -c constraints.txt -e '\.\[{option}\]'"):
             MetricsWriter(tmp_path, None, **{option: True})
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 

@@ -51,7 +51,7 @@ def test_a_slice_that_does_not_exist():
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"^perl-jax plan needs libtpu: pip install 'perl_jax\[plan\]'$"):
+    with pytest.raises(UserError, match=r"^perl-jax plan needs libtpu: pip install -c constraints.txt -e '\.\[plan\]'$"):
         topology("v5e:2x4")
 
 
