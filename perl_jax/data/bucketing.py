@@ -21,8 +21,9 @@ class Plan:
     lengths: np.ndarray
 
 
-def round_up(length: int) -> int:
-    return -(-int(length) // MULTIPLE) * MULTIPLE
+def round_up(length: int, multiple: int = MULTIPLE) -> int:
+    """The next multiple."""
+    return -(-int(length) // multiple) * multiple
 
 
 def bucket_edges(lengths: Sequence[int], count: int, maximum: int) -> tuple[int, ...]:
@@ -109,12 +110,12 @@ def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int)
     """The room that packed rows of a batch need, or None where packing is not worth it. padded: a padded row's columns."""
     if len(counts) % (parts * microbatches):
         return None
-    slots = -(-fullest(counts, parts, microbatches) // SLOTS) * SLOTS
+    slots = round_up(fullest(counts, parts, microbatches), SLOTS)
     whole = len(counts) // (parts * microbatches) * padded
     return slots if slots <= WORTH * whole else None
 
 
 def packed_sizes(planned: int, padded: int) -> list[int]:
     """Sizes of packed rows, increasing: what is planned (0: nothing), and levels above it and above half of the padded size."""
-    levels = (-(-padded * level // (LEVELS * SLOTS)) * SLOTS for level in range(LEVELS // 2 + 1, LEVELS))
+    levels = (round_up(-(-padded * level // LEVELS), SLOTS) for level in range(LEVELS // 2 + 1, LEVELS))
     return ([planned] if planned else []) + [size for size in levels if planned < size <= WORTH * padded]

@@ -173,7 +173,8 @@ class Batches:
         """Sizes of packed rows for each padded length: what the first batches need, and a few above for what later ones mix."""
         spec, most = self.spec, dict.fromkeys(self.lengths, 0)
         epochs = 1 if spec.shuffle_seed is None else -(-_PLANNED // self.steps_per_epoch)
-        for plan in map(self._plan, range(epochs)):
+        # The first epoch last: it stays in the cache of plans.
+        for plan in map(self.plan, reversed(range(epochs))):
             for rows, length in zip(plan.rows, plan.lengths.tolist()):
                 most[length] = max(most[length], self._slots(self._arranged(rows), length) or 0)
         padded = lambda length: spec.batch_size // (spec.parts * spec.microbatches) * length * self._group

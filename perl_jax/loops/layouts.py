@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from perl_jax.data.bucketing import WORTH, fullest
+from perl_jax.data.bucketing import WORTH, fullest, round_up
 from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.model import Model
 from perl_jax.types import Layout
@@ -29,7 +29,7 @@ def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, respons
     first_B = np.arange(rows) % group == 0
     need = fullest(np.where(first_B, prompt_B, 0) + response_B, parts, microbatches, group)
     each = rows // (parts * microbatches)
-    sizes = [-(-(each // group * columns + each * room * level // LEVELS) // MULTIPLE) * MULTIPLE for level in range(1, LEVELS + 1)]
+    sizes = [round_up(each // group * columns + each * room * level // LEVELS, MULTIPLE) for level in range(1, LEVELS + 1)]
     slots = next(size for size in sizes if size >= need)
     return Layout(slots, parts, group, microbatches) if slots <= WORTH * each * (columns + room) else None
 

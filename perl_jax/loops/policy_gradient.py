@@ -27,7 +27,7 @@ from perl_jax.loops.model import Model, check_context, host, load_model, startin
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
-from perl_jax.loops.supervised import initial_state, load_batches, step_program
+from perl_jax.loops.supervised import initial_state, step_program, training_batches
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import SHAPES, Program
 from perl_jax.rl import kl
@@ -231,7 +231,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     optimizers = make_optimizers(config, roles, model.lm.config.width)
     state = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
     data = config.batch_size // algorithm.group
-    batches, rows = load_batches(model, config.data, "prompts", "train", data, config.seed)
+    batches, rows = training_batches(model, config, "prompts", "train", data)
     programs = Programs(model, config, records, state, optimizers)
     base = None if config.tuning == "full" else model.base
     with Scorer(model, programs.reward, terms, config.reward_weight, rows) as scorer:

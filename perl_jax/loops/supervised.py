@@ -48,13 +48,18 @@ def load_batches(
         parts=model.row_parts,
         microbatches=microbatches,
     )
-    batches = make_batches(rows, kind, model.tokenizer, spec)
-    # Once: a split is opened again for each evaluation.
-    if split == "train" and hosts.is_writer():
+    return make_batches(rows, kind, model.tokenizer, spec), rows
+
+
+def training_batches(model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1) -> tuple[Batches, Any]:
+    """`load_batches` shuffled, of what a job trains on; says what its rows lose."""
+    batches, rows = load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
+    if hosts.is_writer():
         for what, number in batches.truncated.items():
             if number:
                 end, setting = ("beginning", "max_prompt_length") if what == "prompts" else ("end", "max_response_length")
-                print(f"{config.task}, {split}: {number} of {len(rows)} rows lose the {end} of their {what.removesuffix('s')} ({setting}).", flush=True)
+                lost = f"lose the {end} of their {what.removesuffix('s')} ({setting})"
+                print(f"{config.data.task}, {split}: {number} of {len(rows)} rows {lost}.", flush=True)
     return batches, rows
 
 
@@ -108,7 +113,7 @@ def fit(
     """Trains one role and returns its (best or last) state."""
     optimizers = {job.role: state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
     state = initial_state(model, config, {job.role: role}, optimizers, frozen_roles)
-    batches, _ = load_batches(model, config.data, job.kind, split, config.batch_size, config.seed, config.microbatches)
+    batches, _ = training_batches(model, config, job.kind, split, config.batch_size, config.microbatches)
     held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None)
     program = learn_program(model, config, job, state, optimizers)
     measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)), limit=SHAPES)
