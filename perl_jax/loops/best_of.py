@@ -66,8 +66,7 @@ class BestOfConfig(RewardOptions):
         config_lib.positive("temperature", self.temperature)
         whitened = "shaping.whiten is over a batch of training, and the order of a prompt's samples needs none: leave it out."
         require(not self.shaping.whiten, whitened)
-        buffer, room = self.shaping.overlong_buffer, self.data.max_response_length
-        require(buffer <= room, f"shaping.overlong_buffer is {buffer}; a response has room for {room} tokens.")
+        self.shaping.check_room(self.data.max_response_length)
 
 
 def kl_bound(n: int) -> float:

@@ -318,6 +318,10 @@ class ShapingConfig:
         for field in ("missing_eos_penalty", "overlong_penalty", "overlong_buffer"):
             config_lib.positive(f"shaping.{field}", getattr(self, field), zero=True)
 
+    def check_room(self, room: int) -> None:
+        """UserError unless the over-length penalty begins within a response's room, in tokens."""
+        config_lib.require(self.overlong_buffer <= room, f"shaping.overlong_buffer is {self.overlong_buffer}; a response has room for {room} tokens.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
@@ -386,8 +390,7 @@ class RLConfig(RewardOptions, PolicyConfig):
         )
         compared = self.algorithm.rule.advantage != "batch-mean" or self.batch_size > 1
         config_lib.require(compared, f"batch_size is {self.batch_size}; {self.algorithm.name} compares the batch's episodes and needs 2 or more.")
-        buffer, room = self.shaping.overlong_buffer, self.data.max_response_length
-        config_lib.require(buffer <= room, f"shaping.overlong_buffer is {buffer}; a response has room for {room} tokens.")
+        self.shaping.check_room(self.data.max_response_length)
         apart = not (self.algorithm.rule.greedy and self.shaping.whiten)
         config_lib.require(apart, "shaping.whiten is over the batch's samples; remax compares them with greedy responses: leave it out.")
         place, estimators = ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
