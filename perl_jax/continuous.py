@@ -26,9 +26,11 @@ from perl_jax import config as config_lib
 from perl_jax import hosts, sharding
 from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter
+from perl_jax.models import fused
 from perl_jax.models.cache import KVCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
+from perl_jax.platforms import decoding_options
 from perl_jax.programs import LENGTHS, Program
 from perl_jax.sampling import Rollout, SamplingConfig, as_rollout, choose, is_stop, row_keys, row_keys_at, sampled_from
 from perl_jax.types import Array, Prompts, Tree
@@ -80,17 +82,18 @@ class ContinuousSampler:
         self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
         place = functools.partial(_placed, lm)
         self.merge = Program("merge", lora_lib.merge)
+        self.fuse = Program("fuse", functools.partial(fused.fuse, dtype=lm.config.dtype))
         # For each length of prompts, with an adapter and without: admissions of two sizes, batches of all sizes, the steps between these.
         lengths = 2 * LENGTHS
         self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=lengths)
         self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=2 * lengths)
-        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=(HALVINGS + 1) * lengths)
+        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=(HALVINGS + 1) * lengths, compiler_options=decoding_options(lm.mesh))
         self.fewer = Program("fewer", functools.partial(_fewer, place), limit=HALVINGS * LENGTHS)
 
     @property
     def compilations(self) -> int:
         """Of all its programs."""
-        return sum(program.compilations for program in (self.merge, self.vacant, self.admit, self.decode, self.fewer))
+        return sum(program.compilations for program in (self.merge, self.fuse, self.vacant, self.admit, self.decode, self.fewer))
 
     def memory(self):
         """Of the largest of its programs."""
@@ -100,7 +103,7 @@ class ContinuousSampler:
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
         # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge)
+        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, lambda attention, adapter, _: self.fuse(attention, adapter))
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots

@@ -123,6 +123,12 @@ class LoRAConfig:
         require(numbers[-1] < layers, f"lora.layers is {self.layers!r}; the model has layers 0 to {layers - 1}.")
         return numbers
 
+    def restricted(self, names: Sequence[str]) -> LoRAConfig:
+        """The same of those targets that are among the names; one of them must be."""
+        kept = [target for target in self.projections if target in names]
+        numbers = {"ranks": self.rank_of, "alphas": self.alpha_of}
+        return dataclasses.replace(self, targets=",".join(kept), **{field: ",".join(f"{name}={of(name)}" for name in kept) for field, of in numbers.items()})
+
     def place_of(self, layer: int) -> int | None:
         """Where a layer's leaves lie in the adapter's stacks; None where it has none."""
         numbers = _layer_numbers(self.layers)

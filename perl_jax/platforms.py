@@ -1,10 +1,14 @@
-"""Which platform JAX may look for, decided before it looks."""
+"""Which platform JAX may look for, decided before it looks, and how programs are compiled for one."""
 
 from __future__ import annotations
 
 import glob
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
@@ -21,3 +25,22 @@ def without_absent_chips() -> None:
     if "jax" in sys.modules:
         # It read the variable when it was imported.
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+# cuBLAS reads a layer's matrix where it lies in the stack of all layers. For XLA's own products it is copied out first, and
+# products of one input are merged by copying their matrices together: either way decoding, which is all reading, reads and writes twice as much.
+_DECODING = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """cpu, gpu or tpu: of the mesh's devices, or without one of those that JAX would use."""
+    if mesh is not None:
+        return mesh.devices.flat[0].platform
+    import jax  # noqa: PLC0415  not before `without_absent_chips`
+
+    return jax.devices()[0].platform
+
+
+def decoding_options(mesh: Mesh | None) -> dict[str, Any]:
+    """The compiler's options for a program that decodes."""
+    return dict(_DECODING.get(platform_of(mesh), {}))

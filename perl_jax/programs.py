@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Callable
 
 import jax
@@ -64,12 +65,16 @@ class Program:
     limit: the most shapes it may be compiled for; one more raises RuntimeError, because shapes are
     bucketed and a growing number of compilations is a defect, not slowness to live with.
     donate: positions of arguments whose buffers the outputs may take over (never the base).
+    compiler_options: XLA's, such as `platforms.decoding_options`.
     """
 
-    def __init__(self, name: str, function: Callable, *, donate: tuple[int, ...] = (), limit: int = 8, out_shardings: Any = None):
+    def __init__(
+        self, name: str, function: Callable, *, donate: tuple[int, ...] = (), limit: int = 8, out_shardings: Any = None,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.limit = name, limit
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
-        self._jitted = jax.jit(function, donate_argnums=donate, **options)
+        self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=dict(compiler_options) if compiler_options else None, **options)
         self._compiled: dict[Any, Any] = {}
 
     def trace(self, *args: Any) -> jax.stages.Traced:

@@ -19,6 +19,7 @@ from perl_jax import config as config_lib
 from perl_jax import lora as lora_lib
 from perl_jax import trees
 from perl_jax.lora import Adapter
+from perl_jax.models import fused
 from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.quantise import is_quantised
@@ -43,6 +44,7 @@ class SamplingConfig:
     stages: the cache grows in so many steps, and a token reads what there is of it: less to read, and
       the cache twice for a moment when it grows.
     adapters: applied on the fly, merged into a copy of the base, or what costs less (`sampled_from`).
+    fused: attention's projections and the pairs on them beside each other, in a copy of these (`models.fused`), where they can be.
     """
 
     max_new_tokens: int
@@ -54,6 +56,7 @@ class SamplingConfig:
     cache: CacheKind = "auto"
     stages: int = 1
     adapters: Literal["auto", "applied", "merged"] = "auto"
+    fused: bool = False
 
     def __post_init__(self) -> None:
         config_lib.whole("sampling.max_new_tokens", self.max_new_tokens)
@@ -148,25 +151,39 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 
 def sampled_from(
-    lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int, merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge
-) -> tuple[Tree, Adapter | None]:
+    lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int,
+    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge, fuse: Callable[[Tree, Adapter | None, str], Tree] = fused.fuse,
+) -> tuple[Tree, Adapter | None]:  # fmt: skip
     """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy; full tuning's
-    weights in the activations' dtype, to which each token's products would round them again.
+    weights in the activations' dtype, to which each token's products would round them again; attention's projections
+    fused where the config says so.
 
     Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto` merges
     where that is less, in float32 only, because a copy in bfloat16 rounds small updates away and is
-    then another policy than the one that is trained. merge: is given the kernels that change alone.
+    then another policy than the one that is trained. merge, fuse: are given the leaves that change alone.
     """
     if adapter is not None and adapter.weights is not None:
-        return resting(adapter, lm.config.dtype).weights, None
-    if not merges(base, adapter, config, tokens):
-        return base, adapter
-    moved: dict = {}
-    for name, kernel in moved_kernels(base, adapter).items():
-        trees.insert(moved, name, kernel)
-    merged = trees.named_leaves(merge(moved, adapter))
-    # A value head is not read in sampling.
-    return trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
+        base, adapter = resting(adapter, lm.config.dtype).weights, None
+    if merges(base, adapter, config, tokens):
+        moved: dict = {}
+        for name, kernel in moved_kernels(base, adapter).items():
+            trees.insert(moved, name, kernel)
+        merged = trees.named_leaves(merge(moved, adapter))
+        # A value head is not read in sampling.
+        base, adapter = trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
+    if config.fused and fused.fusible(base, adapter):
+        attention = fuse(base["layers"]["attention"], adapter, lm.config.dtype)
+        base, adapter = base | {"layers": base["layers"] | {"attention": attention}}, fused.rest(adapter)
+    return base, _rounded_once(adapter, lm.config.dtype)
+
+
+def _rounded_once(adapter: Adapter | None, dtype: str) -> Adapter | None:
+    """Pairs in the activations' dtype, to which each product would round them again. DoRA's norms are taken of the pairs as they are."""
+    leaves = () if adapter is None else jax.tree.leaves((adapter.lora, adapter.under))
+    if all(leaf.dtype == dtype for leaf in leaves) or (adapter.config is not None and adapter.config.dora):
+        return adapter
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    return adapter.replace(lora=cast(adapter.lora), under=cast(adapter.under))
 
 
 def merges(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:

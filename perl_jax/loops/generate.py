@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from perl_jax import config as config_lib, sharding, steps
@@ -21,10 +20,10 @@ from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import ModelOptions
 from perl_jax.loops.model import host, load_model
+from perl_jax.loops.policies import batch_sampler
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import Program
-from perl_jax.sampling import sample
-from perl_jax.types import Tokens, Tree
+from perl_jax.types import Prompts, Tokens, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ def generate(config: GenerateConfig) -> list[str]:
         f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; {model.name} has {room} positions.",
     )
     sampler = model.sampler(config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p)
-    tokens_PS = jnp.asarray([ids], jnp.int32)
-    rollout = sample(model.lm, model.base, adapter, tokens_PS, jnp.ones_like(tokens_PS, bool), jax.random.key(config.seed), sampler, config.samples)
+    prompts = Prompts(np.asarray([ids], np.int32), np.ones((1, len(ids)), bool), np.zeros(1, np.int32))
+    rollout = batch_sampler(model, sampler, config.samples)(model.base, adapter, prompts, jax.random.key_data(jax.random.key(config.seed)))
     sequences = host(rollout.sequences)
     # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []

@@ -24,6 +24,7 @@ from perl_jax.models import kernels
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
+from perl_jax.platforms import platform_of
 from perl_jax.programs import keep_compiled
 from perl_jax.sampling import SamplingConfig
 from perl_jax.types import Tree
@@ -66,8 +67,10 @@ class Model:
     def sampler(self, max_new_tokens: int, temperature: float, **more: Any) -> SamplingConfig:
         """How responses are sampled: until one of the tokenizer's stop tokens."""
         # A CPU's decoding step spends a third of its time on a cache of this length, and has memory for its growth.
-        stages = 4 if max_new_tokens >= 64 and self.mesh.devices.flat[0].platform == "cpu" else 1
-        settings = {"stages": stages, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
+        stages = 4 if max_new_tokens >= 64 and platform_of(self.mesh) == "cpu" else 1
+        # Parts of matrices that are split over devices do not lie beside each other.
+        fused = platform_of(self.mesh) == "gpu" and self.mesh.shape["fsdp"] == self.mesh.shape["tensor"] == 1
+        settings = {"stages": stages, "fused": fused, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
         return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, **settings)
 
     @property
@@ -81,7 +84,7 @@ class Model:
 
     def packs(self, packing: str) -> bool:
         """Whether batches are packed (`DataConfig.packing`)."""
-        return packing == "on" or packing == "auto" and self.mesh.devices.flat[0].platform == "cpu"
+        return packing == "on" or packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu")
 
     def record(self, role: str, adapter: Adapter, *, step: int = 0, metrics: dict[str, Any] | None = None, **more: Any) -> Record:
         """What an artefact of a role on this base says of itself."""

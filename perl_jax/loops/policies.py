@@ -24,9 +24,11 @@ from perl_jax.loops.model import Model, check_context, host, load_model
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
+from perl_jax.platforms import decoding_options
 from perl_jax.programs import SHAPES, Program
 from perl_jax.rewards.compose import Term
 from perl_jax.rl import kl
+from perl_jax.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,13 @@ def sample_program(model: Model, max_new_tokens: int, temperature: float, rollou
     sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
     if rollout.slots is not None:
         return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots)
-    return Program("sample", functools.partial(sampling.sample_prompts, model.lm, sampler, samples), limit=SHAPES)
+    return batch_sampler(model, sampler, samples)
+
+
+def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Program:
+    """(base, policy, prompts, key data) -> Rollout, one batch at a time."""
+    sample = functools.partial(sampling.sample_prompts, model.lm, sampler, samples)
+    return Program("sample", sample, limit=SHAPES, compiler_options=decoding_options(model.mesh))
 
 
 def logprob_program(model: Model, temperature: float) -> Program:

@@ -130,12 +130,16 @@ def attend_cached(
     self_BNG = jnp.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], preferred_element_type=jnp.float32)
     scale = head_dim**-0.5 if scale is None else scale
     past = jnp.where(visible_BS[:, None, None, :], capped(jnp.concatenate([prompt_BNGS, own_BNGC], axis=-1) * scale, cap), MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([past, capped(self_BNG[..., None] * scale, cap)], axis=-1), axis=-1)
+    own = capped(self_BNG[..., None] * scale, cap)
+    most = jnp.maximum(jnp.max(past, axis=-1, keepdims=True), own)
+    weights, own = jnp.exp(past - most), jnp.exp(own - most)
+    total = jnp.sum(weights, axis=-1, keepdims=True) + own
+    weights, own = weights / total, own / total
     prompt_PNXS = jnp.swapaxes(weights[..., :length].reshape(*grouped, length), 1, 2).reshape(prompts, kv_heads, -1, length)
     out_PNXK = _mixed(prompt_PNXS, prompt_v, v_B1NK.dtype)
     out_BNGK = jnp.swapaxes(out_PNXK.reshape(prompts, kv_heads, grouped[1], grouped[3], head_dim), 1, 2).reshape(batch, kv_heads, -1, head_dim)
-    out_BNGK = out_BNGK + _mixed(weights[..., length:-1], own_v, v_B1NK.dtype)
-    out_BNGK = out_BNGK + weights[..., -1:].astype(v_B1NK.dtype) * v_B1NK[:, 0, :, None, :]
+    out_BNGK = out_BNGK + _mixed(weights[..., length:], own_v, v_B1NK.dtype)
+    out_BNGK = out_BNGK + own.astype(v_B1NK.dtype) * v_B1NK[:, 0, :, None, :]
     return out_BNGK.reshape(batch, 1, heads, head_dim)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.cache import attend_cached
 from perl_jax.models.config import ModelConfig
+from perl_jax.models.fused import GROUPS
 from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
 from perl_jax.quantise import dense, is_quantised
@@ -41,10 +43,14 @@ class UnderParam(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What sits on the linear layers of a block: an adapter's config, and targets of frozen pairs."""
+    """What sits on the linear layers of a block: an adapter's config, and targets of frozen pairs.
+
+    fused: where attention's projections are fused (`models.fused`), the products that have pairs; None: they are apart.
+    """
 
     lora: LoRAConfig | None = None
     under: tuple[str, ...] = ()
+    fused: tuple[str, ...] | None = None
 
 
 def flat(x_BTD: Array) -> jax.Array:
@@ -150,6 +156,30 @@ class Linear(nnx.Module):
         return out_NF + beyond_F * seen_NF + share_F * delta_NF
 
 
+class FusedLinear(nnx.Module):
+    """Several linear layers of one input, and the pairs on them: x W + (x A) B + bias by a product with [W | A] (`models.fused`).
+
+    Shapes do not matter here but for the outputs' widths: the tree that is merged in brings its own ranks.
+    """
+
+    def __init__(self, names: tuple[str, ...], config: ModelConfig, paired: bool, shapes: tuple[tuple[int, int], ...], axes: tuple[str, str]):
+        self.widths = tuple(features for _, features in shapes)
+        width, features, dtype = shapes[0][0], sum(self.widths), jnp.dtype(config.dtype)
+        self.kernel = nnx.Param(jnp.zeros((width, features), dtype), axes=axes)
+        self.up = nnx.Param(jnp.zeros((1, features), dtype), axes=("rank", axes[1])) if paired else None
+        self.bias = nnx.Param(jnp.zeros((features,), dtype), axes=axes[1:]) if any(name in config.biases for name in names) else None
+
+    def __call__(self, x_ND: Array) -> list[jax.Array]:
+        """Each layer's output."""
+        features = sum(self.widths)
+        out_NF = matmul(x_ND, self.kernel[...])
+        if self.up is not None:
+            out_NF = out_NF[:, :features] + matmul(out_NF[:, features:], self.up[...])
+        if self.bias is not None:
+            out_NF = out_NF + self.bias[...][None, :]
+        return jnp.split(out_NF, list(itertools.accumulate(self.widths))[:-1], axis=1)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
 
@@ -200,10 +230,16 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
         query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.config = config
-        self.q = Linear("q", config, adapted, (config.width, query), ("embed", "heads"), rngs)
-        self.k = Linear("k", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
-        self.v = Linear("v", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
-        self.o = Linear("o", config, adapted, (query, config.width), ("heads", "embed"), rngs)
+        self.fused = adapted.fused is not None
+        if self.fused:
+            inputs = ((config.width, query), (config.width, key_value), (config.width, key_value))
+            self.qkv = FusedLinear(GROUPS["qkv"], config, "qkv" in adapted.fused, inputs, ("embed", "heads"))
+            self.o = FusedLinear(GROUPS["o"], config, "o" in adapted.fused, ((query, config.width),), ("heads", "embed"))
+        else:
+            self.q = Linear("q", config, adapted, (config.width, query), ("embed", "heads"), rngs)
+            self.k = Linear("k", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
+            self.v = Linear("v", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
+            self.o = Linear("o", config, adapted, (query, config.width), ("heads", "embed"), rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim, "head_dim")
             self.k_norm = RMSNorm(config, config.head_dim, "head_dim")
@@ -212,7 +248,7 @@ class Attention(nnx.Module):
         """Rotated queries [B,T,H,K], rotated keys and values [B,T,N,K]."""
         x_ND = flat(x_BTD)
         split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
-        q_BTHK, k_BTNK, v_BTNK = split(self.q(x_ND, key)), split(self.k(x_ND, key)), split(self.v(x_ND, key))
+        q_BTHK, k_BTNK, v_BTNK = map(split, self.qkv(x_ND) if self.fused else (self.q(x_ND, key), self.k(x_ND, key), self.v(x_ND, key)))
         if self.config.qk_norm:
             q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
@@ -220,7 +256,8 @@ class Attention(nnx.Module):
     def output(self, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
         """The output projection over all heads."""
         heads_BTF = place.features(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), place.split_heads)
-        return self.o(flat(heads_BTF), key).reshape(*heads_BTF.shape[:2], -1)
+        out_ND = self.o(flat(heads_BTF))[0] if self.fused else self.o(flat(heads_BTF), key)
+        return out_ND.reshape(*heads_BTF.shape[:2], -1)
 
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}

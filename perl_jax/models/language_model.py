@@ -23,6 +23,7 @@ from perl_jax.models import attention, kernels
 from perl_jax.models.cache import CacheKind, KVCache, keep
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
+from perl_jax.models.fused import GROUPS
 from perl_jax.models.layers import LayerKinds, runs
 from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
@@ -375,6 +376,8 @@ class LanguageModel:
         targets = () if under is None else tuple(lora_lib.under_ranks(under))
         # A frozen base has the activations' dtype, and no gradient.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
+        attention = weights["attention"]
+        fused = tuple(name for name in GROUPS if "up" in attention[name]) if "qkv" in attention else None
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         outs = []
         for start, stop, adapted in runs(chosen, number, apart=last is not None):
@@ -382,7 +385,7 @@ class LanguageModel:
             if adapted:
                 first = chosen.index(start)
                 lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
-            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets)).block
+            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets, fused)).block
             whole = stop - start == number
             through = layer if last is None or stop < number else last
 

@@ -106,8 +106,13 @@ class ContestError(Exception):
     """What went wrong, in a sentence for the user."""
 
 
-def environment(name: str, requirements: Sequence[str], folder: pathlib.Path) -> pathlib.Path:
-    """The Python of a virtual environment with these requirements, made unless it is there; the marker is written last."""
+def environment(name: str, requirements: Sequence[str], folder: pathlib.Path | None) -> pathlib.Path:
+    """The Python of a virtual environment with these requirements, made unless it is there; the marker is written last.
+
+    folder: None is the Python that runs this, with what it has.
+    """
+    if folder is None:
+        return pathlib.Path(sys.executable)
     home = folder.absolute() / name
     python, marker = home / "bin" / "python", home / "installed.txt"
     local = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in ("constraints.txt", "setup.py"))).hexdigest()
@@ -252,8 +257,10 @@ def main(description: str | None, jobs: Sequence[str], rounds: int, contenders: 
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/contest"), help="folder for the model and the rows")
     environments = pathlib.Path("runs/environments")
     parser.add_argument("--environments", type=pathlib.Path, default=environments, help="folder for the contenders' packages")
+    parser.add_argument("--installed", action="store_true", help="no environments: this Python and what is installed for it, for machines without a network")
     parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
     options = parser.parse_args()
+    options.environments = None if options.installed else options.environments
     try:
         unknown = sorted(set(options.jobs.split(",")) - set(jobs))
         if unknown or options.rounds < 1:

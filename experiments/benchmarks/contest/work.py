@@ -171,9 +171,10 @@ def word_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+def write_model(folder: pathlib.Path, tokenizer: Tokenizer, weights: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_weights(folder)
+    if weights:
+        write_weights(folder)
     (folder / "config.json").write_text(json.dumps(MODEL, indent=1))
     ids = {"eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]}
     (folder / "generation_config.json").write_text(json.dumps(ids))
@@ -230,13 +231,16 @@ def encoded(tokenizer: Tokenizer, words: str) -> list[int]:
     return ids
 
 
-def write(folder: pathlib.Path) -> None:
+def write(folder: pathlib.Path, weights: bool = True) -> None:
     """Writes all of it, unless this very work is there already (`work.json` says which is, and is written last).
+
+    weights: False leaves the model's own out, for who makes them elsewhere.
 
     Another work's model goes first: loaders would take its weights where its files have other names. A folder `model`
     without `work.json` beside it is somebody else's: SystemExit.
     """
     description = {"seed": SEED, "batches": BATCHES, "model": MODEL, "equal": EQUAL, "ragged": RAGGED, "prompts": (PROMPTS, PROMPT_TOKENS)}
+    description |= {} if weights else {"weights": "none"}
     description, marker = json.dumps(description, indent=1), folder / "work.json"
     if marker.exists() and marker.read_text() == description:
         return
@@ -247,7 +251,7 @@ def write(folder: pathlib.Path) -> None:
     marker.write_text("being written")
     shutil.rmtree(model, ignore_errors=True)
     tokenizer, random = word_tokenizer(), np.random.default_rng(SEED + 1)
-    write_model(model, tokenizer)
+    write_model(model, tokenizer, weights)
     equal, ragged = list(pairs(random, EQUAL)), list(pairs(random, RAGGED))
     prompts = [{"prompt": text(random, PROMPT_TOKENS) + " "} for _ in range(BATCHES * PROMPTS)]
     check_pairs(tokenizer, equal, EQUAL)
