@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perl_jax.masked import at_least_float32
 from perl_jax.models.config import Rope
 from perl_jax.models.packing import Packing
 from perl_jax.types import Array
@@ -71,6 +72,15 @@ def within(window: Array | int, query_positions_BT: Array, key_positions_BS: Arr
 def capped(logits: Array, cap: float | None) -> Array:
     """cap tanh(x / cap) (Gemma 2, arXiv 2408.00118); None: x."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def rounded_sum(*terms: Array) -> jax.Array:
+    """The sum of terms of one dtype, taken in float32 and rounded once.
+
+    Of two terms it is what adding them gives. XLA's GPU backend has a product add to the other term where it can, and
+    makes a copy of that for it: where terms are small, one more kernel than to add them with what comes next.
+    """
+    return functools.reduce(jnp.add, map(at_least_float32, terms)).astype(terms[0].dtype)
 
 
 def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: float | None = None, cap: float | None = None) -> jax.Array:

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax.models.attention import MASKED, capped, positions
+from perl_jax.models.attention import MASKED, capped, positions, rounded_sum
 from perl_jax.types import Array
 
 CACHES = ("auto", "float32", "bfloat16", "int8")
@@ -138,8 +138,8 @@ def attend_cached(
     prompt_PNXS = jnp.swapaxes(weights[..., :length].reshape(*grouped, length), 1, 2).reshape(prompts, kv_heads, -1, length)
     out_PNXK = _mixed(prompt_PNXS, prompt_v, v_B1NK.dtype)
     out_BNGK = jnp.swapaxes(out_PNXK.reshape(prompts, kv_heads, grouped[1], grouped[3], head_dim), 1, 2).reshape(batch, kv_heads, -1, head_dim)
-    out_BNGK = out_BNGK + _mixed(weights[..., length:], own_v, v_B1NK.dtype)
-    out_BNGK = out_BNGK + own.astype(v_B1NK.dtype) * v_B1NK[:, 0, :, None, :]
+    own_BNGK = _mixed(weights[..., length:], own_v, v_B1NK.dtype)
+    out_BNGK = rounded_sum(out_BNGK, own_BNGK, own.astype(v_B1NK.dtype) * v_B1NK[:, 0, :, None, :])
     return out_BNGK.reshape(batch, 1, heads, head_dim)
 
 

@@ -27,6 +27,8 @@ from perl_jax.types import Array, Tree
 
 # Projections that read one input, by the name of their product.
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",)}
+# Columns of matrices whose rows begin where memory is read from: 128 bytes of two each.
+ALIGNED = 64
 
 
 def fusible(base: Tree, adapter: Adapter | None) -> bool:
@@ -39,7 +41,7 @@ def fusible(base: Tree, adapter: Adapter | None) -> bool:
 def fuse(attention: Tree, adapter: Adapter | None, dtype: str) -> Tree:
     """An attention module's leaves [L, ...] with q, k, v and o in the fused form, pairs in them.
 
-    kernel: [L, D, F + R], W of all projections and then A of all pairs; up: [L, R, F]; bias: [L, F].
+    kernel: [L, D, F + R], W of all projections and then A of all pairs, and zeros where rows would begin unaligned; up: [L, R, F]; bias: [L, F].
     dtype: of kernel and up, the activations'. adapter: its LoRA leaves and what lies under them; other parts are not read.
     """
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
@@ -53,7 +55,8 @@ def fuse(attention: Tree, adapter: Adapter | None, dtype: str) -> Tree:
                 downs.append(down_LDR)
                 ups.append(jnp.pad(up_LRF, ((0, 0), (0, 0), (start, after))))
             start += width
-        out[group] = {"kernel": _beside([*kernels, *downs], -1, dtype)}
+        kernel = _beside([*kernels, *downs], -1, dtype)
+        out[group] = {"kernel": jnp.pad(kernel, ((0, 0), (0, 0), (0, -kernel.shape[-1] % ALIGNED if downs else 0)))}
         if ups:
             out[group]["up"] = _beside(ups, 1, dtype)
         if any("bias" in attention[name] for name in names):
