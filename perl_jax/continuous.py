@@ -26,7 +26,7 @@ from perl_jax import config as config_lib
 from perl_jax import hosts, sharding
 from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter
-from perl_jax.models import fused
+from perl_jax.models import fused, stacks
 from perl_jax.models.cache import KVCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
@@ -83,6 +83,7 @@ class ContinuousSampler:
         place = functools.partial(_placed, lm)
         self.merge = Program("merge", lora_lib.merge)
         self.fuse = Program("fuse", functools.partial(fused.fuse, dtype=lm.config.dtype))
+        self.part = Program("part", stacks.apart)
         # For each length of prompts, with an adapter and without: admissions of two sizes, batches of all sizes, the steps between these.
         lengths = 2 * LENGTHS
         self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=lengths)
@@ -93,7 +94,7 @@ class ContinuousSampler:
     @property
     def compilations(self) -> int:
         """Of all its programs."""
-        return sum(program.compilations for program in (self.merge, self.fuse, self.vacant, self.admit, self.decode, self.fewer))
+        return sum(program.compilations for program in (self.merge, self.fuse, self.part, self.vacant, self.admit, self.decode, self.fewer))
 
     def memory(self):
         """Of the largest of its programs."""
@@ -103,7 +104,7 @@ class ContinuousSampler:
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
         # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, lambda attention, adapter, _: self.fuse(attention, adapter))
+        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, lambda attention, adapter, _: self.fuse(attention, adapter), self.part)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
@@ -204,6 +205,7 @@ def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, place, base: 
 def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
     """The state with `layers` of every array [L, slots, ...] and `rows` of every other [slots, ...]."""
     cache = state.cache
+    layers = rows if cache.row_axis == 0 else layers
     return Slots(
         cache=cache.replace(
             **{name: jax.tree.map(layers, part) for name, part in zip(("prompt_k", "prompt_v", "own_k", "own_v"), cache.by_layer)},
@@ -238,7 +240,9 @@ def _admit(
     slot_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1)
     wide = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
     rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
-    parts = lambda whole, new: jax.tree.map(lambda x, y: x.at[:, slot_X].set(wide(y, 1), mode="drop"), whole, new)
+    axis = state.cache.row_axis
+    own = (slice(None),) * axis + (slot_X,)
+    parts = lambda whole, new: jax.tree.map(lambda x, y: x.at[own].set(wide(y, axis), mode="drop"), whole, new)
     fresh = lambda array, value: rows(array, jnp.full((slot_X.shape[0], *array.shape[1:]), value, array.dtype))
     cache = state.cache.replace(
         prompt_k=parts(state.cache.prompt_k, read.prompt_k),

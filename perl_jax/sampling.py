@@ -19,7 +19,7 @@ from perl_jax import config as config_lib
 from perl_jax import lora as lora_lib
 from perl_jax import trees
 from perl_jax.lora import Adapter
-from perl_jax.models import fused
+from perl_jax.models import fused, stacks
 from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.quantise import is_quantised
@@ -44,6 +44,7 @@ class SamplingConfig:
     stages: the cache grows in so many steps, and a token reads what there is of it: less to read, and
       the cache twice for a moment when it grows.
     adapters: applied on the fly, merged into a copy of the base, or what costs less (`sampled_from`).
+    inlined: layers inlined, their weights and caches in arrays of their own (`models.stacks`); not over several devices.
     fused: attention's projections and the pairs on them beside each other, in a copy of these (`models.fused`), where they can be.
     """
 
@@ -56,6 +57,7 @@ class SamplingConfig:
     cache: CacheKind = "auto"
     stages: int = 1
     adapters: Literal["auto", "applied", "merged"] = "auto"
+    inlined: bool = False
     fused: bool = False
 
     def __post_init__(self) -> None:
@@ -153,14 +155,15 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
 def sampled_from(
     lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int,
     merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge, fuse: Callable[[Tree, Adapter | None, str], Tree] = fused.fuse,
+    part: Callable[[Tree], stacks.Apart] = stacks.apart,
 ) -> tuple[Tree, Adapter | None]:  # fmt: skip
     """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy; full tuning's
     weights in the activations' dtype, to which each token's products would round them again; attention's projections
-    fused where the config says so.
+    fused, and layers apart, where the config says so.
 
     Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto` merges
     where that is less, in float32 only, because a copy in bfloat16 rounds small updates away and is
-    then another policy than the one that is trained. merge, fuse: are given the leaves that change alone.
+    then another policy than the one that is trained. merge, fuse: are given the leaves that change alone; part: the layers.
     """
     if adapter is not None and adapter.weights is not None:
         base, adapter = resting(adapter, lm.config.dtype).weights, None
@@ -174,6 +177,8 @@ def sampled_from(
     if config.fused and fused.fusible(base, adapter):
         attention = fuse(base["layers"]["attention"], adapter, lm.config.dtype)
         base, adapter = base | {"layers": base["layers"] | {"attention": attention}}, fused.rest(adapter)
+    if config.inlined:
+        base = base | {"layers": part(base["layers"])}
     return base, _rounded_once(adapter, lm.config.dtype)
 
 

@@ -31,6 +31,8 @@ from perl_jax.types import Tree
 
 
 _SHALLOW = 8
+# Layers of a model that are inlined in sampling: further ones would be minutes to compile.
+_INLINED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Model:
         stages = 4 if max_new_tokens >= 64 and platform_of(self.mesh) == "cpu" else 1
         # Parts of matrices that are split over devices do not lie beside each other.
         fused = platform_of(self.mesh) == "gpu" and self.mesh.shape["fsdp"] == self.mesh.shape["tensor"] == 1
-        settings = {"stages": stages, "fused": fused, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
+        inlined = platform_of(self.mesh) == "cpu" and self.mesh.size == 1 and self.lm.config.layers <= _INLINED
+        settings = {"stages": stages, "fused": fused, "inlined": inlined, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
         return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, **settings)
 
     @property

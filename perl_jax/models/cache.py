@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax.models.attention import MASKED, capped, positions, rounded_sum
+from perl_jax.models.stacks import Apart, each, is_apart
 from perl_jax.types import Array
 
 CACHES = ("auto", "float32", "bfloat16", "int8")
@@ -23,10 +24,27 @@ CacheKind = Literal["auto", "float32", "bfloat16", "int8"]
 
 @flax.struct.dataclass
 class Kept:
-    """Keys or values [..., S, K]; int8 ones with a scale [..., S] for each token and head."""
+    """Keys or values [..., S, K]; int8 ones with a scale [..., S] for each token and head. turned: [..., K, S]."""
 
     values: Array
     scale: Array | None = None
+    turned: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def grown(self, more: int) -> Kept:
+        """With so many more tokens' room behind the last."""
+        pad = lambda x, axis: jnp.pad(x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)])
+        return self.replace(values=pad(self.values, self._tokens), scale=None if self.scale is None else pad(self.scale, -1))
+
+    def written(self, new: Kept, column: Array) -> Kept:
+        """With one token's [..., 1, K], kept in the same way but never turned, in a column."""
+        put = lambda slots, x, axis: jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), column, axis=x.ndim + axis)
+        values = put(self.values, jnp.swapaxes(new.values, -2, -1) if self.turned else new.values, self._tokens)
+        return self.replace(values=values, scale=None if self.scale is None else put(self.scale, new.scale, -1))
+
+    @property
+    def _tokens(self) -> int:
+        """The axis of tokens in the values."""
+        return -1 if self.turned else -2
 
 
 def keep(x_SK: Array, kind: CacheKind) -> Kept:
@@ -47,12 +65,14 @@ class KVCache:
     prompt_k, prompt_v: [L, P, N, S, K] of left-, right- or unpadded prompts, prompt_visible_PS their real tokens.
     own_k, own_v: [L, B, N, C, K]; own_visible_BC: columns that hold tokens of this row;
     own_position_BC: their rotary positions. position_B: of each row's next token. column: where it goes.
+    Keys and values may lie apart, layer by layer (`stacks.Apart`): own_k is turned then, for a CPU, which has nothing but sums
+    of products of it that stand beside each other.
     """
 
-    prompt_k: Kept
-    prompt_v: Kept
-    own_k: Kept
-    own_v: Kept
+    prompt_k: Kept | Apart
+    prompt_v: Kept | Apart
+    own_k: Kept | Apart
+    own_v: Kept | Apart
     prompt_visible_PS: Array
     own_visible_BC: Array
     own_position_BC: Array
@@ -60,9 +80,14 @@ class KVCache:
     column: Array
 
     @property
-    def by_layer(self) -> tuple[Kept, Kept, Kept, Kept]:
+    def by_layer(self) -> tuple[Kept | Apart, Kept | Apart, Kept | Apart, Kept | Apart]:
         """What one layer reads, stacked over layers."""
         return self.prompt_k, self.prompt_v, self.own_k, self.own_v
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of prompts or rows in keys and values: the first where layers are apart."""
+        return 0 if is_apart(self.own_k) else 1
 
     @property
     def samples(self) -> int:
@@ -80,31 +105,34 @@ class KVCache:
     def grown(self, room: int) -> KVCache:
         """With more columns for what rows decode, the new ones behind the old."""
         more = room - self.own_visible_BC.shape[1]
-        pad = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+        pad = lambda x_BC: jnp.pad(x_BC, ((0, 0), (0, more)))
         return self.replace(
-            own_k=jax.tree.map(lambda x: pad(x, 3), self.own_k),
-            own_v=jax.tree.map(lambda x: pad(x, 3), self.own_v),
-            own_visible_BC=pad(self.own_visible_BC, 1),
-            own_position_BC=pad(self.own_position_BC, 1),
+            own_k=each(lambda part: part.grown(more), self.own_k),
+            own_v=each(lambda part: part.grown(more), self.own_v),
+            own_visible_BC=pad(self.own_visible_BC),
+            own_position_BC=pad(self.own_position_BC),
         )
 
     def appended(self, k_LB1NK: Array, v_LB1NK: Array, kind: CacheKind) -> KVCache:
-        """With every row's newest token in the common column."""
+        """With every row's newest token in the common column, in a stack of layers."""
+        return self.advanced(*(written(part, new, self.column, kind) for part, new in ((self.own_k, k_LB1NK), (self.own_v, v_LB1NK))))
 
-        def write(part: Kept, new_LB1NK: Array) -> Kept:
-            new = keep(jnp.swapaxes(new_LB1NK, 2, 3), kind)
-            put = lambda slots, x: jax.lax.dynamic_update_slice_in_dim(slots, x.astype(slots.dtype), self.column, axis=3)
-            return jax.tree.map(put, part, new)
-
+    def advanced(self, own_k: Kept | Apart, own_v: Kept | Apart) -> KVCache:
+        """With the newest token's keys and values, which `written` put into the common column."""
         here_C = jnp.arange(self.own_visible_BC.shape[1]) == self.column
         return self.replace(
-            own_k=write(self.own_k, k_LB1NK),
-            own_v=write(self.own_v, v_LB1NK),
+            own_k=own_k,
+            own_v=own_v,
             own_visible_BC=self.own_visible_BC | here_C[None, :],
             own_position_BC=jnp.where(here_C[None, :], self.position_B[:, None], self.own_position_BC),
             position_B=self.position_B + 1,
             column=(self.column + 1) % self.own_visible_BC.shape[1],
         )
+
+
+def written(part: Kept, new_B1NK: Array, column: Array, kind: CacheKind) -> Kept:
+    """Keys or values [..., B, N, C, K] with those of one token [..., B, 1, N, K] in a column."""
+    return part.written(keep(jnp.swapaxes(new_B1NK, -3, -2), kind), column)
 
 
 def attend_cached(
@@ -114,8 +142,8 @@ def attend_cached(
     """One new token's attention over its prompt, over what its row has decoded, and over itself.
 
     layer: one layer of `KVCache.by_layer`. visible_BS: over prompt and own columns side by side.
-    The new key and value are not in the cache yet: keeping the cache read-only here lets the layer
-    scan return one token a layer, and the caller write all layers with a single in-place update.
+    The new key and value are not seen in the cache: keeping it read-only lets a scan over layers
+    return one token a layer, and the caller write all layers with a single in-place update.
     """
     prompt_k, prompt_v, own_k, own_v = layer
     batch, _, heads, head_dim = q_B1HK.shape
@@ -145,6 +173,10 @@ def attend_cached(
 
 def _logits(q_BNXK: Array, k_BNSK: Kept) -> jax.Array:
     """q k^T, float32."""
+    if k_BNSK.turned:
+        q_BNXK, k_BNKS = q_BNXK.astype(jnp.float32), k_BNSK.values.astype(jnp.float32)
+        logits = jnp.sum(q_BNXK[..., None] * k_BNKS[:, :, None], axis=-2)
+        return logits if k_BNSK.scale is None else logits * k_BNSK.scale[:, :, None, :]
     logits = jnp.einsum("bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), preferred_element_type=jnp.float32)
     return logits if k_BNSK.scale is None else logits * k_BNSK.scale[:, :, None, :]
 

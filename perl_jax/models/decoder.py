@@ -20,13 +20,12 @@ from flax import nnx
 from perl_jax import sharding
 from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
-from perl_jax.models.cache import attend_cached
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.fused import GROUPS
 from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
 from perl_jax.quantise import dense, is_quantised
-from perl_jax.types import Array
+from perl_jax.types import Array, Tree
 
 
 # (q_BTHK, k_BTNK, v_BTNK) -> out_BTHK over whole sequences, its mask inside.
@@ -319,11 +318,10 @@ class Block(nnx.Module):
             x_BTD, heads_BTHK = gather(x_BTD, only_BR), gather(heads_BTHK, only_BR)
         return self._after_attention(x_BTD, heads_BTHK, key, place), (k, v)
 
-    def decode(self, x_B1D: Array, rotary: tuple, cache: tuple, visible_BS: Array, place: Placement) -> tuple[jax.Array, tuple]:
-        """The same layer for one new token against its part of a cache (`cache.KVCache.by_layer`)."""
-        q, k, v = self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
-        heads = attend_cached(q, k, v, cache, visible_BS, self.config.attention_scale, self.config.attention_cap)
-        return self._after_attention(x_B1D, heads, None, place), (k, v)
+    def decode(self, x_B1D: Array, rotary: tuple, attend: Callable[[Array, Array, Array], tuple[Array, Tree]], place: Placement) -> tuple[jax.Array, Tree]:
+        """The same layer for one new token. attend: of its query, key and value gives its heads' outputs, and what is kept of it."""
+        heads, kept = attend(*self.attention.project(self.attention_norm(x_B1D), rotary, None, place))
+        return self._after_attention(x_B1D, heads, None, place), kept
 
     def _after_attention(self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
         sandwich = self.config.sandwich_norms

@@ -20,13 +20,14 @@ from perl_jax import lora as lora_lib
 from perl_jax import sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
-from perl_jax.models.cache import CacheKind, KVCache, keep
+from perl_jax.models.cache import CacheKind, Kept, KVCache, attend_cached, keep, written
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.fused import GROUPS
 from perl_jax.models.layers import LayerKinds, runs
 from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
+from perl_jax.models.stacks import collected, each, is_apart, of_layer
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
 from perl_jax.types import Array, Tree
@@ -243,15 +244,22 @@ class LanguageModel:
         place = self._place()
         hidden_PSD, kv = self._forward(base, adapter, tokens_PS, valid_PS, None, keep_cache=True)
         last_P1D = jnp.take_along_axis(hidden_PSD, last_valid(valid_PS)[:, None, None], axis=1)
-        prompt_k, prompt_v = (place.cache(keep(jnp.swapaxes(x_LPSNK, 2, 3), kind)) for x_LPSNK in kv)
+        prompt_k, prompt_v = (place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack)) for stack in kv)
         rows = samples * tokens_PS.shape[0]
-        # [L, P, N, S, K], and scales [L, P, N, S], -> the same with B rows and `room` columns.
-        empty = lambda x: place.cache(jnp.zeros((x.shape[0], rows, x.shape[2], room, *x.shape[4:]), x.dtype))
+        front = 0 if is_apart(prompt_k) else 1
+
+        def empty(part: Kept, turned: bool = False) -> Kept:
+            """[L, P, N, S, K], and scales [L, P, N, S], -> the same with B rows and `room` columns; without the first axis where layers are apart."""
+            wide = lambda x, *last: jnp.zeros((*x.shape[:front], rows, x.shape[front + 1], *last), x.dtype)
+            width = part.values.shape[-1]
+            values = wide(part.values, *((width, room) if turned else (room, width)))
+            return Kept(values, None if part.scale is None else wide(part.scale, room), turned)
+
         cache = KVCache(
             prompt_k=prompt_k,
             prompt_v=prompt_v,
-            own_k=jax.tree.map(empty, prompt_k),
-            own_v=jax.tree.map(empty, prompt_v),
+            own_k=place.cache(each(functools.partial(empty, turned=is_apart(prompt_k)), prompt_k)),
+            own_v=place.cache(each(empty, prompt_v)),
             prompt_visible_PS=valid_PS.astype(bool),
             own_visible_BC=jnp.zeros((rows, room), bool),
             own_position_BC=jnp.zeros((rows, room), jnp.int32),
@@ -267,14 +275,24 @@ class LanguageModel:
         kinds = LayerKinds.of(self.config, positions_B1)
         visible_BS, slot_positions_BS = cache.slots()
 
+        inlined = is_apart(cache.own_k)
+
         def layer(block, x, leaves):
-            part, of_layer = leaves
-            visible_B1S = kinds.mask(of_layer, visible_BS[:, None, :], positions_B1, slot_positions_BS)
-            return block.decode(x, kinds.rotary(of_layer), part, visible_B1S[:, 0], place)
+            part, kind_of_layer = leaves
+            visible_B1S = kinds.mask(kind_of_layer, visible_BS[:, None, :], positions_B1, slot_positions_BS)
+
+            def attend(q, k, v):
+                # Written before it is read, a layer's own cache is written where it lies; a scan would return all of it.
+                prompt, own = part[:2], part[2:]
+                own = tuple(written(kept, new, cache.column, kind) for kept, new in zip(own, (k, v))) if inlined else own
+                heads = attend_cached(q, k, v, (*prompt, *own), visible_B1S[:, 0], self.config.attention_scale, self.config.attention_cap)
+                return heads, own if inlined else (k, v)
+
+            return block.decode(x, kinds.rotary(kind_of_layer), attend, place)
 
         leaves = (cache.by_layer, kinds.by_layer)
-        x_B1D, (k, v) = self._scan(layer, base, adapter, outer.embed(token_B[:, None], place), leaves, place)
-        updated = cache.appended(k, v, kind)
+        x_B1D, kept = self._scan(layer, base, adapter, outer.embed(token_B[:, None], place), leaves, place)
+        updated = cache.advanced(*kept) if inlined else cache.appended(*kept, kind)
         updated = updated.replace(own_k=place.cache(updated.own_k), own_v=place.cache(updated.own_v))
         return self._next_logits(base, adapter, outer.final_norm(x_B1D)), updated
 
@@ -376,8 +394,11 @@ class LanguageModel:
         targets = () if under is None else tuple(lora_lib.under_ranks(under))
         # A frozen base has the activations' dtype, and no gradient.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
-        attention = weights["attention"]
+        attention = (weights.layers[0] if is_apart(weights) else weights)["attention"]
         fused = tuple(name for name in GROUPS if "up" in attention[name]) if "qkv" in attention else None
+        graph_of = lambda adapted: _split(self.config, Adapted(adapter.config if adapted else None, targets, fused)).block
+        if is_apart(weights):
+            return self._inlined(layer, graph_of, (weights, under, per_layer), None if adapter is None else adapter.lora, chosen, x, last)
         base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         outs = []
         for start, stop, adapted in runs(chosen, number, apart=last is not None):
@@ -385,7 +406,7 @@ class LanguageModel:
             if adapted:
                 first = chosen.index(start)
                 lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
-            graph = _split(self.config, Adapted(adapter.config if adapted else None, targets, fused)).block
+            graph = graph_of(adapted)
             whole = stop - start == number
             through = layer if last is None or stop < number else last
 
@@ -406,6 +427,19 @@ class LanguageModel:
             x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1)
             outs.append(out)
         return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+
+
+    def _inlined(self, layer: Callable, graph_of: Callable, stacks: Tree, lora: Tree | None, chosen: tuple[int, ...], x: jax.Array, last: Callable | None):
+        """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the outs."""
+        outs = []
+        for index in range(self.config.layers):
+            adapted = index in chosen
+            mine = of_layer(lora["layers"], chosen.index(index)) if adapted else None
+            block_weights, block_under, leaves = of_layer(stacks, index)
+            block = nnx.merge(graph_of(adapted), *(s for s in (block_weights, mine, block_under) if s is not None))
+            x, out = (last if last is not None and index == self.config.layers - 1 else layer)(block, x, leaves)
+            outs.append(out)
+        return x, collected(outs)
 
 
 def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:

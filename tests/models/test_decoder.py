@@ -150,9 +150,10 @@ def test_remat_changes_nothing_but_memory(kind):
 
 def kept_for_the_backward_pass(lm, role, tokens) -> dict[int, dict[tuple, int]]:
     """By a layer scan's length: how often it stacks a shape of floats up, one layer's part of it."""
+    base = small.make_base(lm)
 
     def loss(lora):
-        return jnp.sum(lm.hidden(small.make_base(lm), role.replace(lora=lora), tokens.tokens_BT, tokens.valid_BT, packing=pack(tokens)))
+        return jnp.sum(lm.hidden(base, role.replace(lora=lora), tokens.tokens_BT, tokens.valid_BT, packing=pack(tokens)))
 
     found: dict[int, dict[tuple, int]] = {}
     for equation in jax.make_jaxpr(jax.grad(loss))(role.lora).eqns:
