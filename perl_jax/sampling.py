@@ -178,6 +178,8 @@ def sampled_from(
         attention = fuse(base["layers"]["attention"], adapter, lm.config.dtype)
         base, adapter = base | {"layers": base["layers"] | {"attention": attention}}, fused.rest(adapter)
     if config.inlined:
+        if lm.mesh is not None and lm.mesh.size > 1:
+            raise ValueError("sampling.inlined is for one device: arrays of single layers have no places on a mesh")
         base = base | {"layers": part(base["layers"])}
     return base, _rounded_once(adapter, lm.config.dtype)
 

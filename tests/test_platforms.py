@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
+import jax
+import numpy as np
 import pytest
 
 from perl_jax import platforms
@@ -30,3 +33,12 @@ def test_it_counts_after_jax_was_imported():
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "cpu\n" and "TPU" not in done.stderr, done.stderr
+
+
+def test_only_gpus_decode_with_options_of_their_own():
+    mesh = lambda platform: types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object))
+    assert platforms.decoding_options(None) == platforms.decoding_options(mesh("cpu")) == platforms.decoding_options(mesh("tpu")) == {}
+    found = platforms.decoding_options(mesh("gpu"))
+    assert found
+    # XLA knows each of them by name, whatever it compiles for.
+    assert jax.jit(lambda x: x + 1, compiler_options=found)(1) == 2

@@ -77,3 +77,9 @@ def test_outputs_go_where_they_are_told():
     result = Program("spread", lambda x: x + 1, out_shardings=place)(whole)
     assert result.sharding == place
     np.testing.assert_array_equal(result, np.arange(16) + 1)
+
+
+def test_compiler_options_reach_the_compiler():
+    program = Program("double", lambda x: 2 * x, compiler_options={"xla_no_such_option": True})
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        program(jnp.ones(2))

@@ -53,7 +53,8 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: none; dots, all but the
       products with weights; full, whole layers.
     unroll: layers inlined in each turn of the layer scan; the numbers do not depend on it. 1 keeps
-      compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled. Decoding is never inlined.
+      compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled. Decoding has
+      a way of its own (`sampling.SamplingConfig.inlined`).
     attention: over whole sequences. plain: XLA's own operations, on any platform; blocked: the same
       in cache-sized pieces, for one CPU device; splash, cudnn: kernels of TPUs and GPUs.
     """

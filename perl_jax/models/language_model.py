@@ -385,7 +385,7 @@ class LanguageModel:
         Layers with and without an adapter form runs, one scan each; where all have one (or none has)
         there is one run. Below the lowest adapted layer nothing is trained, so nothing is computed
         backwards there. backward: whether there may be a backward pass; without one nothing is gained
-        by inlining layers (decoding on a CPU is 1.3 times as fast rolled). last: the last layer, where
+        by inlining layers of a stack (`_inlined` has those that are apart). last: the last layer, where
         it is another function, whose x may have another shape.
         """
         weights, number = _weights(base, adapter)["layers"], self.config.layers
@@ -427,7 +427,6 @@ class LanguageModel:
             x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1)
             outs.append(out)
         return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
-
 
     def _inlined(self, layer: Callable, graph_of: Callable, stacks: Tree, lora: Tree | None, chosen: tuple[int, ...], x: jax.Array, last: Callable | None):
         """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the outs."""

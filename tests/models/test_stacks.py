@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import quantise, sampling, trees
+from perl_jax import quantise, sampling, sharding, trees
 from perl_jax.continuous import ContinuousSampler
 from perl_jax.lora import LoRAConfig
 from perl_jax.models import stacks
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.sampling import SamplingConfig
 from perl_jax.types import Prompts
 from tests import small
@@ -98,3 +99,9 @@ def test_no_cache_and_no_matrix_is_copied_at_each_token():
         return len(copies) + len(re.findall(r"op_name=\"[^\"]*dynamic_slice\"", "".join(inside)))
 
     assert moved(True) == 0 < moved(False)
+
+
+def test_over_several_devices_it_is_refused():
+    lm = LanguageModel(small.CONFIG, sharding.make_mesh(sharding.MeshConfig(data=8)))
+    with pytest.raises(ValueError, match="one device"):
+        sampling.sampled_from(lm, small.make_base(), None, SamplingConfig(9, inlined=True), 1)
