@@ -66,7 +66,7 @@ class DataConfig:
         max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
             the room for a response.
         packing: Compute each real token once: no padding, and what rows have in common (a pair's prompt,
-            a prompt's samples) a single time. auto: on a CPU.
+            a prompt's samples) a single time. auto: on a CPU or GPU.
     """
 
     task: str = "orders"

@@ -1,10 +1,11 @@
 """perl_jax alone on an accelerator, at a size beside which no other contender fits: how near it comes to the device's own rates.
 
-Claim     On one H100, Llama 8B in bfloat16: ...
-Command   CONTEST_SIZE=8b python experiments/benchmarks/contest/accelerator.py
-Hardware  one GPU or TPU core of 80 GB
-Time      5 minutes
-Numbers   ...
+Claim     On one GPU, a Llama of 8B in bfloat16: a reward step runs at more than 45 % of the rate of large products, and decoding reads
+          weights and caches at more than 60 % of a copy's bandwidth.
+Command   CONTEST_SIZE=8b python experiments/benchmarks/contest/accelerator.py --jobs generate,reward-equal,reward-ragged,rl-function
+Hardware  one NVIDIA H200 (141 GB; 32 GiB are used)
+Time      2 minutes
+Numbers   reward steps 0.172 s (60 %) and 0.186 s ragged (56 %); a decode step of 32 rows 6.0 ms, 2,557 of 4,104 GB/s (62 %); a GRPO step 1.20 s (62 %)
 
 The work is the contest's (`work.py`), its weights drawn on the device. By job:
 
