@@ -70,17 +70,17 @@ class Admission:
 class ContinuousSampler:
     """Samples `samples` responses to each prompt through `slots` slots: (base, adapter, prompts, key data) -> Rollout.
 
-    chunk: the most decoding steps between two looks at who has finished. Raises UserError where the
+    chunk: the most decoding steps between two looks at who has finished. quantised: whether the base's matrices are. Raises UserError where the
     slots do not hold the samples of one prompt, or do not divide over the mesh's rows.
     """
 
-    def __init__(self, lm: LanguageModel, config: SamplingConfig, samples: int, slots: int, chunk: int = 16) -> None:
+    def __init__(self, lm: LanguageModel, config: SamplingConfig, samples: int, slots: int, chunk: int = 16, *, quantised: bool = False) -> None:
         config_lib.whole("slots", slots)
         parts = 1 if lm.mesh is None else lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
         config_lib.require(slots % samples == 0, f"slots is {slots}; it must be a multiple of the {samples} samples of a prompt.")
         config_lib.require(slots % parts == 0, f"slots is {slots}; it must be a multiple of the mesh's data x fsdp = {parts} parts.")
         self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
-        place = functools.partial(_placed, lm)
+        place, options = functools.partial(_placed, lm), decoding_options(lm.mesh, quantised)
         self.merge = Program("merge", lora_lib.merge)
         self.fuse = Program("fuse", functools.partial(fused.fuse, dtype=lm.config.dtype))
         self.part = Program("part", stacks.apart)
@@ -88,7 +88,7 @@ class ContinuousSampler:
         lengths = 2 * LENGTHS
         self.vacant = Program("vacant", functools.partial(_vacant, lm, config, slots, place), limit=lengths)
         self.admit = Program("admit", functools.partial(_admit, lm, config, place), donate=(2,), limit=2 * lengths)
-        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=(HALVINGS + 1) * lengths, compiler_options=decoding_options(lm.mesh))
+        self.decode = Program("decode", functools.partial(_decode, lm, config, place, chunk), donate=(2,), limit=(HALVINGS + 1) * lengths, compiler_options=options)
         self.fewer = Program("fewer", functools.partial(_fewer, place), limit=HALVINGS * LENGTHS)
 
     @property

@@ -41,6 +41,6 @@ def platform_of(mesh: Mesh | None) -> str:
     return jax.devices()[0].platform
 
 
-def decoding_options(mesh: Mesh | None) -> dict[str, Any]:
-    """The compiler's options for a program that decodes."""
-    return dict(_DECODING.get(platform_of(mesh), {}))
+def decoding_options(mesh: Mesh | None, quantised: bool = False) -> dict[str, Any]:
+    """The compiler's options for a program that decodes. quantised: whether matrices are, which cuBLAS would have made whole first."""
+    return {} if quantised else dict(_DECODING.get(platform_of(mesh), {}))

@@ -39,6 +39,6 @@ def test_only_gpus_decode_with_options_of_their_own():
     mesh = lambda platform: types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object))
     assert platforms.decoding_options(None) == platforms.decoding_options(mesh("cpu")) == platforms.decoding_options(mesh("tpu")) == {}
     found = platforms.decoding_options(mesh("gpu"))
-    assert found
+    assert found and platforms.decoding_options(mesh("gpu"), quantised=True) == {}
     # XLA knows each of them by name, whatever it compiles for.
     assert jax.jit(lambda x: x + 1, compiler_options=found)(1) == 2

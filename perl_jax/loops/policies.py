@@ -50,14 +50,14 @@ def sample_program(model: Model, max_new_tokens: int, temperature: float, rollou
     """(base, policy, prompts, key data) -> Rollout, `samples` rows a prompt."""
     sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
     if rollout.slots is not None:
-        return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots)
+        return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots, quantised=model.quantise.kind != "none")
     return batch_sampler(model, sampler, samples)
 
 
 def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Program:
     """(base, policy, prompts, key data) -> Rollout, one batch at a time."""
     sample = functools.partial(sampling.sample_prompts, model.lm, sampler, samples)
-    return Program("sample", sample, limit=SHAPES, compiler_options=decoding_options(model.mesh))
+    return Program("sample", sample, limit=SHAPES, compiler_options=decoding_options(model.mesh, model.quantise.kind != "none"))
 
 
 def logprob_program(model: Model, temperature: float) -> Program:
