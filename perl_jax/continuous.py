@@ -82,7 +82,7 @@ class ContinuousSampler:
         self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
         place, options = functools.partial(_placed, lm), decoding_options(lm.mesh, quantised)
         self.merge = Program("merge", lora_lib.merge)
-        self.fuse = Program("fuse", functools.partial(fused.fuse, dtype=lm.config.dtype))
+        self.fuse = Program("fuse", fused.fuse)
         self.part = Program("part", stacks.apart)
         # For each length of prompts, with an adapter and without: admissions of two sizes, batches of all sizes, the steps between these.
         lengths = 2 * LENGTHS
@@ -104,7 +104,7 @@ class ContinuousSampler:
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
         # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, lambda attention, adapter, _: self.fuse(attention, adapter), self.part)
+        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, self.fuse, self.part)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots

@@ -249,9 +249,15 @@ def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
     return out
 
 
+def summed_pairs(adapter: Adapter, layers: int) -> Tree:
+    """What an adapter adds, its LoRA part and what lies under it, in the form of `Adapter.under`."""
+    own = [] if adapter.lora is None else [frozen_pairs(adapter, layers)]
+    return _joined(own + ([] if adapter.under is None else [adapter.under]))
+
+
 def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
     """`fresh` (trainable) on top of `frozen`: the sum of both, and of what lay under either."""
-    parts = [frozen_pairs(frozen, layers)] + [adapter.under for adapter in (frozen, fresh) if adapter.under is not None]
+    parts = [summed_pairs(frozen, layers)] + ([] if fresh.under is None else [fresh.under])
     require(not fresh.config.dora, "An adapter with magnitudes (DoRA) cannot go on top of another.")
     return fresh.replace(under=_joined(parts))
 

@@ -154,7 +154,7 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 def sampled_from(
     lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int,
-    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge, fuse: Callable[[Tree, Adapter | None, str], Tree] = fused.fuse,
+    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge, fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
     part: Callable[[Tree], stacks.Apart] = stacks.apart,
 ) -> tuple[Tree, Adapter | None]:  # fmt: skip
     """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a copy; full tuning's
@@ -175,7 +175,7 @@ def sampled_from(
         # A value head is not read in sampling.
         base, adapter = trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
     if config.fused and fused.fusible(base, adapter):
-        attention = fuse(base["layers"]["attention"], adapter, lm.config.dtype)
+        attention = fuse(base["layers"]["attention"], adapter)
         base, adapter = base | {"layers": base["layers"] | {"attention": attention}}, fused.rest(adapter)
     if config.inlined:
         if lm.mesh is not None and lm.mesh.size > 1:

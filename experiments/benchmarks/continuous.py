@@ -50,14 +50,6 @@ def made(rollouts: list[Rollout]) -> list[list[int]]:
     return [ids[mask].tolist() for r in rollouts for ids, mask in zip(np.array(r.sequences.tokens_BT), np.array(r.sequences.response_BT))]
 
 
-def rates() -> ceiling.Rates:
-    """Of this machine, now."""
-    if jax.default_backend() == "cpu":
-        return ceiling.measure()
-    found = ceiling_gpu.measure()
-    return ceiling.Rates(found["operations"], found["bytes"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=128, help="one response each")
@@ -89,7 +81,7 @@ def main() -> None:
 
     ways, speeds, responses, seen = {"waiting": waiting, "slots": through_slots}, {"waiting": [], "slots": []}, {}, []
     for round_number in range(options.rounds + 1):
-        seen.append(rates())
+        seen.append(ceiling_gpu.rates())
         for name, way in ways.items():
             began = time.perf_counter()
             responses[name] = made(way())

@@ -119,10 +119,7 @@ def load_model(options: ModelOptions) -> Model:
     """Loads a base straight to its place on the mesh."""
     keep_compiled(options.compile_cache)
     folder = hf_checkpoint.find_model(options.model)
-    config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
-    mesh = sharding.make_mesh(options.mesh)
-    lm = LanguageModel(for_devices(config, mesh, options.attention), mesh)
-    tokenizer = Tokenizer.load(folder, config.vocab_size)
+    lm, tokenizer = described(options, folder)
     marks: dict[str, bytes] = {}
 
     def finish(name: str, leaf: jax.Array) -> Tree:
@@ -130,8 +127,15 @@ def load_model(options: ModelOptions) -> Model:
         marks[name] = trees.leaf_mark(name, leaf)
         return quantise_leaf(name, leaf, options.quantise)
 
-    base = hf_checkpoint.load_base(folder, config, lm.base_shardings(), finish=finish)
+    base = hf_checkpoint.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
     return Model(str(options.model), lm, base, tokenizer, trees.joined_marks(marks), options.quantise, options.mesh.adapters == "sharded")
+
+
+def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
+    """The functions and the tokenizer of a model in a folder, without its weights."""
+    config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
+    mesh = sharding.make_mesh(options.mesh)
+    return LanguageModel(for_devices(config, mesh, options.attention), mesh), Tokenizer.load(folder, config.vocab_size)
 
 
 def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:

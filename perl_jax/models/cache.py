@@ -41,6 +41,13 @@ class Kept:
         values = put(self.values, jnp.swapaxes(new.values, -2, -1) if self.turned else new.values, self._tokens)
         return self.replace(values=values, scale=None if self.scale is None else put(self.scale, new.scale, -1))
 
+    def vacant(self, rows: int, room: int, turned: bool = False) -> Kept:
+        """Zeros for so many rows and tokens, kept in the same way. Of one that is not turned."""
+        *layers, _, heads, _, width = self.values.shape
+        zeros = lambda x, *last: jnp.zeros((*layers, rows, heads, *last), x.dtype)
+        values = zeros(self.values, *((width, room) if turned else (room, width)))
+        return Kept(values, None if self.scale is None else zeros(self.scale, room), turned)
+
     @property
     def _tokens(self) -> int:
         """The axis of tokens in the values."""

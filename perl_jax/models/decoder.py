@@ -175,7 +175,7 @@ class FusedLinear(nnx.Module):
         if self.up is not None:
             out_NF = attention.rounded_sum(out_NF[:, :features], matmul(out_NF[:, features : features + self.up[...].shape[0]], self.up[...]))
         if self.bias is not None:
-            out_NF = out_NF + self.bias[...][None, :]
+            out_NF = out_NF + self.bias[...].astype(x_ND.dtype)[None, :]
         return jnp.split(out_NF, list(itertools.accumulate(self.widths))[:-1], axis=1)
 
 

@@ -38,24 +38,27 @@ def fusible(base: Tree, adapter: Adapter | None) -> bool:
     return "qkv" not in attention and not quantised and (adapter is None or adapter.config is None or not adapter.config.dora)
 
 
-def fuse(attention: Tree, adapter: Adapter | None, dtype: str) -> Tree:
+def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     """An attention module's leaves [L, ...] with q, k, v and o in the fused form, pairs in them.
 
     kernel: [L, D, F + R], W of all projections and then A of all pairs, and zeros where rows would begin unaligned; up: [L, R, F]; bias: [L, F].
-    dtype: of kernel and up, the activations'. adapter: its LoRA leaves and what lies under them; other parts are not read.
+    All have the matrices' dtype. adapter: its LoRA leaves and what lies under them; other parts are not read.
     """
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
+    kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
+    layers = kernels["q"].shape[0]
+    pairs = {} if adapter is None else trees.named_leaves(lora_lib.summed_pairs(adapter, layers))
     for group, names in GROUPS.items():
-        kernels = [attention[name]["kernel"] for name in names]
-        layers, widths = kernels[0].shape[0], [kernel.shape[-1] for kernel in kernels]
+        own, widths = [kernels[name] for name in names], [kernels[name].shape[-1] for name in names]
         downs, ups, start = [], [], 0
         for name, width in zip(names, widths, strict=True):
-            after = sum(widths) - start - width
-            for down_LDR, up_LRF in _pairs(adapter, name, layers):
-                downs.append(down_LDR)
-                ups.append(jnp.pad(up_LRF, ((0, 0), (0, 0), (start, after))))
+            module = f"layers/attention/{name}"
+            if f"{module}/under_a" in pairs:
+                downs.append(pairs[f"{module}/under_a"])
+                ups.append(jnp.pad(pairs[f"{module}/under_b"], ((0, 0), (0, 0), (start, sum(widths) - start - width))))
             start += width
-        kernel = _beside([*kernels, *downs], -1, dtype)
+        dtype = own[0].dtype
+        kernel = _beside([*own, *downs], -1, dtype)
         out[group] = {"kernel": jnp.pad(kernel, ((0, 0), (0, 0), (0, -kernel.shape[-1] % ALIGNED if downs else 0)))}
         if ups:
             out[group]["up"] = _beside(ups, 1, dtype)
@@ -65,23 +68,8 @@ def fuse(attention: Tree, adapter: Adapter | None, dtype: str) -> Tree:
     return out
 
 
-def _beside(parts: Sequence[Array], axis: int, dtype: str) -> jax.Array:
+def _beside(parts: Sequence[Array], axis: int, dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate([part.astype(dtype) for part in parts], axis=axis)
-
-
-def _pairs(adapter: Adapter | None, name: str, layers: int) -> list[tuple[Array, Array]]:
-    """A_LDR and s B_LRF, over all layers, of what changes a projection: its LoRA, and what lies under it."""
-    module, pairs = f"layers/attention/{name}", []
-    under = {} if adapter is None or adapter.under is None else trees.named_leaves(adapter.under)
-    if f"{module}/under_a" in under:
-        pairs.append((under[f"{module}/under_a"], under[f"{module}/under_b"]))
-    lora = {} if adapter is None or adapter.lora is None else trees.named_leaves(adapter.lora)
-    if f"{module}/lora_a" in lora:
-        chosen = jnp.array(adapter.config.adapted_layers(layers))
-        # Layers without an adapter have pairs of zeros.
-        every = lambda leaf: jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf)
-        pairs.append((every(lora[f"{module}/lora_a"]), every(adapter.config.scale_of(name) * lora[f"{module}/lora_b"])))
-    return pairs
 
 
 def rest(adapter: Adapter | None) -> Adapter | None:

@@ -20,7 +20,7 @@ from perl_jax import lora as lora_lib
 from perl_jax import sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
-from perl_jax.models.cache import CacheKind, Kept, KVCache, attend_cached, keep, written
+from perl_jax.models.cache import CacheKind, KVCache, attend_cached, keep, written
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.fused import GROUPS
@@ -246,20 +246,11 @@ class LanguageModel:
         last_P1D = jnp.take_along_axis(hidden_PSD, last_valid(valid_PS)[:, None, None], axis=1)
         prompt_k, prompt_v = (place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack)) for stack in kv)
         rows = samples * tokens_PS.shape[0]
-        front = 0 if is_apart(prompt_k) else 1
-
-        def empty(part: Kept, turned: bool = False) -> Kept:
-            """[L, P, N, S, K], and scales [L, P, N, S], -> the same with B rows and `room` columns; without the first axis where layers are apart."""
-            wide = lambda x, *last: jnp.zeros((*x.shape[:front], rows, x.shape[front + 1], *last), x.dtype)
-            width = part.values.shape[-1]
-            values = wide(part.values, *((width, room) if turned else (room, width)))
-            return Kept(values, None if part.scale is None else wide(part.scale, room), turned)
-
         cache = KVCache(
             prompt_k=prompt_k,
             prompt_v=prompt_v,
-            own_k=place.cache(each(functools.partial(empty, turned=is_apart(prompt_k)), prompt_k)),
-            own_v=place.cache(each(empty, prompt_v)),
+            own_k=place.cache(each(lambda part: part.vacant(rows, room, turned=is_apart(prompt_k)), prompt_k)),
+            own_v=place.cache(each(lambda part: part.vacant(rows, room), prompt_v)),
             prompt_visible_PS=valid_PS.astype(bool),
             own_visible_BC=jnp.zeros((rows, room), bool),
             own_position_BC=jnp.zeros((rows, room), jnp.int32),
@@ -274,7 +265,6 @@ class LanguageModel:
         positions_B1 = cache.position_B[:, None]
         kinds = LayerKinds.of(self.config, positions_B1)
         visible_BS, slot_positions_BS = cache.slots()
-
         inlined = is_apart(cache.own_k)
 
         def layer(block, x, leaves):

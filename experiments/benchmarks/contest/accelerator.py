@@ -36,28 +36,26 @@ import contender_perl_jax
 import jax
 import work
 
-from perl_jax import sharding, trees
-from perl_jax.data.pipeline import Batches
-from perl_jax.hf import families
-from perl_jax.hf.tokenizer import Tokenizer
-from perl_jax.loops import policies
-from perl_jax.loops.jobs import JobConfig, RolloutConfig
-from perl_jax.loops.model import Model, for_devices, fresh_role
-from perl_jax.models.language_model import LanguageModel
+from perl_jax import trees
+from perl_jax.loops.jobs import JobConfig
+from perl_jax.loops.model import Model, described
 
-
+# New tokens of the sampling that the longer one is compared with.
 SHORT = 8
+
+
+def config_of(job: str, folder: pathlib.Path, options: argparse.Namespace) -> JobConfig:
+    """The contest's, with what the command line says."""
+    config = contender_perl_jax.config_of(job, folder, "lora")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=options.packing), remat=options.remat)
 
 
 def drawn_model(config: JobConfig) -> Model:
     """The model that a job's config names, with weights that are drawn where they live."""
-    folder = pathlib.Path(config.model)
-    described = families.read_config(folder, dtype=config.dtype, param_dtype=config.dtype, remat=config.remat)
-    mesh = sharding.make_mesh(config.mesh)
-    lm = LanguageModel(for_devices(described, mesh, config.attention), mesh)
+    lm, tokenizer = described(config, pathlib.Path(config.model))
     places = trees.map_named(lambda name, _: lm.base_shardings()[name], lm.abstract_base())
     base = jax.jit(lm.init_base, out_shardings=places)(jax.random.key(work.SEED))
-    return contender_perl_jax.endless(Model("drawn", lm, base, Tokenizer.load(folder, described.vocab_size), "-"))
+    return contender_perl_jax.endless(Model("drawn", lm, base, tokenizer, "-"))
 
 
 def median_seconds(step: Callable[[int], object], times: int) -> float:
@@ -69,18 +67,6 @@ def median_seconds(step: Callable[[int], object], times: int) -> float:
         seconds.append(time.perf_counter() - began)
     print(f"  first {seconds[0]:.1f} s, then {', '.join(f'{second:.4f}' for second in seconds[1:])}", flush=True)
     return statistics.median(seconds[2:])
-
-
-def generation(model: Model, config: JobConfig, batches: Batches, tokens: int) -> Callable[[int], object]:
-    """A step that samples responses of that many tokens."""
-    policy = contender_perl_jax.moved(fresh_role(model, config, jax.random.key(0)), 3)
-    program = policies.sample_program(model, tokens, 1.0, RolloutConfig(), work.SAMPLES)
-
-    def step(number: int) -> object:
-        prompts = sharding.put_batch(batches.batch(number % batches.steps_per_epoch), model.mesh)
-        return jax.block_until_ready(program(model.base, policy, prompts, jax.random.key_data(jax.random.key(number))))
-
-    return step
 
 
 def kernels(step: Callable[[int], object], folder: pathlib.Path, most: int = 40) -> str:
@@ -102,27 +88,22 @@ def kernels(step: Callable[[int], object], folder: pathlib.Path, most: int = 40)
     return "\n".join((f"{total * 1e3:9.2f} ms in all kernels of all streams", *rows))
 
 
-def measured(job: str, folder: pathlib.Path, options: argparse.Namespace, rates: ceiling.Rates, models: list[Model]) -> dict[str, float]:
+def measured(job: str, model: Model, config: JobConfig, folder: pathlib.Path, options: argparse.Namespace, rates: ceiling.Rates) -> dict[str, float]:
     """Prints a job's seconds and shares; returns them."""
-    config = contender_perl_jax.config_of(job, folder, "lora")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=options.packing), remat=options.remat)
-    if not models:
-        models.append(drawn_model(config))
-    model = models[0]
     rows = contender.read_rows(folder, job)
     batches = contender_perl_jax.batches_of(model, rows, job, config)
     print(f"\n{job}: packed {batches.spec.packed}, attention {model.lm.config.attention}, remat {model.lm.config.remat}", flush=True)
     found: dict[str, float] = {}
     parts = contender.Parts()
     if job == "generate":
-        step = generation(model, config, batches, work.NEW_TOKENS)
-        short = median_seconds(generation(model, config, batches, SHORT), options.steps)
+        taken, _ = contender_perl_jax.generate_step(model, config, batches)
+        brief, _ = contender_perl_jax.generate_step(model, config, batches, SHORT)
+        short = median_seconds(lambda number: brief(number, parts), options.steps)
     elif job.startswith("reward"):
         taken, _ = contender_perl_jax.reward_step(model, config, batches)
-        step = lambda number: taken(number, parts)
     else:
         taken, _ = contender_perl_jax.rl_step(model, config, batches, rows)
-        step = lambda number: taken(number, parts)
+    step = lambda number: taken(number, parts)
     found["seconds"] = median_seconds(step, options.steps)
     if parts.seconds:
         print("  the last step's parts: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.take().items()))
@@ -156,19 +137,18 @@ def main() -> None:
     unknown = sorted(set(options.jobs.split(",")) - set(work.JOBS))
     if unknown:
         raise SystemExit(f"There is no job {', '.join(unknown)}; there are {', '.join(work.JOBS)}.")
-    if jax.default_backend() == "cpu":
-        rates, device = ceiling.measure(), "cpu"
-    else:
-        found = ceiling_gpu.measure()
-        rates, device = ceiling.Rates(found["operations"], found["bytes"]), found["device"]
+    rates, device = ceiling_gpu.rates(), jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {work.NAME}; {ceiling.described_rates(rates)}", flush=True)
     numbers: dict[str, object] = {"device": device, "size": work.NAME, "rates": dataclasses.asdict(rates)}
-    models: list[Model] = []
+    jobs = options.jobs.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "work"
         work.write(folder, weights=False)
-        for job in options.jobs.split(","):
-            numbers[job] = measured(job, folder, options, rates, models)
+        configs = {job: config_of(job, folder, options) for job in jobs}
+        # They differ in what is done with it.
+        model = drawn_model(configs[jobs[0]])
+        for job in jobs:
+            numbers[job] = measured(job, model, configs[job], folder, options, rates)
             if options.json is not None:
                 options.json.write_text(json.dumps(numbers, indent=1))
 

@@ -137,10 +137,10 @@ def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dic
     return step, lambda: run_lib.peak_compiled(model, held[0], programs.by_name())
 
 
-def generate_step(model: Model, config: RLConfig, batches: Batches) -> Taken:
+def generate_step(model: Model, config: RLConfig, batches: Batches, new_tokens: int = work.NEW_TOKENS) -> Taken:
     """Sampling alone."""
     policy = moved(fresh_role(model, config, jax.random.key(0)), 3)
-    program = policies.sample_program(model, work.NEW_TOKENS, 1.0, RolloutConfig(), work.SAMPLES)
+    program = policies.sample_program(model, new_tokens, 1.0, RolloutConfig(), work.SAMPLES)
 
     def step(number: int, parts: contender.Parts) -> int:
         prompts = sharding.put_batch(batches.batch(number % batches.steps_per_epoch), model.mesh)
