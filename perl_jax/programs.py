@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Callable
 
@@ -59,6 +61,16 @@ def keep_compiled(folder: str | None) -> None:
     compilation_cache.reset_cache()
 
 
+def give_back_freed() -> None:
+    """Returns memory that was freed to the system, where the C library has it in pieces (glibc's); nothing elsewhere.
+
+    What compiling leaves, hundreds of MiB, is in pieces that the arrays of later steps do not fit into.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class Program:
     """A pure function, compiled ahead for each distinct set of argument shapes.
 
@@ -89,6 +101,7 @@ class Program:
             if len(self._compiled) >= self.limit:
                 raise RuntimeError(f"program {self.name!r} met more than {self.limit} argument shapes; lengths are not bucketed")
             self._compiled[signature] = self._jitted.lower(*args).compile()
+            give_back_freed()
         return self._compiled[signature](*args)
 
     @property

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax import programs
 from perl_jax.programs import Memory, Program
 
 
@@ -83,3 +88,29 @@ def test_compiler_options_reach_the_compiler():
     program = Program("double", lambda x: 2 * x, compiler_options={"xla_no_such_option": True})
     with pytest.raises(Exception, match="xla_no_such_option"):
         program(jnp.ones(2))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_memory_goes_back_to_the_system():
+    libc, size, number = ctypes.CDLL(None), 2**16, 2000
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    pieces = [libc.malloc(ctypes.c_size_t(size)) for _ in range(number)]
+    for piece in pieces:
+        ctypes.memset(piece, 1, size)
+    # The last one stays: what is freed below it is not the end of the heap, which would go back by itself.
+    for piece in pieces[:-1]:
+        libc.free(piece)
+    before = resident()
+    programs.give_back_freed()
+    assert before - resident() > 0.9 * size * number
+    libc.free(pieces[-1])
+
+
+def test_what_compiling_leaves_is_given_back_once_a_shape(monkeypatch):
+    times = []
+    monkeypatch.setattr(programs, "give_back_freed", lambda: times.append(1))
+    double = Program("double", lambda x: 2 * x)
+    for size in (3, 3, 4, 3):
+        double(jnp.ones(size))
+    assert len(times) == 2

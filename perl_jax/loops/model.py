@@ -68,11 +68,11 @@ class Model:
 
     def sampler(self, max_new_tokens: int, temperature: float, **more: Any) -> SamplingConfig:
         """How responses are sampled: until one of the tokenizer's stop tokens."""
-        # A CPU's decoding step spends a third of its time on a cache of this length, and has memory for its growth.
-        stages = 4 if max_new_tokens >= 64 and platform_of(self.mesh) == "cpu" else 1
         # Parts of matrices that are split over devices do not lie beside each other.
         fused = platform_of(self.mesh) == "gpu" and self.mesh.shape["fsdp"] == self.mesh.shape["tensor"] == 1
         inlined = platform_of(self.mesh) == "cpu" and self.mesh.size == 1 and self.lm.config.layers <= _INLINED
+        # A CPU reads what there is of the cache at its own expense, and has memory for its growth. Inlined layers are compiled once a stage.
+        stages = 1 if max_new_tokens < 64 or platform_of(self.mesh) != "cpu" else 2 if inlined else 4
         settings = {"stages": stages, "fused": fused, "inlined": inlined, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
         return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, **settings)
 

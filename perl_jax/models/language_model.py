@@ -28,6 +28,7 @@ from perl_jax.models.layers import LayerKinds, runs
 from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
 from perl_jax.models.stacks import collected, each, is_apart, of_layer
+from perl_jax.platforms import platform_of
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
 from perl_jax.types import Array, Tree
@@ -84,6 +85,8 @@ def last_valid(valid_BT: Array) -> jax.Array:
 KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
 # Float32 logits that exist at a time on one device when the log-probabilities of a sequence are computed.
 LOGIT_BYTES = 2**28
+# Where none are made twice: as fast on a host as larger ones, in less of its memory.
+CPU_LOGIT_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +199,8 @@ class LanguageModel:
 
         packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
 
-        Logits exist for a few columns at a time, and again in the backward pass: LOGIT_BYTES a
-        device. The entropy is a diagnostic and has no gradient.
+        Logits exist for a few columns at a time, LOGIT_BYTES a device, and where the head is trained
+        again in the backward pass. The entropy is a diagnostic and has no gradient.
         """
         place = self._place()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
@@ -205,16 +208,18 @@ class LanguageModel:
         weight_DV = outer.output_matrix(place)
         head = lambda hidden_BCD: outer.logits(hidden_BCD, weight_DV, place)
         devices = 1 if self.mesh is None else self.mesh.size
-        columns = lambda rows: max(1, LOGIT_BYTES * devices // (4 * rows * self.config.vocab_size))
+        frozen = adapter is None or adapter.weights is None
+        size = CPU_LOGIT_BYTES if frozen and platform_of(self.mesh) == "cpu" else LOGIT_BYTES
+        columns = lambda rows: max(1, size * devices // (4 * rows * self.config.vocab_size))
         if packing is None:
-            return sequence_logprobs(head, hidden, tokens_BT, temperature, start=start, columns=columns(tokens_BT.shape[0]))
+            return sequence_logprobs(head, hidden, tokens_BT, temperature, start=start, columns=columns(tokens_BT.shape[0]), frozen=frozen)
         length = tokens_BT.shape[1]
         # Column 0 has no prediction.
         wanted_BT = jnp.asarray(wanted_BT, bool) & (jnp.arange(length) >= max(start, 1))[None, :]
         number = min(packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start))
         place_WY, back = chosen(packing, wanted_BT, number)
         hidden_WYD, token_WY = packing.read(hidden, place_WY - 1), of_tokens(packing, tokens_BT, place_WY)
-        logp_WY, entropy_WY = following_logprobs(head, hidden_WYD, token_WY, temperature, columns(packing.parts))
+        logp_WY, entropy_WY = following_logprobs(head, hidden_WYD, token_WY, temperature, columns(packing.parts), frozen)
         return back(logp_WY), back(entropy_WY)
 
     def values(
@@ -298,6 +303,8 @@ class LanguageModel:
     def _next_logits(self, base: Tree, adapter: Adapter | None, hidden_B1D: Array) -> jax.Array:
         """logits_BV to sample from."""
         place = self._place()
+        if is_apart(_weights(base, adapter)["layers"]) and self.config.tied_embeddings:
+            return self._outer(base, adapter).logits_by_columns(hidden_B1D[:, 0])
         return place.next_logits(self._logits(base, adapter, hidden_B1D, place)[:, 0])
 
     def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:

@@ -2,6 +2,8 @@
 
 A scan copies each layer out of its stack where its products cannot read it there, as on a CPU. In sampling that is as much to
 move as the products read: beside others who use the machine's caches and memory, a decoding step takes twice as long for it.
+
+Matrices of feed-forward layers are turned on the way: a product of few rows is faster on a CPU as W^T x^T, with W^T in memory as it is read.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
-from perl_jax.types import Tree
+from perl_jax import trees
+from perl_jax.lora import FEED_FORWARD
+from perl_jax.types import Array, Tree
 
 
 @flax.struct.dataclass
@@ -22,14 +27,46 @@ class Apart:
     layers: tuple[Tree, ...]
 
 
+@flax.struct.dataclass
+class Turned:
+    """A matrix W [D, F], kept as [F, D]."""
+
+    transposed: Array
+
+    def of_columns(self, x_DN: Array) -> jax.Array:
+        """W^T x^T, [F, N]."""
+        return jnp.matmul(self.transposed.astype(x_DN.dtype), x_DN, preferred_element_type=x_DN.dtype)
+
+
 def is_apart(tree: Any) -> bool:
     return isinstance(tree, Apart)
 
 
+def is_turned(leaf: Any) -> bool:
+    return isinstance(leaf, Turned)
+
+
 def apart(stack: Tree) -> Apart:
-    """A stack's layers, each leaf in an array of its own."""
+    """A stack's layers, each leaf in an array of its own; matrices of feed-forward layers turned."""
+    turned = {f"mlp/{name}/kernel" for name in FEED_FORWARD}
     number = jax.tree.leaves(stack)[0].shape[0]
-    return Apart(tuple(jax.tree.map(lambda leaf: leaf[index], stack) for index in range(number)))
+
+    def layer(index: int) -> Tree:
+        tree = jax.tree.map(lambda leaf: leaf[index], stack)
+        return trees.map_named(lambda name, leaf: Turned(leaf.T) if name in turned else leaf, tree)
+
+    return Apart(tuple(layer(index) for index in range(number)))
+
+
+def columns(x_NF: Array) -> jax.Array:
+    """[F, N], as it lies in memory."""
+    # Behind a barrier: XLA would put the transpose into the product beside it, which then is another product.
+    return jax.lax.optimization_barrier(x_NF.T)
+
+
+def rows(x_FN: Array) -> jax.Array:
+    """What was computed in columns as [N, F]."""
+    return jax.lax.optimization_barrier(x_FN).T
 
 
 def each(function: Callable[..., Tree], *stacks: Tree) -> Tree:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax.masked import at_least_float32
-from perl_jax.types import Array
+from perl_jax.types import Array, Tree
 
 
 def shift_right(values_BT: Array) -> jax.Array:
@@ -114,13 +114,15 @@ def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
 
 
 def sequence_logprobs(
-    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, tokens_BT: Array, temperature: float = 1.0, *, start: int = 0, columns: int
-) -> tuple[jax.Array, jax.Array]:
+    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, tokens_BT: Array, temperature: float = 1.0, *, start: int = 0, columns: int,
+    frozen: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """logp_BT and entropy_BT (`next_token_logprobs`, `next_token_entropy`) from hidden states, logits by pieces.
 
-    head: hidden_BCD -> logits_BCV. columns: how many columns have logits at a time; their logits are
-    computed again in the backward pass, unless all columns fit into one piece. start: columns before
-    it are 0, and no logits are computed for them. The entropy has no gradient.
+    head: hidden_BCD -> logits_BCV. columns: how many columns have logits at a time. frozen: whether the
+    head's weights are; trained ones have their logits computed again in the backward pass, unless all
+    columns fit into one piece. start: columns before it are 0, and no logits are computed for them.
+    The entropy has no gradient.
     """
     _check_temperature(temperature)
     chex.assert_rank([hidden_BTD, tokens_BT], [3, 2])
@@ -132,13 +134,13 @@ def sequence_logprobs(
     hidden_BTD = hidden_BTD[:, first:last]
     following_BT = jnp.pad(tokens_BT[:, first + 1 :], ((0, 0), (0, last - length + 1)))
 
-    logp_BT, entropy_BT = following_logprobs(head, hidden_BTD, following_BT, temperature, columns)
+    logp_BT, entropy_BT = following_logprobs(head, hidden_BTD, following_BT, temperature, columns, frozen)
     back = lambda x_BT: jnp.pad(x_BT, ((0, 0), (first + 1, 0)))[:, :length]
     return back(logp_BT), back(entropy_BT)
 
 
 def following_logprobs(
-    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, following_BT: Array, temperature: float, columns: int
+    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, following_BT: Array, temperature: float, columns: int, frozen: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy of the token that follows each hidden state, logits by pieces of `columns`."""
 
@@ -147,19 +149,49 @@ def following_logprobs(
         return token_logprobs(logits_BCV, following_BC, temperature), entropy(jax.lax.stop_gradient(logits_BCV), temperature)
 
     pieces = -(-following_BT.shape[1] // columns)
-    return piece(hidden_BTD, following_BT) if pieces == 1 else _by_pieces(piece, hidden_BTD, following_BT, pieces)
+    if frozen:
+        return _with_slopes(piece, pieces, hidden_BTD, following_BT)
+    return piece(hidden_BTD, following_BT) if pieces == 1 else _by_pieces(jax.checkpoint(piece, prevent_cse=False), hidden_BTD, following_BT, pieces)
 
 
-def _by_pieces(piece: Callable, hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int) -> tuple[jax.Array, jax.Array]:
+def _by_pieces(piece: Callable[..., Tree], hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int) -> Tree:
     """piece over equal runs of columns, one after the other."""
+    if pieces == 1:
+        return piece(hidden_BTD, following_BT)
     batch, length, width = hidden_BTD.shape
     columns = -(-length // pieces)
     more = ((0, 0), (0, pieces * columns - length))
     hidden_PBCD = jnp.moveaxis(jnp.pad(hidden_BTD, (*more, (0, 0))).reshape(batch, pieces, columns, width), 1, 0)
     following_PBC = jnp.moveaxis(jnp.pad(following_BT, more).reshape(batch, pieces, columns), 1, 0)
-    step = jax.checkpoint(lambda _, inputs: (None, piece(*inputs)), prevent_cse=False)
-    _, found = jax.lax.scan(step, None, (hidden_PBCD, following_PBC))
-    return jax.tree.map(lambda x_PBC: jnp.moveaxis(x_PBC, 0, 1).reshape(batch, -1)[:, :length], found)
+    _, found = jax.lax.scan(lambda _, inputs: (None, piece(*inputs)), None, (hidden_PBCD, following_PBC))
+    return jax.tree.map(lambda x_PBC: jnp.moveaxis(x_PBC, 0, 1).reshape(batch, -1, *x_PBC.shape[3:])[:, :length], found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_slopes(piece: Callable, pieces: int, hidden_BTD: jax.Array, following_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_by_pieces` with a gradient for the hidden states alone, of which no logits are kept and none computed twice.
+
+    d logp / d hidden = (onehot(token) - softmax(logits / temperature)) W^T / temperature needs the
+    logits; what comes back from a loss is but a factor of it for each token. So it is made where the logits are.
+    """
+    return _by_pieces(piece, hidden_BTD, following_BT, pieces)
+
+
+def _with_slopes_forward(piece, pieces, hidden_BTD, following_BT):
+    def with_slope(hidden_BCD, following_BC):
+        logp_BC, backward, entropy_BC = jax.vjp(lambda hidden_BCD: piece(hidden_BCD, following_BC), hidden_BCD, has_aux=True)
+        return logp_BC, entropy_BC, *backward(jnp.ones_like(logp_BC))
+
+    logp_BT, entropy_BT, slope_BTD = _by_pieces(with_slope, hidden_BTD, following_BT, pieces)
+    return (logp_BT, entropy_BT), slope_BTD
+
+
+def _with_slopes_backward(piece, pieces, slope_BTD, cotangents):
+    logp_BT, _ = cotangents
+    return (logp_BT[..., None] * slope_BTD).astype(slope_BTD.dtype), None
+
+
+_with_slopes.defvjp(_with_slopes_forward, _with_slopes_backward)
 
 
 def _scaled(logits_V: Array, temperature: float) -> jax.Array:

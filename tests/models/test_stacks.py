@@ -35,7 +35,16 @@ def check_same(found, expected, atol=2e-5):
     assert int(found.steps) == int(expected.steps)
 
 
-@pytest.mark.parametrize("lm", [small.LM, MIXED, small.changed(biases=("q", "v"), qk_norm=True, tied_embeddings=False)])
+@pytest.mark.parametrize(
+    "lm",
+    [
+        small.LM,
+        MIXED,
+        small.changed(biases=("q", "v"), qk_norm=True, tied_embeddings=False),
+        small.changed(activation="gelu_tanh", logit_cap=3.0, sandwich_norms=True),
+        small.changed(biases=("up", "down")),
+    ],
+)
 @pytest.mark.parametrize("settings", [{"adapters": "merged", "stages": 4}, {"adapters": "applied"}, {"adapters": "applied", "fused": True}])
 def test_sampling_gives_the_same_tokens(lm, settings):
     base, adapter = small.make_base(lm), small.make_adapter(lm)
@@ -99,6 +108,29 @@ def test_no_cache_and_no_matrix_is_copied_at_each_token():
         return len(copies) + len(re.findall(r"op_name=\"[^\"]*dynamic_slice\"", "".join(inside)))
 
     assert moved(True) == 0 < moved(False)
+
+
+def test_products_of_few_rows_have_tokens_as_columns():
+    """The compiled loop multiplies matrices that lie as they are read by [width, rows]; XLA turns the rest back where nothing forbids it."""
+    lm, config = small.LM, SamplingConfig(24, adapters="merged", inlined=True)
+    shapes = (jax.ShapeDtypeStruct((4, 5), jnp.int32), jax.ShapeDtypeStruct((4, 5), jnp.bool_))
+    function = functools.partial(sampling.sample, lm, config=config, samples=2)
+    text = jax.jit(function).lower(jax.eval_shape(lm.init_base, jax.random.key(0)), None, *shapes, jax.random.key(0)).compile().as_text()
+    products = re.findall(r"f32\[([\d,]+)\]\S* (?:dot|fusion)\([^\n]*dot_general", text)
+    width, ffn, vocabulary = lm.config.width, lm.config.ffn_width, lm.config.vocab_size
+    for found, missing in ((f"{ffn},8", f"8,{ffn}"), (f"{width},8", None), (f"{vocabulary},8", f"8,{vocabulary}")):
+        assert found in products and missing not in products, products
+
+
+def test_turned_matrices():
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (3, 4, 6), "up": (3, 4, 6), "down": (3, 6, 4)}
+    stack = {"mlp": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}, "attention": {"q": {"kernel": rng.normal(size=(3, 4, 5))}}}
+    layer = stacks.of_layer(stacks.apart(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stack)), 1)
+    assert not stacks.is_turned(layer["attention"]["q"]["kernel"])
+    x_ND = rng.normal(size=(2, 4))
+    found_NF = stacks.rows(layer["mlp"]["up"]["kernel"].of_columns(stacks.columns(jnp.asarray(x_ND, jnp.float32))))
+    np.testing.assert_allclose(found_NF, x_ND @ stack["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6)
 
 
 def test_over_several_devices_it_is_refused():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax.plan.flops import flops
 from perl_jax.rl import logprobs
 
 B, T, V = 3, 5, 7
@@ -162,6 +163,58 @@ def test_at_most_one_extra_float32_copy_of_the_logits(dtype):
     for function in (forward, both):
         memory = jax.jit(function).lower(logits_BTV, tokens_BT).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 1.05 * b * t * v * 4
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("columns", [1, 2, 3, 100])
+@pytest.mark.parametrize("start", [0, 3])
+def test_by_pieces_against_float64_numpy(columns, frozen, start):
+    rng = np.random.default_rng(2)
+    hidden_BTD, weight_DV, weights_BT = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, 4), (4, V), (B, T)))
+    tokens_BT = rng.integers(0, V, (B, T)).astype(np.int32)
+
+    @jax.jit
+    def found(hidden_BTD, weight_DV):
+        # The matrix is traced, as in a program that is given it.
+        head = lambda hidden_BCD: 5 * jnp.tanh(hidden_BCD @ weight_DV)
+        total = lambda hidden_BTD: logprobs.sequence_logprobs(head, hidden_BTD, tokens_BT, 0.7, start=start, columns=columns, frozen=frozen)
+
+        def loss(hidden_BTD):
+            logp_BT, entropy_BT = total(hidden_BTD)
+            return jnp.sum(weights_BT * (logp_BT + entropy_BT))
+
+        return total(hidden_BTD), jax.grad(loss)(hidden_BTD)
+
+    (logp_BT, entropy_BT), gradient_BTD = found(hidden_BTD, weight_DV)
+    squashed_BTV = np.tanh(hidden_BTD.astype(np.float64) @ weight_DV)
+    expected_BT, expected_BTD = reference_logprobs(5 * squashed_BTV, tokens_BT, 0.7), np.zeros(hidden_BTD.shape)
+    expected_BT[:, :start] = 0
+    for t in range(max(start, 1), T):
+        p_BV = np.exp(5 * squashed_BTV[:, t - 1] / 0.7)
+        p_BV /= p_BV.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(entropy_BT[:, t], -(p_BV * np.log(p_BV)).sum(axis=1), rtol=1e-5)
+        slope_BV = 5 * (1 - squashed_BTV[:, t - 1] ** 2) * (np.eye(V)[tokens_BT[:, t]] - p_BV) / 0.7
+        # The entropy has no gradient.
+        expected_BTD[:, t - 1] = weights_BT[:, t, None] * (slope_BV @ weight_DV.T)
+    np.testing.assert_allclose(logp_BT, expected_BT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient_BTD, expected_BTD, rtol=1e-5, atol=1e-5)
+
+
+def test_no_logits_are_made_twice_or_kept_where_the_head_is_frozen():
+    b, t, d, v, columns = 4, 32, 16, 4096, 2
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, t, d), (d, v))] + [jax.ShapeDtypeStruct((b, t), jnp.int32)]
+
+    def gradient(frozen):
+        def loss(hidden_BTD, weight_DV, tokens_BT):
+            return logprobs.sequence_logprobs(lambda hidden: hidden @ weight_DV, hidden_BTD, tokens_BT, columns=columns, frozen=frozen)[0].sum()
+
+        return jax.jit(jax.grad(loss)).trace(*shapes)
+
+    product = 2 * b * t * d * v
+    assert flops(gradient(True).jaxpr) == 2 * product
+    assert flops(gradient(False).jaxpr) == 3 * product
+    memory = gradient(True).lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * b * columns * v * 4 < b * t * v * 4
 
 
 def test_extreme_and_banned_logits():

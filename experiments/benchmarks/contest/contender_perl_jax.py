@@ -31,8 +31,8 @@ from perl_jax.models.language_model import resting
 from perl_jax.rl.algorithms import AlgorithmConfig
 
 KINDS = {"reward-equal": "comparisons", "reward-ragged": "comparisons", "rl-model": "prompts", "rl-function": "prompts", "generate": "prompts"}
-# On a CPU as fast as the batch at once, in half its memory. Ragged pairs do not deal out evenly among more.
-MICROBATCHES = {"reward-equal": 4, "reward-ragged": 2, "rl-model": 4, "rl-function": 4, "generate": 1}
+# On a CPU as fast as the batch at once, in less memory. Ragged pairs do not deal out evenly among more.
+MICROBATCHES = {"reward-equal": 4, "reward-ragged": 2, "rl-model": 8, "rl-function": 8, "generate": 1}
 ALGORITHMS = {"rl-model": "rloo", "rl-function": "grpo"}
 RECORD = Record("reward", "lora", None, True, "contest", "-", "-", 0, {}, score_mean=0.0, score_std=1.0)
 ROWS = work.PROMPTS * work.SAMPLES
