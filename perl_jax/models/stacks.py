@@ -8,6 +8,7 @@ Matrices of feed-forward layers are turned on the way: a product of few rows is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,11 +52,9 @@ def apart(stack: Tree) -> Apart:
     turned = {f"mlp/{name}/kernel" for name in FEED_FORWARD}
     number = jax.tree.leaves(stack)[0].shape[0]
 
-    def layer(index: int) -> Tree:
-        tree = jax.tree.map(lambda leaf: leaf[index], stack)
-        return trees.map_named(lambda name, leaf: Turned(leaf.T) if name in turned else leaf, tree)
-
-    return Apart(tuple(layer(index) for index in range(number)))
+    # Turned first and picked then: in the other order XLA makes both.
+    picked = lambda index, name, leaf: Turned(jnp.swapaxes(leaf, 1, 2)[index]) if name in turned else leaf[index]
+    return Apart(tuple(trees.map_named(functools.partial(picked, index), stack) for index in range(number)))
 
 
 def columns(x_NF: Array) -> jax.Array:
