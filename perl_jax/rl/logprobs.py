@@ -142,7 +142,7 @@ def sequence_logprobs(
 def following_logprobs(
     head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, following_BT: Array, temperature: float, columns: int, frozen: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of `columns`."""
+    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of `columns`; see `sequence_logprobs`."""
 
     def piece(hidden_BCD: jax.Array, following_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = head(hidden_BCD)
