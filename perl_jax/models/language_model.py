@@ -199,8 +199,8 @@ class LanguageModel:
 
         packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
 
-        Logits exist for a few columns at a time, LOGIT_BYTES a device, and where the head is trained
-        again in the backward pass. The entropy is a diagnostic and has no gradient.
+        Logits exist for a few columns at a time, LOGIT_BYTES a device (CPU_LOGIT_BYTES on a host, of a
+        frozen head), and where the head is trained again in the backward pass. The entropy is a diagnostic and has no gradient.
         """
         place = self._place()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)

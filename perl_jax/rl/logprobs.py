@@ -151,7 +151,7 @@ def following_logprobs(
     pieces = -(-following_BT.shape[1] // columns)
     if frozen:
         return _with_slopes(piece, pieces, hidden_BTD, following_BT)
-    return piece(hidden_BTD, following_BT) if pieces == 1 else _by_pieces(jax.checkpoint(piece, prevent_cse=False), hidden_BTD, following_BT, pieces)
+    return _by_pieces(piece if pieces == 1 else jax.checkpoint(piece, prevent_cse=False), hidden_BTD, following_BT, pieces)
 
 
 def _by_pieces(piece: Callable[..., Tree], hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int) -> Tree:

@@ -134,13 +134,13 @@ def main() -> None:
     parser.add_argument("--profile", type=pathlib.Path, help="trace a step of each job into this folder, and print its kernels")
     parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
     options = parser.parse_args()
-    unknown = sorted(set(options.jobs.split(",")) - set(work.JOBS))
+    jobs = options.jobs.split(",")
+    unknown = sorted(set(jobs) - set(work.JOBS))
     if unknown:
         raise SystemExit(f"There is no job {', '.join(unknown)}; there are {', '.join(work.JOBS)}.")
     rates, device = ceiling_gpu.rates(), jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {work.NAME}; {ceiling.described_rates(rates)}", flush=True)
     numbers: dict[str, object] = {"device": device, "size": work.NAME, "rates": dataclasses.asdict(rates)}
-    jobs = options.jobs.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "work"
         work.write(folder, weights=False)
