@@ -80,7 +80,7 @@ class Rollout:
     logp_BT: log-probability of each sampled token under softmax(logits / temperature), before
       top-k and top-p cut it; 0 outside the response. At temperature 0: under softmax(logits).
     finished_B: whether the row sampled a stop token within the budget.
-    steps: decode steps taken (the loop ends early when every row has finished).
+    steps: steps taken, a token each (the loop ends early when every row has finished).
     """
 
     sequences: Tokens
@@ -237,27 +237,33 @@ def sample(
     logits_PV, cache = lm.prefill(base, adapter, tokens_PS, valid_PS, rooms[0], samples, config.cache)
     key_B = row_keys(key, jnp.arange(rows))
 
-    def advance(carry):
-        step, logits_BV, cache, done_B, tokens_BC, logp_BC, length_B = carry
+    def chosen(step: Array, logits_BV: Array, made: tuple[Array, ...]) -> tuple[jax.Array, tuple[Array, ...]]:
+        """Every row's token of a step, and the rows with it."""
+        done_B, tokens_BC, logp_BC, length_B = made
         token_B, logp_B = choose(row_keys_at(key_B, step), logits_BV, config)
         put = lambda array, values: jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), (0, step))
         tokens_BC = put(tokens_BC, jnp.where(done_B, config.pad_id, token_B))
         logp_BC = put(logp_BC, jnp.where(done_B, 0.0, logp_B))
-        length_B = length_B + ~done_B
-        done_B = done_B | is_stop(token_B, config.stop_ids)
+        return token_B, (done_B | is_stop(token_B, config.stop_ids), tokens_BC, logp_BC, length_B + ~done_B)
+
+    def advance(carry):
+        step, token_B, cache, made = carry
         logits_BV, cache = lm.decode(base, adapter, token_B, cache, config.cache)
-        return step + 1, logits_BV, cache, done_B, tokens_BC, logp_BC, length_B
+        token_B, made = chosen(step, logits_BV, made)
+        return step + 1, token_B, cache, made
 
     tokens_BC = jnp.full((rows, room), config.pad_id, jnp.int32)
     logp_BC, length_B = jnp.zeros((rows, room), jnp.float32), jnp.zeros((rows,), jnp.int32)
-    carry = (jnp.int32(0), repeated(logits_PV), cache, done_B, tokens_BC, logp_BC, length_B)
+    # The prompt's logits give the first token, and nothing reads the last one: a step decodes the token before its own.
+    token_B, made = chosen(jnp.int32(0), repeated(logits_PV), (done_B, tokens_BC, logp_BC, length_B))
+    carry = (jnp.int32(1), token_B, cache, made)
     for limit in rooms:
-        step, logits_BV, cache, *rest = carry
+        step, token_B, cache, made = carry
         # The columns of a full cache would be used again from the first one on.
-        carry = (step, logits_BV, cache.grown(limit).replace(column=step), *rest)
-        carry = jax.lax.while_loop(lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3]), advance, carry)
-    steps, _, _, _, tokens_BC, logp_BC, length_B = carry
-    return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, steps, config)
+        carry = (step, token_B, cache.grown(limit).replace(column=step - 1), made)
+        carry = jax.lax.while_loop(lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0]), advance, carry)
+    _, tokens_BC, logp_BC, length_B = carry[3]
+    return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, jnp.max(length_B), config)
 
 
 def sample_prompts(lm: LanguageModel, config: SamplingConfig, samples: int, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:

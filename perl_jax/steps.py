@@ -99,36 +99,35 @@ def train_step(
     return state.replace(step=state.step + 1), metrics
 
 
-def train_epochs(
-    objective: Objective,
-    optimizers: Optimizers,
-    microbatches: int,
-    epochs: int,
-    minibatches: int,
-    state: TrainState,
-    frozen: Tree,
-    batch: Tree,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of epochs x minibatches updates, each from its own rows of the batch.
+def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
+    """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them out anew.
 
-    Every epoch deals the rows out anew. Metrics are means over the updates; `finite` is of all. One
-    update takes the batch as it is: `train_step`.
+    group: consecutive rows that stay together. Raises ValueError where whole groups do not divide over the minibatches.
     """
-    if epochs * minibatches == 1:
-        return train_step(objective, optimizers, microbatches, state, frozen, batch)
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % minibatches:
-        raise ValueError(f"{rows} rows do not split into {minibatches} minibatches")
-    deal = jax.vmap(lambda key: jax.random.permutation(key, rows))
-    orders = deal(jax.random.split(state.step_key(SHUFFLE), epochs)).reshape(epochs * minibatches, -1)
-    keys = jax.random.split(state.step_key(UPDATE), epochs * minibatches)
+    if rows % (minibatches * group):
+        groups = f" in groups of {group}" if group > 1 else ""
+        raise ValueError(f"{rows} rows{groups} do not split into {minibatches} minibatches")
+    first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(jax.random.split(key, epochs))
+    return (first_EX[:, :, None] + jnp.arange(group)[None, None, :]).reshape(epochs * minibatches, -1)
+
+
+def train_epochs(
+    objective: Objective, optimizers: Optimizers, microbatches: int, deal: Callable[[jax.Array], jax.Array], state: TrainState, frozen: Tree, batch: Tree
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of several updates, each from its own rows of the batch.
+
+    deal: from a key, the rows of each update [updates, rows] (`dealt`). A packed batch has the layout of one update's.
+    Metrics are means over the updates; `finite` is of all.
+    """
+    orders_XY = deal(state.step_key(SHUFFLE))
+    keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
 
     def update(state: TrainState, inputs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
-        order, key = inputs
-        part = jax.tree.map(lambda leaf: leaf[order], batch)
+        order_Y, key = inputs
+        part = jax.tree.map(lambda leaf: leaf[order_Y], batch)
         return _update(objective, optimizers, microbatches, state, frozen, part, key)
 
-    state, metrics = jax.lax.scan(update, state, (orders, keys))
+    state, metrics = jax.lax.scan(update, state, (orders_XY, keys_X))
     finite = jnp.all(metrics.pop("finite"))
     return state.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics) | {"finite": finite}
 

@@ -1,9 +1,14 @@
-"""How a batch of rollouts is packed: few sizes, whatever the lengths that were sampled."""
+"""How a batch of rollouts is dealt out and packed: few sizes, whatever the lengths that were sampled."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
 import numpy as np
 
+from perl_jax import steps
 from perl_jax.data.bucketing import WORTH, fullest, round_up
 from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.model import Model
@@ -15,19 +20,23 @@ LEVELS = 4
 MULTIPLE = 64
 
 
-def rollout_layout(model: Model, config: RLConfig, prompt_B: np.ndarray, response_B: np.ndarray, columns: int, microbatches: int) -> Layout | None:
+def rollout_layout(
+    model: Model, config: RLConfig, prompt_B: np.ndarray, response_B: np.ndarray, columns: int, microbatches: int, orders_XY: np.ndarray | None = None
+) -> Layout | None:
     """The layout of rollouts with so many real tokens in each row's prompt and response; None: not worth it.
 
-    columns: of the prompts. microbatches: of the pass that reads them.
+    columns: of the prompts. microbatches: of the pass that reads them. orders_XY: the rows of each update, which
+    all have one layout (`steps.dealt`); None: one pass over all rows as they are.
     """
     if not model.packs(config.data.packing):
         return None
-    rows, parts, room = len(prompt_B), model.row_parts, config.data.max_response_length
+    orders_XY = np.arange(len(prompt_B))[None] if orders_XY is None else orders_XY
+    rows, parts, room = orders_XY.shape[1], model.row_parts, config.data.max_response_length
     group = dealt_group(config, rows, parts, microbatches)
     if rows % (parts * microbatches):
         return None
-    first_B = np.arange(rows) % group == 0
-    need = fullest(np.where(first_B, prompt_B, 0) + response_B, parts, microbatches, group)
+    first_Y = np.arange(rows) % group == 0
+    need = max(fullest(np.where(first_Y, prompt_B[order_Y], 0) + response_B[order_Y], parts, microbatches, group) for order_Y in orders_XY)
     each = rows // (parts * microbatches)
     sizes = [round_up(each // group * columns + each * room * level // LEVELS, MULTIPLE) for level in range(1, LEVELS + 1)]
     slots = next(size for size in sizes if size >= need)
@@ -38,3 +47,12 @@ def dealt_group(config: RLConfig, rows: int, parts: int, microbatches: int) -> i
     """Rows that stay together when rollouts are dealt out: a prompt's samples, where whole groups divide."""
     samples = config.algorithm.group
     return samples if rows % (parts * microbatches * samples) == 0 else 1
+
+
+def dealing(config: RLConfig, parts: int) -> Callable[[jax.Array], jax.Array]:
+    """From a key, the rows of each of an RL step's updates (`steps.dealt`); a prompt's samples stay together where whole
+    groups divide, so that packing computes their prompt once. parts: of the mesh's rows.
+    """
+    algorithm = config.algorithm
+    group = dealt_group(config, config.batch_size // algorithm.minibatches, parts, config.microbatches)
+    return functools.partial(steps.dealt, rows=config.batch_size, epochs=algorithm.epochs, minibatches=algorithm.minibatches, group=group)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slots
 from perl_jax.data.pipeline import Batches, BatchSpec
 from perl_jax.data.tokenise import Ragged, TokenRows
-from perl_jax.loops.layouts import LEVELS, rollout_layout
+from perl_jax.loops.layouts import LEVELS, dealing, rollout_layout
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.types import Layout
 from tests import small
@@ -91,6 +92,28 @@ def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
 def test_groups_that_microbatches_would_part_share_nothing():
     assert layout(4, microbatches=2) == Layout(64, 1, 4, 2)
     assert layout(4, microbatches=4) == Layout(64, 1, 1, 4)
+
+
+def test_updates_have_the_layout_of_the_fullest():
+    # Rows of 4 prompt tokens; the second update gets the two long responses, 74 tokens with what is beside them.
+    config = rl_config(room=32, algorithm=AlgorithmConfig(name="rloo", samples=2, minibatches=2))
+    response_B = np.array([1, 1, 32, 32, 1, 1, 1, 1])
+    orders = lambda *rows: np.array(rows)
+    of = lambda orders_XY: rollout_layout(MODEL, config, np.full(8, 4), response_B, 8, 1, orders_XY)
+    assert of(orders([0, 1, 4, 5], [2, 3, 6, 7])) == Layout(128, 1, 2)
+    assert of(orders([0, 1, 4, 5], [6, 7, 0, 1])) == Layout(64, 1, 2)
+
+
+@pytest.mark.parametrize(("samples", "microbatches", "group"), [(1, 1, 1), (4, 1, 4), (4, 2, 1), (2, 2, 2)])
+def test_every_epoch_deals_every_row_to_one_update(samples, microbatches, group):
+    algorithm = AlgorithmConfig(name="reinforce", samples=samples, epochs=3, minibatches=2)
+    orders_XY = np.asarray(dealing(rl_config(algorithm=algorithm, microbatches=microbatches), 1)(jax.random.key(0)))
+    assert orders_XY.shape == (6, 4)
+    epochs = orders_XY.reshape(3, 8)
+    assert all(sorted(rows) == list(range(8)) for rows in epochs) and len(np.unique(epochs, axis=0)) > 1
+    # A prompt's samples follow each other, unless microbatches would part them.
+    together = orders_XY.reshape(-1, samples) // samples
+    assert (together == together[:, :1]).all() == (group == samples)
 
 
 def test_packing_can_be_switched_off():
