@@ -44,12 +44,12 @@ HALVINGS = 4
 class Slots:
     """The rows that are being decoded.
 
-    cache: of one prompt a slot. logits_BV: of each row's next token. row_B: the number of the row of
-    the rollout that is in the slot. length_B: tokens it has; done_B: ended, or nobody is there.
+    cache: of one prompt a slot. token_B: each row's newest token, the next to be decoded. row_B: the number of
+    the row of the rollout that is in the slot. length_B: tokens it has; done_B: ended, or nobody is there.
     """
 
     cache: KVCache
-    logits_BV: Array
+    token_B: Array
     row_B: Array
     length_B: Array
     done_B: Array
@@ -111,7 +111,7 @@ class ContinuousSampler:
         inside_B, steps = np.full(slots, -1), 0
         while waiting or (inside_B >= 0).any():
             for admission in self._admissions(made, waiting, inside_B):
-                state = self.admit(base, adapter, state, *dataclasses.astuple(admission))
+                state = self.admit(base, adapter, state, *dataclasses.astuple(admission), key)
             active = int((inside_B >= 0).sum())
             # With prompts waiting, it is stopped for room for a call's worth of them; otherwise for a halved batch.
             until = slots - self._room(waiting) if waiting else active // 2 if self._halves(slots, 1) else 0
@@ -193,13 +193,13 @@ class _Made:
 def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, place, base: Tree, adapter: Adapter | None, prompt_1S: Array) -> Slots:
     """Slots without anybody, for prompts of so many columns; nothing of the arguments but their shapes is read."""
 
-    def read() -> tuple[jax.Array, KVCache]:
+    def read() -> KVCache:
         tokens_BS = jnp.zeros((slots, prompt_1S.shape[1]), jnp.int32)
-        return lm.prefill(base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache)
+        return lm.prefill(base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache)[1]
 
-    logits_BV, cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), jax.eval_shape(read))
+    cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), jax.eval_shape(read))
     number_B, made_BC = jnp.zeros(slots, jnp.int32), jnp.zeros((slots, config.max_new_tokens), jnp.int32)
-    return place(Slots(cache, logits_BV, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32)))
+    return place(Slots(cache, number_B, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32)))
 
 
 def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
@@ -214,7 +214,7 @@ def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[
             own_position_BC=rows(cache.own_position_BC),
             position_B=rows(cache.position_B),
         ),
-        logits_BV=rows(state.logits_BV),
+        token_B=rows(state.token_B),
         row_B=rows(state.row_B),
         length_B=rows(state.length_B),
         done_B=rows(state.done_B),
@@ -231,13 +231,13 @@ def _placed(lm: LanguageModel, state: Slots) -> Slots:
 
 def _admit(
     lm: LanguageModel, config: SamplingConfig, place, base: Tree, adapter: Adapter | None, state: Slots,
-    tokens_AS: Array, valid_AS: Array, slot_AG: Array, row_AG: Array,
+    tokens_AS: Array, valid_AS: Array, slot_AG: Array, row_AG: Array, key: Array,
 ) -> Slots:  # fmt: skip
-    """Reads prompts and puts each one's keys, values and next logits into the slots of its samples."""
+    """Reads prompts and puts each one's keys and values into the slots of its samples, with the first token of each."""
     logits_AV, read = lm.prefill(base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
     samples, slots = slot_AG.shape[1], state.done_B.shape[0]
     # Nobody's slot lies behind the last one, where nothing is written.
-    slot_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1)
+    slot_X, row_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1), row_AG.reshape(-1)
     wide = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
     rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
     axis = state.cache.row_axis
@@ -251,13 +251,18 @@ def _admit(
         own_visible_BC=fresh(state.cache.own_visible_BC, False),
         position_B=rows(state.cache.position_B, wide(read.position_B)),
     )
+    first_X = row_keys_at(row_keys(jax.random.wrap_key_data(key), row_X), jnp.int32(0))
+    token_X, logp_X = choose(first_X, wide(logits_AV), config)
+    put = lambda array_BC, value_X: array_BC.at[slot_X, 0].set(value_X, mode="drop")
     return place(
         state.replace(
             cache=cache,
-            logits_BV=rows(state.logits_BV, wide(logits_AV)),
-            row_B=rows(state.row_B, row_AG.reshape(-1)),
-            length_B=fresh(state.length_B, 0),
-            done_B=fresh(state.done_B, False),
+            token_B=rows(state.token_B, token_X),
+            row_B=rows(state.row_B, row_X),
+            length_B=fresh(state.length_B, 1),
+            done_B=rows(state.done_B, is_stop(token_X, config.stop_ids) | (config.max_new_tokens == 1)),
+            tokens_BC=put(state.tokens_BC, token_X),
+            logp_BC=put(state.logp_BC, logp_X),
         )
     )
 
@@ -275,15 +280,15 @@ def _decode(
 
     def advance(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
         step, state = carry
-        token_B, logp_B = choose(row_keys_at(key_B, state.length_B), state.logits_BV, config)
+        logits_BV, cache = lm.decode(base, adapter, state.token_B, state.cache, config.cache)
+        token_B, logp_B = choose(row_keys_at(key_B, state.length_B), logits_BV, config)
         # A row that is done writes behind the last column, where nothing is kept.
         column_B = jnp.where(state.done_B, config.max_new_tokens, state.length_B)
         put = lambda array_BC, value_B: array_BC.at[each_B, column_B].set(value_B, mode="drop")
         length_B = state.length_B + ~state.done_B
-        logits_BV, cache = lm.decode(base, adapter, token_B, state.cache, config.cache)
         done_B = state.done_B | is_stop(token_B, config.stop_ids) | (length_B >= config.max_new_tokens)
         made = {"tokens_BC": put(state.tokens_BC, token_B), "logp_BC": put(state.logp_BC, logp_B)}
-        return step + 1, place(state.replace(cache=cache, logits_BV=logits_BV, length_B=length_B, done_B=done_B, **made))
+        return step + 1, place(state.replace(cache=cache, token_B=token_B, length_B=length_B, done_B=done_B, **made))
 
     steps, state = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))
     known = lambda x: sharding.constrain(x, lm.mesh, *[None] * x.ndim)

@@ -80,7 +80,7 @@ class Rollout:
     logp_BT: log-probability of each sampled token under softmax(logits / temperature), before
       top-k and top-p cut it; 0 outside the response. At temperature 0: under softmax(logits).
     finished_B: whether the row sampled a stop token within the budget.
-    steps: steps taken, a token each (the loop ends early when every row has finished).
+    steps: steps taken, a token of each row (the loop ends early when every row has finished); of slots, those that decoded.
     """
 
     sequences: Tokens
@@ -259,8 +259,7 @@ def sample(
     carry = (jnp.int32(1), token_B, cache, made)
     for limit in rooms:
         step, token_B, cache, made = carry
-        # The columns of a full cache would be used again from the first one on.
-        carry = (step, token_B, cache.grown(limit).replace(column=step - 1), made)
+        carry = (step, token_B, cache.grown(limit), made)
         carry = jax.lax.while_loop(lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0]), advance, carry)
     _, tokens_BC, logp_BC, length_B = carry[3]
     return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, jnp.max(length_B), config)

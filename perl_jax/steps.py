@@ -7,7 +7,8 @@ reward models). Losses and logs are sums with weights, so microbatches add and a
 
 from __future__ import annotations
 
-from typing import Callable
+import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -23,7 +24,7 @@ from perl_jax.rl import algorithms, losses
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.rl.logprobs import shift_right
 from perl_jax.rl.losses import LossSum
-from perl_jax.state import SHUFFLE, UPDATE, Optimizers, TrainState
+from perl_jax.state import UPDATE, Optimizers, TrainState
 from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
 
 Logs = dict[str, LossSum]
@@ -39,14 +40,19 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
     def split(leaf: Array) -> Array:
         rows = leaf.shape[0]
-        if rows % (microbatches * group):
-            groups = f" in groups of {group}" if group > 1 else ""
-            raise ValueError(f"{rows} rows{groups} do not split into {microbatches} microbatches")
+        _check_divides(rows, microbatches, group, "microbatches")
         dealt = leaf.reshape(rows // (microbatches * group), microbatches, group, *leaf.shape[1:])
         return jnp.swapaxes(dealt, 0, 1).reshape(microbatches, rows // microbatches, *leaf.shape[1:])
 
     packed = lambda part: isinstance(part, Tokens)
     return jax.tree.map(lambda part: part.of_microbatch() if packed(part) else part, jax.tree.map(split, batch), is_leaf=packed)
+
+
+def _check_divides(rows: int, parts: int, group: int, what: str) -> None:
+    """ValueError unless whole groups of rows divide over the parts."""
+    if rows % (parts * group):
+        groups = f" in groups of {group}" if group > 1 else ""
+        raise ValueError(f"{rows} rows{groups} do not split into {parts} {what}")
 
 
 def group_of(batch: Tree) -> int:
@@ -99,27 +105,25 @@ def train_step(
     return state.replace(step=state.step + 1), metrics
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
 def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
     """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them out anew.
 
     group: consecutive rows that stay together. Raises ValueError where whole groups do not divide over the minibatches.
     """
-    if rows % (minibatches * group):
-        groups = f" in groups of {group}" if group > 1 else ""
-        raise ValueError(f"{rows} rows{groups} do not split into {minibatches} minibatches")
+    _check_divides(rows, minibatches, group, "minibatches")
     first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(jax.random.split(key, epochs))
     return (first_EX[:, :, None] + jnp.arange(group)[None, None, :]).reshape(epochs * minibatches, -1)
 
 
 def train_epochs(
-    objective: Objective, optimizers: Optimizers, microbatches: int, deal: Callable[[jax.Array], jax.Array], state: TrainState, frozen: Tree, batch: Tree
+    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree, orders_XY: Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of several updates, each from its own rows of the batch.
 
-    deal: from a key, the rows of each update [updates, rows] (`dealt`). A packed batch has the layout of one update's.
-    Metrics are means over the updates; `finite` is of all.
+    orders_XY: the rows of each (`dealt`). A packed batch has the layout of one update's rows. Metrics are means over the
+    updates; `finite` is of all.
     """
-    orders_XY = deal(state.step_key(SHUFFLE))
     keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
 
     def update(state: TrainState, inputs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -77,8 +77,19 @@ def test_it_takes_about_as_many_steps_as_there_are_tokens_for_the_slots():
     sampler = ContinuousSampler(small.LM, CONFIG, 1, 8, chunk=4)
     made = sampler(BASE, ADAPTER, given, KEY)
     length_B = np.array(made.sequences.response_BT).sum(axis=1)
-    waiting = length_B.reshape(-1, 8).max(axis=1).sum()
-    assert length_B.sum() / 8 <= int(made.steps) < 0.75 * waiting
+    # The first tokens are the prompts'.
+    decoded_B = length_B - 1
+    waiting = decoded_B.reshape(-1, 8).max(axis=1).sum()
+    assert decoded_B.sum() / 8 <= int(made.steps) < 0.75 * waiting
+
+
+@pytest.mark.parametrize("room", [1, 5])
+def test_no_token_is_decoded_that_none_follows(room):
+    # Six rows that nothing ends, two at a time.
+    config = SamplingConfig(room, temperature=0.0)
+    made = ContinuousSampler(small.LM, config, 1, 2)(BASE, ADAPTER, prompts(6), KEY)
+    assert int(made.steps) == 3 * (room - 1) and made.sequences.response_BT.sum() == 6 * room
+    small.assert_same(static(prompts(6), 1, config).sequences, made.sequences)
 
 
 def test_the_number_of_programs_does_not_grow():

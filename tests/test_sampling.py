@@ -310,6 +310,21 @@ def test_the_loop_ends_when_every_row_has():
     assert rollout.finished_B.tolist() == [True] * 4 + [False]
 
 
+@pytest.mark.parametrize(("room", "stop_ids", "expected"), [(1, (), 0), (13, (), 12), (13, tuple(range(61)), 0)])
+def test_no_token_is_decoded_that_none_follows(room, stop_ids, expected, monkeypatch):
+    counted, decode = [], LanguageModel.decode
+
+    def counting(*arguments):
+        jax.debug.callback(lambda: counted.append(1))
+        return decode(*arguments)
+
+    monkeypatch.setattr(LanguageModel, "decode", counting)
+    # A padding token of its own: what is traced here is no other test's program.
+    rollout = jax.block_until_ready(sample(SamplingConfig(room, temperature=0.0, stop_ids=stop_ids, pad_id=59)))
+    jax.effects_barrier()
+    assert len(counted) == expected and rollout.sequences.response_BT.sum() == 4 * (1 if stop_ids else room)
+
+
 def test_no_stop_is_forged_at_the_end_of_the_budget():
     # The stop id is never the most likely token here, so nothing may end with it.
     full = responses(sample(SamplingConfig(C, temperature=0.0, pad_id=PAD)))

@@ -17,20 +17,23 @@ model here, too.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import pathlib
 import statistics
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 
-from perl_jax.continuous import ContinuousSampler
+from perl_jax import sharding
+from perl_jax.loops import policies
+from perl_jax.loops.jobs import RolloutConfig
+from perl_jax.loops.model import Model
 from perl_jax.lora import LoRAConfig
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.sampling import Rollout, SamplingConfig, sample_prompts
+from perl_jax.sampling import Rollout
 from perl_jax.types import Prompts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "contest"))
@@ -58,23 +61,21 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=32.0, help="mean length without the cut")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    lm = LanguageModel(MODEL)
+    lm = LanguageModel(MODEL, mesh=sharding.make_mesh(sharding.MeshConfig(data=1)))
     base = jax.jit(lm.init_base)(jax.random.key(0))
     adapter = lm.init_adapter(jax.random.key(1), LoRAConfig())
     rng = np.random.default_rng(0)
     ids_PS = rng.integers(0, MODEL.vocab_size, (options.prompts, PROMPT), dtype=np.int32)
-    # Both at their best, as the jobs have them: on a CPU layers are inlined, on a GPU projections fused.
-    platform = jax.default_backend()
-    stop_ids = tuple(range(0, MODEL.vocab_size, round(options.mean)))
-    config = SamplingConfig(options.room, stop_ids=stop_ids, inlined=platform == "cpu", fused=platform == "gpu")
-    continuous = ContinuousSampler(lm, config, 1, options.rows)
-    staged = dataclasses.replace(config, stages=4 if platform == "cpu" else 1)
+    # Both as the jobs have them on this platform.
+    tokenizer = types.SimpleNamespace(stop_ids=tuple(range(0, MODEL.vocab_size, round(options.mean))), pad_id=0)
+    model = Model("random", lm, base, tokenizer, "-")
+    waits, continuous = (policies.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots)) for slots in (None, options.rows))
     keys = jax.random.split(jax.random.key(2), options.prompts // options.rows)
     given = lambda rows: Prompts(ids_PS[rows], np.ones((len(ids_PS[rows]), PROMPT), bool), np.zeros(len(ids_PS[rows]), np.int32))
 
     def waiting() -> list[Rollout]:
         batches = [given(slice(i * options.rows, (i + 1) * options.rows)) for i in range(len(keys))]
-        return [jax.block_until_ready(sample_prompts(lm, staged, 1, base, adapter, b, jax.random.key_data(k))) for b, k in zip(batches, keys)]
+        return [jax.block_until_ready(waits(base, adapter, b, jax.random.key_data(k))) for b, k in zip(batches, keys)]
 
     def through_slots() -> list[Rollout]:
         return [jax.block_until_ready(continuous(base, adapter, given(slice(None)), jax.random.key_data(keys[0])))]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
 from perl_jax import steps
 from perl_jax.data.bucketing import WORTH, fullest, round_up
 from perl_jax.loops.jobs import RLConfig
-from perl_jax.loops.model import Model
+from perl_jax.loops.model import Model, host
 from perl_jax.types import Layout
 
 # Sizes that the room of a batch's responses is packed into: so many programs at most for each length of prompts.
@@ -49,10 +46,14 @@ def dealt_group(config: RLConfig, rows: int, parts: int, microbatches: int) -> i
     return samples if rows % (parts * microbatches * samples) == 0 else 1
 
 
-def dealing(config: RLConfig, parts: int) -> Callable[[jax.Array], jax.Array]:
-    """From a key, the rows of each of an RL step's updates (`steps.dealt`); a prompt's samples stay together where whole
-    groups divide, so that packing computes their prompt once. parts: of the mesh's rows.
+def updates_rows(config: RLConfig, key: jax.Array) -> np.ndarray | None:
+    """The rows of each of an RL step's updates (`steps.dealt`); None: a single one takes them as they are.
+
+    A prompt's samples stay together where whole groups divide over the minibatches, so that packing can compute their
+    prompt once; on every mesh and in any number of microbatches, so that all learn the same.
     """
     algorithm = config.algorithm
-    group = dealt_group(config, config.batch_size // algorithm.minibatches, parts, config.microbatches)
-    return functools.partial(steps.dealt, rows=config.batch_size, epochs=algorithm.epochs, minibatches=algorithm.minibatches, group=group)
+    if algorithm.updates == 1:
+        return None
+    group = algorithm.group if config.batch_size % (algorithm.minibatches * algorithm.group) == 0 else 1
+    return host(steps.dealt(key, config.batch_size, algorithm.epochs, algorithm.minibatches, group))

@@ -60,9 +60,12 @@ def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Progra
     return Program("sample", sample, limit=SHAPES, compiler_options=decoding_options(model.mesh, model.quantise.kind != "none"))
 
 
-def logprob_program(model: Model, temperature: float) -> Program:
-    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them."""
-    logprobs = functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature or 1.0)
+def logprob_program(model: Model, temperature: float, room: int) -> Program:
+    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them.
+
+    room: of the last `room` columns, where responses are; 0 before.
+    """
+    logprobs = functools.partial(steps.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room)
     return Program("logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh))
 
 
@@ -97,7 +100,7 @@ def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> 
         rollout = job.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
         sequences = rollout.sequences
         own_BT = job.logprobs(model.base, policy, sequences)
-        anchor_BT = job.logprobs(model.base, anchor, sequences)
+        anchor_BT = own_BT if anchor is policy else job.logprobs(model.base, anchor, sequences)
         columns["kl"].append(host(kl.sequence_kl(kl.k1(own_BT, anchor_BT), sequences.response_BT)))
         columns["row"].append(job.batches.rows_of(index))
         columns["finished"].append(host(rollout.finished_B))

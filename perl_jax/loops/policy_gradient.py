@@ -22,7 +22,7 @@ from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
 from perl_jax.loops.experience import Judged, assemble, experience_of, one_pass
 from perl_jax.loops.jobs import RLConfig
-from perl_jax.loops.layouts import dealing, rollout_layout
+from perl_jax.loops.layouts import rollout_layout, updates_rows
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
@@ -49,11 +49,7 @@ class Programs:
         self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
         made_of = functools.partial(experience_of, config) if self.one_pass else None
         objective = functools.partial(steps.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room, experience_of=made_of)
-        # The rows of each update, where there are several: decided here too, because it decides how they are packed.
-        self.deal = None if algorithm.updates == 1 else jax.jit(dealing(config, model.row_parts))
-        several = () if self.deal is None else (self.deal,)
-        step = steps.train_step if self.deal is None else steps.train_epochs
-        update = functools.partial(step, objective, optimizers, config.microbatches, *several)
+        update = functools.partial(steps.train_step if algorithm.updates == 1 else steps.train_epochs, objective, optimizers, config.microbatches)
         self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
         self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         self.reward = scoring.reward_program(model, records, config.combine) if records else None
@@ -99,26 +95,29 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     rollout = jax.block_until_ready(programs.sample(base, policy, sharding.put_batch(prompts, job.model.mesh), key))
     greedy = None if programs.greedy is None else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
     clocks.append(time.perf_counter())
-    rollout, experience_layout = _packed(job, state, rollout, batch.tokens_BP.shape[1])
-    score_B, scores = job.scorer(state.frozen, rollout, repeated.row_B)
-    reference_BT = _reference(job, state, rollout)
+    # The rows of each update, where there are several: they decide how these are packed.
+    orders_XY = updates_rows(config, state.step_key(state_lib.SHUFFLE))
+    whole, part = _layouts(job, rollout, batch.tokens_BP.shape[1], orders_XY)
+    packed = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
+    score_B, scores = job.scorer(state.frozen, packed, repeated.row_B)
+    reference_BT = _reference(job, state, packed)
     measured = not programs.one_pass or (reference_BT is not None and _may_be_one(config, int(state.step)))
     judged = Judged(
         rollout=rollout,
         score_B=score_B,
         # An array of its kind where it is not read.
-        policy_BT=programs.logprobs(base, policy, rollout.sequences) if measured else reference_BT,
+        policy_BT=programs.logprobs(base, policy, packed.sequences) if measured else reference_BT,
         beta=state.controls["beta"],
         reference_BT=reference_BT,
         measured=np.bool_(measured),
-        values_BT=None if programs.values is None else programs.values(base, state.roles["value"], rollout.sequences),
+        values_BT=None if programs.values is None else programs.values(base, state.roles["value"], packed.sequences),
         greedy=greedy,
         greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
     )
     experience, statistics = jax.block_until_ready(programs.assemble(judged))
-    experience = experience.replace(sequences=experience.sequences.replace(layout=experience_layout))
+    experience = experience.replace(sequences=experience.sequences.replace(layout=part))
     clocks.append(time.perf_counter())
-    state, metrics = jax.block_until_ready(programs.learn(state, base, experience))
+    state, metrics = jax.block_until_ready(programs.learn(state, base, experience, *(() if orders_XY is None else (orders_XY,))))
     metrics |= statistics.values
     state = _controlled(config, job.model.lm, state, metrics["kl/sequence"])
     clocks.append(time.perf_counter())
@@ -132,18 +131,16 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     return state, values, {"sample": seconds[0], "score": seconds[1], "learn": seconds[2]}
 
 
-def _packed(job: Rollouts, state: TrainState, rollout: Rollout, columns: int) -> tuple[Rollout, Layout | None]:
-    """Rollouts as the passes over all of them are packed, and the layout of the update's microbatches.
+def _layouts(job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarray | None) -> tuple[Layout | None, Layout | None]:
+    """How rollouts are packed for the passes over all of them, and for an update's microbatches.
 
-    columns: of the prompts. Several updates have the layout that the fullest of them needs.
+    columns: of the prompts. Several updates (orders_XY: their rows) have the layout that the fullest of them needs.
     """
-    sequences, config, deal = rollout.sequences, job.config, job.programs.deal
     count = lambda mask_BT: host(jnp.sum(mask_BT, axis=1))
-    response_B = count(sequences.response_BT)
-    prompt_B = count(sequences.valid_BT) - response_B
-    layout = functools.partial(rollout_layout, job.model, config, prompt_B, response_B, columns)
-    orders_XY = None if deal is None else host(deal(state.step_key(state_lib.SHUFFLE)))
-    return rollout.replace(sequences=sequences.replace(layout=layout(1))), layout(config.microbatches, orders_XY)
+    response_B = count(rollout.sequences.response_BT)
+    prompt_B = count(rollout.sequences.valid_BT) - response_B
+    layout = functools.partial(rollout_layout, job.model, job.config, prompt_B, response_B, columns)
+    return layout(1), layout(job.config.microbatches, orders_XY)
 
 
 def _may_be_one(config: RLConfig, step: int) -> bool:

@@ -138,7 +138,7 @@ def _rl(model: Model, config: RLConfig) -> Planned:
     prompts = _rows(model, Prompts(_ids(number, prompt), _flags(number, prompt), jax.ShapeDtypeStruct((number,), np.int32)))
     key = _placed(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), sharding.replicated(model.mesh))
     rollout = _rows(model, _result(programs.sample, base, state.roles["policy"], prompts, key))
-    pieces = [Piece(programs.sample, (base, state.roles["policy"], prompts, key), prompts, (_cache(model, number, prompt), _cache(model, batch, room)), room)]
+    pieces = [Piece(programs.sample, (base, state.roles["policy"], prompts, key), prompts, (_cache(model, number, prompt), _cache(model, batch, room)), room - 1)]
     sequences = rollout.sequences
     reading = lambda program, role, tree: Piece(program, (None if role.weights is not None else base, tree, sequences), rollout)
     pieces.append(reading(programs.reward, frozen["reward"], [state.frozen["reward"]]))
@@ -158,7 +158,9 @@ def _rl(model: Model, config: RLConfig) -> Planned:
         greedy=rollout if greedy else None, greedy_score_P=number_B if greedy else None,
     )  # fmt: skip
     experience = _rows(model, _result(programs.assemble, judged)[0])
-    pieces.append(Piece(programs.learn, (state, base, experience), (rollout, experience)))
+    algorithm = config.algorithm
+    orders_XY = _placed(_ids(algorithm.updates, batch // algorithm.minibatches), sharding.replicated(model.mesh))
+    pieces.append(Piece(programs.learn, (state, base, experience, *([orders_XY] if algorithm.updates > 1 else [])), (rollout, experience)))
     return Planned(_resident(base, state), tuple(pieces))
 
 

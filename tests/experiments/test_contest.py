@@ -47,6 +47,19 @@ def slow_layers(rows, last, weight, adapter, pair):
     return total, len(every), len(read)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["reward-ragged", "rl-function"])
+def test_perl_jax_takes_the_steps_that_it_is_asked_for(job, tmp_path):
+    variables = os.environ | {"CONTEST_SIZE": "tiny"}
+    subprocess.run([sys.executable, CONTEST / "work.py", tmp_path], env=variables, check=True, capture_output=True)
+    command = [sys.executable, CONTEST / "contender_perl_jax.py", "--work", tmp_path, "--job", job]
+    said = subprocess.run(command, input="step\nstep\n", env=variables, check=True, capture_output=True, text=True).stdout.splitlines()
+    ready, *steps = map(json.loads, said)
+    assert ready["name"] == "perl_jax" and ready["compiled_mib"]["learn"] > 0
+    assert len(steps) == 2 and all(step["tokens"] == work.TOKENS[job] and step["seconds"] > 0 for step in steps)
+    assert all(set(step["parts"]) > {"generate", "score", "learn"} for step in steps) == (job == "rl-function")
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("last", [1, 4])
 def test_the_count_is_that_of_distinct_beginnings(shared, last):

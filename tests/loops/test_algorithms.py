@@ -14,23 +14,24 @@ import pytest
 from perl_jax import trees
 from perl_jax.checkpoint import Checkpoints
 from perl_jax.config import UserError
-from perl_jax.loops import policies, policy_gradient, scoring, supervised
+from perl_jax.loops import layouts, policies, policy_gradient, scoring, supervised
 from perl_jax.loops.jobs import DataConfig, KLConfig, ShapingConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.rl.algorithms import ALGORITHMS, AlgorithmConfig
+from perl_jax.sharding import MeshConfig
 from perl_jax.types import Layout
 from tests import small
 from tests.loops import tiny
-from tests.rollouts import RECORD, Rehearsal, placed_model, prompts, rl_config
+from tests.rollouts import EOS, RECORD, Rehearsal, placed_model, prompts, rl_config
 
 LM = small.changed(layers=2)
 BASE = small.make_base(LM)
 POLICY, REWARD = small.make_adapter(LM, head=False), small.make_adapter(LM, seed=7)
 
 
-def rehearsal(name: str = "reinforce", kl: KLConfig = KLConfig(), stop_ids: tuple[int, ...] | None = None, **fields) -> Rehearsal:
-    model = placed_model(LM, BASE)
-    model.tokenizer.stop_ids = stop_ids or model.tokenizer.stop_ids
+def rehearsal(name: str = "reinforce", kl: KLConfig = KLConfig(), stop_ids: tuple[int, ...] = (EOS,), mesh: MeshConfig = MeshConfig(data=1), **fields) -> Rehearsal:
+    model = placed_model(LM, BASE, mesh, jax.devices()[: mesh.data])
+    model.tokenizer.stop_ids = stop_ids
     algorithm = {field: fields.pop(field) for field in list(fields) if field in {f.name for f in dataclasses.fields(AlgorithmConfig)}}
     return Rehearsal(model, POLICY, REWARD, rl_config(algorithm=AlgorithmConfig(name, **algorithm), kl=kl, **fields))
 
@@ -82,26 +83,33 @@ def test_several_updates_a_rollout_move_the_ratio():
     assert max(counts) == 6
 
 
-@pytest.mark.parametrize(("name", "microbatches", "group"), [("ppo", 2, 1), pytest.param("grpo", 1, 4, marks=pytest.mark.slow)])
-def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones(name, microbatches, group):
-    # One token in six ends a response: far shorter than its room.
-    stop_ids = tuple(range(2, 12))
+@pytest.mark.parametrize(
+    ("algorithm", "microbatches", "mesh", "expected"),
+    [
+        ({"name": "ppo"}, 2, MeshConfig(data=1), Layout(0, 1, 1, 2)),
+        pytest.param({"name": "grpo"}, 1, MeshConfig(data=1), Layout(0, 1, 4, 1), marks=pytest.mark.slow),
+        pytest.param({"name": "rloo", "samples": 2}, 1, MeshConfig(data=2), Layout(0, 2, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones(algorithm, microbatches, mesh, expected, monkeypatch):
+    # Packed rows have no room to spare; and one token in six ends a response, far shorter than its room.
+    monkeypatch.setattr(layouts, "MULTIPLE", 1)
+    monkeypatch.setattr(layouts, "LEVELS", 400)
 
-    def run(packing: str):
+    def run(packing: str, mesh: MeshConfig = MeshConfig(data=1)):
         data = DataConfig(max_prompt_length=8, max_response_length=40, packing=packing)
-        run = rehearsal(name, stop_ids=stop_ids, epochs=2, minibatches=2, microbatches=microbatches, temperature=1.3, data=data)
-        layouts, learn = [], run.programs.learn
-        run.programs.learn = lambda state, base, batch: layouts.append(batch.sequences.layout) or learn(state, base, batch)
-        return [run.step(some_prompts(run, seed)) for seed in range(2)], trees.named_leaves(jax.device_get(run.state.roles)), layouts
+        fields = {"epochs": 2, "minibatches": 2, "microbatches": microbatches, "temperature": 1.3, "data": data}
+        run = rehearsal(**algorithm, stop_ids=tuple(range(2, 12)), mesh=mesh, **fields)
+        seen, learn = [], run.programs.learn
+        run.programs.learn = lambda state, base, batch, orders: seen.append(batch.sequences.layout) or learn(state, base, batch, orders)
+        return run.step(some_prompts(run)), trees.named_leaves(jax.device_get(run.state.roles)), seen[0]
 
-    (packed, roles, layouts), (padded, expected, none) = run("on"), run("off")
-    assert none == [None, None] and layouts == 2 * [Layout(64, 1, group, microbatches)]
-    for one, two in zip(packed, padded, strict=True):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert one[key] == pytest.approx(two[key], rel=2e-4, abs=2e-5), key
+    (packed, roles, layout), (padded, others, none) = run("on", mesh), run("off")
+    assert none is None and dataclasses.replace(layout, slots=0) == expected and packed.keys() == padded.keys()
+    for key in packed:
+        assert packed[key] == pytest.approx(padded[key], rel=2e-4, abs=2e-5), key
     for key, leaf in roles.items():
-        np.testing.assert_allclose(leaf, expected[key], atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(leaf, others[key], atol=1e-5, err_msg=key)
 
 
 def test_the_coefficient_follows_the_kl():

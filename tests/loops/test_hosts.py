@@ -166,7 +166,7 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
         "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8")),
         "reinforce": ("rl", (*rl, "--reward", str(jobs.reward))),
         # Every row is on every device, and still its terms are computed once.
-        "spread": ("rl", (*rl, "--algorithm.name", "ppo", "--reward", str(jobs.reward), "--terms", terms, "--mesh.tensor", "8")),
+        "spread": ("rl", (*rl, "--algorithm.name", "ppo", "--reward", str(jobs.reward), "--terms", terms, "--mesh.tensor", "8", "--algorithm.minibatches", "2")),
     }.get(job, (job, ()))
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
         counts.unlink(missing_ok=True)

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from perl_jax import steps
 from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slots
 from perl_jax.data.pipeline import Batches, BatchSpec
 from perl_jax.data.tokenise import Ragged, TokenRows
-from perl_jax.loops.layouts import LEVELS, dealing, rollout_layout
+from perl_jax.loops.layouts import LEVELS, rollout_layout, updates_rows
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.types import Layout
 from tests import small
@@ -104,16 +105,30 @@ def test_updates_have_the_layout_of_the_fullest():
     assert of(orders([0, 1, 4, 5], [6, 7, 0, 1])) == Layout(64, 1, 2)
 
 
-@pytest.mark.parametrize(("samples", "microbatches", "group"), [(1, 1, 1), (4, 1, 4), (4, 2, 1), (2, 2, 2)])
-def test_every_epoch_deals_every_row_to_one_update(samples, microbatches, group):
-    algorithm = AlgorithmConfig(name="reinforce", samples=samples, epochs=3, minibatches=2)
-    orders_XY = np.asarray(dealing(rl_config(algorithm=algorithm, microbatches=microbatches), 1)(jax.random.key(0)))
-    assert orders_XY.shape == (6, 4)
+@pytest.mark.parametrize(("samples", "minibatches", "whole"), [(1, 2, True), (4, 2, True), (2, 4, True), (4, 4, False)])
+def test_every_epoch_deals_every_row_to_one_update(samples, minibatches, whole):
+    algorithm = AlgorithmConfig(name="reinforce", samples=samples, epochs=3, minibatches=minibatches)
+    of = lambda **fields: updates_rows(rl_config(algorithm=algorithm, **fields), jax.random.key(0))
+    orders_XY = of()
+    assert orders_XY.shape == (3 * minibatches, 8 // minibatches)
     epochs = orders_XY.reshape(3, 8)
     assert all(sorted(rows) == list(range(8)) for rows in epochs) and len(np.unique(epochs, axis=0)) > 1
-    # A prompt's samples follow each other, unless microbatches would part them.
+    # A prompt's samples follow each other, unless minibatches would part them.
     together = orders_XY.reshape(-1, samples) // samples
-    assert (together == together[:, :1]).all() == (group == samples)
+    assert (together == together[:, :1]).all() == whole
+    # Microbatches, which are for memory, change nothing of what is learned.
+    np.testing.assert_array_equal(orders_XY, of(microbatches=2))
+
+
+def test_one_update_takes_the_rows_as_they_are():
+    assert updates_rows(rl_config(), jax.random.key(0)) is None
+
+
+def test_rows_that_do_not_divide_over_minibatches_are_refused():
+    with pytest.raises(ValueError, match="6 rows do not split into 4 minibatches"):
+        steps.dealt(jax.random.key(0), 6, 1, 4)
+    with pytest.raises(ValueError, match="8 rows in groups of 4 do not split into 4 minibatches"):
+        steps.dealt(jax.random.key(0), 8, 1, 4, 4)
 
 
 def test_packing_can_be_switched_off():

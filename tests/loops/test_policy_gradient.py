@@ -343,10 +343,10 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [None, 4])
-def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots):
+@pytest.mark.parametrize(("slots", "minibatches"), [(None, 1), (4, 1), (None, 2)])
+def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots, minibatches):
     # Prompts of two padded lengths and responses of any length; packed to one of a few sizes.
-    config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=4), rollout=RolloutConfig(slots=slots), room=16, temperature=1.3)
+    config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=4, minibatches=minibatches), rollout=RolloutConfig(slots=slots), room=16, temperature=1.3)
     run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
     rng, counts, responses = np.random.default_rng(0), [], set()
     for step in range(200):

@@ -6,7 +6,7 @@ Command   python experiments/benchmarks/contest/contender_trl.py --work FOLDER -
           (a line when warm, then one for each line "step" that it reads)
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      half a minute to the first line of a reward job, two minutes to that of an RL job
-Numbers   seconds a step: reward-equal 5.04, reward-ragged 6.34, rl-model 32.7, rl-function 27.0, generate 10.6
+Numbers   seconds a step: reward-equal 4.86, reward-ragged 6.56, rl-model 34.6, rl-function 28.7, generate 9.8
 
 What was tried is in `BEST`'s comments; what a step takes beyond the work that was counted:
 - A batch of pairs is padded to its longest row; one pair at a time, only to the longer of its two.

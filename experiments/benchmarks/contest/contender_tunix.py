@@ -7,7 +7,7 @@ Command   python experiments/benchmarks/contest/contender_tunix.py --work FOLDER
           (prints a line when warm, then a line for each line "step" it reads; all else goes to stderr)
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      a minute to the first line
-Numbers   26.4 s a step (generate 10.1, reference 4.0, learn 11.9), 3,695 MiB; 22.8 s in a run before
+Numbers   25.0 s a step (generate 10.4, reference 3.9, learn 10.6), 3,720 MiB; 22.8 and 26.4 s in runs before
 
 Where Tunix departs from the letter of the work, or would without the lines marked below:
 - Its Llama takes rope_theta in its configuration and rotates by 1e6 whatever that says; here the

@@ -5,7 +5,7 @@ Claim     32 responses of 128 tokens are sampled in less than half of the time t
 Command   python experiments/benchmarks/contest/generate.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      6 minutes, and once a few more to install TRL (a gigabyte)
-Numbers   4.7 s, transformers 10.6 (2.26 times); 1,265 and 872 MiB
+Numbers   4.3 s, transformers 9.8 (2.28 times); 954 and 872 MiB
 """
 
 import contest
