@@ -197,7 +197,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         job = Evaluation(
             model=model,
             sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
-            logprobs=logprob_program(model, config.temperature),
+            logprobs=logprob_program(model, config.temperature, config.data.max_response_length),
             raters=raters,
             batches=batches,
             rows=rows,
