@@ -80,7 +80,7 @@ class Rollout:
     logp_BT: log-probability of each sampled token under softmax(logits / temperature), before
       top-k and top-p cut it; 0 outside the response. At temperature 0: under softmax(logits).
     finished_B: whether the row sampled a stop token within the budget.
-    steps: steps taken, a token of each row (the loop ends early when every row has finished); of slots, those that decoded.
+    steps: decoding steps taken: the first tokens come from the prompts' pass, and the loop ends when every row has.
     """
 
     sequences: Tokens
@@ -254,15 +254,15 @@ def sample(
 
     tokens_BC = jnp.full((rows, room), config.pad_id, jnp.int32)
     logp_BC, length_B = jnp.zeros((rows, room), jnp.float32), jnp.zeros((rows,), jnp.int32)
-    # The prompt's logits give the first token, and nothing reads the last one: a step decodes the token before its own.
+    # The prompt's logits give the first token, and nobody asks for those after the last: a step decodes the token before its own.
     token_B, made = chosen(jnp.int32(0), repeated(logits_PV), (done_B, tokens_BC, logp_BC, length_B))
     carry = (jnp.int32(1), token_B, cache, made)
     for limit in rooms:
         step, token_B, cache, made = carry
         carry = (step, token_B, cache.grown(limit), made)
         carry = jax.lax.while_loop(lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0]), advance, carry)
-    _, tokens_BC, logp_BC, length_B = carry[3]
-    return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, jnp.max(length_B), config)
+    step, _, _, (_, tokens_BC, logp_BC, length_B) = carry
+    return as_rollout(repeated(tokens_PS.astype(jnp.int32)), repeated(valid_PS.astype(bool)), tokens_BC, logp_BC, length_B, step - 1, config)
 
 
 def sample_prompts(lm: LanguageModel, config: SamplingConfig, samples: int, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:

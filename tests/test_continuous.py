@@ -77,7 +77,7 @@ def test_it_takes_about_as_many_steps_as_there_are_tokens_for_the_slots():
     sampler = ContinuousSampler(small.LM, CONFIG, 1, 8, chunk=4)
     made = sampler(BASE, ADAPTER, given, KEY)
     length_B = np.array(made.sequences.response_BT).sum(axis=1)
-    # The first tokens are the prompts'.
+    # The first tokens come from the prompts' pass.
     decoded_B = length_B - 1
     waiting = decoded_B.reshape(-1, 8).max(axis=1).sum()
     assert decoded_B.sum() / 8 <= int(made.steps) < 0.75 * waiting

@@ -60,7 +60,8 @@ def check_layout(rollout: sampling.Rollout, config: SamplingConfig, prompts=PROM
         filler = not prompts.valid_BT[row].any()
         assert len(ids) == 0 if filler else stops or len(ids) == config.max_new_tokens
         longest = max(longest, len(ids))
-    assert int(rollout.steps) == longest
+    # The first token is the prompt's pass's.
+    assert int(rollout.steps) == max(longest - 1, 0)
 
 
 # Whole responses of a real model.
@@ -203,7 +204,7 @@ def test_greedy_equals_step_by_step_argmax():
     for row, ids in enumerate(responses(rollout)[:-1]):
         expected = [logits_BTV[row, last_B[row]].argmax(), *logits_BTV[row, P:-1].argmax(axis=-1)]
         assert ids == expected
-    assert not rollout.finished_B.any() and int(rollout.steps) == C
+    assert not rollout.finished_B.any() and int(rollout.steps) == C - 1
     # The key has no part in it.
     small.assert_same(rollout, sample(config, key=5))
 
@@ -301,11 +302,11 @@ def test_a_row_ends_with_the_first_of_several_stop_ids():
 
 
 def test_the_loop_ends_when_every_row_has():
-    # Every token is a stop: one step, whatever the budget.
+    # Every token is a stop: no step, whatever the budget.
     config = SamplingConfig(50, stop_ids=tuple(range(61)), pad_id=PAD)
     rollout = sample(config)
     check_layout(rollout, config)
-    assert int(rollout.steps) == 1
+    assert int(rollout.steps) == 0
     assert [len(ids) for ids in responses(rollout)] == [1, 1, 1, 1, 0]
     assert rollout.finished_B.tolist() == [True] * 4 + [False]
 

@@ -61,12 +61,12 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=32.0, help="mean length without the cut")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    lm = LanguageModel(MODEL, mesh=sharding.make_mesh(sharding.MeshConfig(data=1)))
+    lm = LanguageModel(MODEL, mesh=sharding.make_mesh(sharding.MeshConfig(data=1), devices=jax.devices()[:1]))
     base = jax.jit(lm.init_base)(jax.random.key(0))
     adapter = lm.init_adapter(jax.random.key(1), LoRAConfig())
     rng = np.random.default_rng(0)
     ids_PS = rng.integers(0, MODEL.vocab_size, (options.prompts, PROMPT), dtype=np.int32)
-    # Both as the jobs have them on this platform.
+    # Both decode as the jobs do on this platform.
     tokenizer = types.SimpleNamespace(stop_ids=tuple(range(0, MODEL.vocab_size, round(options.mean))), pad_id=0)
     model = Model("random", lm, base, tokenizer, "-")
     waits, continuous = (policies.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots)) for slots in (None, options.rows))

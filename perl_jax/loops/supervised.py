@@ -64,7 +64,7 @@ def training_batches(model: Model, config: JobConfig, kind: str, split: str, bat
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
-    """A jitted update(state, base, batch): state donated, batch and base not, results where the state is."""
+    """A jitted update(state, base, batch, ...): state donated, the others not, results where the state is."""
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
     # Every padded length may come packed too.
     return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)

@@ -162,8 +162,8 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     name, more = {
         "full": ("sft", ("--tuning", "full", "--mesh.fsdp", "8")),
         "grpo": ("rl", (*rl, "--algorithm.name", "grpo", "--terms", terms)),
-        # Two prompts at a time of four; slots, packed rows and their microbatches divide over two devices.
-        "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8")),
+        # Two prompts at a time of four; slots, packed rows and their microbatches divide over two devices, and so do minibatches.
+        "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8", "--algorithm.minibatches", "2")),
         "reinforce": ("rl", (*rl, "--reward", str(jobs.reward))),
         # Every row is on every device, and still its terms are computed once.
         "spread": ("rl", (*rl, "--algorithm.name", "ppo", "--reward", str(jobs.reward), "--terms", terms, "--mesh.tensor", "8", "--algorithm.minibatches", "2")),

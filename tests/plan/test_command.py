@@ -18,6 +18,7 @@ from perl_jax.plan import command, search, text
 from perl_jax.plan.config import JOBS, PlanConfig
 from perl_jax.plan.jobs import plan_job, planned_model
 from perl_jax.quantise import QuantiseConfig
+from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.sharding import MeshConfig
 from tests import small
 from tests.rollouts import Rehearsal, even_base, placed_model, prompts, rl_config
@@ -112,13 +113,14 @@ def test_split_weights_are_gathered_each_time_they_are_read(folder, remat):
     assert 2 * 2 * MATRICES <= gathered <= 1.2 * 2 * 2 * MATRICES
 
 
-def test_what_is_planned_is_what_runs():
+@pytest.mark.parametrize("minibatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_is_planned_is_what_runs(minibatches):
     """The arguments of a real update's programs: shapes, dtypes, places."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     lm = small.changed(layers=2, vocab_size=64)
     real = placed_model(lm, even_base(lm), mesh, jax.devices())
     adapter = lm.init_adapter(jax.random.key(0), small.LORA)
-    settings = rl_config(lora=small.LORA)
+    settings = rl_config(lora=small.LORA, algorithm=AlgorithmConfig(minibatches=minibatches))
     run = Rehearsal(real, adapter, adapter.replace(head=small.make_head(lm)), settings)
     run.step(prompts(lm))
     model = planned_model(real.lm, "planned", QuantiseConfig(), shard_adapters=False)
