@@ -5,7 +5,8 @@ Claim     Where the lengths of responses spread ten to one, sampling through slo
 Command   python experiments/benchmarks/continuous.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      6 minutes
-Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times; lengths 2 to 122 from the 5th to the 95th percentile
+Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times, and 198, 91, 2.17 on a slower host; lengths 2 to 122 from the
+          5th to the 95th percentile
 
 The model is a Llama of 46 million random weights, so that its tokens are nearly uniform; a share of the
 vocabulary ends a response, which makes lengths geometric, cut at the room. Both ways have the same
