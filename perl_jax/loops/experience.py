@@ -94,7 +94,7 @@ def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
     if algorithm.updates > 1 or dropout > 0:
         return False
     compares_batch = algorithm.whitened or algorithm.rule.advantage == "batch-mean"
-    together = dealt_group(config, config.batch_size, parts, config.microbatches) == algorithm.group
+    together = dealt_group(config, config.batch_size, parts * config.microbatches) == algorithm.group
     return config.microbatches == 1 or (together and not compares_batch)
 
 
@@ -120,7 +120,7 @@ def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[E
         reference_BT=judged.reference_BT,
         values_BT=judged.values_BT,
         greedy_B=greedy_B,
-        group=dealt_group(config, rows, parts, config.microbatches),
+        group=dealt_group(config, rows, parts * config.microbatches),
     )
     real_B = jnp.any(mask_BT, axis=1)
     mean = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0)) / jnp.maximum(jnp.sum(real_B), 1)

@@ -29,7 +29,7 @@ def rollout_layout(
         return None
     orders_XY = np.arange(len(prompt_B))[None] if orders_XY is None else orders_XY
     rows, parts, room = orders_XY.shape[1], model.row_parts, config.data.max_response_length
-    group = dealt_group(config, rows, parts, microbatches)
+    group = dealt_group(config, rows, parts * microbatches)
     if rows % (parts * microbatches):
         return None
     first_Y = np.arange(rows) % group == 0
@@ -40,10 +40,10 @@ def rollout_layout(
     return Layout(slots, parts, group, microbatches) if slots <= WORTH * each * (columns + room) else None
 
 
-def dealt_group(config: RLConfig, rows: int, parts: int, microbatches: int) -> int:
-    """Rows that stay together when rollouts are dealt out: a prompt's samples, where whole groups divide."""
+def dealt_group(config: RLConfig, rows: int, parts: int) -> int:
+    """Rows that stay together when rollouts are dealt out to so many parts: a prompt's samples, where whole groups divide."""
     samples = config.algorithm.group
-    return samples if rows % (parts * microbatches * samples) == 0 else 1
+    return samples if rows % (parts * samples) == 0 else 1
 
 
 def updates_rows(config: RLConfig, key: jax.Array) -> np.ndarray | None:
@@ -55,5 +55,5 @@ def updates_rows(config: RLConfig, key: jax.Array) -> np.ndarray | None:
     algorithm = config.algorithm
     if algorithm.updates == 1:
         return None
-    group = algorithm.group if config.batch_size % (algorithm.minibatches * algorithm.group) == 0 else 1
+    group = dealt_group(config, config.batch_size, algorithm.minibatches)
     return host(steps.dealt(key, config.batch_size, algorithm.epochs, algorithm.minibatches, group))
