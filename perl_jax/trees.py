@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from typing import Callable, Mapping
+import math
+from typing import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from perl_jax import hosts
 from perl_jax.types import Array, Tree
 
 _FINGERPRINT_SAMPLES = 4096
@@ -77,10 +79,55 @@ def fingerprint(tree: Tree) -> str:
 
 def leaf_mark(name: str, leaf: Array) -> bytes:
     """A leaf's part of the fingerprint; for trees whose leaves do not exist at one time."""
-    flat = leaf.reshape(-1)
-    stride = max(1, flat.shape[0] // _FINGERPRINT_SAMPLES)
-    sample = np.asarray(hosts.whole(flat[::stride])).astype(np.float32).astype(ml_dtypes.bfloat16)
+    if isinstance(leaf, jax.Array):
+        sample = np.asarray(sample_leaf(leaf, leaf.sharding))
+    else:
+        sample = np.asarray(leaf)[_sample_index(leaf.shape)]
+    sample = sample.reshape(-1).astype(np.float32).astype(ml_dtypes.bfloat16)
     return f"{name}{tuple(leaf.shape)}".encode() + sample.view(np.uint16).tobytes()
+
+
+def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """One index array a dimension, [X] each: every stride-th element of the flattened leaf."""
+    size = math.prod(shape)
+    positions = np.arange(0, size, max(1, size // _FINGERPRINT_SAMPLES))
+    return np.unravel_index(positions, shape) if shape else ()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
+    """The elements that a leaf's mark is of, [X] (a scalar leaf: itself), whole on every device.
+
+    place: the leaf's sharding. Each device reads the elements of its own part by their indices:
+    flattening a sharded leaf would put all of it on every device first, and so may a bitcast of it.
+    """
+    index = _sample_index(leaf.shape)
+    if not index or not isinstance(place, NamedSharding):
+        return leaf[index]
+    entries = (*place.spec, *[None] * (leaf.ndim - len(place.spec)))
+    axes = [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in entries]
+    local = functools.partial(_sample_part, index=index, axes=axes)
+    return jax.shard_map(local, mesh=place.mesh, in_specs=place.spec, out_specs=PartitionSpec(), check_vma=False)(leaf)
+
+
+def _sample_part(part: jax.Array, index: tuple[np.ndarray, ...], axes: Sequence[tuple[str, ...]]) -> jax.Array:
+    """A device's part -> the whole sample: its own elements, and by a sum those of the others.
+
+    axes: mesh axes of each dimension. Bits are added, not numbers: -0 + 0 would be 0.
+    """
+    mine_X, local = jnp.ones(index[0].shape, bool), []
+    for positions_X, size, names in zip(index, part.shape, axes, strict=True):
+        offset_X = positions_X.astype(np.int32) - (jax.lax.axis_index(names) * size if names else 0)
+        mine_X &= (offset_X >= 0) & (offset_X < size)
+        local.append(jnp.clip(offset_X, 0, size - 1))
+    bits_X = _as_bits(part[tuple(local)])
+    total_X = jax.lax.psum(jnp.where(mine_X, bits_X, jnp.zeros_like(bits_X)), [name for names in axes for name in names])
+    return total_X if bits_X.dtype == part.dtype else jax.lax.bitcast_convert_type(total_X, part.dtype)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """Floating-point numbers as whole ones of the same bits; whole numbers as they are."""
+    return jax.lax.bitcast_convert_type(x, f"uint{bits(x.dtype)}") if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def joined_marks(marks: Mapping[str, bytes]) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from perl_jax import trees
 from perl_jax.lora import Adapter
+from perl_jax.plan.topology import topology
 
 TREE = {"b": {"y": np.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]], np.float32)}, "a": [np.full(4, 2.0, jnp.bfloat16), np.zeros((), np.int32)]}
 
@@ -69,8 +70,46 @@ def test_fingerprint_is_of_values_rounded_to_bfloat16():
         assert trees.fingerprint({"x": np.where(np.arange(30)[:, None] == row, 1.02 * x, x)}) != first
 
 
-def test_fingerprint_of_a_sharded_tree_is_the_same():
-    x = np.arange(64, dtype=np.float32).reshape(8, 8)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
-    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d")))
-    assert trees.fingerprint({"x": sharded}) == trees.fingerprint({"x": x})
+def mark_by_flattening(name: str, array: np.ndarray) -> bytes:
+    """A leaf's mark by its definition: every stride-th element of the flattened array, in bfloat16."""
+    flat = array.reshape(-1)
+    sample = flat[:: max(1, flat.size // 4096)].astype(np.float32).astype(jnp.bfloat16)
+    return f"{name}{array.shape}".encode() + sample.view(np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 8, 1200), (None, "a", "b")),
+        ((3, 8, 1200), (None, ("b", "a"))),
+        ((3, 8, 1200), (None, None, "b")),
+        ((4, 6, 4, 90), ("b", None, "a")),
+        ((4100,), ("b",)),
+        ((5, 7), ()),
+        ((), ()),
+    ],
+)
+def test_a_mark_does_not_depend_on_where_the_leaf_lies(shape, spec, dtype):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    # Signed zeros among them: a sum over devices would lose their sign.
+    array = np.random.default_rng(0).integers(-2, 3, shape).astype(np.float32) * np.float32(-0.3)
+    array = np.asarray(array, jnp.dtype(dtype))
+    expected = mark_by_flattening("x", array)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    assert trees.leaf_mark("x", array) == expected
+    assert trees.leaf_mark("x", jnp.asarray(array)) == expected
+    assert trees.leaf_mark("x", jax.device_put(array, place)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(80, 8192, 28672), (80, 8192, 8192)])
+def test_a_mark_of_a_large_sharded_leaf_takes_no_memory_of_its_size(shape, dtype):
+    """The gate and the query kernel of Llama 70B on v5e:4x4: a flattened one is replicated, 72 GiB a chip."""
+    pytest.importorskip("libtpu")
+    mesh = jax.sharding.Mesh(np.asarray(topology("v5e:4x4")).reshape(1, 4, 4), ("data", "fsdp", "tensor"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
+    compiled = trees.sample_leaf.lower(jax.ShapeDtypeStruct(shape, dtype, sharding=place), place).compile()
+    account = compiled.memory_analysis()
+    assert account.argument_size_in_bytes >= np.prod(shape) * jnp.dtype(dtype).itemsize // 16
+    assert account.temp_size_in_bytes < 2**20
