@@ -16,14 +16,29 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from perl_jax import config as config_lib
 from perl_jax import hosts
 from perl_jax import lora as lora_lib
+from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.lora import Adapter, LoRAConfig
+from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.state import TrainState
+from perl_jax.types import Tree
 
 RECORD = "artefact.json"
-FORMAT = 1
+# 2: fingerprints cover what changes the function, and the content has checksums. Format 1 had neither.
+FORMAT = 2
+FORMATS = (1, 2)
+# The item of a checkpoint that holds the checksums of the others; older versions wrote none.
+_SEAL = "digests"
+
+
+class Damaged(UserError):
+    """What was saved is not what is there now; `step`: of the checkpoint."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Checkpoints:
@@ -47,7 +62,16 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder.absolute()
+        # Before the manager reads the metrics: it chooses the best step by them.
+        self._check_seals()
+        hosts.barrier("checkpoints checked")
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except Exception as error:
+            if hosts.lost(error):
+                raise
+            raise UserError(f"The checkpoints in {folder} cannot be read: {_first_line(error)}") from error
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step; None when there is none."""
@@ -58,23 +82,99 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        """Saves the state under its step; `metrics` only where they were measured at this step."""
+        """Saves the state under its step; `metrics` only where they were measured at this step.
+
+        Checksums of the state as it is in memory, of `host` and of `metrics` are part of the checkpoint.
+        """
         step = int(state.step)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(dict(host)))
-        self._manager.save(step, args=args, metrics=None if metrics is None else dict(metrics), force=True)
+        metrics = None if metrics is None or self._best is None else dict(metrics)
+        seal = config_lib.sealed({"state": trees.digests(state), "host": config_lib.digest(host), "metrics": config_lib.digest(metrics)})
+        items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(dict(host)), _SEAL: ocp.args.JsonSave(seal)}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """State (on the shardings of `abstract`'s leaves) and host state of a step, default the newest.
 
-        Raises UserError when the checkpoint's tree does not fit the job's.
+        Raises UserError when the checkpoint's tree does not fit the job's, and Damaged when what is
+        read is not what was saved.
         """
         step = self._manager.latest_step() if step is None else step
+        seal = self._seal(step)
+        wanted = {name: trees.kind(leaf) for name, leaf in trees.named_leaves(abstract).items()}
+        fits = seal is None or wanted == {name: text.partition(":")[0] for name, text in seal["state"].items()}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)
-        except ValueError as error:
-            raise UserError(f"The checkpoint of step {step} in {self._manager.directory} does not fit this job: {error}") from error
+        # Storage has errors of many kinds for bytes that it cannot read.
+        except Exception as error:
+            if hosts.lost(error) or (seal is None and not isinstance(error, ValueError)):
+                raise
+            if seal is not None and fits:
+                raise self._damage(step, _first_line(error)) from error
+            raise UserError(f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}") from error
+        if not fits:
+            other = sorted(name for name in wanted.keys() | seal["state"].keys() if wanted.get(name) != seal["state"].get(name, "").partition(":")[0])
+            raise UserError(f"The checkpoint of step {step} in {self.folder} does not fit this job: {', '.join(other)}.")
+        if seal is not None:
+            changed = changed_leaves(restored.state, seal["state"])
+            if changed or config_lib.digest(restored.host) != seal["host"]:
+                raise self._damage(step, ", ".join(changed) or "its data cursor")
         return restored.state, restored.host
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """`restore` of the newest whole checkpoint; damaged ones after it are removed, which is said.
+
+        Raises UserError when all are damaged.
+        """
+        damaged: list[Damaged] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self.restore(abstract, step)
+            except Damaged as error:
+                damaged.append(error)
+                continue
+            for error in damaged:
+                if hosts.is_writer():
+                    print(f"{error} It is removed, and the run goes on from step {step}.", flush=True)
+                self._manager.delete(error.step)
+            return found
+        raise UserError(f"{damaged[0]} There is no whole one; begin the run anew, in another --run folder.")
+
+    def _check_seals(self) -> None:
+        """Sets a damaged newest step aside where there are others; UserError for what cannot be done without.
+
+        The best step is chosen among all by their metrics, so that where one is kept all must be whole.
+        """
+        steps = sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal())
+        for step in steps:
+            try:
+                self._seal(step)
+            except Damaged as error:
+                if step == steps[-1] and len(steps) > 1:
+                    if hosts.is_writer():
+                        aside = self.folder / f"{step}.damaged"
+                        shutil.rmtree(aside, ignore_errors=True)
+                        (self.folder / str(step)).rename(aside)
+                        print(f"{error} It is set aside as {aside.name}.", flush=True)
+                elif self._best is not None or len(steps) == 1:
+                    raise
+
+    def _seal(self, step: int) -> dict[str, Any] | None:
+        """The checksums of a step, its metrics' already compared; None: an older version saved it."""
+        folder = self.folder / str(step)
+        if not (folder / _SEAL).exists():
+            return None
+        try:
+            seal = config_lib.read_json(folder / _SEAL / "metadata")
+            metrics = config_lib.read_json(folder / "metrics" / "metrics") if (folder / "metrics").exists() else None
+        except UserError as error:
+            raise self._damage(step, str(error).removesuffix(".")) from error
+        if not config_lib.is_whole(seal) or config_lib.digest(metrics) != seal["metrics"]:
+            raise self._damage(step, "its checksums or its metrics")
+        return seal
+
+    def _damage(self, step: int, what: str) -> Damaged:
+        return Damaged(f"The checkpoint of step {step} in {self.folder} is damaged ({what}): what is read is not what was saved.", step)
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -131,11 +231,27 @@ def record_of(adapter: Adapter, **values: Any) -> Record:
     )
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def changed_leaves(tree: Tree, saved: Mapping[str, str]) -> list[str]:
+    """Names of leaves whose content is not that of the saved digests (`trees.digests`)."""
+    return sorted(name for name, text in trees.digests(tree).items() if saved.get(name) != text)
+
+
+def base_fingerprint(config: ModelConfig, weights: str) -> str:
+    """16 hex digits of a base: its weights' (`trees.fingerprint`) and what its config makes of them."""
+    return config_lib.digest([weights, config.function])
+
+
 def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> None:
     """Writes `tree/` (Orbax) and `artefact.json`; the folder appears complete or not at all.
 
     Of several processes each writes what only it has of the tree, one the rest; all return when it is there.
+    `artefact.json` has a digest of each leaf, as it is in memory, and one of itself.
     """
+    content = trees.digests(adapter)
     temporary = folder.with_name(folder.name + ".tmp")
     if hosts.is_writer():
         shutil.rmtree(temporary, ignore_errors=True)
@@ -144,7 +260,8 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((temporary / "tree").absolute(), adapter)
     if hosts.is_writer():
-        config_lib.write_json(temporary / RECORD, config_lib.to_dict(record))
+        values = dataclasses.replace(record, format=FORMAT)
+        config_lib.write_json(temporary / RECORD, config_lib.sealed({**config_lib.to_dict(values), "digests": content}))
         _put_in_place(temporary, folder)
     hosts.barrier("artefact written")
 
@@ -163,13 +280,22 @@ def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
 
 def read_record(folder: pathlib.Path) -> Record:
     """The record of an artefact; a folder without one is a UserError."""
+    return _read_record(folder)[0]
+
+
+def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
+    """The record, and the digests of the tree's leaves; None: an older version wrote none."""
     path = folder / RECORD
     config_lib.require(path.exists(), f"{folder} is not an artefact: there is no {RECORD} in it.")
     values = config_lib.read_json(path)
     config_lib.require(isinstance(values, dict), f"{path} does not hold a JSON object.")
     found = values.get("format")
-    config_lib.require(found == FORMAT, f"{path} has format {found!r}; this version reads format {FORMAT}.")
-    return config_lib.from_dict(Record, values)
+    config_lib.require(found in FORMATS, f"{path} has format {found!r}; this version reads formats {' and '.join(map(str, FORMATS))}.")
+    if found > 1:
+        config_lib.require(config_lib.is_whole(values), f"{path} is damaged: it does not have the checksum that it was written with.")
+        values.pop("checksum")
+    content = values.pop("digests", None)
+    return config_lib.from_dict(Record, values), content
 
 
 def abstract_adapter(
@@ -186,19 +312,21 @@ def abstract_adapter(
 
 
 def load_artefact(
-    folder: pathlib.Path, lm: LanguageModel, *, base_fingerprint: str, base_name: str, role: str | None, shardings: Any = None
+    folder: pathlib.Path, lm: LanguageModel, *, weights: str, base_name: str, role: str | None, shardings: Any = None
 ) -> tuple[Adapter, Record]:
     """The adapter (float32) and the record of a saved role.
 
     Refuses, by name: another base than the one it was trained on; another role; a reward or value
-    artefact without its head; a tree that does not fit its record. role: None: whichever it holds.
+    artefact without its head; a tree that does not fit its record, or is not what was saved.
+    weights: the fingerprint of the base's (`trees.fingerprint`). role: None: whichever it holds.
     shardings: function from an abstract Adapter to its shardings; None: the default device.
     """
-    record = read_record(folder)
+    record, content = _read_record(folder)
+    base = weights if record.format == 1 else base_fingerprint(lm.config, weights)
     config_lib.require(
-        record.base_fingerprint == base_fingerprint,
+        record.base_fingerprint == base,
         f"{folder} was trained on the base {record.base_name} ({record.base_fingerprint}), "
-        f"not on {base_name} ({base_fingerprint}); give --model the base it belongs to.",
+        f"not on {base_name} ({base}); give --model the base it belongs to.",
     )
     config_lib.require(role in (None, record.role), f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.")
     config_lib.require(record.has_head or record.role == "policy", f"{folder} is a {record.role} artefact without its scalar head; it cannot score.")
@@ -212,8 +340,13 @@ def load_artefact(
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             adapter = checkpointer.restore((folder / "tree").absolute(), abstract)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"The tree in {folder} does not fit its {RECORD}: {str(error).splitlines()[0]}") from error
+    # Storage has errors of many kinds for bytes that it cannot read.
+    except Exception as error:
+        if hosts.lost(error):
+            raise
+        raise UserError(f"The tree in {folder} does not fit its {RECORD}, or is damaged: {_first_line(error)}") from error
+    changed = [] if content is None else changed_leaves(adapter, content)
+    config_lib.require(not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved.")
     return adapter, record
 
 

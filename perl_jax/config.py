@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -114,6 +115,24 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"There is no file {path}.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, {error.msg}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a JSON value, whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own digest in it, under `checksum`."""
+    values = {name: value for name, value in values.items() if name != "checksum"}
+    return values | {"checksum": digest(values)}
+
+
+def is_whole(values: Any) -> bool:
+    """Whether an object is as it was `sealed`."""
+    return isinstance(values, Mapping) and values.get("checksum") == sealed(values)["checksum"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -13,18 +14,22 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from perl_jax import checkpoint, trees
+from perl_jax import config as config_lib
 from perl_jax.checkpoint import Checkpoints, Record
 from perl_jax.config import OptimizerConfig, UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.lora import Adapter, LoRAConfig
+from perl_jax.models.config import Rope
 from perl_jax.state import TrainState, init_state, make_optimizer
 from tests import small
 
 BASE = small.make_base()
-PRINT = trees.fingerprint(BASE)
+WEIGHTS = trees.fingerprint(BASE)
+PRINT = checkpoint.base_fingerprint(small.CONFIG, WEIGHTS)
 OPTIMIZERS = {
     "policy": make_optimizer(OptimizerConfig(name="adamw", learning_rate=1e-3, warmup_steps=2, schedule="cosine"), 10),
     "reward": make_optimizer(OptimizerConfig(name="adafactor", head_learning_rate=1e-2), 10),
@@ -173,6 +178,100 @@ def test_a_checkpoint_of_another_job_is_refused(folder):
     checkpoints.close()
 
 
+# One changed bit.
+
+
+def flip(path: pathlib.Path, draw: random.Random) -> str:
+    """Turns one bit of a file; says which."""
+    content = bytearray(path.read_bytes())
+    at, bit = draw.randrange(len(content)), draw.randrange(8)
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    return f"{path}, byte {at}, bit {bit}"
+
+
+def files_below(folder: pathlib.Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+@functools.cache
+def few_leaves() -> TrainState:
+    """A state that is quick to save."""
+    lora = LoRAConfig(rank=2, targets="q")
+    state = init_state({"policy": small.make_adapter(lora=lora, head=False)}, {"policy": OPTIMIZERS["policy"]}, jax.random.key(0))
+    return state.replace(step=jnp.int32(3))
+
+
+FLIPS = [pytest.param(1, id="once"), pytest.param(12, id="often", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("times", FLIPS)
+def test_one_flipped_bit_in_a_checkpoint_never_passes(tmp_path, times):
+    older = few_leaves()
+    newer = older.replace(step=jnp.int32(4), roles=jax.tree.map(lambda leaf: leaf + 1, older.roles))
+    checkpoints = Checkpoints(tmp_path / "whole", best="accuracy")
+    checkpoints.save(older, {"cursor": 3}, {"accuracy": 0.5})
+    checkpoints.save(newer, {"cursor": 4}, {"accuracy": 0.25})
+    checkpoints.close()
+    seen, draw = {"refused": 0, "older": 0, "newer": 0}, random.Random(0)
+    for name in times * files_below(tmp_path / "whole" / "4"):
+        folder = tmp_path / "flipped"
+        shutil.copytree(tmp_path / "whole", folder)
+        where = flip(folder / "4" / name, draw)
+        try:
+            again = Checkpoints(folder, best="accuracy")
+            state, host = again.restore_newest(abstract(older))
+            best = again.best_step()
+            again.close()
+        except UserError as error:
+            assert str(folder) in str(error)
+            seen["refused"] += 1
+        else:
+            # The one before it, or the very same.
+            step = int(state.step)
+            small.assert_same(jax.tree.map(np.array, state), jax.tree.map(np.array, {3: older, 4: newer}[step]))
+            assert host == {"cursor": step} and best == 3, where
+            seen["older" if step == 3 else "newer"] += 1
+        shutil.rmtree(folder)
+    assert seen["older"] >= 3 * times, seen
+
+
+def test_a_damaged_array_is_named_and_the_checkpoint_before_it_taken(folder, capsys):
+    checkpoints = Checkpoints(folder)
+    older = few_leaves()
+    checkpoints.save(older, {"cursor": 3})
+    checkpoints.save(older.replace(step=jnp.int32(4)), {"cursor": 4})
+    checkpoints.close()
+    # What is in the newest one is whole to its storage, but not what its checksums are of.
+    shutil.rmtree(folder / "4" / "state")
+    with ocp.StandardCheckpointer() as checkpointer:
+        moved = jax.tree.map(lambda leaf: leaf, older).replace(step=jnp.int32(4))
+        kernel = moved.roles["policy"].lora["layers"]["attention"]["q"]
+        kernel["lora_b"] = kernel["lora_b"].at[0, 1, 3].mul(-1)
+        checkpointer.save(folder / "4" / "state", moved)
+    again = Checkpoints(folder)
+    with pytest.raises(UserError, match=r"The checkpoint of step 4 in .* is damaged \(roles/policy/lora/layers/attention/q/lora_b\)"):
+        again.restore(abstract(older))
+    state, host = again.restore_newest(abstract(older))
+    assert int(state.step) == 3 and host == {"cursor": 3}
+    assert "It is removed, and the run goes on from step 3." in capsys.readouterr().out
+    again.save(older.replace(step=jnp.int32(4)), {"cursor": 4})
+    assert int(again.restore(abstract(older))[0].step) == 4
+    again.close()
+
+
+def test_a_checkpoint_without_checksums_is_read_as_before(folder):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(few_leaves(), {"cursor": 3})
+    checkpoints.close()
+    shutil.rmtree(folder / "3" / "digests")
+    again = Checkpoints(folder)
+    state, host = again.restore_newest(abstract(few_leaves()))
+    again.close()
+    small.assert_same(jax.tree.map(np.array, state), jax.tree.map(np.array, few_leaves()))
+    assert host == {"cursor": 3}
+
+
 # Artefacts.
 
 
@@ -183,7 +282,7 @@ def record(role: str = "reward", **fields) -> Record:
 
 
 def load(folder, role: str = "reward", **options):
-    return checkpoint.load_artefact(folder, small.LM, base_fingerprint=PRINT, base_name="tiny", role=role, **options)
+    return checkpoint.load_artefact(folder, small.LM, weights=WEIGHTS, base_name="tiny", role=role, **options)
 
 
 @pytest.fixture
@@ -194,7 +293,7 @@ def artefact(tmp_path) -> pathlib.Path:
 
 def change_record(folder: pathlib.Path, **fields) -> None:
     path = folder / checkpoint.RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(config_lib.sealed(json.loads(path.read_text()) | fields)))
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora without head", "full"])
@@ -214,6 +313,7 @@ FRESH = """
 import pathlib, sys
 import jax, numpy as np
 from perl_jax import checkpoint, trees
+from perl_jax import config as config_lib
 from perl_jax.hf import checkpoint as hf_checkpoint, families
 from perl_jax.models.language_model import LanguageModel
 
@@ -222,7 +322,7 @@ np.random.default_rng(123).standard_normal(3)
 config = families.read_config(folder / "model")
 lm, base = LanguageModel(config), hf_checkpoint.load_base(folder / "model", config)
 adapter, record = checkpoint.load_artefact(
-    folder / "reward", lm, base_fingerprint=trees.fingerprint(base), base_name="again", role="reward"
+    folder / "reward", lm, weights=trees.fingerprint(base), base_name="again", role="reward"
 )
 batch = np.load(folder / "batch.npz")
 score_B = jax.jit(lm.score)(base, adapter, batch["tokens"], batch["valid"])
@@ -277,8 +377,8 @@ def test_an_interrupted_save_leaves_the_old_artefact(artefact, monkeypatch):
 def test_another_base_is_refused_and_both_are_named(artefact):
     other = trees.fingerprint(jax.tree.map(lambda leaf: 1.5 * np.array(leaf), BASE))
     with pytest.raises(UserError) as error:
-        checkpoint.load_artefact(artefact, small.LM, base_fingerprint=other, base_name="other", role="reward")
-    for text in (str(artefact), f"tiny ({PRINT})", f"other ({other})"):
+        checkpoint.load_artefact(artefact, small.LM, weights=other, base_name="other", role="reward")
+    for text in (str(artefact), f"tiny ({PRINT})", f"other ({checkpoint.base_fingerprint(small.CONFIG, other)})"):
         assert text in str(error.value)
 
 
@@ -325,10 +425,10 @@ def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=f"{path} is not an artefact: there is no artefact.json in it"):
             load(path)
-    change_record(artefact, format=2, surprise=True)
-    with pytest.raises(UserError, match="has format 2; this version reads format 1"):
+    change_record(artefact, format=3, surprise=True)
+    with pytest.raises(UserError, match="has format 3; this version reads formats 1 and 2"):
         load(artefact)
-    change_record(artefact, format=1)
+    change_record(artefact, format=2)
     with pytest.raises(UserError, match="Record has no field surprise"):
         load(artefact)
 
@@ -352,3 +452,78 @@ def test_an_abstract_adapter_has_the_trees_shapes():
         assert isinstance(specs, Adapter)
         shapes = lambda tree: {name: (leaf.shape, leaf.dtype) for name, leaf in trees.named_leaves(tree).items()}
         assert shapes(specs) == shapes(adapter)
+
+
+@pytest.mark.parametrize("times", FLIPS)
+def test_one_flipped_bit_in_an_artefact_never_passes(tmp_path, times):
+    adapter, written = small.make_adapter(lora=LoRAConfig(rank=2, targets="q")), record(lora=LoRAConfig(rank=2, targets="q"))
+    checkpoint.save_artefact(tmp_path / "whole", adapter, written)
+    caught, draw = [], random.Random(0)
+    for name in times * files_below(tmp_path / "whole"):
+        shutil.copytree(tmp_path / "whole", tmp_path / "flipped")
+        where = flip(tmp_path / "flipped" / name, draw)
+        try:
+            loaded, read = load(tmp_path / "flipped")
+        except UserError as error:
+            assert str(tmp_path / "flipped") in str(error)
+            caught.append(name)
+        else:
+            small.assert_same(loaded, adapter)
+            assert read == written, where
+        shutil.rmtree(tmp_path / "flipped")
+    assert caught.count("artefact.json") == times and any("/d/" in name for name in caught)
+
+
+def test_an_array_that_is_not_the_saved_one_is_refused(artefact):
+    values = json.loads((artefact / checkpoint.RECORD).read_text())
+    name, text = next(iter(values["digests"].items()))
+    change_record(artefact, digests=values["digests"] | {name: text[:-1] + ("0" if text[-1] != "0" else "1")})
+    with pytest.raises(UserError, match=f"The tree in {artefact} is damaged: {name} is not what was saved"):
+        load(artefact)
+
+
+def test_a_record_edited_by_hand_is_refused(artefact):
+    path = artefact / checkpoint.RECORD
+    path.write_text(path.read_text().replace('"score_std": 2.0', '"score_std": 3.0'))
+    with pytest.raises(UserError, match="artefact.json is damaged: it does not have the checksum that it was written with"):
+        load(artefact)
+
+
+def test_artefacts_of_format_1_are_read(artefact):
+    path = artefact / checkpoint.RECORD
+    values = json.loads(path.read_text()) | {"format": 1, "base_fingerprint": WEIGHTS}
+    del values["digests"], values["checksum"]
+    path.write_text(json.dumps(values))
+    loaded, read = load(artefact)
+    small.assert_same(loaded, small.make_adapter())
+    assert (read.format, read.score_std) == (1, 2.0)
+    path.write_text(json.dumps(values | {"base_fingerprint": PRINT}))
+    with pytest.raises(UserError, match="was trained on the base"):
+        load(artefact)
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"rope": Rope(theta=500_000.0)}, False),
+        ({"rope": Rope(scaling="linear", factor=2.0)}, False),
+        ({"norm_epsilon": 1e-6}, False),
+        ({"window": 8, "windowed": (0,)}, False),
+        ({"unrotated": (1,)}, False),
+        ({"logit_cap": 30.0}, False),
+        ({"attention_cap": 50.0}, False),
+        ({"activation": "gelu_tanh"}, False),
+        ({"query_scale": 0.5}, False),
+        ({"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "unroll": 3, "attention": "blocked", "max_positions": 128}, True),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for(artefact, fields, same):
+    lm = small.changed(**fields)
+    assert (checkpoint.base_fingerprint(lm.config, WEIGHTS) == PRINT) is same
+    read = lambda: checkpoint.load_artefact(artefact, lm, weights=WEIGHTS, base_name="tiny", role="reward")
+    if same:
+        small.assert_same(read()[0], small.make_adapter())
+    else:
+        with pytest.raises(UserError, match="was trained on the base tiny"):
+            read()

@@ -113,3 +113,40 @@ def test_a_mark_of_a_large_sharded_leaf_takes_no_memory_of_its_size(shape, dtype
     account = compiled.memory_analysis()
     assert account.argument_size_in_bytes >= np.prod(shape) * jnp.dtype(dtype).itemsize // 16
     assert account.temp_size_in_bytes < 2**20
+
+
+# Checksums of content.
+
+
+def content_sums(array: np.ndarray) -> str:
+    """The digits of `trees.digests`, element by element in whole numbers of Python."""
+    word = 2**32
+    mixture = lambda x: (lambda y: (lambda z: z ^ z >> 16)((y ^ y >> 13) * 0xC2B2AE35 % word))((x ^ x >> 16) * 0x85EBCA6B % word)
+    one = two = 0
+    for index, bits in enumerate(array.reshape(-1).view(f"uint{8 * array.itemsize}").tolist()):
+        first = mixture(bits ^ mixture((index + 0x9E3779B9) % word))
+        one, two = one + first, two + mixture((first + 0x85EBCA77 + index) % word)
+    return f"{one % word:08x}{two % word:08x}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "uint8"])
+def test_digests_by_hand(dtype):
+    array = np.asarray(100 * np.random.default_rng(0).random((3, 4, 5)), jnp.dtype(dtype))
+    assert trees.digests({"x": array}) == trees.digests({"x": jnp.asarray(array)}) == {"x": f"{dtype}[3,4,5]:{content_sums(array)}"}
+    assert trees.digests({"x": array[0, 0, :1].reshape(())}) == {"x": f"{dtype}[]:{content_sums(array[0, 0, :1])}"}
+
+
+def test_digests_see_every_bit_and_no_placement():
+    array = np.random.default_rng(0).standard_normal((8, 12)).astype(np.float32)
+    expected = trees.digests(array)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    for spec in (("a", "b"), (None, "a"), (("b", "a"),), ()):
+        assert trees.digests(jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))) == expected
+    found = {expected[""]}
+    for bit in range(0, 32 * array.size, 7):
+        changed = array.copy()
+        changed.reshape(-1).view(np.uint32)[bit // 32] ^= 1 << bit % 32
+        found.add(trees.digests(changed)[""])
+    # Elements that change places, NaN and the sign of zero are seen too.
+    found |= {trees.digests(other)[""] for other in (array[::-1].copy(), array[:, ::-1].copy(), np.where(array > 1, np.nan, array), 0 * array, 0 * -np.abs(array))}
+    assert len(found) == 1 + len(range(0, 32 * array.size, 7)) + 5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import pathlib
 from typing import Iterable, Sequence
 
@@ -74,9 +76,23 @@ class Tokenizer:
         """Readable text of ids, special tokens left out."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over the vocabulary, the special ids and the chat template."""
+        """16 hex digits of all that decides a text's ids: the tokenizer's own serialisation, special ids, the template.
+
+        The serialisation holds vocabulary, merges, normaliser, pre-tokenizer, post-processor, decoder and
+        added tokens. How it last padded or cut, which it holds too, is left out.
+        """
+        backend = getattr(self.inner, "backend_tokenizer", None)
+        if backend is None:
+            whole = {"kind": type(self.inner).__name__, "vocabulary": self.inner.get_vocab(), "added": repr(self.inner.added_tokens_decoder)}
+        else:
+            whole = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        return config_lib.digest([whole, self.bos_id, self.eos_id, self.inner.chat_template])
+
+    @property
+    def first_fingerprint(self) -> str:
+        """As artefacts of format 1 have it: over the vocabulary, bos, eos and the chat template."""
         vocabulary = sorted(self.inner.get_vocab().items(), key=lambda item: item[1])
         parts = (vocabulary, self.bos_id, self.eos_id, self.inner.chat_template)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -43,13 +43,18 @@ class Model:
     lm: LanguageModel
     base: Tree
     tokenizer: Tokenizer
-    fingerprint: str
+    weights_fingerprint: str
     quantise: QuantiseConfig = QuantiseConfig()
     shard_adapters: bool = False
 
     @property
     def mesh(self) -> Mesh:
         return self.lm.mesh
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base: its weights and what the model makes of them."""
+        return checkpoint.base_fingerprint(self.lm.config, self.weights_fingerprint)
 
     def adapter_shardings(self, abstract: Tree) -> Tree:
         """Where a role or a whole train state lives: full weights like the base, adapters as chosen, the rest replicated."""
@@ -106,10 +111,11 @@ class Model:
     def load_role(self, folder: str | pathlib.Path, role: str | None = None) -> tuple[Adapter, Record]:
         """An artefact of this base; refused by name when it belongs to another base or, where asked, role."""
         adapter, record = checkpoint.load_artefact(
-            pathlib.Path(folder), self.lm, base_fingerprint=self.fingerprint, base_name=self.name, role=role, shardings=self.adapter_shardings
+            pathlib.Path(folder), self.lm, weights=self.weights_fingerprint, base_name=self.name, role=role, shardings=self.adapter_shardings
         )
+        known = self.tokenizer.first_fingerprint if record.format == 1 else self.tokenizer.fingerprint
         require(
-            record.tokenizer_fingerprint == self.tokenizer.fingerprint,
+            record.tokenizer_fingerprint == known,
             f"{folder} was trained with another tokenizer than the one in {self.name}; use the folder it was trained with.",
         )
         return adapter, record

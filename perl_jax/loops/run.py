@@ -178,7 +178,8 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
     """The steps from the newest checkpoint on; the best validated state where the loop has one."""
     start = checkpoints.latest_step()
     if start is not None:
-        state, saved = checkpoints.restore(_abstract(state))
+        state, saved = checkpoints.restore_newest(_abstract(state))
+        start = int(state.step)
         loop.batches.set_state(saved["cursor"])
     begin = int(state.step)
     writes = hosts.is_writer()

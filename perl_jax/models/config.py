@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from perl_jax import config as config_lib
 from perl_jax.lora import LINEAR
@@ -35,6 +35,10 @@ class Rope:
             config_lib.positive(f"rope.{field}", getattr(self, field))
         rising = self.scaling != "llama3" or self.high_factor > self.low_factor
         config_lib.require(rising, f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, {self.low_factor}.")
+
+
+# How and in which precision a model is computed, and how long its rows may be: no part of its function.
+COMPUTING = ("dtype", "param_dtype", "remat", "unroll", "attention", "max_positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,3 +122,17 @@ class ModelConfig:
     def attention_scale(self) -> float:
         """What q k^T is multiplied by."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def function(self) -> dict[str, Any]:
+        """The settings that the numbers depend on, given the weights; those at their defaults are left out.
+
+        So a setting that a later version adds leaves the models that do not use it as they are.
+        """
+        return {name: value for name, value in _unlike_defaults(self).items() if name not in COMPUTING}
+
+
+def _unlike_defaults(config: Any) -> dict[str, Any]:
+    """Fields of a frozen config that differ from their defaults, nested configs in the same way."""
+    fields = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {name: _unlike_defaults(value) if dataclasses.is_dataclass(value) else value for name, (value, default) in fields.items() if value != default}
