@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pathlib
 import shutil
@@ -31,6 +32,10 @@ FORMAT = 2
 FORMATS = (1, 2)
 # The item of a checkpoint that holds the checksums of the others; older versions wrote none.
 _SEAL = "digests"
+
+
+# Characters of an error of the storage in a message.
+_SAID = 300
 
 
 class Damaged(UserError):
@@ -110,6 +115,7 @@ class Checkpoints:
             if hosts.lost(error) or (seal is None and not isinstance(error, ValueError)):
                 raise
             if seal is not None and fits:
+                _say_once()
                 raise self._damage(step, _first_line(error)) from error
             raise UserError(f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}") from error
         if not fits:
@@ -232,7 +238,18 @@ def record_of(adapter: Adapter, **values: Any) -> Record:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """What storage says, without its settings, which are a page."""
+    line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
+    return (line if len(line) <= _SAID else f"{line[:_SAID]} ...") or type(error).__name__
+
+
+def _say_once() -> None:
+    """Keeps asyncio from showing, much later, what the other reads of a checkpoint failed of too."""
+    logging.getLogger("asyncio").addFilter(_retrieved)
+
+
+def _retrieved(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def changed_leaves(tree: Tree, saved: Mapping[str, str]) -> list[str]:
@@ -344,6 +361,7 @@ def load_artefact(
     except Exception as error:
         if hosts.lost(error):
             raise
+        _say_once()
         raise UserError(f"The tree in {folder} does not fit its {RECORD}, or is damaged: {_first_line(error)}") from error
     changed = [] if content is None else changed_leaves(adapter, content)
     config_lib.require(not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved.")
