@@ -6,7 +6,7 @@ RUN_ARGS ?=
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 TEST_ARGS ?=
 
-.PHONY: run test test-slow clean
+.PHONY: run test test-slow test-all clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
@@ -15,7 +15,12 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n 2 -m slow $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 -m "slow and not exhaustive" $(TEST_ARGS)
+
+# Everything: the third tier alone, then the quick one again as XLA ships its optimisations.
+test-all: test test-slow
+	$(VENV)/bin/python -m pytest -n 2 -m exhaustive $(TEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

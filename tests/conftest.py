@@ -8,7 +8,9 @@ with), and kept where all workers and processes of a session find them.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -33,7 +35,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.tiers import QUICK, TIERS, tier_of  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+_TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Gives each test its tier's mark (`tests/tiers.py`), before any is deselected by it."""
+    found: dict[str, set[str]] = {}
+    for item in items:
+        file = item.path.relative_to(_TESTS).as_posix()
+        test = item.nodeid.partition("::")[2]
+        found.setdefault(file, set()).update({test, test.partition("[")[0]})
+        tier = tier_of(file, test)
+        if tier is not None:
+            item.own_markers[:] = [mark for mark in item.own_markers if mark.name not in ("slow", "exhaustive")]
+            if tier != QUICK:
+                item.add_marker(tier)
+    # Only where whole files were collected can a name be missing.
+    if not any("::" in argument for argument in config.args):
+        absent = [f"{file}::{test}" for file in TIERS if file in found for test in TIERS[file] if test not in found[file]]
+        if absent:
+            raise pytest.UsageError(f"tests/tiers.py names tests that do not exist: {', '.join(absent)}.")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,3 +67,38 @@ def dataset_cache(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("datasets")
     os.environ["PERL_JAX_CACHE"] = str(folder)
     return folder
+
+
+# What was compiled while tests were collected: each worker would do it again before its first test.
+_compiled_early: list[str] = []
+_collecting = True
+
+
+def _compiled(event: str, _seconds: float, **_details: object) -> None:
+    if _collecting and "backend_compile" in event:
+        _compiled_early.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_compiled)
+
+
+def pytest_collection_finish() -> None:
+    """Refuses test modules that compute with JAX when they are imported."""
+    global _collecting
+    _collecting = False
+    if _compiled_early:
+        raise pytest.UsageError(f"{len(_compiled_early)} programs were compiled while tests were collected; make arrays with NumPy there, or inside tests.")
+
+
+# Linux lets a process have 65,530 pieces of memory. Each compiled program has several, and a process without one crashes.
+_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets go of compiled programs between modules when there are many; those that are needed again come from the disk."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MAPS:
+        jax.clear_caches()
+        gc.collect()

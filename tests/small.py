@@ -19,9 +19,9 @@ import pytest
 
 from perl_jax import steps, trees
 from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.lora import Adapter, LoRAConfig, init_head
+from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.rl.losses import bradley_terry
 from perl_jax.types import Tokens, Tree
 
@@ -40,43 +40,63 @@ def changed(**fields: Any) -> LanguageModel:
 
 
 @functools.cache
-def initial_base(lm: LanguageModel, seed: int) -> Tree:
-    """The weights a model begins its pre-training with."""
-    return jax.jit(lm.init_base)(jax.random.key(seed))
-
-
-@functools.cache
 def make_base(lm: LanguageModel = LM, seed: int = 0) -> Tree:
-    """Fresh weights, at 1 / sqrt(in) far from uniform attention, and norms that are not all 1."""
-    base = initial_base(lm, seed)
+    """Fresh weights, at 1 / sqrt(in) far from uniform attention, and norms that are not all 1.
+
+    Drawn by NumPy: nothing is compiled, so a test module may call it while it is collected.
+    """
     noise = np.random.default_rng(seed)
 
-    def leaf(name: str, weight: jax.Array) -> jax.Array:
+    def leaf(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        drawn = noise.standard_normal(spec.shape)
         if name.endswith("scale"):
-            return weight + 0.2 * noise.standard_normal(weight.shape).astype(weight.dtype)
-        return weight
+            drawn = 0.2 * drawn + (0.0 if lm.config.unit_offset_norms else 1.0)
+        elif name.endswith("bias"):
+            drawn = np.zeros(spec.shape)
+        else:
+            drawn = drawn / np.sqrt(lm.config.width if name.startswith("outer/") else spec.shape[-2])
+        return jax.device_put(drawn.astype(spec.dtype))
 
-    return trees.map_named(leaf, base)
+    return trees.map_named(leaf, lm.abstract_base())
+
+
+def drawn_lora(lm: LanguageModel, lora: LoRAConfig, seed: int) -> Tree:
+    """LoRA leaves as training begins it (A random, B zero, or the other way round), in NumPy."""
+    noise = np.random.default_rng((seed, 1))
+    random = {"b-zero": "lora_a", "a-zero": "lora_b"}[lora.init]
+
+    def leaf(name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        bound = 1 / np.sqrt(spec.shape[-2])
+        drawn = noise.uniform(-bound, bound, spec.shape) if name.endswith(random) else np.zeros(spec.shape)
+        return drawn.astype(spec.dtype)
+
+    return trees.map_named(leaf, lm.abstract_lora(lora))
+
+
+def make_fresh(lm: LanguageModel = LM, lora: LoRAConfig = LORA, seed: int = 1) -> Adapter:
+    """An adapter as training begins it, without a head."""
+    return Adapter(lora=jax.device_put(drawn_lora(lm, lora, seed)), config=lora)
 
 
 def make_adapter(lm: LanguageModel = LM, lora: LoRAConfig = LORA, seed: int = 1, *, head: bool = True) -> Adapter:
     """An adapter as if trained: B is not zero. With a scalar head whose bias is not zero either."""
     noise = np.random.default_rng(seed)
-    fresh = lm.init_adapter(jax.random.key(seed), lora)
-    moved = trees.map_named(lambda name, leaf: leaf + 0.1 * noise.standard_normal(leaf.shape).astype(np.float32), fresh.lora)
-    return fresh.replace(lora=moved, head=make_head(lm, seed) if head else None)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape).astype(np.float32), drawn_lora(lm, lora, seed))
+    return Adapter(lora=jax.device_put(moved), head=make_head(lm, seed) if head else None, config=lora)
 
 
 def make_full(base: Tree, lm: LanguageModel = LM, seed: int = 2) -> Adapter:
     """Full weights that have moved away from the base, with a head."""
     noise = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda leaf: leaf + 0.02 * noise.standard_normal(leaf.shape).astype(np.float32), full_weights(base).weights)
+    moved = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float32) + 0.02 * noise.standard_normal(leaf.shape).astype(np.float32)), base)
     return Adapter(weights=moved, head=make_head(lm, seed))
 
 
 def make_head(lm: LanguageModel = LM, seed: int = 3) -> Tree:
-    head = init_head(jax.random.key(seed), lm.config.width)
-    return head | {"bias": head["bias"] + 0.3}
+    """A scalar head with N(0, 1 / sqrt(D + 1)) weights and a bias that is not zero."""
+    width = lm.config.width
+    kernel_D = np.random.default_rng((seed, 2)).standard_normal(width) / np.sqrt(width + 1)
+    return {"kernel": jax.device_put(kernel_D.astype(np.float32)), "bias": jax.device_put(np.float32(0.3))}
 
 
 def make_valid(rows: Sequence[tuple[str, int]], columns: int) -> np.ndarray:

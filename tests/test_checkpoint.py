@@ -28,12 +28,19 @@ from perl_jax.state import TrainState, init_state, make_optimizer
 from tests import small
 
 BASE = small.make_base()
-WEIGHTS = trees.fingerprint(BASE)
-PRINT = checkpoint.base_fingerprint(small.CONFIG, WEIGHTS)
 OPTIMIZERS = {
     "policy": make_optimizer(OptimizerConfig(name="adamw", learning_rate=1e-3, warmup_steps=2, schedule="cosine"), 10),
     "reward": make_optimizer(OptimizerConfig(name="adafactor", head_learning_rate=1e-2), 10),
 }
+
+
+@functools.cache
+def weights() -> str:
+    return trees.fingerprint(BASE)
+
+
+def fingerprint() -> str:
+    return checkpoint.base_fingerprint(small.CONFIG, weights())
 
 
 def make_state(seed: int = 0, lora: LoRAConfig = small.LORA) -> TrainState:
@@ -276,13 +283,13 @@ def test_a_checkpoint_without_checksums_is_read_as_before(folder):
 
 
 def record(role: str = "reward", **fields) -> Record:
-    values = {"tuning": "lora", "lora": small.LORA, "has_head": True, "base_name": "tiny", "base_fingerprint": PRINT}
+    values = {"tuning": "lora", "lora": small.LORA, "has_head": True, "base_name": "tiny", "base_fingerprint": fingerprint()}
     values |= {"tokenizer_fingerprint": "f" * 16, "step": 12, "metrics": {"accuracy": 0.75}, "score_mean": 0.5, "score_std": 2.0}
     return Record(role=role, **values | fields)
 
 
 def load(folder, role: str = "reward", **options):
-    return checkpoint.load_artefact(folder, small.LM, weights=WEIGHTS, base_name="tiny", role=role, **options)
+    return checkpoint.load_artefact(folder, small.LM, weights=weights(), base_name="tiny", role=role, **options)
 
 
 @pytest.fixture
@@ -378,7 +385,7 @@ def test_another_base_is_refused_and_both_are_named(artefact):
     other = trees.fingerprint(jax.tree.map(lambda leaf: 1.5 * np.array(leaf), BASE))
     with pytest.raises(UserError) as error:
         checkpoint.load_artefact(artefact, small.LM, weights=other, base_name="other", role="reward")
-    for text in (str(artefact), f"tiny ({PRINT})", f"other ({checkpoint.base_fingerprint(small.CONFIG, other)})"):
+    for text in (str(artefact), f"tiny ({fingerprint()})", f"other ({checkpoint.base_fingerprint(small.CONFIG, other)})"):
         assert text in str(error.value)
 
 
@@ -491,13 +498,13 @@ def test_a_record_edited_by_hand_is_refused(artefact):
 
 def test_artefacts_of_format_1_are_read(artefact):
     path = artefact / checkpoint.RECORD
-    values = json.loads(path.read_text()) | {"format": 1, "base_fingerprint": WEIGHTS}
+    values = json.loads(path.read_text()) | {"format": 1, "base_fingerprint": weights()}
     del values["digests"], values["checksum"]
     path.write_text(json.dumps(values))
     loaded, read = load(artefact)
     small.assert_same(loaded, small.make_adapter())
     assert (read.format, read.score_std) == (1, 2.0)
-    path.write_text(json.dumps(values | {"base_fingerprint": PRINT}))
+    path.write_text(json.dumps(values | {"base_fingerprint": fingerprint()}))
     with pytest.raises(UserError, match="was trained on the base"):
         load(artefact)
 
@@ -520,8 +527,8 @@ def test_artefacts_of_format_1_are_read(artefact):
 )
 def test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for(artefact, fields, same):
     lm = small.changed(**fields)
-    assert (checkpoint.base_fingerprint(lm.config, WEIGHTS) == PRINT) is same
-    read = lambda: checkpoint.load_artefact(artefact, lm, weights=WEIGHTS, base_name="tiny", role="reward")
+    assert (checkpoint.base_fingerprint(lm.config, weights()) == fingerprint()) is same
+    read = lambda: checkpoint.load_artefact(artefact, lm, weights=weights(), base_name="tiny", role="reward")
     if same:
         small.assert_same(read()[0], small.make_adapter())
     else:

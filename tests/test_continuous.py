@@ -20,8 +20,9 @@ from tests import small
 BASE, ADAPTER = small.make_base(), small.make_adapter()
 S, C, PAD = 5, 24, 60
 # Several stops: responses of very different lengths.
-CONFIG = SamplingConfig(C, stop_ids=(3, 11, 29, 41), pad_id=PAD)
-KEY = jax.random.key_data(jax.random.key(4))
+CONFIG = SamplingConfig(C, stop_ids=(3, 11, 29), pad_id=PAD)
+# The raw data of jax.random.key(4).
+KEY = np.array([0, 4], np.uint32)
 
 
 def prompts(number: int, filler: int | None = None) -> Prompts:

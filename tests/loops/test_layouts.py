@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,12 +13,16 @@ from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slot
 from perl_jax.data.pipeline import Batches, BatchSpec
 from perl_jax.data.tokenise import Ragged, TokenRows
 from perl_jax.loops.layouts import LEVELS, rollout_layout, updates_rows
+from perl_jax.loops.model import Model
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.types import Layout
 from tests import small
 from tests.rollouts import placed_model, rl_config
 
-MODEL = placed_model(small.LM, small.make_base())
+
+@functools.cache
+def model() -> Model:
+    return placed_model(small.LM, small.make_base())
 
 
 @pytest.mark.parametrize(("parts", "microbatches"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (1, 16)])
@@ -80,7 +86,7 @@ def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
 def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> Layout | None:
     config = rl_config(room=room, algorithm=AlgorithmConfig(name="rloo", samples=4), **fields)
     response_B = np.broadcast_to(np.asarray(response), 8)
-    return rollout_layout(MODEL, config, np.full(8, prompt), response_B, columns, microbatches)
+    return rollout_layout(model(), config, np.full(8, prompt), response_B, columns, microbatches)
 
 
 @pytest.mark.parametrize(("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)])
@@ -100,7 +106,7 @@ def test_updates_have_the_layout_of_the_fullest():
     config = rl_config(room=32, algorithm=AlgorithmConfig(name="rloo", samples=2, minibatches=2))
     response_B = np.array([1, 1, 32, 32, 1, 1, 1, 1])
     orders = lambda *rows: np.array(rows)
-    of = lambda orders_XY: rollout_layout(MODEL, config, np.full(8, 4), response_B, 8, 1, orders_XY)
+    of = lambda orders_XY: rollout_layout(model(), config, np.full(8, 4), response_B, 8, 1, orders_XY)
     assert of(orders([0, 1, 4, 5], [2, 3, 6, 7])) == Layout(128, 1, 2)
     assert of(orders([0, 1, 4, 5], [6, 7, 0, 1])) == Layout(64, 1, 2)
 
@@ -134,5 +140,5 @@ def test_rows_that_do_not_divide_over_minibatches_are_refused():
 def test_packing_can_be_switched_off():
     config = rl_config(room=32)
     off = rl_config(room=32, data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off"))
-    assert rollout_layout(MODEL, off, np.full(8, 4), np.full(8, 1), 8, 1) is None
-    assert rollout_layout(MODEL, config, np.full(8, 4), np.full(8, 1), 8, 1) is not None
+    assert rollout_layout(model(), off, np.full(8, 4), np.full(8, 1), 8, 1) is None
+    assert rollout_layout(model(), config, np.full(8, 4), np.full(8, 1), 8, 1) is not None

@@ -25,7 +25,7 @@ from tests.rollouts import Rehearsal, placed_model, prompts, rl_config
 
 LM = small.changed(layers=2)
 BASE = small.make_base(LM)
-FRESH = LM.init_adapter(jax.random.key(5), small.LORA)
+FRESH = small.make_fresh(LM)
 TRAINED = small.make_adapter(LM, head=False)
 REWARD = small.make_adapter(LM, seed=7)
 

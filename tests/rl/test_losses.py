@@ -143,7 +143,7 @@ def test_squared_error_by_hand(wrap):
 
 
 # Differences of log-ratios h = 2 log 3 and -2 log 2, the third row filler.
-PREFERENCE = (jnp.array([2 * LOG3 - 1, -LOG2, NAN]), jnp.array([-1.0, LOG2, NAN]), jnp.array([1.0, 0.5, 0.0]))
+PREFERENCE = tuple(np.array(values, np.float32) for values in ([2 * LOG3 - 1, -LOG2, NAN], [-1.0, LOG2, NAN], [1.0, 0.5, 0.0]))
 
 
 @pytest.mark.parametrize(
