@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -28,6 +29,7 @@ from perl_jax.data.bucketing import (
     packed_slots,
     training_plan,
 )
+from perl_jax.data.store import OPEN
 from perl_jax.data.tokenise import Encoder, TokenRows, fill, tokenise
 from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
@@ -89,17 +91,18 @@ class Batches:
     """The batches of tokenised rows: `len`-less, iterable, every iteration starts at the beginning.
 
     steps_per_epoch: batches of one epoch. lengths: the padded lengths batches may have.
+    columns: a digest of what the rows have beside their tokens (`columns_digest`).
     Raises UserError when training has fewer rows than a batch, or explicit buckets do not fit.
     """
 
-    def __init__(self, rows: TokenRows, spec: BatchSpec, pad_id: int) -> None:
+    def __init__(self, rows: TokenRows, spec: BatchSpec, pad_id: int, columns: str = "") -> None:
         lengths = rows.lengths
         require(len(lengths) > 0, f"There are no {rows.kind} rows to make batches of.")
         require(
             spec.shuffle_seed is None or len(lengths) >= spec.batch_size,
             f"There are {len(lengths)} {rows.kind} rows, fewer than batch.batch_size, which is {spec.batch_size}.",
         )
-        self.rows, self.spec, self.pad_id = rows, spec, pad_id
+        self.rows, self.spec, self.pad_id, self.columns = rows, spec, pad_id, columns
         if spec.buckets is None:
             self.lengths = bucket_edges(lengths, spec.bucket_count, spec.longest(rows.kind))
         else:
@@ -119,6 +122,17 @@ class Batches:
         spec, digest = self.spec, hashlib.blake2b(digest_size=8)
         digest.update(np.ascontiguousarray(self.rows.lengths).tobytes())
         digest.update(repr((self.rows.kind, spec.batch_size, spec.shuffle_seed, self.lengths)).encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Of what the rows hold: their tokens, numbers and, for prompts, every column."""
+        digest = hashlib.blake2b(self.columns.encode(), digest_size=8)
+        for ragged in (self.rows.prompts, *self.rows.responses):
+            digest.update(np.ascontiguousarray(ragged.lengths).tobytes())
+            digest.update(np.ascontiguousarray(ragged.values).tobytes())
+        for name, values in sorted(self.rows.numbers.items()):
+            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
     def _plan(self, epoch: int) -> Plan:
@@ -221,20 +235,34 @@ class BatchIterator(Iterator):
 
     def get_state(self) -> dict:
         """The cursor: batches handed out so far (prefetched ones do not count)."""
-        return {"grain": self._iterator.get_state(), "rows": self.batches.fingerprint}
+        return {"grain": self._iterator.get_state(), "rows": self.batches.fingerprint, "content": self.batches.content}
 
     def set_state(self, state: Mapping) -> None:
-        """Continues where `get_state` was taken. UserError if the rows or batching differ since."""
+        """Continues where `get_state` was taken. UserError if the rows or batching differ since.
+
+        A state of an older version has no `content`; then only the rows' lengths are compared.
+        """
         if state.get("rows") != self.batches.fingerprint:
             raise UserError("The data cursor was saved with other rows or batch settings; resume with the same ones.")
+        if state.get("content", self.batches.content) != self.batches.content:
+            raise UserError("The rows of --data are others than those that the data cursor was saved with (their tokens, numbers or columns differ); resume with the same ones.")
         self._iterator.set_state(dict(state["grain"]))
 
 
 def make_batches(rows: Iterable[Mapping], kind: str, encoder: Encoder, spec: BatchSpec) -> Batches:
     """Batches of a kind's rows: demonstrations and corpus -> Tokens, comparisons -> Pairs,
     labels and ratings -> Labelled, prompts -> Prompts."""
+    rows = list(rows)
     tokens = tokenise(rows, kind, encoder, spec.max_prompt_length, spec.max_response_length)
-    return Batches(tokens, spec, encoder.pad_id)
+    return Batches(tokens, spec, encoder.pad_id, columns_digest(rows) if kind in OPEN else "")
+
+
+def columns_digest(rows: Iterable[Mapping]) -> str:
+    """Of all columns of all rows: rewards read the text of prompts, and other columns."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def collate(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Batch:

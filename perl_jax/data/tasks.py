@@ -22,6 +22,7 @@ class Task:
     """A source of rows.
 
     open(kind, split, options) -> RowSource: random access to rows, prepared on first use.
+    content(kind, options): a JSON value that determines the rows: seeds, sizes, hashes of files.
     gold(prompts, responses) -> float32 rewards; None where the true reward is not known.
     splits: the splits that each kind has (`judge`: comparisons and labels kept for a judge).
     """
@@ -30,13 +31,14 @@ class Task:
     description: str
     kinds: tuple[str, ...]
     open: Callable[[str, str, DataOptions], RowSource]
+    content: Callable[[str, DataOptions], object]
     gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None
     splits: dict[str, tuple[str, ...]]
 
 
 def task_of(builder: type[RowsBuilder], description: str, gold: Callable | None = None) -> Task:
     splits = dict(builder.kind_splits())
-    return Task(builder.name, description, tuple(splits), functools.partial(open_rows, builder), gold, splits)
+    return Task(builder.name, description, tuple(splits), functools.partial(open_rows, builder), builder.content, gold, splits)
 
 
 TASKS: dict[str, Task] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -30,6 +31,8 @@ from perl_jax.types import Tree
 # Weights are read from disk in pieces of at most so many bytes (one row at least).
 _PIECE_BYTES = 2**24
 _STRIP = 128
+# Rows of each tensor that `sampled_content` reads, at least, where there are as many.
+_SAMPLED_ROWS = 16
 # First index of a part and the one after its last, in one dimension.
 Bounds = tuple[int, int]
 # Dtypes that weights may be stored in.
@@ -168,6 +171,25 @@ def read_tensor(stored: Stored) -> np.ndarray:
     """A whole tensor as it is stored."""
     with safe_open(stored.path, framework="numpy") as handle:
         return handle.get_tensor(stored.name)
+
+
+def sampled_content(folder: pathlib.Path) -> dict[str, list]:
+    """Of each tensor its dtype, shape and a digest of some of its rows, read from the files: tells bases apart in seconds."""
+    found = {}
+    by_path: dict[pathlib.Path, list[Stored]] = {}
+    for stored in stored_tensors(folder).values():
+        by_path.setdefault(stored.path, []).append(stored)
+    for path, tensors in by_path.items():
+        with safe_open(path, framework="numpy") as handle:
+            for stored in tensors:
+                rows, digest = stored.shape[0] if stored.shape else 0, hashlib.blake2b(digest_size=8)
+                part = handle.get_slice(stored.name)
+                # A vector is read whole: a norm's scales are few.
+                few = range(0, rows, max(1, rows // _SAMPLED_ROWS)) if len(stored.shape) > 1 else ()
+                for piece in (part[row : row + 1] for row in few) if few else (handle.get_tensor(stored.name),):
+                    digest.update(np.ascontiguousarray(piece).tobytes())
+                found[stored.name] = [stored.dtype, list(stored.shape), digest.hexdigest()]
+    return found
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:

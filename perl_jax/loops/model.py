@@ -18,7 +18,7 @@ from perl_jax.data.tasks import DataOptions
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families
 from perl_jax.hf.tokenizer import Tokenizer
-from perl_jax.lora import Adapter
+from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.loops.jobs import DataConfig, JobConfig, ModelOptions
 from perl_jax.models import kernels
 from perl_jax.models.config import ModelConfig
@@ -192,11 +192,28 @@ def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.
         return fresh_role(model, config, key)
     adapter, record = model.load_role(folder, "policy")
     if config.tuning == record.tuning:
+        check_adapter(folder, record, config.lora)
         return adapter
     if config.tuning == "lora":
         raise UserError(f"{folder} is fully tuned; an adapter needs a frozen base: use --tuning full, or start from an adapter.")
     _require_dense(config)
     return full_weights(lora.merge(model.base, adapter))
+
+
+def check_adapter(folder: str, record: Record, given: LoRAConfig) -> None:
+    """Refuses settings of an adapter that the artefact decides and has otherwise.
+
+    A config cannot tell its defaults from values that were given; one that is the default is taken as not given.
+    """
+    if record.lora is None:
+        return
+    defaults, decided = vars(LoRAConfig()), vars(record.lora)
+    for name, wanted in vars(given).items():
+        found = decided[name]
+        require(
+            wanted in (found, defaults[name]),
+            f"lora.{name} is {wanted!r}; {folder}, which this run goes on from, has {found!r}: leave it out, or begin a fresh adapter with --stack-on.",
+        )
 
 
 def _require_dense(config: JobConfig) -> None:

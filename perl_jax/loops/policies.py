@@ -18,7 +18,7 @@ from perl_jax.continuous import ContinuousSampler
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import Adapter
-from perl_jax.loops import scoring
+from perl_jax.loops import scoring, stands
 from perl_jax.loops.jobs import EvaluateConfig, RolloutConfig
 from perl_jax.loops.model import Model, check_context, host, load_model
 from perl_jax.loops.scoring import Scorer, response_texts
@@ -171,11 +171,24 @@ def sample_rows(prompts: Sequence[str], policy: Responses, baseline: Responses) 
     return [{"prompt": prompt, "sft": cell(baseline, i), "rl": cell(policy, i)} for i, prompt in enumerate(prompts)]
 
 
+def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: stands.Prints) -> bool:
+    """Whether an evaluation is there, with this config and of what its paths hold now."""
+    if not path.exists() or None in now.values():
+        return False
+    found = config_lib.read_json(path)
+    return found.get("config") == config and found.get("stands") == now
+
+
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
-    """Writes evaluation.json and samples.jsonl into the run's folder; returns the folder."""
+    """Writes evaluation.json and samples.jsonl into the run's folder; returns the folder.
+
+    One that is there stays if it has the same settings and is of the same policies, base, rewards and
+    prompts: not only of the same paths.
+    """
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
-    if hosts.agreed(path.exists() and config_lib.read_json(path).get("config") == config_lib.to_dict(config)):
+    now = stands.prints("evaluate", config)
+    if hosts.agreed(_is_of(path, config_lib.to_dict(config), now)):
         return folder
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
@@ -207,7 +220,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         ours, prompts = respond(job, policy, baseline)
         theirs, _ = respond(job, baseline, baseline)
     judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"
-    results = {"policies": {"sft": describe(theirs), "rl": describe(ours)}, **compare(ours, theirs, judge), "config": config_lib.to_dict(config)}
+    results = {"policies": {"sft": describe(theirs), "rl": describe(ours)}, **compare(ours, theirs, judge), "config": config_lib.to_dict(config), "stands": now}
     if hosts.is_writer():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():

@@ -19,6 +19,7 @@ from perl_jax.checkpoint import Checkpoints
 from perl_jax.config import Stopped, TrainingError
 from perl_jax.hosts import Termination
 from perl_jax.lora import trainable
+from perl_jax.loops import stands
 from perl_jax.loops.jobs import JobConfig
 from perl_jax.loops.model import Model
 from perl_jax.loops.profile import Profile
@@ -26,6 +27,8 @@ from perl_jax.metrics import MetricsWriter, NoMetrics, Progress, environment
 from perl_jax.programs import Program
 from perl_jax.state import TrainState
 
+# What a run stands on, beside its config.json.
+STANDS = "stands.json"
 # What may differ between the command that began a run and the one that resumes it.
 _FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh", "profile", "compile_cache")
 
@@ -35,13 +38,17 @@ def open_run(job: str, config: JobConfig) -> pathlib.Path:
 
     Raises UserError naming every setting that differs: a resumed run with another learning rate
     would be neither the old run nor a new one. So are processes with different settings refused, and
-    a folder that is not the same one on all of them.
+    a folder that is not the same one on all of them. Refused in the same way is a run, finished or not,
+    of which anything that it stands on has changed since it began (`stands`, noted in stands.json).
     """
     folder = pathlib.Path(config.run)
     path = folder / "config.json"
     values = {"job": job, **config_lib.to_dict(config)}
+    now = stands.prints(job, config)
     if hosts.is_writer() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        # Before the config, whose presence says that the run has begun.
+        config_lib.write_json(folder / STANDS, now)
         config_lib.write_json(path, {"config": values, "environment": environment(), "command": sys.argv})
     hosts.barrier("run opened")
     config_lib.require(path.exists(), f"There is no {path} on process {jax.process_index()}; --run must be a folder that all hosts share.")
@@ -49,7 +56,20 @@ def open_run(job: str, config: JobConfig) -> pathlib.Path:
     config_lib.require(
         not differing, f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same ones, or another --run."
     )
+    _check_stands(folder, now)
     return folder
+
+
+def _check_stands(folder: pathlib.Path, now: stands.Prints) -> None:
+    """UserError naming what a run stands on that is not what it was."""
+    if not hosts.agreed((folder / STANDS).exists()):
+        if hosts.is_writer():
+            print(f"{folder} was begun by an earlier version, which did not note what it stands on: whether that has changed is not known.", flush=True)
+        return
+    other = stands.changed(config_lib.read_json(folder / STANDS), now)
+    config_lib.require(
+        not other, f"{folder} holds a run that began with something else: changed since {'has' if len(other) == 1 else 'have'} {', '.join(other)}; put back what was there, or use another --run."
+    )
 
 
 def finished(*paths: pathlib.Path) -> bool:

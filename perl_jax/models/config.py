@@ -134,5 +134,5 @@ class ModelConfig:
 
 def _unlike_defaults(config: Any) -> dict[str, Any]:
     """Fields of a frozen config that differ from their defaults, nested configs in the same way."""
-    fields = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    fields = {field.name: (vars(config)[field.name], field.default) for field in dataclasses.fields(config)}
     return {name: _unlike_defaults(value) if dataclasses.is_dataclass(value) else value for name, (value, default) in fields.items() if value != default}

@@ -80,7 +80,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(job, jobs, model, tmp
             return supervised.run_sft(tiny.sft_config(folder, jobs.base, **HARD))
         if job == "reward":
             return supervised.run_reward(tiny.reward_config(folder, jobs.base, **HARD))
-        return policy_gradient.run_rl(tiny.rl_config(folder, jobs.base, jobs.policy, jobs.reward, max_mismatch=10.0, **HARD))
+        # From a fresh adapter: one that goes on from an artefact has the artefact's dropout.
+        return policy_gradient.run_rl(tiny.rl_config(folder, jobs.base, None, jobs.reward, max_mismatch=10.0, **HARD))
 
     artefact = start(tmp_path / "whole")
     with monkeypatch.context() as patch:
