@@ -307,6 +307,28 @@ def test_a_cursor_of_other_rows_or_settings_is_refused():
     iter(make_batches(rows, "labels", Numbers(), spec(process_count=2))).set_state(state)
 
 
+def test_a_cursor_of_rows_with_other_content_is_refused():
+    """Lengths alone are the same in all of these."""
+    pair = lambda i, chosen, rejected, **more: {"prompt": words(4, 10 + i), "chosen": words(2, chosen), "rejected": words(2, rejected), **more}
+    pairs, labels = [pair(i, 5, 6) for i in range(6)], labels_of_lengths([9] * 6)
+    prompts = [{"prompt": words(4, 10 + i), "answer": i} for i in range(6)]
+    for kind, rows, other in (
+        ("comparisons", pairs, [pair(0, 6, 5), *pairs[1:]]),
+        ("comparisons", pairs, [pair(0, 5, 6, weight=0.5), *pairs[1:]]),
+        ("labels", labels, [labels[0] | {"label": 1.0}, *labels[1:]]),
+        ("labels", labels, [labels[1], labels[0], *labels[2:]]),
+        ("prompts", prompts, [prompts[0] | {"answer": 7}, *prompts[1:]]),
+        ("prompts", prompts, [prompts[0] | {"prompt": words(4, 99)}, *prompts[1:]]),
+    ):
+        state = json.loads(json.dumps(iter(make_batches(rows, kind, Numbers(), spec())).get_state()))
+        iter(make_batches(list(map(dict, rows)), kind, Numbers(), spec())).set_state(state)
+        changed = iter(make_batches(other, kind, Numbers(), spec()))
+        with pytest.raises(UserError, match="The rows of --data are others than those that the data cursor was saved with"):
+            changed.set_state(state)
+        # An older version noted the lengths only.
+        changed.set_state({name: value for name, value in state.items() if name != "content"})
+
+
 # ------------------------------------------------------------------------------ user errors
 
 

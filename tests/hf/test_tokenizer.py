@@ -135,3 +135,25 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     size = len(words())
     with pytest.raises(UserError, match=f"has {size} tokens, its model only {size - 1}"):
         Tokenizer.load(tmp_path, size - 1)
+
+
+@pytest.mark.parametrize("part", ["merges", "normalizer", "pre_tokenizer", "added_tokens"])
+def test_the_fingerprint_covers_all_that_decides_a_texts_ids(part):
+    """With one vocabulary, and other ids for some text."""
+    made = train_bpe(["low lower lowest", "new newer newest"], 280)
+    values = json.loads(made.inner.backend_tokenizer.to_str())
+    if part == "merges":
+        values["model"]["merges"] = values["model"]["merges"][::-1]
+    elif part == "normalizer":
+        values[part] = {"type": "Lowercase"}
+    elif part == "pre_tokenizer":
+        values[part]["add_prefix_space"] = True
+    else:
+        values[part] = [token | {"lstrip": True} for token in values[part]]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    other = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(json.dumps(values)), **special))
+    assert other.first_fingerprint == made.first_fingerprint and other.fingerprint != made.fingerprint
+    # How it was last used, padded or cut, is no part of it.
+    again = train_bpe(["low lower lowest", "new newer newest"], 280)
+    again.inner(["low", "lower newest"], padding=True, truncation=True, max_length=3)
+    assert again.fingerprint == made.fingerprint
