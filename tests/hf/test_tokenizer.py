@@ -140,7 +140,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 @pytest.mark.parametrize("part", ["merges", "normalizer", "pre_tokenizer", "added_tokens"])
 def test_the_fingerprint_covers_all_that_decides_a_texts_ids(part):
     """With one vocabulary, and other ids for some text."""
-    made = train_bpe(["low lower lowest", "new newer newest"], 280)
+    made = tokenizer_lib.train_bpe(["low lower lowest", "new newer newest"], 280)
     values = json.loads(made.inner.backend_tokenizer.to_str())
     if part == "merges":
         values["model"]["merges"] = values["model"]["merges"][::-1]
@@ -154,6 +154,6 @@ def test_the_fingerprint_covers_all_that_decides_a_texts_ids(part):
     other = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(json.dumps(values)), **special))
     assert other.first_fingerprint == made.first_fingerprint and other.fingerprint != made.fingerprint
     # How it was last used, padded or cut, is no part of it.
-    again = train_bpe(["low lower lowest", "new newer newest"], 280)
+    again = tokenizer_lib.train_bpe(["low lower lowest", "new newer newest"], 280)
     again.inner(["low", "lower newest"], padding=True, truncation=True, max_length=3)
     assert again.fingerprint == made.fingerprint

@@ -106,7 +106,7 @@ def test_evaluation_of_a_pointwise_reward(pointwise):
 
 def test_evaluation_of_a_policy(jobs):
     found = tiny.read(jobs.root / "rl" / "evaluation.json")
-    assert set(found) == {"policies", "win_rate", "gold_gain", "config"}
+    assert set(found) == {"policies", "win_rate", "gold_gain", "config", "stands"}
     measures = {"proxy_reward", "kl", "length", "eos_rate", "distinct_1", "distinct_2", "gold_reward"}
     assert set(found["policies"]) == {"sft", "rl"} and all(set(column) == measures for column in found["policies"].values())
     # The baseline is measured against itself.
