@@ -195,6 +195,7 @@ class Record:
     role: policy, reward or value. base_name is for people, base_fingerprint decides. score_mean
     and score_std: a reward's normalisation, score = (raw - mean) / std; None on other roles.
     under: ranks of the frozen pairs beneath the adapter, by projection; None: there are none.
+    turn_end: the ids that ended a response's turn (`Tokenizer.turn_end_ids`); None: not stated, as before they were kept.
     quantise: how the base was held in training; the fingerprint is that of its whole weights.
     """
 
@@ -211,6 +212,7 @@ class Record:
     score_std: float | None = None
     scaling: str = "alpha / rank"
     under: dict[str, int] | None = None
+    turn_end: tuple[int, ...] | None = None
     quantise: QuantiseConfig = QuantiseConfig()
     dtype: str = "float32"
     format: int = FORMAT

@@ -104,7 +104,7 @@ class Batches:
         )
         self.rows, self.spec, self.pad_id, self.columns = rows, spec, pad_id, columns
         if spec.buckets is None:
-            self.lengths = bucket_edges(lengths, spec.bucket_count, spec.longest(rows.kind))
+            self.lengths = bucket_edges(lengths, spec.bucket_count, spec.longest(rows.kind) + rows.longest_tail)
         else:
             self.lengths = check_edges(spec.buckets, int(lengths.max()))
         whole, rest = divmod(len(lengths), spec.batch_size)
@@ -286,10 +286,13 @@ def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndar
 
 
 def right_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int, response: int = 0) -> Tokens:
-    """Prompt, response, padding; the response mask covers the response's tokens, eos included."""
+    """Prompt, response, the template's tail, padding; the response mask covers the response's tokens, its end included."""
     tokens_BT, valid_BT = fill([pieces_of(rows, index, response) for index in indices], columns, pad_id)
     prompt_B = np.where(indices == FILLER, 0, rows.prompts.lengths[indices])
-    return Tokens(tokens_BT, valid_BT, valid_BT & (np.arange(columns) >= prompt_B[:, None]))
+    tail_B = rows.tails[response][indices] if rows.tails else np.zeros(len(indices), np.int64)
+    column_T = np.arange(columns)
+    ends_B = valid_BT.sum(axis=1) - tail_B
+    return Tokens(tokens_BT, valid_BT, valid_BT & (column_T >= prompt_B[:, None]) & (column_T < ends_B[:, None]))
 
 
 def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Prompts:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from perl_jax.config import one_of
+from perl_jax.config import one_of, require
 from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS
 
 
@@ -18,12 +18,20 @@ class Encoder(Protocol):
 
     pad_id: int
     bos_id: int | None
+    # What the chat template writes after a response's last token.
+    tail_ids: Sequence[int]
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt, after which a response is written (with bos where there is one)."""
 
+    def is_rendered(self, text: str) -> bool:
+        """Whether a prompt already is what the chat template makes."""
+
+    def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
+        """A longer prompt's ids with the template whole; None: cut them as they are."""
+
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a complete response, eos at the end."""
+        """Ids of a complete response, the token that ends the turn at the end."""
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of free text: bos, text, eos."""
@@ -60,7 +68,9 @@ class TokenRows:
     prompts: what no loss is taken over (of corpus rows: the first token, which is bos).
     responses: one Ragged, two for comparisons (chosen, rejected), none for prompts.
     numbers: float32 by field, for comparisons (`NUMBERS`), labels and ratings.
-    truncated: how many prompts and responses were cut, for the log.
+    truncated: how many prompts and responses were cut, for the log. rendered: prompts that came rendered.
+    tails: of each response, how many of its last tokens are the template's tail, which no loss is taken
+        over (`Tokenizer.tail_ids`); a response that was cut has none. Empty: no response has one.
     """
 
     kind: str
@@ -68,6 +78,13 @@ class TokenRows:
     responses: tuple[Ragged, ...]
     numbers: Mapping[str, np.ndarray]
     truncated: Mapping[str, int]
+    rendered: int = 0
+    tails: tuple[np.ndarray, ...] = ()
+
+    @property
+    def longest_tail(self) -> int:
+        """Tokens of the longest tail."""
+        return max((int(tail.max(initial=0)) for tail in self.tails), default=0)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -99,6 +116,12 @@ def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]
     return ids[-limit:]
 
 
+def shortened(encoder: Encoder, text: str, ids: Sequence[int], limit: int) -> list[int]:
+    """A prompt of too many ids: its text is cut and rendered again, or, without a template, its ids are cut."""
+    found = encoder.shortened_prompt(text, limit)
+    return clip_prompt(ids, limit, encoder.bos_id) if found is None else found
+
+
 def clip_response(ids: Sequence[int], limit: int) -> list[int]:
     """The first `limit` tokens of a response: a longer one loses its eos, none is put in its place."""
     return list(ids[:limit])
@@ -109,8 +132,9 @@ def tokenise(
 ) -> TokenRows:
     """Tokenises all rows of a kind once.
 
-    Prompts keep their last tokens (`clip_prompt`), responses their first (`clip_response`), corpus
-    texts their first prompt_limit + response_limit. Every corpus token but the first is a response
+    Prompts keep the end of their text (`shortened`), responses their first tokens (`clip_response`),
+    corpus texts their first prompt_limit + response_limit. A response that is whole is followed by the
+    template's tail, beyond response_limit. Every corpus token but the first is a response
     token.
     """
     one_of("kind", kind, RESPONSES)
@@ -122,15 +146,21 @@ def tokenise(
         heads, tails = Ragged.of(ids[:1] for ids in texts), Ragged.of(ids[1:] for ids in texts)
         return TokenRows(kind, heads, (tails,), {}, truncated)
     whole = [encoder.prompt_ids(row["prompt"]) for row in rows]
-    prompts = [clip_prompt(ids, prompt_limit, encoder.bos_id) for ids in whole]
-    truncated, responses = {"prompts": count_cut(whole, prompts)}, []
+    rendered = sum(encoder.is_rendered(row["prompt"]) for row in rows)
+    prompts = [ids if len(ids) <= prompt_limit else shortened(encoder, row["prompt"], ids, prompt_limit) for row, ids in zip(rows, whole, strict=True)]
+    truncated, responses, tails = {"prompts": count_cut(whole, prompts)}, [], []
+    empty = next((number for number, ids in enumerate(prompts, 1) if not ids), None)
+    require(empty is None, f"The prompt of row {empty} has no tokens, and the tokenizer no bos to begin with; a response needs something before it.")
+    tail = list(encoder.tail_ids)
     for field in RESPONSES[kind]:
         whole = [encoder.response_ids(row[field]) for row in rows]
         clipped = [clip_response(ids, response_limit) for ids in whole]
         truncated[field] = count_cut(whole, clipped)
-        responses.append(Ragged.of(clipped))
+        ended = [len(a) == len(b) for a, b in zip(whole, clipped, strict=True)]
+        responses.append(Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended, strict=True)))
+        tails.append(len(tail) * np.asarray(ended, np.int64))
     numbers = {name: np.asarray([row.get(name, DEFAULTS.get(name)) for row in rows], np.float32) for name in KINDS[kind] if name in NUMBERS}
-    return TokenRows(kind, Ragged.of(prompts), tuple(responses), numbers, truncated)
+    return TokenRows(kind, Ragged.of(prompts), tuple(responses), numbers, truncated, rendered, tuple(tails) if tail else ())
 
 
 def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) -> int:

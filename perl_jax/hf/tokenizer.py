@@ -14,19 +14,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from perl_jax import config as config_lib
 from perl_jax.config import UserError
+from perl_jax.hf.chat import DATE, Chat, template_of
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 class Tokenizer:
-    """Text <-> ids, with the rules that training and sampling share.
+    """Text <-> ids, with the rules that training, sampling and scoring share.
 
-    A prompt goes through the chat template (one user turn, then the assistant's cue) where the
-    tokenizer has one, and otherwise is bos + text. Prompt and response are tokenised apart, so the
-    boundary between them is exact, and a training response ends in eos.
+    A prompt goes through the chat template (one user turn, then the assistant's cue) where there is
+    one, and otherwise is bos + text. Prompt and response are tokenised apart, so the boundary between
+    them is exact.
+
+    A response ends as the template ends the assistant's turn. turn_end_ids: those ids, in two parts.
+    The stop part goes up to the first token that ends a turn (`<|im_end|>`, `<end_of_turn>`, eos): it
+    belongs to the response, a loss is taken over it, and sampling stops at its last token. tail_ids:
+    what the template writes after it, such as a newline. The tail is in no loss and is never sampled;
+    a score is read behind it, where trainers read it that render whole conversations. Without a
+    template the end is eos, and there is no tail.
     """
 
-    def __init__(self, inner: PreTrainedTokenizerBase, stop_ids: Sequence[int] = (), vocab_size: int | None = None):
+    def __init__(self, inner: PreTrainedTokenizerBase, stop_ids: Sequence[int] = (), vocab_size: int | None = None, date: str = DATE):
         self.inner = inner
         self.vocab_size = len(inner) if vocab_size is None else vocab_size
         own = [i for i in range(self.vocab_size, len(inner)) if i not in inner.added_tokens_decoder]
@@ -34,14 +42,34 @@ class Tokenizer:
         config_lib.require(inner.eos_token_id is not None, f"The tokenizer {inner.name_or_path} has no eos token.")
         self.eos_id: int = inner.eos_token_id
         self.bos_id: int | None = inner.bos_token_id
+        for name, index in (("eos", self.eos_id), ("bos", self.bos_id)):
+            fits = index is None or index < self.vocab_size
+            token = None if fits else inner.convert_ids_to_tokens(index)
+            config_lib.require(fits, f"The {name} token {token} of {inner.name_or_path} has id {index}, for which the model has no embedding (it has {self.vocab_size}).")
         # The id of padding never matters (masks do); eos is the usual stand-in for a missing one.
-        self.pad_id: int = inner.pad_token_id if inner.pad_token_id is not None else self.eos_id
+        padded = inner.pad_token_id is not None and inner.pad_token_id < self.vocab_size
+        self.pad_id: int = inner.pad_token_id if padded else self.eos_id
+        outside = sorted(i for i in stop_ids if not 0 <= i < self.vocab_size)
+        config_lib.require(not outside, f"The model of {inner.name_or_path} names {outside} as eos_token_id; it has embeddings 0 to {self.vocab_size - 1}.")
+        template = template_of(inner, inner.name_or_path)
+        self.chat = None if template is None else Chat(inner, template, inner.name_or_path, date)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
+        self.turn_end_ids, stops = self._turn_end()
+        self.stop_part, self.tail_ids = self.turn_end_ids[:stops], self.turn_end_ids[stops:]
+        self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, self.stop_part[-1])))
+
+    def _turn_end(self) -> tuple[tuple[int, ...], int]:
+        """The ids that end an assistant's turn, and how many of them are the stop part."""
+        ids = [] if self.chat is None else self._plain(self.chat.end)
+        ends = [index for index, token in enumerate(ids) if token in self.stop_ids or token in self.inner.added_tokens_decoder]
+        return (tuple(ids), ends[0] + 1) if ends else ((self.eos_id,), 1)
 
     @classmethod
-    def load(cls, folder: pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
+    def load(cls, folder: pathlib.Path, vocab_size: int | None = None, template: str = "auto", date: str = DATE) -> Tokenizer:
         """From a model's folder; the stop ids include every eos of its `generation_config.json`.
 
+        template: auto, the tokenizer's own; none; or a file with one in Jinja. date: what a template
+        gets that asks for today's, as 2025-01-31.
         vocab_size: the model's. Added tokens beyond it (Gemma 3's image token) are refused where a
         text holds one; a tokenizer whose own vocabulary is larger is refused as a whole.
         """
@@ -50,27 +78,69 @@ class Tokenizer:
         # Whatever it is: the libraries below raise a bare Exception on files they cannot read.
         except Exception as error:
             raise UserError(f"{folder} holds no tokenizer that can be read: {str(error).partition(chr(10))[0]}") from error
+        if template != "auto":
+            inner.chat_template = None if template == "none" else _read_template(template)
         stops: list[int] = []
         for name in ("config.json", "generation_config.json"):
             if (folder / name).exists():
                 found = config_lib.read_json(folder / name).get("eos_token_id")
                 stops += found if isinstance(found, list) else [] if found is None else [found]
-        return cls(inner, stops, vocab_size)
+        return cls(inner, stops, vocab_size, date)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a prompt, up to where the response begins."""
-        if self.inner.chat_template:
-            messages = [{"role": "user", "content": text}]
-            return self._known(self.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        return self._bos() + self._plain(text)
+        """Ids of a prompt, up to where the response begins. One that is rendered already is left as it is."""
+        if self.chat is None:
+            return self._begun(self._plain(text))
+        if not self.is_rendered(text):
+            return self._plain(self.chat.prompt(text))
+        ids = self._plain(text)
+        starts = self._plain(self.chat.before)[:1]
+        return self._begun(ids) if starts == self._bos() else ids
+
+    def is_rendered(self, text: str) -> bool:
+        """Whether a prompt already ends with the template's cue for the assistant."""
+        return self.chat is not None and self.chat.is_rendered(text)
+
+    def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
+        """At most `limit` ids of a longer prompt: the template whole, the text without its beginning.
+
+        None where no template is used, or the prompt is rendered already: there is nothing to keep
+        whole, or nobody knows what. UserError where the template alone has more than `limit` tokens.
+        """
+        if self.chat is None or self.is_rendered(text):
+            return None
+        frame = len(self._plain(self.chat.before)) + len(self._plain(self.chat.after))
+        config_lib.require(frame < limit, f"The chat template of {self.inner.name_or_path} has {frame} tokens of its own; max_prompt_length is {limit}, which must be more.")
+        content = self._plain(text)
+        keep = min(limit - frame, len(content))
+        while keep > 0:
+            # A character that is cut in two decodes to a replacement sign.
+            ids = self._plain(self.chat.prompt(self.text(content[-keep:]).lstrip("\ufffd")))
+            if len(ids) <= limit:
+                return ids
+            keep -= len(ids) - limit
+        return self._plain(self.chat.prompt(""))[:limit]
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a response, eos included."""
-        return self._plain(text) + [self.eos_id]
+        """Ids of a response, up to the token that ends the turn. An end that the text has already is not written twice."""
+        return self._plain(self._without_end(text)) + list(self.stop_part)
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of free text: bos + text + eos."""
-        return self._bos() + self._plain(text) + [self.eos_id]
+        return self._begun(self._plain(self._without_end(text))) + [self.eos_id]
+
+    def _without_end(self, text: str) -> str:
+        ends = [self.inner.decode([i]) for i in self.stop_ids] + ([] if self.chat is None else [self.chat.end.strip()])
+        while True:
+            bare = text.rstrip()
+            found = next((end for end in sorted(ends, key=len, reverse=True) if end and bare.endswith(end)), None)
+            if found is None:
+                return text
+            text = bare[: -len(found)]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """With bos in front, once."""
+        return ids if ids[:1] == self._bos() else self._bos() + ids
 
     def text(self, ids: Iterable[int]) -> str:
         """Readable text of ids, special tokens left out."""
@@ -88,7 +158,8 @@ class Tokenizer:
             whole = {"kind": type(self.inner).__name__, "vocabulary": self.inner.get_vocab(), "added": repr(self.inner.added_tokens_decoder)}
         else:
             whole = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        return config_lib.digest([whole, self.bos_id, self.eos_id, self.inner.chat_template])
+        dated = [str(self.chat.date)] if self.chat is not None and self.chat.uses_date else []
+        return config_lib.digest([whole, self.bos_id, self.eos_id, self.inner.chat_template, *dated])
 
     @property
     def first_fingerprint(self) -> str:
@@ -120,6 +191,14 @@ class Tokenizer:
             names = ", ".join(self.inner.convert_ids_to_tokens(unknown))
             raise UserError(f"A text holds {names}, for which the model has no embedding (its vocabulary has {self.vocab_size} tokens).")
         return list(ids)
+
+
+def _read_template(file: str) -> str:
+    path = pathlib.Path(file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"template is {file!r}; it must be auto, none, or a file with a Jinja template ({error}).") from error
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:

@@ -16,6 +16,7 @@ from perl_jax import config as config_lib, sharding, steps
 from perl_jax.config import UserError, require
 from perl_jax.data.jsonl import read_jsonl
 from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.hf.chat import DATE
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import ModelOptions
@@ -39,6 +40,8 @@ class GenerateConfig(ModelOptions):
         top_p: Sample from the fewest tokens with this probability in total; None: off.
         samples: Number of continuations.
         seed: Of sampling.
+        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
+        template_date: What a template gets that asks for today's date.
     """
 
     prompt: str
@@ -49,6 +52,8 @@ class GenerateConfig(ModelOptions):
     top_p: float | None = None
     samples: int = 1
     seed: int = 0
+    template: str = "auto"
+    template_date: str = DATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +75,8 @@ class ScoreConfig(ModelOptions):
         max_prompt_length: In tokens; a longer prompt is refused, not cut.
         max_response_length: In tokens; a longer response is refused, not cut.
         temperature: Divides the logits before log-probabilities are taken.
+        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
+        template_date: What a template gets that asks for today's date.
     """
 
     input: str
@@ -79,6 +86,8 @@ class ScoreConfig(ModelOptions):
     max_prompt_length: int = 1024
     max_response_length: int = 1024
     temperature: float = 1.0
+    template: str = "auto"
+    template_date: str = DATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +100,7 @@ def generate(config: GenerateConfig) -> list[str]:
     model = load_model(config)
     adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
     ids = model.tokenizer.prompt_ids(config.prompt)
+    require(bool(ids), f"The prompt {config.prompt!r} has no tokens, and {model.name} has no bos token to begin with; give a text to continue.")
     room = model.lm.config.max_positions
     require(
         len(ids) + config.max_new_tokens <= room,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from perl_jax import config as config_lib
 from perl_jax.config import OptimizerConfig
+from perl_jax.hf.chat import DATE
 from perl_jax.lora import LoRAConfig
 from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.config import ATTENTION, REMAT
@@ -60,11 +61,14 @@ class DataConfig:
         data_seed: Seed of the embedded task's rows.
         train_size: At most so many rows of the training split; None: all.
         evaluation_size: At most so many rows of each other split; None: all.
-        max_prompt_length: In tokens; longer prompts lose their beginning.
+        max_prompt_length: In tokens, the chat template's among them; the text of longer prompts loses its beginning.
         bucket_count: Rows are padded to at most so many lengths. A batch holds rows of similar length;
             1 mixes them all.
         max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
             the room for a response.
+        template: How prompts become a chat turn: auto (the tokenizer's chat template; prompts that are
+            rendered already stay as they are), none, or a file with a Jinja template.
+        template_date: What a template gets that asks for today's date, so that a resumed run has the same tokens.
         packing: Compute each real token once: no padding, and what rows have in common (a pair's prompt,
             a prompt's samples) a single time. auto: on a CPU or GPU.
     """
@@ -77,6 +81,8 @@ class DataConfig:
     bucket_count: int = 4
     max_prompt_length: int = 512
     max_response_length: int = 128
+    template: str = "auto"
+    template_date: str = DATE
     packing: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from perl_jax.config import UserError, require
 from perl_jax.data.tasks import DataOptions
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families
+from perl_jax.hf.chat import DATE
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.loops.jobs import DataConfig, JobConfig, ModelOptions
@@ -105,6 +106,7 @@ class Model:
             step=step,
             metrics=metrics or {},
             quantise=self.quantise,
+            turn_end=tuple(self.tokenizer.turn_end_ids),
             **more,
         )
 
@@ -141,7 +143,13 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
     """The functions and the tokenizer of a model in a folder, without its weights."""
     config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
     mesh = sharding.make_mesh(options.mesh)
-    return LanguageModel(for_devices(config, mesh, options.attention), mesh), Tokenizer.load(folder, config.vocab_size)
+    return LanguageModel(for_devices(config, mesh, options.attention), mesh), Tokenizer.load(folder, config.vocab_size, *template_of(options))
+
+
+def template_of(options: ModelOptions) -> tuple[str, str]:
+    """(template, date for it): of a job's data, or of a command that has no data."""
+    source = getattr(options, "data", options)
+    return getattr(source, "template", "auto"), getattr(source, "template_date", DATE)
 
 
 def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
@@ -223,10 +231,12 @@ def _require_dense(config: JobConfig) -> None:
 def check_context(model: Model, config: DataConfig) -> None:
     """Refuses lengths that the model has no positions for."""
     room = model.lm.config.max_positions
-    total = config.max_prompt_length + config.max_response_length
+    tail = len(model.tokenizer.tail_ids)
+    total = config.max_prompt_length + config.max_response_length + tail
+    end = f" (with {tail} for the end of the chat template's turn)" if tail else ""
     require(
         total <= room,
-        f"max_prompt_length + max_response_length is {total}; {model.name} has {room} positions.",
+        f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {room} positions.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -56,10 +57,42 @@ def reward_program(model: Model, records: tuple[Record, ...], combine: str) -> P
     """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
-    return Program("reward", functools.partial(_scores, model.lm, records, combine), out_shardings=(rows, members), limit=SHAPES)
+    return Program("reward", functools.partial(_scores, model.lm, records, combine, ends_of(model.tokenizer)), out_shardings=(rows, members), limit=SHAPES)
 
 
-def _scores(lm: LanguageModel, records: tuple[Record, ...], combine: str, base: Tree, rewards: Sequence[Adapter], tokens: Tokens) -> tuple:
+def ends_of(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(the ids that a scored response ends with, the ids that sampling stops at); None: these are one and the same id."""
+    end_ids = (tokenizer.stop_part[-1], *tokenizer.tail_ids)
+    return None if end_ids == tuple(tokenizer.stop_ids) else (end_ids, tuple(tokenizer.stop_ids))
+
+
+def with_turn_end(tokens: Tokens, end_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> Tokens:
+    """Sampled sequences as training rows are: a response that ended ends as a turn of the chat template does.
+
+    The stop token it was sampled with is replaced by end_ids, whose further ids are no response tokens.
+    A response that did not end stays as it is.
+    """
+    extra, stops = len(end_ids) - 1, jnp.asarray(stop_ids, jnp.int32)
+    right = lambda x_BT: jnp.pad(jnp.asarray(x_BT), ((0, 0), (0, extra)))
+    tokens_BT, valid_BT, response_BT = right(tokens.tokens_BT), right(tokens.valid_BT), right(tokens.response_BT)
+    column_T = jnp.arange(tokens_BT.shape[1])
+    last_B1 = jnp.max(jnp.where(response_BT, column_T[None, :], 0), axis=1, keepdims=True)
+    ended_B1 = jnp.isin(jnp.take_along_axis(tokens_BT, last_B1, axis=1), stops) & jnp.any(response_BT, axis=1, keepdims=True)
+    for place, token in enumerate(end_ids):
+        here_BT = ended_B1 & (column_T[None, :] == last_B1 + place)
+        tokens_BT, valid_BT = jnp.where(here_BT, token, tokens_BT), valid_BT | here_BT
+    layout = tokens.layout
+    if layout is not None:
+        rows = tokens_BT.shape[0] // (layout.parts * layout.microbatches)
+        layout = dataclasses.replace(layout, slots=layout.slots + extra * rows)
+    return Tokens(tokens_BT, valid_BT, response_BT, layout)
+
+
+def _scores(
+    lm: LanguageModel, records: tuple[Record, ...], combine: str, ends: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    base: Tree, rewards: Sequence[Adapter], tokens: Tokens,
+) -> tuple:  # fmt: skip
+    tokens = tokens if ends is None else with_turn_end(tokens, *ends)
     score = lambda adapter, record: record.normalise(steps.scores(lm, None if adapter.weights is not None else base, adapter, tokens))
     scores_MB = jnp.stack([score(adapter, record) for adapter, record in zip(rewards, records, strict=True)])
     return COMBINE[combine](scores_MB, axis=0), scores_MB

@@ -55,6 +55,8 @@ def training_batches(model: Model, config: JobConfig, kind: str, split: str, bat
     """`load_batches` shuffled, of what a job trains on; says what its rows lose."""
     batches, rows = load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
     if hosts.is_writer():
+        if batches.rows.rendered:
+            print(f"{config.data.task}, {split}: {batches.rows.rendered} of {len(rows)} prompts came rendered by a chat template and stay as they are.", flush=True)
         for what, number in batches.truncated.items():
             if number:
                 end, setting = ("beginning", "max_prompt_length") if what == "prompts" else ("end", "max_response_length")

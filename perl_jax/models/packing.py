@@ -100,7 +100,8 @@ def pack(tokens: Tokens) -> Packing | None:
     chex.assert_is_divisible(tokens.tokens_BT.shape[0], layout.parts * layout.group)
     valid_BT, response_BT = jnp.asarray(tokens.valid_BT, bool), jnp.asarray(tokens.response_BT, bool)
     first_B = jnp.arange(valid_BT.shape[0]) % layout.group == 0
-    shared_BT = valid_BT & ~response_BT & (layout.group > 1)
+    # What follows a response (the end of a chat template's turn) is each row's own.
+    shared_BT = valid_BT & (jnp.cumsum(response_BT, axis=1) == 0) & (layout.group > 1)
     own_BT = valid_BT & (first_B[:, None] | ~shared_BT)
     own_WX = _by_part(own_BT, layout.parts)
     place_WX = jnp.cumsum(own_WX, axis=1) - 1

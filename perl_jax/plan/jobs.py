@@ -28,7 +28,7 @@ from perl_jax.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.types import Pairs, Prompts, Tokens, Tree
 
 # No program's size depends on which ids these are.
-_TOKENIZER = types.SimpleNamespace(stop_ids=(1,), pad_id=0)
+_TOKENIZER = types.SimpleNamespace(stop_ids=(1,), stop_part=(1,), tail_ids=(), pad_id=0)
 _RECORD = Record("reward", "lora", None, True, "planned", "-", "-", 0, {}, score_mean=0.0, score_std=1.0)
 
 

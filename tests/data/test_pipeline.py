@@ -24,6 +24,13 @@ class Numbers:
 
     pad_id: int = PAD
     bos_id: int | None = BOS
+    tail_ids: tuple[int, ...] = ()
+
+    def is_rendered(self, text):
+        return False
+
+    def shortened_prompt(self, text, limit):
+        return None
 
     def prompt_ids(self, text):
         return [*([] if self.bos_id is None else [self.bos_id]), *map(int, text.split())]

@@ -23,7 +23,7 @@ CHAT = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% en
 def words(*more: str, template: str | None = None) -> Tokenizer:
     tokenizer = tokenizer_lib.word_tokenizer([*"the cat sat user assistant".split(), *more])
     tokenizer.inner.chat_template = template
-    return tokenizer
+    return Tokenizer(tokenizer.inner)
 
 
 def test_prompt_begins_with_bos_and_response_ends_with_eos():
