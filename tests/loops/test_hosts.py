@@ -36,6 +36,8 @@ SETTINGS = (
     "--lora.rank", "5", "--lora.dropout", "0.2", "--optimizer.name", "adamw", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine",
     "--batch-size", str(BATCH), "--microbatches", "2", "--steps", str(STEPS), "--evaluate-every", "4", "--checkpoint-every", "3",
 )  # fmt: skip
+# What goes on from the jobs' policy has its dropout, which is none; a later option takes the place of an earlier one.
+UNDROPPED = ("--lora.dropout", "0")
 HEARTBEAT = 10
 # Within which the others end: heartbeats, and time for a busy machine to notice.
 BOUND = 9 * HEARTBEAT
@@ -157,7 +159,7 @@ def counting(tmp_path) -> tuple[str, pathlib.Path]:
 @pytest.mark.parametrize("job", ["sft", "full", "reward", "dpo", "grpo", "slots", "reinforce", "spread"])
 def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     terms, counts = counting
-    rl = ("--policy", str(jobs.policy), "--max-mismatch", "10")
+    rl = ("--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10")
     two = ("--mesh.data", "2", "--mesh.fsdp", "1", "--mesh.tensor", "4")
     name, more = {
         "full": ("sft", ("--tuning", "full", "--mesh.fsdp", "8")),
@@ -236,7 +238,7 @@ def cursor(run: pathlib.Path) -> dict:
 def test_a_killed_process_ends_the_others_and_leaves_no_trace(job, victim, jobs, tmp_path):
     arguments = ("--model", jobs.base, *SETTINGS)
     if job == "rl":
-        arguments += ("--policy", str(jobs.policy), "--max-mismatch", "10", "--terms", RULE, "--algorithm.name", "ppo", "--algorithm.epochs", "2")
+        arguments += ("--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10", "--terms", RULE, "--algorithm.name", "ppo", "--algorithm.epochs", "2")
     whole(job, tmp_path / "whole", arguments, **LAYOUTS["2x4"])
     with started(job, tmp_path / "killed", arguments) as processes:
         processes.wait_for_step(4)
@@ -281,7 +283,7 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_all_leaves_no_trace(jobs, tmp_path):
-    arguments = ("--model", jobs.base, *SETTINGS, "--policy", str(jobs.policy), "--max-mismatch", "10", "--reward", str(jobs.reward))
+    arguments = ("--model", jobs.base, *SETTINGS, "--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10", "--reward", str(jobs.reward))
     whole("rl", tmp_path / "whole", arguments, **LAYOUTS["2x4"])
     with started("rl", tmp_path / "parts", arguments) as processes:
         processes.wait_for_step(4)
