@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from perl_jax.config import one_of, positive, require
+from perl_jax.config import UserError, one_of, positive, require
 
 KINDS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "response"),
@@ -220,12 +220,17 @@ def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> path
     return final
 
 
+class NoRows(UserError):
+    """A split of a task without rows: an error where they are needed, no more than a fact where they are not."""
+
+
 def open_rows(builder: type[RowsBuilder], kind: str, split: str, options: DataOptions) -> RowSource:
-    """A split's rows, prepared first if need be. UserError for an unknown kind or split, or no rows."""
+    """A split's rows, prepared first if need be. UserError for an unknown kind or split; NoRows for a split without rows."""
     splits = builder.kind_splits()
     one_of(f"{builder.name}: kind", kind, splits)
     one_of(f"{builder.name}: split of {kind}", split, splits[kind])
     folder = prepare(builder, kind, options)
     reader = builder(options, data_dir=str(folder), config=kind)
-    require(split in reader.info.splits, f"{builder.name} has no {kind} rows in its {split} split.")
+    if split not in reader.info.splits:
+        raise NoRows(f"{builder.name} has no {kind} rows in its {split} split.")
     return RowSource(reader.as_data_source(split), options.size(split))

@@ -19,6 +19,7 @@ from perl_jax.hf.tokenizer import Tokenizer, train_bpe, word_tokenizer
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import JobConfig
 from perl_jax.loops.model import Model, check_context, data_options, for_devices
+from perl_jax.loops.splits import check_splits
 from perl_jax.loops.supervised import Supervised, fit, validate_policy
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
@@ -74,6 +75,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
             return target
         ours = run_lib.finished(folder / "checkpoints")
         config_lib.require(ours, f"{target} already holds a model that this run did not train; give another --model folder.")
+    check_splits(config.data, CORPUS.kind, ("train", "validation"))
     keep_compiled(config.compile_cache)
     tokenizer = _tokenizer(config)
     shape = ModelConfig(

@@ -27,6 +27,7 @@ from perl_jax.loops.model import Model, check_context, host, load_model, startin
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
+from perl_jax.loops.splits import check_splits
 from perl_jax.loops.supervised import initial_state, step_program, training_batches
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import SHAPES, Program
@@ -212,6 +213,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if run_lib.finished(artefact, folder / "cost.json"):
         return artefact
+    check_splits(config.data, "prompts", ("train",))
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)

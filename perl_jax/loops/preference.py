@@ -13,6 +13,7 @@ from perl_jax.loops import run as run_lib
 from perl_jax.loops import supervised
 from perl_jax.loops.jobs import DPOConfig
 from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
+from perl_jax.loops.splits import check_splits
 from perl_jax.loops.supervised import Supervised
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import SHAPES, Program
@@ -49,6 +50,7 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if run_lib.finished(artefact, folder / "evaluation.json"):
         return artefact
+    check_splits(config.data, "comparisons", ("train", "validation", "test"), supervised.pair_weights)
     model = load_model(config)
     check_context(model, config.data)
     start = starting_role(model, config, config.policy, jax.random.key(config.seed))

@@ -19,6 +19,7 @@ from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import DataConfig, JobConfig, RewardConfig, SFTConfig
 from perl_jax.loops.model import Model, check_context, data_options, fresh_role, host, load_model
 from perl_jax.loops.run import Loop, Timings
+from perl_jax.loops.splits import check_splits
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import SHAPES, Program
 from perl_jax.state import TrainState
@@ -261,6 +262,7 @@ def run_sft(config: SFTConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if run_lib.finished(artefact, folder / "cost.json"):
         return artefact
+    check_splits(config.data, SFT.kind, ("train", "validation"))
     model = load_model(config)
     check_context(model, config.data)
     role = fresh_role(model, config, jax.random.key(config.seed))
@@ -278,12 +280,14 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "reward"
     if run_lib.finished(artefact, folder / "evaluation.json"):
         return artefact
+    job = reward_job(config)
+    check_splits(config.data, job.kind, (config.split, "validation", "test"), job.truth)
     model = load_model(config)
     check_context(model, config.data)
     # Not fold 1, which the train state's key is made of.
     body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
     role = fresh_role(model, config, body_key).replace(head=init_head(head_key, model.lm.config.width))
-    job, model = reward_job(config), model.relieved((role,))
+    model = model.relieved((role,))
     state, timings, program = fit(folder, config, model, role, job, config.split)
     adapter = state.roles["reward"]
     mean, std = reference_moments(model, config, adapter, job.kind)
