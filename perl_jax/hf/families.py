@@ -2,7 +2,8 @@
 
 One table entry a family says which fields of its `config.json` are read. Every other field must be
 one that cannot change the numbers, or off (null, false, 0, empty): anything else is an error that
-names it, so that no checkpoint is quietly run as another model.
+names it, so that no checkpoint is quietly run as another model. Fields that cannot change the numbers
+and that transformers does not write by itself are `leftovers`, for the reader to be told of.
 """
 
 from __future__ import annotations
@@ -23,15 +24,31 @@ Settings = dict[str, Any]
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SHARED = {*_SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"}
 _ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
-# Fields that say something about files, training or generation, not about the function computed.
+# Fields that transformers writes into most files and that say nothing of the function computed.
 _NO_EFFECT = {
-    *("_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type"),
-    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "_attn_implementation", "cache_implementation"),
+    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation"),
     # Of the original training's layout; transformers' models do not read it.
     "pretraining_tp",
-    *("task_specific_params", "is_encoder_decoder", "unsloth_version", "unsloth_fixed", "transformers.js_config", "auto_map"),
+    *("task_specific_params", "is_encoder_decoder"),
 }
+# What trainers, converters and older versions of transformers leave in a file without effect on the
+# function computed, beside every field that begins with an underscore or with one of these words.
+_LEFTOVERS = {
+    # Where a model came from, and how it was trained.
+    *("is_llama_config", "neftune_noise_alpha", "gradient_checkpointing", "use_reentrant_checkpointing", "use_bfloat16", "model_name"),
+    *("transformers.js_config", "auto_map", "tokenizer_class", "finetuning_task", "tokenizer_model_max_length", "tokenizer_padding_side"),
+    *("max_sequence_length", "max_seq_length", "model_max_length", "attn_implementation", "output_past"),
+    *("torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder"),
+    # How to generate.
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "decoder_start_token_id", "exponential_decay_length_penalty", "remove_invalid_values", "output_scores"),
+    *("return_dict_in_generate", "prefix"),
+}
+_LEFTOVER_BEGINNINGS = ("_", "unsloth_")
 # Settings that the decoder has one way of doing, in every family.
 _ONLY = {
     "attention_dropout": 0.0,
@@ -47,10 +64,12 @@ class Family:
     """reads: fields beyond the shared ones. settings(values): what they set in a ModelConfig.
 
     values: transformers' own config object, where older spellings and defaults are resolved.
+    implied: fields of the shape that published files leave to the defaults of transformers' class.
     """
 
     reads: frozenset[str]
     settings: Callable[[Any], Settings]
+    implied: frozenset[str] = frozenset()
 
 
 def _llama(values: Any) -> Settings:
@@ -107,7 +126,7 @@ FAMILIES: Mapping[str, Family] = {
     # Gemma 2's files say hidden_act beside hidden_activation, and sliding_window_size beside
     # sliding_window; only the latter of each is used.
     "gemma2": Family(frozenset({*_GEMMA, "hidden_activation", "hidden_act", "sliding_window_size"}), _gemma),
-    "gemma3_text": Family(frozenset({*_GEMMA3, "hidden_activation"}), _gemma3),
+    "gemma3_text": Family(frozenset({*_GEMMA3, "hidden_activation"}), _gemma3, frozenset({"vocab_size", "num_attention_heads"})),
 }
 
 
@@ -160,21 +179,24 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     as dtype and remat.
     """
     kind = raw.get("model_type")
-    require(kind in FAMILIES, f"{source} has model_type {kind!r}; supported: {', '.join(FAMILIES)}.")
+    text = raw.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    text_alone = f"; its text model ({inner}) can be used where it is saved alone" if inner in FAMILIES else ""
+    require(kind in FAMILIES, f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}.")
     family = FAMILIES[kind]
     for field in _SHAPE:
-        require(raw.get(field) is not None, f"{source} has no field {field!r}.")
+        require(raw.get(field) is not None or field in family.implied, f"{source} has no field {field!r}.")
     for field, allowed in _ONLY.items():
         found = raw.get(field, allowed)
         require(found == allowed or not found and not allowed, f"{source} has {field} {found!r}; only {allowed!r} is supported.")
-    known = _SHARED | _ROPE | _NO_EFFECT | set(_ONLY) | family.reads
-    unknown = sorted(field for field, value in raw.items() if field not in known and value not in (None, False, 0, [], {}, ""))
+    read = _SHARED | _ROPE | set(_ONLY) | family.reads
+    unknown = sorted(field for field in _set(raw) if field not in read | _NO_EFFECT and not _is_leftover(field))
     require(
         not unknown,
         f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which {kind} is not known to have here; "
         "running without it could change the numbers. If it cannot, take it out of the file.",
     )
-    values = _resolved(source, kind, raw)
+    values = _resolved(source, kind, {field: value for field, value in raw.items() if field in read})
     gated = "hidden_activation" in family.reads
     activation = values.hidden_activation if gated else values.hidden_act
     field = "hidden_activation" if gated else "hidden_act"
@@ -201,13 +223,30 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     )
 
 
+def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
+    """Fields that a folder's `config.json` sets and that neither transformers nor this package reads, by name.
+
+    None of them can change the numbers; a field that could is an error of `from_json`.
+    """
+    return tuple(sorted(filter(_is_leftover, _set(config_lib.read_json(folder / "config.json")))))
+
+
+def _is_leftover(field: str) -> bool:
+    read = any(field in family.reads for family in FAMILIES.values())
+    return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))
+
+
+def _set(raw: Mapping[str, Any]) -> list[str]:
+    """Fields with another value than one that means off."""
+    return [field for field, value in raw.items() if value not in (None, False, 0, [], {}, "")]
+
+
 def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
     """transformers' config object: it knows older spellings of fields and each family's defaults."""
     from transformers import AutoConfig
 
     # A null where the class has a default means the default, except where null is itself a setting.
     given = {name: value for name, value in raw.items() if value is not None or name in ("sliding_window",) or "softcapping" in name}
-    given.pop("model_type")
     try:
         # Copied: the class fills in nested settings in place.
         return AutoConfig.for_model(kind, **copy.deepcopy(given))

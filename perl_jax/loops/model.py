@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -140,7 +141,12 @@ def load_model(options: ModelOptions) -> Model:
 
 
 def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
-    """The functions and the tokenizer of a model in a folder, without its weights."""
+    """The functions and the tokenizer of a model in a folder, without its weights.
+
+    Says on standard error which fields of its config.json are passed over.
+    """
+    if (unread := families.leftovers(folder)) and hosts.is_writer():
+        print(f"{folder / 'config.json'}: these fields do not change the numbers and are not read: {', '.join(unread)}.", file=sys.stderr)
     config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
     mesh = sharding.make_mesh(options.mesh)
     return LanguageModel(for_devices(config, mesh, options.attention), mesh), Tokenizer.load(folder, config.vocab_size, *template_of(options))
