@@ -36,6 +36,8 @@ class Chat:
             raise UserError(f"template_date is {date!r}; it must look like {DATE}.") from error
         # transformers' own strftime_now gives today's date and cannot be replaced from outside.
         self._dated = _TODAY.sub(lambda call: repr(self.date.strftime(call[2])), template)
+        fixed = "strftime_now(" not in re.sub(r"\s+\(", "(", self._dated)
+        require(fixed, f"The chat template of {name} asks for today's date in a format that it computes; write the format as a text in strftime_now('...'), so that the date can be a run's own.")
         self._parts = False
         written = self._probed([("user", _CONTENT)])
         if _CONTENT not in written:

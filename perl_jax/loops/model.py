@@ -121,7 +121,24 @@ class Model:
             record.tokenizer_fingerprint == known,
             f"{folder} was trained with another tokenizer than the one in {self.name}; use the folder it was trained with.",
         )
+        check_turn_end(folder, record, self.tokenizer)
         return adapter, record
+
+
+def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokenizer) -> None:
+    """Refuses a reward that was trained with another end of a turn: its scores would be read at a token it never saw there.
+
+    Artefacts that state none are of versions that ended every turn with eos.
+    """
+    if record.role != "reward":
+        return
+    meant, now = record.turn_end or (tokenizer.eos_id,), tuple(tokenizer.turn_end_ids)
+    shown = lambda ids: repr(tokenizer.inner.decode(list(ids)))
+    require(
+        meant == now,
+        f"{folder} learned its scores where a turn ends with {shown(meant)}; with this tokenizer and template a turn ends with {shown(now)}: "
+        "give the --data.template that it was trained with, or train or import it anew.",
+    )
 
 
 def load_model(options: ModelOptions) -> Model:

@@ -9,12 +9,14 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from perl_jax.checkpoint import Record
 from perl_jax.config import UserError
 from perl_jax.data.pipeline import BatchSpec, make_batches
 from perl_jax.data.tokenise import tokenise
 from perl_jax.hf import chat
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.loops import scoring
+from perl_jax.loops.model import check_turn_end
 from perl_jax.models.packing import pack
 from perl_jax.types import Layout, Tokens
 from tests import small
@@ -143,6 +145,28 @@ def test_a_rollout_is_scored_as_the_row_that_it_is():
     assert scoring.ends_of(byte_tokenizer(LLAMA2)) is None
 
 
+@pytest.mark.parametrize(
+    ("role", "stated", "template", "refused"),
+    [
+        ("reward", "own", CHATML, False),
+        ("reward", "eos", CHATML, True),
+        # Of a version that did not state it and ended every turn with eos.
+        ("reward", None, CHATML, True),
+        ("reward", None, None, False),
+        ("reward", None, LLAMA2, False),
+        ("policy", "eos", CHATML, False),
+    ],
+)
+def test_a_reward_with_another_end_of_a_turn_is_refused(role, stated, template, refused):
+    tokenizer = byte_tokenizer(template)
+    turn_end = {"own": tokenizer.turn_end_ids, "eos": (tokenizer.eos_id,), None: None}[stated]
+    record = Record(role, "lora", None, role == "reward", "base", "-", "-", 0, {}, turn_end=turn_end)
+    if not refused:
+        return check_turn_end("reward/here", record, tokenizer)
+    with pytest.raises(UserError, match=r"^reward/here learned its scores where a turn ends with '</s>'; .* a turn ends with '<\|im_end\|>\\n': give"):
+        check_turn_end("reward/here", record, tokenizer)
+
+
 def test_what_follows_a_response_is_not_shared_in_packed_rows():
     # Two rows with one prompt of 3 tokens, responses of 2 and 1, and a tail of 1 each: 3 + 3 + 2 slots.
     valid_BT = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], bool)
@@ -180,6 +204,7 @@ ODD = {
     "range too large": ("{% for i in range(999999999) %}x{% endfor %}", "Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "does not end": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end within"),
+    "a computed date": ("{% set f = '%Y' %}{{ strftime_now (f) }}" + CHATML, "asks for today's date in a format that it computes"),
     "calls a number": ("{{ 3() }}", "cannot write one user turn"),
     "unsafe": ("{{ ''.__class__.__mro__ }}" + CHATML.replace("content", "role"), "leaves the user's text out|cannot write"),
     "named without default": ({"chat": CHATML, "tools": CHATML}, "templates called chat, tools and no default"),
