@@ -191,6 +191,29 @@ def test_first_tokens_follow_the_softmax(temperature):
     assert abs(statistic - degrees) < 4 * np.sqrt(2 * degrees)
 
 
+@pytest.mark.parametrize("vocabulary", [1000, 1024])
+def test_draws_over_several_blocks_follow_the_softmax(vocabulary):
+    # One likely token against many unlikely ones: of the first block's 10 and the second's 128 and so on, a
+    # block has its sum, not its maximum. The last block of 1,000 tokens is not full.
+    n, noise = 8192, np.random.default_rng(0)
+    weights_V = np.exp(noise.normal(0, 0.5, vocabulary))
+    weights_V[:128] = 1e-6
+    weights_V[5], weights_V[-1] = 60.0, 30.0
+    p_V = weights_V / weights_V.sum()
+    logits_BV = jnp.broadcast_to(jnp.log(jnp.asarray(weights_V, jnp.float32)), (n, vocabulary))
+    drawn = np.array(jax.jit(sampling.draw)(keys(n), logits_BV))
+    assert 0 <= drawn.min() and drawn.max() < vocabulary
+    blocks = np.arange(vocabulary) // 128
+    # Pearson's statistic over blocks, then over single tokens: its mean is the number of cells - 1, its variance twice that.
+    for cells_V in (blocks, np.arange(vocabulary)):
+        expected = n * np.bincount(cells_V, weights=p_V)
+        observed = np.bincount(cells_V[drawn], minlength=len(expected))
+        common = expected >= 4
+        degrees = common.sum() - 1
+        statistic = np.sum((observed - expected)[common] ** 2 / expected[common])
+        assert degrees >= 6 and abs(statistic - degrees) < 4 * np.sqrt(2 * degrees)
+
+
 # Rollouts.
 
 
