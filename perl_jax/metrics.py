@@ -36,7 +36,7 @@ import rich.progress
 from perl_jax.config import UserError, write_atomically
 
 FILE_NAME = "metrics.jsonl"
-PREVIOUS_NAME = "metrics.previous.jsonl"
+SAMPLES_NAME = "validation_samples.jsonl"
 TIMING_PREFIX = "time/"
 NONFINITE_KEY = "nonfinite"
 RESERVED_KEYS = ("step", NONFINITE_KEY)
@@ -125,11 +125,11 @@ def prepare_file(path: Path, resume_step: int | None) -> int | None:
     """Make `path` ready to append to, and return the last step that stays in it.
 
     `resume_step=s` keeps the rows with step <= s. None starts a new file; rows that were there are
-    moved to `metrics.previous.jsonl` rather than lost.
+    moved to `metrics.previous.jsonl` (or what `path` is called) rather than lost.
     """
     if resume_step is None:
         if path.exists() and path.stat().st_size:
-            os.replace(path, path.with_name(PREVIOUS_NAME))
+            os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
         return None
     if not path.exists():
         return None
@@ -228,10 +228,30 @@ class MetricsWriter:
         self.close()
 
 
+class SamplesWriter:
+    """Appends the samples of a validation to `folder/validation_samples.jsonl`: objects whose first key is `step`.
+
+    A resumed writer drops, as `MetricsWriter` does, what was written after the checkpoint it resumes from. The file
+    is made with its first row.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        self.path = folder / SAMPLES_NAME
+        prepare_file(self.path, resume_step)
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a step's rows; they are on the disk when it returns."""
+        if rows:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps({"step": int(step), **row}) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+
+
 class NoMetrics:
     """In place of a writer and of a progress line on the processes that have neither."""
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Any) -> None:
         """Writes nothing."""
 
     def sync(self) -> None:

@@ -108,7 +108,7 @@ class TestResume:
         write_steps(tmp_path, range(1, 3))
         write_steps(tmp_path, [7])
         assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [7]
-        assert len(read_metrics(tmp_path / metrics.PREVIOUS_NAME)) == 2
+        assert len(read_metrics(tmp_path / "metrics.previous.jsonl")) == 2
 
     @pytest.mark.parametrize("line", ["{bad", "[1]", '{"step": 1.5}', '{"step": true}', "\\xff"])
     def test_damage_in_the_middle_is_an_error(self, tmp_path, line):

@@ -365,6 +365,9 @@ class RLConfig(RewardOptions, PolicyConfig):
         value_head: Begin the value model's head at zero, or with the (first) reward model's.
         value_learning_rate: The value model's own rate; None: the policy's.
         max_mismatch: The run fails when the mean of exp|sampler - trainer logprob| exceeds this.
+        validation_prompts: The first so many prompts of the validation split are answered every evaluate_every
+            steps and at the end; 0: none. Data without that split are trained on without validation.
+        select: Which step the artefacts are of: the validated one with the best mean reward, or the last.
     """
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -375,10 +378,14 @@ class RLConfig(RewardOptions, PolicyConfig):
     value_head: Literal["zero", "reward"] = "zero"
     value_learning_rate: float | None = None
     max_mismatch: float = 1.1
+    validation_prompts: int = 64
+    select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         config_lib.positive("temperature", self.temperature)
+        config_lib.positive("validation_prompts", self.validation_prompts, zero=True)
+        config_lib.one_of("select", self.select, ("best", "last"))
         if self.value_learning_rate is not None:
             config_lib.positive("value_learning_rate", self.value_learning_rate)
         config_lib.one_of("value_head", self.value_head, ("zero", "reward"))

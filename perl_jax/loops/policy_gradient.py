@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax import checkpoint, sharding, state as state_lib, steps
+from perl_jax import checkpoint, hosts, sharding, state as state_lib, steps
 from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
+from perl_jax.data.pipeline import Batches
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import init_head
 from perl_jax.loops import run as run_lib
@@ -28,13 +29,21 @@ from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.splits import check_splits
-from perl_jax.loops.supervised import initial_state, step_program, training_batches
+from perl_jax.loops.supervised import initial_state, load_batches, step_program, training_batches
+from perl_jax.metrics import FILE_NAME, read_metrics
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import SHAPES, Program
 from perl_jax.rl import kl
 from perl_jax.sampling import Rollout
 from perl_jax.state import TrainState
 from perl_jax.types import Layout, Prompts, Tree
+
+# What the artefacts' step is chosen by.
+SELECTED_BY = "validation/reward"
+# Prompts of a validation whose first response is kept to be read.
+_KEPT = 8
+# Folded into the seed's key: 1 makes the train state's, 2 a head.
+_VALIDATION = 3
 
 
 class Programs:
@@ -199,6 +208,84 @@ def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarr
     return share.gather(job.task.gold([job.rows[int(row)]["prompt"] for row in row_B], texts))
 
 
+def held_out_prompts(job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]) -> tuple[Rollouts, Batches] | None:
+    """What validation needs: the job on the validation split's first prompts, and their batches; None: there is no validation.
+
+    A batch has as many prompts as a training batch, and a length of these (lengths) where that holds the prompts:
+    then no program is compiled that training does not have.
+    """
+    config = job.config
+    if config.validation_prompts == 0:
+        return None
+    if "validation" not in splits:
+        if hosts.is_writer():
+            print(f"{config.data.task} has no prompts in a validation split: nothing is validated, and the last step is kept.", flush=True)
+        return None
+    longest = config.data.max_prompt_length
+    lengths = lengths if lengths[-1] >= longest else (*lengths, longest)
+    number = config.batch_size // config.algorithm.group
+    batches, rows = load_batches(job.model, config.data, "prompts", "validation", number, None, most=config.validation_prompts, lengths=lengths)
+    return dataclasses.replace(job, rows=rows, scorer=job.scorer.over(rows)), batches
+
+
+def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Samples responses to held-out prompts; returns means over them and a few of them to read.
+
+    As many responses to a prompt as in training, with the same keys at every step of a run: they depend on the seed
+    and not on the step. Reward: the score before shaping; kl: E sum_t log pi - log pi_ref, to the reference as it is.
+    TrainingError where a measure is not finite.
+    """
+    config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
+    group, key = config.algorithm.group, jax.random.fold_in(jax.random.key(config.seed), _VALIDATION)
+    shared = job.model.shared_prompts(config.batch_size, group)
+    columns: dict[str, list[np.ndarray]] = {}
+    samples: list[dict[str, Any]] = []
+    for index, batch in enumerate(batches):
+        prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
+        rollout = programs.sample(base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index)))
+        whole, _ = _layouts(job, rollout, batch.tokens_BP.shape[1], None)
+        rollout = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
+        mask_BT = rollout.sequences.response_BT
+        # For the terms filler prompts have the first row's text.
+        row_B = np.maximum(batch.repeated(group).row_B, 0)
+        measured = {
+            "reward": job.scorer(state.frozen, rollout, row_B)[0],
+            "length": jnp.sum(mask_BT, axis=1),
+            "eos_rate": rollout.finished_B,
+        }
+        reference_BT = _reference(job, state, rollout)
+        if reference_BT is not None:
+            measured["kl"] = kl.sequence_kl(kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT)
+        measured = {name: np.asarray(host(value_B), np.float64) for name, value_B in measured.items()}
+        if job.task.gold is not None:
+            measured["gold"] = np.asarray(gold_rewards(job, row_B, rollout), np.float64)
+        rows_B = np.repeat(batches.rows_of(index), group)
+        for name, value_B in measured.items():
+            columns.setdefault(name, []).append(value_B[rows_B >= 0])
+        texts = response_texts(job.model.tokenizer, rollout)
+        for place in np.flatnonzero(rows_B >= 0)[::group].tolist():
+            if len(samples) < _KEPT:
+                measures = {name: float(measured[name][place]) for name in ("reward", "gold") if name in measured}
+                samples.append({"prompt": job.rows[int(rows_B[place])]["prompt"], "response": texts[place], **measures})
+    means = {f"validation/{name}": float(np.mean(np.concatenate(parts))) for name, parts in columns.items()}
+    bad = [name for name, value in means.items() if not np.isfinite(value)]
+    if bad:
+        raise TrainingError(f"The validation of step {int(state.step)} gave NaN or infinity ({', '.join(bad)}); the run stopped, its last checkpoint is untouched.")
+    return means, samples
+
+
+def kept_step(folder: pathlib.Path, config: RLConfig, step: int, selected: bool) -> dict[str, float]:
+    """Says which step the artefacts are of; returns what its validation measured, for their records."""
+    found = next((row for row in read_metrics(folder / FILE_NAME) if row["step"] == step), {})
+    measured = {name: value for name, value in found.items() if name.startswith("validation/")}
+    if selected:
+        reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
+        print(f"rl: the artefacts are of step {step} of {config.steps}, {reason}; the last step is in {folder / 'checkpoints'}.", flush=True)
+    else:
+        print(f"rl: the artefacts are of step {step}, the last.", flush=True)
+    return measured
+
+
 def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> state_lib.Optimizers:
     """One for each trained role, with its own rate."""
     rates = {"policy": config.optimizer.learning_rate, "value": config.value_learning_rate or config.optimizer.learning_rate}
@@ -213,7 +300,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if run_lib.finished(artefact, folder / "cost.json"):
         return artefact
-    check_splits(config.data, "prompts", ("train",))
+    splits = check_splits(config.data, "prompts", ("train",))
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
@@ -241,9 +328,13 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     with Scorer(model, programs.reward, terms, config.reward_weight, rows) as scorer:
         job = Rollouts(model, base, programs, scorer, get_task(config.data.task), rows, config)
         shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate")
-        loop = Loop("rl", functools.partial(advance, job), iter(batches), None, None, shown)
+        held_out = held_out_prompts(job, batches.lengths, splits)
+        measure = None if held_out is None else functools.partial(validate, *held_out)
+        best = SELECTED_BY if held_out is not None and config.select == "best" else None
+        loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY))
         state, timings = run_lib.train(folder, config, state, loop)
+    measured = kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
     for name, adapter in state.roles.items():
-        checkpoint.save_artefact(folder / "adapters" / name, adapter, model.record(name, adapter, step=int(state.step)))
+        checkpoint.save_artefact(folder / "adapters" / name, adapter, model.record(name, adapter, step=int(state.step), metrics=measured))
     run_lib.write_cost(folder, model, state, programs.by_name(), timings)
     return artefact

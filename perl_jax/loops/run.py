@@ -23,7 +23,7 @@ from perl_jax.loops import stands
 from perl_jax.loops.jobs import JobConfig
 from perl_jax.loops.model import Model
 from perl_jax.loops.profile import Profile
-from perl_jax.metrics import MetricsWriter, NoMetrics, Progress, environment
+from perl_jax.metrics import MetricsWriter, NoMetrics, Progress, SamplesWriter, environment
 from perl_jax.programs import Program
 from perl_jax.state import TrainState
 
@@ -167,7 +167,8 @@ class Loop:
     """One job's training loop: what differs between SFT, reward and RL.
 
     advance(state, batch) -> (state, metrics, seconds by phase): one update; metrics hold `finite`.
-    batches: an iterator with get_state and set_state. validate(state) -> metrics, or None.
+    batches: an iterator with get_state and set_state. validate(state) -> (metrics, samples for
+    `metrics.SamplesWriter`), or None.
     best: the validation metric whose best step is kept besides the last ones.
     shown: metric names for the progress line.
     """
@@ -175,7 +176,7 @@ class Loop:
     job: str
     advance: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any], dict[str, float]]]
     batches: Iterator
-    validate: Callable[[TrainState], dict[str, float]] | None
+    validate: Callable[[TrainState], tuple[dict[str, float], list[dict[str, Any]]]] | None
     best: str | None
     shown: tuple[str, ...]
 
@@ -204,6 +205,7 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
     begin = int(state.step)
     writes = hosts.is_writer()
     writer = MetricsWriter(folder, start, config.tensorboard, config.wandb) if writes else NoMetrics()
+    samples = SamplesWriter(folder, start) if writes else NoMetrics()
     progress = Progress(loop.job, config.steps, begin) if writes else NoMetrics()
     with writer, progress, Termination() as termination, Profile(folder / "profile", config.profiled) as profile:
         for step in range(begin + 1, config.steps + 1):
@@ -214,8 +216,10 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
             row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
             validated = None
             if loop.validate is not None and (step % config.evaluate_every == 0 or step == config.steps):
-                validated = loop.validate(state)
-                row |= validated
+                clock = time.perf_counter()
+                validated, shown = loop.validate(state)
+                row |= validated | {"time/validate": time.perf_counter() - clock}
+                samples.write(step, shown)
             writer.write(step, row)
             stop = termination.asked()
             if stop or step % config.checkpoint_every == 0 or step == config.steps or (validated and loop.best):

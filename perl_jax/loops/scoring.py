@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import copy
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,14 @@ class Scorer:
         self.terms = Composite(terms) if terms else None
         if self.terms is not None:
             self.terms.check_rows(rows)
+
+    def over(self, rows: Any) -> Scorer:
+        """This scorer for rollouts of other rows; what the terms started is shared, and ends with this one."""
+        other = copy.copy(self)
+        other.rows = rows
+        if self.terms is not None:
+            self.terms.check_rows(rows)
+        return other
 
     def __enter__(self) -> Scorer:
         if self.terms is not None:

@@ -30,17 +30,25 @@ _REFERENCE_ROWS = 512
 
 
 def load_batches(
-    model: Model, config: DataConfig, kind: str, split: str, batch_size: int, seed: int | None, microbatches: int = 1
-) -> tuple[Batches, Any]:
-    """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up."""
+    model: Model, config: DataConfig, kind: str, split: str, batch_size: int, seed: int | None, microbatches: int = 1,
+    *, most: int | None = None, lengths: tuple[int, ...] | None = None,
+) -> tuple[Batches, Any]:  # fmt: skip
+    """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up.
+
+    most: the first so many rows only. lengths: padded lengths to take where they hold the rows, so that programs
+    compiled for them are used again.
+    """
     task = get_task(config.task)
     rows = hosts.in_turn(lambda: task.open(kind, split, data_options(config)))
+    if most is not None:
+        rows = [rows[index] for index in range(min(most, len(rows)))]
     share = sharding.row_share(model.mesh)
     spec = BatchSpec(
         batch_size=batch_size,
         max_prompt_length=config.max_prompt_length,
         max_response_length=config.max_response_length,
         bucket_count=config.bucket_count,
+        buckets=lengths,
         shuffle_seed=seed,
         epochs=None if seed is not None else 1,
         process_index=share.index,
@@ -128,7 +136,7 @@ def fit(
         return state, {name: value.item() for name, value in host(metrics).items()}, {}
 
     loss = lambda state: held_out_loss(model, job, measure, state, held_out)
-    validate = lambda state: job.validate(model, loss, state, held_out, truth)
+    validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
     loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown)
     state, timings = run_lib.train(folder, config, state, loop)
     return state, timings, program

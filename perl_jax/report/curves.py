@@ -20,6 +20,11 @@ LEARNING_PANELS = (
     ("reward", "validation/accuracy", "Reward model: validation accuracy", "share of pairs"),
     ("reward", "validation/auc", "Reward model: validation AUC", "AUC"),
     ("reward", "validation/correlation", "Reward model: validation correlation", "correlation"),
+    ("rl", "validation/reward", "RL: validation reward", "reward"),
+    ("rl", "validation/gold", "RL: validation gold reward", "reward"),
+    ("rl", "validation/kl", "RL: validation KL from the reference", "nats a sequence"),
+    ("rl", "validation/length", "RL: validation response length", "tokens"),
+    ("rl", "validation/eos_rate", "RL: validation responses that end themselves", "share"),
     ("dpo", "train/loss", "DPO: training loss", "loss"),
     ("dpo", "validation/accuracy", "DPO: validation accuracy", "share of pairs"),
     ("dpo", "dpo/chosen_reward", "DPO: implicit reward of the chosen", "nats"),
@@ -163,7 +168,20 @@ def learning_curves(experiment: Experiment) -> Html:
         "Validation is drawn as measured."
     )
     shown = grid(panels)
-    return section("curves", "Learning curves", shown and tag("p", note, class_="note"), shown)
+    kept = [tag("p", s) for run in experiment.runs_of("rl") if (s := kept_sentence(run))]
+    return section(
+        "curves", "Learning curves", shown and tag("p", note, class_="note"), shown, *(kept if shown else ()),
+    )  # fmt: skip
+
+
+def kept_sentence(run: Run) -> str:
+    """Which step of an RL run its policy is of, and what was validated there; empty where that is not known."""
+    step, reward = number(run.artefact, "step"), number(run.artefact, "metrics", "validation/reward")
+    if step is None or reward is None or not run.rows:
+        return ""
+    last = run.rows[-1]["step"]
+    which = f"step {step:.0f} of {last}" if step != last else f"the last step, {last}"
+    return f"RL, {tuning_name(run.tuning)}: the policy is that of {which}, where the validation reward was {formats.significant(reward)}."
 
 
 def rl_health(experiment: Experiment) -> Html:

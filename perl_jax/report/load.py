@@ -38,6 +38,7 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    artefact: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -227,6 +228,7 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
         evaluation=read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json"),
         cost=read_object(folder / "cost.json", notes, f"{shown}cost.json"),
         samples=read_samples(folder / "samples.jsonl", notes, f"{shown}samples.jsonl"),
+        artefact=read_object(folder / "adapters" / "policy" / "artefact.json", notes, f"{shown}adapters/policy/artefact.json"),
     )
 
 

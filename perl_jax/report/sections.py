@@ -36,7 +36,7 @@ POLICY_COLUMNS = {
 POLICY_NAMES = {"sft": "SFT", "base": "Base"}
 SHARES = frozenset({"eos_rate", "distinct_1", "distinct_2"})
 # Keys that name the whole step rather than a part of it.
-WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile"})
+WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile", "validate"})
 MOST_PROMPTS = 12
 LONGEST_TEXT = 1500
 

@@ -66,7 +66,13 @@ def test_artefacts_say_what_they_are(jobs, model):
     check_artefact(jobs.reward, model, "reward", "lora", True)
     check_artefact(jobs.tuned, model, "policy", "lora", False)
     check_artefact(jobs.tuned.with_name("value"), model, "value", "lora", True)
-    assert tiny.load(jobs.tuned, model)[1].step == 4
+    # The best of the validated steps, with what was measured there.
+    validated = {row["step"]: row for row in tiny.rows(jobs.root / "rl") if "validation/reward" in row}
+    best = max(validated, key=lambda step: validated[step]["validation/reward"])
+    record = tiny.load(jobs.tuned, model)[1]
+    assert sorted(validated) == [2, 4] and record.step == best == tiny.load(jobs.tuned.with_name("value"), model)[1].step
+    assert record.metrics == {name: value for name, value in validated[best].items() if name.startswith("validation/")}
+    assert set(record.metrics) == {f"validation/{name}" for name in ("reward", "gold", "kl", "length", "eos_rate")}
 
 
 def test_training_has_moved_every_adapter(jobs, model):
