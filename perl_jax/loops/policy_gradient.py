@@ -242,7 +242,9 @@ def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[s
     samples: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
-        rollout = programs.sample(base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index)))
+        # Where the state's key is: a program is compiled for places too.
+        data = jax.device_put(np.asarray(jax.random.key_data(jax.random.fold_in(key, index))), sharding.replicated(job.model.mesh))
+        rollout = programs.sample(base, policy, prompts, data)
         whole, _ = _layouts(job, rollout, batch.tokens_BP.shape[1], None)
         rollout = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
         mask_BT = rollout.sequences.response_BT
