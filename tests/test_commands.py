@@ -174,8 +174,9 @@ def test_files_and_folders_that_are_missing(model_folder, capsys, tmp_path):
 
 def test_a_job_on_rows_of_ones_own(model_folder, capsys, tmp_path, monkeypatch):
     # From the command line to an artefact, and a page.
-    for split, rows in (("train", 8), ("validation", 8), ("test", 8)):
-        lines = [json.dumps({"prompt": f"{WORDS[i % 5]} tea", "response": "yes please"}) for i in range(rows)]
+    # Splits share no prompt, of which the job would speak.
+    for place, split in enumerate(("train", "validation", "test")):
+        lines = [json.dumps({"prompt": f"{WORDS[3 * place + i % 3]} tea", "response": "yes please"}) for i in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     run = tmp_path / "run"
     sizes = ("--data.max-prompt-length", 8, "--data.max-response-length", 8, "--batch-size", 8, "--steps", 2)

@@ -15,6 +15,9 @@ from perl_jax.data.tasks import get_task
 from perl_jax.loops import policy_gradient
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.model import data_options
+from perl_jax.report import formats
+from perl_jax.report.curves import kept_sentence
+from perl_jax.report.load import read_experiment
 from perl_jax.rl.algorithms import AlgorithmConfig
 from tests import small
 from tests.loops import tiny
@@ -49,6 +52,15 @@ def test_samples_are_of_held_out_prompts_with_their_own_rewards(ran):
     assert {row["prompt"] for row in found} == set(held_out) and len(held_out) == 6
     gold = task.gold([row["prompt"] for row in found], [row["response"] for row in found])
     np.testing.assert_allclose([row["gold"] for row in found], gold)
+
+
+def test_the_page_says_which_step_was_kept(ran):
+    folder, _ = ran
+    (run,) = read_experiment(folder).runs
+    rewards = {row["step"]: row["validation/reward"] for row in tiny.rows(folder)}
+    best = max(rewards, key=rewards.get)
+    assert kept_sentence(run).startswith(f"RL, LoRA: the policy is that of {'the last step, 3' if best == 3 else f'step {best} of 3'}, where")
+    assert kept_sentence(run).endswith(f"the validation reward was {formats.significant(rewards[best])}.")
 
 
 def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypatch):
