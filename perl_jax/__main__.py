@@ -90,8 +90,9 @@ def _score(config: Any) -> None:
 def _export(config: Any) -> None:
     from perl_jax.loops.exchange import export
 
-    folder, difference = export(config)
-    _done(f"{config.format} export, read back with outputs within {difference:.2g}", folder)
+    done = export(config)
+    note = f" ({done.note})" if done.note else ""
+    _done(f"{config.format} export, read back with outputs within {done.difference:.2g}{note}", done.folder)
 
 
 def _import(config: Any) -> None:

@@ -22,6 +22,7 @@ from perl_jax.config import UserError, require
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families, peft
 from perl_jax.lora import Adapter
+from perl_jax.loops import classifier
 from perl_jax.loops.jobs import ModelOptions
 from perl_jax.loops.model import Model, load_model
 from perl_jax.types import Tree
@@ -102,8 +103,23 @@ def new_folder(to: str) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export(config: ExportConfig) -> tuple[pathlib.Path, float]:
-    """Writes the export, reads it back, and compares; returns the folder and the largest difference."""
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An export that was read back.
+
+    Attributes:
+        folder: Where it lies.
+        difference: The largest between its outputs and the role's.
+        note: What somebody who loads it has to know; empty: nothing.
+    """
+
+    folder: pathlib.Path
+    difference: float
+    note: str
+
+
+def export(config: ExportConfig) -> Exported:
+    """Writes the export, reads it back, and compares."""
     whole = config.format != "merged" or config.quantise.kind == "none"
     require(whole, "A merged export is made of the base's own weights; leave --quantise.kind out.")
     with new_folder(config.to) as folder:
@@ -113,7 +129,10 @@ def export(config: ExportConfig) -> tuple[pathlib.Path, float]:
         write = {"peft": _write_peft, "merged": _write_merged}[config.format]
         write(folder, config, model, adapter, record)
         difference = {"peft": _compare_peft, "merged": _compare_merged}[config.format](folder, model, adapter, record)
-    return pathlib.Path(config.to), difference
+    note = ""
+    if record.has_head:
+        note = classifier.loader_note(model.tokenizer, classifier.pad_id_of(model.tokenizer), _head(adapter, record)[1], config.format)
+    return Exported(pathlib.Path(config.to), difference, note)
 
 
 def _head(adapter: Adapter, record: Record) -> tuple[Tree | None, float]:
@@ -130,26 +149,16 @@ def _write_peft(folder: pathlib.Path, config: ExportConfig, model: Model, adapte
     values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
     config_lib.write_json(folder / "adapter_config.json", values)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_offset(folder, model, record, offset)
+    _write_loading(folder, model, record, offset)
 
 
-def _classifier_pad(model: Model) -> int:
-    """The padding id for transformers' classifiers, which read the last token that has another id.
-
-    Every response ends in a stop id, so padding with one (usual where a tokenizer has no pad) would
-    make them read the token before it.
-    """
-    inner = model.tokenizer.inner
-    candidates = [i for i in (inner.pad_token_id, inner.unk_token_id, inner.bos_token_id) if i is not None]
-    usable = [i for i in candidates if i not in model.tokenizer.stop_ids]
-    require(bool(usable), f"{model.name} has no pad, unk or bos token besides its stop tokens; a classifier could not tell padding from an end.")
-    return usable[0]
-
-
-def _write_offset(folder: pathlib.Path, model: Model, record: Record, offset: float) -> None:
+def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: float) -> None:
+    """What a classifier's loader needs beside the weights: the tokenizer with its padding, and the offset."""
     if record.has_head:
+        pad_id = classifier.pad_id_of(model.tokenizer)
+        classifier.save_tokenizer(folder, model.tokenizer, pad_id)
         meaning = "normalised score = logit + offset; the classifier's head has no bias to put it in. Differences of scores need none."
-        config_lib.write_json(folder / _OFFSET_FILE, {"offset": offset, "role": record.role, "pad_token_id": _classifier_pad(model), "meaning": meaning})
+        config_lib.write_json(folder / _OFFSET_FILE, {"offset": offset, "role": record.role, "pad_token_id": pad_id, "meaning": meaning})
 
 
 def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
@@ -186,9 +195,9 @@ def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adap
     values = config_lib.read_json(source / "config.json")
     if head is not None:
         values["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in values.get("architectures") or []]
-        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": _classifier_pad(model)}
+        values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": classifier.pad_id_of(model.tokenizer)}
     config_lib.write_json(folder / "config.json", values)
-    _write_offset(folder, model, record, offset)
+    _write_loading(folder, model, record, offset)
 
 
 def _common_dtype(stored: Mapping[str, hf_checkpoint.Stored]) -> np.dtype:
@@ -241,6 +250,9 @@ def _expected(model: Model, adapter: Adapter, record: Record) -> np.ndarray:
 
 def _compare_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> float:
     again, offset = read_peft(folder, model)
+    if record.has_head:
+        stated = config_lib.read_json(folder / _OFFSET_FILE)["pad_token_id"]
+        _check_padded(folder, model, adapter, record, stated, _allowed(model), lambda *batch: np.asarray(jax.jit(model.lm.score)(model.base, again, *batch)) + offset)
     found = _outputs(model, model.base, again) + offset
     return _judge(_expected(model, adapter, record), found, _allowed(model), "scores" if record.has_head else "logits")
 
@@ -252,11 +264,27 @@ def _compare_merged(folder: pathlib.Path, model: Model, adapter: Adapter, record
         # A classifier has no output projection; as a tied one the base is read without.
         config = dataclasses.replace(config, tied_embeddings=True)
     base = hf_checkpoint.load_base(folder, config, model.lm.base_shardings(), ignore=("score.weight",))
+    low = any(tensor.dtype != "F32" for tensor in hf_checkpoint.stored_tensors(folder).values())
+    allowed = 0.05 if low else _allowed(model)
     merged = dataclasses.replace(model, lm=dataclasses.replace(model.lm, config=config))
     found = _outputs(merged, base, None if head is None else Adapter(head=head)) + offset
-    stored = hf_checkpoint.stored_tensors(folder)
-    low = any(tensor.dtype != "F32" for tensor in stored.values())
-    return _judge(_expected(model, adapter, record), found, 0.05 if low else _allowed(model), "scores" if record.has_head else "logits")
+    if head is not None:
+        stated = config_lib.read_json(folder / "config.json")["pad_token_id"]
+        scores = lambda *batch: np.asarray(jax.jit(merged.lm.score)(base, Adapter(head=head), *batch)) + offset
+        _check_padded(folder, model, adapter, record, stated, allowed, scores)
+    return _judge(_expected(model, adapter, record), found, allowed, "scores" if record.has_head else "logits")
+
+
+def _check_padded(
+    folder: pathlib.Path, model: Model, adapter: Adapter, record: Record, pad_id: int, allowed: float, found: classifier.Scorer
+) -> None:
+    base = model.base if adapter.weights is None else None
+
+    def expected(*batch: jax.Array) -> np.ndarray:
+        scores = np.asarray(jax.jit(model.lm.score)(base, adapter, *batch))
+        return scores if record.role != "reward" else np.asarray(record.normalise(scores))
+
+    classifier.check_padded(folder, model.tokenizer, pad_id, model.lm.config.max_positions, expected, found, allowed)
 
 
 def _allowed(model: Model) -> float:

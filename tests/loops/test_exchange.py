@@ -20,7 +20,7 @@ from perl_jax import lora as lora_lib
 from perl_jax import trees
 from perl_jax.config import UserError
 from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.hf.tokenizer import word_tokenizer
+from perl_jax.hf.tokenizer import Tokenizer, word_tokenizer
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.loops import exchange
 from perl_jax.loops.jobs import ModelOptions
@@ -89,7 +89,7 @@ def save(folder: pathlib.Path, model: Model, adapter: Adapter) -> pathlib.Path:
 
 
 def export(model: Model, artefact: pathlib.Path, form: str, to: pathlib.Path) -> float:
-    return exchange.export(exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(to)))[1]
+    return exchange.export(exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(to))).difference
 
 
 def torch_peft(model: Model, folder: pathlib.Path, *, head: bool) -> Any:
@@ -373,18 +373,84 @@ def test_show_lists_what_an_artefact_is(tmp_path, model):
 # Heads: a classifier's padding, and values.
 
 
-def test_a_classifier_pads_with_a_token_that_ends_nothing(tmp_path, model):
-    # This tokenizer pads with </s>, which every response ends in.
-    folder = write_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def ends_padded(tmp_path_factory) -> tuple[Model, pathlib.Path]:
+    """A model whose tokenizer pads with </s>, which every response ends in, and a reward on it."""
+    root = tmp_path_factory.mktemp("ends_padded")
+    folder = write_base(root / "base")
     tokenizer = load(folder).tokenizer
     tokenizer.inner.pad_token = tokenizer.inner.eos_token
     tokenizer.save(folder)
-    ends_padded = load(folder)
-    assert ends_padded.tokenizer.pad_id == ends_padded.tokenizer.eos_id
-    artefact = save(tmp_path / "artefact", ends_padded, moved(ends_padded, VARIANTS["plain"], head=True))
-    export(ends_padded, artefact, "merged", tmp_path / "merged")
-    stated = json.loads((tmp_path / "merged" / "config.json").read_text())["pad_token_id"]
-    assert stated == ends_padded.tokenizer.inner.unk_token_id != ends_padded.tokenizer.eos_id
+    # As older versions of transformers write it.
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "</s>", "eos_token": "</s>"}))
+    model = load(folder)
+    assert model.tokenizer.pad_id == model.tokenizer.eos_id
+    return model, save(root / "artefact", model, moved(model, VARIANTS["plain"], head=True))
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_a_classifier_scores_a_padded_batch_as_the_reward_does(tmp_path, ends_padded, form):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model, artefact = ends_padded
+    done = exchange.export(exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(tmp_path / "to")))
+    # The obvious way: the folder's tokenizer pads, the classifier finds the ends.
+    inner = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    assert inner.pad_token_id not in model.tokenizer.stop_ids and f"pad_token_id={inner.pad_token_id}," in done.note
+    texts = ["<s> good tea please yes </s>", "<s> fine coffee no </s>", "<s> bad </s>"]
+    batch = inner(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    assert batch["input_ids"][1, -1] == inner.pad_token_id
+    kind = transformers.AutoModelForSequenceClassification
+    if form == "merged":
+        loaded = kind.from_pretrained(tmp_path / "to", dtype=torch.float32).eval()
+    else:
+        base = kind.from_pretrained(model.name, dtype=torch.float32, num_labels=1, pad_token_id=inner.pad_token_id)
+        loaded = pytest.importorskip("peft").PeftModel.from_pretrained(base, tmp_path / "to").eval()
+    with torch.no_grad():
+        theirs = loaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
+    offset = json.loads((tmp_path / "to" / "perl_jax_reward.json").read_text())["offset"]
+    adapter, record = model.load_role(artefact)
+    for text, found in zip(texts, theirs, strict=True):
+        _, *words, _ = text.split()
+        ids = model.tokenizer.prompt_ids(" ".join(words[:-1])) + model.tokenizer.response_ids(words[-1])
+        score = model.lm.score(model.base, adapter, jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))
+        np.testing.assert_allclose(found + offset, record.normalise(np.asarray(score))[0], atol=1e-4)
+    assert f"add {offset:.6g} to the logit" in done.note and "end each text with </s>" in done.note
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+@pytest.mark.parametrize("where", ["tokenizer", "both"])
+def test_a_classifier_that_would_read_another_token_is_not_kept(monkeypatch, tmp_path, ends_padded, form, where):
+    model, artefact = ends_padded
+    eos, written = model.tokenizer.eos_id, exchange.classifier.save_tokenizer
+    if where == "both":
+        monkeypatch.setattr(exchange.classifier, "pad_id_of", lambda tokenizer: eos)
+        message = r"at token 4 \('yes'\).* at its last token 5 \('</s>'\): the tokenizer pads with id 2, the classifier's pad_token_id is 2"
+    else:
+        monkeypatch.setattr(exchange.classifier, "save_tokenizer", lambda folder, tokenizer, pad_id: written(folder, tokenizer, eos))
+        message = r"at token \d+ \('</s>'\).* at its last token 5 \('</s>'\): the tokenizer pads with id 2, the classifier's pad_token_id is 3"
+    with pytest.raises(UserError, match=message):
+        export(model, artefact, form, tmp_path / "to")
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_is_a_token_that_no_turn_ends_with():
+    words = lambda: word_tokenizer(["good"])
+    assert exchange.classifier.pad_id_of(words()) == 0
+    # A chat template whose turn ends in <pad> and <unk>: neither the stop nor its tail may pad.
+    inner = words().inner
+    inner.chat_template = "{% for m in messages %}<s> {{ m.content }} <pad> <unk> {% endfor %}{% if add_generation_prompt %}<s> {% endif %}"
+    tokenizer = Tokenizer(inner)
+    assert (tokenizer.stop_part, tokenizer.tail_ids) == ((0,), (3,))
+    assert exchange.classifier.pad_id_of(tokenizer) == 1
+    # Neither pad, unk nor bos: another special token, one for padding before the others.
+    inner = words().inner
+    inner.add_special_tokens({"additional_special_tokens": ["<image>", "<right_pad>"]})
+    inner.pad_token = inner.unk_token = inner.bos_token = None
+    assert inner.convert_ids_to_tokens(exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))) == "<right_pad>"
+    inner = words().inner
+    inner.pad_token = inner.unk_token = inner.bos_token = None
+    with pytest.raises(UserError, match="Every special token of .* ends a turn"):
+        exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
 
 
 def test_a_value_comes_back_as_a_value(tmp_path, model):
