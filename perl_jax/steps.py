@@ -8,6 +8,7 @@ reward models). Losses and logs are sums with weights, so microbatches add and a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -46,6 +47,34 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
     packed = lambda part: isinstance(part, Tokens)
     return jax.tree.map(lambda part: part.of_microbatch() if packed(part) else part, jax.tree.map(split, batch), is_leaf=packed)
+
+
+def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
+    """function(batch) where every leaf of the result leads with the batch's rows, one microbatch after the other.
+
+    For passes without a gradient: what they hold at a time is that of a microbatch. Where the microbatches
+    do not divide the (groups of) rows, their largest common divisor is taken.
+    """
+    group = group_of(batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    microbatches = math.gcd(rows // group, microbatches)
+    if microbatches == 1:
+        return function(batch)
+    outs = jax.lax.map(function, split_microbatches(batch, microbatches, group))
+
+    def join(leaf: Array) -> jax.Array:
+        dealt = leaf.reshape(microbatches, -1, group, *leaf.shape[2:])
+        return jnp.swapaxes(dealt, 0, 1).reshape(rows, *leaf.shape[2:])
+
+    return jax.tree.map(join, outs)
+
+
+def summed_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
+    """The sum over microbatches of function(microbatch), whose leaves are sums over rows."""
+    if microbatches == 1:
+        return function(batch)
+    sums = jax.lax.map(function, split_microbatches(batch, microbatches, group_of(batch)))
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
 
 
 def _check_divides(rows: int, parts: int, group: int, what: str) -> None:
@@ -167,6 +196,18 @@ def token_logprobs(
     """logp_BT and entropy_BT (`LanguageModel.logprobs`); of response tokens alone where the batch is packed."""
     packed = {"packing": pack(tokens), "wanted_BT": tokens.response_BT} if tokens.layout else {}
     return lm.logprobs(base, adapter, tokens.tokens_BT, tokens.valid_BT, temperature, key, start=response_start(tokens, room), **packed)
+
+
+def logprobs_in_microbatches(
+    lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter | None, tokens: Tokens, temperature: float = 1.0, *, room: int | None = None
+) -> jax.Array:
+    """`sequence_logprobs`, one microbatch of rows after the other."""
+    return each_microbatch(lambda part: sequence_logprobs(lm, base, adapter, part, temperature, room=room), tokens, microbatches)
+
+
+def values_in_microbatches(lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, tokens: Tokens) -> jax.Array:
+    """`values`, one microbatch of rows after the other."""
+    return each_microbatch(lambda part: values(lm, base, adapter, part), tokens, microbatches)
 
 
 def scores(lm: LanguageModel, base: Tree, adapter: Adapter, tokens: Tokens, key: jax.Array | None = None) -> jax.Array:

@@ -62,6 +62,11 @@ class Tokens:
     response_BT: Array
     layout: Layout | None = flax.struct.field(pytree_node=False, default=None)
 
+    @property
+    def group(self) -> int:
+        """Rows next to each other that share a packed prompt; 1 where the batch is padded."""
+        return 1 if self.layout is None else self.layout.group
+
     def of_microbatch(self) -> Tokens:
         """As a microbatch of the batch is packed."""
         return self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, microbatches=1))

@@ -108,6 +108,8 @@ TIERS: dict[str, dict[str, str]] = {
         "test_splash_equals_plain_attention[window]": SLOW,
     },
     "models/test_packing.py": {
+        "test_passes_without_a_gradient_go_microbatch_by_microbatch": SLOW,
+        "test_passes_without_a_gradient_go_microbatch_by_microbatch[4 packed]": QUICK,
         "test_attention_in_blocks_takes_packed_tokens": EXHAUSTIVE,
         "test_attention_in_blocks_takes_packed_tokens[labels-5]": SLOW,
         "test_attention_in_blocks_takes_packed_tokens[pairs-5]": QUICK,

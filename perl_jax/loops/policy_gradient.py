@@ -62,9 +62,9 @@ class Programs:
         update = functools.partial(steps.train_step if algorithm.updates == 1 else steps.train_epochs, objective, optimizers, config.microbatches)
         self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
         self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
-        self.reward = scoring.reward_program(model, records, config.combine) if records else None
-        self.logprobs = Program("logprobs", functools.partial(steps.sequence_logprobs, lm, temperature=config.temperature, room=room), out_shardings=rows, limit=SHAPES)
-        self.values = Program("values", functools.partial(steps.values, lm), out_shardings=rows, limit=SHAPES) if algorithm.rule.advantage == "gae" else None
+        self.reward = scoring.reward_program(model, records, config.combine, config.microbatches) if records else None
+        self.logprobs = Program("logprobs", functools.partial(steps.logprobs_in_microbatches, lm, config.microbatches, temperature=config.temperature, room=room), out_shardings=rows, limit=SHAPES)
+        self.values = Program("values", functools.partial(steps.values_in_microbatches, lm, config.microbatches), out_shardings=rows, limit=SHAPES) if algorithm.rule.advantage == "gae" else None
         assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
         self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=SHAPES)
         self.learn = step_program(model, update, state)
@@ -150,7 +150,7 @@ def _layouts(job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarra
     response_B = count(rollout.sequences.response_BT)
     prompt_B = count(rollout.sequences.valid_BT) - response_B
     layout = functools.partial(rollout_layout, job.model, job.config, prompt_B, response_B, columns)
-    return layout(1), layout(job.config.microbatches, orders_XY)
+    return layout(job.config.microbatches), layout(job.config.microbatches, orders_XY)
 
 
 def _may_be_one(config: RLConfig, step: int) -> bool:

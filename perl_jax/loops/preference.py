@@ -23,16 +23,16 @@ from perl_jax.types import Pairs
 
 
 @functools.lru_cache(maxsize=8)
-def reference_program(lm: LanguageModel) -> Program:
+def reference_program(lm: LanguageModel, microbatches: int) -> Program:
     """(base or None, reference, tokens) -> its log-probabilities."""
-    return Program("reference", functools.partial(steps.sequence_logprobs, lm), limit=SHAPES)
+    return Program("reference", functools.partial(steps.logprobs_in_microbatches, lm, microbatches), limit=SHAPES)
 
 
-def with_reference(model: Model, state: TrainState, pairs: Pairs) -> Preferences:
+def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pairs) -> Preferences:
     """Comparisons and what the frozen reference says of both sides."""
     reference = state.frozen["reference"]
     both = steps.both_sides(pairs)
-    logp_BT = reference_program(model.lm)(model.base if reference.weights is None else None, reference, both)
+    logp_BT = reference_program(model.lm, microbatches)(model.base if reference.weights is None else None, reference, both)
     return Preferences(pairs, *steps.sides(logp_BT))
 
 
@@ -41,7 +41,7 @@ def job_of(config: DPOConfig) -> Supervised:
     settings = {"kind": config.loss, "beta": config.strength, "label_smoothing": config.label_smoothing, "mean": config.token_mean, "soft_labels": config.soft_labels}
     objective = functools.partial(steps.preference_objective, **settings)
     shown = ("train/loss", "train/accuracy", "validation/accuracy")
-    return Supervised("dpo", "policy", "comparisons", objective, supervised.validate_policy, None, shown, with_reference)
+    return Supervised("dpo", "policy", "comparisons", objective, supervised.validate_policy, None, shown, functools.partial(with_reference, config.microbatches))
 
 
 def run_dpo(config: DPOConfig) -> pathlib.Path:
@@ -68,8 +68,8 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
 
 def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainState) -> dict:
     """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons."""
-    batches, rows = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None)
-    program = Program("implicit", functools.partial(_implicit, model.lm, config.token_mean), limit=SHAPES)
+    batches, rows = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None, config.microbatches)
+    program = Program("implicit", functools.partial(_implicit, model.lm, config.token_mean, config.microbatches), limit=SHAPES)
     base = model.base if state.roles["policy"].weights is None else None
     order, chosen, rejected = [], [], []
     for index, batch in enumerate(batches):
@@ -82,7 +82,10 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
     return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights))}
 
 
-def _implicit(lm: LanguageModel, mean: bool, base, policy, batch: Preferences) -> tuple:
-    both = steps.both_sides(batch.pairs)
-    logp_BT = steps.sequence_logprobs(lm, base, policy, both)
-    return steps.sides(steps.response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean))
+def _implicit(lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences) -> tuple:
+    def of_rows(part: Preferences) -> tuple:
+        both = steps.both_sides(part.pairs)
+        logp_BT = steps.sequence_logprobs(lm, base, policy, both)
+        return steps.sides(steps.response_log_ratio(logp_BT, part.reference_BT, both.response_BT, mean))
+
+    return steps.each_microbatch(of_rows, batch, microbatches)

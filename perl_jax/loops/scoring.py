@@ -54,11 +54,11 @@ def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, ja
     return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
 
 
-def reward_program(model: Model, records: tuple[Record, ...], combine: str) -> Program:
+def reward_program(model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1) -> Program:
     """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
-    return Program("reward", functools.partial(_scores, model.lm, records, combine, ends_of(model.tokenizer)), out_shardings=(rows, members), limit=SHAPES)
+    return Program("reward", functools.partial(_scores, model.lm, records, combine, ends_of(model.tokenizer), microbatches), out_shardings=(rows, members), limit=SHAPES)
 
 
 def ends_of(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -91,10 +91,14 @@ def with_turn_end(tokens: Tokens, end_ids: tuple[int, ...], stop_ids: tuple[int,
 
 def _scores(
     lm: LanguageModel, records: tuple[Record, ...], combine: str, ends: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    base: Tree, rewards: Sequence[Adapter], tokens: Tokens,
+    microbatches: int, base: Tree, rewards: Sequence[Adapter], tokens: Tokens,
 ) -> tuple:  # fmt: skip
     tokens = tokens if ends is None else with_turn_end(tokens, *ends)
-    score = lambda adapter, record: record.normalise(steps.scores(lm, None if adapter.weights is not None else base, adapter, tokens))
+
+    def score(adapter: Adapter, record: Record) -> jax.Array:
+        own = None if adapter.weights is not None else base
+        return record.normalise(steps.each_microbatch(lambda part: steps.scores(lm, own, adapter, part), tokens, microbatches))
+
     scores_MB = jnp.stack([score(adapter, record) for adapter, record in zip(rewards, records, strict=True)])
     return COMBINE[combine](scores_MB, axis=0), scores_MB
 

@@ -125,9 +125,9 @@ def fit(
     optimizers = {job.role: state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
     state = initial_state(model, config, {job.role: role}, optimizers, frozen_roles)
     batches, _ = training_batches(model, config, job.kind, split, config.batch_size, config.microbatches)
-    held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None)
+    held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches)
     program = learn_program(model, config, job, state, optimizers)
-    measure = Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm)), limit=SHAPES)
+    measure = held_out_program(model, config, job)
     frozen = None if config.tuning == "full" else model.base
     truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
 
@@ -148,9 +148,14 @@ def learn_program(model: Model, config: JobConfig, job: Supervised, state: Train
     return step_program(model, update, state)
 
 
-def _held_out(objective: Callable, roles: dict, frozen: Tree, batch: Tree) -> tuple:
+def held_out_program(model: Model, config: JobConfig, job: Supervised) -> Program:
+    """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's microbatches."""
+    return Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm), config.microbatches), limit=SHAPES)
+
+
+def _held_out(objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree) -> tuple:
     """The objective without dropout: (loss, logs) as sums."""
-    return objective(roles, frozen, batch, None)
+    return steps.summed_microbatches(lambda part: objective(roles, frozen, part, None), batch, microbatches)
 
 
 def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches) -> dict[str, float]:
@@ -191,19 +196,23 @@ def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batc
 
 
 @functools.lru_cache(maxsize=8)
-def _score_program(lm: LanguageModel) -> Program:
-    return Program("score", functools.partial(_scores, lm), limit=SHAPES)
+def score_program(lm: LanguageModel, microbatches: int) -> Program:
+    """(base, adapter, batch) -> the scores of its rows: (chosen_B, rejected_B), or (score_B,)."""
+    return Program("score", functools.partial(_scores, lm, microbatches), limit=SHAPES)
 
 
-def _scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs | Labelled) -> tuple[jax.Array, ...]:
-    if isinstance(batch, Pairs):
-        return steps.pair_scores(lm, base, adapter, batch)
-    return (steps.scores(lm, base, adapter, batch.tokens),)
+def _scores(lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, batch: Pairs | Labelled) -> tuple[jax.Array, ...]:
+    def of_rows(part: Pairs | Labelled) -> tuple[jax.Array, ...]:
+        if isinstance(part, Pairs):
+            return steps.pair_scores(lm, base, adapter, part)
+        return (steps.scores(lm, base, adapter, part.tokens),)
+
+    return steps.each_microbatch(of_rows, batch, microbatches)
 
 
 def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.ndarray, ...]:
     """Raw scores in the source's order: (chosen, rejected) of pairs, (score,) of labelled rows."""
-    program = _score_program(model.lm)
+    program = score_program(model.lm, batches.spec.microbatches)
     base = model.base if adapter.weights is None else None
     sides: tuple[list, list] = ([], [])
     order: list[np.ndarray] = []
@@ -310,7 +319,7 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
 def reference_moments(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[float, float]:
     """Mean and standard deviation of raw scores over the first responses of the training split."""
     data = dataclasses.replace(config.data, train_size=min(_REFERENCE_ROWS, config.data.train_size or _REFERENCE_ROWS))
-    batches, _ = load_batches(model, data, kind, config.split, config.batch_size, None)
+    batches, _ = load_batches(model, data, kind, config.split, config.batch_size, None, config.microbatches)
     scores = np.concatenate(score_batches(model, adapter, batches)).astype(np.float64)[: 2 * _REFERENCE_ROWS]
     std = float(scores.std())
     config_lib.require(math.isfinite(std) and std > 0, "The reward model gives every reference response the same score; train it longer.")
@@ -319,7 +328,7 @@ def reference_moments(model: Model, config: RewardConfig, adapter: Adapter, kind
 
 def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row."""
-    batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None)
+    batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None, config.microbatches)
     scores = score_batches(model, adapter, batches)
     names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
     named = {name: side.tolist() for name, side in zip(names, scores, strict=True)}
@@ -356,7 +365,7 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
 
 def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -> float:
     """The score threshold with the best balanced accuracy on the validation split."""
-    batches, rows = load_batches(model, config.data, "labels", "validation", config.batch_size, None)
+    batches, rows = load_batches(model, config.data, "labels", "validation", config.batch_size, None, config.microbatches)
     (scores,) = score_batches(model, adapter, batches)
     return evaluate.best_threshold(scores, np.asarray([row["label"] for row in rows]) > 0.5)
 

@@ -102,18 +102,23 @@ def _dpo(model: Model, config: DPOConfig) -> Planned:
 def _supervised(model: Model, config: JobConfig, job: supervised.Supervised, roles: dict[str, Adapter], frozen: dict[str, Adapter] | None = None) -> Planned:
     optimizers = {name: state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width) for name in roles}
     state = _state(model, roles, optimizers, frozen or {})
-    batch = _rows(model, _batch(config, job.kind))
+    rows = batch = _rows(model, _batch(config, job.kind))
     program = supervised.learn_program(model, config, job, state, optimizers)
     base = _base(model, config)
     pieces = []
     if job.prepare is not None:
         both, reference = jax.eval_shape(steps.both_sides, batch), state.frozen["reference"]
-        before = preference.reference_program(model.lm)
+        before = preference.reference_program(model.lm, config.microbatches)
         args = (None if reference.weights is not None else model.base, reference, _rows(model, both))
         pieces.append(Piece(before, args, args[2]))
         logp_BT = _rows(model, jax.ShapeDtypeStruct(batch.chosen.tokens_BT.shape, jnp.float32))
         batch = steps.Preferences(batch, logp_BT, logp_BT)
     pieces.append(Piece(program, (state, base, batch), batch))
+    pieces.append(Piece(supervised.held_out_program(model, config, job), (state.roles, base, batch), batch))
+    if job.role == "reward":
+        adapter = state.roles["reward"]
+        program = supervised.score_program(model.lm, config.microbatches)
+        pieces.append(Piece(program, (None if adapter.weights is not None else model.base, adapter, rows), rows))
     return Planned(_resident(base, state), tuple(pieces))
 
 

@@ -48,7 +48,7 @@ def learn(plan: command.Plan) -> command.Measured:
 
 @pytest.mark.parametrize(
     ("job", "names"),
-    [("sft", ["learn"]), ("reward", ["learn"]), ("dpo", ["reference", "learn"]), ("rl", ["sample", "reward", "logprobs", "learn"])],
+    [("sft", ["learn", "validate"]), ("reward", ["learn", "validate", "score"]), ("dpo", ["reference", "learn", "validate"]), ("rl", ["sample", "reward", "logprobs", "learn"])],
 )
 def test_every_job_on_a_slice(folder, job, names):
     pytest.importorskip("libtpu")
