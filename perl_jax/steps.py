@@ -202,7 +202,7 @@ def logprobs_in_microbatches(
     lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter | None, tokens: Tokens, temperature: float = 1.0, *, room: int | None = None
 ) -> jax.Array:
     """`sequence_logprobs`, one microbatch of rows after the other."""
-    return each_microbatch(lambda part: sequence_logprobs(lm, base, adapter, part, temperature, room=room), tokens, microbatches)
+    return each_microbatch(lambda part: sequence_logprobs(lm, base, adapter, part, temperature=temperature, room=room), tokens, microbatches)
 
 
 def values_in_microbatches(lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, tokens: Tokens) -> jax.Array:

@@ -15,11 +15,11 @@ from perl_jax.loops import policy_gradient
 from perl_jax.loops.experience import Judged, assemble, one_pass
 from perl_jax.loops.jobs import DataConfig, KLConfig, RolloutConfig, ShapingConfig
 from perl_jax.loops.layouts import LEVELS
-from perl_jax.lora import LoRAConfig
+from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.sampling import Rollout
-from perl_jax.types import Pairs, Prompts, Tokens
+from perl_jax.types import Pairs, Prompts, Tokens, Tree
 from tests import small
 from tests.rollouts import Rehearsal, placed_model, prompts, rl_config
 
@@ -342,12 +342,23 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
 # Shapes.
 
 
+def talkative() -> tuple[Tree, Adapter]:
+    """A base and a policy whose responses have all lengths within a few dozen steps, short ones and ones that fill their room."""
+    noise = np.random.default_rng(0)
+    move = lambda share, leaf: leaf + share * noise.standard_normal(leaf.shape).astype(leaf.dtype)
+    base = trees.map_named(lambda name, leaf: move(0.2, leaf) if name.endswith("scale") else leaf, jax.jit(LM.init_base)(jax.random.key(0)))
+    noise = np.random.default_rng(1)
+    fresh = LM.init_adapter(jax.random.key(1), small.LORA)
+    return base, fresh.replace(lora=jax.tree.map(lambda leaf: move(0.1, leaf), fresh.lora))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("slots", "minibatches"), [(None, 1), (4, 1), (None, 2)])
 def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots, minibatches):
     # Prompts of two padded lengths and responses of any length; packed to one of a few sizes.
     config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=4, minibatches=minibatches), rollout=RolloutConfig(slots=slots), room=16, temperature=1.3)
-    run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
+    base, policy = talkative()
+    run = Rehearsal(placed_model(LM, base), policy, REWARD, config)
     rng, counts, responses = np.random.default_rng(0), [], set()
     for step in range(200):
         columns = (8, 16)[step % 2]
