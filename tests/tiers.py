@@ -35,6 +35,7 @@ TIERS: dict[str, dict[str, str]] = {
     },
     "loops/test_exchange.py": {
         "test_an_average_is_the_weighted_sum_of_updates": SLOW,
+        "test_float32_weights_keep_what_bfloat16_rounds_away[True]": SLOW,
         "test_every_variant_goes_round_by_commands": EXHAUSTIVE,
         "test_every_variant_goes_round_by_commands[llama-dora-layers]": SLOW,
         "test_every_variant_goes_round_by_commands[qwen2-all-linear]": SLOW,

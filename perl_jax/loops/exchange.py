@@ -25,10 +25,15 @@ from perl_jax.lora import Adapter
 from perl_jax.loops import classifier
 from perl_jax.loops.jobs import ModelOptions
 from perl_jax.loops.model import Model, load_model
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tree
 
 _SHARD_BYTES = 4 * 2**30
 _OFFSET_FILE = "perl_jax_reward.json"
+# A merged checkpoint keeps at least this share of its adapter's effect.
+_KEPT = 0.5
+# Effects below this share of the outputs' size are float32's rounding over the layers, not an adapter's.
+_NOISE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +44,14 @@ class ExportConfig(ModelOptions):
         adapter: The artefact to export.
         format: peft (adapter_config.json and adapter_model.safetensors) or merged (a checkpoint).
         to: The folder to write; it must not exist yet.
+        weights: Of a merged checkpoint: stored, the dtype of the base's files (bfloat16 rounds small
+            updates away); or float32, twice the size, which keeps all of the adapter's effect.
     """
 
     adapter: tyro.conf.Positional[str]
     format: Literal["peft", "merged"]
     to: str
+    weights: Literal["stored", "float32"] = "stored"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,17 +119,20 @@ class Exported:
         folder: Where it lies.
         difference: The largest between its outputs and the role's.
         note: What somebody who loads it has to know; empty: nothing.
+        kept: Share of the adapter's effect that a merged checkpoint has (`_share_kept`); None: not measured.
     """
 
     folder: pathlib.Path
     difference: float
     note: str
+    kept: float | None = None
 
 
 def export(config: ExportConfig) -> Exported:
     """Writes the export, reads it back, and compares."""
     whole = config.format != "merged" or config.quantise.kind == "none"
     require(whole, "A merged export is made of the base's own weights; leave --quantise.kind out.")
+    require(config.format == "merged" or config.weights == "stored", "--weights is for merged exports; an adapter's own weights are float32.")
     with new_folder(config.to) as folder:
         model = load_model(config)
         adapter, record = model.load_role(config.adapter)
@@ -129,10 +140,11 @@ def export(config: ExportConfig) -> Exported:
         write = {"peft": _write_peft, "merged": _write_merged}[config.format]
         write(folder, config, model, adapter, record)
         difference = {"peft": _compare_peft, "merged": _compare_merged}[config.format](folder, model, adapter, record)
-    note = ""
+        kept = _share_kept(folder, config, model, adapter) if config.format == "merged" else None
+    notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
     if record.has_head:
-        note = classifier.loader_note(model.tokenizer, classifier.pad_id_of(model.tokenizer), _head(adapter, record)[1], config.format)
-    return Exported(pathlib.Path(config.to), difference, note)
+        notes.append(classifier.loader_note(model.tokenizer, classifier.pad_id_of(model.tokenizer), _head(adapter, record)[1], config.format))
+    return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
 
 
 def _head(adapter: Adapter, record: Record) -> tuple[Tree | None, float]:
@@ -162,7 +174,7 @@ def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: f
 
 
 def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
-    """Every tensor of the base's files, in its stored dtype, with the adapter added in float32."""
+    """Every tensor of the base's files with the adapter added in float32, in its stored dtype or in float32."""
     source = hf_checkpoint.find_model(config.model)
     stored = hf_checkpoint.stored_tensors(source)
     head, offset = _head(adapter, record)
@@ -178,11 +190,13 @@ def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adap
         if name == "outer/lm_head" and head is not None:
             continue
         for layer, tensor in enumerate(families.tensor_names(name, model.lm.config)):
-            pending[tensor] = np.ascontiguousarray(_moved(adapter, name, layer, hf_checkpoint.read_tensor(stored[tensor])))
+            array = hf_checkpoint.read_tensor(stored[tensor])
+            array = array.astype(np.float32) if config.weights == "float32" else array
+            pending[tensor] = np.ascontiguousarray(_moved(adapter, name, layer, array))
             if sum(part.nbytes for part in pending.values()) > _SHARD_BYTES:
                 flush()
     if head is not None:
-        pending["score.weight"] = np.asarray(head["kernel"])[None, :].astype(_common_dtype(stored))
+        pending["score.weight"] = np.asarray(head["kernel"])[None, :].astype(np.float32 if config.weights == "float32" else _common_dtype(stored))
     flush()
     if len(shards) == 1:
         (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
@@ -193,6 +207,9 @@ def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adap
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     values = config_lib.read_json(source / "config.json")
+    if config.weights == "float32":
+        # Versions of transformers differ in which of the two they read.
+        values |= {name: "float32" for name in ("torch_dtype", "dtype") if name in values or name == "torch_dtype"}
     if head is not None:
         values["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in values.get("architectures") or []]
         values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": classifier.pad_id_of(model.tokenizer)}
@@ -240,6 +257,43 @@ def _judge(expected: np.ndarray, found: np.ndarray, allowed: float, what: str) -
     if not difference <= allowed * scale:
         raise UserError(f"What was written does not give the same {what}: they differ by {difference:.3g}. Nothing was kept.")
     return difference
+
+
+def _share_kept(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter) -> float | None:
+    """1 - lost / effect of a written checkpoint; UserError below `_KEPT`.
+
+    effect: the mean absolute difference between base and role; lost: between checkpoint and role. Of
+    logits, or with a head of the hidden states that it reads, computed in float32 on the probe.
+    None where it cannot be told: the effect is within float32's rounding (an untrained adapter), or
+    the base is held in fewer bits than its files have, so that reading rounds as well.
+    """
+    width = lambda name: jnp.dtype(name).itemsize
+    dtypes = {hf_checkpoint.STORED[tensor.dtype] for tensor in hf_checkpoint.stored_tensors(hf_checkpoint.find_model(config.model)).values()}
+    if max(map(width, dtypes)) > width(model.lm.config.param_dtype):
+        return None
+    tied = model.lm.config.tied_embeddings or adapter.head is not None
+    settings = model.lm.config if model.lm.config.dtype == "float32" else dataclasses.replace(model.lm.config, dtype="float32", attention="plain")
+    lm = dataclasses.replace(model.lm, config=settings)
+    held = dataclasses.replace(settings, tied_embeddings=tied, param_dtype="float32" if config.weights == "float32" else settings.param_dtype)
+    written_lm = dataclasses.replace(model.lm, config=held)
+    written = hf_checkpoint.load_base(folder, held, written_lm.base_shardings(), ignore=("score.weight",))
+    tokens_BT, valid_BT = _probe(model)
+
+    def read(lm: LanguageModel, base: Tree | None, role: Adapter | None) -> np.ndarray:
+        function = lm.logits if adapter.head is None else lm.hidden
+        return np.asarray(jax.jit(function)(base, role, tokens_BT, valid_BT), np.float32)[np.asarray(valid_BT)]
+
+    base, tuned = read(lm, model.base, None), read(lm, model.base if adapter.weights is None else None, adapter)
+    effect, lost = float(np.abs(tuned - base).mean()), float(np.abs(read(written_lm, written, None) - tuned).mean())
+    if effect <= _NOISE * float(np.abs(base).mean()):
+        return None
+    kept = 1 - lost / effect
+    better = "give --weights float32" if config.weights == "stored" else "the weights that were written do not hold the adapter"
+    require(
+        kept >= _KEPT,
+        f"Only {max(kept, 0.0):.0%} of the adapter's effect survived in the merged weights (it moves outputs by {effect:.3g} on average, {lost:.3g} of that is lost); {better}. Nothing was kept.",
+    )
+    return kept
 
 
 def _expected(model: Model, adapter: Adapter, record: Record) -> np.ndarray:

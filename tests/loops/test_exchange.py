@@ -197,6 +197,58 @@ def test_a_merged_export_keeps_the_bases_dtype_and_files(monkeypatch, tmp_path):
     np.testing.assert_array_equal(hf_checkpoint.read_tensor(stored[untouched]), tensors[untouched])
 
 
+@pytest.fixture(scope="module")
+def low(tmp_path_factory) -> Model:
+    """A base stored in bfloat16."""
+    folder = write_base(tmp_path_factory.mktemp("low") / "base")
+    tensors = {name: array.astype(jnp.bfloat16) for name, array in safetensors.load_file(folder / "model.safetensors").items()}
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return load(folder)
+
+
+def slightly_moved(model: Model, *, head: bool = False) -> Adapter:
+    """A short training's adapter: its update is about as large as bfloat16's rounding of the weights."""
+    adapter = moved(model, VARIANTS["all-linear"], head=head)
+    return adapter.replace(lora=trees.map_named(lambda name, leaf: leaf * (0.004 if name.endswith("_b") else 1.0), adapter.lora))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_float32_weights_keep_what_bfloat16_rounds_away(tmp_path, low, head):
+    adapter = slightly_moved(low, head=head)
+    artefact = save(tmp_path / "artefact", low, adapter)
+    settings = {"model": low.name, "adapter": str(artefact), "format": "merged"}
+    with pytest.raises(UserError, match=r"Only \d+% of the adapter's effect survived .*; give --weights float32\. Nothing was kept"):
+        exchange.export(exchange.ExportConfig(**settings, to=str(tmp_path / "stored")))
+    done = exchange.export(exchange.ExportConfig(**settings, to=str(tmp_path / "whole"), weights="float32"))
+    assert done.kept > 0.99 and f"{done.kept:.1%} of the adapter's effect survived" in done.note
+    assert {tensor.dtype for tensor in hf_checkpoint.stored_tensors(tmp_path / "whole").values()} == {"F32"}
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact", "whole"]
+
+
+@pytest.mark.parametrize("weights", ["stored", "float32"])
+def test_a_merged_export_without_the_adapter_is_not_kept(monkeypatch, tmp_path, low, weights):
+    artefact = save(tmp_path / "artefact", low, slightly_moved(low))
+    monkeypatch.setattr(exchange, "_moved", lambda adapter, name, layer, array: array)
+    if weights == "float32":
+        # In bfloat16 the outputs agree within its tolerance: comparing them alone keeps the base as it was.
+        monkeypatch.setattr(exchange, "_judge", lambda *_: 0.0)
+    with pytest.raises(UserError, match="Only 0% of the adapter's effect survived"):
+        exchange.export(exchange.ExportConfig(model=low.name, adapter=str(artefact), format="merged", to=str(tmp_path / "to"), weights=weights))
+    assert not (tmp_path / "to").exists()
+
+
+def test_the_share_is_of_the_adapters_own_effect(tmp_path, low):
+    # Written with B at 0.7 of its size: an effect this small is linear in B, so 0.7 of it is there.
+    adapter = slightly_moved(low)
+    part = adapter.replace(lora=trees.map_named(lambda name, leaf: leaf * (0.7 if name.endswith("_b") else 1.0), adapter.lora))
+    config = exchange.ExportConfig(model=low.name, adapter=str(save(tmp_path / "part", low, part)), format="merged", to=str(tmp_path / "to"), weights="float32")
+    exchange.export(config)
+    assert exchange._share_kept(tmp_path / "to", config, low, adapter) == pytest.approx(0.7, abs=0.01)
+    # An adapter as training begins it moves nothing: there is no share.
+    assert exchange._share_kept(tmp_path / "to", config, low, low.lm.init_adapter(jax.random.key(0), VARIANTS["plain"], low.base)) is None
+
+
 # In.
 
 
