@@ -77,8 +77,8 @@ class Rollout:
     """Prompts with their sampled responses.
 
     sequences: tokens of [prompt | response], T = P + C, response mask on sampled tokens (eos too).
-    logp_BT: log-probability of each sampled token under softmax(logits / temperature), before
-      top-k and top-p cut it; 0 outside the response. At temperature 0: under softmax(logits).
+    logp_BT: log-probability of each sampled token under what it was drawn from, softmax(logits / temperature)
+      over the tokens that top-k and top-p leave; 0 outside the response. At temperature 0: under softmax(logits).
     finished_B: whether the row sampled a stop token within the budget.
     steps: decoding steps taken: the first tokens come from the prompts' pass, and the loop ends when every row has.
     """
@@ -119,7 +119,8 @@ def choose(key_B: Array, logits_BV: Array, config: SamplingConfig) -> tuple[jax.
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
         return token_B, token_logprobs(logits_BV, token_B)
     logits_BV = logits_BV / config.temperature
-    token_B = draw(key_B, filter_logits(logits_BV, config.top_k, config.top_p))
+    logits_BV = filter_logits(logits_BV, config.top_k, config.top_p)
+    token_B = draw(key_B, logits_BV)
     return token_B, token_logprobs(logits_BV, token_B)
 
 

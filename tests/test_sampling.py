@@ -157,12 +157,14 @@ def test_ties_with_the_kth_token_stay():
     assert kept(sampling.filter_logits(LOGITS, 2, None))[1] == [0, 1, 2, 3, 4]
 
 
-def test_logprobs_are_of_the_unfiltered_distribution_at_the_temperature():
+def test_logprobs_are_of_the_distribution_that_was_drawn_from():
     config = SamplingConfig(1, temperature=0.5, top_k=2)
     logits_BV = np.repeat(LOGITS[:1], 200, axis=0)
     token_B, logp_B = sampling.choose(keys(200), logits_BV, config)
     assert set(np.array(token_B)) == {1, 3}
-    p_V = np.exp(LOGITS[0]) ** 2 / np.sum(np.exp(LOGITS[0]) ** 2)
+    # Of the two tokens that are left, at the temperature.
+    weight_V = np.where(np.isin(np.arange(LOGITS.shape[1]), [1, 3]), np.exp(LOGITS[0]) ** 2, 1e-30)
+    p_V = weight_V / np.sum(weight_V)
     np.testing.assert_allclose(logp_B, np.log(p_V)[np.array(token_B)], rtol=1e-5)
 
 
@@ -283,10 +285,35 @@ def test_full_tuning_decodes_from_matrices_that_are_rounded_once():
         assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
 
 
+def filtered_logprobs(logits_V: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """log p over the k most likely tokens, and of these the fewest with probability p; float64, one row, by a sort."""
+    order = np.argsort(-logits_V, kind="stable")[:top_k]
+    p_K = np.exp(logits_V[order] - logits_V[order[0]])
+    p_K /= p_K.sum()
+    left = int(np.searchsorted(np.cumsum(p_K), top_p)) + 1
+    out_V = np.full(len(logits_V), -np.inf)
+    out_V[order[:left]] = np.log(p_K[:left] / p_K[:left].sum())
+    return out_V
+
+
+def test_filtered_logprobs_are_those_of_a_full_pass_filtered_by_hand():
+    config = SamplingConfig(C, temperature=1.3, top_k=40, top_p=0.8, stop_ids=tuple(range(0, 61, 9)), pad_id=PAD)
+    rollout = sample(config)
+    # Rows without padding between prompt and response.
+    tokens = jax.tree.map(lambda x: np.asarray(x[:2]), rollout.sequences)
+    logits_BTV = np.asarray(small.logits(small.LM, BASE, ADAPTER, tokens), np.float64) / 1.3
+    places = np.argwhere(tokens.response_BT)
+    expected = [filtered_logprobs(logits_BTV[b, t - 1], 40, 0.8)[tokens.tokens_BT[b, t]] for b, t in places]
+    whole = [jax.nn.log_softmax(logits_BTV[b, t - 1])[tokens.tokens_BT[b, t]] for b, t in places]
+    np.testing.assert_allclose([rollout.logp_BT[b, t] for b, t in places], expected, atol=2e-5)
+    # The filter leaves at most four fifths and the token that crosses them: it shows.
+    assert np.mean(np.array(expected) - np.array(whole)) > 0.1
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_logprobs_equal_the_trainers(temperature):
-    # Full-forward log-probabilities, through the function that losses use; filters leave them be.
-    config = SamplingConfig(C, temperature=temperature, top_k=40, top_p=0.95, stop_ids=tuple(range(0, 61, 9)), pad_id=PAD)
+    # Full-forward log-probabilities, through the function that losses use.
+    config = SamplingConfig(C, temperature=temperature, stop_ids=tuple(range(0, 61, 9)), pad_id=PAD)
     rollout = sample(config)
     check_layout(rollout, config)
     tokens = rollout.sequences

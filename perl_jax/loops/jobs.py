@@ -339,17 +339,25 @@ class RolloutConfig:
         cache: What keys and values are kept in; auto: the activations' dtype.
         adapters: Applied to every token, merged into a copy of the base, or auto: merged where that is
             fewer operations and the base is float32.
+        top_k: Sample from the k most likely tokens only; None: off. Not in RL.
+        top_p: Sample from the fewest tokens with this probability in total; None: off. Not in RL.
     """
 
     slots: int | None = None
     cache: CacheKind = "auto"
     adapters: Literal["auto", "applied", "merged"] = "auto"
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         if self.slots is not None:
             config_lib.whole("rollout.slots", self.slots)
         config_lib.one_of("rollout.cache", self.cache, CACHES)
         config_lib.one_of("rollout.adapters", self.adapters, ADAPTERS)
+        if self.top_k is not None:
+            config_lib.whole("rollout.top_k", self.top_k)
+        if self.top_p is not None:
+            config_lib.require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p!r}; it must lie in (0, 1].")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,6 +394,10 @@ class RLConfig(RewardOptions, PolicyConfig):
         config_lib.positive("temperature", self.temperature)
         config_lib.positive("validation_prompts", self.validation_prompts, zero=True)
         config_lib.one_of("select", self.select, ("best", "last"))
+        # A gradient needs the log-probabilities of what was sampled from; the trainer has those of the whole softmax.
+        for field, value in (("top_k", self.rollout.top_k), ("top_p", self.rollout.top_p)):
+            whole = f"rollout.{field} is {value!r}; RL learns from the whole distribution: leave it out, and lower temperature instead."
+            config_lib.require(value is None, whole)
         if self.value_learning_rate is not None:
             config_lib.positive("value_learning_rate", self.value_learning_rate)
         config_lib.one_of("value_head", self.value_head, ("zero", "reward"))

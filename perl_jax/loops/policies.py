@@ -48,7 +48,7 @@ class Responses:
 
 def sample_program(model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1) -> Program | ContinuousSampler:
     """(base, policy, prompts, key data) -> Rollout, `samples` rows a prompt."""
-    sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters)
+    sampler = model.sampler(max_new_tokens, temperature, cache=rollout.cache, adapters=rollout.adapters, top_k=rollout.top_k, top_p=rollout.top_p)
     if rollout.slots is not None:
         return ContinuousSampler(model.lm, dataclasses.replace(sampler, stages=1), samples, rollout.slots, quantised=model.quantise.kind != "none")
     return batch_sampler(model, sampler, samples)
@@ -88,6 +88,9 @@ class Evaluation:
 
 def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> tuple[Responses, list[str]]:
     """Samples a response to every prompt and measures it; also returns the prompts.
+
+    The KL is the mean of log pi - log pi_anchor over responses, both before top-k and top-p: those of the anchor
+    would make it infinite where the policy's differ from them.
 
     Both policies of a comparison are sampled with the same keys, one a batch.
     """

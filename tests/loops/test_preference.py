@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,7 @@ from perl_jax.config import UserError
 from perl_jax.data.tasks import get_task
 from perl_jax.loops import best_of, supervised
 from perl_jax.loops.best_of import BestOfConfig, chosen, run_best_of
-from perl_jax.loops.jobs import DPOConfig, ShapingConfig
+from perl_jax.loops.jobs import DPOConfig, RolloutConfig, ShapingConfig
 from perl_jax.loops.preference import run_dpo
 from perl_jax.steps import Preferences
 from perl_jax.types import Pairs
@@ -182,6 +183,18 @@ def test_the_best_of_several_is_written(jobs, tmp_path):
     assert means["kl_bound"] == pytest.approx(math.log(4) - 3 / 4) and {"gold", "mean_gold"} <= set(means)
     with pytest.raises(UserError, match="exists already; give --output a file that does not"):
         run_best_of(config)
+
+
+@pytest.mark.parametrize("rollout", [RolloutConfig(top_k=1), pytest.param(RolloutConfig(top_p=1e-6, slots=8), marks=pytest.mark.slow)])
+def test_filters_reach_best_of_n(rollout, jobs, tmp_path):
+    # With one token left to draw from, all samples of a prompt are one; at a temperature of 5 none would be.
+    data = dataclasses.replace(tiny.DATA, evaluation_size=4)
+    settings = {"model": jobs.base, "reward": (str(jobs.reward),), "n": 4, "data": data, "split": "test", "batch_size": 16, "temperature": 5.0}
+    run_best_of(BestOfConfig(**settings, rollout=rollout, output=str(tmp_path / "a.jsonl")))
+    run_best_of(BestOfConfig(**settings, output=str(tmp_path / "b.jsonl")))
+    one, free = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "ab")
+    assert len(one) == 4 and all(row["score"] == pytest.approx(row["mean_score"], abs=1e-5) for row in one)
+    assert all(row["score"] > row["mean_score"] + 1e-3 for row in free)
 
 
 def test_the_best_is_the_one_that_rl_pays_most():

@@ -17,7 +17,7 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.loops import base as base_lib
 from perl_jax.loops import policies, policy_gradient, supervised
 from perl_jax.loops import run as run_lib
-from perl_jax.loops.jobs import KLConfig, RLConfig, SFTConfig, ShapingConfig
+from perl_jax.loops.jobs import KLConfig, RLConfig, RolloutConfig, SFTConfig, ShapingConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
 from tests import small
@@ -333,6 +333,11 @@ def test_wrong_settings_are_refused_by_name(fields, message):
         (lambda: {"data": dataclasses.replace(tiny.DATA, bucket_count=17)}, "bucket_count is 17; it must be at most 16: each length is a program to compile."),
         (lambda: {"kl": KLConfig(target=-1.0)}, "kl.target is -1.0"),
         (lambda: {"temperature": 0.0}, "temperature is 0.0; it must be a finite number greater than 0."),
+        (lambda: {"rollout": RolloutConfig(top_k=5)}, "rollout.top_k is 5; RL learns from the whole distribution: leave it out"),
+        (lambda: {"rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p is 0.9; RL learns from the whole distribution: leave it out"),
+        (lambda: {"rollout": RolloutConfig(top_p=1.5)}, "rollout.top_p is 1.5; it must lie in (0, 1]."),
+        (lambda: {"validation_prompts": -1}, "validation_prompts is -1"),
+        (lambda: {"select": "first"}, "select is 'first'; it must be one of best, last."),
         (lambda: {"max_mismatch": 1.0}, "max_mismatch is 1.0; it must be greater than 1."),
         (lambda: {"value_head": "policy"}, "value_head is 'policy'; it must be one of zero, reward."),
         (lambda: {"value_head": "reward", "reward": (), "terms": "[]"}, "value_head reward begins with a reward artefact's head"),
