@@ -246,6 +246,11 @@ def sides(both: jax.Array) -> tuple[jax.Array, jax.Array]:
     return both[0::2], both[1::2]
 
 
+def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
+    """1 where chosen is above rejected, 1/2 where they are equal, 0 elsewhere: a tie is no wrong answer."""
+    return jnp.where(chosen_B > rejected_B, 1.0, jnp.where(chosen_B == rejected_B, 0.5, 0.0))
+
+
 def pair_scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Scores of chosen and rejected, both sides in one pass over the base."""
     return sides(scores(lm, base, adapter, both_sides(batch), key))
@@ -260,7 +265,7 @@ def pairwise_objective(
     soft_labels: a row's probability, where known, is its label; otherwise chosen is preferred.
     """
     chosen_B, rejected_B = pair_scores(lm, base, roles["reward"], batch, key)
-    right = LossSum(jnp.sum((chosen_B > rejected_B) * batch.weight_B), jnp.sum(batch.weight_B))
+    right = LossSum(jnp.sum(in_order(chosen_B, rejected_B) * batch.weight_B), jnp.sum(batch.weight_B))
     margin_B = 0.0 if batch.margin_B is None else batch.margin_B
     known = soft_labels and batch.probability_B is not None
     probability_B = jnp.where(jnp.isnan(batch.probability_B), 1.0, batch.probability_B) if known else 1.0
@@ -315,7 +320,7 @@ def preference_objective(
     ratio_B = response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean)
     chosen_B, rejected_B = sides(ratio_B)
     total = jnp.sum(weight_B)
-    measured = {"train/accuracy": chosen_B > rejected_B, "dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
+    measured = {"train/accuracy": in_order(chosen_B, rejected_B), "dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
     logs = {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
     smoothing = label_smoothing
     if soft_labels and batch.pairs.probability_B is not None:

@@ -389,3 +389,12 @@ def test_an_update_out_of_range_is_seen():
     for start, finite in ((2e38, True), (3e38, False)):
         state = init_state({"policy": Adapter(head={"bias": jnp.float32(start)})}, optimizers, jax.random.key(0))
         assert bool(steps.train_step(objective, optimizers, 1, state, None, {})[1]["finite"]) == finite
+
+
+def test_a_tie_is_half_in_order():
+    np.testing.assert_array_equal(steps.in_order(jnp.array([2.0, 1.0, 1.0]), jnp.array([1.0, 1.0, 2.0])), [1, 0.5, 0])
+    # Equal pairs: the model cannot tell them apart, and neither accuracy calls it wrong.
+    both = small.make_tokens()
+    pairs = Pairs(both, both, np.ones(len(both.tokens_BT), np.float32))
+    _, logs = jax.jit(functools.partial(steps.pairwise_objective, LM))({"reward": SCORER}, BASE, pairs, None)
+    assert float(logs["train/accuracy"].mean) == 0.5

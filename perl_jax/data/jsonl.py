@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -9,10 +10,14 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from perl_jax.config import UserError, require
 from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, TENTHS, DataOptions, RowsBuilder, file_hash, part_of
 from perl_jax.rewards.checks import is_number
 
+# The largest number that a batch, which is float32, can hold.
+_LARGEST = float(np.finfo(np.float32).max)
 # Bounds of numbers.
 RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
@@ -44,7 +49,7 @@ def parse_line(line: bytes, fields: Sequence[str], where: str, others: bool = Fa
     """A line's row, or rows of ranked responses; `where` opens the message of any error."""
     try:
         # utf-8-sig: the byte order mark that some editors put before the first line is not content.
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=functools.partial(_distinct, where))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
@@ -54,6 +59,7 @@ def parse_line(line: bytes, fields: Sequence[str], where: str, others: bool = Fa
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{where}: not valid JSON ({error}).") from error
     require(isinstance(value, dict), f"{where}: must be a JSON object with {', '.join(fields)}.")
+    _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}
     if "answer" in kept:
@@ -87,15 +93,36 @@ def checked(value: dict, field: str, where: str) -> str | float:
         low, high = RANGES.get(field, (-math.inf, math.inf))
         bounds = f"in [{low}, {high}]" if high < math.inf else "of 0 or more" if low == 0 else "that is finite"
         good = is_number(item) and low <= item <= high
+        require(not good or abs(item) <= _LARGEST, f"{where}: the field {field} is {item!r}; float32 holds numbers up to {_LARGEST:.3g}.")
         require(good, f"{where}: the field {field} is {item!r}; it must be a number {bounds}.")
         return float(item)
     require(isinstance(item, str), f"{where}: the field {field} is a {type(item).__name__}; it must be a string.")
     require(bool(item.strip()), f"{where}: the field {field} is empty.")
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the field {field} has half of a surrogate pair.") from error
     return item
+
+
+def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields, each of which may be there once: JSON's readers disagree on which of two counts."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"{where}: the field {', '.join(twice)} is there more than once.")
+    return dict(pairs)
+
+
+def _check_text(value: Any, where: str, field: str = "") -> None:
+    """UserError for half of a surrogate pair, which no file can hold, in any text or name of a line."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(name, where, field or name.encode("utf-8", "replace").decode())
+            _check_text(item, where, field or name)
+    elif isinstance(value, list):
+        for item in value:
+            _check_text(item, where, field)
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: the field {field} has half of a surrogate pair.") from error
 
 
 def split_of(text: str) -> str:

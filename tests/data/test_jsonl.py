@@ -110,7 +110,7 @@ def test_a_changed_file_is_read_anew(tmp_path):
 def test_other_columns_of_prompts_come_as_they_are(tmp_path):
     rows = [
         {"prompt": "6 x 7?", "answer": 42, "source": {"book": ["é", None]}, "others": "mine"},
-        {"prompt": "half?", "answer": 0.5, "hard": True, "broken": "\ud800"},
+        {"prompt": "half?", "answer": 0.5, "hard": True, "sign": "\u20ac"},
         {"prompt": "which?", "answer": "b"},
         {"prompt": "bare"},
     ]
@@ -194,3 +194,26 @@ def test_errors_of_comparisons(tmp_path, row, message):
 def test_ratings_may_be_any_number(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "response": "r", "rating": -7.5})
     assert jsonl.read_jsonl(path, KINDS["ratings"])[0]["rating"] == -7.5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "response": "b", "rating": 1e39}', "the field rating is 1e.39; float32 holds numbers up to 3.4e.38"),
+        ('{"prompt": "a", "response": "b", "rating": -3.5e38}', "float32 holds numbers up to"),
+        ('{"prompt": "a", "prompt": "c", "response": "b", "rating": 1}', "the field prompt is there more than once"),
+        ('{"prompt": "a", "response": "b", "rating": 1, "source": {"x": 1, "x": 2}}', "the field x is there more than once"),
+        ('{"prompt": "a\\ud800", "response": "b", "rating": 1}', "the field prompt has half of a surrogate pair"),
+        ('{"prompt": "a", "response": "b", "rating": 1, "source": ["c", {"d": "\\udc00"}]}', "the field source has half of a surrogate pair"),
+        ('{"prompt": "a", "response": "b", "rating": 1, "source": {"\\ud800": 1}}', "the field source has half of a surrogate pair"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_what_no_batch_or_file_can_hold_is_refused_in_every_split(tmp_path, line, message, split):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    good = '{"prompt": "a", "response": "b", "rating": 1}\n'
+    for name in ("train", "validation", "test"):
+        (folder / f"{name}.jsonl").write_text(good + (line if name == split else good))
+    with pytest.raises(UserError, match=f"{split}.jsonl, line 2: .*{message}"):
+        opened(folder, "ratings", split, tmp_path / "c")

@@ -35,7 +35,7 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
     rows = [{"label": label} for label in (0.0, 0.0, 1.0, 1.0)]
     monkeypatch.setattr(supervised, "load_batches", lambda model, config, kind, split, *_: (split, rows))
     monkeypatch.setattr(supervised, "score_batches", lambda model, adapter, split: (np.array(scores[split]),))
-    config = types.SimpleNamespace(data=tiny.DATA, batch_size=4)
+    config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
     results, _ = supervised.evaluate_reward(None, config, None, "labels")
     assert (results["auc"], results["balanced_accuracy"], results["accuracy"]) == (1.0, 0.5, 0.5)
     # By a threshold of its own the test split would get 0.75 here, and 1.0 above.
