@@ -56,6 +56,16 @@ def whole(field: str, value: int) -> None:
     require(isinstance(value, int) and value > 0, f"{field} is {value!r}; it must be a whole number greater than 0.")
 
 
+def read_by(field: str, value: Any, default: Any, chosen: str, readers: Sequence[str]) -> None:
+    """Refuses an option that is set although what was chosen does not read it.
+
+    An option that does nothing would let its user believe that it does something. readers: every
+    choice that reads the option; the message names them.
+    """
+    do = "reads" if len(readers) == 1 else "read"
+    require(value == default or chosen in readers, f"{field} is {value!r}, which {chosen} does not read; leave it out ({', '.join(readers)} {do} it).")
+
+
 def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
     """`0,2,4-7` as sorted whole numbers; None: none. example: what the error says it must look like."""
     found: set[int] = set()
@@ -149,9 +159,9 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up; 0: none.
         clip_norm: Largest global norm over the role's trainable leaves; None: no clipping.
         weight_decay: Share of the weights taken off a step: adamw times the rate, adafactor as it is.
-        b1: Adam's decay of the mean of gradients.
-        b2: Adam's decay of the mean of squared gradients.
-        epsilon: Adam's; 1e-5, not 1e-8, because policy gradients are small and rare.
+        b1: AdamW's decay of the mean of gradients.
+        b2: AdamW's decay of the mean of squared gradients.
+        epsilon: AdamW's; 1e-5, not 1e-8, because policy gradients are small and rare.
     """
 
     name: typing.Literal["adafactor", "adamw"] = "adafactor"
@@ -181,3 +191,6 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field} is {value!r}; it must lie in [0, 1).")
+        # Adafactor has no momentum here, its own decay of squares and its own epsilons.
+        for field in ("b1", "b2", "epsilon"):
+            read_by(f"optimizer.{field}", getattr(self, field), getattr(OptimizerConfig, field), self.name, ("adamw",))

@@ -119,9 +119,21 @@ def test_unreadable_json_is_named(tmp_path):
         ({"epsilon": 0.0}, "optimizer.epsilon is 0.0"),
         ({"b1": 1.0}, "optimizer.b1 is 1.0; it must lie in [0, 1)."),
         ({"b2": -0.1}, "optimizer.b2 is -0.1"),
+        # Adafactor has none of Adam's three.
+        ({"b1": 0.8}, "optimizer.b1 is 0.8, which adafactor does not read; leave it out (adamw reads it)."),
+        ({"b2": 0.98}, "optimizer.b2 is 0.98, which adafactor does not read; leave it out (adamw reads it)."),
+        ({"epsilon": 1e-8}, "optimizer.epsilon is 1e-08, which adafactor does not read; leave it out (adamw reads it)."),
     ],
 )
 def test_optimizer_settings_are_refused_by_name(fields, message):
     with pytest.raises(UserError) as error:
         OptimizerConfig(**fields)
     assert message in str(error.value)
+
+
+def test_what_was_chosen_must_read_an_option_that_is_set():
+    config.read_by("x.y", 1, 1, "a", ("b", "c"))
+    config.read_by("x.y", 2, 1, "b", ("b", "c"))
+    with pytest.raises(UserError) as error:
+        config.read_by("x.y", 2, 1, "a", ("b", "c"))
+    assert str(error.value) == "x.y is 2, which a does not read; leave it out (b, c read it)."

@@ -54,6 +54,7 @@ class BaseConfig(JobConfig):
         super().__post_init__()
         config_lib.require(self.tuning == "full", f"tuning is {self.tuning!r}; a base is trained from nothing, so it must be 'full'.")
         config_lib.require(self.width % self.heads == 0, f"width is {self.width}; it must be a multiple of heads, {self.heads}.")
+        self.check_headless("base")
 
 
 CORPUS = Supervised("base", "policy", "corpus", steps.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))

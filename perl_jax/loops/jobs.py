@@ -13,6 +13,7 @@ from perl_jax.lora import LoRAConfig
 from perl_jax.models.cache import CACHES, CacheKind
 from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.quantise import QuantiseConfig
+from perl_jax.rl import algorithms
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.programs import LENGTHS
 from perl_jax.rl.kl import LOSS_ESTIMATORS
@@ -90,6 +91,9 @@ class DataConfig:
         for field in ("bucket_count", "max_prompt_length", "max_response_length"):
             config_lib.whole(field, getattr(self, field))
         config_lib.require(self.bucket_count <= LENGTHS, f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a program to compile.")
+        config_lib.read_by("data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",))
+        embedded = self.task == "orders" and self.data_dir is not None
+        config_lib.require(not embedded, f"data.data_dir is {self.data_dir!r}, which the task orders (embedded) does not read; leave it out, or give data.task.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +151,16 @@ class JobConfig(ModelOptions):
         traced = self.profiled
         inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
         config_lib.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
+        config_lib.read_by("optimizer.lora_b_ratio", self.optimizer.lora_b_ratio, 1.0, f"tuning {self.tuning}", ("tuning lora",))
 
     @property
     def profiled(self) -> tuple[int, ...]:
         """Numbers of the steps to trace."""
         return config_lib.numbers("profile", self.profile, "20-22 or 5,20")
+
+    def check_headless(self, job: str) -> None:
+        """UserError for a rate of the scalar head in a job whose model has none."""
+        config_lib.read_by("optimizer.head_learning_rate", self.optimizer.head_learning_rate, None, job, ("reward", "rl with a value model"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,11 +200,19 @@ class RewardOptions(ModelOptions):
         config_lib.require(bool(self.reward) or self.terms is not None, "There is no reward: give reward artefacts, or terms.")
         config_lib.one_of("combine", self.combine, ("mean", "min"))
         config_lib.require(math.isfinite(self.reward_weight), f"reward_weight is {self.reward_weight!r}; it must be a finite number.")
+        several = len(self.reward) > 1 or self.combine == "mean"
+        config_lib.require(several, f"combine is {self.combine!r} over {len(self.reward)} reward artefacts; leave it out, or give two or more.")
+        weighed = bool(self.reward) or self.reward_weight == 1.0
+        config_lib.require(weighed, f"reward_weight is {self.reward_weight!r} without a reward artefact; leave it out, or give reward (weights of terms are in terms).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(JobConfig):
     """Fit a policy to demonstrations, the loss on response tokens only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_headless("sft")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +268,7 @@ class DPOConfig(PolicyConfig):
         smoothed = 0 <= self.label_smoothing < 0.5 and (self.loss == "dpo" or self.label_smoothing == 0)
         config_lib.require(smoothed, f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and be 0 for ipo.")
         config_lib.require(self.loss == "dpo" or not self.soft_labels, f"soft_labels are for the loss dpo; loss is {self.loss!r}.")
+        self.check_headless("dpo")
 
     @property
     def strength(self) -> float:
@@ -298,6 +316,12 @@ class KLConfig:
             config_lib.positive("kl.target", self.target)
             config_lib.positive("kl.beta", self.beta)
         config_lib.whole("kl.horizon", self.horizon)
+        adapts = self.target is not None or self.horizon == KLConfig.horizon
+        config_lib.require(adapts, f"kl.horizon is {self.horizon}, which nothing reads where kl.beta stays; leave it out, or give kl.target.")
+        for field in ("place", "estimator", "whole_score"):
+            value = getattr(self, field)
+            used = self.reference != "none" or value == getattr(KLConfig, field)
+            config_lib.require(used, f"kl.{field} is {value!r}, which nothing reads without a KL; leave it out, or give kl.reference.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +347,9 @@ class ShapingConfig:
             config_lib.positive("shaping.clip", self.clip)
         for field in ("missing_eos_penalty", "overlong_penalty", "overlong_buffer"):
             config_lib.positive(f"shaping.{field}", getattr(self, field), zero=True)
+        taken = self.overlong_buffer > 0 or self.overlong_penalty == ShapingConfig.overlong_penalty
+        penalty = f"shaping.overlong_penalty is {self.overlong_penalty!r}, which nothing reads while shaping.overlong_buffer is 0"
+        config_lib.require(taken, f"{penalty}; leave it out, or give shaping.overlong_buffer.")
 
     def check_room(self, room: int) -> None:
         """UserError unless the over-length penalty begins within a response's room, in tokens."""
@@ -424,6 +451,14 @@ class RLConfig(RewardOptions, PolicyConfig):
         # The gain of the adaptive coefficient, batch_size / horizon, could turn its sign.
         short = self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon
         config_lib.require(not short, f"kl.horizon is {self.kl.horizon} episodes; it must be more than a fifth of batch_size, {self.batch_size}.")
+        in_reward = not (self.kl_in_loss and self.kl.whole_score)
+        config_lib.require(in_reward, "kl.whole_score is for a KL in the reward; this one is in the loss, where the score is whole anyway: leave it out.")
+        for option, value, default in (
+            ("value_head", self.value_head, RLConfig.value_head),
+            ("value_learning_rate", self.value_learning_rate, RLConfig.value_learning_rate),
+            ("optimizer.head_learning_rate", self.optimizer.head_learning_rate, OptimizerConfig.head_learning_rate),
+        ):
+            algorithms.check_read(option, value, default, self.algorithm.name)
 
     @property
     def kl_in_loss(self) -> bool:

@@ -75,6 +75,8 @@ class PlanConfig:
         config_lib.one_of("effort", self.effort, ("quick", "full"))
         fixed = not self.search or self.mesh is None
         config_lib.require(fixed, "search tries meshes; leave mesh out, or search.")
+        read = self.job == "rl" or self.algorithm == AlgorithmConfig()
+        config_lib.require(read, f"algorithm.* is for the job rl; job is {self.job!r}: leave it out.")
         self.mesh_config(1)
         self.job_config()
 

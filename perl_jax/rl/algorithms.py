@@ -13,9 +13,9 @@ response, R - b has the exact policy gradient in expectation. What is biased say
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -87,10 +87,31 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     }
 )
 
+# Options that some entries do not read: of `AlgorithmConfig`, and of RL beside it. Every entry reads the others.
+READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
+    {
+        "algorithm.clip": lambda rule: rule.ratio is not None,
+        "algorithm.clip_high": lambda rule: rule.ratio is not None,
+        "algorithm.max_ratio": lambda rule: rule.ratio is None,
+        "algorithm.std_epsilon": lambda rule: rule.advantage == "group-std",
+        "algorithm.gamma": lambda rule: rule.advantage == "gae",
+        "algorithm.gae_lambda": lambda rule: rule.advantage == "gae",
+        "algorithm.value_clip": lambda rule: rule.advantage == "gae",
+        "value_head": lambda rule: rule.critic,
+        "value_learning_rate": lambda rule: rule.critic,
+        "optimizer.head_learning_rate": lambda rule: rule.critic,
+    }
+)
+
+
+def check_read(option: str, value: Any, default: Any, name: str) -> None:
+    """UserError where an option of READ is set although the algorithm of that name does not read it."""
+    config_lib.read_by(option, value, default, name, [other for other, rule in ALGORITHMS.items() if READ[option](rule)])
+
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """Which policy gradient, and how often a rollout is used.
+    """Which policy gradient, and how often a rollout is used. An option that it does not read (READ) is refused.
 
     Attributes:
         name: reinforce (the paper's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo.
@@ -146,6 +167,10 @@ class AlgorithmConfig:
         require(whole, f"algorithm.normalise is {self.normalise!r}; {self.name} has one ratio a sequence, which needs sequence-mean.")
         for field in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, field) <= 1, f"algorithm.{field} is {getattr(self, field)!r}; it must lie in [0, 1].")
+        for field in dataclasses.fields(self):
+            option = f"algorithm.{field.name}"
+            if option in READ:
+                check_read(option, getattr(self, field.name), field.default, self.name)
 
     @property
     def rule(self) -> Algorithm:

@@ -17,7 +17,7 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.loops import base as base_lib
 from perl_jax.loops import policies, policy_gradient, supervised
 from perl_jax.loops import run as run_lib
-from perl_jax.loops.jobs import KLConfig, RLConfig, RolloutConfig, SFTConfig, ShapingConfig
+from perl_jax.loops.jobs import DataConfig, DPOConfig, KLConfig, RLConfig, RolloutConfig, SFTConfig, ShapingConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
 from tests import small
@@ -320,6 +320,9 @@ def test_wrong_settings_are_refused_by_name(fields, message):
     assert message in str(error.value)
 
 
+CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -359,12 +362,52 @@ def test_wrong_settings_are_refused_by_name(fields, message):
         (lambda: {"algorithm": AlgorithmConfig(clip=1.0)}, "algorithm.clip is 1.0; it must lie in (0, 1)."),
         (lambda: {"algorithm": AlgorithmConfig(max_ratio=0.5)}, "algorithm.max_ratio is 0.5; it must be 1 or more."),
         (lambda: {"algorithm": AlgorithmConfig(gae_lambda=1.5)}, "algorithm.gae_lambda is 1.5; it must lie in [0, 1]."),
+        # What would do nothing.
+        *((lambda name=name: {"value_head": "reward", "algorithm": AlgorithmConfig(name)}, f"value_head is 'reward', which {name} does not read; leave it out (reinforce, ppo read it).") for name in CRITICLESS),
+        *((lambda name=name: {"value_learning_rate": 0.1, "algorithm": AlgorithmConfig(name)}, f"value_learning_rate is 0.1, which {name} does not read; leave it out (reinforce, ppo read it).") for name in CRITICLESS),
+        (lambda: {"optimizer": OptimizerConfig(head_learning_rate=0.1), "algorithm": AlgorithmConfig("rloo")}, "optimizer.head_learning_rate is 0.1, which rloo does not read; leave it out (reinforce, ppo read it)."),
+        (lambda: {"optimizer": OptimizerConfig(lora_b_ratio=16.0), "tuning": "full"}, "optimizer.lora_b_ratio is 16.0, which tuning full does not read; leave it out (tuning lora reads it)."),
+        (lambda: {"kl": KLConfig(horizon=640)}, "kl.horizon is 640, which nothing reads where kl.beta stays; leave it out, or give kl.target."),
+        (lambda: {"kl": KLConfig(beta=0.0, reference="none", place="loss")}, "kl.place is 'loss', which nothing reads without a KL; leave it out, or give kl.reference."),
+        (lambda: {"kl": KLConfig(beta=0.0, reference="none", estimator="k1")}, "kl.estimator is 'k1', which nothing reads without a KL"),
+        (lambda: {"kl": KLConfig(beta=0.0, reference="none", whole_score=True)}, "kl.whole_score is True, which nothing reads without a KL"),
+        (lambda: {"kl": KLConfig(whole_score=True), "algorithm": AlgorithmConfig("grpo")}, "kl.whole_score is for a KL in the reward; this one is in the loss"),
+        (lambda: {"shaping": ShapingConfig(overlong_penalty=2.0)}, "shaping.overlong_penalty is 2.0, which nothing reads while shaping.overlong_buffer is 0; leave it out, or give shaping.overlong_buffer."),
+        (lambda: {"data": DataConfig(task="jsonl", data_dir="d", data_seed=1)}, "data.data_seed is 1, which the task jsonl does not read; leave it out (the task orders reads it)."),
+        (lambda: {"data": DataConfig(data_dir="d")}, "data.data_dir is 'd', which the task orders (embedded) does not read; leave it out, or give data.task."),
+        (lambda: {"combine": "min"}, "combine is 'min' over 1 reward artefacts; leave it out, or give two or more."),
+        (lambda: {"reward": (), "terms": "[]", "combine": "min"}, "combine is 'min' over 0 reward artefacts"),
+        (lambda: {"reward": (), "terms": "[]", "reward_weight": 2.0}, "reward_weight is 2.0 without a reward artefact; leave it out, or give reward"),
     ],
 )
 def test_settings_of_rl_are_checked(settings, message):
     with pytest.raises(UserError) as error:
         RLConfig(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **settings()})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: {"value_head": "reward", "value_learning_rate": 0.1, "optimizer": OptimizerConfig(head_learning_rate=0.1), "algorithm": AlgorithmConfig("ppo")},
+        lambda: {"value_head": "reward", "value_learning_rate": 0.1, "optimizer": OptimizerConfig(head_learning_rate=0.1, lora_b_ratio=16.0)},
+        lambda: {"kl": KLConfig(target=6.0, horizon=640, whole_score=True)},
+        lambda: {"kl": KLConfig(place="reward", whole_score=True), "algorithm": AlgorithmConfig("grpo")},
+        lambda: {"shaping": ShapingConfig(overlong_penalty=2.0, overlong_buffer=2)},
+        lambda: {"reward": ("x", "y"), "combine": "min", "reward_weight": 2.0},
+    ],
+)
+def test_settings_of_rl_that_are_read_are_taken(settings):
+    fields = settings()
+    config = RLConfig(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **fields})
+    assert all(getattr(config, name) == value for name, value in fields.items())
+
+
+@pytest.mark.parametrize(("make", "job"), [(SFTConfig, "sft"), (DPOConfig, "dpo"), (base_lib.BaseConfig, "base")])
+def test_a_rate_of_the_head_needs_a_head(make, job):
+    with pytest.raises(UserError) as error:
+        make(run="r", model="m", optimizer=OptimizerConfig(head_learning_rate=0.1))
+    assert str(error.value) == f"optimizer.head_learning_rate is 0.1, which {job} does not read; leave it out (reward, rl with a value model read it)."
 
 
 def test_a_broken_config_of_a_run_is_named(base, tmp_path):

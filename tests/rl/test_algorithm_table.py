@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax import steps
 from perl_jax.config import UserError
 from perl_jax.rl import algorithms, losses
 from perl_jax.rl.algorithms import ALGORITHMS, AlgorithmConfig, Outcomes
@@ -128,7 +133,7 @@ def test_the_loss_has_the_algorithms_ratio_bounds_and_mean(name):
     old_BT = np.array([[NAN, -1, -1], [NAN, NAN, -1]], np.float32)
     logp_BT = old_BT + np.log([[1, 2, 1 / 4], [1, 1, 1]])
     advantage_BT = np.array([[NAN, 2, -1], [NAN, NAN, 3]], np.float32)
-    config = AlgorithmConfig(name, clip=0.6, clip_high=0.7, max_ratio=1.5)
+    config = AlgorithmConfig(name, **({"clip": 0.6, "clip_high": 0.7} if ALGORITHMS[name].ratio else {"max_ratio": 1.5}))
     loss = jax.jit(lambda *a: algorithms.policy_loss(config, *a, mask_BT, 8))(logp_BT, old_BT, advantage_BT)
     first, second = np.log(2) - 1, np.log(1 / 4) - 1
     weighed = -(1.5 * 2 * first - 1 / 4 * second + 3 * -1)
@@ -198,7 +203,8 @@ def test_settings_replace_the_algorithms_own():
         ({"name": "rloo", "samples": 1}, "rloo compares a prompt's samples and needs 2 or more."),
         ({"clip": 0.0}, "algorithm.clip is 0.0; it must lie in (0, 1)."),
         ({"clip_high": 0.0}, "algorithm.clip_high is 0.0"),
-        ({"value_clip": -0.2}, "algorithm.value_clip is -0.2"),
+        # A value that is wrong for every algorithm is said to be so first.
+        ({"value_clip": -0.2}, "algorithm.value_clip is -0.2; it must be a finite number greater than 0."),
         ({"max_ratio": NAN}, "algorithm.max_ratio is nan"),
         ({"normalise": "mean"}, "algorithm.normalise is 'mean'; it must be one of token, sequence, sequence-mean, constant."),
         ({"name": "rloo", "normalise": "sequence"}, "rloo has one ratio a sequence, which needs sequence-mean."),
@@ -211,3 +217,81 @@ def test_wrong_settings_are_refused_by_name(fields, message):
     with pytest.raises(UserError) as error:
         AlgorithmConfig(**fields)
     assert message in str(error.value)
+
+
+# Which options an algorithm reads: written down here, tried on numbers, and what the config refuses.
+
+CLIPPED = ("rloo", "grpo", "dr-grpo", "gspo", "ppo")
+READERS = {
+    "clip": CLIPPED,
+    "clip_high": CLIPPED,
+    "max_ratio": ("reinforce", "reinforce-mean", "remax"),
+    "std_epsilon": ("grpo", "gspo"),
+    "gamma": ("ppo",),
+    "gae_lambda": ("ppo",),
+    "value_clip": ("ppo",),
+}
+OTHER = {"clip": 0.6, "clip_high": 0.9, "max_ratio": 1.25, "std_epsilon": 0.5, "gamma": 0.5, "gae_lambda": 0.25, "value_clip": 0.7}
+# Read by every algorithm: which one, how many responses and updates, and the two of `test_settings_replace_the_algorithms_own`.
+EVERY = {"name", "samples", "epochs", "minibatches", "normalise", "whiten"}
+
+
+def changed(config: AlgorithmConfig, **fields) -> AlgorithmConfig:
+    """A copy with other fields, whether or not the config would refuse them."""
+    copy = dataclasses.replace(config)
+    for name, value in fields.items():
+        object.__setattr__(copy, name, value)
+    return copy
+
+
+def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
+    """Advantages, targets, and the objective's losses after the policy and the value model have moved."""
+    old_values_BT = outside(0, [2, 4], [1], [5], [1, 0])
+    found = outcomes(values_BT=old_values_BT, greedy_P=np.array([0.5, 4.0], np.float32))
+    advantage_BT, target_BT = algorithms.advantages(config, found)
+    # Ratios from 1/4 to 4 in one response, and in others sequences' ratios of 3/2 and 2/3: out of bounds by both signs.
+    old_BT = outside(NAN, [-2, -2], [-2], [-2], [-2, -2])
+    logp_BT = old_BT + np.log(outside(1, [1 / 4, 3], [3 / 2], [2 / 3], [4, 1 / 2]))
+    values_BT = old_values_BT + outside(0, [0.3, -0.5], [1], [-1], [0.4, -0.6])
+    monkeypatch.setattr(steps, "token_logprobs", lambda *_, **__: (logp_BT, np.zeros_like(logp_BT)))
+    monkeypatch.setattr(steps, "values", lambda *_: values_BT)
+    batch = steps.Experience(
+        types.SimpleNamespace(response_BT=MASK_BT), old_BT, advantage_BT, target_BT,
+        # As `experience_of` has it.
+        old_value_BT=old_values_BT if config.rule.advantage == "gae" and config.value_clip is not None else None,
+    )  # fmt: skip
+    roles = {"policy": None, "value": None}
+    loss, logs = steps.policy_gradient_objective(None, config, 1.0, "k3", 8, roles, None, batch, None)
+    parts = [advantage_BT, target_BT, loss.total, *(logs[name].total for name in ("policy/loss", "value/loss", "policy/clip_fraction") if name in logs)]
+    return np.concatenate([np.ravel(part) for part in parts if part is not None])
+
+
+def test_every_option_is_read_by_all_or_said_to_be_read_by_some():
+    assert {field.name for field in dataclasses.fields(AlgorithmConfig)} == EVERY | set(READERS)
+    mine = {option: {name for name, rule in ALGORITHMS.items() if reads(rule)} for option, reads in algorithms.READ.items()}
+    critic = {"reinforce", "ppo"}
+    outer = {"value_head": critic, "value_learning_rate": critic, "optimizer.head_learning_rate": critic}
+    assert mine == {f"algorithm.{field}": set(names) for field, names in READERS.items()} | outer
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_option_changes_the_numbers_or_is_refused(name, monkeypatch):
+    """`READERS` by trial: an option moves advantages or losses exactly where it is accepted."""
+    numbers = functools.partial(numbers_of, monkeypatch=monkeypatch)
+    default = AlgorithmConfig(name, samples=2)
+    before = numbers(default)
+    assert np.all(np.isfinite(before))
+    for field, names in READERS.items():
+        moved = np.abs(numbers(changed(default, **{field: OTHER[field]})) - before).max()
+        if name in names:
+            assert moved > 1e-2, field
+            assert getattr(AlgorithmConfig(name, **{field: OTHER[field]}), field) == OTHER[field]
+            continue
+        assert moved == 0, field
+        with pytest.raises(UserError) as error:
+            AlgorithmConfig(name, **{field: OTHER[field]})
+        do = "reads" if len(names) == 1 else "read"
+        # In the table's order.
+        assert str(error.value) == f"algorithm.{field} is {OTHER[field]}, which {name} does not read; leave it out ({', '.join(n for n in ALGORITHMS if n in names)} {do} it)."
+        # Its default is no setting.
+        assert AlgorithmConfig(name, **{field: getattr(AlgorithmConfig, field)}) == AlgorithmConfig(name)
