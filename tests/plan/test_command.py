@@ -174,6 +174,7 @@ def test_the_command_prints_and_writes(folder, tmp_path, capsys):
     [
         ({"mesh": "fsdp:4"}, "mesh is 'fsdp:4'; write it as data=2,fsdp=4,tensor=2."),
         ({"mesh": "fsdp=2", "search": True}, "search tries meshes; leave mesh out, or search."),
+        ({"job": "sft", "algorithm": AlgorithmConfig("rloo")}, "algorithm.* is for the job rl; job is 'sft': leave it out."),
         ({"microbatches": 3}, "microbatches is 3; it must divide batch_size, 16."),
     ],
 )
