@@ -16,7 +16,9 @@ LoRA+ (a larger rate for B) is a setting of the optimizer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal, Mapping, Sequence
 
 import flax.struct
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 from perl_jax import config as config_lib
 from perl_jax import trees
 from perl_jax.config import require
-from perl_jax.quantise import is_quantised
+from perl_jax.quantise import dense, is_quantised
 from perl_jax.types import Tree
 
 ATTENTION = ("q", "k", "v", "o")
@@ -189,22 +191,23 @@ def under_ranks(under: Tree | None) -> dict[str, int] | None:
     return {_target(name): leaf.shape[-1] for name, leaf in trees.named_leaves(under).items() if name.endswith("_a")}
 
 
-def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mapping[str, jax.Array]) -> Tree:
+def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mapping[str, Tree], chosen: Sequence[int] = ()) -> Tree:
     """Fresh LoRA leaves of the given shapes.
 
     The random side is uniform in +-1/sqrt(its input width), which is Kaiming-uniform with a =
     sqrt(5), the field's convention (the papers do not state theirs); the other side is zero.
-    kernels: the base's, by module path, of the adapted layers; DoRA and PiSSA start from them.
+    kernels: the base's, by module path, stacked over all layers, dense or quantised; DoRA and PiSSA start
+    from those of the layers `chosen`, and read one layer at a time.
     """
 
-    pairs = {module: _pissa(config, module, kernel) for module, kernel in kernels.items()} if config.init == "pissa" else {}
+    pairs = {module: _pissa(config, module, kernel, chosen) for module, kernel in kernels.items()} if config.init == "pissa" else {}
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         module, part = name.rsplit("/", 1)
         if module in pairs:
             return pairs[module][part]
         if part == "magnitude":
-            return jnp.linalg.norm(kernels[module].astype(jnp.float32), axis=-2)
+            return _by_layer(_column_norms, kernels[module], chosen)
         if part == {"b-zero": "lora_b", "a-zero": "lora_a"}[config.init]:
             return jnp.zeros(spec.shape, spec.dtype)
         bound = 1.0 / math.sqrt(spec.shape[-2])
@@ -215,18 +218,38 @@ def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mappi
     return trees.map_named(leaf, abstract)
 
 
-def singular_pair(kernel_LDF: jax.Array, rank: int, scale: float) -> dict[str, jax.Array]:
+def _by_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: Sequence[int]) -> Tree:
+    """function(float32 kernel_DF) of each chosen layer, results stacked.
+
+    A program a layer, called in turn: of a loop inside one program the compiler may convert the whole stack first.
+    """
+    found = [on_layer(function, kernel_LDF, jnp.int32(index)) for index in chosen]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array) -> Tree:
+    """function(kernel_DF) of one layer's kernel, made dense and float32; kernel_LDF may be quantised."""
+    kernel_DF = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF)
+    return function(dense(kernel_DF).astype(jnp.float32))
+
+
+def _column_norms(kernel_DF: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(kernel_DF, axis=-2)
+
+
+def singular_pair(kernel_DF: jax.Array, rank: int, scale: float) -> dict[str, jax.Array]:
     """A = U sqrt(S), B = sqrt(S) V^T / s of the `rank` largest singular values (PiSSA, eq. 2 and 3)."""
-    u, s, vt = jnp.linalg.svd(kernel_LDF.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(s[..., :rank])
-    return {"lora_a": u[..., :rank] * root[..., None, :], "lora_b": root[..., :, None] * vt[..., :rank, :] / scale}
+    u, s, vt = jnp.linalg.svd(kernel_DF, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return {"lora_a": u[:, :rank] * root[None, :], "lora_b": root[:, None] * vt[:rank, :] / scale}
 
 
-def _pissa(config: LoRAConfig, module: str, kernel_LDF: jax.Array) -> dict[str, jax.Array]:
+def _pissa(config: LoRAConfig, module: str, kernel_LDF: Tree, chosen: Sequence[int]) -> dict[str, jax.Array]:
     *_, target = module.split("/")
-    rank, most = config.rank_of(target), min(kernel_LDF.shape[-2:])
+    rank, most = config.rank_of(target), min(jax.eval_shape(dense, kernel_LDF).shape[-2:])
     require(rank <= most, f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.")
-    return singular_pair(kernel_LDF, rank, config.scale_of(target))
+    return _by_layer(functools.partial(singular_pair, rank=rank, scale=config.scale_of(target)), kernel_LDF, chosen)
 
 
 def _target(name: str) -> str:

@@ -127,6 +127,23 @@ def test_pissa_starts_with_the_largest_singular_part():
     np.testing.assert_allclose(np.linalg.norm(a, axis=0) ** 2, s[:4], rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "int8"])
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2, dora=True, targets="q", layers="1-15"), LoRAConfig(rank=2, init="pissa", targets="q", layers="1-15")], ids=["dora", "pissa"])
+def test_a_start_from_weights_has_one_layers_kernel_in_float32_at_a_time(config, kind, monkeypatch):
+    lm, compiled = small.changed(layers=16, width=64, head_dim=16, param_dtype="bfloat16"), []
+
+    def measured(function, kernel, index, original=lora_lib.on_layer):
+        compiled.append(original.lower(function, kernel, index).compile().memory_analysis())
+        return original(function, kernel, index)
+
+    monkeypatch.setattr(lora_lib, "on_layer", measured)
+    base = trees.map_named(lambda name, leaf: quantise_leaf(name, leaf, QuantiseConfig(kind)), small.make_base(lm))
+    lm.init_adapter(jax.random.key(0), config, base)
+    assert len(compiled) == 15
+    # U, S, V and the decomposition's workspace are a few kernels; the stack alone would be sixteen.
+    assert max(found.temp_size_in_bytes + found.output_size_in_bytes for found in compiled) < 6 * 64 * 64 * 4
+
+
 # What they compute: the merged weights, by hand, run as a base.
 
 

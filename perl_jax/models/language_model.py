@@ -169,11 +169,11 @@ class LanguageModel:
         if config.dora or config.init == "pissa":
             if base is None:
                 raise ValueError("DoRA and PiSSA start from the base's weights: give `base`")
-            chosen = jnp.array(config.adapted_layers(self.config.layers))
             modules = {name.rsplit("/", 1)[0] for name in trees.named_leaves(abstract)}
             leaves = trees.named_leaves(base, is_leaf=is_quantised)
-            kernels = {module: dense(leaves[module + "/kernel"])[chosen] for module in modules}
-        adapter = Adapter(lora=lora_lib.init_lora(key, abstract, config, kernels), config=config)
+            kernels = {module: leaves[module + "/kernel"] for module in modules}
+        chosen = config.adapted_layers(self.config.layers)
+        adapter = Adapter(lora=lora_lib.init_lora(key, abstract, config, kernels, chosen), config=config)
         if config.init != "pissa":
             return adapter
         return adapter.replace(under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0))
