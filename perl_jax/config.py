@@ -102,6 +102,11 @@ def _restore(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def default_of(cls: type, field: str) -> Any:
+    """The default of a frozen config's field."""
+    return next(found.default for found in dataclasses.fields(cls) if found.name == field)
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces a file in one rename: a reader or a crash sees the old file or the new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -193,4 +198,4 @@ class OptimizerConfig:
             require(0 <= value < 1, f"optimizer.{field} is {value!r}; it must lie in [0, 1).")
         # Adafactor has no momentum here, its own decay of squares and its own epsilons.
         for field in ("b1", "b2", "epsilon"):
-            read_by(f"optimizer.{field}", getattr(self, field), getattr(OptimizerConfig, field), self.name, ("adamw",))
+            read_by(f"optimizer.{field}", getattr(self, field), default_of(OptimizerConfig, field), self.name, ("adamw",))

@@ -15,7 +15,15 @@ QUICK, SLOW, EXHAUSTIVE = "quick", "slow", "exhaustive"
 
 # File -> test, with or without parameters -> tier.
 TIERS: dict[str, dict[str, str]] = {
+    "hf/test_checkpoint.py": {
+        "test_parts_read_in_pieces_make_the_whole[700]": SLOW,
+    },
+    "loops/test_rl_validation.py": {
+        "test_the_selected_step_is_kept_and_said_after_a_resume[last-4]": SLOW,
+        "test_means_are_those_of_responses_measured_one_by_one": SLOW,
+    },
     "data/test_taskmaster.py": {
+        "test_real_extensions_stay_on_one_side": SLOW,
         "test_real_counts_and_disjoint_parts[taskmaster_ticketing-3667-573-260-22]": SLOW,
     },
     "experiments/test_contest.py": {
@@ -25,6 +33,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_rl_runs_from_end_to_end_and_moves_its_reward": EXHAUSTIVE,
     },
     "loops/test_algorithms.py": {
+        "test_the_coefficient_follows_the_kl": SLOW,
         "test_a_run_by_every_algorithm[reinforce]": EXHAUSTIVE,
         "test_references_none_base_and_refreshed": SLOW,
         "test_several_updates_a_rollout_move_the_ratio": SLOW,
@@ -34,6 +43,10 @@ TIERS: dict[str, dict[str, str]] = {
         "test_step_zero_of_every_algorithm[ppo]": SLOW,
     },
     "loops/test_exchange.py": {
+        "test_a_classifier_scores_a_padded_batch_as_the_reward_does[peft]": SLOW,
+        "test_the_share_is_of_the_adapters_own_effect": SLOW,
+        "test_float32_weights_keep_what_bfloat16_rounds_away": SLOW,
+        "test_full_tuning_is_exported_whole": SLOW,
         "test_an_average_is_the_weighted_sum_of_updates": SLOW,
         "test_float32_weights_keep_what_bfloat16_rounds_away[True]": SLOW,
         "test_every_variant_goes_round_by_commands": EXHAUSTIVE,
@@ -75,6 +88,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_two_hundred_ragged_steps_compile_no_more_than_the_first[4-1]": EXHAUSTIVE,
     },
     "loops/test_preference.py": {
+        "test_filters_reach_best_of_n[rollout0]": SLOW,
         "test_a_policy_is_fitted_to_comparisons": SLOW,
         "test_comparisons_count_by_their_weights": SLOW,
         "test_labels_that_are_probabilities": SLOW,
@@ -100,6 +114,8 @@ TIERS: dict[str, dict[str, str]] = {
         "test_gradients_of_scores_are_those_of_values_at_the_last_real_token[plain-lora]": QUICK,
     },
     "models/test_fused.py": {
+        "test_dora_and_quantised_matrices_stay_as_they_are": SLOW,
+        "test_what_lies_under_an_adapter_is_fused_too": SLOW,
         "test_logits_are_those_of_the_adapter_applied": EXHAUSTIVE,
         "test_logits_are_those_of_the_adapter_applied[lm0-lora0]": QUICK,
         "test_logits_are_those_of_the_adapter_applied[lm3-lora3]": QUICK,
@@ -109,6 +125,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_splash_equals_plain_attention[window]": SLOW,
     },
     "models/test_packing.py": {
+        "test_full_tuning_and_dropout_of_nothing_are_packed_too": SLOW,
         "test_passes_without_a_gradient_go_microbatch_by_microbatch": SLOW,
         "test_passes_without_a_gradient_go_microbatch_by_microbatch[4 packed]": QUICK,
         "test_attention_in_blocks_takes_packed_tokens": EXHAUSTIVE,

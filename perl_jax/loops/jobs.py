@@ -320,7 +320,7 @@ class KLConfig:
         config_lib.require(adapts, f"kl.horizon is {self.horizon}, which nothing reads where kl.beta stays; leave it out, or give kl.target.")
         for field in ("place", "estimator", "whole_score"):
             value = getattr(self, field)
-            used = self.reference != "none" or value == getattr(KLConfig, field)
+            used = self.reference != "none" or value == config_lib.default_of(KLConfig, field)
             config_lib.require(used, f"kl.{field} is {value!r}, which nothing reads without a KL; leave it out, or give kl.reference.")
 
 
