@@ -25,6 +25,8 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
+        # Chat templates.
+        "jinja2>=3.1",
         "safetensors>=0.7",
         "huggingface_hub>=1.0",
         "qwix>=0.1.8,<0.2",
