@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import pathlib
@@ -321,13 +320,8 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
 def content_of(folder: pathlib.Path) -> Any:
     """A JSON value of all that an artefact holds, its record's numbers included; UserError where there is none."""
     record, content = _read_record(folder)
-    files = None if content is not None else {str(path.relative_to(folder)): _file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = None if content is not None else {str(path.relative_to(folder)): config_lib.file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     return [config_lib.to_dict(record), content, files]
-
-
-def _file_digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def abstract_adapter(

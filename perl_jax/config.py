@@ -134,6 +134,12 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
 
 
+def file_hash(path: pathlib.Path) -> str:
+    """The blake2b hash of a file's bytes, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
 def digest(value: Any) -> str:
     """16 hex digits of a JSON value, whatever the order of its keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

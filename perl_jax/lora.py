@@ -229,7 +229,7 @@ def _by_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: S
 
 @functools.partial(jax.jit, static_argnums=0)
 def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array) -> Tree:
-    """function(kernel_DF) of one layer's kernel, made dense and float32; kernel_LDF may be quantised."""
+    """Returns function(kernel_DF) for one layer of a stacked kernel. That layer alone is made dense and float32; kernel_LDF may be quantised."""
     kernel_DF = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF)
     return function(dense(kernel_DF).astype(jnp.float32))
 

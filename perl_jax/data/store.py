@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from perl_jax.config import UserError, one_of, positive, require
+from perl_jax.config import UserError, digest, file_hash, one_of, positive, require
 
 KINDS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "response"),
@@ -178,17 +178,12 @@ def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
 TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
-def file_hash(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
 def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> str:
     """16 hex digits of everything that determines the rows: the code that makes them and `content`."""
     folder = pathlib.Path(__file__).parent
     code = {name: file_hash(folder / name) for name in sorted({"store.py", *builder.sources})}
     value = [builder.name, kind, code, builder.content(kind, options)]
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(value)
 
 
 def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> pathlib.Path:

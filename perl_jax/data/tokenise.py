@@ -28,7 +28,7 @@ class Encoder(Protocol):
         """Whether a prompt already is what the chat template makes."""
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
-        """A longer prompt's ids with the template whole; None: cut them as they are."""
+        """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template. Returns None when the caller must cut the ids instead."""
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a complete response, the token that ends the turn at the end."""

@@ -174,7 +174,7 @@ def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: f
 
 
 def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record) -> None:
-    """Every tensor of the base's files with the adapter added in float32, in its stored dtype or in float32."""
+    """Writes every tensor of the base with the adapter added. The sum is computed in float32; --weights says in which dtype it is written."""
     source = hf_checkpoint.find_model(config.model)
     stored = hf_checkpoint.stored_tensors(source)
     head, offset = _head(adapter, record)

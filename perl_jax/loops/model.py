@@ -232,7 +232,7 @@ def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.
 
 
 def check_adapter(folder: str, record: Record, given: LoRAConfig) -> None:
-    """Refuses settings of an adapter that the artefact decides and has otherwise.
+    """Raises UserError when a setting in `--lora` differs from the adapter that the run continues from.
 
     A config cannot tell its defaults from values that were given; one that is the default is taken as not given.
     """

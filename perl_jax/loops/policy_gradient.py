@@ -209,7 +209,7 @@ def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarr
 
 
 def held_out_prompts(job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]) -> tuple[Rollouts, Batches] | None:
-    """What validation needs: the job on the validation split's first prompts, and their batches; None: there is no validation.
+    """Returns what `validate` needs: the job with the first prompts of the validation split, and their batches. None when the run has no validation.
 
     A batch has as many prompts as a training batch, and a length of these (lengths) where that holds the prompts:
     then no program is compiled that training does not have.

@@ -30,7 +30,7 @@ def model(base):
 
 
 def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
-    """Scores that the test split's own threshold would part perfectly; validation's calls all of them a yes."""
+    """A threshold chosen on the test rows would classify them perfectly; the one chosen on validation rows calls every test row positive."""
     scores = {"validation": [0.0, 1.0, 2.0, 3.0], "test": [1.6, 1.7, 5.0, 6.0]}
     rows = [{"label": label} for label in (0.0, 0.0, 1.0, 1.0)]
     monkeypatch.setattr(supervised, "load_batches", lambda model, config, kind, split, *_: (split, rows))
