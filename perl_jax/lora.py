@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax import config as config_lib
-from perl_jax import trees
+from perl_jax import precision, trees
 from perl_jax.config import require
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.types import Tree
@@ -341,9 +341,9 @@ def output_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
     ||W||^2 + 2 s sum_r (A^T W)_r B_r + s^2 B^T (A^T A) B, each an F-vector.
     """
     kernel = kernel.astype(jnp.float32)
-    cross = jnp.sum(jnp.einsum("...dr,...df->...rf", a, kernel) * b, axis=-2)
-    gram = jnp.einsum("...dr,...dq->...rq", a, a)
-    square = jnp.sum(b * jnp.einsum("...rq,...qf->...rf", gram, b), axis=-2)
+    cross = jnp.sum(precision.einsum("...dr,...df->...rf", a, kernel) * b, axis=-2)
+    gram = precision.einsum("...dr,...dq->...rq", a, a)
+    square = jnp.sum(b * precision.einsum("...rq,...qf->...rf", gram, b), axis=-2)
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=-2) + 2 * scale * cross + scale**2 * square)
 
 
@@ -382,7 +382,7 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     if adapter.under is not None:
         under = trees.named_leaves(adapter.under)
         if f"{module}/under_a" in under:
-            kernel_DF = kernel_DF + under[f"{module}/under_a"][layer] @ under[f"{module}/under_b"][layer]
+            kernel_DF = kernel_DF + precision.matmul(under[f"{module}/under_a"][layer], under[f"{module}/under_b"][layer])
     lora = {} if adapter.lora is None else trees.named_leaves(adapter.lora)
     if f"{module}/lora_a" not in lora:
         return kernel_DF
@@ -390,7 +390,7 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     place = adapter.config.place_of(layer)
     if place is None:
         return kernel_DF
-    moved_DF = kernel_DF + adapter.config.scale_of(target) * (lora[f"{module}/lora_a"][place] @ lora[f"{module}/lora_b"][place])
+    moved_DF = kernel_DF + adapter.config.scale_of(target) * precision.matmul(lora[f"{module}/lora_a"][place], lora[f"{module}/lora_b"][place])
     if not adapter.config.dora:
         return moved_DF
     return moved_DF * (lora[f"{module}/magnitude"][place] / jnp.linalg.norm(moved_DF, axis=0))[None, :]

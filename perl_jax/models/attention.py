@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perl_jax import precision
 from perl_jax.masked import at_least_float32
 from perl_jax.models.config import Rope
 from perl_jax.models.packing import Packing
@@ -93,11 +94,11 @@ def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: 
     chex.assert_equal_shape([k_BSNK, v_BSNK])
     chex.assert_shape(mask_BTS, (batch, length, k_BSNK.shape[1]))
     q_BTNGK = q_BTHK.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum("btngk,bsnk->bngts", q_BTNGK, k_BSNK, preferred_element_type=jnp.float32)
+    logits = precision.einsum("btngk,bsnk->bngts", q_BTNGK, k_BSNK, dtype=jnp.float32)
     logits = capped(logits * (head_dim**-0.5 if scale is None else scale), cap)
     logits = jnp.where(mask_BTS[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSNK.dtype)
-    out_BTNGK = jnp.einsum("bngts,bsnk->btngk", weights, v_BSNK)
+    out_BTNGK = precision.einsum("bngts,bsnk->btngk", weights, v_BSNK)
     return out_BTNGK.reshape(batch, length, heads, head_dim)
 
 
@@ -237,7 +238,7 @@ def _row_gradients(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, ja
     return jnp.concatenate(dq, axis=2), dk_NTK[:, None].astype(k_N1TK.dtype), dv_NTK[:, None].astype(v_N1TK.dtype)
 
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+_product = functools.partial(precision.einsum, dtype=jnp.float32)
 
 
 def _masked_logits(q_NGXK: jax.Array, k_N1SK: jax.Array, mask_XS: jax.Array) -> jax.Array:

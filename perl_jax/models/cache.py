@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from perl_jax import precision
 from perl_jax.models.attention import MASKED, capped, positions, rounded_sum
 from perl_jax.models.stacks import Apart, each, is_apart
 from perl_jax.types import Array
@@ -162,7 +163,7 @@ def attend_cached(
     prompt_PNXS = _logits(q_PNXK, prompt_k)
     prompt_BNGS = jnp.swapaxes(prompt_PNXS.reshape(prompts, kv_heads, grouped[1], grouped[3], length), 1, 2).reshape(batch, kv_heads, -1, length)
     own_BNGC = _logits(q_BNGK, own_k)
-    self_BNG = jnp.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], preferred_element_type=jnp.float32)
+    self_BNG = precision.einsum("bngk,bnk->bng", q_BNGK, k_B1NK[:, 0], dtype=jnp.float32)
     scale = head_dim**-0.5 if scale is None else scale
     past = jnp.where(visible_BS[:, None, None, :], capped(jnp.concatenate([prompt_BNGS, own_BNGC], axis=-1) * scale, cap), MASKED)
     own = capped(self_BNG[..., None] * scale, cap)
@@ -184,7 +185,7 @@ def _logits(q_BNXK: Array, k_BNSK: Kept) -> jax.Array:
         q_BNXK, k_BNKS = q_BNXK.astype(jnp.float32), k_BNSK.values.astype(jnp.float32)
         logits = jnp.sum(q_BNXK[..., None] * k_BNKS[:, :, None], axis=-2)
         return logits if k_BNSK.scale is None else logits * k_BNSK.scale[:, :, None, :]
-    logits = jnp.einsum("bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), preferred_element_type=jnp.float32)
+    logits = precision.einsum("bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), dtype=jnp.float32)
     return logits if k_BNSK.scale is None else logits * k_BNSK.scale[:, :, None, :]
 
 
@@ -192,4 +193,4 @@ def _mixed(weights_BNXS: Array, v_BNSK: Kept, dtype: jnp.dtype) -> jax.Array:
     """weights times values; a value's scale goes to its weight."""
     if v_BNSK.scale is not None:
         weights_BNXS = weights_BNXS * v_BNSK.scale[:, :, None, :]
-    return jnp.einsum("bnxs,bnsk->bnxk", weights_BNXS.astype(dtype), v_BNSK.values.astype(dtype))
+    return precision.einsum("bnxs,bnsk->bnxk", weights_BNXS.astype(dtype), v_BNSK.values.astype(dtype))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from perl_jax import sharding
+from perl_jax import precision, sharding
 from perl_jax.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
@@ -73,14 +73,14 @@ def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
     """
     dtype = jnp.dtype(dtype or x_ND.dtype)
     if weight_DF.dtype == x_ND.dtype:
-        return jnp.matmul(x_ND, weight_DF, preferred_element_type=dtype)
+        return precision.matmul(x_ND, weight_DF, dtype)
     return _rounded_product(x_ND, weight_DF, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded_product(x_ND: jax.Array, weight_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """x round(W). dL/dW = x^T dy has W's own dtype: sums over tokens, and over devices, are not rounded to x's."""
-    return jnp.matmul(x_ND, weight_DF.astype(x_ND.dtype), preferred_element_type=dtype)
+    return precision.matmul(x_ND, weight_DF.astype(x_ND.dtype), dtype)
 
 
 def _rounded_product_forward(x_ND, weight_DF, dtype):
@@ -89,8 +89,8 @@ def _rounded_product_forward(x_ND, weight_DF, dtype):
 
 def _rounded_product_backward(dtype, kept, dy_NF):
     x_ND, weight_DF = kept
-    dx_ND = jnp.matmul(dy_NF, weight_DF.astype(x_ND.dtype).T, preferred_element_type=x_ND.dtype)
-    return dx_ND, jnp.matmul(x_ND.T, dy_NF, preferred_element_type=weight_DF.dtype)
+    dx_ND = precision.matmul(dy_NF, weight_DF.astype(x_ND.dtype).T, x_ND.dtype)
+    return dx_ND, precision.matmul(x_ND.T, dy_NF, weight_DF.dtype)
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
@@ -381,5 +381,5 @@ class Outer(nnx.Module):
 
     def logits_by_columns(self, hidden_ND: Array) -> jax.Array:
         """logits_NV of few tokens, on one device whose products are faster in columns (`stacks.Turned`); the embedding lies as they read it."""
-        logits_VN = jnp.matmul(self.embedding[...].astype(hidden_ND.dtype), columns(hidden_ND), preferred_element_type=jnp.float32)
+        logits_VN = precision.matmul(self.embedding[...].astype(hidden_ND.dtype), columns(hidden_ND), jnp.float32)
         return attention.capped(rows(logits_VN), self.config.logit_cap)

@@ -87,6 +87,8 @@ def splash(
     interpret: runs the kernel's program on any platform, slowly.
     """
     attend = functools.partial(_splash, window=window, scale=scale, cap=cap, interpret=interpret)
+    if q_BTHK.dtype == jnp.float32:
+        attend = functools.partial(_in_float32, attend)
     return _by_shard(attend, mesh, q_BTHK, k_BTNK, v_BTNK, valid_BT)
 
 
@@ -184,6 +186,29 @@ def _splash(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: floa
     segments = splash_lib.SegmentIds(q=segment_BT, kv=segment_BT)
     out_BHTK = jax.vmap(kernel)(head_first(scaled_BTHK), head_first(k_BTNK), head_first(v_BTNK), segments)
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_float32(attend: Callable[..., jax.Array], q_BTHK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    """attend(q, k, v, valid) whose products are taken with the precision of `precision.precision_of` float32.
+
+    JAX's kernel states no precision, so both passes are traced where the default is the highest.
+    """
+    with jax.default_matmul_precision("highest"):
+        return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT)
+
+
+def _in_float32_forward(attend, q_BTHK, k_BTNK, v_BTNK, valid_BT):
+    with jax.default_matmul_precision("highest"):
+        return jax.vjp(lambda *qkv: attend(*qkv, valid_BT), q_BTHK, k_BTNK, v_BTNK)
+
+
+def _in_float32_backward(attend, backward, cotangent_BTHK):
+    with jax.default_matmul_precision("highest"):
+        return *backward(cotangent_BTHK), None
+
+
+_in_float32.defvjp(_in_float32_forward, _in_float32_backward)
 
 
 def _cudnn(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float, implementation: str) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from perl_jax import lora as lora_lib
-from perl_jax import sharding, trees
+from perl_jax import precision, sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
 from perl_jax.models.cache import CacheKind, KVCache, attend_cached, keep, written
@@ -456,7 +456,7 @@ def _weights(base: Tree, adapter: Adapter | None) -> Tree:
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
     if adapter is None or adapter.head is None:
         raise ValueError("This role has no scalar head: a score or a value needs an adapter that carries one.")
-    return jnp.dot(hidden.astype(jnp.float32), adapter.head["kernel"]) + adapter.head["bias"]
+    return precision.matmul(hidden.astype(jnp.float32), adapter.head["kernel"]) + adapter.head["bias"]
 
 
 def full_weights(base: Tree) -> Adapter:

@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax import trees
+from perl_jax import precision, trees
 from perl_jax.lora import FEED_FORWARD
 from perl_jax.types import Array, Tree
 
@@ -36,7 +36,7 @@ class Turned:
 
     def of_columns(self, x_DN: Array) -> jax.Array:
         """W^T x^T, [F, N]."""
-        return jnp.matmul(self.transposed.astype(x_DN.dtype), x_DN, preferred_element_type=x_DN.dtype)
+        return precision.matmul(self.transposed.astype(x_DN.dtype), x_DN, x_DN.dtype)
 
 
 def is_apart(tree: Any) -> bool:

@@ -221,10 +221,10 @@ def test_the_platform_chooses():
         assert kernels.choose("gpu", unfit, "9.0") == "plain"
 
 
-def abstract(mesh, batch, length, heads, kv_heads, head_dim):
-    """q, k, v in bfloat16 and valid, over the mesh where one is given."""
+def abstract(mesh, batch, length, heads, kv_heads, head_dim, dtype=jnp.bfloat16):
+    """q, k, v and valid, over the mesh where one is given."""
     place = lambda *spec: None if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
-    array = lambda n: jax.ShapeDtypeStruct((batch, length, n, head_dim), jnp.bfloat16, sharding=place(sharding.BATCH_AXES, None, "tensor"))
+    array = lambda n: jax.ShapeDtypeStruct((batch, length, n, head_dim), dtype, sharding=place(sharding.BATCH_AXES, None, "tensor"))
     valid_BT = jax.ShapeDtypeStruct((batch, length), jnp.bool_, sharding=place(sharding.BATCH_AXES))
     return array(heads), array(kv_heads), array(kv_heads), valid_BT
 
@@ -290,6 +290,16 @@ def test_splash_compiles_for_tpus(tpu_devices, data, tensor, head_dim, window, c
     assert kernel_calls(text) == 1 + backward
     # Each device has its own rows and heads: nothing is sent.
     assert not re.search(r"all-(reduce|gather|to-all)|collective-permute", text)
+
+
+@pytest.mark.slow
+def test_splash_in_float32_compiles_for_tpus(tpu_devices):
+    # Products of the highest precision inside the kernel, in both directions.
+    mesh = sharding.make_mesh(sharding.MeshConfig(), tpu_devices[:1])
+    attend = functools.partial(kernels.splash, window=None, scale=0.125, cap=50.0, mesh=mesh)
+    total = lambda q, k, v, valid: jnp.sum(attend(q, k, v, valid))
+    text = compiled_for_tpu(jax.grad(total, argnums=(0, 1, 2)), *abstract(mesh, 2, 700, 4, 2, 128, jnp.float32))
+    assert kernel_calls(text) == 2
 
 
 @pytest.mark.slow
