@@ -5,8 +5,9 @@ RUN_ARGS ?=
 # Large pages for what a step allocates: a sixth of a step's time on a CPU. Means nothing to other C libraries than glibc.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 TEST_ARGS ?=
+MUTANTS_ARGS ?=
 
-.PHONY: run test test-slow test-all clean
+.PHONY: run test test-slow test-all mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
@@ -21,6 +22,10 @@ test-slow: $(VENV)/.installed-test
 test-all: test test-slow
 	$(VENV)/bin/python -m pytest -n 2 -m exhaustive $(TEST_ARGS)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
+
+# Plants errors one by one and counts which the tests notice: `make mutants MUTANTS_ARGS="--jobs 2"`, or `--only NAME ...`.
+mutants: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.mutants $(MUTANTS_ARGS)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
