@@ -267,6 +267,26 @@ def test_a_damaged_array_is_named_and_the_checkpoint_before_it_taken(folder, cap
     again.close()
 
 
+def test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused(folder):
+    """Files that are whole in themselves, with another number in them."""
+    checkpoints = Checkpoints(folder, best="accuracy")
+    checkpoints.save(few_leaves(), {"cursor": 3}, {"accuracy": 0.5})
+    checkpoints.close()
+    path = folder / "3" / "host" / "metadata"
+    assert json.loads(path.read_text()) == {"cursor": 3}
+    path.write_text(json.dumps({"cursor": 4}))
+    again = Checkpoints(folder, best="accuracy")
+    with pytest.raises(UserError, match=r"The checkpoint of step 3 in .* is damaged \(its data cursor\)"):
+        again.restore(abstract(few_leaves()))
+    again.close()
+    path.write_text(json.dumps({"cursor": 3}))
+    measured = folder / "3" / "metrics" / "metrics"
+    assert json.loads(measured.read_text()) == {"accuracy": 0.5}
+    measured.write_text(json.dumps({"accuracy": 0.75}))
+    with pytest.raises(UserError, match=r"The checkpoint of step 3 in .* is damaged \(its checksums or its metrics\)"):
+        Checkpoints(folder, best="accuracy")
+
+
 def test_a_checkpoint_without_checksums_is_read_as_before(folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(few_leaves(), {"cursor": 3})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -398,3 +399,23 @@ def test_a_tie_is_half_in_order():
     pairs = Pairs(both, both, np.ones(len(both.tokens_BT), np.float32))
     _, logs = jax.jit(functools.partial(steps.pairwise_objective, LM))({"reward": SCORER}, BASE, pairs, None)
     assert float(logs["train/accuracy"].mean) == 0.5
+
+
+def test_sft_learns_response_tokens_alone():
+    # Six real tokens, of which three are the response's: (2 + 3 + 5) / 3.
+    tokens = Tokens(np.zeros((2, 4), np.int32), np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool), np.array([[0, 0, 1, 1], [0, 1, 0, 0]], bool))
+    lm = types.SimpleNamespace(logprobs=lambda *_, **__: (-jnp.array([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 7.0, 7.0]]), None))
+    loss, _ = steps.sft_objective(lm, {"policy": None}, None, tokens, None)
+    assert (float(loss.total), float(loss.weight)) == (10.0, 3.0)
+
+
+def test_log_ratios_and_their_means_by_hand():
+    mask_BT = np.array([[0, 1, 1, 0], [0, 1, 0, 0]], bool)
+    logp_BT, reference_BT = np.full((2, 4), -1.0), np.array([[9.0, -2.0, -4.0, 9.0], [9.0, -0.5, 9.0, 9.0]])
+    np.testing.assert_allclose(steps.response_log_ratio(logp_BT, reference_BT, mask_BT), [4.0, -0.5])
+    np.testing.assert_allclose(steps.response_log_ratio(logp_BT, reference_BT, mask_BT, mean=True), [2.0, -0.5])
+
+
+def test_sides_come_back_as_they_went_in():
+    chosen_B, rejected_B = np.arange(3.0), 10 + np.arange(3.0)
+    np.testing.assert_array_equal(steps.sides(steps.in_turn(chosen_B, rejected_B)), [chosen_B, rejected_B])

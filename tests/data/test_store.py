@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import subprocess
@@ -185,3 +186,10 @@ def test_tensorflow_is_not_imported_and_nothing_is_printed(tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_a_part_has_its_first_percentile_and_not_its_last():
+    for number in range(200):
+        text = f"text {number}"
+        own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
+        assert store.part_of(text, {"below": (0, own), "own": (own, own + 1), "above": (own + 1, 100)}) == "own"

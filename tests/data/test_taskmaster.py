@@ -130,6 +130,11 @@ def test_parts_have_their_shares_and_are_stable():
     assert taskmaster.parts("test", judged=False) == ("test",)
 
 
+def test_the_judges_part_trains_no_reward_model():
+    assert taskmaster.parts("train", judged=True) == ("train",) and taskmaster.parts("judge", judged=True) == ("judge",)
+    assert taskmaster.parts("train", judged=False) == ("train", "judge")
+
+
 def test_comparisons_are_all_pairs_of_different_text_on_one_context():
     context, other = [user("tea")], [user("coffee")]
     say = lambda text: {"role": "agent", "text": text}

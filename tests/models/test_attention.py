@@ -57,6 +57,11 @@ def test_causal_mask_by_hand():
     np.testing.assert_array_equal(mask_BTS, np.array([left, right], bool))
 
 
+def test_a_window_of_two_is_a_token_and_the_one_before_it():
+    seen_BTS = attention.within(2, np.array([[0, 1, 2]]), np.array([[0, 1, 2]]))
+    np.testing.assert_array_equal(seen_BTS, [[[1, 1, 1], [1, 1, 1], [0, 1, 1]]])
+
+
 def test_rotation_is_a_complex_product(qkv):
     # The pair (i, i + K/2) is one complex number, turned by position * theta^(-2i/K).
     q_BTHK, theta = qkv[0], 100.0

@@ -225,14 +225,14 @@ ALGORITHMS = _of(
 
 STEPS = _of(
     "steps.py",
-    ("loss-on-the-prompt", "SFT learns the prompt too", "losses.sft_loss(logp_BT, batch.response_BT)", "losses.sft_loss(logp_BT, batch.valid_BT)", "models/test_packing.py::test_held_out_sums_are_those_of_the_whole_batch", "test_steps.py::test_gradient_is_the_finite_difference_of_the_mean_loss"),
-    ("sides-in-halves", "the first half of the rows is taken for the chosen ones", "both[0::2], both[1::2]", "both[: both.shape[0] // 2], both[both.shape[0] // 2 :]", "test_steps.py::test_filler_rows_change_nothing"),
+    ("loss-on-the-prompt", "SFT learns the prompt too", "losses.sft_loss(logp_BT, batch.response_BT)", "losses.sft_loss(logp_BT, batch.valid_BT)", "test_steps.py::test_sft_learns_response_tokens_alone"),
+    ("sides-in-halves", "the first half of the rows is taken for the chosen ones", "both[0::2], both[1::2]", "both[: both.shape[0] // 2], both[both.shape[0] // 2 :]", "test_steps.py::test_sides_come_back_as_they_went_in"),
     ("ties-are-right", "equal scores count as the right order", "jnp.where(chosen_B == rejected_B, 0.5, 0.0)", "jnp.where(chosen_B == rejected_B, 1.0, 0.0)", "test_steps.py::test_a_tie_is_half_in_order"),
     ("unknown-is-a-coin", "a comparison of unknown probability is a coin flip", "jnp.isnan(batch.probability_B), 1.0, batch.probability_B", "jnp.isnan(batch.probability_B), 0.5, batch.probability_B", "loops/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
     ("soft-dpo-inverted", "DPO smooths by p where it should by 1 - p", "label_smoothing, 1 - batch.pairs.probability_B", "label_smoothing, batch.pairs.probability_B", "loops/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
     ("value-after-the-token", "the critic reads the token it is a baseline for", "shift_right(lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens)))", "lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))", "test_steps.py::test_reinforce_objective_equals_loops_in_numpy"),
     ("epochs-deal-alike", "every epoch deals the rows out alike", "(jax.random.split(key, epochs))", "(jnp.broadcast_to(key, (epochs,)))", "loops/test_layouts.py::test_every_epoch_deals_every_row_to_one_update"),
-    ("mean-of-the-padded-row", "the mean log-ratio divides by the row's columns", "jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean", "response_BT.shape[1] if mean", "loops/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
+    ("mean-of-the-padded-row", "the mean log-ratio divides by the row's columns", "jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean", "response_BT.shape[1] if mean", "test_steps.py::test_log_ratios_and_their_means_by_hand"),
     ("microbatches-drop-alike", "every microbatch has the same dropout", "keys = jax.random.split(key, microbatches)", "keys = jnp.broadcast_to(key, (microbatches,))", "loops/test_policy_gradient.py::test_no_key_is_used_twice"),
 )  # fmt: skip
 
@@ -275,7 +275,7 @@ DATA = (
     ),
     *_of(
         "data/store.py",
-        ("split-bounds-closed", "a split takes the first percentile of the next one", "if low <= percentile < high", "if low <= percentile <= high", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
+        ("split-bounds-closed", "a split takes the first percentile of the next one", "if low <= percentile < high", "if low <= percentile <= high", "data/test_store.py::test_a_part_has_its_first_percentile_and_not_its_last"),
     ),
     *_of(
         "data/jsonl.py",
@@ -289,7 +289,7 @@ DATA = (
     ),
     *_of(
         "data/taskmaster.py",
-        ("judge-trained-on", "the reward model trains on the judge's part", 'if split == "train" and not judged else', 'if split == "train" else', "data/test_taskmaster.py"),
+        ("judge-trained-on", "the reward model trains on the judge's part", 'if split == "train" and not judged else', 'if split == "train" else', "data/test_taskmaster.py::test_the_judges_part_trains_no_reward_model"),
         ("a-response-against-itself", "comparisons of a text with the same text", "if chosen != rejected:", "if True:", "data/test_taskmaster.py::test_comparisons_are_all_pairs_of_different_text_on_one_context"),
     ),
     *_of(
@@ -316,16 +316,19 @@ EVALUATION = (
     ),
     *_of(
         "loops/policies.py",
-        ("evaluation-kl-sign", "an evaluation's KL is that of the baseline", "kl.k1(own_BT, anchor_BT)", "kl.k1(anchor_BT, own_BT)", "loops/test_planted.py::test_kl_of_an_evaluation_is_policy_over_baseline"),
-        ("win-rate-ties", "a tie is a win of the policy", "evaluate.both_orders(a > b, b > a)", "evaluate.both_orders(a >= b, b > a)", "loops/test_jobs.py::test_greedy_evaluation_against_the_base_itself"),
+        ("evaluation-kl-sign", "an evaluation's KL is that of the baseline", "kl.k1(own_BT, anchor_BT)", "kl.k1(anchor_BT, own_BT)", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together", "loops/test_planted.py::test_kl_of_an_evaluation_is_policy_over_baseline"),
+        ("batches-draw-alike", "all batches of an evaluation are sampled with one key", "jax.random.fold_in(key, index)", "key", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
+        ("rewards-of-other-prompts", "rewards stay in the order of batches, prompts do not", "merged[name][order].astype", "merged[name][: len(order)].astype", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
+        ("filler-evaluated", "filler rows are part of an evaluation", 'if merged["row"][i] >= 0]', "]", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
+        ("win-rate-ties", "a tie is a win of the policy", "evaluate.both_orders(a > b, b > a)", "evaluate.both_orders(a >= b, b > a)", "loops/test_measures.py::test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named"),
     ),
     *_of(
         "loops/supervised.py",
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "loops/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
-        ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_planted.py"),
-        ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "loops/test_jobs.py::test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split"),
-        ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "loops/test_planted.py"),
-        ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "loops/test_planted.py"),
+        ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
+        ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "loops/test_measures.py::test_a_rewards_scores_are_normalised_by_their_mean_and_deviation"),
+        ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "loops/test_measures.py::test_a_held_out_loss_is_over_all_rows"),
+        ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "loops/test_measures.py::test_held_out_rows_are_measured_without_dropout"),
     ),
     *_of(
         "loops/preference.py",
@@ -334,7 +337,7 @@ EVALUATION = (
     *_of(
         "loops/best_of.py",
         ("best-before-shaping", "the best response is chosen by its score without penalties", 'int(np.argmax(columns["reward"]))', 'int(np.argmax(columns["score"]))', "loops/test_preference.py::test_the_best_is_the_one_that_rl_pays_most"),
-        ("bound-too-wide", "the bound of best-of-N's KL is log n", "math.log(n) - (n - 1) / n", "math.log(n)", "loops/test_preference.py"),
+        ("bound-too-wide", "the bound of best-of-N's KL is log n", "math.log(n) - (n - 1) / n", "math.log(n)", "loops/test_preference.py::test_the_best_of_several_is_written"),
     ),
 )  # fmt: skip
 
@@ -348,11 +351,11 @@ SAMPLING = (
         ("filtered-before-tempering", "top-p is taken of the untempered distribution", "logits_BV = logits_BV / config.temperature\n    logits_BV = filter_logits(logits_BV, config.top_k, config.top_p)", "logits_BV = filter_logits(logits_BV, config.top_k, config.top_p)\n    logits_BV = logits_BV / config.temperature", "test_sampling.py::test_filtered_logprobs_are_those_of_a_full_pass_filtered_by_hand", "test_sampling.py::test_logprobs_are_of_the_distribution_that_was_drawn_from"),
         ("block-maximum", "a block of the vocabulary weighs what its largest token does", "jnp.log(jnp.sum(jnp.exp(logits_BXY), axis=-1))", "jnp.max(logits_BXY, axis=-1)", "test_sampling.py::test_draws_over_several_blocks_follow_the_softmax"),
         ("noise-used-twice", "the token in a block is drawn with the blocks' noise", "noise_BZ[:, blocks:]", "noise_BZ[:, :_BLOCK]", "test_sampling.py::test_draws_over_several_blocks_follow_the_softmax"),
-        ("rows-draw-alike", "all rows draw with one key", "functools.partial(jax.random.fold_in, key))(row_B)", "functools.partial(jax.random.fold_in, key))(jnp.zeros_like(row_B))", "test_sampling.py::test_first_tokens_follow_the_softmax"),
-        ("steps-draw-alike", "every token of a row is drawn with one key", "choose(row_keys_at(key_B, step), logits_BV, config)", "choose(key_B, logits_BV, config)", "test_sampling.py"),
+        ("rows-draw-alike", "all rows draw with one key", "functools.partial(jax.random.fold_in, key))(row_B)", "functools.partial(jax.random.fold_in, key))(jnp.zeros_like(row_B))", "test_sampling.py::test_the_key_alone_decides_the_draws"),
+        ("steps-draw-alike", "every token of a row is drawn with one key", "choose(row_keys_at(key_B, step), logits_BV, config)", "choose(key_B, logits_BV, config)", "test_sampling.py::test_the_key_alone_decides_the_draws", "test_continuous.py::test_settings_are_the_static_samplers"),
         ("one-stop-token", "only the first of several stop tokens ends a row", "jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))", "token_B == stop_ids[0]", "test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
         ("tokens-after-the-stop", "columns behind the end hold sampled tokens", "jnp.where(done_B, config.pad_id, token_B)", "token_B", "test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
-        ("logprobs-after-the-stop", "columns behind the end have log-probabilities", "jnp.where(done_B, 0.0, logp_B)", "logp_B", "test_sampling.py"),
+        ("logprobs-after-the-stop", "columns behind the end have log-probabilities", "jnp.where(done_B, 0.0, logp_B)", "logp_B", "test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
         ("stop-as-padding-ends", "a row whose padding is a stop token counts as ended", "jnp.any(response_BC & is_stop(tokens_BC, config.stop_ids), axis=1)", "jnp.any(is_stop(tokens_BC, config.stop_ids), axis=1)", "test_sampling.py::test_stop_ids_in_prompts_and_as_padding_end_nothing"),
     ),
     *_of(
@@ -363,7 +366,7 @@ SAMPLING = (
     *_of(
         "models/attention.py",
         ("blind-to-itself", "a token does not see itself", "columns[:, None] >= columns[None, :]", "columns[:, None] > columns[None, :]", "models/test_attention.py::test_causal_mask_by_hand"),
-        ("window-one-wider", "a sliding window has one key more", "key_positions_BS[:, None, :] < window", "key_positions_BS[:, None, :] <= window", "hf/test_families.py::test_a_window_hides_what_lies_further_back"),
+        ("window-one-wider", "a sliding window has one key more", "key_positions_BS[:, None, :] < window", "key_positions_BS[:, None, :] <= window", "models/test_attention.py::test_a_window_of_two_is_a_token_and_the_one_before_it"),
         ("padding-has-positions", "padding on the left moves rotary positions", "jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1", "jnp.cumsum(jnp.ones_like(valid_BT, jnp.int32), axis=1) - 1", "models/test_attention.py::test_positions_count_real_tokens"),
     ),
     *_of(
@@ -379,7 +382,7 @@ ADAPTERS = (
         ("scaling-rules-swapped", "plain LoRA has rank-stabilised LoRA's scale", "(math.sqrt(rank) if self.rank_stabilised else rank)", "(rank if self.rank_stabilised else math.sqrt(rank))", "test_lora.py::test_scale_is_alpha_over_rank"),
         ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + adapter.config.scale_of(target)", "moved_DF = kernel_DF - adapter.config.scale_of(target)", "test_lora.py::test_merged_equals_applied"),
         ("dora-norm-without-its-cross-term", "DoRA's norm has half of the cross term", "2 * scale * cross", "scale * cross", "test_lora_variants.py::test_output_norms_need_no_merged_weight"),
-        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return adapter.replace(under=None)", "return adapter", "test_lora_variants.py"),
+        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return adapter.replace(under=None)", "return adapter", "test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
         ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "loops/test_exchange.py::test_an_average_is_the_weighted_sum_of_updates"),
     ),
     *_of(
@@ -394,8 +397,8 @@ ADAPTERS = (
     ),
     *_of(
         "checkpoint.py",
-        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if changed or config_lib.digest(restored.host) != seal["host"]:', "if changed:", "test_checkpoint.py"),
-        ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and choose the best step", 'or config_lib.digest(metrics) != seal["metrics"]', "", "test_checkpoint.py"),
+        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if changed or config_lib.digest(restored.host) != seal["host"]:', "if changed:", "test_checkpoint.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+        ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and choose the best step", 'or config_lib.digest(metrics) != seal["metrics"]', "", "test_checkpoint.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
         ("normalised-the-wrong-way", "a reward's scores are multiplied by their deviation", "(scores - self.score_mean) / self.score_std", "(scores - self.score_mean) * self.score_std", "test_checkpoint.py::test_scores_are_normalised_with_the_stored_moments"),
         ("fingerprint-of-weights-alone", "a base with other rope or caps is taken for the same", "config_lib.digest([weights, config.function])", "config_lib.digest([weights])", "test_checkpoint.py::test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for"),
         ("worst-step-kept", "the step with the lowest metric is kept as the best", "best_fn=None if best is None else (lambda metrics: metrics[best])", "best_fn=None if best is None else (lambda metrics: -metrics[best])", "test_checkpoint.py::test_the_last_and_the_best_are_kept"),
@@ -421,13 +424,13 @@ LOOPS = (
     ),
     *_of(
         "loops/splits.py",
-        ("white-space-hides-a-leak", "a prompt with a space more is not found in the other split", "dict.fromkeys(row[field].strip() for row in rows)", "dict.fromkeys(row[field] for row in rows)", "loops/test_splits.py"),
+        ("white-space-hides-a-leak", "a prompt with a space more is not found in the other split", "dict.fromkeys(row[field].strip() for row in rows)", "dict.fromkeys(row[field] for row in rows)", "loops/test_splits.py::test_prompts_that_two_splits_share_are_said_with_their_number"),
     ),
     *_of(
         "loops/scoring.py",
-        ("the-most-for-the-least", "combine min takes the most generous member's score", '"min": jnp.min', '"min": jnp.max', "loops/test_algorithms.py::test_an_ensemble_and_terms_add_up"),
+        ("the-most-for-the-least", "combine min takes the most generous member's score", '"min": jnp.min', '"min": jnp.max', "loops/test_measures.py::test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores"),
         ("an-end-for-all", "a response that did not end is scored as if it had", "jnp.isin(jnp.take_along_axis(tokens_BT, last_B1, axis=1), stops) & jnp.any(response_BT", "jnp.any(response_BT", "hf/test_chat.py::test_a_rollout_is_scored_as_the_row_that_it_is"),
-        ("terms-weighed-twice", "the reward model's weight multiplies the terms too", "self.weight * score_B + total_B", "self.weight * (score_B + total_B)", "loops/test_algorithms.py::test_an_ensemble_and_terms_add_up"),
+        ("terms-weighed-twice", "the reward model's weight multiplies the terms too", "self.weight * score_B + total_B", "self.weight * (score_B + total_B)", "loops/test_measures.py::test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs"),
     ),
     *_of(
         "loops/classifier.py",

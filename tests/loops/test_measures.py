@@ -1,0 +1,155 @@
+"""Numbers that jobs report, from outputs of models that are made up: means, orders of rows, ties, keys."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from perl_jax import sharding, steps
+from perl_jax.hosts import Share
+from perl_jax.loops import policies, scoring, supervised
+from perl_jax.loops.policies import Evaluation, Responses
+from perl_jax.rl.losses import LossSum
+from perl_jax.sampling import Rollout
+from perl_jax.types import Labelled, Prompts, Tokens
+
+# Rows of two batches as a plan has them: not in order, the last one filler.
+ROWS = (np.array([3, 0, 2]), np.array([1, 4, -1]))
+MODEL = types.SimpleNamespace(lm=None, base=None, mesh=None, tokenizer=types.SimpleNamespace(stop_ids=(9,), text=lambda ids: " ".join(map(str, ids))))
+
+
+class Planned:
+    """Batches of the rows above."""
+
+    spec = types.SimpleNamespace(microbatches=1)
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return map(self.make, ROWS)
+
+    def rows_of(self, index: int) -> np.ndarray:
+        return ROWS[index]
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+    """Batches stay on the host."""
+    monkeypatch.setattr(sharding, "put_batch", lambda batch, mesh: batch)
+
+
+def responses(gold: list[float], proxy: list[float]) -> Responses:
+    number = len(gold)
+    return Responses([""] * number, [[]] * number, np.ones(number, bool), np.zeros(number), {"proxy": np.array(proxy)}, np.array(gold))
+
+
+def test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named():
+    # By gold one win, one loss, two ties; by the proxy three wins and a tie.
+    policy, baseline = responses([1.0, 0.25, 0.5, 0.5], [2.0, 2.0, 2.0, 1.0]), responses([0.5, 0.75, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0])
+    found = policies.compare(policy, baseline, "gold")
+    rate = found["win_rate"]
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"], rate["judge"]) == (1, 2, 1, 0.5, "gold")
+    assert found["gold_gain"]["value"] == 0.0
+    rate = policies.compare(policy, baseline, "proxy")["win_rate"]
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"]) == (3, 1, 0, 0.875)
+
+
+def test_an_evaluation_keeps_each_prompts_numbers_together():
+    """What is measured comes in the prompts' order, filler left out; no two batches have one key."""
+    keys = []
+
+    def sample(base, policy, prompts: Prompts, key) -> Rollout:
+        keys.append(np.asarray(key).tolist())
+        # Row r says r + 1 tokens, the last of them the stop token where r is even.
+        row_B = np.maximum(prompts.row_B, 0)
+        response_BT = (np.arange(8) >= 2) & (np.arange(8) < 3 + row_B[:, None])
+        tokens_BT = np.where(np.arange(8) == 2 + row_B[:, None], np.where(row_B % 2 == 0, 9, 1)[:, None], 10 + row_B[:, None]).astype(np.int32)
+        return Rollout(Tokens(tokens_BT, response_BT | (np.arange(8) < 2), response_BT), np.zeros((3, 8), np.float32), row_B % 2 == 0, np.int32(1))
+
+    logprobs = lambda base, policy, sequences: np.full(sequences.tokens_BT.shape, {"tuned": -1.0, "start": -1.5}[policy], np.float32)
+    scorer = lambda models, rollout, row_B: (100.0 + np.asarray(row_B, np.float32), {})
+    prompts = lambda row_B: Prompts(np.zeros((3, 2), np.int32), np.ones((3, 2), bool), row_B.astype(np.int32))
+    rows = [{"prompt": f"prompt {i}"} for i in range(5)]
+    gold = lambda prompts, texts: [float(prompt.split()[1]) / 4 for prompt in prompts]
+    job = Evaluation(MODEL, sample, logprobs, {"proxy": (scorer, {})}, Planned(prompts), rows, types.SimpleNamespace(gold=gold), 5)
+    found, asked = policies.respond(job, "tuned", "start")
+    assert asked == [f"prompt {i}" for i in range(5)]
+    assert found.texts == ["", "11 1", "12 12", "13 13 13 1", "14 14 14 14"]
+    assert found.tokens[:3] == [[9], [11, 1], [12, 12, 9]]
+    assert found.finished.tolist() == [True, False, True, False, True]
+    assert found.kl.tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert found.rewards["proxy"].tolist() == [100.0, 101.0, 102.0, 103.0, 104.0]
+    assert found.gold.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert len(keys) == 2 and keys[0] != keys[1]
+
+
+def test_scores_come_back_in_the_order_of_the_rows(monkeypatch):
+    monkeypatch.setattr(supervised, "score_program", lambda lm, microbatches: lambda base, adapter, batch: (10.0 * batch, 20.0 * batch))
+    chosen, rejected = supervised.score_batches(MODEL, types.SimpleNamespace(weights=None), Planned(lambda rows: rows.astype(float)))
+    assert chosen.tolist() == [0.0, 10.0, 20.0, 30.0, 40.0] and rejected.tolist() == [0.0, 20.0, 40.0, 60.0, 80.0]
+
+
+def test_a_held_out_loss_is_over_all_rows():
+    """Batches of 3 and of 2 rows, of means 2 and 7: 4, and not 4.5."""
+    parts = {3: (LossSum(np.float32(6.0), np.float32(3.0)), {"log": LossSum(np.float32(1.0), np.float32(4.0))}), 1: (LossSum(np.float32(14.0), np.float32(2.0)), {"log": LossSum(np.float32(3.0), np.float32(1.0))})}
+    job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
+    state = types.SimpleNamespace(roles={"policy": types.SimpleNamespace(weights=None)})
+    measure = lambda roles, frozen, batch: parts[int(batch[0])]
+    assert supervised.held_out_loss(MODEL, job, measure, state, Planned(lambda rows: rows)) == {"loss": 4.0, "log": pytest.approx(4 / 5)}
+
+
+def test_held_out_rows_are_measured_without_dropout():
+    keys = []
+
+    def objective(roles, frozen, part, key):
+        keys.append(key)
+        return LossSum(np.float32(1.0), np.float32(1.0)), {}
+
+    supervised._held_out(objective, 1, {}, None, Labelled(None, np.zeros(2), np.ones(2)))
+    jax.eval_shape(lambda batch: supervised._held_out(objective, 2, {}, None, batch), np.zeros((4, 3)))
+    assert keys == [None, None]
+
+
+def test_a_rewards_scores_are_normalised_by_their_mean_and_deviation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(supervised, "load_batches", lambda model, data, kind, split, *_: (asked.append((split, data.train_size)), None))
+    monkeypatch.setattr(supervised, "score_batches", lambda *_: (np.float32([1.0, 3.0]), np.float32([5.0, 7.0])))
+    config = supervised.RewardConfig(run="-", model="-")
+    assert supervised.reference_moments(None, config, None, "comparisons") == (4.0, pytest.approx(5**0.5))
+    assert asked == [("train", 512)]
+
+
+def rollout_of(*texts: list[int]) -> Rollout:
+    tokens_BT, mask_BT = np.zeros((len(texts), 4), np.int32), np.zeros((len(texts), 4), bool)
+    for row, ids in enumerate(texts):
+        tokens_BT[row, : len(ids)], mask_BT[row, : len(ids)] = ids, True
+    return Rollout(Tokens(tokens_BT, mask_BT, mask_BT), np.zeros(tokens_BT.shape), np.ones(len(texts), bool), np.int32(0))
+
+
+def test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs(monkeypatch):
+    """2 x score - 0.5 x the share of excess words + 3 where an 8 is said."""
+    monkeypatch.setattr(sharding, "row_share", lambda mesh: Share(0, 1, (0,)))
+    terms = scoring.read_terms('[{"kind": "length", "weight": 0.5, "maximum": 1, "scale": 4}, {"kind": "words", "words": ["8"], "weight": 3}]')
+    program = lambda base, roles, sequences: (np.float32([1.0, -1.0, 0.25]), None)
+    frozen = {"reward": types.SimpleNamespace(weights=None)}
+    rollout, rows = rollout_of([7], [7, 7, 9], [7, 8, 7]), [{"prompt": "a"}]
+    score_B, logs = scoring.Scorer(MODEL, program, terms, 2.0, rows)(frozen, rollout, np.zeros(3, int))
+    np.testing.assert_allclose(score_B, [2.0, -2.0 - 0.5 / 4, 0.5 - 0.5 * 2 / 4 + 3])
+    assert logs == {"reward/term/length": pytest.approx(-0.25), "reward/term/words": pytest.approx(1 / 3)}
+    # Without terms, and without a model.
+    assert scoring.Scorer(MODEL, program, (), 2.0, rows)(frozen, rollout, np.zeros(3, int))[0].tolist() == [2.0, -2.0, 0.5]
+    np.testing.assert_allclose(scoring.Scorer(MODEL, None, terms, 1.0, rows)({}, rollout, np.zeros(3, int))[0], [0.0, -0.125, 2.75])
+
+
+@pytest.mark.parametrize(("combine", "expected"), [("mean", [2.0, 0.5]), ("min", [1.0, -1.0])])
+def test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores(combine, expected, monkeypatch):
+    monkeypatch.setattr(steps, "scores", lambda lm, base, adapter, tokens: adapter.scores_B)
+    member = lambda *scores: types.SimpleNamespace(weights=None, scores_B=np.float32(scores))
+    record = lambda mean, std: types.SimpleNamespace(normalise=lambda scores: (scores - mean) / std)
+    tokens = rollout_of([7], [7]).sequences
+    score_B, scores_MB = scoring._scores(None, (record(1.0, 2.0), record(0.0, 1.0)), combine, None, 1, None, (member(7.0, -1.0), member(1.0, 2.0)), tokens)
+    assert scores_MB.tolist() == [[3.0, -1.0], [1.0, 2.0]] and score_B.tolist() == expected
