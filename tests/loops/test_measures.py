@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import types
 
 import jax
@@ -10,7 +12,9 @@ import pytest
 
 from perl_jax import sharding, steps
 from perl_jax.hosts import Share
-from perl_jax.loops import policies, scoring, supervised
+from perl_jax.loops import best_of, policies, preference, scoring, stands, supervised
+from perl_jax.loops import run as run_lib
+from perl_jax.loops.jobs import DPOConfig
 from perl_jax.loops.policies import Evaluation, Responses
 from perl_jax.rl.losses import LossSum
 from perl_jax.sampling import Rollout
@@ -153,3 +157,49 @@ def test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores(combine, ex
     tokens = rollout_of([7], [7]).sequences
     score_B, scores_MB = scoring._scores(None, (record(1.0, 2.0), record(0.0, 1.0)), combine, None, 1, None, (member(7.0, -1.0), member(1.0, 2.0)), tokens)
     assert scores_MB.tolist() == [[3.0, -1.0], [1.0, 2.0]] and score_B.tolist() == expected
+
+
+def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monkeypatch):
+    """Row r's log-ratios are r - 2 and 0.5 - r / 4; rows 3 and 4 are in order, and weigh 4 + 5 of 15."""
+    monkeypatch.setattr(supervised, "load_batches", lambda *_, **__: (Planned(lambda rows: rows), [{"weight": 1.0 + row} for row in range(5)]))
+    monkeypatch.setattr(preference, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4))
+    config = DPOConfig(run="-", model="-")
+    job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
+    state = types.SimpleNamespace(roles={"policy": types.SimpleNamespace(weights=None)})
+    found = preference.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
+    # Row 2 is a tie.
+    assert found["value"] == pytest.approx((4 + 5 + 3 / 2) / 15) and found["n"] == 5
+
+
+def test_the_bound_of_best_of_n_by_hand():
+    assert best_of.kl_bound(1) == 0.0 and best_of.kl_bound(4) == pytest.approx(math.log(4) - 0.75)
+
+
+def test_a_run_goes_on_with_what_decides_its_numbers():
+    before = {"seed": 0, "keep": 2, "checkpoint_every": 5, "run": "a", "data": {"task": "orders", "bucket_count": 4}}
+    assert run_lib._differences(before, before | {"keep": 3, "checkpoint_every": 1, "run": "b"}) == []
+    after = before | {"seed": 1, "data": {"task": "orders", "bucket_count": 1}}
+    assert run_lib._differences(before, after) == ["data.bucket_count was 4, is now 1", "seed was 0, is now 1"]
+
+
+def test_other_weights_under_the_path_of_an_artefact_are_noticed(tmp_path):
+    """An artefact of format 1, which has no digests: its files are compared."""
+    folder = tmp_path / "below"
+    (folder / "tree").mkdir(parents=True)
+    values = {"role": "policy", "tuning": "lora", "lora": None, "has_head": False, "base_name": "-", "base_fingerprint": "-", "tokenizer_fingerprint": "-", "step": 1, "metrics": {}}
+    (folder / "artefact.json").write_text(json.dumps(values | {"format": 1}))
+    (folder / "tree" / "leaf").write_text("0.25")
+    config = supervised.SFTConfig(run="-", model=str(tmp_path / "none"), stack_on=str(folder))
+    before = stands.prints("sft", config)
+    assert stands.changed(before, stands.prints("sft", config)) == []
+    (folder / "tree" / "leaf").write_text("0.75")
+    assert stands.changed(before, stands.prints("sft", config)) == [f"the frozen artefact {folder}"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.json", "tokenizer.model"])
+def test_every_file_of_a_tokenizer_is_compared(name, tmp_path):
+    before = stands.tokenizer_content(tmp_path)
+    (tmp_path / "model.safetensors").write_text("not of the tokenizer")
+    assert stands.tokenizer_content(tmp_path) == before
+    (tmp_path / name).write_text("{}")
+    assert stands.tokenizer_content(tmp_path) != before

@@ -69,11 +69,6 @@ def other_setting(**fields) -> Callable[[pathlib.Path], None]:
     return lambda folder: small.change_config(folder / "base", **fields)
 
 
-def other_template(folder: pathlib.Path) -> None:
-    """A chat template in a file of its own."""
-    (folder / "base" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-
-
 def other_record(role: str, **fields) -> Callable[[pathlib.Path], None]:
     """An artefact with another record, whole in itself."""
 
@@ -103,7 +98,6 @@ def exchange_rows(folder: pathlib.Path) -> None:
         (other_setting(rope_theta=20_000.0), "the base under {0}/base"),
         (other_setting(rms_norm_eps=1e-3), "the base under {0}/base"),
         (replace("base/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "Lowercase"}'), "the tokenizer or its template under {0}/base"),
-        (other_template, "the tokenizer or its template under {0}/base"),
         (other_setting(eos_token_id=[2, 5]), "the tokenizer or its template under {0}/base"),
         (other_record("policy", step=99), "the policy artefact {0}/policy"),
         (other_record("reward", score_std=9.0), "the reward artefact {0}/reward"),

@@ -316,7 +316,7 @@ EVALUATION = (
     ),
     *_of(
         "loops/policies.py",
-        ("evaluation-kl-sign", "an evaluation's KL is that of the baseline", "kl.k1(own_BT, anchor_BT)", "kl.k1(anchor_BT, own_BT)", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together", "loops/test_planted.py::test_kl_of_an_evaluation_is_policy_over_baseline"),
+        ("evaluation-kl-sign", "an evaluation's KL is that of the baseline", "kl.k1(own_BT, anchor_BT)", "kl.k1(anchor_BT, own_BT)", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("batches-draw-alike", "all batches of an evaluation are sampled with one key", "jax.random.fold_in(key, index)", "key", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("rewards-of-other-prompts", "rewards stay in the order of batches, prompts do not", "merged[name][order].astype", "merged[name][: len(order)].astype", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("filler-evaluated", "filler rows are part of an evaluation", 'if merged["row"][i] >= 0]', "]", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
@@ -332,12 +332,13 @@ EVALUATION = (
     ),
     *_of(
         "loops/preference.py",
-        ("dpo-accuracy-upside-down", "DPO's test accuracy counts rejected above chosen", "evaluate.pairwise_accuracy(chosen, rejected, weights)", "evaluate.pairwise_accuracy(rejected, chosen, weights)", "loops/test_planted.py::test_accuracy_of_dpo_counts_what_is_chosen"),
+        ("weights-of-other-pairs", "DPO's test pairs are weighed in another order than they come in", '"test")[order]', '"test")', "loops/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
+        ("dpo-accuracy-upside-down", "DPO's test accuracy counts rejected above chosen", "evaluate.pairwise_accuracy(chosen, rejected, weights)", "evaluate.pairwise_accuracy(rejected, chosen, weights)", "loops/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
     ),
     *_of(
         "loops/best_of.py",
         ("best-before-shaping", "the best response is chosen by its score without penalties", 'int(np.argmax(columns["reward"]))', 'int(np.argmax(columns["score"]))', "loops/test_preference.py::test_the_best_is_the_one_that_rl_pays_most"),
-        ("bound-too-wide", "the bound of best-of-N's KL is log n", "math.log(n) - (n - 1) / n", "math.log(n)", "loops/test_preference.py::test_the_best_of_several_is_written"),
+        ("bound-too-wide", "the bound of best-of-N's KL is log n", "math.log(n) - (n - 1) / n", "math.log(n)", "loops/test_measures.py::test_the_bound_of_best_of_n_by_hand"),
     ),
 )  # fmt: skip
 
@@ -414,13 +415,13 @@ LOOPS = (
     ),
     *_of(
         "loops/run.py",
-        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.restore(_abstract(state), checkpoints.best_step())", "checkpoints.restore(_abstract(state))", "loops/test_planted.py::test_the_best_step_is_best_on_validation_rows"),
-        ("resumed-with-another-seed", "a run goes on with another seed", '_FREE = ("checkpoint_every",', '_FREE = ("seed", "checkpoint_every",', "loops/test_run.py::test_a_run_resumes_with_the_same_settings_only"),
+        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.restore(_abstract(state), checkpoints.best_step())", "checkpoints.restore(_abstract(state))", "loops/test_run.py::test_the_best_validation_step_is_kept"),
+        ("resumed-with-another-seed", "a run goes on with another seed", '_FREE = ("checkpoint_every",', '_FREE = ("seed", "checkpoint_every",', "loops/test_measures.py::test_a_run_goes_on_with_what_decides_its_numbers"),
     ),
     *_of(
         "loops/stands.py",
-        ("artefacts-by-path", "an artefact with other weights under the same path is not noticed", "lambda folder=folder: checkpoint.content_of(pathlib.Path(folder))", "lambda folder=folder: folder", "loops/test_stands.py::test_what_changed_is_named"),
-        ("template-not-noticed", "another chat template in the model's folder is not noticed", '"*.jinja", "chat_template*", "*.model"', '"*.model"', "loops/test_stands.py::test_what_changed_is_named"),
+        ("artefacts-by-path", "an artefact with other weights under the same path is not noticed", "lambda folder=folder: checkpoint.content_of(pathlib.Path(folder))", "lambda folder=folder: folder", "loops/test_measures.py::test_other_weights_under_the_path_of_an_artefact_are_noticed"),
+        ("template-not-noticed", "another chat template in the model's folder is not noticed", '"*.jinja", "chat_template*", "*.model"', '"*.model"', "loops/test_measures.py::test_every_file_of_a_tokenizer_is_compared"),
     ),
     *_of(
         "loops/splits.py",
