@@ -167,7 +167,7 @@ KL = _of(
     "rl/kl.py",
     ("k2-without-a-half", "k2 is twice what it should be", "0.5 * jnp.square(", "jnp.square(", "rl/test_kl.py::test_the_estimators_by_hand"),
     ("k3-of-the-other-kl", "k3 estimates KL(reference || policy)", "jnp.expm1(-d_BT) + d_BT", "jnp.expm1(d_BT) - d_BT", "rl/test_kl.py::test_the_estimators_by_hand"),
-    ("k3-differentiated", "k3 in the loss has its own gradient, that of the other KL", '"k3": k3_straight_through', '"k3": k3', "rl/test_kl.py::test_gradients_by_hand"),
+    ("k3-differentiated", "k3 in the loss has its own gradient, that of the other KL", '"k3": k3_straight_through', '"k3": k3', "rl/test_losses.py::test_kl_loss_by_hand", "rl/test_kl.py::test_in_expectation_values_are_the_kl_and_gradients_are_what_they_are_said_to_be"),
     (
         "gradient-through-the-reward", "the KL in the reward is differentiated",
         "return jax.lax.stop_gradient(k1(logp_BT, ref_BT))", "return k1(logp_BT, ref_BT)",
