@@ -15,13 +15,15 @@ import shutil
 import signal
 import tempfile
 
+from tests.xla import xla_flags
+
 # Before jax is imported: it reads these once.
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers inherit it: they are started by the process that gets here first.
@@ -48,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         file = item.path.relative_to(_TESTS).as_posix()
         test = item.nodeid.partition("::")[2]
+        # Tests that use one experiment's runs go to one worker, and so do those of one file: they share what is made and compiled once.
+        item.add_marker(pytest.mark.xdist_group("jobs" if "jobs" in getattr(item, "fixturenames", ()) else file))
         found.setdefault(file, set()).update({test, test.partition("[")[0]})
         tier = tier_of(file, test)
         if tier is not None:

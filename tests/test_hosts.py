@@ -18,6 +18,7 @@ from perl_jax import __main__ as command
 from perl_jax import hosts, sharding
 from perl_jax.config import UserError
 from perl_jax.hosts import Settings, Share
+from tests.xla import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -230,7 +231,7 @@ def test_two_processes_meet(cluster, tmp_path):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = str(found.getsockname()[1])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT), "PERL_JAX_HEARTBEAT_SECONDS": "10"}
+    flags = {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT), "PERL_JAX_HEARTBEAT_SECONDS": "10"}
     processes = []
     try:
         for index in range(2):

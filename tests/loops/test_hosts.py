@@ -27,6 +27,7 @@ from perl_jax.loops import run as run_lib
 from perl_jax.loops import supervised
 from tests.loops import tiny
 from tests.loops.test_run import assert_same_runs, saved_state
+from tests.xla import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
@@ -60,7 +61,7 @@ class Started:
         shared = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROCESS"))},
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
         }
         address = f"localhost:{free_port()}"
         together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "PERL_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT)}

@@ -13,6 +13,7 @@ import pytest
 
 from tests.loops import tiny
 from tests.loops.test_run import assert_same_runs
+from tests.xla import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
@@ -27,10 +28,7 @@ pytestmark = pytest.mark.slow
 
 def start(job: str, run: pathlib.Path, arguments: tuple[str, ...]) -> subprocess.Popen:
     """`perl-jax JOB` on one device; its output goes to a file beside the run."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "perl_jax", job, "--run", str(run), *arguments]
     with open(f"{run}.log", "ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
