@@ -12,9 +12,11 @@ import pytest
 
 from perl_jax import sharding, steps
 from perl_jax.hosts import Share
-from perl_jax.loops import best_of, policies, preference, scoring, stands, supervised
+from perl_jax.loops import best_of, policies, policy_gradient, preference, scoring, stands, supervised
 from perl_jax.loops import run as run_lib
-from perl_jax.loops.jobs import DPOConfig
+from perl_jax.loops.jobs import DPOConfig, KLConfig
+from perl_jax.lora import Adapter
+from perl_jax.state import TrainState
 from perl_jax.loops.policies import Evaluation, Responses
 from perl_jax.rl.losses import LossSum
 from perl_jax.sampling import Rollout
@@ -203,3 +205,22 @@ def test_every_file_of_a_tokenizer_is_compared(name, tmp_path):
     assert stands.tokenizer_content(tmp_path) == before
     (tmp_path / name).write_text("{}")
     assert stands.tokenizer_content(tmp_path) != before
+
+
+@pytest.mark.parametrize(("kl", "beta"), [(3.0, 0.1 * 1.1), (2.2, 0.1 * 1.05), (1.0, 0.1 * 0.9), (2.0, 0.1)])
+def test_the_coefficient_rises_where_the_kl_is_above_its_target(kl, beta):
+    """50 episodes of a horizon of 100: half of the error, which is 0.2 at most."""
+    config = types.SimpleNamespace(kl=KLConfig(beta=0.1, target=2.0, horizon=100), batch_size=50)
+    state = TrainState(np.int32(1), {}, {}, {}, np.zeros(2, np.uint32), {"beta": jax.device_put(np.float32(0.1))})
+    assert float(policy_gradient._controlled(config, None, state, np.float32(kl)).controls["beta"]) == pytest.approx(beta)
+
+
+def test_the_reference_becomes_the_policy_every_so_many_steps():
+    config = types.SimpleNamespace(kl=KLConfig(refresh=3), batch_size=50)
+    lm = types.SimpleNamespace(config=types.SimpleNamespace(dtype="float32"))
+    policy, start = (Adapter(lora={"q": jax.device_put(np.float32([number]))}) for number in (2.0, 1.0))
+    found = []
+    for step in range(1, 7):
+        state = TrainState(np.int32(step), {"policy": policy}, {}, {"reference": start}, np.zeros(2, np.uint32), {})
+        found.append(policy_gradient._controlled(config, lm, state, np.float32(0.0)).frozen["reference"].lora["q"].tolist())
+    assert found == [[1.0], [1.0], [2.0], [1.0], [1.0], [2.0]]

@@ -326,6 +326,7 @@ EVALUATION = (
         "loops/supervised.py",
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "loops/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
+        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "loops/test_planted.py::test_the_best_step_is_best_on_validation_rows"),
         ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "loops/test_measures.py::test_a_rewards_scores_are_normalised_by_their_mean_and_deviation"),
         ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "loops/test_measures.py::test_a_held_out_loss_is_over_all_rows"),
         ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "loops/test_measures.py::test_held_out_rows_are_measured_without_dropout"),
@@ -414,6 +415,12 @@ LOOPS = (
         ("loss-kl-rewarded-too", "a KL in the loss is in the reward too", "jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B", "rewarded.beta_B", "loops/test_policy_gradient.py::test_a_kl_in_the_loss_leaves_the_return_alone"),
     ),
     *_of(
+        "loops/policy_gradient.py",
+        ("reference-never-refreshed", "kl.refresh counts from a step that never comes", "int(state.step) % settings.refresh == 0", "int(state.step) % settings.refresh == settings.refresh", "loops/test_measures.py::test_the_reference_becomes_the_policy_every_so_many_steps"),
+        ("controller-counts-one-episode", "the coefficient changes as if an update had one episode", "episodes=config.batch_size, horizon", "episodes=1, horizon", "loops/test_measures.py::test_the_coefficient_rises_where_the_kl_is_above_its_target"),
+        ("rl-on-test-prompts", "RL trains on the test split", '"prompts", "train", data)', '"prompts", "test", data)', "loops/test_planted.py::test_every_job_trains_on_the_rows_of_the_train_split[rl]"),
+    ),
+    *_of(
         "loops/run.py",
         ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.restore(_abstract(state), checkpoints.best_step())", "checkpoints.restore(_abstract(state))", "loops/test_run.py::test_the_best_validation_step_is_kept"),
         ("resumed-with-another-seed", "a run goes on with another seed", '_FREE = ("checkpoint_every",', '_FREE = ("seed", "checkpoint_every",', "loops/test_measures.py::test_a_run_goes_on_with_what_decides_its_numbers"),
@@ -445,6 +452,10 @@ LOOPS = (
         "rewards/rules.py",
         ("length-rewarded", "too long a response earns instead of costing", "max(-1.0, -excess / self.scale)", "min(1.0, excess / self.scale)", "rewards/test_rules.py::test_length_in_words"),
         ("parts-of-words", "a word is found inside another", "{'|'.join(map(re.escape, longest_first))})(?!\\w)", "{'|'.join(map(re.escape, longest_first))})", "rewards/test_rules.py::test_words"),
+    ),
+    *_of(
+        "rewards/judge.py",
+        ("one-spelling-of-a-number", "of several tokens that spell one number the last one counts", "weights.get(float(digits), 0.0) + math.exp", "math.exp", "rewards/test_judge.py::test_expected_score"),
     ),
     *_of(
         "rewards/compose.py",
