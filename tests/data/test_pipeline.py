@@ -211,6 +211,13 @@ def test_training_plan_keeps_the_epoch_whole_when_it_divides():
         np.testing.assert_array_equal(np.sort(plan.rows.ravel()), np.arange(64))
 
 
+def test_a_row_as_long_as_a_bucket_is_in_it():
+    lengths = np.array([8] * 4 + [16] * 4)
+    plan = bucketing.training_plan(lengths, (8, 16), 4, seed=0, epoch=0)
+    assert {int(padded): sorted(rows.tolist()) for rows, padded in zip(plan.rows, plan.lengths, strict=True)} == {8: [0, 1, 2, 3], 16: [4, 5, 6, 7]}
+    np.testing.assert_array_equal(bucketing.evaluation_plan(lengths, (8, 16), 4).lengths, [8, 16])
+
+
 def test_evaluation_plan_by_hand():
     plan = bucketing.evaluation_plan(np.array([20, 3, 12, 4, 5]), (8, 16, 24), 2)
     np.testing.assert_array_equal(plan.rows, [[1, 3], [4, 2], [0, -1]])

@@ -258,7 +258,7 @@ DATA = (
         ("drawn-with-replacement", "an epoch has some rows twice and others never", "order = rng.permutation(len(lengths))", "order = rng.integers(len(lengths), size=len(lengths))", "data/test_pipeline.py::test_training_plan_keeps_the_epoch_whole_when_it_divides"),
         ("leftovers-dropped", "each bucket drops its remainder", "left = pool[whole:]", "left = pool[:0]", "data/test_pipeline.py::test_training_plan_promotes_leftovers_and_drops_only_the_last_remainder"),
         ("filler-is-the-first-row", "the last batch is filled up with row 0, which counts again", "batch_size, FILLER, order.dtype)", "batch_size, 0, order.dtype)", "data/test_pipeline.py::test_evaluation_plan_by_hand"),
-        ("longest-rows-left-out", "rows as long as a bucket go to the next one, the longest to none", "np.searchsorted(edges, lengths[order])", 'np.searchsorted(edges, lengths[order], side="right")', "data/test_pipeline.py::test_training_plan_keeps_the_epoch_whole_when_it_divides"),
+        ("longest-rows-left-out", "rows as long as a bucket go to the next one, the longest to none", "np.searchsorted(edges, lengths[order])", 'np.searchsorted(edges, lengths[order], side="right")', "data/test_pipeline.py::test_a_row_as_long_as_a_bucket_is_in_it"),
     ),
     *_of(
         "data/pipeline.py",
