@@ -13,6 +13,7 @@ import pytest
 from perl_jax import lora as lora_lib
 from perl_jax import steps, trees
 from perl_jax.config import OptimizerConfig, UserError
+from perl_jax.hf import peft
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.rl.losses import LossSum
@@ -277,6 +278,25 @@ def test_a_stack_computes_the_sum_and_trains_the_top_alone():
 
 
 # What cannot be.
+
+
+def test_an_average_by_hand():
+    # 1/4 of 4 (x A) B and 3/4 of 2 (x A) B, heads 1 and 5: A B of each is 6.
+    one = LoRAConfig(rank=1, alpha=4.0, targets="q")
+    adapter = lambda config, bias: Adapter(lora={"layers": {"attention": {"q": {"lora_a": jnp.full((1, 1, 1), 2.0), "lora_b": jnp.full((1, 1, 1), 3.0)}}}}, head={"bias": jnp.float32(bias)}, config=config)
+    found = lora_lib.average([adapter(one, 1.0), adapter(dataclasses.replace(one, alpha=2.0), 5.0)], [0.25, 0.75], 1)
+    leaves = found.lora["layers"]["attention"]["q"]
+    assert found.config.scale_of("q") * float((leaves["lora_a"][0] @ leaves["lora_b"][0])[0, 0]) == 0.25 * 4 * 6 + 0.75 * 2 * 6
+    assert float(found.head["bias"]) == 4.0
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_the_scale_goes_to_peft_and_back(stabilised):
+    config = LoRAConfig(rank=4, alpha=3.0, targets="q,v", alphas="v=6", rank_stabilised=stabilised)
+    values, tensors = peft.to_peft(Adapter(lora=fresh(config).lora, config=config), small.LM.config, "base")
+    again = peft.from_peft(values, tensors, small.LM.config)
+    scales = [3 / 2, 6 / 2] if stabilised else [3 / 4, 6 / 4]
+    assert [again.config.scale_of(target) for target in ("q", "v")] == scales and again.config.rank_stabilised == stabilised
 
 
 def test_merging_into_a_quantised_base_is_refused():

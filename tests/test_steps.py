@@ -419,3 +419,12 @@ def test_log_ratios_and_their_means_by_hand():
 def test_sides_come_back_as_they_went_in():
     chosen_B, rejected_B = np.arange(3.0), 10 + np.arange(3.0)
     np.testing.assert_array_equal(steps.sides(steps.in_turn(chosen_B, rejected_B)), [chosen_B, rejected_B])
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_microbatch_has_a_key_of_its_own(microbatches):
+    objective = lambda roles, frozen, part, key: (LossSum(roles["policy"].lora["x"] * jax.random.uniform(key), jnp.float32(1)), {})
+    key = jax.random.key(3)
+    _, _, grads = steps.gradients(objective, {"policy": Adapter(lora={"x": jnp.float32(1.0)})}, None, np.zeros((4, 2)), key, microbatches)
+    drawn = [jax.random.uniform(k) for k in (jax.random.split(key, microbatches) if microbatches > 1 else [key])]
+    np.testing.assert_allclose(grads["policy"].lora["x"], np.mean(drawn), rtol=1e-6)

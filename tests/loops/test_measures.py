@@ -224,3 +224,85 @@ def test_the_reference_becomes_the_policy_every_so_many_steps():
         state = TrainState(np.int32(step), {"policy": policy}, {}, {"reference": start}, np.zeros(2, np.uint32), {})
         found.append(policy_gradient._controlled(config, lm, state, np.float32(0.0)).frozen["reference"].lora["q"].tolist())
     assert found == [[1.0], [1.0], [2.0], [1.0], [1.0], [2.0]]
+
+
+class Kept:
+    """Checkpoints in memory."""
+
+    def __init__(self, best: int, state: TrainState | None = None):
+        self.best, self.states, self.cursors = best, {}, {}
+        if state is not None:
+            self.save(state, {"cursor": int(state.step)})
+
+    def save(self, state, host, metrics=None):
+        self.states[int(state.step)], self.cursors[int(state.step)] = jax.tree.map(np.array, state), dict(host)
+
+    def latest_step(self):
+        return max(self.states, default=None)
+
+    def best_step(self):
+        return self.best
+
+    def restore(self, abstract, step=None):
+        step = self.latest_step() if step is None else step
+        return jax.device_put(self.states[step]), self.cursors[step]
+
+    restore_newest = restore
+
+
+class Counted:
+    """Batches that are their own numbers."""
+
+    def __init__(self):
+        self.next = 0
+
+    def __next__(self):
+        self.next += 1
+        return self.next
+
+    def get_state(self):
+        return self.next
+
+    def set_state(self, state):
+        self.next = state
+
+
+@pytest.mark.parametrize("done", [None, 2])
+@pytest.mark.parametrize(("best", "step"), [("validation/reward", 3), (None, 4)])
+def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp_path):
+    seen, timings = [], run_lib.Timings()
+    state = TrainState(jax.device_put(np.int32(done or 0)), {}, {}, {}, jax.device_put(np.zeros(2, np.uint32)))
+
+    def advance(state, batch):
+        seen.append(batch)
+        return state.replace(step=state.step + 1), {"finite": True}, {}
+
+    loop = run_lib.Loop("rl", advance, Counted(), lambda state: ({"validation/reward": 0.0}, []), best, ())
+    config = types.SimpleNamespace(steps=4, evaluate_every=1, checkpoint_every=1, tensorboard=False, wandb=False, profiled=())
+    found = run_lib._train(tmp_path, config, state, loop, Kept(3, None if done is None else state), timings)
+    assert int(found.step) == step and seen == ([1, 2, 3, 4] if done is None else [3, 4])
+
+
+class Reached(Exception):
+    """Training would begin now."""
+
+
+def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
+    asked = {}
+
+    def stop(folder, config, state, loop):
+        asked["validated"], _ = loop.validate(state)
+        raise Reached
+
+    monkeypatch.setattr(supervised, "load_batches", lambda model, data, kind, split, *_, **__: (f"{kind} of {split}", [split]))
+    monkeypatch.setattr(supervised, "training_batches", lambda *a, **__: asked.setdefault("trained", a[2:4]) and ([], None))
+    for name in ("initial_state", "learn_program", "held_out_program"):
+        monkeypatch.setattr(supervised, name, lambda *_: None)
+    monkeypatch.setattr(run_lib, "train", stop)
+    validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
+    job = supervised.Supervised("reward", "reward", "labels", None, validate, "x", (), truth=lambda rows, task, split: (*rows, split))
+    config = supervised.RewardConfig(run="-", model="-")
+    model = types.SimpleNamespace(lm=types.SimpleNamespace(config=types.SimpleNamespace(width=8)), base=None)
+    with pytest.raises(Reached):
+        supervised.fit(None, config, model, None, job, "judge")
+    assert asked == {"trained": ("labels", "judge"), "validated": {"batches": "labels of validation", "truth": ("validation", "validation")}}

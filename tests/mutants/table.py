@@ -233,7 +233,7 @@ STEPS = _of(
     ("value-after-the-token", "the critic reads the token it is a baseline for", "shift_right(lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens)))", "lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))", "test_steps.py::test_reinforce_objective_equals_loops_in_numpy"),
     ("epochs-deal-alike", "every epoch deals the rows out alike", "(jax.random.split(key, epochs))", "(jnp.broadcast_to(key, (epochs,)))", "loops/test_layouts.py::test_every_epoch_deals_every_row_to_one_update"),
     ("mean-of-the-padded-row", "the mean log-ratio divides by the row's columns", "jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean", "response_BT.shape[1] if mean", "test_steps.py::test_log_ratios_and_their_means_by_hand"),
-    ("microbatches-drop-alike", "every microbatch has the same dropout", "keys = jax.random.split(key, microbatches)", "keys = jnp.broadcast_to(key, (microbatches,))", "loops/test_policy_gradient.py::test_no_key_is_used_twice"),
+    ("microbatches-drop-alike", "every microbatch has the same dropout", "keys = jax.random.split(key, microbatches)", "keys = jnp.broadcast_to(key, (microbatches,))", "test_steps.py::test_every_microbatch_has_a_key_of_its_own"),
 )  # fmt: skip
 
 STATE = _of(
@@ -326,7 +326,7 @@ EVALUATION = (
         "loops/supervised.py",
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "loops/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
-        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "loops/test_planted.py::test_the_best_step_is_best_on_validation_rows"),
+        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "loops/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
         ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "loops/test_measures.py::test_a_rewards_scores_are_normalised_by_their_mean_and_deviation"),
         ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "loops/test_measures.py::test_a_held_out_loss_is_over_all_rows"),
         ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "loops/test_measures.py::test_held_out_rows_are_measured_without_dropout"),
@@ -385,7 +385,7 @@ ADAPTERS = (
         ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + adapter.config.scale_of(target)", "moved_DF = kernel_DF - adapter.config.scale_of(target)", "test_lora.py::test_merged_equals_applied"),
         ("dora-norm-without-its-cross-term", "DoRA's norm has half of the cross term", "2 * scale * cross", "scale * cross", "test_lora_variants.py::test_output_norms_need_no_merged_weight"),
         ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return adapter.replace(under=None)", "return adapter", "test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
-        ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "loops/test_exchange.py::test_an_average_is_the_weighted_sum_of_updates"),
+        ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "test_lora_variants.py::test_an_average_by_hand"),
     ),
     *_of(
         "models/decoder.py",
@@ -395,7 +395,7 @@ ADAPTERS = (
     ),
     *_of(
         "hf/peft.py",
-        ("imported-without-rslora", "a rank-stabilised adapter is imported with alpha / rank", '(math.sqrt(rank) if values.get("use_rslora") else rank)', "rank", "loops/test_exchange.py::test_imported_adapters_give_pefts_outputs"),
+        ("imported-without-rslora", "a rank-stabilised adapter is imported with alpha / rank", '(math.sqrt(rank) if values.get("use_rslora") else rank)', "rank", "test_lora_variants.py::test_the_scale_goes_to_peft_and_back"),
     ),
     *_of(
         "checkpoint.py",
@@ -422,7 +422,8 @@ LOOPS = (
     ),
     *_of(
         "loops/run.py",
-        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.restore(_abstract(state), checkpoints.best_step())", "checkpoints.restore(_abstract(state))", "loops/test_run.py::test_the_best_validation_step_is_kept"),
+        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.best_step()", "checkpoints.latest_step()", "loops/test_measures.py::test_a_run_does_each_step_once_and_gives_back_the_best"),
+        ("resume-repeats-a-step", "a resumed run does its last saved step again", "range(begin + 1, config.steps + 1)", "range(max(begin, 1), config.steps + 1)", "loops/test_measures.py::test_a_run_does_each_step_once_and_gives_back_the_best"),
         ("resumed-with-another-seed", "a run goes on with another seed", '_FREE = ("checkpoint_every",', '_FREE = ("seed", "checkpoint_every",', "loops/test_measures.py::test_a_run_goes_on_with_what_decides_its_numbers"),
     ),
     *_of(
