@@ -4,76 +4,49 @@ All arithmetic is float64. Inputs are one-dimensional; a NaN or infinity among t
 different lengths, or a measure that the data do not define (an AUC without both classes) raise
 ValueError: a comparison with NaN is False and would quietly count as a loss.
 
-Every interval is two-sided with 95 % confidence unless told otherwise.
+Every interval is two-sided with 95 % confidence, and over whole groups of rows (`intervals`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from perl_jax.intervals import SAMPLES, Estimate, Groups, bootstrap, group_numbers, paired, proportion, vector
 from perl_jax.types import Array
-
-CONFIDENCE = 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A value with its confidence interval; `low` and `high` are None when n is too small."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """One bin of a reliability table: means of prediction and label over its n rows."""
+    """One bin [low, high) of a reliability table: means of prediction and label over its n rows.
+
+    observed_low, observed_high: the interval of `observed`; None where the bin's rows are of one group.
+    """
 
     low: float
     high: float
     predicted: float
     observed: float
     n: int
+    observed_low: float | None
+    observed_high: float | None
+    groups: int
 
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-    """Counts of A against B; `rate` = (wins + ties / 2) / n with its Wilson interval."""
+    """Counts of A against B; `rate` = (wins + ties / 2) / n with the interval of `intervals.proportion`."""
 
     wins: int
     ties: int
     losses: int
     rate: float
-    low: float
-    high: float
-
-
-def vector(name: str, values: Array | Sequence[float]) -> np.ndarray:
-    """`values` as a float64 vector, refused when empty, of another rank, or not finite."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} must be a non-empty vector, not of shape {array.shape}")
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{name} holds {bad} NaN or infinite of {array.size} values")
-    return array
-
-
-def paired(
-    first: tuple[str, Array | Sequence[float]], second: tuple[str, Array | Sequence[float]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two named vectors of one length."""
-    a, b = vector(*first), vector(*second)
-    if a.shape != b.shape:
-        raise ValueError(f"{first[0]} has {a.size} values but {second[0]} has {b.size}")
-    return a, b
+    low: float | None
+    high: float | None
+    groups: int
 
 
 def scored(
@@ -119,21 +92,14 @@ def pairwise_accuracy(
     chosen: Array | Sequence[float],
     rejected: Array | Sequence[float],
     weights: Array | Sequence[float] | None = None,
+    groups: Groups = None,
 ) -> Estimate:
-    """Share of pairs whose chosen response scores higher, ties as half; Wilson interval.
+    """Share of pairs whose chosen response scores higher, ties as half; the interval of `proportion`.
 
     A model that gives every response one score gets 0.5, not 0 or 1. With weights the share is
-    sum w o / sum w, and its interval that of (sum w)^2 / sum w^2 pairs (Kish 1965).
+    sum w o / sum w. The pairs of one ranking are of one group.
     """
-    outcomes_B = compare(chosen, rejected)
-    if weights is None:
-        return proportion(outcomes_B)
-    outcomes_B, w_B = paired(("outcomes", outcomes_B), ("weights", weights))
-    if w_B.min() < 0 or not w_B.sum() > 0:
-        raise ValueError("weights must be at least 0, and not all 0")
-    share = float(np.sum(w_B * outcomes_B) / np.sum(w_B))
-    effective = float(np.sum(w_B) ** 2 / np.sum(np.square(w_B)))
-    return dataclasses.replace(wilson(share * effective, effective), n=outcomes_B.size)
+    return proportion(compare(chosen, rejected), groups, weights)
 
 
 def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
@@ -170,6 +136,89 @@ def balanced_accuracy(
     scores_B, labels_B = scored(scores, labels)
     called_B = scores_B >= threshold
     return float((called_B[labels_B].mean() + (~called_B[~labels_B]).mean()) / 2)
+
+
+def auc_estimate(
+    scores: Array | Sequence[float], labels: Array | Sequence[float], groups: Groups = None, samples: int = SAMPLES
+) -> Estimate:
+    """`auc` with its interval, by `intervals.bootstrap`.
+
+    Without an interval where positives or negatives are of too few groups, and at 0 and 1, where every
+    sample agrees.
+    """
+    scores_B, labels_B = scored(scores, labels)
+    areas = _weighted_auc(scores_B, labels_B)
+    return _inside(bootstrap(areas, labels_B.size, groups, samples))
+
+
+def auc_difference(
+    scores: Array | Sequence[float],
+    others: Array | Sequence[float],
+    labels: Array | Sequence[float],
+    groups: Groups = None,
+    samples: int = SAMPLES,
+) -> Estimate:
+    """auc(scores) - auc(others) of the same rows, with its interval: the same groups are drawn for both."""
+    (scores_B, labels_B), (others_B, _) = scored(scores, labels), scored(others, labels)
+    one, other = _weighted_auc(scores_B, labels_B), _weighted_auc(others_B, labels_B)
+    return bootstrap(lambda weights_BS: one(weights_BS) - other(weights_BS), labels_B.size, groups, samples)
+
+
+def balanced_accuracy_estimate(
+    scores: Array | Sequence[float],
+    labels: Array | Sequence[float],
+    threshold: float,
+    groups: Groups = None,
+    samples: int = SAMPLES,
+) -> Estimate:
+    """`balanced_accuracy` with its interval for this threshold, by `intervals.bootstrap`; like `auc_estimate`'s."""
+    scores_B, labels_B = scored(scores, labels)
+    right_B = ((scores_B >= threshold) == labels_B).astype(np.float64)
+
+    def shares(weights_BS: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # a sample without a class is NaN
+            return sum(right_B[side_B] @ weights_BS[side_B] / weights_BS[side_B].sum(axis=0) for side_B in (labels_B, ~labels_B)) / 2
+
+    return _inside(bootstrap(shares, labels_B.size, groups, samples))
+
+
+def correlation_estimate(
+    scores: Array | Sequence[float], truth: Array | Sequence[float], groups: Groups = None, samples: int = SAMPLES
+) -> Estimate:
+    """`correlation` with its interval, by `intervals.bootstrap`; like `auc_estimate`'s."""
+    x_B, y_B = paired(("scores", scores), ("truth", truth))
+    x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
+
+    moments_BK = np.stack([x_B, y_B, x_B**2, y_B**2, x_B * y_B], axis=1)
+
+    def pearson(weights_BS: np.ndarray) -> np.ndarray:
+        x_S, y_S, xx_S, yy_S, xy_S = moments_BK.T @ weights_BS / weights_BS.sum(axis=0)
+        spread_S = np.sqrt(np.maximum(0, xx_S - x_S**2) * np.maximum(0, yy_S - y_S**2))
+        return np.divide(xy_S - x_S * y_S, spread_S, out=np.zeros_like(x_S), where=spread_S > 0)
+
+    return _inside(bootstrap(pearson, x_B.size, groups, samples), lowest=-1.0)
+
+
+def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """(weights [B, S]) -> [S]: `auc` with each row counted by its weight; NaN without both classes."""
+    up_U, down_D = np.flatnonzero(labels_B), np.flatnonzero(~labels_B)
+    down_D = down_D[np.argsort(scores_B[down_D], kind="stable")]
+    # How many negatives a positive is above, and how many it is not below: those beside it count half.
+    above_U, upto_U = (np.searchsorted(scores_B[down_D], scores_B[up_U], side) for side in ("left", "right"))
+
+    def areas(weights_BS: np.ndarray) -> np.ndarray:
+        up_US = weights_BS[up_U]
+        below_DS = np.concatenate([np.zeros_like(up_US[:1]), np.cumsum(weights_BS[down_D], axis=0)])
+        won_S = np.sum(up_US * (below_DS[above_U] + below_DS[upto_U]), axis=0) / 2
+        with np.errstate(invalid="ignore"):
+            return won_S / (up_US.sum(axis=0) * below_DS[-1])
+
+    return areas
+
+
+def _inside(found: Estimate, lowest: float = 0.0) -> Estimate:
+    """Without its interval at the ends of the measure's range, where samples of the rows cannot differ."""
+    return found if lowest < found.value < 1 else dataclasses.replace(found, low=None, high=None)
 
 
 def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
@@ -231,29 +280,37 @@ def log_loss(
 
 
 def reliability(
-    probabilities: Array | Sequence[float], labels: Array | Sequence[float], bins: int = 10
+    probabilities: Array | Sequence[float],
+    labels: Array | Sequence[float],
+    bins: int = 10,
+    groups: Groups = None,
 ) -> list[Bin]:
     """Mean prediction against mean label in equal-width bins of [0, 1]; empty bins are left out.
 
-    Bin i is [i / bins, (i + 1) / bins), the last one closed.
+    Bin i is [i / bins, (i + 1) / bins), the last one closed. Mean labels have the interval of `proportion`.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     p_B, y_B = probable(probabilities, labels)
     edges = np.linspace(0, 1, bins + 1)
     index_B = np.clip(np.searchsorted(edges, p_B, side="right") - 1, 0, bins - 1)
+    group_B, _ = group_numbers(groups, p_B.size)
     table = []
     for i in range(bins):
         inside_B = index_B == i
-        n = int(inside_B.sum())
-        if n:
-            means = float(p_B[inside_B].mean()), float(y_B[inside_B].mean())
-            table.append(Bin(float(edges[i]), float(edges[i + 1]), *means, n))
+        if inside_B.any():
+            observed = proportion(y_B[inside_B], group_B[inside_B])
+            ends = float(edges[i]), float(edges[i + 1])
+            table.append(Bin(*ends, float(p_B[inside_B].mean()), observed.value, observed.n, observed.low, observed.high, observed.groups))
     return table
 
 
 def expected_calibration_error(table: Sequence[Bin]) -> float:
-    """sum_bins n / N |predicted - observed| (Naeini et al. 2015), of a reliability table."""
+    """sum_bins n / N |predicted - observed| (Naeini et al. 2015), of a reliability table.
+
+    It has no interval: noise in the bins only ever adds to it, and more so in samples of the rows, so
+    that their percentiles are not around it. The bins have intervals.
+    """
     total = sum(row.n for row in table)
     if not total:
         raise ValueError("the reliability table is empty")
@@ -278,24 +335,24 @@ def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float:
     return len(counts) / total if total else 0.0
 
 
-def tally(outcomes: Array | Sequence[float]) -> WinRate:
+def tally(outcomes: Array | Sequence[float], groups: Groups = None) -> WinRate:
     """Counts and rate of outcomes that are 1 (win), 0.5 (tie) or 0 (loss)."""
     outcomes_B = vector("outcomes", outcomes)
     if not np.isin(outcomes_B, (0.0, 0.5, 1.0)).all():
         raise ValueError("outcomes must be 0, 0.5 or 1")
     wins, ties, losses = (int((outcomes_B == value).sum()) for value in (1.0, 0.5, 0.0))
-    rate = proportion(outcomes_B)
-    return WinRate(wins, ties, losses, rate.value, float(rate.low), float(rate.high))
+    rate = proportion(outcomes_B, groups)
+    return WinRate(wins, ties, losses, rate.value, rate.low, rate.high, rate.groups)
 
 
 def win_rate(
-    score_a: Array | Sequence[float], score_b: Array | Sequence[float], tie_margin: float = 0.0
+    score_a: Array | Sequence[float], score_b: Array | Sequence[float], tie_margin: float = 0.0, groups: Groups = None
 ) -> WinRate:
     """How often A's response to a prompt scores higher than B's; within the margin is a tie."""
-    return tally(compare(score_a, score_b, tie_margin))
+    return tally(compare(score_a, score_b, tie_margin), groups)
 
 
-def both_orders(first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool]) -> WinRate:
+def both_orders(first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool], groups: Groups = None) -> WinRate:
     """Win rate of A by a judge asked in both orders (PE-RLHF, arXiv 2403.10704, evaluation).
 
     first_ab: the judge, shown (A, B), preferred the first, A. first_ba: shown (B, A), it preferred
@@ -305,104 +362,4 @@ def both_orders(first_ab: Array | Sequence[bool], first_ba: Array | Sequence[boo
     ab_B, ba_B = paired(("first_ab", first_ab), ("first_ba", first_ba))
     if not (np.isin(ab_B, (0.0, 1.0)).all() and np.isin(ba_B, (0.0, 1.0)).all()):
         raise ValueError("first_ab and first_ba must hold booleans")
-    return tally((ab_B + (1 - ba_B)) / 2)
-
-
-# ---------------------------------------------------------------- uncertainty
-
-
-def normal_quantile(confidence: float) -> float:
-    """z with P(|Z| <= z) = confidence."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), not {confidence}")
-    return statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-
-
-def t_quantile(confidence: float, freedom: int) -> float:
-    """t with P(|T| <= t) = confidence for Student's t; within 0.3 % at 95 % from 3 degrees up.
-
-    Exact for one and two degrees of freedom, else the Cornish-Fisher expansion in 1 / freedom
-    (Abramowitz & Stegun 26.7.5).
-    """
-    if freedom < 1:
-        raise ValueError(f"freedom must be at least 1, not {freedom}")
-    z = normal_quantile(confidence)
-    if freedom == 1:
-        return math.tan(math.pi * confidence / 2)
-    if freedom == 2:
-        return confidence * math.sqrt(2 / (1 - confidence**2))
-    v = freedom
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
-    )
-
-
-def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Estimate:
-    """A proportion with Wilson's score interval (Wilson 1927).
-
-    centre = (p + z^2 / 2n) / (1 + z^2 / n);
-    half = z / (1 + z^2 / n) sqrt(p (1 - p) / n + z^2 / 4n^2).
-    `successes` may hold halves (ties): their variance is below a coin's, so the interval is then
-    wider than it need be, never narrower.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n} is not a proportion")
-    z, p = normal_quantile(confidence), successes / n
-    scale = 1 + z**2 / n
-    centre = (p + z**2 / (2 * n)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    # At p = 0 and p = 1 the ends are exactly 0 and 1; rounding would put them just beside.
-    low, high = (0.0 if p == 0 else centre - half), (1.0 if p == 1 else centre + half)
-    return Estimate(p, low, high, int(n))
-
-
-def proportion(outcomes: Array | Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """Mean of outcomes in [0, 1] (1 yes, 0 no, 0.5 tie) with Wilson's interval."""
-    outcomes_B = vector("outcomes", outcomes)
-    if outcomes_B.min() < 0 or outcomes_B.max() > 1:
-        raise ValueError("outcomes must lie in [0, 1]")
-    return wilson(float(outcomes_B.sum()), outcomes_B.size, confidence)
-
-
-def mean_ci(x: Array | Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
-    """mean +- t s / sqrt(n), s with n - 1, Student's t; no interval for n = 1."""
-    x_B = vector("x", x)
-    mean, n = float(x_B.mean()), x_B.size
-    if n == 1:
-        return Estimate(mean, None, None, 1)
-    half = t_quantile(confidence, n - 1) * float(x_B.std(ddof=1)) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
-
-
-def paired_bootstrap(
-    a: Array | Sequence[float],
-    b: Array | Sequence[float],
-    samples: int = 10_000,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> Estimate:
-    """Mean of a - b with a percentile interval over resampled rows (Efron 1979).
-
-    Rows are drawn together, so what a and b share (the prompt) cancels. One seed gives one answer.
-    With outcomes in {0, 0.5, 1} ties count half. No interval for one row.
-    """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, not {samples}")
-    normal_quantile(confidence)  # for its check
-    a_B, b_B = paired(("a", a), ("b", b))
-    difference_B = a_B - b_B
-    n, mean = difference_B.size, float(difference_B.mean())
-    if n == 1:
-        return Estimate(mean, None, None, 1)
-    generator = np.random.default_rng(seed)
-    block = max(1, 2**20 // n)  # bounds memory, which samples * n indices would not
-    means = np.concatenate([
-        difference_B[generator.integers(0, n, (min(block, samples - done), n))].mean(axis=1)
-        for done in range(0, samples, block)
-    ])  # fmt: skip
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(mean, float(low), float(high), n)
+    return tally((ab_B + (1 - ba_B)) / 2, groups)

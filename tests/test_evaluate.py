@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from perl_jax import evaluate
+from perl_jax import evaluate, intervals
 from perl_jax.evaluate import Bin, WinRate
 
 NOISE = np.random.default_rng(7)
@@ -96,6 +96,36 @@ class TestClassifier:
         )
 
 
+class TestEstimates:
+    """Values are those of the measures without an interval, with ties among the scores, and samples are what the measures make of drawn rows."""
+
+    GROUPS = np.arange(301) // 7
+    MEASURES = {
+        "auc": (evaluate.auc, evaluate.auc_estimate),
+        "balanced accuracy": (lambda s, y: evaluate.balanced_accuracy(s, y, 0.3), lambda s, y, *more: evaluate.balanced_accuracy_estimate(s, y, 0.3, *more)),
+        "correlation": (evaluate.correlation, evaluate.correlation_estimate),
+    }
+
+    @pytest.mark.parametrize("name", ["auc", "balanced accuracy", "correlation"])
+    def test_samples_are_drawn_groups(self, name):
+        plain, estimate = self.MEASURES[name]
+        found = estimate(SCORES, LABELS, self.GROUPS, 50)
+        counts_GS = np.concatenate(list(intervals.draws(43, 301, 50, 0)), axis=1)
+        rows = [np.repeat(np.arange(301), counts.astype(int)[self.GROUPS]) for counts in counts_GS.T]
+        slow = [plain(SCORES[drawn], LABELS[drawn]) for drawn in rows]
+        expected = intervals.percentiles(np.asarray(slow), 42, 0.95)
+        assert found.value == pytest.approx(plain(SCORES, LABELS), abs=1e-12)
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-12) and (found.n, found.groups) == (301, 43)
+
+    def test_a_difference_draws_the_same_groups_for_both(self):
+        others = SCORES + np.random.default_rng(1).normal(size=301)
+        found = evaluate.auc_difference(SCORES, others, LABELS, self.GROUPS)
+        assert found.value == pytest.approx(evaluate.auc(SCORES, LABELS) - evaluate.auc(others, LABELS), abs=1e-12)
+        assert found.low < found.value < found.high
+        same = evaluate.auc_difference(SCORES, 2 * SCORES, LABELS, self.GROUPS)
+        assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
 class TestCalibration:
     def test_sigmoid_does_not_overflow(self):
         np.testing.assert_allclose(evaluate.sigmoid([-800, 0, 800]), [0, 0.5, 1])
@@ -109,7 +139,8 @@ class TestCalibration:
 
     def test_reliability_by_hand(self):
         table = evaluate.reliability([0.0, 0.1, 0.5, 0.9, 1.0], [0, 1, 1, 1, 1], bins=2)
-        assert table == [Bin(0.0, 0.5, 0.05, 0.5, 2), Bin(0.5, 1.0, pytest.approx(0.8), 1.0, 3)]
+        half, all_right = intervals.wilson(1, 2), intervals.wilson(3, 3)
+        assert table == [Bin(0.0, 0.5, 0.05, 0.5, 2, half.low, half.high, 2), Bin(0.5, 1.0, pytest.approx(0.8), 1.0, 3, all_right.low, 1.0, 3)]
         # (2 |0.05 - 0.5| + 3 |0.8 - 1|) / 5
         assert evaluate.expected_calibration_error(table) == pytest.approx(0.3)
 
@@ -149,7 +180,7 @@ class TestPolicies:
     def test_weighted_pairs_by_hand(self):
         # Right, wrong, tied with weights 1, 2, 1: 1.5 / 4, as sure as 16 / 6 pairs.
         found = evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1], [1, 2, 1])
-        by_hand = evaluate.wilson(0.375 * 16 / 6, 16 / 6)
+        by_hand = intervals.wilson(0.375 * 16 / 6, 16 / 6)
         assert (found.value, found.low, found.high, found.n) == (pytest.approx(0.375), pytest.approx(by_hand.low), pytest.approx(by_hand.high), 3)
         assert evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1], [5, 5, 5]).low == pytest.approx(evaluate.pairwise_accuracy([2, 0, 1], [1, 1, 1]).low)
         for weights in ([0, 0, 0], [1, -1, 1]):
@@ -159,58 +190,3 @@ class TestPolicies:
     def test_a_judge_of_positions_only_ties(self):
         always = np.ones(50, bool)
         assert evaluate.both_orders(always, always).ties == 50
-
-
-class TestUncertainty:
-    def test_wilson_by_hand(self):
-        # Published worked example: 5 of 10 at 95 %.
-        found = evaluate.wilson(5, 10)
-        assert (found.low, found.high) == pytest.approx((0.236593, 0.763407), abs=1e-6)
-
-    def test_wilson_formula_at_the_edge(self):
-        z2 = 1.959963984540054**2
-        found = evaluate.wilson(0, 20)
-        assert (found.low, found.high) == (0.0, pytest.approx(z2 / (20 + z2)))
-        assert evaluate.wilson(20, 20).high == 1.0
-
-    def test_wilson_against_scipy(self):
-        stats = pytest.importorskip("scipy.stats")
-        expected = stats.binomtest(37, 120).proportion_ci(0.9, method="wilson")
-        found = evaluate.wilson(37, 120, confidence=0.9)
-        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-    def test_t_quantile_against_scipy(self):
-        stats = pytest.importorskip("scipy.stats")
-        for freedom in (1, 2, 3, 4, 5, 9, 29, 300):
-            expected = stats.t.ppf(0.975, freedom)
-            assert evaluate.t_quantile(0.95, freedom) == pytest.approx(expected, rel=3e-3)
-
-    def test_mean_ci_by_hand(self):
-        # mean 3, s = sqrt(2.5), n = 5, t(4) = 2.776445
-        found = evaluate.mean_ci([1, 2, 3, 4, 5])
-        half = 2.776445 * math.sqrt(2.5 / 5)
-        assert (found.value, found.n) == (3.0, 5)
-        assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), rel=2e-3)
-
-    def test_one_value_has_no_interval(self):
-        assert evaluate.mean_ci([2.0]) == evaluate.Estimate(2.0, None, None, 1)
-        assert evaluate.paired_bootstrap([2.0], [1.0]).low is None
-
-    def test_bootstrap_is_paired_and_seeded(self):
-        prompt = NOISE.normal(0, 100, 400)  # shared by both, far larger than the difference
-        a, b = prompt + 1 + NOISE.normal(0, 0.5, 400), prompt
-        found = evaluate.paired_bootstrap(a, b, samples=2000, seed=3)
-        assert found == evaluate.paired_bootstrap(a, b, samples=2000, seed=3)
-        assert found != evaluate.paired_bootstrap(a, b, samples=2000, seed=4)
-        normal = evaluate.mean_ci(a - b)
-        assert found.value == pytest.approx(np.mean(a - b))
-        assert (found.low, found.high) == pytest.approx((normal.low, normal.high), abs=0.01)
-
-    def test_bootstrap_of_equal_rows_is_exact(self):
-        found = evaluate.paired_bootstrap(np.full(7, 2.0), np.full(7, 0.5))
-        assert (found.low, found.value, found.high) == (1.5, 1.5, 1.5)
-
-    @pytest.mark.parametrize("confidence", [0, 1, 95])
-    def test_confidence_is_checked(self, confidence):
-        with pytest.raises(ValueError, match="confidence"):
-            evaluate.mean_ci([1, 2], confidence)

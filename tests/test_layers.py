@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "perl_jax"
 
 LAYERS: dict[int, set[str]] = {
-    0: {"types", "config", "hosts", "trees", "masked", "platforms", "precision"},
+    0: {"types", "config", "hosts", "trees", "masked", "platforms", "precision", "intervals"},
     1: {"lora", "quantise", "sharding", "rl", "rewards"},
     2: {"models"},
     3: {"hf", "data"},
@@ -32,6 +32,7 @@ SAME_LAYER_ALLOWED: dict[str, set[str]] = {
     "lora": {"quantise"},
     "masked": {"types"},
     "precision": {"types"},
+    "intervals": {"types"},
     "continuous": {"programs", "sampling"},
     "steps": {"state"},
     "checkpoint": {"state"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from perl_jax.config import UserError
-from perl_jax.evaluate import Estimate
+from perl_jax.intervals import Estimate
 from perl_jax.report import curves, formats, headline, plots, write_report
 from perl_jax.report.load import Run, read_experiment
 from perl_jax.report.markup import Html, table, tag

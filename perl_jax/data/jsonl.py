@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from perl_jax.config import UserError, require
-from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, TENTHS, DataOptions, RowsBuilder, file_hash, part_of
+from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, TENTHS, DataOptions, RowsBuilder, file_hash, named_group, part_of
 from perl_jax.rewards.checks import is_number
 
 # The largest number that a batch, which is float32, can hold.
@@ -25,14 +25,14 @@ RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 def read_jsonl(path: pathlib.Path, fields: Sequence[str], others: bool = False) -> list[dict[str, Any]]:
     """The rows of a file, with just the wanted fields; blank lines are skipped.
 
-    others: every other field comes too, as it is; only `answer` is checked, which must be a string
-    that is not empty, or a number.
+    others: every other field comes too, as it is; only `answer` and `group` are checked, which must
+    be a string that is not empty, or a number.
 
     `label` and `probability` are numbers in [0, 1], `weight` is 0 or more, `margin` and `rating` are
-    any numbers, every other wanted field is a string that is not empty; `DEFAULTS` may be absent. Where
-    comparisons are wanted, a line may hold `ranked`, two or more responses from best to worst, in
-    the place of `chosen` and `rejected`: it gives every pair, their weights adding up to the line's
-    (Ouyang et al. 2022, arXiv 2203.02155, equation 1). UserError naming file, line (from 1), field.
+    any numbers, `group` is a string or a number, every other wanted field is a string that is not
+    empty; `DEFAULTS` may be absent. Where comparisons are wanted, a line may hold `ranked`, two or more
+    responses from best to worst, in the place of `chosen` and `rejected`: it gives every pair, their
+    weights adding up to the line's (Ouyang et al. 2022, arXiv 2203.02155, equation 1). UserError naming file, line (from 1), field.
     """
     path = pathlib.Path(path)
     try:
@@ -62,15 +62,16 @@ def parse_line(line: bytes, fields: Sequence[str], where: str, others: bool = Fa
     _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}
-    if "answer" in kept:
-        check_answer(kept["answer"], where)
+    for field in ("answer", "group"):
+        if field in kept:
+            check_name(kept[field], field, where)
     return [{field: checked(value, field, where) for field in fields} | kept for value in values]
 
 
-def check_answer(answer: Any, where: str) -> None:
-    """UserError, opened by `where`, unless a response can be compared with it."""
-    good = is_number(answer) or (isinstance(answer, str) and bool(answer.strip()))
-    require(good, f"{where}: the field answer is {answer!r}; it must be a text that is not empty, or a number.")
+def check_name(value: Any, field: str, where: str) -> None:
+    """UserError, opened by `where`, unless a field's value can be compared with others: an answer, a group."""
+    good = is_number(value) or (isinstance(value, str) and bool(value.strip()))
+    require(good, f"{where}: the field {field} is {value!r}; it must be a text that is not empty, or a number.")
 
 
 def ranked_pairs(value: dict, where: str) -> list[dict]:
@@ -89,6 +90,9 @@ def checked(value: dict, field: str, where: str) -> str | float:
         return DEFAULTS[field]
     require(field in value, f"{where}: the field {field} is missing.")
     item = value[field]
+    if field == "group":
+        check_name(item, field, where)
+        return str(item)
     if field in NUMBERS:
         low, high = RANGES.get(field, (-math.inf, math.inf))
         bounds = f"in [{low}, {high}]" if high < math.inf else "of 0 or more" if low == 0 else "that is finite"
@@ -126,7 +130,7 @@ def _check_text(value: Any, where: str, field: str = "") -> None:
 
 
 def split_of(text: str) -> str:
-    """The split of a row of a single file, by a hash of its prompt (or text): 80 / 10 / 10."""
+    """The split of a row of a single file, by a hash of its group, prompt or text: 80 / 10 / 10."""
     return part_of(text, TENTHS)
 
 
@@ -139,8 +143,9 @@ def find(options: DataOptions) -> pathlib.Path:
 
 
 class JsonlBuilder(RowsBuilder):
-    """One file, split 80/10/10 by a hash of the prompt so that equal prompts stay together, or a
-    folder with train.jsonl, validation.jsonl and test.jsonl (a split without a file has no rows).
+    """One file, split 80/10/10 by a hash of the group (of the prompt, where a row names no group) so that
+    equal ones stay together, or a folder with train.jsonl, validation.jsonl and test.jsonl (a split
+    without a file has no rows).
 
     A prompt's other columns reach the rewards as they are; those of other kinds of rows are dropped.
     """
@@ -164,6 +169,6 @@ class JsonlBuilder(RowsBuilder):
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
         path, fields, others = find(options), KINDS[kind], kind in OPEN
         if path.is_file():
-            return (row for row in read_jsonl(path, fields, others) if split_of(row[fields[0]]) == split)
+            return (row for row in read_jsonl(path, fields, others) if split_of(named_group(row) or row[fields[0]]) == split)
         file = path / f"{split}.jsonl"
         return iter(read_jsonl(file, fields, others) if file.is_file() else [])

@@ -26,17 +26,18 @@ import tensorflow_datasets as tfds
 from perl_jax.config import UserError, digest, file_hash, one_of, positive, require
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "demonstrations": ("prompt", "response"),
-    "comparisons": ("prompt", "chosen", "rejected", "probability", "margin", "weight"),
-    "labels": ("prompt", "response", "label"),
-    "ratings": ("prompt", "response", "rating"),
+    "demonstrations": ("prompt", "response", "group"),
+    "comparisons": ("prompt", "chosen", "rejected", "probability", "margin", "weight", "group"),
+    "labels": ("prompt", "response", "label", "group"),
+    "ratings": ("prompt", "response", "rating", "group"),
     "prompts": ("prompt",),
     "corpus": ("text",),
 }
 NUMBERS = ("probability", "margin", "weight", "label", "rating")
 # What a row may leave out. probability: of chosen being preferred, NaN where not known. margin: by
-# how much chosen is better, for the loss. weight: of the pair.
-DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0}
+# how much chosen is better, for the loss. weight: of the pair. group: the name of the row's dialogue or
+# topic, "" where its prompt stands for it (`group_of`); prompts have it among their other columns.
+DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0, "group": ""}
 # Kinds whose rows may have other columns, of any JSON values, for rewards to read (such as `answer`);
 # they are stored in one column, as the text of a JSON object.
 OPEN = ("prompts",)
@@ -166,6 +167,21 @@ class RowSource(Sequence):
 
 def plain(value: object) -> str | float:
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
+
+
+def named_group(row: Mapping[str, Any]) -> str:
+    """What a row's `group` says; "" where it has none."""
+    group = row.get("group")
+    return "" if group is None else str(group)
+
+
+def group_of(row: Mapping[str, Any]) -> str:
+    """The group that a row is not independent of: its `group`, or else its prompt.
+
+    Intervals take the rows of one group together (`perl_jax.intervals`): the pairs of a ranking, the
+    turns of a dialogue. White space at both ends of a prompt does not count.
+    """
+    return named_group(row) or row["prompt"].strip()
 
 
 def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:

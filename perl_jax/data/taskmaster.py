@@ -3,8 +3,8 @@
 Released with PERL (arXiv 2403.10704, version 1) at github google-research-datasets/Taskmaster,
 CC BY 4.0. A reward row is a context, a generated agent turn and a reward of 0 or 1.
 
-Rows of one dialogue share its first user turn (`dialogue.group_of`); a hash of that puts them in one
-part: train 47 %, judge 23 %, validation 10 %, test 20 % of the groups. `judge` rows (labels and
+Rows of one dialogue share its first user turn (`dialogue.group_of`), which is their `group`; a hash of that
+puts them in one part: train 47 %, judge 23 %, validation 10 %, test 20 % of the groups. `judge` rows (labels and
 comparisons) are for the reward model that judges win rates: it must not have been trained on what
 trained the reward model under study. Prompts, and demonstrations and corpus of whole dialogues, use
 train and judge together.
@@ -92,13 +92,15 @@ def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
 def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
     """Every pair of an up-rated and a down-rated response, of different text, to one context."""
     by_context: dict[str, tuple[dict, dict]] = {}
+    groups: dict[str, str] = {}
     for row in rows:
         by_context.setdefault(row.prompt, ({}, {}))[int(row.label)].setdefault(row.response)
+        groups[row.prompt] = row.group
     for prompt, (down, up) in by_context.items():
         for chosen in up:
             for rejected in down:
                 if chosen != rejected:
-                    yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                    yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": groups[prompt]}
 
 
 def unextended(contexts: Iterable[str]) -> Iterator[str]:
@@ -180,9 +182,10 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
 def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
     for turns in found:
+        group = dialogue.group_of(turns)
         for prompt, response in dialogue.responses_of(turns):
             if response:
-                yield {"prompt": prompt, "response": response}
+                yield {"prompt": prompt, "response": response, "group": group}
 
 
 def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
@@ -190,16 +193,17 @@ def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
 
 
 def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    return ({"prompt": row.prompt, "response": row.response, "label": row.label} for row in rows)
+    return ({"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group} for row in rows)
 
 
 def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
     """Each different context once."""
-    return ({"prompt": prompt} for prompt in dict.fromkeys(row.prompt for row in rows))
+    groups = {row.prompt: row.group for row in rows}
+    return ({"prompt": prompt, "group": group} for prompt, group in groups.items())
 
 
 def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    return ({"prompt": row.prompt, "response": row.response} for row in rows if row.label == 1)
+    return ({"prompt": row.prompt, "response": row.response, "group": row.group} for row in rows if row.label == 1)
 
 
 def context_rows(rows: Iterable[Rated]) -> Iterator[dict]:

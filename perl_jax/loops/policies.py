@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax import config as config_lib, evaluate, hosts, sampling, sharding, steps
+from perl_jax import config as config_lib, evaluate, hosts, intervals, sampling, sharding, steps
 from perl_jax.continuous import ContinuousSampler
 from perl_jax.data.pipeline import Batches
+from perl_jax.data.store import group_of
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import Adapter
 from perl_jax.loops import scoring, stands
@@ -35,7 +36,8 @@ from perl_jax.sampling import SamplingConfig
 class Responses:
     """One policy's responses to all prompts, in the prompts' order.
 
-    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known.
+    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each prompt's
+    row (`data.store.group_of`).
     """
 
     texts: list[str]
@@ -44,6 +46,7 @@ class Responses:
     kl: np.ndarray
     rewards: dict[str, np.ndarray]
     gold: np.ndarray | None
+    groups: list[str]
 
 
 def sample_program(model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1) -> Program | ContinuousSampler:
@@ -125,13 +128,14 @@ def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> 
         kl=merged["kl"][order],
         rewards={name: merged[name][order].astype(np.float64) for name in job.raters},
         gold=gold,
+        groups=[group_of(job.rows[int(merged["row"][i])]) for i in order],
     )
     return responses, prompts
 
 
 def describe(responses: Responses) -> dict[str, Any]:
-    """One policy's column of the report."""
-    estimate = lambda values: dataclasses.asdict(evaluate.mean_ci(values))
+    """One policy's column of the report; intervals are over groups of prompts."""
+    estimate = lambda values: dataclasses.asdict(intervals.mean_ci(values, responses.groups))
     lengths = [len(ids) for ids in responses.tokens]
     out = {
         "proxy_reward": estimate(responses.rewards["proxy"]),
@@ -149,7 +153,7 @@ def describe(responses: Responses) -> dict[str, Any]:
 
 
 def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any]:
-    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known.
+    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known; intervals as in `describe`.
 
     judge: `gold`, `judge` or `proxy`. A judge that scores prefers the first shown only where its
     score is strictly higher, so equal scores give one vote to each order: a tie.
@@ -157,10 +161,10 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
     values = lambda side: side.gold if judge == "gold" else side.rewards[judge]
     a, b = values(policy), values(baseline)
     # Shown (A, B) it prefers the first where a > b; shown (B, A), the first is B.
-    wins = evaluate.both_orders(a > b, b > a)
+    wins = evaluate.both_orders(a > b, b > a, policy.groups)
     out = {"win_rate": {**dataclasses.asdict(wins), "judge": judge}}
     if policy.gold is not None:
-        out["gold_gain"] = dataclasses.asdict(evaluate.paired_bootstrap(policy.gold, baseline.gold))
+        out["gold_gain"] = dataclasses.asdict(intervals.paired_bootstrap(policy.gold, baseline.gold, policy.groups))
     return out
 
 

@@ -9,6 +9,7 @@ import pathlib
 import jax
 
 from perl_jax import checkpoint, evaluate, steps
+from perl_jax.data.store import group_of
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import supervised
 from perl_jax.loops.jobs import DPOConfig
@@ -79,7 +80,8 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
         chosen += (config.strength * chosen_B[real_B]).tolist()
         rejected += (config.strength * rejected_B[real_B]).tolist()
     weights = supervised.pair_weights(rows, config.data.task, "test")[order]
-    return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights))}
+    groups = [group_of(rows[row]) for row in order]
+    return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights, groups))}
 
 
 def _implicit(lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences) -> tuple:

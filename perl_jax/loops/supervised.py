@@ -11,8 +11,9 @@ from typing import Any, Callable, Mapping
 import jax
 import numpy as np
 
-from perl_jax import checkpoint, config as config_lib, evaluate, hosts, sharding, state as state_lib, steps
+from perl_jax import checkpoint, config as config_lib, evaluate, hosts, intervals, sharding, state as state_lib, steps
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
+from perl_jax.data.store import group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.lora import Adapter, init_head
 from perl_jax.loops import run as run_lib
@@ -327,34 +328,40 @@ def reference_moments(model: Model, config: RewardConfig, adapter: Adapter, kind
 
 
 def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row."""
+    """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row.
+
+    n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are over.
+    """
     batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None, config.microbatches)
     scores = score_batches(model, adapter, batches)
     names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
     named = {name: side.tolist() for name, side in zip(names, scores, strict=True)}
-    results: dict[str, Any]
+    groups = [group_of(row) for row in rows]
+    results: dict[str, Any] = {"n": len(groups), "groups": len(set(groups))}
     if kind == "ratings":
         truth = ratings(rows, config.data.task, "test")
-        error = float(np.mean(np.square(scores[0] - truth)))
-        return {"correlation": evaluate.correlation(scores[0], truth), "mean_squared_error": error, "n": len(truth)}, named
+        error = intervals.mean_ci(np.square(scores[0] - truth), groups)
+        measures = {"correlation": evaluate.correlation_estimate(scores[0], truth, groups), "mean_squared_error": error}
+        return results | {name: dataclasses.asdict(found) for name, found in measures.items()}, named
     if kind == "comparisons":
         weights = pair_weights(rows, config.data.task, "test")
-        results = {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(*scores, weights))}
+        results["pairwise_accuracy"] = dataclasses.asdict(evaluate.pairwise_accuracy(*scores, weights, groups))
         known = np.asarray([row["probability"] for row in rows])
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
         probabilities, labels = evaluate.preference_probabilities(*scores)
+        groups = [*groups, *groups]
     else:
         labels = both_classes(rows, config.data.task, "test")
         threshold, yes = validation_threshold(model, config, adapter), labels > 0.5
-        results = {
-            "auc": evaluate.auc(scores[0], yes),
-            "balanced_accuracy": evaluate.balanced_accuracy(scores[0], yes, threshold),
-            "accuracy": float(np.mean((scores[0] >= threshold) == yes)),
-            "n": len(labels),
+        measures = {
+            "auc": evaluate.auc_estimate(scores[0], yes, groups),
+            "balanced_accuracy": evaluate.balanced_accuracy_estimate(scores[0], yes, threshold, groups),
+            "accuracy": intervals.proportion((scores[0] >= threshold) == yes, groups),
         }
+        results |= {name: dataclasses.asdict(found) for name, found in measures.items()}
         probabilities = evaluate.sigmoid(scores[0])
-    table = evaluate.reliability(probabilities, labels)
+    table = evaluate.reliability(probabilities, labels, groups=groups)
     results |= {
         "ece": evaluate.expected_calibration_error(table),
         "brier": evaluate.brier(probabilities, labels),
@@ -372,7 +379,6 @@ def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:
     """The numbers that travel with the artefact."""
-    out = {name: results[name] for name in ("auc", "balanced_accuracy", "ece", "correlation") if name in results}
-    if "pairwise_accuracy" in results:
-        out["pairwise_accuracy"] = results["pairwise_accuracy"]["value"]
-    return out
+    names = ("auc", "balanced_accuracy", "correlation", "pairwise_accuracy")
+    out = {name: results[name]["value"] for name in names if name in results}
+    return out | ({"ece": results["ece"]} if "ece" in results else {})

@@ -13,13 +13,14 @@ Two kinds of folder are understood:
 `seconds_per_step` (median), `peak_bytes_compiled`, `peak_bytes_measured` (null where the device
 does not say), `phases` ({name: seconds of a step}), `compilations`.
 
-`evaluation.json` of a reward run: `pairwise_accuracy`, `noise_ceiling`, `auc`,
-`balanced_accuracy`, `ece`, `reliability` (bins of `perl_jax.evaluate.reliability`), `baselines`
-({name: {"auc", "balanced_accuracy"}}). Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of
+`evaluation.json` of a reward run: `n`, `groups`, `pairwise_accuracy`, `noise_ceiling`, `auc`,
+`balanced_accuracy`, `accuracy`, `correlation`, `ece`, `reliability` (bins of
+`perl_jax.evaluate.reliability`), `baselines` ({name: {"auc", "balanced_accuracy"}}). Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of
 `gold_reward`, `proxy_reward`, `judge_reward`, `kl`, `length`, `eos_rate`, `distinct_1`,
 `distinct_2`; "rl" is the run's policy, of DPO too), `win_rate` (`perl_jax.evaluate.WinRate` with a
 `judge`: gold, judge or proxy), `gold_gain`, `config` (`EvaluateConfig`); of a DPO run also
-`pairwise_accuracy`. A measure is a number or {"value", "low", "high", "n"}.
+`pairwise_accuracy`. A measure is a number or {"value", "low", "high", "n", "groups"}
+(`perl_jax.intervals.Estimate`), in files of older versions without `groups`.
 
 `samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line, of both.
 

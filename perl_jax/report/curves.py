@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from perl_jax.intervals import Estimate, wilson
 from perl_jax.report import formats, plots
 from perl_jax.report.load import Experiment, Run, entry, number, series, tuning_name
 from perl_jax.report.markup import Html, figure, section, tag
@@ -263,8 +264,11 @@ def gold_against_proxy(experiment: Experiment) -> Html:
     )  # fmt: skip
 
 
-def reliability_rows(run: Run) -> list[tuple[float, float, int]]:
-    """(predicted, observed, n) of the bins that are whole and within [0, 1]."""
+def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
+    """(predicted, observed with its interval) of the bins that are whole and within [0, 1].
+
+    Evaluations without intervals are of versions that took every row for independent.
+    """
     rows = []
     bins = entry(run.evaluation, "reliability")
     for item in bins if isinstance(bins, list) else []:
@@ -272,7 +276,10 @@ def reliability_rows(run: Run) -> list[tuple[float, float, int]]:
         if None in (predicted, observed, n) or n < 1:
             continue
         if 0 <= predicted <= 1 and 0 <= observed <= 1:
-            rows.append((predicted, observed, int(n)))
+            shown = wilson(observed * int(n), int(n))
+            if "observed_low" in item:
+                shown = replace(shown, low=number(item, "observed_low"), high=number(item, "observed_high"))
+            rows.append((predicted, shown))
     return rows
 
 
@@ -287,7 +294,7 @@ def calibration(experiment: Experiment) -> Html:
     if not tables:
         return Html("")
     alt = "Observed share against predicted probability. " + "; ".join(
-        f"{label}: " + ", ".join(f"{p:.2f} predicted, {o:.2f} observed" for p, o, _ in rows)
+        f"{label}: " + ", ".join(f"{p:.2f} predicted, {o.value:.2f} observed" for p, o in rows)
         for label, _, rows in tables
     )
     caption = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from perl_jax.evaluate import Estimate
+from perl_jax.intervals import Estimate
 from perl_jax.metrics import duration
 
 NOT_MEASURED = "not measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perl_jax.evaluate import Estimate
+from perl_jax.intervals import Estimate
 from perl_jax.report import formats
 from perl_jax.report.load import (
     JOB_NAMES,
@@ -94,8 +94,16 @@ def win_estimate(run: Run) -> Estimate | None:
     if rate is None:
         return None
     block = run.evaluation["win_rate"]
-    n = sum(number(block, key) or 0 for key in ("wins", "ties", "losses"))
-    return Estimate(rate, number(block, "low"), number(block, "high"), int(n))
+    n, groups = sum(number(block, key) or 0 for key in ("wins", "ties", "losses")), number(block, "groups")
+    return Estimate(rate, number(block, "low"), number(block, "high"), int(n), None if groups is None else int(groups))
+
+
+def rows_text(*measures: Estimate | None) -> str | None:
+    """`2,048 (512)`: the rows and, where an evaluation says so, the groups of the first measure that has rows."""
+    found = next((measure for measure in measures if measure is not None and measure.n), None)
+    if found is None:
+        return None
+    return f"{found.n:,}" if found.groups is None else f"{found.n:,} ({found.groups:,})"
 
 
 def judge_text(run: Run) -> str:
@@ -125,6 +133,8 @@ COST_ROWS = (
         lambda r: bytes_text(r, "peak_bytes_measured"), "share", always=True),
 )  # fmt: skip
 REWARD_ROWS = (
+    Row("Held-out rows (groups)", lambda r: None,
+        lambda r: rows_text(*(reward_measure(r, name) for name in ("pairwise_accuracy", "auc", "correlation"))), "none"),
     Row("Pairwise accuracy", lambda r: value_of(reward_measure(r, "pairwise_accuracy")),
         lambda r: share_text(reward_measure(r, "pairwise_accuracy")), "points"),
     Row("Noise ceiling of the labels", lambda r: number(r.evaluation, "noise_ceiling"),
@@ -139,6 +149,8 @@ REWARD_ROWS = (
         lambda r: share_text(reward_measure(r, "ece")), "points"),
 )  # fmt: skip
 DPO_ROWS = (
+    Row("Held-out pairs (groups)", lambda r: None,
+        lambda r: rows_text(estimate(r.evaluation, "pairwise_accuracy")), "none"),
     Row("Pairs in order of the implicit reward",
         lambda r: value_of(estimate(r.evaluation, "pairwise_accuracy")),
         lambda r: share_text(estimate(r.evaluation, "pairwise_accuracy")), "points"),
@@ -148,6 +160,8 @@ DPO_ROWS = (
 def policy_rows(name: str) -> tuple[Row, ...]:
     """The lines of a job that makes policies, by its name on the page."""
     return (
+        Row("Prompts (groups)", lambda r: None,
+            lambda r: rows_text(win_estimate(r), policy_measure(r, "rl", "kl")), "none"),
         Row("Gold reward, SFT", lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
             lambda r: interval_text(policy_measure(r, "sft", "gold_reward")), "difference"),
         Row(f"Gold reward, after {name}",
@@ -212,8 +226,10 @@ def headline_table(experiment: Experiment) -> Html:
     if not lines:
         return Html("")
     header = ["", *map(tuning_name, tunings)] + (["LoRA against full"] if both else [])
+    grouped = any(entry(run.evaluation, key, "groups") is not None for run in experiment.runs for key in ("pairwise_accuracy", "auc", "correlation", "win_rate"))
+    over = ", over groups of rows: those of one prompt, or of one dialogue or topic where rows name it" if grouped else ""
     caption = (
-        "In brackets: 95 % confidence intervals. Compiled memory is the compiler's own account of "
+        f"In brackets: 95 % confidence intervals{over}. Compiled memory is the compiler's own account of "
         "the step's peak on one device; measured is what the device reported."
     )
     return table(caption, header, lines)
@@ -243,8 +259,8 @@ def reward_sentence(experiment: Experiment) -> str:
         ceiling = number(run.evaluation, "noise_ceiling") or ceiling
         if found is not None:
             parts.append(f"{formats.percent_interval(found)} with {trained_with(run)}")
-        elif (area := number(run.evaluation, "auc")) is not None:
-            parts.append(f"an AUC of {formats.significant(area)} with {trained_with(run)}")
+        elif (area := reward_measure(run, "auc")) is not None:
+            parts.append(f"an AUC of {formats.interval(area)} with {trained_with(run)}")
     if not parts:
         return ""
     pairs = any(reward_measure(r, "pairwise_accuracy") for r in experiment.runs_of("reward"))

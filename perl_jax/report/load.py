@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from perl_jax.config import UserError
-from perl_jax.evaluate import Estimate
+from perl_jax.intervals import Estimate
 from perl_jax.metrics import FILE_NAME, NONFINITE_KEY, read_metrics
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
@@ -108,7 +108,7 @@ def number(tree: object, *keys: str) -> float | None:
 
 
 def estimate(tree: object, *keys: str) -> Estimate | None:
-    """A number or a {"value", "low", "high", "n"} of a nested mapping."""
+    """A number or a {"value", "low", "high", "n", "groups"} of a nested mapping; older ones have no groups."""
     bare = number(tree, *keys)
     if bare is not None:
         return Estimate(bare, None, None, 0)
@@ -116,8 +116,8 @@ def estimate(tree: object, *keys: str) -> Estimate | None:
     value = number(found, "value")
     if value is None:
         return None
-    n = number(found, "n")
-    return Estimate(value, number(found, "low"), number(found, "high"), int(n or 0))
+    n, groups = number(found, "n"), number(found, "groups")
+    return Estimate(value, number(found, "low"), number(found, "high"), int(n or 0), None if groups is None else int(groups))
 
 
 def text(tree: object, *keys: str) -> str:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from perl_jax.evaluate import wilson
+from perl_jax.intervals import Estimate
 from perl_jax.report.formats import label as printed
 
 STYLES = {"lora": ("#0072B2", "-"), "full": ("#D55E00", "--"), "": ("#0072B2", "-"),
@@ -182,11 +182,11 @@ def stacked_plot(
 
 
 def calibration_plot(
-    tables: Sequence[tuple[str, str, Sequence[tuple[float, float, int]]]],
+    tables: Sequence[tuple[str, str, Sequence[tuple[float, Estimate]]]],
 ) -> bytes:
-    """Observed against predicted shares with Wilson bars; the diagonal is perfect calibration.
+    """Observed against predicted shares with bars for their intervals; the diagonal is perfect calibration.
 
-    tables: label, tuning, and rows of (predicted, observed, n), for each model.
+    tables: label, tuning, and rows of (predicted, observed), for each model.
     """
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(5.0, 4.6), layout="constrained")
@@ -195,10 +195,10 @@ def calibration_plot(
         for label, tuning, rows in tables:
             colour, line = style_of(tuning)
             predicted = np.array([row[0] for row in rows])
-            observed = np.array([row[1] for row in rows])
-            bounds = [wilson(row[1] * row[2], row[2]) for row in rows]
-            below = observed - np.array([b.low for b in bounds], dtype=np.float64)
-            above = np.array([b.high for b in bounds], dtype=np.float64) - observed
+            observed = np.array([row[1].value for row in rows])
+            # NaN, where there is no interval, draws no bar.
+            below = observed - np.array([row[1].low for row in rows], dtype=np.float64)
+            above = np.array([row[1].high for row in rows], dtype=np.float64) - observed
             axes.errorbar(
                 predicted, observed, yerr=np.maximum(0, [below, above]), color=colour,
                 linestyle=line, linewidth=1.7, marker="o", markersize=4, elinewidth=0.9,

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 
-from perl_jax.evaluate import Estimate
+from perl_jax.intervals import Estimate
 from perl_jax.metrics import TIMING_PREFIX
 from perl_jax.report import formats, plots
 from perl_jax.report.headline import DASH, judge_text

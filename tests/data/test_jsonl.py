@@ -10,7 +10,7 @@ import pytest
 
 from perl_jax.config import UserError
 from perl_jax.data import jsonl
-from perl_jax.data.store import KINDS, DataOptions
+from perl_jax.data.store import KINDS, DataOptions, group_of
 from perl_jax.data.tasks import get_task
 
 
@@ -123,7 +123,7 @@ def test_other_columns_of_prompts_come_as_they_are(tmp_path):
     path = write(tmp_path / "one.jsonl", *rows)
     assert sorted(json.dumps(row) for row in every_split(path, "prompts", tmp_path / "c")) == sorted(map(json.dumps, rows))
     path = write(tmp_path / "two.jsonl", {"prompt": "p", "response": "r", "source": "s"})
-    assert every_split(path, "demonstrations", tmp_path / "c") == [{"prompt": "p", "response": "r"}]
+    assert every_split(path, "demonstrations", tmp_path / "c") == [{"prompt": "p", "response": "r", "group": ""}]
 
 
 def every_split(path, kind, cache):
@@ -133,6 +133,31 @@ def every_split(path, kind, cache):
         with contextlib.suppress(UserError):
             splits += opened(path, kind, split, cache)
     return splits
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "prompts"])
+def test_one_file_is_split_by_group_where_rows_name_one(tmp_path, kind):
+    """The turns of a dialogue have different prompts; dialogues are numbers or texts."""
+    rows = [{"prompt": f"turn {i}", "response": "r", "group": i // 4 if i % 2 else str(i // 4)} for i in range(400)]
+    path = write(tmp_path / "rows.jsonl", *rows, {"prompt": "alone", "response": "r"})
+    parts = {split: opened(path, kind, split, tmp_path / "c") for split in ("train", "validation", "test")}
+    found = [{group_of(row) for row in part} for part in parts.values()]
+    assert sum(map(len, found)) == len(set.union(*found)) == 101 and "alone" in set.union(*found)
+    assert sum(map(len, parts.values())) == 401 and min(map(len, parts.values())) > 10
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "prompts"])
+@pytest.mark.parametrize("group", [None, "", True, ["b"], math.nan])
+def test_a_group_is_a_text_or_a_number(tmp_path, group, kind):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "ranked": ["a", "b"], "group": group})
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or a number\.$"):
+        opened(path, kind, "train", tmp_path / "c")
+
+
+def test_the_group_of_a_row():
+    """Its own, or else its prompt; the pairs of a ranking and of a prompt in two lines are of one."""
+    assert group_of({"prompt": " p\n"}) == group_of({"prompt": "p", "group": ""}) == "p"
+    assert group_of({"prompt": "p", "group": 0}) == group_of({"prompt": "q", "group": "0"}) == "0"
 
 
 @pytest.mark.parametrize("answer", [None, "", "  ", True, ["b"], math.nan, 10**400])

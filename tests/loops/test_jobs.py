@@ -96,18 +96,21 @@ def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(kind,
 
 def test_evaluation_of_a_pairwise_reward(jobs):
     found = tiny.read(jobs.root / "reward" / "evaluation.json")
-    assert set(found) == {"pairwise_accuracy", "noise_ceiling", "ece", "brier", "reliability"}
+    rows = list(get_task("orders").open("comparisons", "test", data_options(tiny.DATA)))
+    assert set(found) == {"n", "groups", "pairwise_accuracy", "noise_ceiling", "ece", "brier", "reliability"}
     accuracy = found["pairwise_accuracy"]
-    assert accuracy["n"] == 16 and 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
-    probabilities = [row["probability"] for row in get_task("orders").open("comparisons", "test", data_options(tiny.DATA))]
+    assert found["n"] == accuracy["n"] == 16 and found["groups"] == accuracy["groups"] == len({row["prompt"] for row in rows})
+    assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
+    probabilities = [row["probability"] for row in rows]
     assert found["noise_ceiling"] == pytest.approx(np.mean([max(p, 1 - p) for p in probabilities]))
     assert sum(row["n"] for row in found["reliability"]) > 0 and 0 <= found["ece"] <= 1 and 0 <= found["brier"] <= 1
 
 
 def test_evaluation_of_a_pointwise_reward(pointwise):
     found = tiny.read(pointwise.parents[1] / "evaluation.json")
-    assert set(found) == {"auc", "balanced_accuracy", "accuracy", "n", "ece", "brier", "reliability"}
-    assert found["n"] == 16 and all(0 <= found[name] <= 1 for name in ("auc", "balanced_accuracy", "accuracy", "ece"))
+    assert set(found) == {"auc", "balanced_accuracy", "accuracy", "n", "groups", "ece", "brier", "reliability"}
+    assert found["n"] == found["auc"]["n"] == 16 and 0 <= found["ece"] <= 1
+    assert all(0 <= found[name]["value"] <= 1 for name in ("auc", "balanced_accuracy", "accuracy"))
 
 
 def test_evaluation_of_a_policy(jobs):

@@ -112,7 +112,7 @@ def test_labels_that_are_probabilities(jobs, tmp_path):
     results, scores = (tiny.read(tmp_path / "reward" / f"{name}.json") for name in ("evaluation", "scores"))
     labels, score = np.array([label(i) for i in range(50, 60)]), np.array(scores["score"])
     yes, no = score[labels > 0.5], score[labels < 0.5]
-    assert results["auc"] == pytest.approx(np.mean((yes[:, None] > no) + 0.5 * (yes[:, None] == no)))
+    assert results["auc"]["value"] == pytest.approx(np.mean((yes[:, None] > no) + 0.5 * (yes[:, None] == no)))
     assert results["brier"] == pytest.approx(np.mean((1 / (1 + np.exp(-score)) - labels) ** 2))
 
 
@@ -130,7 +130,7 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
     assert len(weights) == 4 * 6 + 8 and sum(weights) == pytest.approx(12)
     right = np.array(scores["chosen"]) > np.array(scores["rejected"])
     assert results["pairwise_accuracy"]["value"] == pytest.approx(np.average(right, weights=weights))
-    assert results["pairwise_accuracy"]["n"] == 32
+    assert results["pairwise_accuracy"]["n"] == 32 and results["pairwise_accuracy"]["groups"] == results["groups"] == 12
 
 
 def test_what_is_cut_off_is_said_once(jobs, tmp_path, capsys):
@@ -154,8 +154,8 @@ def test_rewards_of_other_objectives(fields, jobs, tmp_path):
     results = tiny.read(tmp_path / "reward" / "evaluation.json")
     record = tiny.open_model(jobs.base).load_role(artefact, "reward")[1]
     if "objective" in fields:
-        assert set(results) == {"correlation", "mean_squared_error", "n"} and results["n"] == 10
-        assert record.metrics == {"correlation": results["correlation"]}
+        assert set(results) == {"correlation", "mean_squared_error", "n", "groups"} and results["n"] == results["groups"] == 10
+        assert record.metrics == {"correlation": results["correlation"]["value"]}
     else:
         # The objective has the square in it: more than cross-entropy alone.
         assert 0 <= results["pairwise_accuracy"]["value"] <= 1
