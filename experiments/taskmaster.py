@@ -21,16 +21,18 @@ Numbers   coffee, adapters, the commands' default hyperparameters: test AUC 0.65
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 from bag_of_words import baseline
 from stages import PRETRAINING, Experiment, Stage, artefacts, ensemble, flags, run_stages, whole_job
 
 from perl_jax import config, evaluate
+from perl_jax.data.store import group_of
 from perl_jax.data.tasks import DataOptions, get_task
+from perl_jax.report import formats
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
 # What the small base is trained on: the 138 contexts of ticketing's reward rows alone are learned by heart.
@@ -42,7 +44,8 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
     options = DataOptions(data_dir=data_dir)
     splits = {split: list(get_task(task).open("labels", split, options)) for split in ("train", "validation", "test")}
     labels = np.asarray([row["label"] for row in splits["test"]])
-    dialogues = [first_user_turn(row["prompt"]) for row in splits["test"]]
+    # Turns of one dialogue are not independent.
+    dialogues = [group_of(row) for row in splits["test"]]
     views = {
         "bag of words, response": lambda row: row["response"],
         "bag of words, context and response": lambda row: row["prompt"] + row["response"],
@@ -51,49 +54,16 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
     for name, view in views.items():
         sides = [side for rows in splits.values() for side in ([view(row) for row in rows], [row["label"] for row in rows])]
         results[name], scores[name] = baseline(*sides)
+        results[name]["auc"] = dataclasses.asdict(evaluate.auc_estimate(scores[name], labels, dialogues))
     for path in sorted(root.glob("*/reward/evaluation.json")):
         model = np.asarray(config.read_json(path.parent / "scores.json")["score"])
-        against = {name: auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
-        rows = {name: values | {"auc_difference": against[name]} for name, values in results.items()}
-        area, (low, high) = evaluate.auc(model, labels), auc_interval(model, labels, dialogues)
-        estimate = {"value": area, "low": low, "high": high, "n": len(labels)}
-        config.write_json(path, config.read_json(path) | {"auc": estimate, "baselines": rows})
-        print(f"{path.parent.parent.name} reward model: AUC {area:.3f} ({low:.3f} to {high:.3f})")
-        for name, (low, high) in against.items():
-            other = results[name]["auc"]
-            print(f"  {name}: AUC {other:.3f}; reward model minus it {area - other:+.3f} ({low:+.3f} to {high:+.3f})")
-
-
-def first_user_turn(prompt: str) -> str:
-    """What turns of one dialogue share, from a rendered prompt."""
-    return prompt.partition("user:\n")[2].partition("\nagent:")[0].lower()
-
-
-def resampled(dialogues: Sequence[str], draws: int = 2000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Row indices of bootstrap samples that draw whole dialogues: turns of one are not independent."""
-    members: dict[str, list[int]] = {}
-    for index, dialogue in enumerate(dialogues):
-        members.setdefault(dialogue, []).append(index)
-    groups = [np.asarray(rows) for rows in members.values()]
-    random = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))])
-
-
-def auc_interval(scores: np.ndarray, labels: np.ndarray, dialogues: Sequence[str]) -> tuple[float, float]:
-    """95 % bootstrap interval of an AUC, over dialogues."""
-    draws = [evaluate.auc(scores[rows], labels[rows]) for rows in resampled(dialogues) if 0 < labels[rows].sum() < len(rows)]
-    return tuple(float(x) for x in np.percentile(draws, (2.5, 97.5)))
-
-
-def auc_difference(scores: np.ndarray, others: np.ndarray, labels: np.ndarray, dialogues: Sequence[str]) -> tuple[float, float]:
-    """95 % bootstrap interval of AUC(scores) - AUC(others), the same dialogues in both."""
-    draws = [
-        evaluate.auc(scores[rows], labels[rows]) - evaluate.auc(others[rows], labels[rows])
-        for rows in resampled(dialogues)
-        if 0 < labels[rows].sum() < len(rows)
-    ]
-    return tuple(float(x) for x in np.percentile(draws, (2.5, 97.5)))
+        area = evaluate.auc_estimate(model, labels, dialogues)
+        against = {name: evaluate.auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
+        rows = {name: values | {"auc_difference": dataclasses.asdict(against[name])} for name, values in results.items()}
+        config.write_json(path, config.read_json(path) | {"auc": dataclasses.asdict(area), "baselines": rows})
+        print(f"{path.parent.parent.name} reward model: AUC {formats.interval(area)}, {area.n} turns of {area.groups} dialogues")
+        for name, difference in against.items():
+            print(f"  {name}: AUC {results[name]['auc']['value']:.3f}; reward model minus it {formats.interval(difference, with_sign=True)}")
 
 
 def main() -> int:

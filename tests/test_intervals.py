@@ -72,6 +72,11 @@ class TestRowsOfTheirOwn:
         general = intervals.bootstrap(lambda weights_BS: x_B @ weights_BS / weights_BS.sum(axis=0), 60, groups)
         assert dataclasses.astuple(intervals.bootstrap_mean(x_B, groups)) == pytest.approx(dataclasses.astuple(general))
 
+    def test_percentiles_by_hand(self):
+        # Four rows: t(3) = 3.182446 times sqrt(4 / 3) is 3.674772, and Phi(-3.674772) = 0.000119.
+        low, high = intervals.percentiles(np.arange(100_001) / 100_000, 3, 0.95)
+        assert (low, high) == (pytest.approx(0.000119, abs=3e-6), pytest.approx(1 - low, abs=1e-9))
+
     @pytest.mark.parametrize("confidence", [0, 1, 95])
     def test_confidence_is_checked(self, confidence):
         for estimate in (intervals.mean_ci, intervals.proportion, intervals.bootstrap_mean):
@@ -136,6 +141,17 @@ class TestGroups:
             once, repeated = estimate(x_B, np.arange(40)), estimate(often(x_B), often(np.arange(40)))
             assert (repeated.n, repeated.groups) == (320, 40)
             assert (repeated.value, repeated.low, repeated.high) == pytest.approx((once.value, once.low, once.high))
+
+    def test_a_few_large_groups_decide(self):
+        """Two groups of 50 rows and ten of one: (110)^2 / (2 2500 + 10) = 2.4 groups of one size, so one degree of freedom."""
+        groups = np.concatenate([np.repeat([0, 1], 50), np.arange(2, 12)])
+        assert intervals.freedom(groups) == 1 and intervals.freedom(np.arange(12)) == 11
+        # As a ranking's weights do: 30 of 1/3 each, three a group.
+        assert intervals.freedom(np.repeat(np.arange(10), 3), np.full(30, 1 / 3)) == 9
+        x_B = NOISE.normal(size=110)
+        found = intervals.mean_ci(x_B, groups)
+        totals = np.bincount(groups, x_B - x_B.mean())
+        assert found.high - found.value == pytest.approx(12.7062 * math.sqrt(12 / 11 * np.sum(totals**2)) / 110, rel=1e-5)
 
     def test_samples_without_a_class(self):
         """Positives in one group of five: a third of the samples has none. In four of five it is left out."""

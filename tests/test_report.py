@@ -254,6 +254,38 @@ class TestSingleRun:
         assert page.row("Pairs in order of the implicit reward") == ["75.0 %"]
         assert page.row("Gain in gold reward") == ["+0.559 (0.531 to 0.587)"]
 
+    def test_rows_and_groups_of_an_evaluation(self, tmp_path, blank_pictures):
+        """Evaluations say how many groups since their intervals are over groups; those of before are shown as they are."""
+        for job, label, rows in (("reward", "Held-out rows (groups)", 2048), ("rl", "Prompts (groups)", 512)):
+            folder = make_run(tmp_path / job, job, "lora")
+            page = parse(folder)
+            assert page.row(label) == [f"{rows:,}"] and "over groups of rows" not in page.text
+            found = json.loads((folder / "evaluation.json").read_text())
+            found["pairwise_accuracy" if job == "reward" else "win_rate"]["groups"] = 301
+            (folder / "evaluation.json").write_text(json.dumps(found))
+            page = parse(folder)
+            assert page.row(label) == [f"{rows:,} (301)"] and "over groups of rows" in page.text
+
+    def test_an_auc_has_its_interval(self, tmp_path, blank_pictures):
+        folder = make_run(tmp_path / "reward", "reward", "lora")
+        found = json.loads((folder / "evaluation.json").read_text())
+        del found["pairwise_accuracy"]
+        for area, expected in ((0.853, "0.853"), ({"value": 0.853, "low": 0.801, "high": 0.902, "n": 640, "groups": 90}, "0.853 (0.801 to 0.902)")):
+            (folder / "evaluation.json").write_text(json.dumps(found | {"auc": area}))
+            page = parse(folder)
+            assert page.row("AUC") == [expected] and f"an AUC of {expected} with LoRA" in page.text
+        assert page.row("Held-out rows (groups)") == ["640 (90)"]
+
+    def test_bars_of_calibration(self):
+        """As the evaluation has them; of independent rows where it is of a version without groups; none for one group."""
+        row = {"predicted": 0.55, "observed": 0.5, "n": 10}
+        rows = [row, row | {"observed_low": 0.1, "observed_high": 0.9, "groups": 3}, row | {"observed_low": None, "observed_high": None, "groups": 1}]
+        shown = curves.reliability_rows(Run("r", "reward", "", evaluation={"reliability": rows}))
+        ends = [(observed.low, observed.high) for _, observed in shown]
+        assert ends == [(pytest.approx(0.236593, abs=1e-6), pytest.approx(0.763407, abs=1e-6)), (0.1, 0.9), (None, None)]
+        assert [(predicted, observed.value) for predicted, observed in shown] == [(0.55, 0.5)] * 3
+        assert b"<svg" in plots.calibration_plot([("LoRA", "lora", shown)])
+
     @pytest.mark.parametrize(
         ("judge", "artefacts", "expected"),
         [("gold", ["a"], "the gold reward"), ("judge", ["a", "b"], "the mean of 2 judges"),

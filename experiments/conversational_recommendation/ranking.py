@@ -7,10 +7,11 @@ a miss in every measure. All arithmetic is float64.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from perl_jax.intervals import SAMPLES, bootstrap_mean
 
 CUTS = (1, 10, 50)
 MEASURES = ("recall@1", "recall@10", "recall@50", "mrr", "ndcg@10", "ndcg@50")
@@ -86,39 +87,25 @@ class Summary:
     """MEASURES as means over rankings, with 95 % intervals over dialogues. n: rankings; dialogues: theirs."""
 
     values: dict[str, float]
-    low: dict[str, float]
-    high: dict[str, float]
+    low: dict[str, float | None]
+    high: dict[str, float | None]
     n: int
     dialogues: int
 
 
-@functools.lru_cache(maxsize=64)
-def bootstrap_weights(n: int, draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """[draws, n] float64: how often each of n dialogues is in each resample of n (Efron 1979)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=draws).astype(np.float64)
+def summarise(values: np.ndarray, dialogues: Sequence[Hashable], draws: int = SAMPLES) -> Summary:
+    """Means of rows of MEASURES. The bootstrap draws whole dialogues: rankings of one are not independent.
 
-
-def group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums [groups, columns] and sizes [groups] of the rows of `values` by group, in order of appearance."""
-    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    where = np.array([index[group] for group in groups], int)
-    sums = np.zeros((len(index), values.shape[1]))
-    np.add.at(sums, where, values)
-    return sums, np.bincount(where, minlength=len(index)).astype(np.float64)
-
-
-def summarise(values: np.ndarray, dialogues: Sequence[Hashable], draws: int = 1000) -> Summary:
-    """Means of rows of MEASURES. The bootstrap draws whole dialogues: rankings of one are not independent."""
+    With a single dialogue there is no interval: its ends are None.
+    """
     if len(values) == 0:
         raise ValueError("there is nothing to summarise")
-    sums, sizes = group_sums(values, dialogues)
-    weights = bootstrap_weights(len(sizes), draws)
-    low, high = np.percentile((weights @ sums) / (weights @ sizes)[:, None], (2.5, 97.5), axis=0)
-    named = lambda row: dict(zip(MEASURES, map(float, row)))
-    return Summary(named(values.mean(axis=0)), named(low), named(high), len(values), len(sizes))
+    found = [bootstrap_mean(column, dialogues, draws) for column in values.T]
+    named = lambda field: {measure: getattr(estimate, field) for measure, estimate in zip(MEASURES, found)}
+    return Summary(named("value"), named("low"), named("high"), len(values), found[0].groups)
 
 
-def gain(values: np.ndarray, others: np.ndarray, dialogues: Sequence[Hashable], draws: int = 1000) -> Summary:
+def gain(values: np.ndarray, others: np.ndarray, dialogues: Sequence[Hashable], draws: int = SAMPLES) -> Summary:
     """The mean difference of two systems' rows on the same rankings, resampled together."""
     if values.shape != others.shape:
         raise ValueError(f"{values.shape} and {others.shape} rows cannot be compared")

@@ -138,7 +138,7 @@ def table(ranked: Mapping[str, Ranked], targets: Sequence[Target], view: str) ->
         return f"No target is in the view {view}."
     out = [f"| {view}: {first.n} targets, {first.dialogues} dialogues | recall@1 | recall@10 (95 %) | recall@50 | MRR | NDCG@10 |", "|---|" + "---|" * len(shown)]
     for name, one in summaries.items():
-        cells = [f"{one.values[m]:.3f}" + (f" ({one.low[m]:.3f}-{one.high[m]:.3f})" if m == "recall@10" else "") for m in shown]
+        cells = [f"{one.values[m]:.3f}" + (f" ({one.low[m]:.3f}-{one.high[m]:.3f})" if m == "recall@10" and one.low[m] is not None else "") for m in shown]
         out.append(f"| {name.strip()} | " + " | ".join(cells) + " |")
     if view == "all":
         out += [f"| {name}, published | {a:.3f} | {b:.3f} | {c:.3f} | | |" for name, (a, b, c) in PUBLISHED.items()]

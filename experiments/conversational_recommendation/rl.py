@@ -35,10 +35,12 @@ from texts import heuristic_query, query_prompt
 
 from perl_jax import config, platforms
 from perl_jax.config import OptimizerConfig, UserError, require
+from perl_jax.intervals import Estimate, paired_bootstrap
 from perl_jax.loops.best_of import BestOfConfig, run_best_of
 from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig
 from perl_jax.loops.policy_gradient import run_rl
 from perl_jax.metrics import read_metrics
+from perl_jax.report import formats
 from perl_jax.rl.algorithms import AlgorithmConfig
 
 FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
@@ -112,27 +114,19 @@ def sampled(model: str, policy: str | None, data: DataConfig, prompts: int, path
     return [found.get(index, "") for index in range(prompts)]
 
 
-def gain_interval(after: Queries, before: Queries, dialogues: Sequence[str]) -> tuple[float, float, float]:
+def gain_of(after: Queries, before: Queries, dialogues: Sequence[str]) -> Estimate:
     """Mean gain in reward with its 95 % interval over dialogues, the same prompts in both."""
-    members: dict[str, list[int]] = {}
-    for i, dialogue in enumerate(dialogues):
-        members.setdefault(dialogue, []).append(i)
-    differences = after.rewards - before.rewards
-    sums = np.array([differences[m].sum() for m in members.values()])
-    sizes = np.array([len(m) for m in members.values()], float)
-    weights = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=2000)
-    low, high = np.percentile((weights @ sums) / (weights @ sizes), (2.5, 97.5))
-    return float(differences.mean()), float(low), float(high)
+    return paired_bootstrap(after.rewards, before.rewards, dialogues)
 
 
-def report(found: Mapping[str, Queries], gain: tuple[float, float, float], curve: Sequence[float], shown: Sequence[int], rows: Sequence[Mapping]) -> str:
+def report(found: Mapping[str, Queries], gain: Estimate, curve: Sequence[float], shown: Sequence[int], rows: Sequence[Mapping]) -> str:
     """Markdown: every way to write queries, the gain of RL, and some queries before and after."""
     lines = ["| query | reward | recall@1 | recall@10 | recall@50 |", "|---|---|---|---|---|"]
     for name, queries in found.items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in queries.values().values()) + " |")
     quarter = max(1, len(curve) // 4)
     lines += [
-        f"\nRL's gain in reward over SFT: {gain[0]:+.4f} ({gain[1]:+.4f} to {gain[2]:+.4f}, 95 % over dialogues, {len(rows)} test prompts).",
+        f"\nRL's gain in reward over SFT: {formats.interval(gain, with_sign=True)}, 95 % over {gain.groups} dialogues, {len(rows)} test prompts.",
         f"Reward of the rollouts: {np.mean(curve[:quarter]):.3f} in the first quarter of the steps, {np.mean(curve[-quarter:]):.3f} in the last.\n",
     ]
     for i in shown:
@@ -180,14 +174,14 @@ def run(options: argparse.Namespace) -> None:
         "SFT": write("sft_queries", start),
         "after RL": write("rl_queries", trained),
     }
-    gain = gain_interval(found["after RL"], found["SFT"], [case.dialogue for case in test_cases])
+    gain = gain_of(found["after RL"], found["SFT"], [case.dialogue for case in test_cases])
     curve = [row["reward/term/retrieval"] for row in read_metrics(root / "rl" / "metrics.jsonl")]
     differences = found["after RL"].rewards - found["SFT"].rewards
     order = np.argsort(differences, kind="stable")
     shown = [int(order[int(q * (len(order) - 1))]) for q in (0.1, 0.5, 0.9)]
     text = report(found, gain, curve, shown, test)
     values: dict[str, Any] = {name: queries.values() for name, queries in found.items()}
-    config.write_json(root / "measured.json", {"queries": values, "gain": gain, "curve": curve, "test_prompts": len(test), "train_prompts": len(train)})
+    config.write_json(root / "measured.json", {"queries": values, "gain": dataclasses.asdict(gain), "curve": curve, "test_prompts": len(test), "train_prompts": len(train)})
     rows = [
         {**row, **{name: {"query": queries.texts[i], "reward": float(queries.rewards[i])} for name, queries in found.items()}}
         for i, row in enumerate(test)

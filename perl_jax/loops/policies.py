@@ -37,7 +37,7 @@ class Responses:
     """One policy's responses to all prompts, in the prompts' order.
 
     rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each prompt's
-    row (`data.store.group_of`).
+    row (`data.store.group_of`); None: all prompts are independent.
     """
 
     texts: list[str]
@@ -46,7 +46,7 @@ class Responses:
     kl: np.ndarray
     rewards: dict[str, np.ndarray]
     gold: np.ndarray | None
-    groups: list[str]
+    groups: list[str] | None = None
 
 
 def sample_program(model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1) -> Program | ContinuousSampler:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from perl_jax import hosts
-from perl_jax.data.store import KINDS, NoRows, RowSource
+from perl_jax.data.store import KINDS, NoRows, RowSource, named_group
 from perl_jax.data.tasks import Task, get_task
 from perl_jax.loops.jobs import DataConfig
 from perl_jax.loops.model import data_options
@@ -20,7 +20,7 @@ Check = Callable[[Sequence[Mapping[str, Any]], str, str], Any]
 
 
 def check_splits(config: DataConfig, kind: str, needed: Sequence[str], check: Check | None = None) -> tuple[str, ...]:
-    """Reads every split of a kind of rows and says which prompts two of them share; returns the splits that have rows.
+    """Reads every split of a kind of rows and says which prompts, and which groups, two of them share; returns the splits that have rows.
 
     needed: the splits that the job reads, now or after training; check: what must hold of each of them.
     UserError for a needed split that is missing, or that `check` refuses. Prompts are the same when
@@ -28,15 +28,16 @@ def check_splits(config: DataConfig, kind: str, needed: Sequence[str], check: Ch
     """
     task = get_task(config.task)
     sources = hosts.in_turn(lambda: _sources(task, kind, needed, config))
-    field, found = KINDS[kind][0], {}
+    field, found, groups = KINDS[kind][0], {}, {}
     for split, source in sources.items():
         rows = list(source)
         if check is not None and split in needed:
             check(rows, task.name, split)
         # As a dictionary: in the order of the rows.
         found[split] = dict.fromkeys(row[field].strip() for row in rows)
+        groups[split] = dict.fromkeys(filter(None, map(named_group, rows)))
     if hosts.is_writer():
-        for line in shared(task.name, f"{field}s", found):
+        for line in shared(task.name, f"{field}s", found) + shared(task.name, "groups", groups):
             print(line, flush=True)
     return tuple(sources)
 
@@ -54,7 +55,7 @@ def _sources(task: Task, kind: str, needed: Sequence[str], config: DataConfig) -
 
 
 def shared(task: str, what: str, prompts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each two splits with prompts in common: how many different ones, and the first. what: `prompts` or `texts`."""
+    """A sentence for each two splits with prompts in common: how many different ones, and the first. what: `prompts`, `texts` or `groups`."""
     lines = []
     for (one, mine), (other, theirs) in itertools.combinations(prompts.items(), 2):
         both = [prompt for prompt in theirs if prompt in mine]

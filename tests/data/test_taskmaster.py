@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from perl_jax.config import UserError
-from perl_jax.data import dialogue, taskmaster, upstream
+from perl_jax.data import dialogue, store, taskmaster, upstream
 from perl_jax.data.store import DataOptions
 from perl_jax.data.tasks import get_task
 from tests.paths import TASKMASTER as REAL
@@ -149,7 +149,7 @@ def test_comparisons_are_all_pairs_of_different_text_on_one_context():
     found = list(taskmaster.comparisons(taskmaster.rated_rows(rows)))
     pairs = [(row["chosen"], row["rejected"]) for row in found]
     assert pairs == [("good", "bad"), ("good", "fine"), ("fine", "bad")]
-    assert {row["prompt"] for row in found} == {"user:\ntea\nagent:\n"}
+    assert {row["prompt"] for row in found} == {"user:\ntea\nagent:\n"} and {row["group"] for row in found} == {"tea"}
 
 
 def test_only_contexts_that_no_other_extends():
@@ -203,6 +203,10 @@ def test_ticketing_demonstrations_without_dialogues_are_up_rated_train_rows(tmp_
     found = opened("taskmaster_ticketing", "demonstrations", "train", options)
     up = [(row["prompt"], row["response"]) for row in labels if row["label"] == 1]
     assert [(row["prompt"], row["response"]) for row in found] == up
+    # Every kind of row says which dialogue it is of: prompts are `user: film 3`, behind a greeting.
+    for kind in ("labels", "demonstrations", "comparisons", "prompts"):
+        for row in opened("taskmaster_ticketing", kind, "train", options):
+            assert row["group"] == store.group_of(row) == row["prompt"].split("\n")[-3]
     corpus = opened("taskmaster_ticketing", "corpus", "train", options)
     assert {row["text"] + dialogue.CUE for row in corpus} == {row["prompt"] for row in labels}
 

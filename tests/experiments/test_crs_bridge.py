@@ -111,10 +111,11 @@ def test_the_gain_is_resampled_by_dialogue():
     make = lambda rewards: rl.Queries([""] * len(rewards), np.asarray(rewards, float), [np.array([1.0])] * len(rewards))
     random = np.random.default_rng(0)
     difference = random.normal(0.1, 1.0, 50)
-    once = rl.gain_interval(make(difference), make(np.zeros(50)), [str(i) for i in range(50)])
-    often = rl.gain_interval(make(np.repeat(difference, 6)), make(np.zeros(300)), [str(i) for i in range(50) for _ in range(6)])
-    assert once == pytest.approx(often)
-    assert once[1] < once[0] < once[2]
+    once = rl.gain_of(make(difference), make(np.zeros(50)), [str(i) for i in range(50)])
+    often = rl.gain_of(make(np.repeat(difference, 6)), make(np.zeros(300)), [str(i) for i in range(50) for _ in range(6)])
+    assert (often.n, often.groups) == (300, 50)
+    assert (once.value, once.low, once.high) == pytest.approx((often.value, often.low, often.high))
+    assert once.low < once.value < once.high
 
 
 @pytest.mark.slow

@@ -103,6 +103,11 @@ def test_dialogues_of_different_sizes_weigh_by_their_rankings():
         ranking.summarise(np.zeros((0, 6)), [])
 
 
+def test_one_dialogue_has_no_interval():
+    found = ranking.summarise(np.random.default_rng(4).random((8, 6)), ["a"] * 8)
+    assert (found.n, found.dialogues, set(found.low.values()), set(found.high.values())) == (8, 1, {None}, {None})
+
+
 def test_gain_is_paired():
     random = np.random.default_rng(3)
     others = random.random((200, 6))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax import sharding, steps
+from perl_jax import evaluate, sharding, steps
 from perl_jax.hosts import Share
 from perl_jax.loops import best_of, policies, policy_gradient, preference, scoring, stands, supervised
 from perl_jax.loops import run as run_lib
@@ -163,7 +163,7 @@ def test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores(combine, ex
 
 def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monkeypatch):
     """Row r's log-ratios are r - 2 and 0.5 - r / 4; rows 3 and 4 are in order, and weigh 4 + 5 of 15."""
-    monkeypatch.setattr(supervised, "load_batches", lambda *_, **__: (Planned(lambda rows: rows), [{"weight": 1.0 + row} for row in range(5)]))
+    monkeypatch.setattr(supervised, "load_batches", lambda *_, **__: (Planned(lambda rows: rows), [{"prompt": "p", "group": str(row // 2), "weight": 1.0 + row} for row in range(5)]))
     monkeypatch.setattr(preference, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4))
     config = DPOConfig(run="-", model="-")
     job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
@@ -171,6 +171,9 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     found = preference.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
     # Row 2 is a tie.
     assert found["value"] == pytest.approx((4 + 5 + 3 / 2) / 15) and found["n"] == 5
+    # The groups are of the same rows: (0, 1), (2, 3), (4).
+    expected = evaluate.proportion([0, 0, 0.5, 1, 1], [0, 0, 1, 1, 2], [1, 2, 3, 4, 5])
+    assert [found[name] for name in ("low", "high", "groups")] == [pytest.approx(expected.low), pytest.approx(expected.high), 3]
 
 
 def test_the_bound_of_best_of_n_by_hand():

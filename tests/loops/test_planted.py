@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 
-from perl_jax import evaluate, trees
+from perl_jax import evaluate, intervals, trees
 from perl_jax.data.tasks import get_task
 from perl_jax.data.tokenise import clip_prompt, clip_response
 from perl_jax.loops import policies, policy_gradient, preference, supervised
@@ -43,6 +43,38 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
     scores["test"] = [1.4, 1.7, 1.4, 6.0]
     results, _ = supervised.evaluate_reward(None, config, None, "labels")
     assert values(results)[:2] == (2.5 / 4, 0.5)
+
+
+def test_intervals_are_over_the_groups_of_rows(monkeypatch):
+    """Twelve turns of three dialogues, and twelve comparisons in three rankings: what each row alone would give is narrower."""
+    noise = np.random.default_rng(0)
+    groups, labels, scores = np.repeat(["a", "b", "c"], 4), np.tile([0.0, 1.0, 1.0, 0.0], 3), noise.normal(size=(2, 12))
+    turns = [{"prompt": f"p{i}", "group": str(group), "label": label} for i, (group, label) in enumerate(zip(groups, labels))]
+    ranked = [{"prompt": f"{group} ", "group": "", "probability": np.nan, "weight": 0.25} for group in groups]
+    config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
+
+    def evaluated(kind, rows, scores):
+        monkeypatch.setattr(supervised, "load_batches", lambda *_: (None, rows))
+        monkeypatch.setattr(supervised, "score_batches", lambda *_: scores)
+        return supervised.evaluate_reward(None, config, None, kind)[0]
+
+    found = evaluated("labels", turns, (scores[0],))
+    assert (found["n"], found["groups"]) == (12, 3)
+    assert found["auc"] == dataclasses.asdict(evaluate.auc_estimate(scores[0], labels, groups)) != dataclasses.asdict(evaluate.auc_estimate(scores[0], labels))
+    assert [found[name]["groups"] for name in ("balanced_accuracy", "accuracy")] == [3, 3]
+    expected = evaluate.reliability(evaluate.sigmoid(scores[0]), labels, groups=groups)
+    assert found["reliability"] == [dataclasses.asdict(row) for row in expected]
+    found = evaluated("comparisons", ranked, tuple(scores))
+    assert (found["n"], found["groups"], found["pairwise_accuracy"]["n"], found["pairwise_accuracy"]["groups"]) == (12, 3, 12, 3)
+    assert found["pairwise_accuracy"] == dataclasses.asdict(evaluate.pairwise_accuracy(*scores, np.ones(12), groups))
+    assert max(row["groups"] for row in found["reliability"]) <= 3
+
+    side = lambda scores: policies.Responses([""] * 12, [[1]] * 12, np.ones(12, bool), scores, {"proxy": scores}, scores, list(groups))
+    ours, theirs = map(side, scores)
+    assert policies.describe(ours)["proxy_reward"] == dataclasses.asdict(intervals.mean_ci(scores[0], groups))
+    against = policies.compare(ours, theirs, "gold")
+    assert against["gold_gain"] == dataclasses.asdict(intervals.paired_bootstrap(*scores, groups))
+    assert against["win_rate"] == dataclasses.asdict(evaluate.win_rate(*scores, groups=groups)) | {"judge": "gold"}
 
 
 def write_conflict(folder, swapped: dict[str, float]) -> None:

@@ -99,6 +99,16 @@ def test_prompts_that_two_splits_share_are_said_with_their_number(tmp_path, caps
     ]
 
 
+def test_groups_that_two_splits_share_are_said_too(tmp_path, capsys):
+    """Two turns of one dialogue have different prompts."""
+    row = lambda prompt, **group: {"prompt": prompt, **group}
+    data = folder_of(tmp_path, train=[row("a", group=7), row("b")], test=[row("c", group="7"), row("d", group="8"), row("e")])
+    check_splits(data, "prompts", ("train",))
+    assert capsys.readouterr().out.splitlines() == [
+        "jsonl: the splits train and test share 1 of the latter's 2 groups, such as '7'; neither is held out from the other there.",
+    ]
+
+
 def test_splits_apart_are_not_mentioned_and_one_that_nobody_needs_may_be_missing(tmp_path, capsys):
     assert check_splits(folder_of(tmp_path, train=answers("train")), "prompts", ("train",)) == ("train",)
     assert check_splits(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)) == ("train", "validation", "test")

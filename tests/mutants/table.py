@@ -281,7 +281,7 @@ DATA = (
         "data/jsonl.py",
         ("ranking-weighs-more", "each pair of a ranking weighs what its line does", ' / len(pairs)\n', "\n", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
         ("ranking-reversed", "a ranking's worse response is chosen", "for better, worse in pairs", "for worse, better in pairs", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
-        ("prompt-in-two-splits", "rows of one prompt go to different splits", "split_of(row[fields[0]]) == split", "split_of(str(row)) == split", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
+        ("prompt-in-two-splits", "rows of one prompt go to different splits", "split_of(named_group(row) or row[fields[0]]) == split", "split_of(str(row)) == split", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
     ),
     *_of(
         "data/dialogue.py",
@@ -309,10 +309,17 @@ EVALUATION = (
         ("bins-count-alike", "calibration's bins count alike, however many rows they have", "sum(row.n * abs(row.predicted - row.observed) for row in table) / total", "sum(abs(row.predicted - row.observed) for row in table) / len(table)", "test_evaluate.py"),
         ("bin-edges", "a probability at an edge is in the lower bin", 'np.searchsorted(edges, p_B, side="right") - 1', 'np.searchsorted(edges, p_B, side="left") - 1', "test_evaluate.py"),
         ("judge-of-positions-wins", "the second order's answer is not turned round", "(ab_B + (1 - ba_B)) / 2", "(ab_B + ba_B) / 2", "test_evaluate.py"),
-        ("deviation-of-n", "the mean's interval has the deviation over n", "x_B.std(ddof=1)", "x_B.std()", "test_evaluate.py"),
-        ("wilson-half-width", "Wilson's interval has z^2 / 4n", "z**2 / (4 * n**2)", "z**2 / (4 * n)", "test_evaluate.py"),
         ("last-ngram-lost", "a response's last n-gram is not counted", "range(len(tokens) - n + 1)", "range(len(tokens) - n)", "test_evaluate.py"),
         ("one-order-asked", "calibration sees each pair with the chosen response first only", "np.concatenate([p_B, 1 - p_B]), np.concatenate([np.ones_like(p_B), np.zeros_like(p_B)])", "p_B, np.ones_like(p_B)", "test_evaluate.py"),
+        ("ties-lose-in-samples", "the bootstrap's AUC counts tied scores as a loss", "(below_DS[above_U] + below_DS[upto_U]), axis=0) / 2", "below_DS[above_U], axis=0)", "test_evaluate.py::TestEstimates::test_samples_are_drawn_groups"),
+    ),
+    *_of(
+        "intervals.py",
+        ("deviation-of-n", "the mean's interval has the deviation over n", "math.sqrt(count / (count - 1) * float(np.sum(totals_G**2))) / n", "math.sqrt(float(np.sum(totals_G**2))) / n", "test_intervals.py::TestRowsOfTheirOwn::test_mean_ci_by_hand"),
+        ("wilson-half-width", "Wilson's interval has z^2 / 4n", "z**2 / (4 * n**2)", "z**2 / (4 * n)", "test_intervals.py::TestRowsOfTheirOwn::test_wilson_by_hand"),
+        ("rows-for-groups", "intervals take every row for independent", "    if groups is None:\n", "    if True:\n", "test_intervals.py::test_95_per_cent_of_intervals_over_groups_hold_the_truth"),
+        ("large-groups-count-alike", "degrees of freedom count groups of whatever size", "_worth(np.bincount(group_B, w_B)) + 1e-6", "int(group_B.max()) + 1", "test_intervals.py::TestGroups::test_a_few_large_groups_decide"),
+        ("few-groups-like-many", "the bootstrap's percentiles are those of many groups", "cdf(-t * math.sqrt((degrees + 1) / degrees))", "cdf(-normal_quantile(confidence))", "test_intervals.py::TestRowsOfTheirOwn::test_percentiles_by_hand"),
     ),
     *_of(
         "loops/policies.py",
@@ -320,10 +327,11 @@ EVALUATION = (
         ("batches-draw-alike", "all batches of an evaluation are sampled with one key", "jax.random.fold_in(key, index)", "key", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("rewards-of-other-prompts", "rewards stay in the order of batches, prompts do not", "merged[name][order].astype", "merged[name][: len(order)].astype", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("filler-evaluated", "filler rows are part of an evaluation", 'if merged["row"][i] >= 0]', "]", "loops/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
-        ("win-rate-ties", "a tie is a win of the policy", "evaluate.both_orders(a > b, b > a)", "evaluate.both_orders(a >= b, b > a)", "loops/test_measures.py::test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named"),
+        ("win-rate-ties", "a tie is a win of the policy", "evaluate.both_orders(a > b, b > a, policy.groups)", "evaluate.both_orders(a >= b, b > a, policy.groups)", "loops/test_measures.py::test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named"),
     ),
     *_of(
         "loops/supervised.py",
+        ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "evaluate.pairwise_accuracy(*scores, weights, groups)", "evaluate.pairwise_accuracy(*scores, weights)", "loops/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "loops/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
         ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "loops/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
@@ -334,7 +342,7 @@ EVALUATION = (
     *_of(
         "loops/preference.py",
         ("weights-of-other-pairs", "DPO's test pairs are weighed in another order than they come in", '"test")[order]', '"test")', "loops/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
-        ("dpo-accuracy-upside-down", "DPO's test accuracy counts rejected above chosen", "evaluate.pairwise_accuracy(chosen, rejected, weights)", "evaluate.pairwise_accuracy(rejected, chosen, weights)", "loops/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
+        ("dpo-accuracy-upside-down", "DPO's test accuracy counts rejected above chosen", "evaluate.pairwise_accuracy(chosen, rejected, weights, groups)", "evaluate.pairwise_accuracy(rejected, chosen, weights, groups)", "loops/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
     ),
     *_of(
         "loops/best_of.py",
