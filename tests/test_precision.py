@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,27 +17,18 @@ from perl_jax.models import kernels, stacks
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tokens
 from tests import small
+from tests.jaxprs import equations
 
 HIGHEST = jax.lax.Precision.HIGHEST
 TOKENS = small.make_tokens((("none", 5), ("left", 3)), 5)
 
 
-def products(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """Every dot_general of a program, those in loops, branches, rules and kernels included."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))):
-            if isinstance(inner, jax.extend.core.ClosedJaxpr):
-                inner = inner.jaxpr
-            if isinstance(inner, jax.extend.core.Jaxpr):
-                yield from products(inner)
-
-
 def precisions(function, *arguments) -> set[tuple[str, bool]]:
     """(dtype of the operands, whether the product's precision is the highest) of all products."""
     found = set()
-    for equation in products(jax.make_jaxpr(function)(*arguments).jaxpr):
+    for equation in equations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if equation.primitive.name != "dot_general":
+            continue
         stated = equation.params["precision"]
         assert stated in (None, (HIGHEST, HIGHEST))
         found.add((str(jnp.result_type(*(variable.aval for variable in equation.invars))), stated is not None))

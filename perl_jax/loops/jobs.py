@@ -31,7 +31,8 @@ class ModelOptions:
         remat: What the backward pass computes again (less memory, more time): none, dots (all but the
             products with weights) or full (whole layers).
         attention: Which path whole sequences take: auto is splash on TPUs, cudnn on GPUs where it can be,
-            and XLA's own operations elsewhere (plain; blocked is for one CPU device).
+            and XLA's own operations elsewhere: blocked (queries in blocks) on one CPU device and on
+            GPUs, plain on several CPU devices. A run prints the path and why it is taken.
         quantise: Keep the frozen base's matrices in 8 or 4 bits.
         mesh: Devices along each axis of the mesh.
         compile_cache: A folder that keeps compiled programs for later processes; None: what

@@ -178,18 +178,30 @@ def template_of(options: ModelOptions) -> tuple[str, str]:
 def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
     """The config as the mesh's devices run it best, or with the attention path that is asked for.
 
-    On a CPU shallow models have their layers inlined, and a single device, whose rows can be looped
-    over, attends in blocks; elsewhere `kernels.choose` says.
+    On a CPU shallow models have their layers inlined. `kernels.choose` says what attends.
     """
-    device = mesh.devices.flat[0]
-    if device.platform != "cpu":
-        best = kernels.choose(device.platform, config, getattr(device, "compute_capability", None))
-        return dataclasses.replace(config, attention=best if attention == "auto" else attention)
-    unroll = config.layers if config.layers <= _SHALLOW else 1
-    blocked = mesh.size == 1 and config.attention_cap is None
-    best = "blocked" if blocked else "plain"
+    path = _choice(config, mesh).path if attention == "auto" else attention
+    if platform_of(mesh) != "cpu":
+        return dataclasses.replace(config, attention=path)
     require(attention in ("auto", "plain", "blocked"), f"attention is {attention!r}; on a CPU it must be auto, plain or blocked.")
-    return dataclasses.replace(config, unroll=unroll, attention=best if attention == "auto" else attention)
+    return dataclasses.replace(config, unroll=config.layers if config.layers <= _SHALLOW else 1, attention=path)
+
+
+def _choice(config: ModelConfig, mesh: Mesh) -> kernels.Choice:
+    return kernels.choose(platform_of(mesh), config, getattr(mesh.devices.flat[0], "compute_capability", None), mesh.size)
+
+
+def attention_paths(lm: LanguageModel) -> dict[str, str]:
+    """How attention is computed, and why: `training` (whole sequences, in scoring too) and `sampling`."""
+    path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
+    whole = f"{path} ({why if path == best else '--attention asks for it'})"
+    return {"training": whole, "sampling": f"prompts {path}, then plain over the cache (one query a row, for which no kernel is needed)"}
+
+
+def say_attention(job: str, lm: LanguageModel) -> None:
+    """Prints the attention paths: one line, of the process that writes."""
+    if hosts.is_writer():
+        print(f"{job}: attention: " + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items()) + ".", flush=True)
 
 
 def data_options(config: DataConfig) -> DataOptions:

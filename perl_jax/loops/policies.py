@@ -21,7 +21,7 @@ from perl_jax.data.tasks import Task, get_task
 from perl_jax.lora import Adapter
 from perl_jax.loops import scoring, stands
 from perl_jax.loops.jobs import EvaluateConfig, RolloutConfig
-from perl_jax.loops.model import Model, check_context, host, load_model
+from perl_jax.loops.model import Model, check_context, host, load_model, say_attention
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.supervised import load_batches
 from perl_jax.metrics import environment
@@ -224,6 +224,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
             task=task,
             seed=config.seed,
         )
+        say_attention("evaluate", model.lm)
         ours, prompts = respond(job, policy, baseline)
         theirs, _ = respond(job, baseline, baseline)
     judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"

@@ -24,7 +24,7 @@ from perl_jax.loops import scoring
 from perl_jax.loops.experience import Judged, assemble, experience_of, one_pass
 from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.layouts import rollout_layout, updates_rows
-from perl_jax.loops.model import Model, check_context, host, load_model, starting_role
+from perl_jax.loops.model import Model, check_context, host, load_model, say_attention, starting_role
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
@@ -334,6 +334,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
         measure = None if held_out is None else functools.partial(validate, *held_out)
         best = SELECTED_BY if held_out is not None and config.select == "best" else None
         loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY))
+        say_attention("rl", model.lm)
         state, timings = run_lib.train(folder, config, state, loop)
     measured = kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
     for name, adapter in state.roles.items():

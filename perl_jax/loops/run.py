@@ -21,7 +21,7 @@ from perl_jax.hosts import Termination
 from perl_jax.lora import trainable
 from perl_jax.loops import stands
 from perl_jax.loops.jobs import JobConfig
-from perl_jax.loops.model import Model
+from perl_jax.loops.model import Model, attention_paths
 from perl_jax.loops.profile import Profile
 from perl_jax.metrics import MetricsWriter, NoMetrics, Progress, SamplesWriter, environment
 from perl_jax.programs import Program
@@ -134,7 +134,7 @@ def peak_compiled(model: Model, state: TrainState, programs: Mapping[str, Progra
 
 
 def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: Mapping[str, Program], timings: Timings) -> None:
-    """`cost.json`: sizes, seconds a step, memory; what the report compares tunings by.
+    """`cost.json`: sizes, seconds a step, memory, attention paths; what the report compares tunings by.
 
     peak_bytes_measured: of the process (`peak_measured`) where it is largest; those of each are beside
     it. Seconds are of the process that writes.
@@ -158,6 +158,7 @@ def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: 
         "peak_bytes_measured": max(measured),
         "peak_bytes_measured_by_process": measured,
         "compilations": sum(program.compilations for program in programs.values()),
+        "attention": attention_paths(model.lm),
     }
     write_results(folder, {"cost.json": cost})
 

@@ -18,7 +18,7 @@ from perl_jax.data.tasks import get_task
 from perl_jax.lora import Adapter, init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import DataConfig, JobConfig, RewardConfig, SFTConfig
-from perl_jax.loops.model import Model, check_context, data_options, fresh_role, host, load_model
+from perl_jax.loops.model import Model, check_context, data_options, fresh_role, host, load_model, say_attention
 from perl_jax.loops.run import Loop, Timings
 from perl_jax.loops.splits import check_splits
 from perl_jax.models.language_model import LanguageModel
@@ -139,6 +139,7 @@ def fit(
     loss = lambda state: held_out_loss(model, job, measure, state, held_out)
     validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
     loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown)
+    say_attention(job.job, model.lm)
     state, timings = run_lib.train(folder, config, state, loop)
     return state, timings, program
 

@@ -1,8 +1,8 @@
 """Rotary positions, masks and grouped-query attention, in plain XLA operations.
 
-`attend` is one formula for every platform. `attend_blocked` is the same numbers for a CPU, whose
-XLA backend streams the [B, H, T, S] weights through memory several times: in pieces that stay in
-the cache it is 2 to 4 times as fast.
+`attend` is one formula for every platform. `attend_blocked` is the same numbers, queries in blocks: the
+[B, H, T, T] weights never exist whole. On a CPU, whose XLA backend streams them through memory several
+times, pieces that stay in the cache are 2 to 4 times as fast; on a GPU it stands in where no kernel does.
 """
 
 from __future__ import annotations
@@ -105,16 +105,19 @@ def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: 
 QUERY_BLOCK = 128
 # Bytes of attention weights that are worked on at a time: within the caches.
 CACHED_BYTES = 2**22
+# The same on an accelerator, which needs many rows at a time to be busy; and the most blocks, each of which is compiled.
+WIDE_BYTES, WIDE_BLOCKS = 2**28, 32
 
 
 def attend_blocked(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: None = None, *,
-    read_BT: Array | None = None, packing: Packing | None = None,
+    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: float | None = None, *,
+    read_BT: Array | None = None, packing: Packing | None = None, wide: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """`attend` of a causal mask, row by row, queries in blocks that skip later keys; no cap.
+    """`attend` of a causal mask, row by row, queries in blocks that skip later keys.
 
     read_BT: queries whose output is read; blocks without any are left out, and their outputs are 0.
-    None: those that see themselves. packing: queries, keys, values and outputs are packed tokens
+    None: those that see themselves. wide: as an accelerator has it, so many rows together as have WIDE_BYTES
+    of weights, no block left out. packing: queries, keys, values and outputs are packed tokens
     [W, U, heads, K] of the sequences that the masks are about.
 
     The backward pass recomputes the weights from the inputs and each query's largest logit and sum
@@ -123,36 +126,36 @@ def attend_blocked(
     """
     chex.assert_equal_shape([k_BTNK, v_BTNK])
     chex.assert_shape(mask_BTS, (mask_BTS.shape[0], mask_BTS.shape[2], mask_BTS.shape[2]))
-    if cap is not None:
-        raise ValueError("attention in blocks has no cap")
     read_BT = jnp.diagonal(mask_BTS, axis1=1, axis2=2) if read_BT is None else read_BT
     q_BTHK = (q_BTHK * (q_BTHK.shape[-1] ** -0.5 if scale is None else scale)).astype(q_BTHK.dtype)
-    return _blocked(q_BTHK, k_BTNK, v_BTNK, mask_BTS, read_BT, packing)
+    return _blocked(cap, wide, q_BTHK, k_BTNK, v_BTNK, mask_BTS, read_BT, packing)
 
 
-@jax.custom_vjp
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, read_BT: jax.Array, packing: Packing | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(
+    cap: float | None, wide: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, read_BT: jax.Array, packing: Packing | None
+) -> jax.Array:
     """`attend_blocked` of scaled queries."""
-    return _blocked_forward(q, k, v, mask_BTS, read_BT, packing)[0]
+    return _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing)[0]
 
 
-def _blocked_forward(q, k, v, mask_BTS, read_BT, packing):
+def _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing):
     spread = packing.spread if packing is not None else lambda x_BT: x_BT
     heads, kv_heads = q.shape[2], k.shape[2]
     inputs = (_by_heads(spread(x), kv_heads) for x in (q, k, v))
-    out_BNGTK, *sums = _by_rows(_row, (*inputs, mask_BTS, read_BT), heads)
+    out_BNGTK, *sums = _by_rows(_row, (*inputs, mask_BTS, read_BT), heads, cap, wide)
     out = _by_tokens(out_BNGTK)
     out = out if packing is None else packing.packed(out)
     return out, (q, k, v, out, *sums, mask_BTS, read_BT, packing)
 
 
-def _blocked_backward(kept, cotangent):
+def _blocked_backward(cap, wide, kept, cotangent):
     q, k, v, out, *sums, mask_BTS, read_BT, packing = kept
     spread = packing.spread if packing is not None else lambda x_BT: x_BT
     heads, kv_heads = q.shape[2], k.shape[2]
     d_out = cotangent if packing is None else packing.packed_gradient(cotangent)
     inputs = (_by_heads(x, kv_heads) for x in (spread(q), spread(k), spread(v), spread(out), d_out))
-    gradients = map(_by_tokens, _by_rows(_row_gradients, (*inputs, *sums, mask_BTS, read_BT), heads))
+    gradients = map(_by_tokens, _by_rows(_row_gradients, (*inputs, *sums, mask_BTS, read_BT), heads, cap, wide))
     gradients = gradients if packing is None else map(packing.spread_gradient, gradients)
     return *gradients, None, None, None
 
@@ -171,29 +174,36 @@ def _by_tokens(x_BNGTK: Array) -> jax.Array:
     return x_BTNGK.reshape(*x_BTNGK.shape[:2], -1, x_BTNGK.shape[-1])
 
 
-def _by_rows(of_row: Callable, rows: tuple[jax.Array, ...], heads: int) -> tuple[jax.Array, ...]:
-    """One row after the other; those of a single block together, as many as stay in the caches."""
+def _by_rows(of_row: Callable, rows: tuple[jax.Array, ...], heads: int, cap: float | None, wide: bool) -> tuple[jax.Array, ...]:
+    """One row after the other; those of a single block together, as many as stay in the caches. wide: as many as have WIDE_BYTES."""
     batch, length = rows[-1].shape
-    together = max(1, min(batch, CACHED_BYTES // (heads * length * length * 4)))
-    return jax.lax.map(of_row, rows, batch_size=None if length > QUERY_BLOCK else together)
+    held = WIDE_BYTES if wide else CACHED_BYTES
+    together = max(1, min(batch, held // (heads * min(_block(length, wide), length) * length * 4)))
+    of_row = functools.partial(of_row, cap=cap, wide=wide)
+    return jax.lax.map(of_row, rows, batch_size=together if wide or length <= QUERY_BLOCK else None)
 
 
-def _blocks(read_T: jax.Array) -> Iterator[tuple[int, int, Callable]]:
+def _block(length: int, wide: bool) -> int:
+    """Queries of a block."""
+    return QUERY_BLOCK * (-(-length // (QUERY_BLOCK * WIDE_BLOCKS)) if wide else 1)
+
+
+def _blocks(read_T: jax.Array, wide: bool) -> Iterator[tuple[int, int, Callable]]:
     """(start, stop, either) of a row's blocks of queries: either(do, otherwise, *arguments) does where any is read."""
-    length = read_T.shape[0]
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        # Rows of one block are worked on together: nothing to leave out.
-        alone = length > QUERY_BLOCK
+    length, block = read_T.shape[0], _block(read_T.shape[0], wide)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        # Of rows that are worked on together nothing is left out.
+        alone = length > QUERY_BLOCK and not wide
         yield start, stop, functools.partial(jax.lax.cond, jnp.any(read_T[start:stop])) if alone else lambda do, _, *arguments: do(*arguments)
 
 
-def _row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _row(row: tuple[jax.Array, ...], cap: float | None, wide: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """softmax(q k^T) v of one row: the output [N, G, T, K], each query's largest logit and sum [N, G, T, 1]."""
     q_NGTK, k_N1TK, v_N1TK, mask_TT, read_T = row
 
     def attended(q_NGXK, k_N1SK, v_N1SK, mask_XS):
-        logits_NYS = _masked_logits(q_NGXK, k_N1SK, mask_XS)
+        logits_NYS = _masked(capped(_logits(q_NGXK, k_N1SK), cap), mask_XS)
         largest_NY1 = jnp.max(logits_NYS, axis=-1, keepdims=True)
         weights_NYS = jnp.exp(logits_NYS - largest_NY1)
         sum_NY1 = jnp.sum(weights_NYS, axis=-1, keepdims=True)
@@ -206,25 +216,27 @@ def _row(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     blocks = [
         either(attended, skipped, q_NGTK[:, :, start:stop], k_N1TK[:, :, :stop], v_N1TK[:, :, :stop], mask_TT[start:stop, :stop])
-        for start, stop, either in _blocks(read_T)
+        for start, stop, either in _blocks(read_T, wide)
     ]
     return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks))
 
 
-def _row_gradients(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do, summed in float32."""
+def _row_gradients(row: tuple[jax.Array, ...], cap: float | None, wide: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do, summed in float32. Of capped logits d is times 1 - (logit / cap)^2."""
     q_NGTK, k_N1TK, v_N1TK, out_NGTK, d_out_NGTK, largest_NGT1, sum_NGT1, mask_TT, read_T = row
     shared_NGT1 = jnp.sum(d_out_NGTK.astype(jnp.float32) * out_NGTK, axis=-1, keepdims=True)
     dk_NTK, dv_NTK = jnp.zeros(k_N1TK[:, 0].shape, jnp.float32), jnp.zeros(v_N1TK[:, 0].shape, jnp.float32)
     dq = []
-    for start, stop, either in _blocks(read_T):
+    for start, stop, either in _blocks(read_T, wide):
 
         def attended(dk_NTK, dv_NTK, start=start, stop=stop):
             mine = lambda x_NGTK: x_NGTK[:, :, start:stop].reshape(x_NGTK.shape[0], -1, x_NGTK.shape[-1])
             k_N1SK, v_NSK, d_out_NYK = k_N1TK[:, :, :stop], v_N1TK[:, 0, :stop], mine(d_out_NGTK)
-            logits_NYS = _masked_logits(q_NGTK[:, :, start:stop], k_N1SK, mask_TT[start:stop, :stop])
+            seen_NYS = capped(_logits(q_NGTK[:, :, start:stop], k_N1SK), cap)
+            logits_NYS = _masked(seen_NYS, mask_TT[start:stop, :stop])
             p_NYS = jnp.exp(logits_NYS - mine(largest_NGT1)) / mine(sum_NGT1)
-            d_NYS = (p_NYS * (_product("nyk,nsk->nys", d_out_NYK, v_NSK) - mine(shared_NGT1))).astype(q_NGTK.dtype)
+            d_NYS = p_NYS * (_product("nyk,nsk->nys", d_out_NYK, v_NSK) - mine(shared_NGT1))
+            d_NYS = (d_NYS if cap is None else d_NYS * (1 - jnp.square(seen_NYS / cap))).astype(q_NGTK.dtype)
             dk_NTK = dk_NTK.at[:, :stop].add(_product("nys,nyk->nsk", d_NYS, mine(q_NGTK)))
             dv_NTK = dv_NTK.at[:, :stop].add(_product("nys,nyk->nsk", p_NYS.astype(v_NSK.dtype), d_out_NYK))
             dq_NYK = _product("nys,nsk->nyk", d_NYS, k_N1SK[:, 0]).astype(q_NGTK.dtype)
@@ -241,12 +253,11 @@ def _row_gradients(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, ja
 _product = functools.partial(precision.einsum, dtype=jnp.float32)
 
 
-def _masked_logits(q_NGXK: jax.Array, k_N1SK: jax.Array, mask_XS: jax.Array) -> jax.Array:
-    """[N, G X, S]."""
-    kv_heads, groups, queries, head_dim = q_NGXK.shape
-    logits_NYS = _product("nyk,nsk->nys", q_NGXK.reshape(kv_heads, -1, head_dim), k_N1SK[:, 0])
-    masked_NGXS = jnp.where(mask_XS[None, None], logits_NYS.reshape(kv_heads, groups, queries, -1), MASKED)
+def _logits(q_NGXK: jax.Array, k_N1SK: jax.Array) -> jax.Array:
+    """q k^T, [N, G X, S]."""
+    return _product("nyk,nsk->nys", q_NGXK.reshape(q_NGXK.shape[0], -1, q_NGXK.shape[-1]), k_N1SK[:, 0])
+
+
+def _masked(logits_NYS: jax.Array, mask_XS: jax.Array) -> jax.Array:
+    masked_NGXS = jnp.where(mask_XS[None, None], logits_NYS.reshape(logits_NYS.shape[0], -1, *mask_XS.shape), MASKED)
     return masked_NGXS.reshape(logits_NYS.shape)
-
-
-ATTENTION = {"plain": attend, "blocked": attend_blocked}

@@ -60,7 +60,7 @@ class ModelConfig:
       compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled. Decoding has
       a way of its own (`sampling.SamplingConfig.inlined`).
     attention: over whole sequences. plain: XLA's own operations, on any platform; blocked: the same
-      in cache-sized pieces, for one CPU device; splash, cudnn: kernels of TPUs and GPUs.
+      by blocks of queries, so that the [B, H, T, T] weights never exist whole; splash, cudnn: kernels of TPUs and GPUs.
     """
 
     vocab_size: int
@@ -115,8 +115,8 @@ class ModelConfig:
         config_lib.one_of("model.dtype", self.dtype, config_lib.DTYPES)
         config_lib.one_of("model.attention", self.attention, ATTENTION)
         config_lib.one_of("model.param_dtype", self.param_dtype, config_lib.DTYPES)
-        cappable = self.attention in ("plain", "splash") or self.attention_cap is None
-        config_lib.require(cappable, f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain' or 'splash'.")
+        cappable = self.attention != "cudnn" or self.attention_cap is None
+        config_lib.require(cappable, f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain', 'blocked' or 'splash'.")
 
     @property
     def attention_scale(self) -> float:

@@ -1,6 +1,6 @@
-"""Attention over whole sequences by the platforms' own kernels: splash on TPUs, cuDNN's on GPUs.
+"""Which attention whole sequences take, and the platforms' own kernels: splash on TPUs, cuDNN's on GPUs.
 
-Both equal `attention.attend` under a causal mask, a window and padding, at every real token. What a
+Both kernels equal `attention.attend` under a causal mask, a window and padding, at every real token. What a
 padded token gets is finite and otherwise unlike: nothing that reads it may count.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import Mesh, PartitionSpec
 
+from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.sharding import BATCH_AXES
 from perl_jax.types import Array
@@ -32,24 +33,38 @@ LANES, LARGEST_BLOCK = 128, 512
 FUSED_BLOCKS = 4
 
 
-def choose(platform: str, config: ModelConfig, capability: str | None = None) -> Literal["plain", "splash", "cudnn"]:
-    """What whole sequences are attended to with, unless the user says otherwise.
+class Choice(NamedTuple):
+    """An attention path, and why it is taken: a clause without a full stop."""
+
+    path: Literal["plain", "blocked", "splash", "cudnn"]
+    why: str
+
+
+def choose(platform: str, config: ModelConfig, capability: str | None = None, devices: int = 1) -> Choice:
+    """Returns what whole sequences are attended to with, unless the user says otherwise, and why.
 
     TPUs: splash, whatever the model. GPUs: cudnn for bfloat16 activations, no cap, and a head_dim
     that is a multiple of 8 and at most 128, or 256 on compute capability 9.x (later ones have no
-    backward pass beyond 128). All else: plain.
+    backward pass beyond 128); blocked otherwise. CPUs: blocked on a single one, plain on several.
 
     capability: the device's `compute_capability`; None counts as 8.0, the first that cuDNN takes.
     """
     if platform == "tpu":
-        return "splash"
+        return Choice("splash", "JAX's kernel for TPUs takes every model")
+    if platform == "cpu":
+        return Choice("blocked", "on one CPU device pieces stay in its caches") if devices == 1 else Choice("plain", "rows are split over several CPU devices")
     major = "8" if capability is None else capability.partition(".")[0]
     # Other makers' GPUs have names there, not numbers.
     if platform not in ("gpu", "cuda") or not major.isdigit() or int(major) < 8:
-        return "plain"
+        return Choice("blocked", f"cuDNN's kernel needs compute capability 8.0 or more, and this device has {capability or platform}")
     largest = 256 if int(major) == 9 else 128
-    fits = config.dtype == "bfloat16" and config.attention_cap is None and config.head_dim % 8 == 0 and config.head_dim <= largest
-    return "cudnn" if fits else "plain"
+    if config.dtype != "bfloat16":
+        return Choice("blocked", f"cuDNN's kernel needs bfloat16, and activations are {config.dtype}")
+    if config.attention_cap is not None:
+        return Choice("blocked", f"cuDNN's kernel has no cap on logits, and the model caps them at {config.attention_cap:g}")
+    if config.head_dim % 8 or config.head_dim > largest:
+        return Choice("blocked", f"cuDNN's kernel needs a head size that is a multiple of 8 and at most {largest}, and it is {config.head_dim}")
+    return Choice("cudnn", f"activations are bfloat16, logits are not capped, and cuDNN's kernel has the head size {config.head_dim}")
 
 
 def narrower(window: int | None, length: int) -> int | None:
@@ -119,22 +134,36 @@ def cudnn(
     return _by_shard(attend, mesh, q_BTHK, k_BTNK, v_BTNK, valid_BT)
 
 
-def _by_shard(attend: Callable[..., jax.Array], mesh: Mesh | None, q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, valid_BT: Array) -> jax.Array:
-    """Each device's share of rows and heads; what the mesh does not divide is done by all of it."""
+def blocked(
+    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, read_BT: Array, *, scale: float, cap: float | None, mesh: Mesh, wide: bool
+) -> jax.Array:
+    """out_BTHK by `attention.attend_blocked`, each device on its rows and heads: looped over otherwise, rows would come to every device."""
+
+    def attend(q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS):
+        return attention.attend_blocked(q_BTHK, k_BTNK, v_BTNK, mask_BTS, scale, cap, read_BT=read_BT, wide=wide)
+
+    return _by_shard(attend, mesh, q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS)
+
+
+def _by_shard(
+    attend: Callable[..., jax.Array], mesh: Mesh | None, q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, valid_BT: Array, *of_rows: Array
+) -> jax.Array:
+    """Each device's share of rows and heads; what the mesh does not divide is done by all of it. of_rows: more arrays [B, ...] for attend."""
     batch, length, heads, _ = q_BTHK.shape
     kv_heads = k_BTNK.shape[2]
     chex.assert_equal_shape([k_BTNK, v_BTNK])
     chex.assert_shape(valid_BT, (batch, length))
     chex.assert_is_divisible(heads, kv_heads)
     if mesh is None:
-        return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT)
+        return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT, *of_rows)
     rows = BATCH_AXES if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     # Heads are in groups: where key/value heads divide, so do query heads, and groups stay whole.
     tensor = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, tensor, None)
     # Kernels do not say over which axes their outputs vary, so that cannot be checked.
-    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, PartitionSpec(rows, None)), out_specs=spec, check_vma=False)
-    return sharded(q_BTHK, k_BTNK, v_BTNK, valid_BT)
+    by_row = PartitionSpec(rows)
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, by_row, *[by_row] * len(of_rows)), out_specs=spec, check_vma=False)
+    return sharded(q_BTHK, k_BTNK, v_BTNK, valid_BT, *of_rows)
 
 
 def blocks_of(length: int) -> tuple[int, int]:

@@ -347,15 +347,20 @@ class LanguageModel:
 
     def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array, packing: Packing | None) -> Attend:
         """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count."""
-        if packing is not None and self.config.attention != "blocked":
+        whole = self.mesh is None or self.mesh.size == 1
+        if packing is not None and not (whole and self.config.attention == "blocked"):
             return packing.attending(self._attend(kinds, kind, valid_BT, read_BT, None))
         config = self.config
         settings = {"scale": config.attention_scale, "cap": config.attention_cap}
         if config.attention not in KERNELS:
             positions_BT = attention.positions(valid_BT)
             mask_BTS = kinds.mask(kind, attention.causal_mask(valid_BT), positions_BT, positions_BT)
-            settings |= {"read_BT": read_BT, "packing": packing} if config.attention == "blocked" else {}
-            return functools.partial(attention.ATTENTION[config.attention], mask_BTS=mask_BTS, **settings)
+            if config.attention == "plain":
+                return functools.partial(attention.attend, mask_BTS=mask_BTS, **settings)
+            settings |= {"read_BT": read_BT, "wide": platform_of(self.mesh) != "cpu"}
+            if whole:
+                return functools.partial(attention.attend_blocked, mask_BTS=mask_BTS, packing=packing, **settings)
+            return functools.partial(kernels.blocked, mask_BTS=mask_BTS, mesh=self.mesh, **settings)
         over = functools.partial(KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings)
         window = kernels.narrower(config.window if config.windowed else None, valid_BT.shape[1])
         if window is None or kinds.by_layer is None:

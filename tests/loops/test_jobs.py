@@ -185,6 +185,8 @@ def test_cost_counts_what_is_trained(jobs, model):
         assert cost["checkpoint_bytes"] > 0 and cost["peak_bytes_measured"] > 0
         assert cost["peak_bytes_compiled"] == max(cost["peak_bytes_by_program"].values()) > cost["base_bytes"] + cost["state_bytes"]
         assert cost["seconds_per_step"] > 0
+        assert cost["attention"]["training"] == "blocked (on one CPU device pieces stay in its caches)"
+        assert cost["attention"]["sampling"].startswith("prompts blocked, then plain over the cache")
     assert set(cost["phases"]) == {"sample", "score", "learn"}
     assert set(cost["peak_bytes_by_program"]) == {"sample", "reward", "logprobs", "assemble", "learn"}
     # One padded length: one compilation of each.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.models import attention
+from perl_jax import sharding
+from perl_jax.lora import Adapter
+from perl_jax.models import attention, kernels, language_model
 from perl_jax.models.config import Rope
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.packing import pack
+from perl_jax.types import Layout, Tokens
+from tests import small
+from tests.jaxprs import equations
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 6, 2, 4
 
@@ -144,3 +153,92 @@ def test_attention_in_blocks_keeps_bfloat16(qkv):
     np.testing.assert_allclose(
         attention.attend_blocked(q, k, v, mask_BTS).astype(np.float32), attention.attend(*qkv, mask_BTS), atol=0.03
     )
+
+
+def reference(q, k, v, valid_BT, window, scale, cap, cotangent):
+    """Causal attention of one layer in float64 with whole weights: the output, and by the chain rule its gradients in q, k, v."""
+    q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    groups = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+    position_BT = np.cumsum(valid_BT, axis=1)
+    seen_BTS = np.tril(np.ones((q.shape[1],) * 2, bool)) & valid_BT[:, None, :]
+    if window is not None:
+        seen_BTS &= position_BT[:, :, None] - position_BT[:, None, :] < window
+    raw = scale * np.einsum("bthk,bshk->bhts", q, k)
+    logits = raw if cap is None else cap * np.tanh(raw / cap)
+    weights = np.where(seen_BTS[:, None], np.exp(logits), 0.0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    out = np.einsum("bhts,bshk->bthk", weights, v)
+    d_weights = np.einsum("bthk,bshk->bhts", cotangent, v)
+    d_logits = weights * (d_weights - np.sum(weights * d_weights, -1, keepdims=True))
+    d_raw = scale * d_logits * (1 if cap is None else 1 - np.tanh(raw / cap) ** 2)
+    in_groups = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
+    dq = np.einsum("bhts,bshk->bthk", d_raw, k)
+    dk, dv = np.einsum("bhts,bthk->bshk", d_raw, q), np.einsum("bhts,bthk->bshk", weights, cotangent)
+    return out, dq, in_groups(dk), in_groups(dv)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("window", "cap"), [(None, 2.0), (3, None), (4, 1.5)])
+def test_attention_in_blocks_equals_the_formula_with_caps_and_windows(monkeypatch, wide, window, cap):
+    # Blocks of 2 queries over 7 columns; wide: two rows at a time of three, at most three blocks, of 4 queries.
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    monkeypatch.setattr(attention, "WIDE_BLOCKS", 3)
+    monkeypatch.setattr(attention, "WIDE_BYTES", 2 * HEADS * 4 * 7 * 4)
+    noise = np.random.default_rng(5)
+    draw = lambda heads: 2 * noise.standard_normal((3, 7, heads, HEAD_DIM)).astype(np.float32)
+    q, k, v, cotangent = draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS)
+    valid_BT = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]], bool)
+    cotangent = cotangent * valid_BT[:, :, None, None]
+    mask_BTS, positions_BT = attention.causal_mask(valid_BT), attention.positions(valid_BT)
+    if window is not None:
+        mask_BTS = mask_BTS & attention.within(window, positions_BT, positions_BT)
+    attend = lambda q, k, v: attention.attend_blocked(q, k, v, mask_BTS, 0.7, cap, wide=wide)
+    out, gradients = jax.jit(lambda qkv, d: (lambda out, backward: (out, backward(d)))(*jax.vjp(attend, *qkv)))((q, k, v), cotangent)
+    for got, want in zip((out, *gradients), reference(q, k, v, valid_BT, window, 0.7, cap, cotangent), strict=True):
+        np.testing.assert_allclose(np.where(valid_BT[:, :, None, None], got, want), want, atol=1e-5)
+
+
+def squares(function, *arguments, length: int) -> list[str]:
+    """Floating-point intermediates [..., T, T] of a program."""
+    found = []
+    for equation in equations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if shape[-2:] == (length, length) and jnp.issubdtype(variable.aval.dtype, jnp.floating):
+                found.append(str(variable.aval))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packed", "mesh"),
+    [
+        ("float32", True, None),
+        pytest.param("bfloat16", False, None, marks=pytest.mark.slow),
+        pytest.param("float32", False, {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param("bfloat16", True, {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_where_no_kernel_of_a_gpu_fits_no_weights_exist_whole(monkeypatch, dtype, packed, mesh):
+    """A model with a cap and windows, forward and backward, at 2,048 tokens: what a GPU would run, traced and not run."""
+    length, parts = 2048, 1 if mesh is None else 2
+    config = dataclasses.replace(small.CONFIG, max_positions=length, dtype=dtype, attention_cap=50.0, window=300, windowed=(0, 2))
+    monkeypatch.setattr(language_model, "platform_of", lambda mesh: "gpu")
+    chosen = kernels.choose("gpu", config, "9.0").path
+    assert chosen == "blocked"
+
+    def found(path: str) -> list[str]:
+        lm = LanguageModel(dataclasses.replace(config, attention=path), None if mesh is None else sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:4]))
+        ids, flags = (jax.ShapeDtypeStruct((4, length), dtype) for dtype in (jnp.int32, jnp.bool_))
+        layout = Layout(slots=4 * length // parts, parts=parts) if packed else None
+
+        def loss(weights, base, tokens_BT, valid_BT, response_BT):
+            packing = pack(Tokens(tokens_BT, valid_BT, response_BT, layout))
+            hidden = lm.hidden(base, Adapter(lora=weights, config=small.LORA), tokens_BT, valid_BT, packing=packing)
+            return jnp.sum(hidden.astype(jnp.float32))
+
+        return squares(jax.value_and_grad(loss), lm.abstract_lora(small.LORA), lm.abstract_base(), ids, flags, flags, length=length)
+
+    assert not found(chosen)
+    # Of the plain path the weights are found, so that the search can find them.
+    assert found("plain")

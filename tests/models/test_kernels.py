@@ -212,13 +212,25 @@ def test_in_a_scan_a_flag_chooses_the_window(attend, remat):
 def test_the_platform_chooses():
     config = functools.partial(ModelConfig, vocab_size=8, width=8, ffn_width=8, layers=1, heads=2, kv_heads=1, dtype="bfloat16")
     usual = config(head_dim=128)
-    assert kernels.choose("tpu", config(head_dim=20, dtype="float32", attention_cap=50.0)) == "splash"
-    assert kernels.choose("cpu", usual) == "plain"
-    found = {capability: kernels.choose("gpu", usual, capability) for capability in (None, "7.5", "8.0", "9.0", "12.1", "gfx942")}
-    assert found == {None: "cudnn", "7.5": "plain", "8.0": "cudnn", "9.0": "cudnn", "12.1": "cudnn", "gfx942": "plain"}
-    assert [kernels.choose("cuda", config(head_dim=256), capability) for capability in ("8.9", "9.0", "10.0")] == ["plain", "cudnn", "plain"]
-    for unfit in (config(head_dim=20), config(head_dim=264), config(head_dim=64, attention_cap=50.0), config(head_dim=64, dtype="float32")):
-        assert kernels.choose("gpu", unfit, "9.0") == "plain"
+    assert kernels.choose("tpu", config(head_dim=20, dtype="float32", attention_cap=50.0)).path == "splash"
+    assert [kernels.choose("cpu", config(head_dim=20, attention_cap=50.0), devices=devices).path for devices in (1, 8)] == ["blocked", "plain"]
+    found = {capability: kernels.choose("gpu", usual, capability).path for capability in (None, "7.5", "8.0", "9.0", "12.1", "gfx942")}
+    assert found == {None: "cudnn", "7.5": "blocked", "8.0": "cudnn", "9.0": "cudnn", "12.1": "cudnn", "gfx942": "blocked"}
+    assert [kernels.choose("cuda", config(head_dim=256), capability).path for capability in ("8.9", "9.0", "10.0")] == ["blocked", "cudnn", "blocked"]
+
+
+def test_why_a_gpus_kernel_is_not_taken_is_said():
+    config = functools.partial(ModelConfig, vocab_size=8, width=8, ffn_width=8, layers=1, heads=2, kv_heads=1)
+    unfit = {
+        "head size that is a multiple of 8 and at most 256, and it is 20": {"head_dim": 20},
+        "at most 256, and it is 264": {"head_dim": 264},
+        "no cap on logits, and the model caps them at 50": {"head_dim": 64, "attention_cap": 50.0},
+        "needs bfloat16, and activations are float32": {"head_dim": 64, "dtype": "float32"},
+    }
+    for words, fields in unfit.items():
+        path, why = kernels.choose("gpu", config(**{"dtype": "bfloat16", **fields}), "9.0")
+        assert path == "blocked" and words in why
+    assert "compute capability 8.0 or more, and this device has 7.5" in kernels.choose("gpu", config(head_dim=64), "7.5").why
 
 
 def abstract(mesh, batch, length, heads, kv_heads, head_dim, dtype=jnp.bfloat16):
