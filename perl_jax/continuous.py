@@ -27,7 +27,7 @@ from perl_jax import hosts, sharding
 from perl_jax import lora as lora_lib
 from perl_jax.lora import Adapter
 from perl_jax.models import fused, stacks
-from perl_jax.models.cache import KVCache
+from perl_jax.models.cache import KVCache, Part
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
 from perl_jax.platforms import decoding_options
@@ -206,14 +206,18 @@ def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[
     """The state with `layers` of every array [L, slots, ...] and `rows` of every other [slots, ...]."""
     cache = state.cache
     layers = rows if cache.row_axis == 0 else layers
+
+    def changed(part: Part) -> Part:
+        return part.replace(
+            **{name: jax.tree.map(layers, leaves) for name, leaves in zip(("prompt_k", "prompt_v", "own_k", "own_v"), part.by_layer)},
+            prompt_visible_PS=rows(part.prompt_visible_PS),
+            prompt_position_PS=rows(part.prompt_position_PS),
+            own_visible_BC=rows(part.own_visible_BC),
+            own_position_BC=rows(part.own_position_BC),
+        )
+
     return Slots(
-        cache=cache.replace(
-            **{name: jax.tree.map(layers, part) for name, part in zip(("prompt_k", "prompt_v", "own_k", "own_v"), cache.by_layer)},
-            prompt_visible_PS=rows(cache.prompt_visible_PS),
-            own_visible_BC=rows(cache.own_visible_BC),
-            own_position_BC=rows(cache.own_position_BC),
-            position_B=rows(cache.position_B),
-        ),
+        cache=cache.replace(parts=tuple(map(changed, cache.parts)), position_B=rows(cache.position_B)),
         token_B=rows(state.token_B),
         row_B=rows(state.row_B),
         length_B=rows(state.length_B),
@@ -226,7 +230,7 @@ def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[
 def _placed(lm: LanguageModel, state: Slots) -> Slots:
     """The state where it lives: rows over the mesh's rows, keys and values beside the heads that read them."""
     placed = _changed(state, Placement(lm.mesh, lm.split_heads).cache, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
-    return placed.replace(cache=placed.cache.replace(column=sharding.constrain(state.cache.column, lm.mesh)))
+    return placed.replace(cache=placed.cache.replace(step=sharding.constrain(state.cache.step, lm.mesh)))
 
 
 def _admit(
@@ -242,14 +246,21 @@ def _admit(
     rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
     axis = state.cache.row_axis
     own = (slice(None),) * axis + (slot_X,)
-    parts = lambda whole, new: jax.tree.map(lambda x, y: x.at[own].set(wide(y, axis), mode="drop"), whole, new)
+    stacks = lambda whole, new: jax.tree.map(lambda x, y: x.at[own].set(wide(y, axis), mode="drop"), whole, new)
     fresh = lambda array, value: rows(array, jnp.full((slot_X.shape[0], *array.shape[1:]), value, array.dtype))
+
+    def admitted(part: Part, new: Part) -> Part:
+        return part.replace(
+            prompt_k=stacks(part.prompt_k, new.prompt_k),
+            prompt_v=stacks(part.prompt_v, new.prompt_v),
+            prompt_visible_PS=rows(part.prompt_visible_PS, wide(new.prompt_visible_PS)),
+            prompt_position_PS=rows(part.prompt_position_PS, wide(new.prompt_position_PS)),
+            # What the slot's last row decoded is nobody's any more.
+            own_visible_BC=fresh(part.own_visible_BC, False),
+        )
+
     cache = state.cache.replace(
-        prompt_k=parts(state.cache.prompt_k, read.prompt_k),
-        prompt_v=parts(state.cache.prompt_v, read.prompt_v),
-        prompt_visible_PS=rows(state.cache.prompt_visible_PS, wide(read.prompt_visible_PS)),
-        own_visible_BC=fresh(state.cache.own_visible_BC, False),
-        position_B=rows(state.cache.position_B, wide(read.position_B)),
+        parts=tuple(map(admitted, state.cache.parts, read.parts)), position_B=rows(state.cache.position_B, wide(read.position_B))
     )
     first_X = row_keys_at(row_keys(jax.random.wrap_key_data(key), row_X), jnp.int32(0))
     token_X, logp_X = choose(first_X, wide(logits_AV), config)

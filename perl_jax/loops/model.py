@@ -195,7 +195,10 @@ def attention_paths(lm: LanguageModel) -> dict[str, str]:
     """How attention is computed, and why: `training` (whole sequences, in scoring too) and `sampling`."""
     path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
     whole = f"{path} ({why if path == best else '--attention asks for it'})"
-    return {"training": whole, "sampling": f"prompts {path}, then plain over the cache (one query a row, for which no kernel is needed)"}
+    sampling = f"prompts {path}, then plain over the cache (one query a row, for which no kernel is needed)"
+    if local := len(lm.config.windowed):
+        sampling += f", which holds {lm.config.window} tokens in {local} of {lm.config.layers} layers"
+    return {"training": whole, "sampling": sampling}
 
 
 def say_attention(job: str, lm: LanguageModel) -> None:

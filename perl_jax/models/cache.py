@@ -1,13 +1,15 @@
 """The cache of keys and values that decoding reads: each prompt's once, and each response's own.
 
 The samples of a prompt are rows next to each other and read one copy of its keys and values
-together. What a row has decoded lies in its own part, at one common column for all rows: one
+together. What a row has decoded lies in columns of its own, at one common column for all rows: one
 in-place write a step. The columns are used in turn, so that rows may begin at different steps; a
-row that decodes no more tokens than there are columns never meets its own end.
+row that decodes no more tokens than there are columns never meets its own end. Layers with a sliding
+window keep no more tokens than the window has, of the prompt and of the row: there the columns go round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import flax.struct
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax import precision
-from perl_jax.models.attention import MASKED, capped, positions, rounded_sum
+from perl_jax.models.attention import MASKED, capped, rounded_sum, within
 from perl_jax.models.stacks import Apart, each, is_apart
 from perl_jax.types import Array
 
@@ -67,12 +69,15 @@ def keep(x_SK: Array, kind: CacheKind) -> Kept:
 
 
 @flax.struct.dataclass
-class KVCache:
-    """Keys and values of all layers. P prompts, B = P G rows, C columns for what they decode.
+class Part:
+    """Keys and values of the layers that have one window, or of those that have none. P prompts, B = P G rows.
 
-    prompt_k, prompt_v: [L, P, N, S, K] of left-, right- or unpadded prompts, prompt_visible_PS their real tokens.
-    own_k, own_v: [L, B, N, C, K]; own_visible_BC: columns that hold tokens of this row;
-    own_position_BC: their rotary positions. position_B: of each row's next token. column: where it goes.
+    prompt_k, prompt_v: [L, P, N, S, K] of left-, right- or unpadded prompts, prompt_visible_PS their real tokens,
+    prompt_position_PS the positions of these. own_k, own_v: [L, B, N, C, K] of what rows have decoded;
+    own_visible_BC: columns that hold tokens of this row; own_position_BC: their rotary positions.
+    window: tokens that a token sees, itself included; None: all before it. With a window S is at most the window, the
+    last real tokens of each prompt (`last_tokens`), and so is C: token after token goes around them, and the
+    column that is written next holds a token that nobody sees any more.
     Keys and values may lie apart, layer by layer (`stacks.Apart`): own_k is turned then, for a CPU, which has nothing but sums
     of products of it that stand beside each other.
     """
@@ -82,10 +87,10 @@ class KVCache:
     own_k: Kept | Apart
     own_v: Kept | Apart
     prompt_visible_PS: Array
+    prompt_position_PS: Array
     own_visible_BC: Array
     own_position_BC: Array
-    position_B: Array
-    column: Array
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def by_layer(self) -> tuple[Kept | Apart, Kept | Apart, Kept | Apart, Kept | Apart]:
@@ -93,26 +98,25 @@ class KVCache:
         return self.prompt_k, self.prompt_v, self.own_k, self.own_v
 
     @property
-    def row_axis(self) -> int:
-        """The axis of prompts or rows in keys and values: the first where layers are apart."""
-        return 0 if is_apart(self.own_k) else 1
-
-    @property
     def samples(self) -> int:
         """G, rows that share a prompt."""
         return self.own_visible_BC.shape[0] // self.prompt_visible_PS.shape[0]
 
-    def slots(self) -> tuple[jax.Array, jax.Array]:
-        """Visible [B, S + C] and positions [B, S + C] of all keys of each row, the prompt's first."""
-        repeated = lambda x_PS: jnp.repeat(x_PS, self.samples, axis=0)
-        visible_BS = repeated(self.prompt_visible_PS)
-        position_BS = repeated(positions(self.prompt_visible_PS))
-        join = lambda a, b: jnp.concatenate([a, b], axis=1)
-        return join(visible_BS, self.own_visible_BC), join(position_BS, self.own_position_BC)
+    def column(self, step: Array) -> jax.Array:
+        """Where the token goes that is decoded after `step` others: the columns are used in turn."""
+        return step % self.own_visible_BC.shape[1]
 
-    def grown(self, room: int) -> KVCache:
+    def visible(self, position_B: Array) -> jax.Array:
+        """[B, S + C]: keys that a token at this position sees of each row, the prompt's first."""
+        both = lambda of_prompt_PS, own_BC: jnp.concatenate([jnp.repeat(of_prompt_PS, self.samples, axis=0), own_BC], axis=1)
+        visible_BS = both(self.prompt_visible_PS, self.own_visible_BC)
+        if self.window is None:
+            return visible_BS
+        return visible_BS & within(self.window, position_B[:, None], both(self.prompt_position_PS, self.own_position_BC))[:, 0]
+
+    def grown(self, room: int) -> Part:
         """With more columns for what rows decode, the new ones behind the old."""
-        more = room - self.own_visible_BC.shape[1]
+        more = own_room(room, self.window) - self.own_visible_BC.shape[1]
         pad = lambda x_BC: jnp.pad(x_BC, ((0, 0), (0, more)))
         return self.replace(
             own_k=each(lambda part: part.grown(more), self.own_k),
@@ -121,21 +125,56 @@ class KVCache:
             own_position_BC=pad(self.own_position_BC),
         )
 
-    def appended(self, k_LB1NK: Array, v_LB1NK: Array, kind: CacheKind) -> KVCache:
-        """With every row's newest token in the common column, in a stack of layers."""
-        return self.advanced(*(written(part, new, self.column, kind) for part, new in ((self.own_k, k_LB1NK), (self.own_v, v_LB1NK))))
+    def appended(self, k_LB1NK: Array, v_LB1NK: Array, position_B: Array, step: Array, kind: CacheKind) -> Part:
+        """With every row's newest token in its column, in a stack of layers."""
+        pairs = ((self.own_k, k_LB1NK), (self.own_v, v_LB1NK))
+        return self.advanced(*(written(part, new, self.column(step), kind) for part, new in pairs), position_B, step)
 
-    def advanced(self, own_k: Kept | Apart, own_v: Kept | Apart) -> KVCache:
-        """With the newest token's keys and values, which `written` put into the common column."""
-        here_C = jnp.arange(self.own_visible_BC.shape[1]) == self.column
+    def advanced(self, own_k: Kept | Apart, own_v: Kept | Apart, position_B: Array, step: Array) -> Part:
+        """With the newest token's keys and values, which `written` put into its column."""
+        here_C = jnp.arange(self.own_visible_BC.shape[1]) == self.column(step)
         return self.replace(
             own_k=own_k,
             own_v=own_v,
             own_visible_BC=self.own_visible_BC | here_C[None, :],
-            own_position_BC=jnp.where(here_C[None, :], self.position_B[:, None], self.own_position_BC),
-            position_B=self.position_B + 1,
-            column=(self.column + 1) % self.own_visible_BC.shape[1],
+            own_position_BC=jnp.where(here_C[None, :], position_B[:, None], self.own_position_BC),
         )
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers.
+
+    parts: by window, in the order of the first layer that has it. position_B: rotary position of each row's next token.
+    step: tokens decoded so far by every row, those of rows that were in a slot before included.
+    """
+
+    parts: tuple[Part, ...]
+    position_B: Array
+    step: Array
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of prompts or rows in keys and values: the first where layers are apart."""
+        return 0 if is_apart(self.parts[0].own_k) else 1
+
+    def grown(self, room: int) -> KVCache:
+        """With room for so many tokens of each row; before any column is used again."""
+        return self.replace(parts=tuple(part.grown(room) for part in self.parts))
+
+
+def own_room(room: int, window: int | None) -> int:
+    """Columns for `room` tokens of a row in layers with this window."""
+    return room if window is None else min(room, window)
+
+
+def last_tokens(valid_PS: Array, window: int | None) -> Callable[[Array], Array]:
+    """Returns what takes the last `window` real tokens of each prompt out of [P, S, ...]; fewer, and padding, where there are no more."""
+    if window is None or window >= valid_PS.shape[1]:
+        return lambda x_PS: x_PS
+    # Padding first, then real tokens in their order: wherever padding is, the last columns are the last tokens.
+    index_PW = jnp.argsort(valid_PS.astype(bool), axis=1, stable=True)[:, -window:]
+    return lambda x_PS: jnp.take_along_axis(x_PS, index_PW.reshape(*index_PW.shape, *[1] * (x_PS.ndim - 2)), axis=1)
 
 
 def written(part: Kept, new_B1NK: Array, column: Array, kind: CacheKind) -> Kept:
@@ -149,7 +188,7 @@ def attend_cached(
 ) -> jax.Array:  # fmt: skip
     """One new token's attention over its prompt, over what its row has decoded, and over itself.
 
-    layer: one layer of `KVCache.by_layer`. visible_BS: over prompt and own columns side by side.
+    layer: one layer of `Part.by_layer`. visible_BS: over prompt and own columns side by side.
     The new key and value are not seen in the cache: keeping it read-only lets a scan over layers
     return one token a layer, and the caller write all layers with a single in-place update.
     """

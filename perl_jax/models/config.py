@@ -124,6 +124,11 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Each layer's window; None: it has none."""
+        return tuple(self.window if index in self.windowed else None for index in range(self.layers))
+
+    @property
     def function(self) -> dict[str, Any]:
         """The settings that the numbers depend on, given the weights; those at their defaults are left out.
 

@@ -20,14 +20,14 @@ from perl_jax import lora as lora_lib
 from perl_jax import precision, sharding, trees
 from perl_jax.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.models import attention, kernels
-from perl_jax.models.cache import CacheKind, KVCache, attend_cached, keep, written
+from perl_jax.models.cache import CacheKind, KVCache, Part, attend_cached, keep, last_tokens, own_room, written
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.fused import GROUPS
-from perl_jax.models.layers import LayerKinds, runs
+from perl_jax.models.layers import LayerKinds, runs, turns
 from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
-from perl_jax.models.stacks import collected, each, is_apart, of_layer
+from perl_jax.models.stacks import Apart, chosen_layers, collected, each, is_apart, of_layer
 from perl_jax.platforms import platform_of
 from perl_jax.quantise import dense, is_quantised
 from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
@@ -244,52 +244,63 @@ class LanguageModel:
     ) -> tuple[jax.Array, KVCache]:
         """Reads prompts: logits_PV of each one's next token, and a cache for `samples` rows a prompt.
 
-        room: columns for what each row decodes. kind: what the cache holds; auto: the activations' dtype.
+        room: columns for what each row decodes; no more than the window in layers that have one. kind: what the cache holds;
+        auto: the activations' dtype.
         """
         place = self._place()
         hidden_PSD, kv = self._forward(base, adapter, tokens_PS, valid_PS, None, keep_cache=True)
         last_P1D = jnp.take_along_axis(hidden_PSD, last_valid(valid_PS)[:, None, None], axis=1)
-        prompt_k, prompt_v = (place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack)) for stack in kv)
         rows = samples * tokens_PS.shape[0]
-        cache = KVCache(
-            prompt_k=prompt_k,
-            prompt_v=prompt_v,
-            own_k=place.cache(each(lambda part: part.vacant(rows, room, turned=is_apart(prompt_k)), prompt_k)),
-            own_v=place.cache(each(lambda part: part.vacant(rows, room), prompt_v)),
-            prompt_visible_PS=valid_PS.astype(bool),
-            own_visible_BC=jnp.zeros((rows, room), bool),
-            own_position_BC=jnp.zeros((rows, room), jnp.int32),
-            position_B=jnp.repeat(jnp.sum(valid_PS.astype(jnp.int32), axis=1), samples),
-            column=jnp.int32(0),
-        )
+
+        def part(window: int | None, stacks: tuple) -> Part:
+            prompt_k, prompt_v = (place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack)) for stack in stacks)
+            taken, own = last_tokens(valid_PS, window), own_room(room, window)
+            return Part(
+                prompt_k=prompt_k,
+                prompt_v=prompt_v,
+                own_k=place.cache(each(lambda part: part.vacant(rows, own, turned=is_apart(prompt_k)), prompt_k)),
+                own_v=place.cache(each(lambda part: part.vacant(rows, own), prompt_v)),
+                prompt_visible_PS=taken(jnp.asarray(valid_PS, bool)),
+                prompt_position_PS=taken(attention.positions(valid_PS)),
+                own_visible_BC=jnp.zeros((rows, own), bool),
+                own_position_BC=jnp.zeros((rows, own), jnp.int32),
+                window=window,
+            )
+
+        position_B = jnp.repeat(jnp.sum(valid_PS.astype(jnp.int32), axis=1), samples)
+        cache = KVCache(tuple(part(*pair) for pair in kv.items()), position_B, jnp.int32(0))
         return self._next_logits(base, adapter, last_P1D), cache
 
     def decode(self, base: Tree, adapter: Adapter | None, token_B: Array, cache: KVCache, kind: CacheKind = "auto") -> tuple[jax.Array, KVCache]:
         """Appends one token to every row: logits_BV of the token after it, and the cache."""
         outer, place = self._outer(base, adapter), self._place(stationary=True)
-        positions_B1 = cache.position_B[:, None]
-        kinds = LayerKinds.of(self.config, positions_B1)
-        visible_BS, slot_positions_BS = cache.slots()
-        inlined = is_apart(cache.own_k)
+        kinds = LayerKinds.of(self.config, cache.position_B[:, None])
+        visible = {part.window: (part.visible(cache.position_B), part.column(cache.step)) for part in cache.parts}
+        inlined = is_apart(cache.parts[0].own_k)
 
-        def layer(block, x, leaves):
+        def layer(block, x, leaves, window):
             part, kind_of_layer = leaves
-            visible_B1S = kinds.mask(kind_of_layer, visible_BS[:, None, :], positions_B1, slot_positions_BS)
+            visible_BS, column = visible[window]
 
             def attend(q, k, v):
                 # Written before it is read, a layer's own cache is written where it lies; a scan would return all of it.
                 prompt, own = part[:2], part[2:]
-                own = tuple(written(kept, new, cache.column, kind) for kept, new in zip(own, (k, v))) if inlined else own
-                heads = attend_cached(q, k, v, (*prompt, *own), visible_B1S[:, 0], self.config.attention_scale, self.config.attention_cap)
+                own = tuple(written(kept, new, column, kind) for kept, new in zip(own, (k, v))) if inlined else own
+                heads = attend_cached(q, k, v, (*prompt, *own), visible_BS, self.config.attention_scale, self.config.attention_cap)
                 return heads, own if inlined else (k, v)
 
             return block.decode(x, kinds.rotary(kind_of_layer), attend, place)
 
-        leaves = (cache.by_layer, kinds.by_layer)
-        x_B1D, kept = self._scan(layer, base, adapter, outer.embed(token_B[:, None], place), leaves, place)
-        updated = cache.advanced(*kept) if inlined else cache.appended(*kept, kind)
-        updated = updated.replace(own_k=place.cache(updated.own_k), own_v=place.cache(updated.own_v))
-        return self._next_logits(base, adapter, outer.final_norm(x_B1D)), updated
+        caches = {part.window: part.by_layer for part in cache.parts}
+        x_B1D, kept = self._by_window(layer, base, adapter, outer.embed(token_B[:, None], place), caches, kinds.by_layer, place)
+
+        def updated(part: Part) -> Part:
+            place_of = (cache.position_B, cache.step)
+            part = part.advanced(*kept[part.window], *place_of) if inlined else part.appended(*kept[part.window], *place_of, kind)
+            return part.replace(own_k=place.cache(part.own_k), own_v=place.cache(part.own_v))
+
+        after = KVCache(tuple(map(updated, cache.parts)), cache.position_B + 1, cache.step + 1)
+        return self._next_logits(base, adapter, outer.final_norm(x_B1D)), after
 
     # Pieces.
 
@@ -311,8 +322,9 @@ class LanguageModel:
         return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
 
     def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache, packing=None, only_BR=None):
-        """Hidden states after the final norm, and keys and values of every layer if they are to be kept.
+        """Hidden states after the final norm, and if they are to be kept keys and values: (k, v) of the layers with each window, by window.
 
+        Of layers with a window those of the last tokens are kept (`cache.last_tokens`).
         only_BR: columns of each row whose hidden states are wanted: in the last layer no others go through attention
         and what follows it. The result is [B, R, D]; packed, [W, b R, D].
         """
@@ -330,6 +342,17 @@ class LanguageModel:
             x, kv = block(x, kinds.rotary(kind), self._attend(kinds, kind, valid_BT, read_BT, packing), key, place, only_WR)
             return x, kv if keep_cache else None
 
+        outer = self._outer(base, adapter)
+        if keep_cache:
+            taken = {window: last_tokens(valid_BT, window) for window in dict.fromkeys(self.config.windows)}
+
+            def kept(block, x, leaves, window):
+                x, kv = layer(block, x, leaves)
+                return x, tuple(map(taken[window], kv))
+
+            x, kv = self._by_window(kept, base, adapter, outer.embed(tokens, place), None, kinds.by_layer, place, backward=True)
+            return outer.final_norm(x), kv
+
         last = None
         if only_BR is not None:
             only_WR = only_BR if packing is None else packing.slot_at(only_BR)
@@ -339,11 +362,10 @@ class LanguageModel:
                 only_BT = only_WU if packing is None else packing.spread(only_WU) & read_BT
                 last = functools.partial(layer, read_BT=only_BT, only_WR=only_WR)
 
-        outer = self._outer(base, adapter)
-        x, kv = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True, last=last)
+        x, _ = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True, last=last)
         if only_BR is not None and last is None:
             x = gather(x, only_WR)
-        return outer.final_norm(x), kv
+        return outer.final_norm(x), None
 
     def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array, packing: Packing | None) -> Attend:
         """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count."""
@@ -390,25 +412,16 @@ class LanguageModel:
         by inlining layers of a stack (`_inlined` has those that are apart). last: the last layer, where
         it is another function, whose x may have another shape.
         """
-        weights, number = _weights(base, adapter)["layers"], self.config.layers
-        chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(number)
-        under = None if adapter is None or adapter.under is None else adapter.under["layers"]
-        targets = () if under is None else tuple(lora_lib.under_ranks(under))
-        # A frozen base has the activations' dtype, and no gradient.
-        moved = None if adapter is None or adapter.weights is None else self.config.dtype
-        attention = (weights.layers[0] if is_apart(weights) else weights)["attention"]
-        fused = tuple(name for name in GROUPS if "up" in attention[name]) if "qkv" in attention else None
-        graph_of = lambda adapted: _split(self.config, Adapted(adapter.config if adapted else None, targets, fused)).block
+        number = self.config.layers
+        weights, under, chosen, block_of = self._read(base, adapter, place)
         if is_apart(weights):
-            return self._inlined(layer, graph_of, (weights, under, per_layer), None if adapter is None else adapter.lora, chosen, x, last)
-        base_places, lora_places = ({}, {}) if self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
+            return self._inlined(layer, block_of, (weights, under, per_layer), None if adapter is None else adapter.lora, chosen, x, last)
         outs = []
         for start, stop, adapted in runs(chosen, number, apart=last is not None):
             lora = None
             if adapted:
                 first = chosen.index(start)
                 lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
-            graph = graph_of(adapted)
             whole = stop - start == number
             through = layer if last is None or stop < number else last
 
@@ -416,8 +429,7 @@ class LanguageModel:
             def body(x, inputs):
                 index, mine, leaves = inputs
                 block_weights, block_under, leaves = leaves if whole else jax.tree.map(functools.partial(_picked, index), (weights, under, per_layer))
-                block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
-                return through(nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None)), x, leaves)
+                return through(block_of(block_weights, mine, block_under), x, leaves)
 
             body = self._rematerialised(body, picked=not whole) if backward else body
             index_L = jnp.arange(start, stop)
@@ -430,14 +442,84 @@ class LanguageModel:
             outs.append(out)
         return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
 
-    def _inlined(self, layer: Callable, graph_of: Callable, stacks: Tree, lora: Tree | None, chosen: tuple[int, ...], x: jax.Array, last: Callable | None):
+    def _read(self, base: Tree, adapter: Adapter | None, place: Placement) -> tuple[Tree, Tree | None, tuple[int, ...], Callable]:
+        """(weights of the layers, frozen pairs under adapters, layers with an adapter, block_of): block_of(weights, LoRA leaves or None, pairs or
+        None) is one layer's module, its leaves where `place` reads them."""
+        weights = _weights(base, adapter)["layers"]
+        chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(self.config.layers)
+        under = None if adapter is None or adapter.under is None else adapter.under["layers"]
+        targets = () if under is None else tuple(lora_lib.under_ranks(under))
+        # A frozen base has the activations' dtype, and no gradient.
+        moved = None if adapter is None or adapter.weights is None else self.config.dtype
+        attention = (weights.layers[0] if is_apart(weights) else weights)["attention"]
+        fused = tuple(name for name in GROUPS if "up" in attention[name]) if "qkv" in attention else None
+        apart = is_apart(weights)
+        base_places, lora_places = ({}, {}) if apart or self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
+
+        def block_of(block_weights: Tree, mine: Tree | None, block_under: Tree | None) -> Block:
+            graph = _split(self.config, Adapted(None if mine is None else adapter.config, targets, fused)).block
+            if not apart:
+                block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
+            return nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None))
+
+        return weights, under, chosen, block_of
+
+    def _by_window(
+        self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, caches: Mapping[int | None, Tree] | None, per_layer: Tree,
+        place: Placement, backward: bool = False,
+    ) -> tuple[jax.Array, dict[int | None, Tree]]:  # fmt: skip
+        """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window static; x, and the outs of the layers with each window.
+
+        caches: leaves of the layers with each window; None: there are none. Layers with different windows form turns
+        of a scan (`layers.turns`), without a backward pass.
+        """
+        windows = self.config.windows
+        numbers = {window: [index for index, other in enumerate(windows) if other == window] for window in windows}
+        if is_apart(_weights(base, adapter)["layers"]):
+            own = [None if caches is None else of_layer(caches[window], numbers[window].index(index)) for index, window in enumerate(windows)]
+            through = lambda block, x, leaves: layer(block, x, leaves[:2], leaves[2])
+            x, outs = self._scan(through, base, adapter, x, (Apart(tuple(own)), per_layer, Apart(windows)), place)
+            return x, {window: chosen_layers(outs, found) for window, found in numbers.items()}
+        if len(numbers) == 1:
+            through = lambda block, x, leaves: layer(block, x, leaves, windows[0])
+            x, out = self._scan(through, base, adapter, x, (None if caches is None else caches[windows[0]], per_layer), place, backward=backward)
+            return x, {windows[0]: out}
+        weights, under, chosen, block_of = self._read(base, adapter, place)
+        # Each layer's place among those with its window.
+        order_L = jnp.array([numbers[window].index(index) for index, window in enumerate(windows)], jnp.int32)
+        outs: dict[int | None, list[Tree]] = {window: [] for window in numbers}
+        scans = [(*scan, adapted) for first, last, adapted in runs(chosen, self.config.layers) for scan in turns(windows, first, last)]
+        for start, stop, period, adapted in scans:
+            lora, alike = None, windows[start : start + period]
+            if adapted:
+                first = chosen.index(start)
+                in_turns = lambda leaf: leaf[first : first + stop - start].reshape(-1, period, *leaf.shape[1:])
+                lora = jax.tree.map(in_turns, adapter.lora["layers"])
+
+            def turn(x, inputs):
+                index, mine, made = *inputs, []
+                for number, window in enumerate(alike):
+                    block_weights, block_under, order, leaves = jax.tree.map(functools.partial(_picked, index + number), (weights, under, order_L, per_layer))
+                    own = None if caches is None else jax.tree.map(functools.partial(_picked, order), caches[window])
+                    block = block_of(block_weights, None if mine is None else of_layer(mine, number), block_under)
+                    x, out = layer(block, x, (own, leaves), window)
+                    made.append(out)
+                return x, made
+
+            x, made = jax.lax.scan(turn, x, (jnp.arange(start, stop, period), lora))
+            for window in dict.fromkeys(alike):
+                mine = [out for out, other in zip(made, alike) if other == window]
+                outs[window].append(jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *mine))
+        return x, {window: jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) for window, found in outs.items()}
+
+    def _inlined(self, layer: Callable, block_of: Callable, stacks: Tree, lora: Tree | None, chosen: tuple[int, ...], x: jax.Array, last: Callable | None):
         """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the outs."""
         outs = []
         for index in range(self.config.layers):
             adapted = index in chosen
             mine = of_layer(lora["layers"], chosen.index(index)) if adapted else None
             block_weights, block_under, leaves = of_layer(stacks, index)
-            block = nnx.merge(graph_of(adapted), *(s for s in (block_weights, mine, block_under) if s is not None))
+            block = block_of(block_weights, mine, block_under)
             x, out = (last if last is not None and index == self.config.layers - 1 else layer)(block, x, leaves)
             outs.append(out)
         return x, collected(outs)

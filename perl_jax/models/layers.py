@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,29 @@ def runs(chosen: tuple[int, ...], number: int, apart: bool = False) -> list[tupl
         else:
             found.append((index, index + 1, adapted))
     return found
+
+
+# Layers that a turn of a scan inlines at most.
+LONGEST_TURN = 8
+
+
+def turns(kinds: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Cuts layers start to stop into scans (start, stop, period), of which each turn is `period` layers with the same kinds in each turn.
+
+    As few layers as possible are inlined in all turns together, then in as few scans as possible, the first as long as can be: five local layers
+    and a global one, four times, and two local ones are (0, 24, 6), (24, 26, 1).
+    """
+    best: dict[int, tuple[int, int, list]] = {stop: (0, 0, [])}
+    for first in range(stop - 1, start - 1, -1):
+        found = []
+        for period in range(1, min(LONGEST_TURN, stop - first) + 1):
+            for end in range(first + period, stop + 1, period):
+                if tuple(kinds[end - period : end]) != tuple(kinds[first : first + period]):
+                    break
+                inlined, scans, rest = best[end]
+                found.append((period + inlined, 1 + scans, [(first, end, period), *rest]))
+        best[first] = min(found, key=lambda cut: (cut[0], cut[1], -cut[2][0][1]))
+    return best[start][2]
 
 
 @dataclasses.dataclass(frozen=True)

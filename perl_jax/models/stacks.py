@@ -9,7 +9,7 @@ Matrices of feed-forward layers are turned on the way: a product of few rows is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -78,6 +78,11 @@ def each(function: Callable[..., Tree], *stacks: Tree) -> Tree:
 def of_layer(tree: Tree, index: int) -> Tree:
     """One layer's leaves [...] of a tree of stacks, of which some may be apart."""
     return jax.tree.map(lambda part: part.layers[index] if is_apart(part) else part[index], tree, is_leaf=is_apart)
+
+
+def chosen_layers(tree: Tree, numbers: Sequence[int]) -> Tree:
+    """Some of the layers of a tree whose parts are all apart."""
+    return jax.tree.map(lambda part: Apart(tuple(part.layers[number] for number in numbers)), tree, is_leaf=is_apart)
 
 
 def collected(outs: list[tuple[Tree, ...] | None]) -> tuple[Apart, ...] | None:

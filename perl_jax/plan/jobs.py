@@ -6,6 +6,7 @@ weights and the rows are missing.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import types
@@ -22,6 +23,7 @@ from perl_jax.loops.experience import Judged
 from perl_jax.loops.jobs import DPOConfig, JobConfig, RewardConfig, RLConfig, SFTConfig
 from perl_jax.loops.model import Model
 from perl_jax.lora import Adapter
+from perl_jax.models.cache import own_room
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.programs import Program
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
@@ -222,11 +224,12 @@ def _base(model: Model, config: JobConfig) -> Tree | None:
 
 def _cache(model: Model, rows: int, slots: int) -> Tree:
     """The keys and values of a decode loop, where they live."""
-    config = model.lm.config
-    shape = (config.layers, rows, config.kv_heads, slots, config.head_dim)
-    place = sharding.fitting(model.mesh, shape, None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
-    keys = jax.ShapeDtypeStruct(shape, config.dtype, sharding=place)
-    return keys, keys
+    config, found = model.lm.config, []
+    for window, layers in collections.Counter(config.windows).items():
+        shape = (layers, rows, config.kv_heads, own_room(slots, window), config.head_dim)
+        place = sharding.fitting(model.mesh, shape, None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
+        found += [jax.ShapeDtypeStruct(shape, config.dtype, sharding=place)] * 2
+    return found
 
 
 def _resident(base: Tree | None, state: state_lib.TrainState) -> dict[str, Tree]:

@@ -79,7 +79,7 @@ def decoded(lm, prompt: Tokens, samples: int, rooms: tuple[int, ...], new_BC):
     out = [jnp.repeat(first_PV, samples, axis=0)]
     for step in range(new_BC.shape[1]):
         if step in rooms:
-            cache = cache.grown(rooms[rooms.index(step) + 1]).replace(column=jnp.int32(step))
+            cache = cache.grown(rooms[rooms.index(step) + 1])
         logits_BV, cache = lm.decode(BASE, ROLE, new_BC[:, step], cache)
         out.append(logits_BV)
     return jnp.stack(out, axis=1)

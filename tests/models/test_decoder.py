@@ -62,9 +62,9 @@ def test_cached_decoding_equals_the_full_forward(role):
     last_B = np.array(last_valid(prompt.valid_BT))
     np.testing.assert_allclose(first_BV, full_BTV[np.arange(BATCH), last_B], atol=2e-5)
     np.testing.assert_allclose(rest_BCV, full_BTV[:, 11:], atol=2e-5)
-    assert int(cache.column) == 4
+    assert int(cache.step) == 4
     np.testing.assert_array_equal(cache.position_B, valid_BT.sum(axis=1))
-    np.testing.assert_array_equal(cache.slots()[0], np.pad(valid_BT, ((0, 0), (0, 2))))
+    np.testing.assert_array_equal(cache.parts[0].visible(cache.position_B), np.pad(valid_BT, ((0, 0), (0, 2))))
 
 
 def test_padding_sides_agree():
@@ -262,7 +262,7 @@ def test_bfloat16_decoding_equals_its_forward():
     prompt = jax.tree.map(lambda x: x[:, :7], tokens)
     full_BTV = small.logits(low, BASE, None, tokens)
     _, rest_BCV, cache = teacher_forced(low, None, prompt, tokens.tokens_BT[:, 7:])
-    assert cache.own_k.values.dtype == cache.prompt_v.values.dtype == jnp.bfloat16
+    assert cache.parts[0].own_k.values.dtype == cache.parts[0].prompt_v.values.dtype == jnp.bfloat16
     np.testing.assert_allclose(rest_BCV, full_BTV[:, 7:], atol=0.1 * float(full_BTV.std()))
 
 
