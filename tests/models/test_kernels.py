@@ -69,6 +69,13 @@ splash = functools.partial(kernels.splash, mesh=None, interpret=True)
 cudnn = functools.partial(kernels.cudnn, implementation="xla")
 
 
+def blocked(q, k, v, valid_BT, *, window, scale, cap, mesh):
+    """Attention in blocks over a mesh, as GPUs have it where no kernel fits."""
+    positions_BT = attention.positions(valid_BT)
+    mask_BTS = attention.causal_mask(valid_BT) & attention.within(window, positions_BT, positions_BT)
+    return kernels.blocked(q, k, v, mask_BTS, valid_BT, scale=scale, cap=cap, mesh=mesh, wide=True)
+
+
 @pytest.mark.parametrize(
     ("window", "cap"),
     [
@@ -159,8 +166,10 @@ def test_cudnn_has_no_cap():
         (cudnn, 1, 3),
         (functools.partial(kernels.splash, interpret=True), 2, 4),
         pytest.param(functools.partial(kernels.splash, interpret=True), 1, 3, marks=pytest.mark.slow),
+        (blocked, 2, 4),
+        pytest.param(blocked, 1, 3, marks=pytest.mark.slow),
     ],
-    ids=["cudnn", "cudnn-indivisible", "splash", "splash-indivisible"],
+    ids=["cudnn", "cudnn-indivisible", "splash", "splash-indivisible", "blocked", "blocked-indivisible"],
 )
 def test_over_a_mesh_the_numbers_are_the_same(attend, kv_heads, rows):
     # 2 x 2 parts of rows, 2 of heads; what they do not divide is done everywhere, gradients once.

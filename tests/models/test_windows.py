@@ -19,8 +19,9 @@ from perl_jax.models import stacks
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.layers import turns
+from perl_jax.plan.topology import topology
 from perl_jax.sampling import SamplingConfig
-from perl_jax.sharding import MeshConfig, make_mesh
+from perl_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from perl_jax.types import Prompts, Tokens
 from tests import small
 from tests.paths import GEMMA
@@ -141,6 +142,25 @@ def test_slots_that_are_filled_again_give_the_same_tokens(lm):
     assert lengths.max() > 2 * WINDOW > lengths.min()
     small.assert_same(expected.sequences, made.sequences)
     np.testing.assert_allclose(made.logp_BT, expected.logp_BT, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_decoding_with_windows_compiles_for_tpus():
+    """A float32 and a bfloat16 model, split over four chips: the loop over turns of layers, both caches inside."""
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), topology("v5e:2x2"))
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(MIXED.config, head_dim=8, dtype=dtype, param_dtype=dtype, attention="splash")
+        lm = LanguageModel(config, mesh)
+        places = lm.base_shardings()
+        base = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]), lm.abstract_base())
+        rows = lambda number, dtype: jax.ShapeDtypeStruct((number, 140), dtype, sharding=batch_sharding(mesh))
+        sample = functools.partial(sampling.sample, lm, config=SamplingConfig(150), samples=2)
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
+        text = jax.jit(sample).trace(base, None, rows(4, jnp.int32), rows(4, jnp.bool_), key).lower(lowering_platforms=("tpu",)).compile().as_text()
+        short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+        # Of a device: 4 of 8 rows and one of 2 heads; 5 layers of 4 tokens, 2 of 150.
+        assert f"{short}[5,4,1,4,8]" in text and f"{short}[2,4,1,150,8]" in text and f"{short}[7,4,1,150,8]" not in text
 
 
 @pytest.mark.exhaustive
