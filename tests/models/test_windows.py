@@ -145,22 +145,20 @@ def test_slots_that_are_filled_again_give_the_same_tokens(lm):
 
 
 @pytest.mark.slow
-def test_decoding_with_windows_compiles_for_tpus():
-    """A float32 and a bfloat16 model, split over four chips: the loop over turns of layers, both caches inside."""
+@pytest.mark.parametrize(("dtype", "short"), [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.exhaustive)])
+def test_decoding_with_windows_compiles_for_tpus(dtype, short):
+    """Prompts and the decode loop of a model split over four chips, both caches inside; in float32 with the highest precision everywhere."""
     pytest.importorskip("libtpu")
     mesh = make_mesh(MeshConfig(data=2, tensor=2), topology("v5e:2x2"))
-    for dtype in ("float32", "bfloat16"):
-        config = dataclasses.replace(MIXED.config, head_dim=8, dtype=dtype, param_dtype=dtype, attention="splash")
-        lm = LanguageModel(config, mesh)
-        places = lm.base_shardings()
-        base = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]), lm.abstract_base())
-        rows = lambda number, dtype: jax.ShapeDtypeStruct((number, 140), dtype, sharding=batch_sharding(mesh))
-        sample = functools.partial(sampling.sample, lm, config=SamplingConfig(150), samples=2)
-        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
-        text = jax.jit(sample).trace(base, None, rows(4, jnp.int32), rows(4, jnp.bool_), key).lower(lowering_platforms=("tpu",)).compile().as_text()
-        short = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-        # Of a device: 4 of 8 rows and one of 2 heads; 5 layers of 4 tokens, 2 of 150.
-        assert f"{short}[5,4,1,4,8]" in text and f"{short}[2,4,1,150,8]" in text and f"{short}[7,4,1,150,8]" not in text
+    lm = LanguageModel(dataclasses.replace(MIXED.config, head_dim=8, dtype=dtype, param_dtype=dtype, attention="splash"), mesh)
+    places = lm.base_shardings()
+    base = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]), lm.abstract_base())
+    rows = lambda dtype: jax.ShapeDtypeStruct((4, 140), dtype, sharding=batch_sharding(mesh))
+    sample = functools.partial(sampling.sample, lm, config=SamplingConfig(150), samples=2)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
+    text = jax.jit(sample).trace(base, None, rows(jnp.int32), rows(jnp.bool_), key).lower(lowering_platforms=("tpu",)).compile().as_text()
+    # Of a device: 4 of 8 rows and one of 2 heads; 5 layers of 4 tokens, 2 of 150.
+    assert f"{short}[5,4,1,4,8]" in text and f"{short}[2,4,1,150,8]" in text and f"{short}[7,4,1,150,8]" not in text
 
 
 @pytest.mark.exhaustive
