@@ -143,6 +143,14 @@ def test_pairs_by_hand_share_the_longer_sides_bucket():
     )
 
 
+def test_a_filler_pair_weighs_nothing():
+    rows = [{"prompt": "3", "chosen": "4", "rejected": "5", "probability": 0.75, "margin": 0.5, "weight": 0.25}]
+    batch = next(iter(make_batches(rows, "comparisons", Numbers(), spec(batch_size=2, **EVALUATE))))
+    assert not batch.chosen.valid_BT[1].any() and not batch.rejected.valid_BT[1].any()
+    for numbers_B, number in ((batch.weight_B, 0.25), (batch.probability_B, 0.75), (batch.margin_B, 0.5)):
+        np.testing.assert_array_equal(numbers_B, [number, 0.0])
+
+
 def test_labels_by_hand_with_filler():
     rows = [{"prompt": "3", "response": "4", "label": 0.25}]
     batch = next(iter(make_batches(rows, "labels", Numbers(), spec(**EVALUATE))))
@@ -200,6 +208,8 @@ def test_training_plan_promotes_leftovers_and_drops_only_the_last_remainder():
         assert len(set(plan.rows.ravel())) == 8
         seen.update(plan.rows.ravel().tolist())
     assert seen[0] > 150
+    # The last short row of an epoch is in the middle batch unless it comes after all four middle ones: 4 times of 9.
+    assert abs(sum(seen[row] for row in range(5)) - 200 * (4 + 4 / 9)) < 4 * (200 * 20 / 81) ** 0.5
     assert seen[9] == 0  # the two longest never fill a batch of their own here
 
 
