@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -64,6 +65,14 @@ def read_by(field: str, value: Any, default: Any, chosen: str, readers: Sequence
     """
     do = "reads" if len(readers) == 1 else "read"
     require(value == default or chosen in readers, f"{field} is {value!r}, which {chosen} does not read; leave it out ({', '.join(readers)} {do} it).")
+
+
+def unread(config: Any, options: Sequence[str], chosen: str, readers: Sequence[str]) -> None:
+    """`read_by` for options of a frozen config, such as `data.packing`, that `chosen` does not read; their defaults pass."""
+    for option in options:
+        *above, field = option.split(".")
+        holder = functools.reduce(getattr, above, config)
+        read_by(option, getattr(holder, field), default_of(type(holder), field), chosen, readers)
 
 
 def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:

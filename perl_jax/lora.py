@@ -91,6 +91,13 @@ class LoRAConfig:
         _layer_numbers(self.layers)
         require(not (self.dora and self.init == "pissa"), "lora.dora and lora.init pissa cannot be combined.")
 
+    def check_read(self) -> None:
+        """UserError for a rank or an alpha that no target has, because `ranks` or `alphas` names every target."""
+        for field, patterns in (("rank", "ranks"), ("alpha", "alphas")):
+            value, named = getattr(self, field), _pattern(patterns, getattr(self, patterns))
+            read = value == config_lib.default_of(LoRAConfig, field) or set(self.projections) - set(named)
+            require(bool(read), f"lora.{field} is {value!r}, which no target has: lora.{patterns} names them all; leave it out.")
+
     @property
     def projections(self) -> tuple[str, ...]:
         """The adapted projections' names."""

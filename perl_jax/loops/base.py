@@ -55,6 +55,10 @@ class BaseConfig(JobConfig):
         config_lib.require(self.tuning == "full", f"tuning is {self.tuning!r}; a base is trained from nothing, so it must be 'full'.")
         config_lib.require(self.width % self.heads == 0, f"width is {self.width}; it must be a multiple of heads, {self.heads}.")
         self.check_headless("base")
+        # Nothing is loaded that could be quantised, and the tokenizer that is made has no chat template.
+        config_lib.unread(self, ("quantise.kind", "data.template", "data.template_date"), "base", ("sft", "reward", "rl", "dpo"))
+        if self.data.task == "orders":
+            config_lib.unread(self, ("vocab_size",), "the task orders, whose words are its vocabulary,", ("any other task",))
 
 
 CORPUS = Supervised("base", "policy", "corpus", steps.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))

@@ -64,6 +64,10 @@ class BestOfConfig(RewardOptions):
             config_lib.whole(field, getattr(self, field))
         require(self.batch_size % self.n == 0, f"batch_size is {self.batch_size} responses; it must be a multiple of n, {self.n}.")
         config_lib.positive("temperature", self.temperature)
+        self.check_forward("best-of")
+        config_lib.unread(self, ("data.packing",), "best-of", ("training",))
+        if self.policy is None:
+            config_lib.unread(self, ("rollout.adapters",), "best-of without a policy", ("best-of with a policy",))
         whitened = "shaping.whiten is over a batch of training, and the order of a prompt's samples needs none: leave it out."
         require(not self.shaping.whiten, whitened)
         self.shaping.check_room(self.data.max_response_length)

@@ -23,7 +23,7 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families, peft
 from perl_jax.lora import Adapter
 from perl_jax.loops import classifier
-from perl_jax.loops.jobs import ModelOptions
+from perl_jax.loops.jobs import TemplateOptions
 from perl_jax.loops.model import Model, load_model
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tree
@@ -37,7 +37,7 @@ _NOISE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig(ModelOptions):
+class ExportConfig(TemplateOptions):
     """Write an adapter for PEFT, or a whole checkpoint with it merged in; then reload and compare.
 
     Attributes:
@@ -53,9 +53,13 @@ class ExportConfig(ModelOptions):
     to: str
     weights: Literal["stored", "float32"] = "stored"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("export")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportConfig(ModelOptions):
+class ImportConfig(TemplateOptions):
     """Read an adapter written by PEFT into an artefact.
 
     Attributes:
@@ -66,9 +70,13 @@ class ImportConfig(ModelOptions):
     peft: tyro.conf.Positional[str]
     to: str
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("import")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AverageConfig(ModelOptions):
+class AverageConfig(TemplateOptions):
     """The weighted sum of adapters of one base and one role, as an artefact.
 
     Attributes:
@@ -80,6 +88,10 @@ class AverageConfig(ModelOptions):
     adapters: tyro.conf.Positional[tuple[str, ...]]
     weights: tuple[float, ...] | None = None
     to: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("average")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +151,17 @@ def export(config: ExportConfig) -> Exported:
         folder.mkdir()
         write = {"peft": _write_peft, "merged": _write_merged}[config.format]
         write(folder, config, model, adapter, record)
-        difference = {"peft": _compare_peft, "merged": _compare_merged}[config.format](folder, model, adapter, record)
-        kept = _share_kept(folder, config, model, adapter) if config.format == "merged" else None
+        classifier.read_back(folder, model.tokenizer)
+        kept = None
+        if config.format == "merged":
+            merged = _read_merged(folder, config, model, adapter)
+            difference = _compare_merged(folder, merged, model, adapter, record)
+            kept = _share_kept(merged, config, model, adapter)
+        else:
+            difference = _compare_peft(folder, model, adapter, record)
     notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
+    if model.tokenizer.chat is not None and model.tokenizer.chat.uses_date:
+        notes.append(f"its chat template asks for the date, which was {model.tokenizer.chat.date.isoformat()} here")
     if record.has_head:
         notes.append(classifier.loader_note(model.tokenizer, classifier.pad_id_of(model.tokenizer), _head(adapter, record)[1], config.format))
     return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
@@ -161,6 +181,8 @@ def _write_peft(folder: pathlib.Path, config: ExportConfig, model: Model, adapte
     values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
     config_lib.write_json(folder / "adapter_config.json", values)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # With the chat template that the role was trained with, which may not be the base's.
+    model.tokenizer.save(folder)
     _write_loading(folder, model, record, offset)
 
 
@@ -206,6 +228,11 @@ def _write_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adap
     for path in source.iterdir():
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
+    if config.template != "auto":
+        # The role's template takes the place of the base's; there may be none.
+        for path in folder.glob("chat_template*"):
+            path.unlink()
+        model.tokenizer.save(folder)
     values = config_lib.read_json(source / "config.json")
     if config.weights == "float32":
         # Versions of transformers differ in which of the two they read.
@@ -259,8 +286,8 @@ def _judge(expected: np.ndarray, found: np.ndarray, allowed: float, what: str) -
     return difference
 
 
-def _share_kept(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter) -> float | None:
-    """1 - lost / effect of a written checkpoint; UserError below `_KEPT`.
+def _share_kept(merged: Model, config: ExportConfig, model: Model, adapter: Adapter) -> float | None:
+    """1 - lost / effect of a written checkpoint (`_read_merged`); UserError below `_KEPT`.
 
     effect: the mean absolute difference between base and role; lost: between checkpoint and role. Of
     logits, or with a head of the hidden states that it reads, computed in float32 on the probe.
@@ -271,12 +298,10 @@ def _share_kept(folder: pathlib.Path, config: ExportConfig, model: Model, adapte
     dtypes = {hf_checkpoint.STORED[tensor.dtype] for tensor in hf_checkpoint.stored_tensors(hf_checkpoint.find_model(config.model)).values()}
     if max(map(width, dtypes)) > width(model.lm.config.param_dtype):
         return None
-    tied = model.lm.config.tied_embeddings or adapter.head is not None
     settings = model.lm.config if model.lm.config.dtype == "float32" else dataclasses.replace(model.lm.config, dtype="float32", attention="plain")
     lm = dataclasses.replace(model.lm, config=settings)
-    held = dataclasses.replace(settings, tied_embeddings=tied, param_dtype="float32" if config.weights == "float32" else settings.param_dtype)
-    written_lm = dataclasses.replace(model.lm, config=held)
-    written = hf_checkpoint.load_base(folder, held, written_lm.base_shardings(), ignore=("score.weight",))
+    own = {field: getattr(merged.lm.config, field) for field in ("tied_embeddings", "param_dtype")}
+    written_lm = dataclasses.replace(model.lm, config=dataclasses.replace(settings, **own))
     tokens_BT, valid_BT = _probe(model)
 
     def read(lm: LanguageModel, base: Tree | None, role: Adapter | None) -> np.ndarray:
@@ -284,7 +309,7 @@ def _share_kept(folder: pathlib.Path, config: ExportConfig, model: Model, adapte
         return np.asarray(jax.jit(function)(base, role, tokens_BT, valid_BT), np.float32)[np.asarray(valid_BT)]
 
     base, tuned = read(lm, model.base, None), read(lm, model.base if adapter.weights is None else None, adapter)
-    effect, lost = float(np.abs(tuned - base).mean()), float(np.abs(read(written_lm, written, None) - tuned).mean())
+    effect, lost = float(np.abs(tuned - base).mean()), float(np.abs(read(written_lm, merged.base, None) - tuned).mean())
     if effect <= _NOISE * float(np.abs(base).mean()):
         return None
     kept = 1 - lost / effect
@@ -311,20 +336,24 @@ def _compare_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: 
     return _judge(_expected(model, adapter, record), found, _allowed(model), "scores" if record.has_head else "logits")
 
 
-def _compare_merged(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> float:
+def _read_merged(folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter) -> Model:
+    """The written checkpoint, by its own config.json. Weights that were written in float32 stay so."""
+    held = "float32" if config.weights == "float32" else model.lm.config.param_dtype
+    found = families.read_config(folder, dtype=model.lm.config.dtype, param_dtype=held)
+    # A classifier has no output projection; as a tied one the base is read without.
+    found = dataclasses.replace(found, tied_embeddings=found.tied_embeddings or adapter.head is not None)
+    lm = dataclasses.replace(model.lm, config=found)
+    return dataclasses.replace(model, lm=lm, base=hf_checkpoint.load_base(folder, found, lm.base_shardings(), ignore=("score.weight",)))
+
+
+def _compare_merged(folder: pathlib.Path, merged: Model, model: Model, adapter: Adapter, record: Record) -> float:
     head, offset = _head(adapter, record)
-    config = families.read_config(folder, dtype=model.lm.config.dtype, param_dtype=model.lm.config.param_dtype)
-    if head is not None:
-        # A classifier has no output projection; as a tied one the base is read without.
-        config = dataclasses.replace(config, tied_embeddings=True)
-    base = hf_checkpoint.load_base(folder, config, model.lm.base_shardings(), ignore=("score.weight",))
     low = any(tensor.dtype != "F32" for tensor in hf_checkpoint.stored_tensors(folder).values())
     allowed = 0.05 if low else _allowed(model)
-    merged = dataclasses.replace(model, lm=dataclasses.replace(model.lm, config=config))
-    found = _outputs(merged, base, None if head is None else Adapter(head=head)) + offset
+    found = _outputs(merged, merged.base, None if head is None else Adapter(head=head)) + offset
     if head is not None:
         stated = config_lib.read_json(folder / "config.json")["pad_token_id"]
-        scores = lambda *batch: np.asarray(jax.jit(merged.lm.score)(base, Adapter(head=head), *batch)) + offset
+        scores = lambda *batch: np.asarray(jax.jit(merged.lm.score)(merged.base, Adapter(head=head), *batch)) + offset
         _check_padded(folder, model, adapter, record, stated, allowed, scores)
     return _judge(_expected(model, adapter, record), found, allowed, "scores" if record.has_head else "logits")
 

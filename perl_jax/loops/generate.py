@@ -16,10 +16,9 @@ from perl_jax import config as config_lib, sharding, steps
 from perl_jax.config import UserError, require
 from perl_jax.data.jsonl import read_jsonl
 from perl_jax.data.pipeline import BatchSpec, make_batches
-from perl_jax.hf.chat import DATE
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
-from perl_jax.loops.jobs import ModelOptions
+from perl_jax.loops.jobs import GREEDY, TemplateOptions
 from perl_jax.loops.model import host, load_model
 from perl_jax.loops.policies import batch_sampler
 from perl_jax.models.language_model import LanguageModel
@@ -28,7 +27,7 @@ from perl_jax.types import Prompts, Tokens, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelOptions):
+class GenerateConfig(TemplateOptions):
     """Continue a prompt.
 
     Attributes:
@@ -40,8 +39,6 @@ class GenerateConfig(ModelOptions):
         top_p: Sample from the fewest tokens with this probability in total; None: off.
         samples: Number of continuations.
         seed: Of sampling.
-        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
-        template_date: What a template gets that asks for today's date.
     """
 
     prompt: str
@@ -52,16 +49,18 @@ class GenerateConfig(ModelOptions):
     top_p: float | None = None
     samples: int = 1
     seed: int = 0
-    template: str = "auto"
-    template_date: str = DATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config_lib.positive("samples", self.samples)
+        config_lib.whole("samples", self.samples)
+        self.check_forward("generate")
+        if self.temperature == 0:
+            config_lib.unread(self, ("seed", "top_k", "top_p"), *GREEDY)
+            require(self.samples == 1, f"samples is {self.samples} at temperature 0, where all would be the same; leave it out, or give temperature.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ModelOptions):
+class ScoreConfig(TemplateOptions):
     """Score a JSON Lines file of rows with `prompt` and `response`.
 
     Each row is written with `token_logprobs` (of the response's tokens, eos included), `logprob`
@@ -75,8 +74,6 @@ class ScoreConfig(ModelOptions):
         max_prompt_length: In tokens; a longer prompt is refused, not cut.
         max_response_length: In tokens; a longer response is refused, not cut.
         temperature: Divides the logits before log-probabilities are taken.
-        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
-        template_date: What a template gets that asks for today's date.
     """
 
     input: str
@@ -86,11 +83,10 @@ class ScoreConfig(ModelOptions):
     max_prompt_length: int = 1024
     max_response_length: int = 1024
     temperature: float = 1.0
-    template: str = "auto"
-    template_date: str = DATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_forward("score")
         for field in ("batch_size", "max_prompt_length", "max_response_length", "temperature"):
             config_lib.positive(field, getattr(self, field))
 

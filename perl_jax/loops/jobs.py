@@ -53,6 +53,24 @@ class ModelOptions:
         config_lib.one_of("attention", self.attention, ("auto", *ATTENTION))
 
 
+    def check_forward(self, command: str) -> None:
+        """UserError for options of the backward pass in a command that has none."""
+        config_lib.unread(self, ("remat",), command, ("training",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemplateOptions(ModelOptions):
+    """What commands that read a tokenizer, and have no data options, are told of its chat template.
+
+    Attributes:
+        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
+        template_date: What a template gets that asks for today's date.
+    """
+
+    template: str = "auto"
+    template_date: str = DATE
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The task and the lengths of its rows, in tokens.
@@ -153,6 +171,17 @@ class JobConfig(ModelOptions):
         inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
         config_lib.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
         config_lib.read_by("optimizer.lora_b_ratio", self.optimizer.lora_b_ratio, 1.0, f"tuning {self.tuning}", ("tuning lora",))
+        if self.tuning == "full":
+            config_lib.unread(self, [f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)], "tuning full", ("tuning lora",))
+        else:
+            self.lora.check_read()
+        if not self.has_adapters:
+            config_lib.unread(self, ("mesh.adapters",), "tuning full", ("tuning lora",))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a role of the job is, or may be, an adapter."""
+        return self.tuning == "lora"
 
     @property
     def profiled(self) -> tuple[int, ...]:
@@ -178,6 +207,10 @@ class PolicyConfig(JobConfig):
         super().__post_init__()
         one = self.policy is None or self.stack_on is None
         config_lib.require(one, "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh adapter), not both.")
+
+    @property
+    def has_adapters(self) -> bool:
+        return super().has_adapters or self.policy is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -323,6 +356,7 @@ class KLConfig:
             value = getattr(self, field)
             used = self.reference != "none" or value == config_lib.default_of(KLConfig, field)
             config_lib.require(used, f"kl.{field} is {value!r}, which nothing reads without a KL; leave it out, or give kl.reference.")
+        config_lib.require(self.beta > 0 or not self.whole_score, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,6 +422,10 @@ class RolloutConfig:
             config_lib.require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p!r}; it must lie in (0, 1].")
 
 
+# What does not read the options of a draw, and what does, for `config.unread`.
+GREEDY = ("temperature 0 (greedy)", ("a temperature above 0",))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(RewardOptions, PolicyConfig):
     """Policy gradients on rollouts: sample, score, compare with a reference, learn.
@@ -431,6 +469,12 @@ class RLConfig(RewardOptions, PolicyConfig):
         config_lib.one_of("value_head", self.value_head, ("zero", "reward"))
         known = self.value_head == "zero" or bool(self.reward)
         config_lib.require(known, "value_head reward begins with a reward artefact's head; there is none.")
+        if self.validation_prompts == 0:
+            config_lib.unread(self, ("evaluate_every",), "rl without validation_prompts", ("rl with validation_prompts",))
+        if self.tuning == "full":
+            config_lib.unread(self, ("rollout.adapters",), "tuning full", ("tuning lora",))
+        if self.policy is None:
+            self.check_stale(self.lora.dropout)
         config_lib.require(self.max_mismatch > 1, f"max_mismatch is {self.max_mismatch!r}; it must be greater than 1.")
         parts = self.algorithm.minibatches * self.microbatches
         config_lib.require(
@@ -460,6 +504,22 @@ class RLConfig(RewardOptions, PolicyConfig):
             ("optimizer.head_learning_rate", self.optimizer.head_learning_rate, OptimizerConfig.head_learning_rate),
         ):
             algorithms.check_read(option, value, default, self.algorithm.name)
+
+    def check_stale(self, dropout: float) -> None:
+        """UserError for bounds on stale samples where there are none.
+
+        In the only update of a rollout every ratio is 1, and the values are the old ones, unless there is dropout (the policy's).
+        """
+        if self.algorithm.updates > 1 or (dropout > 0 and self.tuning == "lora"):
+            return
+        for field in ("clip", "clip_high", "max_ratio", "value_clip"):
+            value, default = getattr(self.algorithm, field), config_lib.default_of(AlgorithmConfig, field)
+            more = "leave it out, or give algorithm.epochs or algorithm.minibatches"
+            config_lib.require(value == default, f"algorithm.{field} is {value!r}, which nothing reads in one update of each rollout: all ratios are 1 there; {more}.")
+
+    @property
+    def has_adapters(self) -> bool:
+        return super().has_adapters or bool(self.reward) or self.kl.reference not in ("start", "base", "none")
 
     @property
     def kl_in_loss(self) -> bool:
@@ -506,3 +566,7 @@ class EvaluateConfig(RewardOptions):
         super().__post_init__()
         config_lib.positive("batch_size", self.batch_size)
         config_lib.positive("temperature", self.temperature, zero=True)
+        self.check_forward("evaluate")
+        config_lib.unread(self, ("data.packing",), "evaluate", ("training",))
+        if self.temperature == 0:
+            config_lib.unread(self, ("seed", "rollout.top_k", "rollout.top_p"), *GREEDY)

@@ -119,7 +119,7 @@ class Model:
         known = self.tokenizer.first_fingerprint if record.format == 1 else self.tokenizer.fingerprint
         require(
             record.tokenizer_fingerprint == known,
-            f"{folder} was trained with another tokenizer than the one in {self.name}; use the folder it was trained with.",
+            f"{folder} was trained with another tokenizer or chat template than that of {self.name}; give the folder, the template and the template date it was trained with.",
         )
         check_turn_end(folder, record, self.tokenizer)
         return adapter, record
@@ -166,7 +166,11 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
         print(f"{folder / 'config.json'}: these fields do not change the numbers and are not read: {', '.join(unread)}.", file=sys.stderr)
     config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
     mesh = sharding.make_mesh(options.mesh)
-    return LanguageModel(for_devices(config, mesh, options.attention), mesh), Tokenizer.load(folder, config.vocab_size, *template_of(options))
+    template, date = template_of(options)
+    tokenizer = Tokenizer.load(folder, config.vocab_size, template, date)
+    asked = date == DATE or (tokenizer.chat is not None and tokenizer.chat.uses_date)
+    require(asked, f"template_date is {date!r}, which no chat template of {options.model} asks for; leave it out.")
+    return LanguageModel(for_devices(config, mesh, options.attention), mesh), tokenizer
 
 
 def template_of(options: ModelOptions) -> tuple[str, str]:

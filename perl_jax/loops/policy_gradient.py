@@ -307,6 +307,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     model = load_model(config)
     check_context(model, config.data)
     policy = starting_role(model, config, config.policy, jax.random.key(config.seed))
+    config.check_stale(0.0 if policy.config is None else policy.config.dropout)
     rewards, records = scoring.load_rewards(model, config.reward)
     algorithm = config.algorithm
     # Policy, reference and critic all begin as the policy that training starts from.

@@ -51,7 +51,7 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if run_lib.finished(artefact, folder / "evaluation.json"):
         return artefact
-    check_splits(config.data, "comparisons", ("train", "validation", "test"), supervised.pair_weights)
+    check_splits(config.data, "comparisons", ("train", "validation", "test"), functools.partial(supervised.check_pairs, "train" if config.soft_labels else None))
     model = load_model(config)
     check_context(model, config.data)
     start = starting_role(model, config, config.policy, jax.random.key(config.seed))

@@ -245,6 +245,13 @@ def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
     return weights
 
 
+def check_pairs(soft: str | None, rows: Any, task: str, split: str) -> None:
+    """UserError for comparisons that weigh nothing, and where in the split `soft`, whose labels are to be probabilities, none is known."""
+    pair_weights(rows, task, split)
+    known = split != soft or bool(np.isfinite([row["probability"] for row in rows]).any())
+    config_lib.require(known, f"soft_labels is for comparisons with a probability; none of the {split} split of {task} has one: leave it out.")
+
+
 def ratings(rows: Any, task: str, split: str) -> np.ndarray:
     """The rows' ratings; a correlation needs two different ones."""
     found = np.asarray([row["rating"] for row in rows])
@@ -300,7 +307,8 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     if run_lib.finished(artefact, folder / "evaluation.json"):
         return artefact
     job = reward_job(config)
-    check_splits(config.data, job.kind, (config.split, "validation", "test"), job.truth)
+    check = functools.partial(check_pairs, config.split if config.soft_labels else None) if config.objective == "pairwise" else job.truth
+    check_splits(config.data, job.kind, (config.split, "validation", "test"), check)
     model = load_model(config)
     check_context(model, config.data)
     # Not fold 1, which the train state's key is made of.

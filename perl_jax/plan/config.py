@@ -77,6 +77,8 @@ class PlanConfig:
         config_lib.require(fixed, "search tries meshes; leave mesh out, or search.")
         read = self.job == "rl" or self.algorithm == AlgorithmConfig()
         config_lib.require(read, f"algorithm.* is for the job rl; job is {self.job!r}: leave it out.")
+        if self.tuning == "full" and self.job != "rl":
+            config_lib.unread(self, ("adapters",), "tuning full", ("tuning lora", "rl"))
         self.mesh_config(1)
         self.job_config()
 

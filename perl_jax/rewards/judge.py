@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from perl_jax.config import UserError, one_of, positive, require
+from perl_jax.config import UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
 
 TEMPLATE = """Rate how good the response to the request below is: helpful, correct, and to the point.
@@ -130,6 +130,7 @@ class Judge:
         checks.count("judge.retries", self.retries, 0)
         for field in ("concurrency", "max_tokens", "top_logprobs"):
             checks.count(f"judge.{field}", getattr(self, field), 1)
+        read_by("judge.top_logprobs", self.top_logprobs, default_of(Judge, "top_logprobs"), f"mode {self.mode}", ("mode expected",))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         checks.sequences(prompts, responses, rows)

@@ -23,7 +23,7 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf.tokenizer import Tokenizer, word_tokenizer
 from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.loops import exchange
-from perl_jax.loops.jobs import ModelOptions
+from perl_jax.loops.jobs import ModelOptions, TemplateOptions
 from perl_jax.loops.model import Model, load_model
 from tests import small
 from tests.hf.test_families import write_random
@@ -244,9 +244,10 @@ def test_the_share_is_of_the_adapters_own_effect(tmp_path, low):
     part = adapter.replace(lora=trees.map_named(lambda name, leaf: leaf * (0.7 if name.endswith("_b") else 1.0), adapter.lora))
     config = exchange.ExportConfig(model=low.name, adapter=str(save(tmp_path / "part", low, part)), format="merged", to=str(tmp_path / "to"), weights="float32")
     exchange.export(config)
-    assert exchange._share_kept(tmp_path / "to", config, low, adapter) == pytest.approx(0.7, abs=0.01)
+    merged = exchange._read_merged(tmp_path / "to", config, low, part)
+    assert exchange._share_kept(merged, config, low, adapter) == pytest.approx(0.7, abs=0.01)
     # An adapter as training begins it moves nothing: there is no share.
-    assert exchange._share_kept(tmp_path / "to", config, low, low.lm.init_adapter(jax.random.key(0), VARIANTS["plain"], low.base)) is None
+    assert exchange._share_kept(merged, config, low, low.lm.init_adapter(jax.random.key(0), VARIANTS["plain"], low.base)) is None
 
 
 # In.
@@ -366,6 +367,78 @@ def test_an_export_that_reads_back_differently_is_not_kept(monkeypatch, tmp_path
     with pytest.raises(UserError, match="does not give the same logits: they differ by .* Nothing was kept"):
         export(model, artefact, form, tmp_path / "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
+
+
+# The chat template that a role was trained with.
+
+
+OWN = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+OTHER = "{% for m in messages %}{{ 'please' if m.role == 'user' else 'thanks' }} {{ m.content }} <unk> {% endfor %}{% if add_generation_prompt %}thanks{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def templated(tmp_path_factory) -> pathlib.Path:
+    """A base whose tokenizer has a chat template, and beside it a file with another one."""
+    root = tmp_path_factory.mktemp("templated")
+    folder = write_base(root / "base")
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.inner.chat_template = OWN
+    tokenizer.save(folder)
+    (root / "other.jinja").write_text(OTHER)
+    return folder
+
+
+def check_exported_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, template: str | None) -> None:
+    """transformers' own rendering of a turn has the ids that training and sampling had."""
+    inner = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    assert inner.chat_template == template
+    user = [{"role": "user", "content": "good tea"}]
+    whole = [*user, {"role": "assistant", "content": "fine"}]
+    ids = lambda messages, cue: list(inner.apply_chat_template(messages, add_generation_prompt=cue, tokenize=True, return_dict=False))
+    if template is None:
+        assert list(inner("good tea")["input_ids"]) == tokenizer.prompt_ids("good tea")
+        return
+    assert ids(user, True) == tokenizer.prompt_ids("good tea")
+    assert ids(whole, False) == tokenizer.prompt_ids("good tea") + tokenizer.response_ids("fine") + list(tokenizer.tail_ids)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("given", ["auto", "none", "FILE"])
+def test_an_export_carries_the_chat_template_that_the_role_was_trained_with(tmp_path, templated, given, head):
+    given = {"FILE": str(templated.parent / "other.jinja")}.get(given, given)
+    model = load_model(TemplateOptions(model=str(templated), template=given))
+    adapter = moved(model, VARIANTS["plain"], head=head)
+    artefact = save(tmp_path / "artefact", model, adapter)
+    _, record = model.load_role(artefact)
+    for form, write in (("peft", exchange._write_peft), ("merged", exchange._write_merged)):
+        config = exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to="-", template=given)
+        (tmp_path / form).mkdir()
+        write(tmp_path / form, config, model, adapter, record)
+        check_exported_tokenizer(tmp_path / form, model.tokenizer, {"auto": OWN, "none": None}.get(given, OTHER))
+        exchange.classifier.read_back(tmp_path / form, model.tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_the_template_is_named_to_export_and_what_is_written_is_read_back(monkeypatch, tmp_path, templated, form):
+    given = str(templated.parent / "other.jinja")
+    model = load_model(TemplateOptions(model=str(templated), template=given))
+    artefact = save(tmp_path / "artefact", model, moved(model, VARIANTS["plain"], head=False))
+    settings = {"model": model.name, "adapter": str(artefact), "format": form, "to": str(tmp_path / "to")}
+    with pytest.raises(UserError, match="artefact was trained with another tokenizer or chat template than that of .*; give the folder, the template"):
+        exchange.export(exchange.ExportConfig(**settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "save", lambda self, folder: load(templated).tokenizer.inner.save_pretrained(folder))
+        with pytest.raises(UserError, match="The tokenizer that was written does not encode as the model's own. Nothing was kept."):
+            exchange.export(exchange.ExportConfig(**settings, template=given))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
+    exchange.export(exchange.ExportConfig(**settings, template=given))
+    check_exported_tokenizer(tmp_path / "to", model.tokenizer, OTHER)
+
+
+def test_a_date_that_no_template_asks_for_is_refused(templated):
+    with pytest.raises(UserError, match=f"template_date is '2025-02-01', which no chat template of {templated} asks for; leave it out"):
+        load_model(TemplateOptions(model=str(templated), template_date="2025-02-01"))
 
 
 # Averages, and the listing.

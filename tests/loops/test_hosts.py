@@ -39,6 +39,8 @@ SETTINGS = (
 )  # fmt: skip
 # What goes on from the jobs' policy has its dropout, which is none; a later option takes the place of an earlier one.
 UNDROPPED = ("--lora.dropout", "0")
+# And there is no adapter in full tuning.
+FULL = ("--tuning", "full", "--lora.rank", "8", "--lora.dropout", "0")
 HEARTBEAT = 10
 # Within which the others end: heartbeats, and time for a busy machine to notice.
 BOUND = 9 * HEARTBEAT
@@ -163,7 +165,7 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     rl = ("--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10")
     two = ("--mesh.data", "2", "--mesh.fsdp", "1", "--mesh.tensor", "4")
     name, more = {
-        "full": ("sft", ("--tuning", "full", "--mesh.fsdp", "8")),
+        "full": ("sft", (*FULL, "--mesh.fsdp", "8")),
         "grpo": ("rl", (*rl, "--algorithm.name", "grpo", "--terms", terms)),
         # Two prompts at a time of four; slots, packed rows and their microbatches divide over two devices, and so do minibatches.
         "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8", "--algorithm.minibatches", "2")),
@@ -210,7 +212,7 @@ LAYOUTS = {"8": {"count": 1, "devices": 8}, "2": {"count": 1, "devices": 2}, "2x
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("8", "2"), ("2x4", "8"), ("8", "2x4")])
 def test_a_run_goes_on_in_another_layout(before, after, base, tmp_path):
-    arguments = ("--model", base, *SETTINGS, "--tuning", "full", "--mesh.fsdp")
+    arguments = ("--model", base, *SETTINGS, *FULL, "--mesh.fsdp")
     width = {"8": "8", "2": "2", "2x4": "4"}
     whole("sft", tmp_path / "whole", (*arguments, width[before]), **LAYOUTS[before])
     with started("sft", tmp_path / "moved", (*arguments, width[before]), **LAYOUTS[before]) as processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -153,6 +154,26 @@ def test_a_finished_run_is_compared_too(jobs, base):
     finally:
         path.write_text(before)
     run_lib.open_run("rl", config)
+
+
+def test_a_role_of_format_1_needs_the_tokenizer_that_its_version_knew_it_by(jobs, base, tmp_path):
+    """The digest of that version was of the vocabulary, bos, eos and the template."""
+    model = tiny.open_model(base)
+    vocabulary = tiny.read(pathlib.Path(base) / "tokenizer.json")["model"]["vocab"]
+    listed = sorted(vocabulary.items(), key=lambda item: item[1])
+    first = hashlib.sha256(repr((listed, vocabulary["<s>"], vocabulary["</s>"], None)).encode()).hexdigest()[:16]
+    shutil.copytree(jobs.reward, tmp_path / "reward")
+    path = tmp_path / "reward" / checkpoint.RECORD
+    values = {name: value for name, value in tiny.read(path).items() if name not in ("digests", "checksum", "turn_end")}
+    values |= {"format": 1, "base_fingerprint": model.weights_fingerprint}
+    config_lib.write_json(path, values | {"tokenizer_fingerprint": first})
+    adapter, record = model.load_role(tmp_path / "reward", "reward")
+    assert (record.format, record.turn_end) == (1, None)
+    small.assert_same(adapter, model.load_role(jobs.reward)[0])
+    for other in (model.tokenizer.fingerprint, first[::-1]):
+        config_lib.write_json(path, values | {"tokenizer_fingerprint": other})
+        with pytest.raises(UserError, match=f"{tmp_path}/reward was trained with another tokenizer or chat template than that of {base};"):
+            model.load_role(tmp_path / "reward")
 
 
 class Redone(Exception):

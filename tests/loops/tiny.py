@@ -32,24 +32,29 @@ COMMON = {
 }
 
 
+def common(**fields: Any) -> dict[str, Any]:
+    """COMMON and these fields; full tuning has no adapter to give a size."""
+    return {name: value for name, value in COMMON.items() if name != "lora" or fields.get("tuning") != "full"} | fields
+
+
 def base_config(run: pathlib.Path, model: pathlib.Path, **fields: Any) -> BaseConfig:
     # Positions enough for tests with longer rows.
     data = dataclasses.replace(DATA, max_prompt_length=40, max_response_length=24)
     shape = {"width": 16, "ffn_width": 24, "layers": 2, "heads": 2, "kv_heads": 1}
-    return BaseConfig(**{**COMMON, **shape, "data": data, "steps": 2, "run": str(run), "model": str(model), **fields})
+    return BaseConfig(**common(tuning="full", **{**shape, "data": data, "steps": 2, "run": str(run), "model": str(model), **fields}))
 
 
 def sft_config(run: pathlib.Path, base: str, **fields: Any) -> SFTConfig:
-    return SFTConfig(**{**COMMON, "run": str(run), "model": base, **fields})
+    return SFTConfig(**common(run=str(run), model=base, **fields))
 
 
 def reward_config(run: pathlib.Path, base: str, **fields: Any) -> RewardConfig:
-    return RewardConfig(**{**COMMON, "run": str(run), "model": base, **fields})
+    return RewardConfig(**common(run=str(run), model=base, **fields))
 
 
 def rl_config(run: pathlib.Path, base: str, policy: pathlib.Path | str | None, reward: pathlib.Path | str, **fields: Any) -> RLConfig:
     policy = None if policy is None else str(policy)
-    return RLConfig(**{**COMMON, "run": str(run), "model": base, "policy": policy, "reward": (str(reward),), **fields})
+    return RLConfig(**common(**{"run": str(run), "model": base, "policy": policy, "reward": (str(reward),), **fields}))
 
 
 def evaluate_config(run: pathlib.Path, base: str, **fields: Any) -> EvaluateConfig:
