@@ -101,21 +101,18 @@ class Checkpoints:
         """State (on the shardings of `abstract`'s leaves) and host state of a step, default the newest.
 
         Raises UserError when the checkpoint's tree does not fit the job's, and Damaged when what is
-        read is not what was saved.
+        read is not what was saved: on all processes, even where one alone cannot read its part.
         """
         step = self._manager.latest_step() if step is None else step
         seal = self._seal(step)
         wanted = {name: trees.kind(leaf) for name, leaf in trees.named_leaves(abstract).items()}
         fits = seal is None or wanted == {name: text.partition(":")[0] for name, text in seal["state"].items()}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=args)
-        # Storage has errors of many kinds for bytes that it cannot read.
-        except Exception as error:
-            if hosts.lost(error) or (seal is None and not isinstance(error, ValueError)):
-                raise
+        restored, error = _read_alone(self.folder / str(step), abstract)
+        if hosts.anyone(error is not None):
+            error = error or UserError("another process cannot read its part")
+            if seal is None and not isinstance(error, (ValueError, UserError)):
+                raise error
             if seal is not None and fits:
-                _say_once()
                 raise self._damage(step, _first_line(error)) from error
             raise UserError(f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}") from error
         if not fits:
@@ -185,6 +182,25 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+def _read_alone(folder: pathlib.Path, abstract: TrainState) -> tuple[Any, Exception | None]:
+    """What this process reads of a checkpoint, or the error that it meets.
+
+    Processes do not wait for each other in here, as the manager's own `restore` makes them do: one that
+    cannot read its part would leave the others waiting.
+    """
+    alone = {"multiprocessing_options": ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})} if hosts.several() else {}
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), **alone) as reader:
+            return reader.restore(folder, args=args), None
+    # Storage has errors of many kinds for bytes that it cannot read.
+    except Exception as error:
+        if hosts.lost(error):
+            raise
+        _say_once()
+        return None, error
 
 
 @dataclasses.dataclass(frozen=True)

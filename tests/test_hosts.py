@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,11 +17,16 @@ import pytest
 
 from perl_jax import __main__ as command
 from perl_jax import hosts, sharding
+from perl_jax.checkpoint import Checkpoints
 from perl_jax.config import UserError
 from perl_jax.hosts import Settings, Share
+from perl_jax.lora import Adapter
+from perl_jax.state import TrainState
 from tests.xla import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
+# For two processes to end, on a machine that does other things too.
+PATIENCE = 300
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
@@ -213,10 +219,49 @@ def two_processes() -> None:
     spread = sharding.row_share(sharding.make_mesh(sharding.MeshConfig(tensor=4)))
     assert spread == Share(0, 1, (0,)) and spread.leads == (index == 0)
     np.testing.assert_array_equal(spread.gather(rows if index == 0 else 0 * rows), rows)
-    made = pathlib.Path(sys.argv[1])
+    made = pathlib.Path(sys.argv[2])
     assert hosts.in_turn(lambda: made.exists() or made.touch()) is (None if index == 0 else True)
     hosts.disconnect()
     assert not hosts.connected()
+
+
+def damaged_checkpoints() -> None:
+    """Two processes with two devices each, and three checkpoints of weights that all four devices share.
+
+    Of step 5 process 1 alone cannot read its part; of step 4 the data cursor is another; step 3 is whole.
+    """
+    hosts.connect("test", hosts.read_settings(os.environ))
+    folder, mesh = pathlib.Path(sys.argv[2]), sharding.make_mesh(sharding.MeshConfig(fsdp=4))
+    whole, parts = sharding.replicated(mesh), jax.NamedSharding(mesh, jax.P("fsdp"))
+    place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    kernel = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+
+    def state(step: int) -> TrainState:
+        roles = {"policy": Adapter(weights={"kernel": place(kernel + step, parts), "scale": place(kernel[0] + step, whole)})}
+        return TrainState(place(np.int32(step), whole), roles, {}, {}, place(np.zeros(2, np.uint32), whole))
+
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (3, 4, 5):
+        checkpoints.save(state(step), {"cursor": step})
+    checkpoints.close()
+    if hosts.is_writer():
+        (folder / "4" / "host" / "metadata").write_text('{"cursor": 9}')
+        written = [path for path in (folder / "5" / "state" / "ocdbt.process_1" / "d").iterdir() if path.stat().st_size > kernel.nbytes // 4]
+        assert written
+        for path in written:
+            path.unlink()
+    hosts.barrier("damaged")
+    again = Checkpoints(folder, keep=3)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+    found, host = again.restore_newest(abstract)
+    assert int(found.step) == 3 and host == {"cursor": 3}
+    np.testing.assert_array_equal(hosts.whole(found.roles["policy"].weights["kernel"]), kernel + 3)
+    # All go on together from there.
+    assert again.latest_step() == 3
+    again.save(state(4), {"cursor": 4})
+    assert int(again.restore(abstract)[0].step) == 4
+    again.close()
+    hosts.disconnect()
 
 
 def slurm(index: int) -> dict[str, str]:
@@ -226,28 +271,44 @@ def slurm(index: int) -> dict[str, str]:
     return {name: str(value) for name, value in {**own, **step}.items()}
 
 
-@pytest.mark.parametrize("cluster", [pytest.param("explicit"), pytest.param("auto", marks=pytest.mark.slow)])
-def test_two_processes_meet(cluster, tmp_path):
+def run_two(part: Callable[[], None], folder: pathlib.Path, cluster: str = "explicit") -> list[str]:
+    """What two processes print that run a part of this file; both must end well."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = str(found.getsockname()[1])
     flags = {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT), "PERL_JAX_HEARTBEAT_SECONDS": "10"}
-    processes = []
+    processes, printed = [], []
     try:
         for index in range(2):
             explicit = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
             chosen = explicit if cluster == "explicit" else {"PERL_JAX_HOSTS": "auto", "JAX_COORDINATOR_PORT": port, **slurm(index)}
-            line = [sys.executable, "-m", "tests.test_hosts", str(tmp_path / "made")]
+            line = [sys.executable, "-m", "tests.test_hosts", part.__name__, str(folder)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             processes.append(subprocess.Popen(line, cwd=ROOT, env={**os.environ, **flags, **chosen}, **pipes))
         for process in processes:
-            printed, _ = process.communicate(timeout=100)
-            assert process.returncode == 0, printed[-3000:]
+            printed.append(process.communicate(timeout=PATIENCE)[0])
+            assert process.returncode == 0, printed[-1][-3000:]
     finally:
         for process in processes:
             process.kill()
             process.wait()
+    return printed
+
+
+@pytest.mark.parametrize("cluster", [pytest.param("explicit"), pytest.param("auto", marks=pytest.mark.slow)])
+def test_two_processes_meet(cluster, tmp_path):
+    run_two(two_processes, tmp_path / "made", cluster)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_go_on_from_the_same_whole_checkpoint(tmp_path):
+    """One alone cannot read the newest; that of both is what both leave, and one says so."""
+    first, second = run_two(damaged_checkpoints, tmp_path / "checkpoints")
+    said = [line for line in first.splitlines() if "It is removed" in line]
+    assert [line.partition(" in ")[0] for line in said] == ["The checkpoint of step 5", "The checkpoint of step 4"]
+    assert "(another process cannot read its part)" in said[0] and "(its data cursor)" in said[1]
+    assert all(line.endswith("and the run goes on from step 3.") for line in said) and "It is removed" not in second
 
 
 if __name__ == "__main__":
-    two_processes()
+    globals()[sys.argv[1]]()
