@@ -56,7 +56,6 @@ class GenerateConfig(TemplateOptions):
         self.check_forward("generate")
         if self.temperature == 0:
             config_lib.unread(self, ("seed", "top_k", "top_p"), *GREEDY)
-            require(self.samples == 1, f"samples is {self.samples} at temperature 0, where all would be the same; leave it out, or give temperature.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -167,6 +168,19 @@ def test_fingerprint_does_not_depend_on_the_dtype_of_the_load(tmp_path, dtype):
     folder = write_llama(tmp_path, dtype=dtype)
     prints = {trees.fingerprint(load(folder, param_dtype=param_dtype)[1]) for param_dtype in ("float32", "bfloat16")}
     assert len(prints) == 1 and len(prints.pop()) == 16
+
+
+def test_a_sample_of_stored_weights_is_of_every_tensors_rows(tmp_path):
+    """Vectors whole, of a matrix each second of its 40 rows: those, and no others, tell one file from another."""
+    noise = np.random.default_rng(0)
+    tensors = {"matrix": noise.standard_normal((40, 6)).astype(jnp.bfloat16), "vector": noise.standard_normal(50).astype(np.float32), "few": noise.standard_normal((3, 5)).astype(np.float16)}
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    digest = lambda array: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
+    assert checkpoint.sampled_content(tmp_path) == {
+        "matrix": ["BF16", [40, 6], digest(tensors["matrix"][::2])],
+        "vector": ["F32", [50], digest(tensors["vector"])],
+        "few": ["F16", [3, 5], digest(tensors["few"])],
+    }
 
 
 def test_fingerprint_tells_a_change_of_any_layer(llama):

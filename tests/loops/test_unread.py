@@ -62,7 +62,6 @@ REFUSED: list[tuple[type, Callable[[], dict[str, Any]], str]] = [
     *((EvaluateConfig, lambda field=field, value=value: {"temperature": 0.0, "rollout": RolloutConfig(**{field: value})}, f"rollout.{field} is {value!r}, which temperature 0 (greedy) does not read; leave it out (a temperature above 0 reads it).") for field, value in (("top_k", 5), ("top_p", 0.9))),
     (EvaluateConfig, lambda: {"temperature": 0.0, "seed": 3}, "seed is 3, which temperature 0 (greedy) does not read"),
     *((GenerateConfig, lambda field=field, value=value: {"temperature": 0.0, field: value}, f"{field} is {value!r}, which temperature 0 (greedy) does not read") for field, value in (("top_k", 5), ("top_p", 0.9), ("seed", 3))),
-    (GenerateConfig, lambda: {"temperature": 0.0, "samples": 4}, "samples is 4 at temperature 0, where all would be the same; leave it out, or give temperature."),
     (BestOfConfig, lambda: {"rollout": RolloutConfig(adapters="merged")}, "rollout.adapters is 'merged', which best-of without a policy does not read"),
     (BaseConfig, lambda: {"quantise": QuantiseConfig("int8")}, "quantise.kind is 'int8', which base does not read"),
     (BaseConfig, lambda: {"data": DataConfig(template="none")}, "data.template is 'none', which base does not read"),
