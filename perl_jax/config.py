@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -71,8 +70,10 @@ def unread(config: Any, options: Sequence[str], chosen: str, readers: Sequence[s
     """`read_by` for options of a frozen config, such as `data.packing`, that `chosen` does not read; their defaults pass."""
     for option in options:
         *above, field = option.split(".")
-        holder = functools.reduce(getattr, above, config)
-        read_by(option, getattr(holder, field), default_of(type(holder), field), chosen, readers)
+        holder = config
+        for name in above:
+            holder = vars(holder)[name]
+        read_by(option, vars(holder)[field], default_of(type(holder), field), chosen, readers)
 
 
 def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:

@@ -300,8 +300,8 @@ def _share_kept(merged: Model, config: ExportConfig, model: Model, adapter: Adap
         return None
     settings = model.lm.config if model.lm.config.dtype == "float32" else dataclasses.replace(model.lm.config, dtype="float32", attention="plain")
     lm = dataclasses.replace(model.lm, config=settings)
-    own = {field: getattr(merged.lm.config, field) for field in ("tied_embeddings", "param_dtype")}
-    written_lm = dataclasses.replace(model.lm, config=dataclasses.replace(settings, **own))
+    own = merged.lm.config
+    written_lm = dataclasses.replace(model.lm, config=dataclasses.replace(settings, tied_embeddings=own.tied_embeddings, param_dtype=own.param_dtype))
     tokens_BT, valid_BT = _probe(model)
 
     def read(lm: LanguageModel, base: Tree | None, role: Adapter | None) -> np.ndarray:

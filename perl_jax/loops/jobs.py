@@ -513,7 +513,7 @@ class RLConfig(RewardOptions, PolicyConfig):
         if self.algorithm.updates > 1 or (dropout > 0 and self.tuning == "lora"):
             return
         for field in ("clip", "clip_high", "max_ratio", "value_clip"):
-            value, default = getattr(self.algorithm, field), config_lib.default_of(AlgorithmConfig, field)
+            value, default = vars(self.algorithm)[field], config_lib.default_of(AlgorithmConfig, field)
             more = "leave it out, or give algorithm.epochs or algorithm.minibatches"
             config_lib.require(value == default, f"algorithm.{field} is {value!r}, which nothing reads in one update of each rollout: all ratios are 1 there; {more}.")
 
