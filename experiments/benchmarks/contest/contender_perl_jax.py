@@ -42,13 +42,17 @@ LONGEST = max(map(max, work.RAGGED))
 Taken = tuple[Callable[[int, contender.Parts], int], Callable[[], dict[str, int]]]
 
 
+ADAPTERS = LoRAConfig(rank=work.RANK, alpha=work.ALPHA)
+
+
 def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLConfig:
     """The job as a user would configure it."""
     shared = {
         "model": str(folder / "model"),
         "run": "-",
         "tuning": tuning,
-        "lora": LoRAConfig(rank=work.RANK, alpha=work.ALPHA),
+        # Full tuning refuses the size of an adapter that it does not have.
+        **({"lora": ADAPTERS} if tuning == "lora" else {}),
         "optimizer": OptimizerConfig(name="adamw"),
         "microbatches": MICROBATCHES[job] if work.SIZE.device == "cpu" else 1,
         "dtype": work.SIZE.dtype,
@@ -116,7 +120,7 @@ def moved(role: Adapter, seed: int) -> Adapter:
 
 def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]) -> Taken:
     """Rollouts, rewards, reference and an update; its tokens are those that were sampled."""
-    dtype, adapters = model.lm.config.dtype, dataclasses.replace(config, tuning="lora")
+    dtype, adapters = model.lm.config.dtype, dataclasses.replace(config, tuning="lora", lora=ADAPTERS)
     policy = fresh_role(model, config, jax.random.key(0))
     reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(head=init_head(jax.random.key(1), model.lm.config.width))
     frozen = {"reference": resting(policy, dtype)} | ({"reward": reward} if config.reward else {})
