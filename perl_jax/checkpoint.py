@@ -148,7 +148,7 @@ class Checkpoints:
 
         The best step is chosen among all by their metrics, so that where one is kept all must be whole.
         """
-        steps = sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal())
+        steps = saved_steps(self.folder)
         for step in steps:
             try:
                 self._seal(step)
@@ -391,6 +391,17 @@ def load_artefact(
     changed = [] if content is None else changed_leaves(adapter, content)
     config_lib.require(not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved.")
     return adapter, record
+
+
+def saved_steps(folder: pathlib.Path) -> list[int]:
+    """Steps in a `checkpoints/` folder, in order; what was set aside (`5.damaged`) or is half written is none."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+
+
+def newest_bytes(folder: pathlib.Path) -> int | None:
+    """Bytes of the newest checkpoint in a `checkpoints/` folder; None: there is none."""
+    steps = saved_steps(folder)
+    return folder_bytes(folder / str(steps[-1])) if steps else None
 
 
 def folder_bytes(folder: pathlib.Path) -> int:

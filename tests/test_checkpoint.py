@@ -466,6 +466,14 @@ def test_scores_are_normalised_with_the_stored_moments():
         record("value", score_mean=None).normalise(1.0)
 
 
+def test_the_newest_checkpoint_is_none_that_was_set_aside_or_is_half_written(tmp_path):
+    assert checkpoint.newest_bytes(tmp_path / "none") is None
+    for name, size in {"9": 3, "10": 5, "11.damaged": 7, "12.orbax-checkpoint-tmp-1": 11}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_bytes(b"x" * size)
+    assert checkpoint.saved_steps(tmp_path) == [9, 10] and checkpoint.newest_bytes(tmp_path) == 5
+
+
 def test_bytes_of_a_folder(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"12345")

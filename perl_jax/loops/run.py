@@ -144,11 +144,10 @@ def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: 
     trained = sum(trees.count(trainable(role)) for role in state.roles.values())
     tuned = any(role.weights is not None for role in state.roles.values())
     measured = hosts.every(np.asarray(peak_measured(), np.int64)).reshape(-1).tolist()
-    checkpoints = sorted((folder / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     cost = {
         "parameters_total": trained + (0 if tuned else trees.count(model.lm.abstract_base())),
         "parameters_trainable": trained,
-        "checkpoint_bytes": checkpoint.folder_bytes(checkpoints[-1]) if checkpoints else None,
+        "checkpoint_bytes": checkpoint.newest_bytes(folder / "checkpoints"),
         "state_bytes": trees.size_bytes(state),
         "base_bytes": trees.size_bytes(model.base),
         "seconds_per_step": medians.get("step"),
