@@ -233,6 +233,8 @@ class Record:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
+        config_lib.one_of("artefact.role", self.role, ("policy", "reward", "value"))
+        config_lib.one_of("artefact.tuning", self.tuning, config_lib.TUNINGS)
         rule = "alpha / rank" if self.lora is None else self.lora.scaling_rule
         config_lib.one_of("artefact.scaling", self.scaling, (rule,))
         config_lib.one_of("artefact.dtype", self.dtype, ("float32",))
@@ -370,6 +372,7 @@ def load_artefact(
         f"{folder} was trained on the base {record.base_name} ({record.base_fingerprint}), "
         f"not on {base_name} ({base}); give --model the base it belongs to.",
     )
+    config_lib.require(record.tuning == "full" or record.lora is not None, f"{folder / RECORD} says nothing of its adapter's size (lora).")
     config_lib.require(role in (None, record.role), f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.")
     config_lib.require(record.has_head or record.role == "policy", f"{folder} is a {record.role} artefact without its scalar head; it cannot score.")
     abstract = abstract_adapter(lm, record.tuning, record.lora, record.has_head, record.under)

@@ -532,9 +532,19 @@ def test_artefacts_of_format_1_are_read(artefact):
     loaded, read = load(artefact)
     small.assert_same(loaded, small.make_adapter())
     assert (read.format, read.score_std) == (1, 2.0)
-    path.write_text(json.dumps(values | {"base_fingerprint": fingerprint()}))
-    with pytest.raises(UserError, match="was trained on the base"):
-        load(artefact)
+    # Nothing but their fields can be compared: one that is broken is named.
+    broken = {
+        "was trained on the base": values | {"base_fingerprint": fingerprint()},
+        "Record needs the field role": {name: value for name, value in values.items() if name != "role"},
+        "Record has no field rolf": {"rolf" if name == "role" else name: value for name, value in values.items()},
+        "artefact.role is 'rewarf'; it must be one of policy, reward, value": values | {"role": "rewarf"},
+        "artefact.tuning is 'mora'; it must be one of lora, full": values | {"tuning": "mora"},
+        "artefact.json says nothing of its adapter's size": values | {"lora": None},
+    }
+    for message, found in broken.items():
+        path.write_text(json.dumps(found))
+        with pytest.raises(UserError, match=message):
+            load(artefact)
 
 
 @pytest.mark.parametrize(

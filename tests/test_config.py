@@ -76,6 +76,11 @@ def test_unknown_fields_are_refused_wherever_they_are(values):
         config.from_dict(Outer, values)
 
 
+def test_fields_that_are_missing_are_named():
+    with pytest.raises(UserError, match="Outer needs the field inner, which is not there"):
+        config.from_dict(Outer, {"path": "a"})
+
+
 def test_values_are_checked_when_restored():
     with pytest.raises(UserError, match="lora.rank is -1"):
         config.from_dict(Outer, {"inner": {}, "lora": {"rank": -1}})
@@ -104,6 +109,12 @@ def test_unreadable_json_is_named(tmp_path):
     (tmp_path / "bad.json").write_text('{"a": 1,\n "b": }')
     with pytest.raises(UserError, match=f"{tmp_path}/bad.json is not valid JSON: line 2"):
         config.read_json(tmp_path / "bad.json")
+    for text in ("[" * 100_000, "1" * 10_000):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=f"{tmp_path}/bad.json is not valid JSON"):
+            config.read_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Is a directory"):
+        config.read_json(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ def open_run(job: str, config: JobConfig) -> pathlib.Path:
         config_lib.write_json(path, {"config": values, "environment": environment(), "command": sys.argv})
     hosts.barrier("run opened")
     config_lib.require(path.exists(), f"There is no {path} on process {jax.process_index()}; --run must be a folder that all hosts share.")
-    differing = _differences(config_lib.read_json(path)["config"], values)
+    found = config_lib.read_json(path)
+    whole = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    config_lib.require(whole, f"{path} does not say which settings the run began with; use another --run.")
+    differing = _differences(found["config"], values)
     config_lib.require(
         not differing, f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same ones, or another --run."
     )
@@ -66,7 +69,9 @@ def _check_stands(folder: pathlib.Path, now: stands.Prints) -> None:
         if hosts.is_writer():
             print(f"{folder} was begun by an earlier version, which did not note what it stands on: whether that has changed is not known.", flush=True)
         return
-    other = stands.changed(config_lib.read_json(folder / STANDS), now)
+    before = config_lib.read_json(folder / STANDS)
+    config_lib.require(isinstance(before, dict), f"{folder / STANDS} does not hold a JSON object; use another --run.")
+    other = stands.changed(before, now)
     config_lib.require(
         not other, f"{folder} holds a run that began with something else: changed since {'has' if len(other) == 1 else 'have'} {', '.join(other)}; put back what was there, or use another --run."
     )

@@ -411,6 +411,7 @@ def test_a_rate_of_the_head_needs_a_head(make, job):
 
 
 def test_a_broken_config_of_a_run_is_named(base, tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not valid JSON"):
-        supervised.run_sft(tiny.sft_config(tmp_path, base))
+    for text, message in (("{", "config.json is not valid JSON"), ("{}", "config.json does not say which settings the run began with"), ("[]", "config.json does not say which settings")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            supervised.run_sft(tiny.sft_config(tmp_path, base))
