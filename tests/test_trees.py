@@ -136,6 +136,27 @@ def test_digests_by_hand(dtype):
     assert trees.digests({"x": array[0, 0, :1].reshape(())}) == {"x": f"{dtype}[]:{content_sums(array[0, 0, :1])}"}
 
 
+def test_digests_are_read_leaf_by_leaf(monkeypatch):
+    # Many programs with collectives at one time have hung the CPU's devices: the next begins when the last is read.
+    events, sums = [], trees._content_sums
+
+    class Read:
+        def __init__(self, part):
+            self.part = part
+
+        def __int__(self):
+            events.append("read")
+            return int(self.part)
+
+    def watched(leaf):
+        events.append("begun")
+        return tuple(Read(part) for part in sums(leaf))
+
+    monkeypatch.setattr(trees, "_content_sums", watched)
+    trees.digests({"a": np.ones(3, np.float32), "b": np.zeros((2, 2), np.int32)})
+    assert events == ["begun", "read", "read"] * 2
+
+
 def test_digests_see_every_bit_and_no_placement():
     array = np.random.default_rng(0).standard_normal((8, 12)).astype(np.float32)
     expected = trees.digests(array)
