@@ -32,9 +32,11 @@ def pad_id_of(tokenizer: Tokenizer) -> int:
     """
     inner = tokenizer.inner
     ends = {*tokenizer.stop_ids, *tokenizer.turn_end_ids}
-    special = [index for index, token in sorted(inner.added_tokens_decoder.items()) if token.special]
+    # Read once: transformers makes the dictionary anew each time, which has thousands of tokens in Gemma 3's tokenizer.
+    added = inner.added_tokens_decoder
+    special = [index for index, token in sorted(added.items()) if token.special]
     # A token that is made for padding, but is not the tokenizer's pad, comes before other ones.
-    special.sort(key=lambda index: "pad" not in inner.added_tokens_decoder[index].content.lower())
+    special.sort(key=lambda index: "pad" not in added[index].content.lower())
     candidates = (inner.pad_token_id, inner.unk_token_id, inner.bos_token_id, *special)
     usable = [i for i in candidates if i is not None and i not in ends and i < tokenizer.vocab_size]
     require(bool(usable), f"Every special token of {inner.name_or_path} ends a turn; a classifier could not tell padding from an end.")

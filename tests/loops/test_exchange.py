@@ -578,6 +578,17 @@ def test_padding_is_a_token_that_no_turn_ends_with():
         exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
 
 
+def test_the_added_tokens_are_read_once_however_many_there_are(monkeypatch):
+    # Each reading makes a dictionary of all of them: thousands of readings took an hour with Gemma 3's tokenizer.
+    tokenizer = word_tokenizer(["good"])
+    tokenizer.inner.add_special_tokens({"additional_special_tokens": [f"<unused{i}>" for i in range(30)]})
+    kind, reads = type(tokenizer.inner), []
+    made = kind.added_tokens_decoder.fget
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(lambda inner: reads.append(1) or made(inner)))
+    exchange.classifier.pad_id_of(tokenizer)
+    assert len(reads) == 1
+
+
 def test_a_value_comes_back_as_a_value(tmp_path, model):
     adapter = moved(model, VARIANTS["plain"], head=True)
     checkpoint.save_artefact(tmp_path / "value", adapter, model.record("value", adapter))
