@@ -14,6 +14,7 @@ import numpy as np
 
 from perl_jax import config as config_lib, hosts, sharding
 from perl_jax.config import require
+from perl_jax.data.store import named_group
 from perl_jax.data.tasks import get_task
 from perl_jax.loops import scoring
 from perl_jax.loops.experience import shaped
@@ -94,7 +95,7 @@ def is_empty(row: Mapping[str, Any]) -> bool:
 
 def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
     """Means over prompts, of the best responses and (mean_) of all, and how many of the best are empty."""
-    columns = [name for name in rows[0] if name not in ("row", "prompt", "response")]
+    columns = [name for name in rows[0] if name not in ("row", "prompt", "group", "response")]
     names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
     means = {names.get(name, name): float(np.mean([row[name] for row in rows])) for name in columns}
     return means | {"kl_bound": kl_bound(n), "empty": float(sum(map(is_empty, rows)))}
@@ -130,11 +131,13 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             texts_PG = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
             for place, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
-                    prompt, texts_G = rows[row]["prompt"], texts_PG[place]
+                    source, texts_G = rows[row], texts_PG[place]
+                    # A demonstration is of its prompt's group.
+                    prompt, group = source["prompt"], named_group(source)
                     measured = {name: column_PG[place] for name, column_PG in columns.items()}
                     if task.gold is not None:
                         measured["gold"] = task.gold([prompt] * config.n, list(texts_G))
-                    made[row] = {"row": row, "prompt": prompt, **chosen(texts_G, measured)}
+                    made[row] = {"row": row, "prompt": prompt, **({"group": group} if group else {}), **chosen(texts_G, measured)}
     everything = [made[row] for row in sorted(made)]
     written = [row for row in everything if not is_empty(row)]
     nothing = f"The best response is empty for all of the {len(everything)} prompts; there is nothing to write to {output}."

@@ -211,15 +211,20 @@ EMPTY = {"terms": '[{"kind": "length", "maximum": 0}]', "temperature": 50.0, "n"
 
 
 def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tmp_path):
-    output = tmp_path / "best" / "train.jsonl"
-    means = run_best_of(BestOfConfig(model=jobs.base, output=str(output), **EMPTY))
+    output, prompts = tmp_path / "best" / "train.jsonl", tmp_path / "prompts"
+    prompts.mkdir()
+    # Every second prompt names its dialogue, which its demonstration is of too.
+    asked = [{"prompt": row["prompt"]} | ({"group": f"talk {i}"} if i % 2 else {}) for i, row in enumerate(get_task("orders").open("prompts", "test", supervised.data_options(tiny.DATA)))]
+    (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    given = EMPTY | {"data": dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(prompts))}
+    means = run_best_of(BestOfConfig(model=jobs.base, output=str(output), **given))
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert means["empty"] > 0 and len(rows) == 16 - means["empty"] and len({row["row"] for row in rows}) == len(rows)
     # Means are over every prompt: an empty response is a response.
     assert means["score"] == pytest.approx(sum(row["score"] for row in rows) / 16) and means["score"] > np.mean([row["score"] for row in rows])
     model, data = tiny.open_model(jobs.base), tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(output.parent))
     _, read = supervised.load_batches(model, data, "demonstrations", "train", 4, 0)
-    assert list(read) == [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
+    assert list(read) == [{"prompt": row["prompt"], "response": row["response"], "group": asked[row["row"]].get("group", "")} for row in rows]
 
 
 def test_no_file_is_written_where_every_best_response_is_empty(jobs, tmp_path, monkeypatch):
