@@ -30,7 +30,7 @@ class BestOfConfig(RewardOptions):
     """Sample N responses to each prompt and keep the one that RL would be paid most for, its KL aside.
 
     The output is JSON Lines that `sft --data.task jsonl` can be trained on: `row` (the prompt's number
-    in its split, from 0), `prompt`, `response`, `score`, `reward` (the score as shaping leaves it, by
+    in its split, from 0), `prompt`, its `group` where it has one, `response`, `score`, `reward` (the score as shaping leaves it, by
     which responses are chosen), `finished` (whether it ended within its room), and the means of these
     over the N. Prompts whose best response is empty are left out, as nothing can be learned from it. A
     summary over all prompts goes to standard error, with their number (`empty`).
