@@ -287,6 +287,19 @@ def test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused(folder):
         Checkpoints(folder, best="accuracy")
 
 
+def test_a_checkpoint_of_which_a_part_is_gone_gives_way_to_the_one_before_it(folder, capsys):
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (3, 4, 5):
+        checkpoints.save(few_leaves().replace(step=jnp.int32(step)), {"cursor": step})
+    checkpoints.close()
+    shutil.rmtree(folder / "5" / "state")
+    shutil.rmtree(folder / "4" / "host")
+    again = Checkpoints(folder, keep=3)
+    state, host = again.restore_newest(abstract(few_leaves()))
+    again.close()
+    assert (int(state.step), host) == (3, {"cursor": 3}) and capsys.readouterr().out.count("It is removed, and the run goes on from step 3.") == 2
+
+
 def test_a_checkpoint_without_checksums_is_read_as_before(folder):
     checkpoints = Checkpoints(folder)
     checkpoints.save(few_leaves(), {"cursor": 3})
