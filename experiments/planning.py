@@ -49,12 +49,13 @@ class Plans:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, config: PlanConfig, only: str | None = None) -> dict[str, Any]:
-        """The plan of all programs together, or of one: config, programs, peak_bytes, link_bytes, fits."""
+        """The plan of all programs together, or of those of one name: config, programs, peak_bytes, link_bytes, fits."""
         planned, _ = command.prepare(config)
-        parts = [self._program(config, piece.name) for piece in planned.pieces if only in (None, piece.name)]
+        names = dict.fromkeys(piece.name for piece in planned.pieces if only in (None, piece.name))
+        parts = [self._program(config, name) for name in names]
         return {
             "config": parts[0]["config"],
-            "programs": [part["programs"][0] for part in parts],
+            "programs": [program for part in parts for program in part["programs"]],
             "peak_bytes": max(part["peak_bytes"] or math.inf for part in parts),
             "link_bytes": sum(part["link_bytes"] for part in parts),
             "fits": all(part["fits"] for part in parts),

@@ -74,12 +74,15 @@ class ContinuousSampler:
     slots do not hold the samples of one prompt, or do not divide over the mesh's rows.
     """
 
+    # Tokens that a merged copy is taken to be read for: many, so that it pays wherever it may.
+    TOKENS = 2**30
+
     def __init__(self, lm: LanguageModel, config: SamplingConfig, samples: int, slots: int, chunk: int = 16, *, quantised: bool = False) -> None:
         config_lib.whole("slots", slots)
         parts = 1 if lm.mesh is None else lm.mesh.shape["data"] * lm.mesh.shape["fsdp"]
         config_lib.require(slots % samples == 0, f"slots is {slots}; it must be a multiple of the {samples} samples of a prompt.")
         config_lib.require(slots % parts == 0, f"slots is {slots}; it must be a multiple of the mesh's data x fsdp = {parts} parts.")
-        self.lm, self.config, self.samples, self.slots, self.parts = lm, config, samples, slots, parts
+        self.lm, self.config, self.samples, self.slots, self.parts, self.chunk = lm, config, samples, slots, parts, chunk
         place, options = functools.partial(_placed, lm), decoding_options(lm.mesh, quantised)
         self.merge = Program("merge", lora_lib.merge)
         self.fuse = Program("fuse", fused.fuse)
@@ -103,8 +106,8 @@ class ContinuousSampler:
 
     def __call__(self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array) -> Rollout:
         tokens_PS, valid_PS = (np.asarray(jax.device_get(hosts.whole(x))) for x in (prompts.tokens_BP, prompts.valid_BP))
-        # Many tokens: a merged copy pays wherever it may. What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(self.lm, base, adapter, self.config, 2**30, self.merge, self.fuse, self.part)
+        # What is not merged goes through no program: that would copy it.
+        base, adapter = sampled_from(self.lm, base, adapter, self.config, self.TOKENS, self.merge, self.fuse, self.part)
         made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
@@ -202,7 +205,7 @@ def _vacant(lm: LanguageModel, config: SamplingConfig, slots: int, place, base: 
     return place(Slots(cache, number_B, number_B, number_B, jnp.ones(slots, bool), made_BC, made_BC.astype(jnp.float32)))
 
 
-def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
+def rearranged(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]) -> Slots:
     """The state with `layers` of every array [L, slots, ...] and `rows` of every other [slots, ...]."""
     cache = state.cache
     layers = rows if cache.row_axis == 0 else layers
@@ -229,7 +232,7 @@ def _changed(state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[
 
 def _placed(lm: LanguageModel, state: Slots) -> Slots:
     """The state where it lives: rows over the mesh's rows, keys and values beside the heads that read them."""
-    placed = _changed(state, Placement(lm.mesh, lm.split_heads).cache, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
+    placed = rearranged(state, Placement(lm.mesh, lm.split_heads).cache, lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)))
     return placed.replace(cache=placed.cache.replace(step=sharding.constrain(state.cache.step, lm.mesh)))
 
 
@@ -308,4 +311,4 @@ def _decode(
 
 def _fewer(place, state: Slots, stays_Y: Array) -> Slots:
     """Only some of the slots, in the given order."""
-    return place(_changed(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))
+    return place(rearranged(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))

@@ -214,7 +214,7 @@ def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mappi
         if module in pairs:
             return pairs[module][part]
         if part == "magnitude":
-            return _by_layer(_column_norms, kernels[module], chosen)
+            return _by_layer(layer_function(config, module), kernels[module], chosen)
         if part == {"b-zero": "lora_b", "a-zero": "lora_a"}[config.init]:
             return jnp.zeros(spec.shape, spec.dtype)
         bound = 1.0 / math.sqrt(spec.shape[-2])
@@ -241,6 +241,14 @@ def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax
     return function(dense(kernel_DF).astype(jnp.float32))
 
 
+def layer_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tree] | None:
+    """What an adapter's first values are, as a function of one layer's float32 kernel: PiSSA's pair, DoRA's magnitudes; None: they read no weight."""
+    target = _target(f"{module}/")
+    if config.init == "pissa":
+        return functools.partial(singular_pair, rank=config.rank_of(target), scale=config.scale_of(target))
+    return _column_norms if config.dora else None
+
+
 def _column_norms(kernel_DF: jax.Array) -> jax.Array:
     return jnp.linalg.norm(kernel_DF, axis=-2)
 
@@ -256,7 +264,7 @@ def _pissa(config: LoRAConfig, module: str, kernel_LDF: Tree, chosen: Sequence[i
     *_, target = module.split("/")
     rank, most = config.rank_of(target), min(jax.eval_shape(dense, kernel_LDF).shape[-2:])
     require(rank <= most, f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.")
-    return _by_layer(functools.partial(singular_pair, rank=rank, scale=config.scale_of(target)), kernel_LDF, chosen)
+    return _by_layer(layer_function(config, module), kernel_LDF, chosen)
 
 
 def _target(name: str) -> str:

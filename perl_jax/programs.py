@@ -71,6 +71,16 @@ def give_back_freed() -> None:
         trim(0)
 
 
+def named(name: str, function: Callable) -> Callable:
+    """The function under a name, which JAX then has for its compiled program, in logs, traces and errors."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
 class Program:
     """A pure function, compiled ahead for each distinct set of argument shapes.
 
@@ -86,7 +96,7 @@ class Program:
     ) -> None:  # fmt: skip
         self.name, self.limit = name, limit
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
-        self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=dict(compiler_options) if compiler_options else None, **options)
+        self._jitted = jax.jit(named(name, function), donate_argnums=donate, compiler_options=dict(compiler_options) if compiler_options else None, **options)
         self._compiled: dict[Any, Any] = {}
 
     def trace(self, *args: Any) -> jax.stages.Traced:

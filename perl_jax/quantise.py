@@ -10,6 +10,7 @@ dtype, and is never differentiated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -47,13 +48,23 @@ def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
 
     UserError names a matrix whose inputs the block does not divide.
     """
-    if config.kind == "none" or not (name.startswith("layers/") and name.endswith("/kernel")):
+    if config.kind == "none" or not is_matrix(name):
         return leaf
     inputs = leaf.shape[1]
     block = config.block or inputs
     config_lib.require(inputs % block == 0, f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.")
-    quantise = lambda kernel_LDF: qwix.quantize(kernel_LDF, KINDS[config.kind], channelwise_axes=[0, 2], tiled_axes={1: block})
-    return jax.jit(quantise)(leaf)
+    return quantised(leaf, config.kind, block)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def quantised(kernel_LDF: jax.Array, kind: str, block: int) -> Tree:
+    """Matrices of all layers in so many bits; block: inputs that share a scale."""
+    return qwix.quantize(kernel_LDF, KINDS[kind], channelwise_axes=[0, 2], tiled_axes={1: block})
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a base leaf is the stacked matrix of a projection, which `quantise_leaf` changes."""
+    return name.startswith("layers/") and name.endswith("/kernel")
 
 
 def is_quantised(leaf: Tree) -> bool:

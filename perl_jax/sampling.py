@@ -182,10 +182,10 @@ def sampled_from(
         if lm.mesh is not None and lm.mesh.size > 1:
             raise ValueError("sampling.inlined is for one device: arrays of single layers have no places on a mesh")
         base = base | {"layers": part(base["layers"])}
-    return base, _rounded_once(adapter, lm.config.dtype)
+    return base, rounded_once(adapter, lm.config.dtype)
 
 
-def _rounded_once(adapter: Adapter | None, dtype: str) -> Adapter | None:
+def rounded_once(adapter: Adapter | None, dtype: str) -> Adapter | None:
     """Pairs in the activations' dtype, to which each product would round them again. DoRA's norms are taken of the pairs as they are."""
     leaves = () if adapter is None else jax.tree.leaves((adapter.lora, adapter.under))
     if all(leaf.dtype == dtype for leaf in leaves) or (adapter.config is not None and adapter.config.dora):

@@ -146,7 +146,7 @@ def digests(tree: Tree) -> dict[str, str]:
     depend on how a leaf is split, and devices form it where the leaf lies. No protection against forgery.
     """
     # One leaf after the other: on CPUs, programs with collectives that run at one time can wait for each other's threads for ever.
-    return {name: f"{kind(leaf)}:{''.join(f'{int(part):08x}' for part in _content_sums(leaf))}" for name, leaf in named_leaves(tree).items()}
+    return {name: f"{kind(leaf)}:{''.join(f'{int(part):08x}' for part in content_sums(leaf))}" for name, leaf in named_leaves(tree).items()}
 
 
 def kind(leaf: Array | jax.ShapeDtypeStruct) -> str:
@@ -155,7 +155,7 @@ def kind(leaf: Array | jax.ShapeDtypeStruct) -> str:
 
 
 @jax.jit
-def _content_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+def content_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The two uint32 sums of `digests`."""
     bits_ = _as_bits(leaf).astype(jnp.uint32)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1

@@ -129,13 +129,14 @@ def _load_leaf(files: Mapping[str, Stored], name: str, config: ModelConfig, spec
             for piece, offset in _pieces(files[tensors[layer]], bounds[1:] if layered else bounds, turn):
                 start = (layer - bounds[0][0], *offset) if layered else offset
                 # Waiting here keeps the next piece from being read before this one is let go.
-                copies = [jax.block_until_ready(_write(copy, piece[None] if layered else piece, start)) for copy in copies]
+                copies = [jax.block_until_ready(write_piece(copy, piece[None] if layered else piece, start)) for copy in copies]
         shards += copies
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
+    """A device's part of a leaf with one piece in it, from index `start` on; the part is donated."""
     return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype), start)
 
 
@@ -147,14 +148,24 @@ def _pieces(stored: Stored, bounds: Sequence[Bounds], turn: bool) -> Iterator[tu
     """
     (first, last), *others = bounds[::-1] if turn else bounds
     rest = [slice(*bound) for bound in others]
-    dtype = jnp.dtype(STORED[stored.dtype])
-    row_bytes = max(1, math.prod(part.stop - part.start for part in rest) * dtype.itemsize)
-    step = max(1, _PIECE_BYTES // row_bytes)
+    step = _piece_rows([stop - start for start, stop in others], jnp.dtype(STORED[stored.dtype]).itemsize)
     for start in range(first, last, step):
         with safe_open(stored.path, framework="numpy") as handle:
             piece = handle.get_slice(stored.name)[(slice(start, min(start + step, last)), *rest)]
         offset = start - first
         yield (_turned(piece), (0, offset)) if turn else (piece, (offset,) + (0,) * len(rest))
+
+
+def _piece_rows(rest: Sequence[int], itemsize: int) -> int:
+    """Rows of a piece; rest: the other dimensions of a row."""
+    return max(1, _PIECE_BYTES // max(1, math.prod(rest) * itemsize))
+
+
+def piece_shape(part: Sequence[int], turn: bool, itemsize: int) -> tuple[int, ...]:
+    """The shape of the largest piece that a device's part of a tensor is filled with. part: as it is used; itemsize: as it is stored, in bytes."""
+    rows, *rest = part[::-1] if turn else part
+    step = min(rows, _piece_rows(rest, itemsize))
+    return (*rest, step) if turn else (step, *rest)
 
 
 def _turned(piece_FD: np.ndarray) -> np.ndarray:

@@ -18,11 +18,11 @@ from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf.tokenizer import Tokenizer, train_bpe, word_tokenizer
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import JobConfig
-from perl_jax.loops.model import Model, check_context, data_options, for_devices
+from perl_jax.loops.model import Model, check_context, data_options, for_devices, weights_program
 from perl_jax.loops.splits import check_splits
-from perl_jax.loops.supervised import Supervised, fit, validate_policy
+from perl_jax.loops.supervised import Supervised, begin, fit, validate_policy
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import keep_compiled
 
 
@@ -102,7 +102,10 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)
     model = Model(str(target), lm, base, tokenizer, trees.fingerprint(base))
     check_context(model, config.data)
-    state, timings, program = fit(folder, config, model, full_weights(base), CORPUS, "train")
+    role = weights_program(lm)(base)
+    state, optimizers = begin(model, config, CORPUS, role)
+    del initial, base, role
+    state, timings, program = fit(folder, config, model, state, optimizers, CORPUS, "train")
     weights = hosts.whole(state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)

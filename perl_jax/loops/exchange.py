@@ -28,6 +28,8 @@ from perl_jax.loops.model import Model, load_model
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.types import Tree
 
+# Rows and columns of the tokens that two models are compared on.
+PROBE = (4, 16)
 _SHARD_BYTES = 4 * 2**30
 _OFFSET_FILE = "perl_jax_reward.json"
 # A merged checkpoint keeps at least this share of its adapter's effect.
@@ -264,8 +266,8 @@ def _moved(adapter: Adapter, name: str, layer: int, array: np.ndarray) -> np.nda
 
 def _probe(model: Model) -> tuple[jax.Array, jax.Array]:
     """Random tokens to compare two models on, some rows padded."""
-    length = min(16, model.lm.config.max_positions)
-    tokens_BT = np.random.default_rng(0).integers(model.lm.config.vocab_size, size=(4, length))
+    length = min(PROBE[1], model.lm.config.max_positions)
+    tokens_BT = np.random.default_rng(0).integers(model.lm.config.vocab_size, size=(PROBE[0], length))
     valid_BT = np.arange(length)[None, :] < np.array([[length], [length], [length // 2], [1]])
     return jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT)
 

@@ -114,6 +114,11 @@ def generate(config: GenerateConfig) -> list[str]:
     return texts
 
 
+def measure_program(lm: LanguageModel, temperature: float) -> Program:
+    """(base, adapter or None, tokens) -> (logp_BT, score_B where there is a head)."""
+    return Program("measure", functools.partial(_measure, lm, temperature))
+
+
 def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens) -> tuple:
     logp_BT = steps.sequence_logprobs(lm, base, adapter, tokens, temperature)
     if adapter is None or adapter.head is None:
@@ -132,7 +137,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         raise UserError(_first_too_long(config, model.tokenizer, rows))
     longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
     require(longest <= room, f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.")
-    program = Program("measure", functools.partial(_measure, model.lm, config.temperature))
+    program = measure_program(model.lm, config.temperature)
     out: list[dict[str, Any]] = [dict(row) for row in rows]
     for index, batch in enumerate(batches):
         logp_BT, score_B = host(program(model.base, adapter, sharding.put_batch(batch, model.mesh)))

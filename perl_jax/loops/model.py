@@ -27,7 +27,7 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.platforms import platform_of
-from perl_jax.programs import keep_compiled
+from perl_jax.programs import Program, keep_compiled
 from perl_jax.sampling import SamplingConfig
 from perl_jax.types import Tree
 
@@ -222,7 +222,7 @@ def fresh_role(model: Model, config: JobConfig, key: jax.Array) -> Adapter:
     """The trainable tree a job starts from: a LoRA adapter equal to the base, or all its weights."""
     if config.tuning == "full":
         _require_dense(config)
-        return full_weights(model.base)
+        return weights_program(model.lm)(model.base)
     fresh = model.lm.init_adapter(key, config.lora, model.base)
     if config.stack_on is None:
         return fresh
@@ -247,7 +247,24 @@ def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.
     if config.tuning == "lora":
         raise UserError(f"{folder} is fully tuned; an adapter needs a frozen base: use --tuning full, or start from an adapter.")
     _require_dense(config)
-    return full_weights(lora.merge(model.base, adapter))
+    return weights_program(model.lm)(merge_program(model.lm)(model.base, adapter))
+
+
+def weights_program(lm: LanguageModel) -> Program:
+    """A base -> the role that full tuning starts from, its weights where the base's are (`full_weights`)."""
+    return Program("full_weights", full_weights, out_shardings=Adapter(weights=_base_places(lm)))
+
+
+def merge_program(lm: LanguageModel) -> Program:
+    """(base, adapter) -> a copy of the base with the adapter in it, where the base is.
+
+    Op by op, layers would be taken out of a leaf that is split over devices, each whole onto one of them.
+    """
+    return Program("merged", lora.merge, out_shardings=_base_places(lm))
+
+
+def _base_places(lm: LanguageModel) -> Tree:
+    return trees.map_named(lambda name, _: lm.base_shardings()[name], lm.abstract_base())
 
 
 def check_adapter(folder: str, record: Record, given: LoRAConfig) -> None:

@@ -18,7 +18,7 @@ from perl_jax.checkpoint import Record
 from perl_jax.config import TrainingError
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.tasks import Task, get_task
-from perl_jax.lora import init_head
+from perl_jax.lora import Adapter, init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops import scoring
 from perl_jax.loops.experience import Judged, assemble, experience_of, one_pass
@@ -31,7 +31,7 @@ from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.splits import check_splits
 from perl_jax.loops.supervised import initial_state, load_batches, step_program, training_batches
 from perl_jax.metrics import FILE_NAME, read_metrics
-from perl_jax.models.language_model import LanguageModel, resting
+from perl_jax.models.language_model import resting
 from perl_jax.programs import SHAPES, Program
 from perl_jax.rl import kl
 from perl_jax.sampling import Rollout
@@ -68,9 +68,12 @@ class Programs:
         assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
         self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=SHAPES)
         self.learn = step_program(model, update, state)
+        refreshed = functools.partial(_refreshed, lm.config.dtype)
+        places = model.adapter_shardings(state.frozen.get("reference"))
+        self.refresh = Program("refresh", refreshed, out_shardings=places) if config.kl.refresh is not None else None
 
     def by_name(self) -> dict[str, Program]:
-        names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn")
+        names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -129,7 +132,7 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     clocks.append(time.perf_counter())
     state, metrics = jax.block_until_ready(programs.learn(state, base, experience, *(() if orders_XY is None else (orders_XY,))))
     metrics |= statistics.values
-    state = _controlled(config, job.model.lm, state, metrics["kl/sequence"])
+    state = _controlled(config, programs.refresh, state, metrics["kl/sequence"])
     clocks.append(time.perf_counter())
     values = {name: value.item() for name, value in host(metrics).items()} | scores
     values["finite"] = values["finite"] and bool(statistics.finite)
@@ -169,7 +172,7 @@ def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array 
     return job.programs.logprobs(job.model.base if role.weights is None else None, role, rollout.sequences)
 
 
-def _controlled(config: RLConfig, lm: LanguageModel, state: TrainState, mean_kl: jax.Array) -> TrainState:
+def _controlled(config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array) -> TrainState:
     """The state after what the loop adapts: the KL's coefficient, the reference."""
     settings = config.kl
     if settings.target is not None:
@@ -178,9 +181,13 @@ def _controlled(config: RLConfig, lm: LanguageModel, state: TrainState, mean_kl:
         state = state.replace(controls={"beta": jax.device_put(beta, state.controls["beta"].sharding)})
     if settings.refresh is not None and int(state.step) % settings.refresh == 0:
         # A copy: the policy's own buffers are given to the next update.
-        copy = jax.tree.map(jnp.copy, state.roles["policy"])
-        state = state.replace(frozen=state.frozen | {"reference": resting(copy, lm.config.dtype)})
+        state = state.replace(frozen=state.frozen | {"reference": refresh(state.roles["policy"])})
     return state
+
+
+def _refreshed(dtype: str, policy: Adapter) -> Adapter:
+    """The policy as a reference: a copy, at rest."""
+    return jax.tree.map(jnp.copy, resting(policy, dtype))
 
 
 def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
@@ -320,10 +327,14 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     elif config.kl.reference not in ("base", "none"):
         frozen["reference"] = model.load_role(config.kl.reference, "policy")[0]
     frozen = {name: resting(role, model.lm.config.dtype) for name, role in frozen.items()}
+    # The float32 weights of fully tuned ones.
+    del rewards
     if config.kl.reference != "base":
         model = model.relieved((*roles.values(), *frozen.values()))
     optimizers = make_optimizers(config, roles, model.lm.config.width)
     state = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+    # The state's arrays are its own: these would be on the devices a second time.
+    del policy, roles, frozen
     data = config.batch_size // algorithm.group
     batches, rows = training_batches(model, config, "prompts", "train", data)
     programs = Programs(model, config, records, state, optimizers)

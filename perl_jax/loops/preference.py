@@ -56,8 +56,9 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
     check_context(model, config.data)
     start = starting_role(model, config, config.policy, jax.random.key(config.seed))
     job, model = job_of(config), model.relieved((start,))
-    frozen = {"reference": resting(start, model.lm.config.dtype)}
-    state, timings, program = supervised.fit(folder, config, model, start, job, "train", frozen)
+    state, optimizers = supervised.begin(model, config, job, start, {"reference": resting(start, model.lm.config.dtype)})
+    del start
+    state, timings, program = supervised.fit(folder, config, model, state, optimizers, job, "train")
     policy = state.roles["policy"]
     results = evaluate_dpo(model, config, job, state)
     record = model.record("policy", policy, step=int(state.step), metrics={"pairwise_accuracy": results["pairwise_accuracy"]["value"]})
@@ -70,7 +71,7 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
 def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainState) -> dict:
     """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons."""
     batches, rows = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None, config.microbatches)
-    program = Program("implicit", functools.partial(_implicit, model.lm, config.token_mean, config.microbatches), limit=SHAPES)
+    program = implicit_program(model, config)
     base = model.base if state.roles["policy"].weights is None else None
     order, chosen, rejected = [], [], []
     for index, batch in enumerate(batches):
@@ -82,6 +83,11 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
     weights = supervised.pair_weights(rows, config.data.task, "test")[order]
     groups = [group_of(rows[row]) for row in order]
     return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights, groups))}
+
+
+def implicit_program(model: Model, config: DPOConfig) -> Program:
+    """(base or None, policy, preferences) -> log pi / pi_ref of both sides."""
+    return Program("implicit", functools.partial(_implicit, model.lm, config.token_mean, config.microbatches), limit=SHAPES)
 
 
 def _implicit(lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences) -> tuple:

@@ -204,7 +204,7 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
     """The steps from the newest checkpoint on; the best validated state where the loop has one."""
     start = checkpoints.latest_step()
     if start is not None:
-        state, saved = checkpoints.restore_newest(_abstract(state))
+        state, saved = checkpoints.restore_newest(_given_up(state))
         start = int(state.step)
         loop.batches.set_state(saved["cursor"])
     begin = int(state.step)
@@ -234,7 +234,7 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
             if stop:
                 raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command resumes from there.")
     if loop.best is not None:
-        state, _ = checkpoints.restore(_abstract(state), checkpoints.best_step())
+        state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
     return state
 
 
@@ -247,6 +247,14 @@ def check_finite(folder: pathlib.Path, step: int, metrics: dict[str, Any]) -> No
             f"Step {step} gave NaN or infinity{where}; the run stopped, its last good checkpoint is in {folder / 'checkpoints'}. "
             "A lower learning rate or a smaller clip_norm may help."
         )
+
+
+def _given_up(state: TrainState) -> TrainState:
+    """Shapes and places of a state, whose arrays are gone afterwards: another one is read into their place, where not both may fit."""
+    abstract = _abstract(state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return abstract
 
 
 def _abstract(state: TrainState) -> TrainState:

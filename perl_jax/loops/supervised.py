@@ -86,9 +86,22 @@ def initial_state(
     model: Model, config: JobConfig, roles: dict[str, Adapter], optimizers: state_lib.Optimizers, frozen: Mapping[str, Adapter] | None = None,
     controls: Mapping[str, float] | None = None,
 ) -> TrainState:  # fmt: skip
-    """Step 0, placed on the mesh."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return model.place(state_lib.init_state(roles, optimizers, key, dict(frozen or {}), controls))
+    """Step 0, placed on the mesh; its arrays are its own."""
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+    given = model.place(roles), model.place(dict(frozen or {})), jax.device_put(np.asarray(key), sharding.replicated(model.mesh))
+    return begin_program(model, optimizers, controls, *given)(*given)
+
+
+def begin_program(
+    model: Model, optimizers: state_lib.Optimizers, controls: Mapping[str, float] | None, roles: Tree, frozen: Tree, key: jax.Array | jax.ShapeDtypeStruct
+) -> Program:  # fmt: skip
+    """(roles, frozen roles, key data) -> the state of step 0, for arguments of these shapes."""
+
+    def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
+        return state_lib.init_state(roles, optimizers, jax.random.wrap_key_data(data), frozen, controls)
+
+    places = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
+    return Program("begin", make, out_shardings=places, limit=1)
 
 
 # A state's mean of each held-out sum: the loss first, then the logs.
@@ -119,12 +132,21 @@ class Supervised:
         return batch if self.prepare is None else self.prepare(model, state, batch)
 
 
-def fit(
-    folder: pathlib.Path, config: JobConfig, model: Model, role: Adapter, job: Supervised, split: str, frozen_roles: Mapping[str, Adapter] | None = None
-) -> tuple[TrainState, Timings, Program]:
-    """Trains one role and returns its (best or last) state."""
+def begin(
+    model: Model, config: JobConfig, job: Supervised, role: Adapter, frozen_roles: Mapping[str, Adapter] | None = None
+) -> tuple[TrainState, state_lib.Optimizers]:
+    """The state that one role is trained from, and its optimizer.
+
+    The state's arrays are its own: let go of the role that is given, or its weights are on the devices twice.
+    """
     optimizers = {job.role: state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
-    state = initial_state(model, config, {job.role: role}, optimizers, frozen_roles)
+    return initial_state(model, config, {job.role: role}, optimizers, frozen_roles), optimizers
+
+
+def fit(
+    folder: pathlib.Path, config: JobConfig, model: Model, state: TrainState, optimizers: state_lib.Optimizers, job: Supervised, split: str
+) -> tuple[TrainState, Timings, Program]:
+    """Trains the role of a fresh state, whose arrays are used up; returns its (best or last) state."""
     batches, _ = training_batches(model, config, job.kind, split, config.batch_size, config.microbatches)
     held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches)
     program = learn_program(model, config, job, state, optimizers)
@@ -293,7 +315,9 @@ def run_sft(config: SFTConfig) -> pathlib.Path:
     check_context(model, config.data)
     role = fresh_role(model, config, jax.random.key(config.seed))
     model = model.relieved((role,))
-    state, timings, program = fit(folder, config, model, role, SFT, "train")
+    state, optimizers = begin(model, config, SFT, role)
+    del role
+    state, timings, program = fit(folder, config, model, state, optimizers, SFT, "train")
     policy = state.roles["policy"]
     checkpoint.save_artefact(artefact, policy, model.record("policy", policy, step=int(state.step)))
     run_lib.write_cost(folder, model, state, {"learn": program}, timings)
@@ -315,7 +339,9 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
     role = fresh_role(model, config, body_key).replace(head=init_head(head_key, model.lm.config.width))
     model = model.relieved((role,))
-    state, timings, program = fit(folder, config, model, role, job, config.split)
+    state, optimizers = begin(model, config, job, role)
+    del role
+    state, timings, program = fit(folder, config, model, state, optimizers, job, config.split)
     adapter = state.roles["reward"]
     mean, std = reference_moments(model, config, adapter, job.kind)
     results, rows = evaluate_reward(model, config, adapter, job.kind)

@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 from perl_jax import config as config_lib, sharding
 from perl_jax.config import require
 from perl_jax.hf.presets import model_config
+from perl_jax.loops.jobs import JobConfig
 from perl_jax.loops.model import for_devices
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.plan import topology
-from perl_jax.plan.config import PlanConfig
-from perl_jax.plan.jobs import Planned, plan_job, planned_model
+from perl_jax.plan.config import JOBS, PlanConfig
+from perl_jax.plan.jobs import plan_job, planned_model
 from perl_jax.plan.measure import Measured, measure
+from perl_jax.plan.pieces import Phase, Planned
+from perl_jax.plan.reading import Role, plan_command
 
 # A caveat that goes wherever the estimate goes.
 CAVEAT = (
@@ -46,9 +49,18 @@ class Plan:
         return self.peak is not None and self.peak <= self.usable and not any(program.refused for program in self.programs)
 
     @property
+    def largest(self) -> Measured | None:
+        """The program with the largest peak; None where there is none, or one was refused without a size."""
+        return max(self.programs, key=lambda program: program.peak) if self.programs and self.peak is not None else None
+
+    def of(self, *phases: Phase) -> list[Measured]:
+        """The programs of some phases."""
+        return [program for program in self.programs if program.phase in phases]
+
+    @property
     def link_bytes(self) -> int:
-        """What a device sends in a step, all programs together."""
-        return sum(program.account.link_bytes for program in self.programs if program.account)
+        """What a device sends in a step, all its programs together."""
+        return sum(program.account.link_bytes for program in self.of("step") if program.account)
 
     @property
     def seconds(self) -> float:
@@ -56,7 +68,7 @@ class Plan:
         chip, devices = topology.chip(self.config.topology), math.prod(self.mesh.values())
         parts = [
             (p.flops / devices / chip.flops, p.account.hbm_bytes / chip.hbm_bandwidth, p.account.link_bytes / chip.ici_bandwidth)
-            for p in self.programs
+            for p in self.of("step")
             if p.account
         ]
         return sum(map(max, parts))
@@ -74,14 +86,18 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
     """The job's programs over shapes on the slice's mesh, nothing compiled."""
     devices = topology.topology(config.topology)
     mesh = sharding.make_mesh(config.mesh_config(len(devices)), devices)
-    shape = model_config(config.model, dtype=config.dtype, param_dtype=config.dtype, remat=config.remat)
+    shape = model_config(config.model, dtype=config.dtype, param_dtype=config.dtype, remat=config.remat if config.job in JOBS else "none")
     length = config.prompt_length + config.response_length
     require(length <= shape.max_positions, f"prompt_length + response_length is {length}; {config.model} has {shape.max_positions} positions.")
     rows, parts = config.batch // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
-    require(rows % parts == 0, f"batch / microbatches is {rows} rows; it must be a multiple of the mesh's data x fsdp = {parts}.")
+    split = config.job not in ("generate", "export")
+    require(not split or rows % parts == 0, f"batch / microbatches is {rows} rows; it must be a multiple of the mesh's data x fsdp = {parts}.")
     lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
     model = planned_model(lm, config.model, config.quantise, config.adapters == "sharded")
-    return plan_job(model, config.job_config()), mesh
+    job = config.job_config()
+    if isinstance(job, JobConfig):
+        return plan_job(model, job), mesh
+    return plan_command(model, job, Role(config.lora if config.tuning == "lora" else None)), mesh
 
 
 def as_json(found: Plan) -> dict[str, Any]:
@@ -89,7 +105,7 @@ def as_json(found: Plan) -> dict[str, Any]:
     chip = topology.chip(found.config.topology)
 
     def program(p: Measured) -> dict[str, Any]:
-        out: dict[str, Any] = {"name": p.name, "memory": p.memory, "peak_bytes": p.peak, "flops": p.flops, "seconds_to_compile": p.seconds_to_compile}
+        out: dict[str, Any] = {"name": p.name, "phase": p.phase, "of": p.of, "memory": p.memory, "peak_bytes": p.peak, "flops": p.flops, "seconds_to_compile": p.seconds_to_compile}
         if p.account is not None:
             cycles = p.account.cycles
             out |= {

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from perl_jax import config as config_lib
 from perl_jax.config import OptimizerConfig
-from perl_jax.loops.jobs import DataConfig, DPOConfig, JobConfig, RewardConfig, RLConfig, SFTConfig
+from perl_jax.loops.best_of import BestOfConfig
+from perl_jax.loops.exchange import ExportConfig
+from perl_jax.loops.generate import GenerateConfig, ScoreConfig
+from perl_jax.loops.jobs import DataConfig, DPOConfig, EvaluateConfig, JobConfig, ModelOptions, RewardConfig, RLConfig, SFTConfig
 from perl_jax.lora import LoRAConfig
 from perl_jax.models.config import REMAT
 from perl_jax.quantise import QuantiseConfig
@@ -16,6 +19,8 @@ from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.sharding import MeshConfig
 
 JOBS: dict[str, type[JobConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "rl": RLConfig}
+# Commands that train nothing, and whose artefacts are of the given tuning and size.
+READING: dict[str, type[ModelOptions]] = {"evaluate": EvaluateConfig, "best-of": BestOfConfig, "generate": GenerateConfig, "score": ScoreConfig, "export": ExportConfig}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class PlanConfig:
     Prints each program's peak memory a chip by component, operations, collectives and their bytes.
 
     Attributes:
-        job: sft, reward, dpo or rl.
+        job: sft, reward, dpo or rl; or evaluate, best-of, generate, score or export of artefacts as tuning and lora say.
         model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder with its config.json.
         topology: The slice, generation:shape in chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1.
         mesh: Devices along its axes: data=2,fsdp=4,tensor=2; all of them along fsdp when left out.
@@ -38,7 +43,8 @@ class PlanConfig:
         lora: The adapter's size and place.
         optimizer: Its state is part of the memory.
         algorithm: Of rl.
-        batch: Comparisons, demonstrations or episodes an update, over all devices.
+        batch: Comparisons, demonstrations or episodes an update, over all devices; of evaluate, best-of and score the rows at a
+            time, of generate the continuations; export has none.
         microbatches: The batch in so many parts, one after the other.
         prompt_length: In tokens; every row is planned at full length.
         response_length: In tokens.
@@ -48,7 +54,7 @@ class PlanConfig:
         json: A file for the same as JSON.
     """
 
-    job: Literal["sft", "reward", "dpo", "rl"]
+    job: Literal["sft", "reward", "dpo", "rl", "evaluate", "best-of", "generate", "score", "export"]
     model: str
     topology: str
     mesh: str | None = None
@@ -70,7 +76,7 @@ class PlanConfig:
     json: str | None = None
 
     def __post_init__(self) -> None:
-        config_lib.one_of("job", self.job, JOBS)
+        config_lib.one_of("job", self.job, (*JOBS, *READING))
         config_lib.one_of("remat", self.remat, REMAT)
         config_lib.one_of("effort", self.effort, ("quick", "full"))
         fixed = not self.search or self.mesh is None
@@ -79,6 +85,8 @@ class PlanConfig:
         config_lib.require(read, f"algorithm.* is for the job rl; job is {self.job!r}: leave it out.")
         if self.tuning == "full" and self.job != "rl":
             config_lib.unread(self, ("adapters",), "tuning full", ("tuning lora", "rl"))
+        if self.job in READING:
+            config_lib.unread(self, ("microbatches", "optimizer", "remat", "search"), self.job, tuple(JOBS))
         self.mesh_config(1)
         self.job_config()
 
@@ -90,11 +98,26 @@ class PlanConfig:
         config_lib.require(all(parts), f"mesh is {self.mesh!r}; write it as data=2,fsdp=4,tensor=2.")
         return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
 
-    def job_config(self) -> JobConfig:
+    def job_config(self) -> ModelOptions:
         """The job that is planned, as its own command would be told."""
+        if self.job in READING:
+            return self._reading_config()
         data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
         more: dict[str, Any] = {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
         return JOBS[self.job](
             run="-", model=self.model, tuning=self.tuning, dtype=self.dtype, remat=self.remat, quantise=self.quantise, lora=self.lora,
             optimizer=self.optimizer, data=data, batch_size=self.batch, microbatches=self.microbatches, **more,
         )  # fmt: skip
+
+    def _reading_config(self) -> ModelOptions:
+        base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}
+        data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
+        lengths = {"max_prompt_length": self.prompt_length, "max_response_length": self.response_length}
+        more: dict[str, Any] = {
+            "evaluate": {"run": "-", "policy": "-", "reward": ("-",), "data": data, "batch_size": self.batch},
+            "best-of": {"policy": "-", "reward": ("-",), "output": "-", "data": data, "batch_size": self.batch},
+            "generate": {"prompt": "-" * self.prompt_length, "adapter": "-", "max_new_tokens": self.response_length, "samples": self.batch},
+            "score": {"input": "-", "adapter": "-", "batch_size": self.batch, **lengths},
+            "export": {"adapter": "-", "format": "merged" if self.quantise.kind == "none" else "peft", "to": "-"},
+        }[self.job]
+        return READING[self.job](**base, **more)

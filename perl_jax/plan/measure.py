@@ -12,7 +12,7 @@ import jax
 from perl_jax.plan import flops as flops_lib
 from perl_jax.plan import hlo, refusal
 from perl_jax.plan.hlo import Account
-from perl_jax.plan.jobs import Piece, Planned, device_bytes
+from perl_jax.plan.pieces import Phase, Piece, Planned, device_bytes
 from perl_jax.plan.refusal import Refusal
 
 # The compiler's search for a faster program is most of its time and hardly moves the peak.
@@ -21,8 +21,9 @@ EFFORT = {"quick": {"exec_time_optimization_effort": -1.0}, "full": {}}
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One program. Bytes are of one device, flops of all together.
+    """One program. Bytes are of one device, flops of all together (0: not counted, of programs of the start).
 
+    phase, of: as in `Piece`.
     memory: bytes by component; their sum is the peak while the program runs. padding: what the
     compiler's tiles add to the arguments' own bytes. temporaries: activations, gathered weights,
     gradients, outputs that take over no argument. refused: why it did not compile; memory then holds
@@ -36,6 +37,8 @@ class Measured:
     seconds_to_compile: float
     arguments: int
     refused: Refusal | None = None
+    phase: Phase = "step"
+    of: str = ""
 
     @property
     def peak(self) -> int | None:
@@ -61,15 +64,16 @@ def _without_cache() -> Iterator[None]:
 
 def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
     """Compiles one program and adds up what is on a device while it runs."""
-    memory = planned.resident_bytes() | {"batch": device_bytes(piece.own)}
+    memory = planned.resident_bytes(piece.resident) | {"batch": device_bytes(piece.own)}
     begin = time.perf_counter()
     traced = piece.program.trace(*piece.args)
-    operations = flops_lib.flops(traced.jaxpr, unknown_trips=piece.loop)
+    starts = piece.phase == "start"
+    operations = 0 if starts else flops_lib.flops(traced.jaxpr, unknown_trips=piece.loop)
     with _without_cache():
         compiled = refusal.attempt(lambda: traced.lower().compile(compiler_options=EFFORT[effort] or None))
     seconds = time.perf_counter() - begin
     if isinstance(compiled, Refusal):
-        return Measured(piece.name, memory, operations, None, seconds, device_bytes(piece.args), compiled)
+        return Measured(piece.name, memory, operations, None, seconds, device_bytes(piece.args), compiled, piece.phase, piece.of)
     found = compiled.memory_analysis()
     # What is alive at the worst moment, arguments and outputs included; the sum of all sizes can exceed it.
     inside = max(found.peak_memory_in_bytes - found.argument_size_in_bytes, 0)
@@ -80,5 +84,5 @@ def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
         "temporaries": inside - cache,
         "code": found.generated_code_size_in_bytes,
     }
-    account = hlo.account(compiled.as_text(), unknown_trips=piece.loop)
-    return Measured(piece.name, memory, operations, account, seconds, device_bytes(piece.args))
+    account = None if starts else hlo.account(compiled.as_text(), unknown_trips=piece.loop)
+    return Measured(piece.name, memory, operations, account, seconds, device_bytes(piece.args), None, piece.phase, piece.of)

@@ -30,13 +30,18 @@ def describe(found: Plan) -> str:
     lengths = f"{config.prompt_length} + {config.response_length} tokens"
     lines = [f"{config.job} of {config.model} on {config.topology} ({mesh}): {how}, {lengths}.", ""]
     lines += ["Memory a device, GiB, while each program runs"]
-    lines += table(_memory(found.programs))
-    lines += ["", "A step"] + table(_work(found, found.programs))
-    lines += [f"  {line}" for program in found.programs for line in _collectives(program)]
+    running = found.of("step", "measure")
+    lines += table(_memory(running))
+    if found.of("start"):
+        lines += ["", "Loading, first values and checkpoints, GiB a device: of each program the leaf with which most is there"]
+        lines += table(_starts(found.of("start")))
+    lines += ["", "A step, and what measures it"] + table(_work(found, running))
+    lines += [f"  {line}" for program in running for line in _collectives(program)]
     for program in found.programs:
         lines += _refusal(program)
     verdict = "fits" if found.fits else "does not fit"
-    lines += ["", f"Peak {gib(found.peak)} GiB a device of {gib(found.usable)} usable: it {verdict}."]
+    largest = f" ({_named(found.largest)})" if found.largest is not None else ""
+    lines += ["", f"Peak {gib(found.peak)} GiB a device{largest} of {gib(found.usable)} usable: it {verdict}."]
     seconds = sum(program.seconds_to_compile for program in found.programs)
     lines += [f"The chip's operations, HBM and links allow a step in {found.seconds:.2f} s at the least."]
     if config.effort == "full":
@@ -45,7 +50,23 @@ def describe(found: Plan) -> str:
     return "\n".join(lines)
 
 
-def _memory(programs: tuple[Measured, ...]) -> list[list[str]]:
+def _named(program: Measured) -> str:
+    return f"{program.name} of {program.of}" if program.of else program.name
+
+
+def _starts(programs: list[Measured]) -> list[list[str]]:
+    """A row a program: how many shapes it has, and of the largest its leaf, what it needs beside what stays, and the peak."""
+    rows = [["", "shapes", "leaf", "beside", "peak"]]
+    for name in dict.fromkeys(program.name for program in programs):
+        same = [program for program in programs if program.name == name]
+        # None: refused without a size, which is more than there is.
+        worst = max(same, key=lambda program: float("inf") if program.peak is None else program.peak)
+        beside = sum(size for part, size in worst.memory.items() if part in ("batch", "padding", "cache", "temporaries", "code"))
+        rows.append([name, str(len(same)), worst.of or "all", gib(beside), gib(worst.peak)])
+    return rows
+
+
+def _memory(programs: list[Measured]) -> list[list[str]]:
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
     for name in components:
@@ -53,7 +74,7 @@ def _memory(programs: tuple[Measured, ...]) -> list[list[str]]:
     return [*rows, ["peak", *(gib(program.peak) for program in programs)]]
 
 
-def _work(found: Plan, programs: tuple[Measured, ...]) -> list[list[str]]:
+def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
     clock = topology.chip(found.config.topology).clock
     # Programs compiled with little effort are not the ones that would run.
     known = clock is not None and found.config.effort == "full"

@@ -10,6 +10,7 @@ import pytest
 
 from perl_jax import sharding
 from perl_jax.loops.base import train_base
+from tests.compiled import Compiled
 from tests.loops import tiny
 
 
@@ -29,6 +30,13 @@ def base(one_device: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="package")
-def jobs(base: str, tmp_path_factory: pytest.TempPathFactory) -> tiny.Jobs:
+def compiled_by_jobs() -> Compiled:
+    """What `jobs` has compiled."""
+    return Compiled()
+
+
+@pytest.fixture(scope="package")
+def jobs(base: str, compiled_by_jobs: Compiled, tmp_path_factory: pytest.TempPathFactory) -> tiny.Jobs:
     """SFT, a pairwise reward, RL and evaluation with adapters, one after the other."""
-    return tiny.run_jobs(tmp_path_factory.mktemp("lora"), base, "lora")
+    with compiled_by_jobs:
+        return tiny.run_jobs(tmp_path_factory.mktemp("lora"), base, "lora")

@@ -14,8 +14,10 @@ from perl_jax.config import UserError
 from perl_jax.hf.presets import model_config
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.plan import command, search, text
-from perl_jax.plan.config import JOBS, PlanConfig
+from perl_jax.plan.config import JOBS, READING, PlanConfig
 from perl_jax.plan.jobs import plan_job, planned_model
+from perl_jax.plan.known import planned_for
+from perl_jax.plan.measure import Measured
 from perl_jax.quantise import QuantiseConfig
 from perl_jax.rl.algorithms import AlgorithmConfig
 from perl_jax.sharding import MeshConfig
@@ -48,16 +50,21 @@ def learn(plan: command.Plan) -> command.Measured:
 
 @pytest.mark.parametrize(
     ("job", "names"),
-    [("sft", ["learn", "validate"]), ("reward", ["learn", "validate", "score"]), ("dpo", ["reference", "learn", "validate"]), ("rl", ["sample", "reward", "logprobs", "learn"])],
+    [("sft", ["learn", "validate"]), ("reward", ["learn", "validate", "score"]), ("dpo", ["reference", "learn", "validate", "implicit"]), ("rl", ["sample", "reward", "logprobs", "assemble", "learn"])],
 )
 def test_every_job_on_a_slice(folder, job, names):
     pytest.importorskip("libtpu")
     found = command.plan(config(folder, job=job))
-    assert [program.name for program in found.programs] == names and found.fits
+    assert [program.name for program in found.of("step", "measure")] == names and found.fits
+    starts = [program.name for program in found.of("start")]
+    assert list(dict.fromkeys(starts)) == ["place", "fingerprint", "begin", "checksums"]
+    # The matrices of q, k, v have one shape and place, as those of gate and up; o, down, two vectors and the embedding have others.
+    assert starts.count("place") == starts.count("fingerprint") == 7
     # Matrices over four devices; 2 vectors a layer and one more on each.
     base = 2 * ((MATRICES + VOCABULARY * WIDTH) // 4 + (2 * LAYERS + 1) * WIDTH)
     assert {program.memory["base"] for program in found.programs} == {base}
-    assert found.peak == max(sum(program.memory.values()) for program in found.programs)
+    assert found.peak == max(sum(program.memory.values()) for program in found.programs) == found.largest.peak
+    assert found.link_bytes == sum(program.account.link_bytes for program in found.of("step"))
     # Three passes (with what is computed again) over 128 tokens of a batch, products of weights and activations alone.
     rows = 16 * (2 if job in ("reward", "dpo") else 1)
     # Of the last layer a score needs its last token alone, behind its keys and values.
@@ -67,17 +74,17 @@ def test_every_job_on_a_slice(folder, job, names):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", GENERATIONS)
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [*JOBS, *READING])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_every_job_on_every_generation(folder, job, topology, tuning):
     pytest.importorskip("libtpu")
     found = command.plan(config(folder, job=job, topology=topology, tuning=tuning, mesh="fsdp=2,tensor=2"))
-    assert found.fits
+    assert found.fits and {program.name for program in found.programs} <= planned_for(job)
 
 
 def test_only_gradients_of_adapters_cross_links(folder):
     pytest.importorskip("libtpu")
-    found = learn(command.plan(config(folder, mesh="data=4")))
+    found = learn(command.plan(config(folder, mesh="data=4"), only="learn"))
     adapters = LAYERS * 8 * 4 * (WIDTH + 256)
     assert {c.kind for c in found.account.collectives} == {"all-reduce"}
     sent = sum(c.result_bytes for c in found.account.collectives)
@@ -92,7 +99,7 @@ def test_gradients_of_split_weights_go_straight_to_their_parts(tmp_path):
     width, ffn, layers = 1024, 4096, 2
     wide = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | wide))
-    found = learn(command.plan(config(str(tmp_path), tuning="full")))
+    found = learn(command.plan(config(str(tmp_path), tuning="full"), only="learn"))
     sent = collections.Counter()
     for collective in found.account.collectives:
         sent[collective.kind] += collective.link_bytes
@@ -106,7 +113,7 @@ def test_gradients_of_split_weights_go_straight_to_their_parts(tmp_path):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_split_weights_are_gathered_each_time_they_are_read(folder, remat):
     pytest.importorskip("libtpu")
-    found = learn(command.plan(config(folder, remat=remat)))
+    found = learn(command.plan(config(folder, remat=remat), only="learn"))
     gathered = sum(c.result_bytes for c in found.account.collectives if c.kind == "all-gather")
     # Forwards, and once more for the backward pass: kept for it, all layers would be there at once. Ids and masks besides.
     assert 2 * 2 * MATRICES <= gathered <= 1.2 * 2 * 2 * MATRICES
@@ -123,9 +130,9 @@ def test_what_is_planned_is_what_runs(minibatches):
     run = Rehearsal(real, adapter, adapter.replace(head=small.make_head(lm)), settings)
     run.step(prompts(lm))
     model = planned_model(real.lm, "planned", QuantiseConfig(), shard_adapters=False)
-    pieces = plan_job(model, settings).pieces
-    assert [piece.name for piece in pieces] == ["sample", "reward", "logprobs", "learn"]
     ran = run.programs.by_name()
+    pieces = [piece for piece in plan_job(model, settings).pieces if piece.name in ran]
+    assert [piece.name for piece in pieces] == ["sample", "reward", "logprobs", "assemble", "learn"]
     for piece in pieces:
         ((structure, leaves),) = ran[piece.name].signatures
         planned, planned_structure = jax.tree.flatten(piece.args)
@@ -159,6 +166,24 @@ def test_a_search_lists_what_fits_best_first(folder):
     assert text.describe_search(plans).count("\n") == 7 and "No layout fits." in text.describe_search([])
 
 
+def test_the_page_names_the_largest_of_each_program_and_of_all():
+    def program(name, of, phase, **memory):
+        return Measured(name, {"base": 2**30, **{part: int(size * 2**30) for part, size in memory.items()}}, 0, None, 1.0, 0, None, phase, of)
+
+    programs = (
+        program("learn", "", "step", batch=0.5, temporaries=1),
+        program("place", "layers/mlp/gate/kernel", "start", batch=0.25),
+        program("place", "outer/embedding", "start", batch=0.5, temporaries=0.25),
+        program("begin", "", "start", temporaries=2),
+    )
+    found = command.Plan(PlanConfig(job="sft", model="gemma2-2b", topology="v5e:2x2"), {"data": 1, "fsdp": 4, "tensor": 1}, 2**34, programs)
+    said = text.describe(found)
+    assert found.largest is programs[3] and "Peak 3.00 GiB a device (begin) of 16.00 usable: it fits." in said
+    lines = [line.split() for line in said.splitlines()]
+    assert ["place", "2", "outer/embedding", "0.75", "1.75"] in lines and ["begin", "1", "all", "2.00", "3.00"] in lines
+    assert ["peak", "2.50"] in lines
+
+
 def test_the_command_prints_and_writes(folder, tmp_path, capsys):
     pytest.importorskip("libtpu")
     path = tmp_path / "plan.json"
@@ -166,6 +191,7 @@ def test_the_command_prints_and_writes(folder, tmp_path, capsys):
     assert main.main([*arguments, "--prompt-length", "96", "--response-length", "32", "--json", str(path)]) == 0
     said, found = capsys.readouterr().out, json.loads(path.read_text())
     assert "usable: it fits." in said and f"sft of {folder} on v5e:2x2 (data=2, fsdp=2, tensor=1)" in said
+    assert "Loading, first values and checkpoints" in said and {"place", "fingerprint", "checksums"} <= {program["name"] for program in found["programs"]}
     assert found["fits"] and found["peak_bytes"] == max(program["peak_bytes"] for program in found["programs"])
 
 
@@ -176,6 +202,7 @@ def test_the_command_prints_and_writes(folder, tmp_path, capsys):
         ({"mesh": "fsdp=2", "search": True}, "search tries meshes; leave mesh out, or search."),
         ({"job": "sft", "algorithm": AlgorithmConfig("rloo")}, "algorithm.* is for the job rl; job is 'sft': leave it out."),
         ({"microbatches": 3}, "microbatches is 3; it must divide batch_size, 16."),
+        ({"job": "evaluate", "microbatches": 2}, "microbatches is 2, which evaluate does not read; leave it out (sft, reward, dpo, rl read it)."),
     ],
 )
 def test_settings_that_cannot_be(folder, fields, words):
