@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import types
@@ -220,12 +221,11 @@ def test_the_coefficient_rises_where_the_kl_is_above_its_target(kl, beta):
 
 def test_the_reference_becomes_the_policy_every_so_many_steps():
     config = types.SimpleNamespace(kl=KLConfig(refresh=3), batch_size=50)
-    lm = types.SimpleNamespace(config=types.SimpleNamespace(dtype="float32"))
     policy, start = (Adapter(lora={"q": jax.device_put(np.float32([number]))}) for number in (2.0, 1.0))
     found = []
     for step in range(1, 7):
         state = TrainState(np.int32(step), {"policy": policy}, {}, {"reference": start}, np.zeros(2, np.uint32), {})
-        found.append(policy_gradient._controlled(config, lm, state, np.float32(0.0)).frozen["reference"].lora["q"].tolist())
+        found.append(policy_gradient._controlled(config, functools.partial(policy_gradient._refreshed, "float32"), state, np.float32(0.0)).frozen["reference"].lora["q"].tolist())
     assert found == [[1.0], [1.0], [2.0], [1.0], [1.0], [2.0]]
 
 
@@ -299,13 +299,12 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
 
     monkeypatch.setattr(supervised, "load_batches", lambda model, data, kind, split, *_, **__: (f"{kind} of {split}", [split]))
     monkeypatch.setattr(supervised, "training_batches", lambda *a, **__: asked.setdefault("trained", a[2:4]) and ([], None))
-    for name in ("initial_state", "learn_program", "held_out_program"):
+    for name in ("learn_program", "held_out_program", "say_attention"):
         monkeypatch.setattr(supervised, name, lambda *_: None)
     monkeypatch.setattr(run_lib, "train", stop)
     validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
     job = supervised.Supervised("reward", "reward", "labels", None, validate, "x", (), truth=lambda rows, task, split: (*rows, split))
     config = supervised.RewardConfig(run="-", model="-")
-    model = types.SimpleNamespace(lm=types.SimpleNamespace(config=types.SimpleNamespace(width=8)), base=None)
     with pytest.raises(Reached):
-        supervised.fit(None, config, model, None, job, "judge")
+        supervised.fit(None, config, MODEL, None, {}, job, "judge")
     assert asked == {"trained": ("labels", "judge"), "validated": {"batches": "labels of validation", "truth": ("validation", "validation")}}
