@@ -251,6 +251,19 @@ def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
     return jnp.where(chosen_B > rejected_B, 1.0, jnp.where(chosen_B == rejected_B, 0.5, 0.0))
 
 
+def _accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
+    """The share of pairs in order, by their weights; equal responses do not count."""
+    weight_B = batch.weight_B * differing(batch)
+    return LossSum(jnp.sum(in_order(chosen_B, rejected_B) * weight_B), jnp.sum(weight_B))
+
+
+def differing(batch: Pairs) -> jax.Array:
+    """Which pairs have two different responses; two equal ones are in no order, neither right nor wrong."""
+    chosen, rejected = batch.chosen, batch.rejected
+    same_BT = (chosen.tokens_BT == rejected.tokens_BT) | ~chosen.valid_BT
+    return ~jnp.all(same_BT & (chosen.valid_BT == rejected.valid_BT), axis=1)
+
+
 def pair_scores(lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Scores of chosen and rejected, both sides in one pass over the base."""
     return sides(scores(lm, base, adapter, both_sides(batch), key))
@@ -260,12 +273,12 @@ def pairwise_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Pairs, key: jax.Array | None,
     *, soft_labels: bool = False, centring: float = 0.0,
 ) -> tuple[LossSum, Logs]:  # fmt: skip
-    """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in order.
+    """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in order, of those that have one.
 
     soft_labels: a row's probability, where known, is its label; otherwise chosen is preferred.
     """
     chosen_B, rejected_B = pair_scores(lm, base, roles["reward"], batch, key)
-    right = LossSum(jnp.sum(in_order(chosen_B, rejected_B) * batch.weight_B), jnp.sum(batch.weight_B))
+    right = _accuracy(batch, chosen_B, rejected_B)
     margin_B = 0.0 if batch.margin_B is None else batch.margin_B
     known = soft_labels and batch.probability_B is not None
     probability_B = jnp.where(jnp.isnan(batch.probability_B), 1.0, batch.probability_B) if known else 1.0
@@ -320,8 +333,9 @@ def preference_objective(
     ratio_B = response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean)
     chosen_B, rejected_B = sides(ratio_B)
     total = jnp.sum(weight_B)
-    measured = {"train/accuracy": in_order(chosen_B, rejected_B), "dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
-    logs = {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
+    measured = {"dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
+    logs = {"train/accuracy": _accuracy(batch.pairs, chosen_B, rejected_B)}
+    logs |= {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
     smoothing = label_smoothing
     if soft_labels and batch.pairs.probability_B is not None:
         smoothing = jnp.where(jnp.isnan(batch.pairs.probability_B), label_smoothing, 1 - batch.pairs.probability_B)

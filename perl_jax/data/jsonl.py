@@ -34,13 +34,18 @@ def read_jsonl(path: pathlib.Path, fields: Sequence[str], others: bool = False) 
     responses from best to worst, in the place of `chosen` and `rejected`: it gives every pair, their
     weights adding up to the line's (Ouyang et al. 2022, arXiv 2203.02155, equation 1). UserError naming file, line (from 1), field.
     """
+    return [row for _, row in numbered_rows(path, fields, others)]
+
+
+def numbered_rows(path: pathlib.Path, fields: Sequence[str], others: bool = False) -> list[tuple[int, dict[str, Any]]]:
+    """`read_jsonl`, each row with the number of its line."""
     path = pathlib.Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     numbered = enumerate(lines, start=1)
-    rows = [row for number, line in numbered if line.strip() for row in parse_line(line, fields, f"{path}, line {number}", others)]
+    rows = [(number, row) for number, line in numbered if line.strip() for row in parse_line(line, fields, f"{path}, line {number}", others)]
     require(bool(rows), f"{path} is empty; it must hold one JSON object a line.")
     return rows
 
@@ -167,8 +172,18 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+        return (row for _, _, row in cls._numbered(kind, split, options))
+
+    @classmethod
+    def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
+        file, line, _ = next(itertools.islice(cls._numbered(kind, split, options), index, None))
+        return f"{file}, line {line}"
+
+    @classmethod
+    def _numbered(cls, kind: str, split: str, options: DataOptions) -> Iterator[tuple[pathlib.Path, int, dict]]:
+        """(file, line, row) of a split's rows."""
         path, fields, others = find(options), KINDS[kind], kind in OPEN
         if path.is_file():
-            return (row for row in read_jsonl(path, fields, others) if split_of(named_group(row) or row[fields[0]]) == split)
+            return ((path, line, row) for line, row in numbered_rows(path, fields, others) if split_of(named_group(row) or row[fields[0]]) == split)
         file = path / f"{split}.jsonl"
-        return iter(read_jsonl(file, fields, others) if file.is_file() else [])
+        return ((file, line, row) for line, row in (numbered_rows(file, fields, others) if file.is_file() else []))

@@ -110,6 +110,11 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterable[Mapping[str, object]]:
         """The rows of one kind and split, in order; those of `OPEN` kinds with any other columns."""
 
+    @classmethod
+    def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
+        """Where a message says that a row is, by its number in the split from 0."""
+        return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
+
     def _info(self) -> tfds.core.DatasetInfo:
         fields = KINDS[self.builder_config.name]
         stored = (*fields, OTHERS) if self.builder_config.name in OPEN else fields

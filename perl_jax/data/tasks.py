@@ -23,6 +23,7 @@ class Task:
 
     open(kind, split, options) -> RowSource: random access to rows, prepared on first use.
     content(kind, options): a JSON value that determines the rows: seeds, sizes, hashes of files.
+    place(kind, split, options, index): where a message says that a row is.
     gold(prompts, responses) -> float32 rewards; None where the true reward is not known.
     splits: the splits that each kind has (`judge`: comparisons and labels kept for a judge).
     """
@@ -32,13 +33,14 @@ class Task:
     kinds: tuple[str, ...]
     open: Callable[[str, str, DataOptions], RowSource]
     content: Callable[[str, DataOptions], object]
+    place: Callable[[str, str, DataOptions, int], str]
     gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None
     splits: dict[str, tuple[str, ...]]
 
 
 def task_of(builder: type[RowsBuilder], description: str, gold: Callable | None = None) -> Task:
     splits = dict(builder.kind_splits())
-    return Task(builder.name, description, tuple(splits), functools.partial(open_rows, builder), builder.content, gold, splits)
+    return Task(builder.name, description, tuple(splits), functools.partial(open_rows, builder), builder.content, builder.place, gold, splits)
 
 
 TASKS: dict[str, Task] = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from perl_jax.config import one_of, require
+from perl_jax.config import UserError, one_of
 from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS
 
 
@@ -68,9 +70,12 @@ class TokenRows:
     prompts: what no loss is taken over (of corpus rows: the first token, which is bos).
     responses: one Ragged, two for comparisons (chosen, rejected), none for prompts.
     numbers: float32 by field, for comparisons (`NUMBERS`), labels and ratings.
-    truncated: how many prompts and responses were cut, for the log. rendered: prompts that came rendered.
+    truncated: how many prompts and responses were cut, for the log. cut: rows with anything cut.
+    templated: prompts that were cut with the chat template left whole. rendered: prompts that came rendered.
     tails: of each response, how many of its last tokens are the template's tail, which no loss is taken
         over (`Tokenizer.tail_ids`); a response that was cut has none. Empty: no response has one.
+    equal: of each comparison, whether its two responses are the same tokens, cut as they are; None: these
+        are no comparisons. equal_uncut: comparisons that would be equal without a cut too.
     """
 
     kind: str
@@ -80,6 +85,20 @@ class TokenRows:
     truncated: Mapping[str, int]
     rendered: int = 0
     tails: tuple[np.ndarray, ...] = ()
+    cut: int = 0
+    templated: int = 0
+    equal: np.ndarray | None = None
+    equal_uncut: int = 0
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Numbers of rows for the log and the report: all, cut ones, rendered prompts, pairs in no order."""
+        found = {"rows": len(self.prompts), "cut": self.cut} | {f"cut_{what}": number for what, number in self.truncated.items()}
+        if "prompts" in self.truncated:
+            found |= {"cut_prompts_template_whole": self.templated, "rendered": self.rendered}
+        if self.equal is not None:
+            found |= {"equal_pairs": self.equal_uncut, "equal_after_cutting": int(self.equal.sum()) - self.equal_uncut}
+        return found
 
     @property
     def longest_tail(self) -> int:
@@ -116,10 +135,23 @@ def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]
     return ids[-limit:]
 
 
-def shortened(encoder: Encoder, text: str, ids: Sequence[int], limit: int) -> list[int]:
-    """A prompt of too many ids: its text is cut and rendered again, or, without a template, its ids are cut."""
-    found = encoder.shortened_prompt(text, limit)
-    return clip_prompt(ids, limit, encoder.bos_id) if found is None else found
+class RowError(UserError):
+    """What is wrong with one row. index: its number in the source, from 0; reason: the sentence, without it."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"Row {index + 1}: {reason}")
+        self.index, self.reason = index, reason
+
+
+def encoded(rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], Any], field: str) -> list[Any]:
+    """encode(text) of a field of every row; RowError for one that cannot be encoded."""
+    found = []
+    for index, row in enumerate(rows):
+        try:
+            found.append(encode(row[field]))
+        except UserError as error:
+            raise RowError(index, str(error)) from error
+    return found
 
 
 def clip_response(ids: Sequence[int], limit: int) -> list[int]:
@@ -132,35 +164,54 @@ def tokenise(
 ) -> TokenRows:
     """Tokenises all rows of a kind once.
 
-    Prompts keep the end of their text (`shortened`), responses their first tokens (`clip_response`),
-    corpus texts their first prompt_limit + response_limit. A response that is whole is followed by the
-    template's tail, beyond response_limit. Every corpus token but the first is a response
-    token.
+    Prompts keep the end of their text (`Encoder.shortened_prompt`, `clip_prompt`), responses their first
+    tokens (`clip_response`), corpus texts their first prompt_limit + response_limit. A response that is
+    whole is followed by the template's tail, beyond response_limit. Every corpus token but the first is
+    a response token. RowError for a row that has no tokens to begin with, or cannot be encoded.
     """
     one_of("kind", kind, RESPONSES)
     rows = list(rows)
     if kind == "corpus":
-        whole = [encoder.text_ids(row["text"]) for row in rows]
+        whole = encoded(rows, encoder.text_ids, "text")
         texts = [clip_response(ids, prompt_limit + response_limit) for ids in whole]
-        truncated = {"texts": count_cut(whole, texts)}
+        cut = count_cut(whole, texts)
         heads, tails = Ragged.of(ids[:1] for ids in texts), Ragged.of(ids[1:] for ids in texts)
-        return TokenRows(kind, heads, (tails,), {}, truncated)
-    whole = [encoder.prompt_ids(row["prompt"]) for row in rows]
+        return TokenRows(kind, heads, (tails,), {}, {"texts": cut}, cut=cut)
     rendered = sum(encoder.is_rendered(row["prompt"]) for row in rows)
-    prompts = [ids if len(ids) <= prompt_limit else shortened(encoder, row["prompt"], ids, prompt_limit) for row, ids in zip(rows, whole, strict=True)]
-    truncated, responses, tails = {"prompts": count_cut(whole, prompts)}, [], []
-    empty = next((number for number, ids in enumerate(prompts, 1) if not ids), None)
-    require(empty is None, f"The prompt of row {empty} has no tokens, and the tokenizer no bos to begin with; a response needs something before it.")
+    prompts = encoded(rows, functools.partial(_prompt, encoder, prompt_limit), "prompt")
+    empty = next((index for index, (ids, _) in enumerate(prompts) if not ids), None)
+    if empty is not None:
+        raise RowError(empty, "the prompt has no tokens, and the tokenizer no bos to begin with; a response needs something before it.")
+    cut_B = np.asarray([how is not None for _, how in prompts], bool)
+    truncated, templated = {"prompts": int(cut_B.sum())}, sum(how == "text" for _, how in prompts)
+    responses, tails, uncut = [], [], []
     tail = list(encoder.tail_ids)
     for field in RESPONSES[kind]:
-        whole = [encoder.response_ids(row[field]) for row in rows]
+        whole = encoded(rows, encoder.response_ids, field)
         clipped = [clip_response(ids, response_limit) for ids in whole]
-        truncated[field] = count_cut(whole, clipped)
-        ended = [len(a) == len(b) for a, b in zip(whole, clipped, strict=True)]
-        responses.append(Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended, strict=True)))
-        tails.append(len(tail) * np.asarray(ended, np.int64))
+        ended_B = np.asarray([len(a) == len(b) for a, b in zip(whole, clipped, strict=True)], bool)
+        truncated[field], cut_B = int((~ended_B).sum()), cut_B | ~ended_B
+        responses.append(Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended_B, strict=True)))
+        tails.append(len(tail) * ended_B.astype(np.int64))
+        uncut.append(whole)
     numbers = {name: np.asarray([row.get(name, DEFAULTS.get(name)) for row in rows], np.float32) for name in KINDS[kind] if name in NUMBERS}
-    return TokenRows(kind, Ragged.of(prompts), tuple(responses), numbers, truncated, rendered, tuple(tails) if tail else ())
+    pairs = {} if kind != "comparisons" else {"equal": equal_rows(*responses), "equal_uncut": sum(map(operator.eq, *uncut))}
+    heads = Ragged.of(ids for ids, _ in prompts)
+    return TokenRows(kind, heads, tuple(responses), numbers, truncated, rendered, tuple(tails) if tail else (), int(cut_B.sum()), templated, **pairs)
+
+
+def _prompt(encoder: Encoder, limit: int, text: str) -> tuple[list[int], Literal["text", "ids"] | None]:
+    """A prompt's ids, at most `limit`, and what was cut to make them so: its text, its ids, or nothing."""
+    ids = encoder.prompt_ids(text)
+    if len(ids) <= limit:
+        return ids, None
+    found = encoder.shortened_prompt(text, limit)
+    return (clip_prompt(ids, limit, encoder.bos_id), "ids") if found is None else (found, "text")
+
+
+def equal_rows(a: Ragged, b: Ragged) -> np.ndarray:
+    """Which rows of two are the same."""
+    return np.asarray([np.array_equal(a[index], b[index]) for index in range(len(a))], bool)
 
 
 def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) -> int:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from typing import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -32,6 +32,10 @@ class Tokenizer:
     what the template writes after it, such as a newline. The tail is in no loss and is never sampled;
     a score is read behind it, where trainers read it that render whole conversations. Without a
     template the end is eos, and there is no tail.
+
+    Sampling stops at eos too. Losses, log-probabilities and values are of the tokens as they were
+    sampled. A score is of the response's text as a turn: what ended the response (`without_end`) is
+    replaced by turn_end_ids, so that it is the score of the same text in a row of data.
     """
 
     def __init__(self, inner: PreTrainedTokenizerBase, stop_ids: Sequence[int] = (), vocab_size: int | None = None, date: str = DATE):
@@ -104,22 +108,50 @@ class Tokenizer:
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
         """At most `limit` ids of a longer prompt: the template whole, the text without its beginning.
 
-        None where no template is used, or the prompt is rendered already: there is nothing to keep
-        whole, or nobody knows what. UserError where the template alone has more than `limit` tokens.
+        A prompt that came rendered loses its first turns, each with its answer, and then the beginning
+        of the first text that is left; its system turn and the cue stay. None where no template is
+        used, or the prompt is rendered otherwise than this template renders: nobody knows then what to
+        keep. UserError where what has to stay has more than `limit` tokens.
         """
-        if self.chat is None or self.is_rendered(text):
+        if self.chat is None:
             return None
-        frame = len(self._plain(self.chat.before)) + len(self._plain(self.chat.after))
-        config_lib.require(frame < limit, f"The chat template of {self.inner.name_or_path} has {frame} tokens of its own; max_prompt_length is {limit}, which must be more.")
+        if not self.is_rendered(text):
+            return self._longest(text, limit, lambda content: self._plain(self.chat.prompt(content)))
+        turns = self.chat.turns(text)
+        if turns is None:
+            cue = len(self._plain(self.chat.after))
+            config_lib.require(cue < limit, f"The end of the chat template of {self.inner.name_or_path}, after a user's text, has {cue} tokens; max_prompt_length is {limit}, which must be more.")
+            return None
+        last = len(turns.contents) - 1
+        for turn in range(0, last + 1, 2):
+            ids_with = lambda content, turn=turn: self.prompt_ids(turns.begun(turn, content))
+            if turn == last or len(ids_with("")) < limit:
+                return self._longest(turns.contents[turn], limit, ids_with)
+        raise AssertionError("the last turn returns")
+
+    def _longest(self, text: str, limit: int, ids_with: Callable[[str], list[int]]) -> list[int]:
+        """ids_with(the longest end of the text) that are at most `limit`; UserError where they are more without any text."""
         content = self._plain(text)
-        keep = min(limit - frame, len(content))
+        keep = min(limit, len(content))
         while keep > 0:
             # A character that is cut in two decodes to a replacement sign.
-            ids = self._plain(self.chat.prompt(self.text(content[-keep:]).lstrip("\ufffd")))
+            ids = ids_with(self.text(content[-keep:]).lstrip("\ufffd"))
             if len(ids) <= limit:
                 return ids
             keep -= len(ids) - limit
-        return self._plain(self.chat.prompt(""))[:limit]
+        frame = len(ids_with(""))
+        config_lib.require(frame < limit, f"The chat template of {self.inner.name_or_path} has {frame} tokens of its own; max_prompt_length is {limit}, which must be more.")
+        return ids_with("")
+
+    def without_end(self, ids: Sequence[int]) -> list[int]:
+        """A sampled response without the tokens that end it: a stop token, and what is before it of the stop part."""
+        ids = [int(i) for i in ids]
+        if not ids or ids[-1] not in self.stop_ids:
+            return ids
+        matching = 0
+        while matching < min(len(ids), len(self.stop_part)) and ids[-1 - matching] == self.stop_part[-1 - matching]:
+            matching += 1
+        return ids[: len(ids) - max(matching, 1)]
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a response, up to the token that ends the turn. An end that the text has already is not written twice."""

@@ -22,7 +22,7 @@ from perl_jax.loops.jobs import DataConfig, RewardOptions, RolloutConfig, Shapin
 from perl_jax.loops.model import check_context, host, load_model
 from perl_jax.loops.policies import sample_program
 from perl_jax.loops.scoring import Scorer, response_texts
-from perl_jax.loops.supervised import load_batches
+from perl_jax.loops.supervised import load_batches, noted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +111,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
     rewards, records = scoring.load_rewards(model, config.reward)
     batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size // config.n, None)
+    noted(config.data, config.split, batches)
     task = get_task(config.data.task)
     shared = model.shared_prompts(config.batch_size, config.n)
     sample = sample_program(model, config.data.max_response_length, config.temperature, config.rollout, shared)

@@ -14,8 +14,9 @@ import numpy as np
 
 from perl_jax import config as config_lib, sharding, steps
 from perl_jax.config import UserError, require
-from perl_jax.data.jsonl import read_jsonl
+from perl_jax.data.jsonl import numbered_rows
 from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.tokenise import RowError
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import GREEDY, TemplateOptions
@@ -108,7 +109,7 @@ def generate(config: GenerateConfig) -> list[str]:
     # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []
     for ids_T, mask_T in zip(sequences.tokens_BT, sequences.response_BT):
-        response = [t for t in ids_T[mask_T].tolist() if t not in model.tokenizer.stop_ids]
+        response = model.tokenizer.without_end(ids_T[mask_T])
         whole, prompt = model.tokenizer.text(ids + response), model.tokenizer.text(ids)
         texts.append(whole[len(prompt) :] if whole.startswith(prompt) else model.tokenizer.text(response))
     return texts
@@ -128,11 +129,14 @@ def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """The input's rows with their log-probabilities and scores, in order."""
-    rows = read_jsonl(pathlib.Path(config.input), ("prompt", "response"))
+    numbers, rows = zip(*numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True)
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
     spec = BatchSpec(config.batch_size, config.max_prompt_length, config.max_response_length, shuffle_seed=None, epochs=1)
-    batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
+    try:
+        batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
+    except RowError as error:
+        raise UserError(f"{config.input}, line {numbers[error.index]}: {error.reason}") from error
     if any(batches.truncated.values()):
         raise UserError(_first_too_long(config, model.tokenizer, rows))
     longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions

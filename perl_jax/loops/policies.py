@@ -23,7 +23,7 @@ from perl_jax.loops import scoring, stands
 from perl_jax.loops.jobs import EvaluateConfig, RolloutConfig
 from perl_jax.loops.model import Model, check_context, host, load_model, say_attention
 from perl_jax.loops.scoring import Scorer, response_texts
-from perl_jax.loops.supervised import load_batches
+from perl_jax.loops.supervised import load_batches, noted
 from perl_jax.metrics import environment
 from perl_jax.platforms import decoding_options
 from perl_jax.programs import SHAPES, Program
@@ -204,6 +204,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     policy, _ = model.load_role(config.policy, "policy")
     baseline = model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
     batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size, None)
+    facts = noted(config.data, config.split, batches)
     with contextlib.ExitStack() as stack:
 
         def rater(folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float) -> tuple[Scorer, Mapping[str, Adapter]]:
@@ -237,5 +238,6 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         config_lib.write_atomically(folder / "samples.jsonl", "".join(lines))
         # What the run's own job measured stays.
         before = config_lib.read_json(path) if path.exists() else {}
+        results["prompts"] = facts
         config_lib.write_json(path, before | results)
     return folder

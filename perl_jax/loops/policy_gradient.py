@@ -29,7 +29,7 @@ from perl_jax.loops.policies import sample_program
 from perl_jax.loops.run import Loop
 from perl_jax.loops.scoring import Scorer, response_texts
 from perl_jax.loops.splits import check_splits
-from perl_jax.loops.supervised import initial_state, load_batches, step_program, training_batches
+from perl_jax.loops.supervised import initial_state, load_batches, noted, step_program, training_batches
 from perl_jax.metrics import FILE_NAME, read_metrics
 from perl_jax.models.language_model import resting
 from perl_jax.programs import SHAPES, Program
@@ -345,7 +345,8 @@ def run_rl(config: RLConfig) -> pathlib.Path:
         held_out = held_out_prompts(job, batches.lengths, splits)
         measure = None if held_out is None else functools.partial(validate, *held_out)
         best = SELECTED_BY if held_out is not None and config.select == "best" else None
-        loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY))
+        facts = noted(config.data, "train", batches) | ({} if held_out is None else noted(config.data, "validation", held_out[1]))
+        loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY), facts)
         say_attention("rl", model.lm)
         state, timings = run_lib.train(folder, config, state, loop)
     measured = kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}

@@ -69,8 +69,9 @@ def run_dpo(config: DPOConfig) -> pathlib.Path:
 
 
 def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainState) -> dict:
-    """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons."""
+    """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons; those of equal responses do not count."""
     batches, rows = supervised.load_batches(model, config.data, "comparisons", "test", config.batch_size, None, config.microbatches)
+    facts = supervised.noted(config.data, "test", batches)
     program = implicit_program(model, config)
     base = model.base if state.roles["policy"].weights is None else None
     order, chosen, rejected = [], [], []
@@ -80,9 +81,13 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
         chosen_B, rejected_B = host(program(base, state.roles["policy"], job.ready(model, state, batch)))
         chosen += (config.strength * chosen_B[real_B]).tolist()
         rejected += (config.strength * rejected_B[real_B]).tolist()
-    weights = supervised.pair_weights(rows, config.data.task, "test")[order]
-    groups = [group_of(rows[row]) for row in order]
-    return {"pairwise_accuracy": dataclasses.asdict(evaluate.pairwise_accuracy(chosen, rejected, weights, groups))}
+    weights = supervised.differing_weights(rows, config.data.task, "test", batches)
+    counted = [place for place, row in enumerate(order) if weights[row] > 0]
+    of_counted = lambda values: [values[place] for place in counted]
+    rows_counted = of_counted(order)
+    groups = [group_of(rows[row]) for row in rows_counted]
+    accuracy = evaluate.pairwise_accuracy(of_counted(chosen), of_counted(rejected), weights[rows_counted], groups)
+    return {"pairwise_accuracy": dataclasses.asdict(accuracy), "data": facts}
 
 
 def implicit_program(model: Model, config: DPOConfig) -> Program:

@@ -175,7 +175,8 @@ class Loop:
     batches: an iterator with get_state and set_state. validate(state) -> (metrics, samples for
     `metrics.SamplesWriter`), or None.
     best: the validation metric whose best step is kept besides the last ones.
-    shown: metric names for the progress line.
+    shown: metric names for the progress line. facts: numbers that stay as they are, written with the
+    first step's metrics.
     """
 
     job: str
@@ -184,6 +185,7 @@ class Loop:
     validate: Callable[[TrainState], tuple[dict[str, float], list[dict[str, Any]]]] | None
     best: str | None
     shown: tuple[str, ...]
+    facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop) -> tuple[TrainState, Timings]:
@@ -219,6 +221,7 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
                 state, metrics, phases = loop.advance(state, next(loop.batches))
             check_finite(folder, step, metrics)
             row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
+            row |= loop.facts if step == 1 else {}
             validated = None
             if loop.validate is not None and (step % config.evaluate_every == 0 or step == config.steps):
                 clock = time.perf_counter()

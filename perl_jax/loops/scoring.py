@@ -61,26 +61,48 @@ def reward_program(model: Model, records: tuple[Record, ...], combine: str, micr
     return Program("reward", functools.partial(_scores, model.lm, records, combine, ends_of(model.tokenizer), microbatches), out_shardings=(rows, members), limit=SHAPES)
 
 
-def ends_of(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(the ids that a scored response ends with, the ids that sampling stops at); None: these are one and the same id."""
-    end_ids = (tokenizer.stop_part[-1], *tokenizer.tail_ids)
-    return None if end_ids == tuple(tokenizer.stop_ids) else (end_ids, tuple(tokenizer.stop_ids))
+@dataclasses.dataclass(frozen=True)
+class TurnEnd:
+    """How sampled responses end, and how scored ones do (`Tokenizer`).
 
-
-def with_turn_end(tokens: Tokens, end_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> Tokens:
-    """Sampled sequences as training rows are: a response that ended ends as a turn of the chat template does.
-
-    The stop token it was sampled with is replaced by end_ids, whose further ids are no response tokens.
-    A response that did not end stays as it is.
+    stop_part, tail_ids: the ids that end a scored response. stop_ids: those that sampling stops at; the
+    last of the stop part is one of them, eos another.
     """
-    extra, stops = len(end_ids) - 1, jnp.asarray(stop_ids, jnp.int32)
+
+    stop_part: tuple[int, ...]
+    tail_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+
+
+def ends_of(tokenizer: Tokenizer) -> TurnEnd | None:
+    """What `with_turn_end` writes; None: sampling stops at one id, and a scored response ends with the same."""
+    ends = TurnEnd(tuple(tokenizer.stop_part), tuple(tokenizer.tail_ids), tuple(tokenizer.stop_ids))
+    return None if ends.stop_part == ends.stop_ids and not ends.tail_ids else ends
+
+
+def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
+    """Sampled sequences as rows of data are: a response that ended ends as a turn of the chat template does.
+
+    The stop token it was sampled with, and what it has of the stop part before that, are replaced by the
+    whole stop part and the tail. A response that did not end stays as it is. The response mask is that
+    of the sampled tokens: nothing is learned from what was written here. So the score of a
+    text does not depend on how its response ended.
+    """
+    end_ids, extra = (*ends.stop_part, *ends.tail_ids), len(ends.stop_part) + len(ends.tail_ids) - 1
     right = lambda x_BT: jnp.pad(jnp.asarray(x_BT), ((0, 0), (0, extra)))
     tokens_BT, valid_BT, response_BT = right(tokens.tokens_BT), right(tokens.valid_BT), right(tokens.response_BT)
     column_T = jnp.arange(tokens_BT.shape[1])
     last_B1 = jnp.max(jnp.where(response_BT, column_T[None, :], 0), axis=1, keepdims=True)
-    ended_B1 = jnp.isin(jnp.take_along_axis(tokens_BT, last_B1, axis=1), stops) & jnp.any(response_BT, axis=1, keepdims=True)
+    back = lambda x_BT, places: jnp.take_along_axis(x_BT, jnp.maximum(last_B1 - places, 0), axis=1)
+    ended_B1 = jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(response_BT, axis=1, keepdims=True)
+    # How many tokens of the stop part there are before the first that is missing, from its end.
+    matching_B1, goes_on_B1 = jnp.zeros_like(last_B1), ended_B1
+    for places, token in enumerate(reversed(ends.stop_part)):
+        goes_on_B1 = goes_on_B1 & (back(tokens_BT, places) == token) & back(response_BT, places) & (last_B1 >= places)
+        matching_B1 = matching_B1 + goes_on_B1
+    first_B1 = last_B1 + 1 - jnp.maximum(matching_B1, 1)
     for place, token in enumerate(end_ids):
-        here_BT = ended_B1 & (column_T[None, :] == last_B1 + place)
+        here_BT = ended_B1 & (column_T[None, :] == first_B1 + place)
         tokens_BT, valid_BT = jnp.where(here_BT, token, tokens_BT), valid_BT | here_BT
     layout = tokens.layout
     if layout is not None:
@@ -90,10 +112,10 @@ def with_turn_end(tokens: Tokens, end_ids: tuple[int, ...], stop_ids: tuple[int,
 
 
 def _scores(
-    lm: LanguageModel, records: tuple[Record, ...], combine: str, ends: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    lm: LanguageModel, records: tuple[Record, ...], combine: str, ends: TurnEnd | None,
     microbatches: int, base: Tree, rewards: Sequence[Adapter], tokens: Tokens,
 ) -> tuple:  # fmt: skip
-    tokens = tokens if ends is None else with_turn_end(tokens, *ends)
+    tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
     def score(adapter: Adapter, record: Record) -> jax.Array:
         own = None if adapter.weights is not None else base
@@ -170,7 +192,7 @@ class Scorer:
 
 
 def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None = None) -> list[str]:
-    """The responses as text, stop tokens left out: of all rows, or of one process's share."""
+    """The responses as text, without what ends them (`Tokenizer.without_end`): of all rows, or of one process's share."""
     part = (lambda rows: rows) if share is None else share.part
     tokens_BT, mask_BT = part(host(rollout.sequences.tokens_BT)), part(host(rollout.sequences.response_BT))
-    return [tokenizer.text(t for t, m in zip(ids, mask) if m and t not in tokenizer.stop_ids) for ids, mask in zip(tokens_BT, mask_BT)]
+    return [tokenizer.text(tokenizer.without_end(ids[mask])) for ids, mask in zip(tokens_BT, mask_BT)]

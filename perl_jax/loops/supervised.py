@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from perl_jax import checkpoint, config as config_lib, evaluate, hosts, intervals, sharding, state as state_lib, steps
+from perl_jax.data.counts import said_of
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.store import group_of
 from perl_jax.data.tasks import get_task
+from perl_jax.data.tokenise import RowError
 from perl_jax.lora import Adapter, init_head
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import DataConfig, JobConfig, RewardConfig, SFTConfig
@@ -58,21 +60,29 @@ def load_batches(
         parts=model.row_parts,
         microbatches=microbatches,
     )
-    return make_batches(rows, kind, model.tokenizer, spec), rows
+    try:
+        return make_batches(rows, kind, model.tokenizer, spec), rows
+    except RowError as error:
+        raise config_lib.UserError(f"{task.place(kind, split, data_options(config), error.index)}: {error.reason}") from error
 
 
 def training_batches(model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1) -> tuple[Batches, Any]:
-    """`load_batches` shuffled, of what a job trains on; says what its rows lose."""
-    batches, rows = load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
+    """`load_batches` shuffled, of what a job trains on."""
+    return load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
+
+
+def noted(config: DataConfig, split: str, batches: Batches) -> dict[str, float]:
+    """Says what a split's rows lost to fit (`tokenise.said_of`); returns its numbers as metrics, written with a run's first step.
+
+    UserError where no two responses of any comparison differ.
+    """
+    rows = batches.rows
+    apart = f"Every comparison of the {split} split of {config.task} has two equal responses, cut to max_response_length {config.max_response_length} as they are; some must differ."
+    config_lib.require(rows.equal is None or not rows.equal.all(), apart)
     if hosts.is_writer():
-        if batches.rows.rendered:
-            print(f"{config.data.task}, {split}: {batches.rows.rendered} of {len(rows)} prompts came rendered by a chat template and stay as they are.", flush=True)
-        for what, number in batches.truncated.items():
-            if number:
-                end, setting = ("beginning", "max_prompt_length") if what == "prompts" else ("end", "max_response_length")
-                lost = f"lose the {end} of their {what.removesuffix('s')} ({setting})"
-                print(f"{config.data.task}, {split}: {number} of {len(rows)} rows {lost}.", flush=True)
-    return batches, rows
+        for sentence in said_of(rows.facts, config.max_prompt_length, config.max_response_length):
+            print(f"{config.task}, {split}: {sentence}", flush=True)
+    return {f"data/{split}/{name}": number for name, number in rows.facts.items()}
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
@@ -153,6 +163,7 @@ def fit(
     measure = held_out_program(model, config, job)
     frozen = None if config.tuning == "full" else model.base
     truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
+    facts = noted(config.data, split, batches) | noted(config.data, "validation", held_out)
 
     def advance(state: TrainState, batch: Tree) -> tuple[TrainState, dict, dict]:
         state, metrics = program(state, frozen, job.ready(model, state, batch))
@@ -160,7 +171,7 @@ def fit(
 
     loss = lambda state: held_out_loss(model, job, measure, state, held_out)
     validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
-    loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown)
+    loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown, facts)
     say_attention(job.job, model.lm)
     state, timings = run_lib.train(folder, config, state, loop)
     return state, timings, program
@@ -202,9 +213,9 @@ def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches:
 
 
 def validate_pairs(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray) -> dict[str, float]:
-    """Held-out loss, and accuracy of pairs by their weights."""
+    """Held-out loss, and accuracy of pairs by their weights; pairs of equal responses do not count."""
     scores = score_batches(model, state.roles["reward"], batches)
-    return {"validation/loss": held_out(state)["loss"], "validation/accuracy": evaluate.pairwise_accuracy(*scores, weights).value}
+    return {"validation/loss": held_out(state)["loss"], "validation/accuracy": evaluate.pairwise_accuracy(*scores, weights * ~batches.rows.equal).value}
 
 
 def validate_labels(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray) -> dict[str, float]:
@@ -263,7 +274,15 @@ def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
 def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
     """The rows' weights: the pairs of one ranking count as much as its line says together."""
     weights = np.asarray([row["weight"] for row in rows], np.float64)
-    config_lib.require(bool(weights.sum() > 0), f"Every comparison of the {split} split of {task} has weight 0; some must count.")
+    counts = any(row["weight"] > 0 and row["chosen"] != row["rejected"] for row in rows)
+    config_lib.require(counts, f"Every comparison of the {split} split of {task} has weight 0 or two equal responses; some must count.")
+    return weights
+
+
+def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.ndarray:
+    """`pair_weights`, 0 where the two responses are equal as they were cut: those are in no order, right or wrong."""
+    weights = pair_weights(rows, task, split) * ~batches.rows.equal
+    config_lib.require(bool(weights.any()), f"Every comparison of the {split} split of {task} has weight 0, or two responses that are equal as they were cut; some must count.")
     return weights
 
 
@@ -368,6 +387,7 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
     n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are over.
     """
     batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None, config.microbatches)
+    facts = {"data": noted(config.data, "test", batches)}
     scores = score_batches(model, adapter, batches)
     names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
     named = {name: side.tolist() for name, side in zip(names, scores, strict=True)}
@@ -377,11 +397,13 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
         truth = ratings(rows, config.data.task, "test")
         error = intervals.mean_ci(np.square(scores[0] - truth), groups)
         measures = {"correlation": evaluate.correlation_estimate(scores[0], truth, groups), "mean_squared_error": error}
-        return results | {name: dataclasses.asdict(found) for name, found in measures.items()}, named
+        return results | facts | {name: dataclasses.asdict(found) for name, found in measures.items()}, named
     if kind == "comparisons":
-        weights = pair_weights(rows, config.data.task, "test")
-        results["pairwise_accuracy"] = dataclasses.asdict(evaluate.pairwise_accuracy(*scores, weights, groups))
-        known = np.asarray([row["probability"] for row in rows])
+        weights = differing_weights(rows, config.data.task, "test", batches)
+        counted = np.flatnonzero(weights > 0)
+        scores, groups = tuple(side[counted] for side in scores), [groups[row] for row in counted]
+        results["pairwise_accuracy"] = dataclasses.asdict(evaluate.pairwise_accuracy(*scores, weights[counted], groups))
+        known = np.asarray([row["probability"] for row in rows])[counted]
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
         probabilities, labels = evaluate.preference_probabilities(*scores)
@@ -402,7 +424,7 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
         "brier": evaluate.brier(probabilities, labels),
         "reliability": [dataclasses.asdict(row) for row in table],
     }
-    return results, named
+    return results | facts, named
 
 
 def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -> float:

@@ -24,6 +24,9 @@ does not say), `phases` ({name: seconds of a step}), `compilations`.
 
 `samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line, of both.
 
+The first row of metrics, and `data` and `prompts` of `evaluation.json`, may hold numbers of rows under
+`data/SPLIT/NAME`: all, and those that were cut to fit (`perl_jax.data.tokenise.TokenRows.facts`).
+
 An RL run's metrics may hold parts of its reward: `reward/model_0` .. and `reward/disagreement` of
 an ensemble, `reward/term/NAME` of a term.
 
@@ -54,6 +57,7 @@ SECTIONS = (
     sections.policies,
     sections.samples,
     curves.rl_health,
+    sections.rows_used,
     sections.time_spent,
     sections.reproduce,
 )

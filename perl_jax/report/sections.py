@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 
+from perl_jax.data.counts import said_of
 from perl_jax.intervals import Estimate
 from perl_jax.metrics import TIMING_PREFIX
 from perl_jax.report import formats, plots
@@ -39,6 +40,8 @@ SHARES = frozenset({"eos_rate", "distinct_1", "distinct_2"})
 WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile", "validate"})
 MOST_PROMPTS = 12
 LONGEST_TEXT = 1500
+# Of metrics that are numbers of rows: data/SPLIT/NAME.
+FACTS = "data/"
 
 
 def baseline_table(experiment: Experiment) -> Html:
@@ -171,6 +174,33 @@ def samples(experiment: Experiment) -> Html:
         cards.append(tag("article", head, tag("div", *shown, class_="answers"), class_="sample"))
     note = f"The first {len(cards)} of {len(by_prompt)} prompts of the evaluation's samples."
     return section("samples", "Samples", cards and tag("p", note, class_="note"), *cards)
+
+
+def split_facts(run: Run) -> dict[str, dict[str, float]]:
+    """Numbers of rows by split: those written with a run's first step, and with its evaluation."""
+    tables = [run.rows[0] if run.rows else {}, entry(run.evaluation, "data"), entry(run.evaluation, "prompts")]
+    found: dict[str, dict[str, float]] = {}
+    for table_of in tables:
+        for key in table_of if isinstance(table_of, Mapping) else ():
+            value = number(table_of, key)
+            if str(key).startswith(FACTS) and str(key).count("/") == 2 and value is not None:
+                _, split, name = str(key).split("/")
+                found.setdefault(split, {})[name] = value
+    return found
+
+
+def rows_used(experiment: Experiment) -> Html:
+    """A line a split of each run: its rows, what they lost to fit, pairs in no order."""
+    items = []
+    for run in experiment.runs:
+        data = entry(run.settings, "data")
+        limits = [int(number(data, name) or 0) for name in ("max_prompt_length", "max_response_length")]
+        whose = " ".join(filter(None, (JOB_NAMES.get(run.job, run.job), tuning_name(run.tuning) if run.tuning else "")))
+        for split, facts in split_facts(run).items():
+            rows = int(facts.get("rows", 0))
+            said = said_of(facts, *limits) if facts.get("cut") else [f"none of {rows} rows was cut to fit.", *said_of(facts, *limits)]
+            items.append(tag("li", f"{whose}, {split}: {' '.join(said)}"))
+    return section("rows", "Rows", tag("ul", *items) if items else "")
 
 
 def phases_of(run: Run) -> dict[str, float]:

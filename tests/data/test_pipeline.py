@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from perl_jax import steps
 from perl_jax.config import UserError
-from perl_jax.data import bucketing, tokenise
+from perl_jax.data import bucketing, counts, tokenise
 from perl_jax.data.pipeline import BatchSpec, make_batches
 from perl_jax.types import Labelled, Pairs, Prompts, Tokens
 
@@ -101,6 +102,25 @@ def test_long_texts_keep_their_first_tokens():
     encoded = tokenise.tokenise([{"text": "3 4 5 6"}, {"text": "3"}], "corpus", Numbers(), 2, 2)
     assert [encoded.responses[0][i].tolist() for i in range(2)] == [[3, 4, 5], [3, EOS]]
     assert encoded.truncated == {"texts": 1}
+
+
+def test_equal_responses_are_counted_before_and_after_cutting():
+    # Equal; equal in the first 3 tokens; one that the other begins with, whole and cut; the other way round; apart.
+    pairs = [("5 6", "5 6"), ("5 6 7 8", "5 6 7 9"), ("5 6 7", "5 6 7 8"), ("5 6", "5 6 2"), ("5", "6")]
+    rows = [{"prompt": "3", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    encoded = tokenise.tokenise(rows, "comparisons", Numbers(), 4, 3)
+    np.testing.assert_array_equal(encoded.equal, [True, True, True, True, False])
+    assert encoded.facts == {
+        "rows": 5, "cut": 3, "cut_prompts": 0, "cut_chosen": 2, "cut_rejected": 3, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 1,
+        "equal_after_cutting": 3,
+    }  # fmt: skip
+    assert counts.said_of(encoded.facts, 4, 3) == [
+        "3 of 5 rows were cut to fit: 2 chosen responses lost their end (max_response_length 3), 3 rejected responses lost their end (max_response_length 3).",
+        "1 of 5 pairs have equal responses, 3 more are equal after cutting: they count in no accuracy.",
+    ]
+    # As a batch says, row by row.
+    (batch,) = make_batches(rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE))
+    np.testing.assert_array_equal(steps.differing(batch), [False, False, False, False, True, False, False, False])
 
 
 # ------------------------------------------------------------------------------ layouts

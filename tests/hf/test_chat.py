@@ -13,7 +13,7 @@ from perl_jax.checkpoint import Record
 from perl_jax.config import UserError
 from perl_jax.data.pipeline import BatchSpec, make_batches
 from perl_jax.data.tokenise import tokenise
-from perl_jax.hf import chat
+from perl_jax.hf import templates
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.loops import scoring
 from perl_jax.loops.model import check_turn_end
@@ -30,6 +30,9 @@ GEMMAS = (
 )
 LLAMA2 = LOOP + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 PARTS = LOOP + "{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# No token of its own: marks in plain words.
+WORDS = LOOP + "{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+BARE = "{{ messages[0]['content'] + '\nAssistant:' }}"
 ADDED = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -90,6 +93,69 @@ def test_nothing_is_written_twice(template):
         assert tokenizer.prompt_ids(tokenizer.chat.prompt("Once").removeprefix("<s>")) == once
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "rendered"),
+    [
+        (WORDS, "### user:\nIs it?\n\n### assistant:\n", True),
+        (WORDS, "### system:\nBe brief.\n\n### user:\nIs it?\n\n### assistant:", True),
+        (WORDS, "Write what follows.\n### assistant:\n", False),
+        (WORDS, "### user:\nIs it?", False),
+        (BARE, "User: Is it?\nAssistant:", False),
+        (CHATML, "User: Is it?\nAssistant:", False),
+        # Nobody writes the tokenizer's special tokens by accident.
+        (CHATML, "<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n", True),
+        (LLAMA2, "[INST] Is it? [/INST]", True),
+        (LLAMA2, "What does [/INST]", False),
+    ],
+)
+def test_a_cue_in_plain_words_does_not_make_a_prompt_rendered(template, text, rendered):
+    tokenizer = byte_tokenizer(template)
+    assert tokenizer.is_rendered(text) == rendered
+    begun = ids(tokenizer, "<s>") if template == LLAMA2 else []
+    assert tokenizer.prompt_ids(text) == (begun + ids(tokenizer, text) if rendered else ids(tokenizer, tokenizer.chat.prompt(text)))
+
+
+def conversation(tokenizer: Tokenizer, *contents: str, system: str | None = None) -> str:
+    roles = ["user", "assistant"] * len(contents)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    turns = ([] if system is None else [{"role": "system", "content": system}]) + turns
+    return tokenizer.inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, WORDS], ids=["chatml", "llama2", "words"])
+def test_a_rendered_prompt_loses_its_first_turns(template):
+    tokenizer = byte_tokenizer(template)
+    contents = ("What is it there?", "A cat, I think.", "And what is this one?")
+    for system in (None,) if template == LLAMA2 else (None, "Be brief."):
+        rendered = lambda *contents, system=system: tokenizer.prompt_ids(conversation(tokenizer, *contents, system=system))
+        whole = rendered(*contents)
+        for text in (conversation(tokenizer, *contents, system=system), conversation(tokenizer, *contents, system=system).removeprefix("<s>").rstrip("\n")):
+            lost = len(whole) - len(tokenizer.prompt_ids(text))
+            # The beginning of the first text goes first, all but one token of it; then its whole turn with the answer.
+            for cut in (1, 5, len(contents[0]) - 1):
+                assert tokenizer.shortened_prompt(text, len(whole) - lost - cut) == tokenizer.prompt_ids(text.replace(contents[0], contents[0][cut:]))
+            last = rendered(contents[2])
+            shortened = tokenizer.shortened_prompt(text, len(whole) - lost - len(contents[0]))
+            assert shortened == last[: len(last) - lost]
+            assert tokenizer.shortened_prompt(text, len(last) - lost - 4) == rendered(contents[2][4:])[: len(last) - 4 - lost]
+            frame = len(last) - lost - len(contents[2])
+            assert len(tokenizer.shortened_prompt(text, frame + 1)) == frame + 1
+            with pytest.raises(UserError, match=f"has {frame} tokens of its own; max_prompt_length is {frame}, which must be more"):
+                tokenizer.shortened_prompt(text, frame)
+
+
+def test_a_prompt_rendered_in_another_way_keeps_its_cue():
+    tokenizer = byte_tokenizer(CHATML)
+    text = "<|im_start|>tool\n{}<|im_end|>\n<|im_start|>assistant\n"
+    cue = len(ids(tokenizer, "<|im_end|>\n<|im_start|>assistant\n"))
+    assert tokenizer.shortened_prompt(text, cue + 1) is None
+    found = tokenise([{"prompt": text}], "prompts", tokenizer, cue + 1, 8)
+    assert found.prompts[0].tolist() == ids(tokenizer, "}<|im_end|>\n<|im_start|>assistant\n")
+    assert found.facts == {"rows": 1, "cut": 1, "cut_prompts": 1, "cut_prompts_template_whole": 0, "rendered": 1}
+    with pytest.raises(UserError, match=f"^Row 1: The end of the chat template .* has {cue} tokens; max_prompt_length is {cue}, which must be more"):
+        tokenise([{"prompt": text}], "prompts", tokenizer, cue, 8)
+
+
 @pytest.mark.parametrize("template", [CHATML, GEMMAS])
 def test_the_text_is_cut_and_the_template_is_not(template):
     tokenizer = byte_tokenizer(template)
@@ -105,7 +171,7 @@ def test_the_text_is_cut_and_the_template_is_not(template):
         tokenizer.shortened_prompt(text, frame)
     rows = [{"prompt": text, "response": "No."}, {"prompt": "One", "response": "A long answer."}]
     found = tokenise(rows, "demonstrations", tokenizer, frame + 9, 8)
-    assert found.truncated == {"prompts": 1, "response": 1}
+    assert found.facts == {"rows": 2, "cut": 2, "cut_prompts": 1, "cut_response": 1, "cut_prompts_template_whole": 1, "rendered": 0}
     assert found.prompts[0].tolist() == tokenizer.shortened_prompt(text, frame + 9) and found.prompts[1].tolist() == tokenizer.prompt_ids("One")
 
 
@@ -122,27 +188,50 @@ def test_the_tail_is_read_by_scores_and_not_by_losses():
     assert batches.rows.lengths.max() <= batches.lengths[-1]
 
 
-def test_a_rollout_is_scored_as_the_row_that_it_is():
-    # As sampled: one ends with the template's token, one with eos, one does not end, one is filler.
-    tokenizer = byte_tokenizer(CHATML)
+with_turn_end = jax.jit(scoring.with_turn_end, static_argnums=1)
+
+# The stop part is a newline and <|im_end|>; the tail a newline.
+LINE = CHATML.replace("m['content'] + '<|im_end|>' + '\n'", "m['content'] + '\n<|im_end|>\n'")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(CHATML, id="tail", marks=pytest.mark.slow),
+        pytest.param(LINE, id="two stops"),
+        pytest.param(CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'"), id="no tail", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rollout_is_scored_as_the_row_that_it_is(template):
+    """However a response ended, it is scored as a row of data with its text; its own tokens, which losses and values are of, stay."""
+    tokenizer = byte_tokenizer(template)
     prompt, said = tokenizer.prompt_ids("Is it?"), ids(tokenizer, "Yes.")
-    sampled = [said + list(tokenizer.stop_part), said + [tokenizer.eos_id], said + ids(tokenizer, "!")]
+    stop = list(tokenizer.stop_part)
+    # By the template's stop part, by its last token alone, by eos, after a line's end and eos, by nothing; not at all; filler.
+    sampled = [said + stop, said + stop[-1:], said + [tokenizer.eos_id], said + ids(tokenizer, "\n") + [tokenizer.eos_id], stop, stop[-1:], said + ids(tokenizer, "!")]
     width = len(prompt) + 8
-    tokens_BT, valid_BT, response_BT = np.zeros((4, width), np.int32), np.zeros((4, width), bool), np.zeros((4, width), bool)
+    tokens_BT, valid_BT, response_BT = np.zeros((8, width), np.int32), np.zeros((8, width), bool), np.zeros((8, width), bool)
     for row, made in enumerate(sampled):
         tokens_BT[row, : len(prompt) + len(made)] = prompt + made
         valid_BT[row, : len(prompt) + len(made)] = True
         response_BT[row, len(prompt) : len(prompt) + len(made)] = True
     rollout = Tokens(tokens_BT, valid_BT, response_BT)
-    ended = jax.device_get(scoring.with_turn_end(rollout, *scoring.ends_of(tokenizer)))
-    whole = prompt + said + list(tokenizer.turn_end_ids)
-    real = [ended.tokens_BT[row][ended.valid_BT[row]].tolist() for row in range(4)]
-    assert real == [whole, whole, prompt + sampled[2], []]
-    # A response at the end of the room has the tail behind it.
-    full = Tokens(np.array([prompt + sampled[0]]), np.ones((1, len(prompt) + 5), bool), np.arange(len(prompt) + 5)[None] >= len(prompt))
-    assert jax.device_get(scoring.with_turn_end(full, *scoring.ends_of(tokenizer))).tokens_BT.tolist() == [whole]
-    assert scoring.ends_of(byte_tokenizer(None)) is None
-    assert scoring.ends_of(byte_tokenizer(LLAMA2)) is None
+    ended = jax.device_get(with_turn_end(rollout, scoring.ends_of(tokenizer)))
+    real = [ended.tokens_BT[row][ended.valid_BT[row]].tolist() for row in range(8)]
+    as_row = lambda text: prompt + tokenizer.response_ids(text) + list(tokenizer.tail_ids)
+    texts = ["Yes.", "Yes.", "Yes.", "Yes.\n", "", ""]
+    assert real == [*map(as_row, texts), prompt + sampled[6], []]
+    assert [tokenizer.text(tokenizer.without_end(made)) for made in sampled] == [*texts, "Yes.!"]
+    np.testing.assert_array_equal(ended.response_BT[:, :width], response_BT)
+    assert not ended.response_BT[:, width:].any()
+    # A response at the end of the room has its whole end behind it.
+    narrow = lambda x_BT: x_BT[:, : len(prompt) + 5]
+    ended = jax.device_get(with_turn_end(jax.tree.map(narrow, rollout), scoring.ends_of(tokenizer)))
+    assert ended.tokens_BT[2][ended.valid_BT[2]].tolist() == as_row("Yes.")
+
+
+def test_nothing_is_written_where_a_response_ends_with_eos_alone():
+    assert scoring.ends_of(byte_tokenizer(None)) is None and scoring.ends_of(byte_tokenizer(LLAMA2)) is None
 
 
 @pytest.mark.parametrize(
@@ -186,6 +275,8 @@ def test_dates_are_the_runs_own():
     first, again, later = (byte_tokenizer(template, date=date) for date in ("2025-03-04", "2025-03-04", "2026-11-30"))
     assert first.chat.prompt("Hi").startswith("04 Mar 2025 04 Mar 2025 <|im_start|>user")
     assert first.fingerprint == again.fingerprint != later.fingerprint
+    computed = byte_tokenizer("{% set f = '%Y' %}{{ strftime_now (f) }} " + CHATML, date="2025-03-04")
+    assert computed.chat.prompt("Hi").startswith("2025 <|im_start|>user")
     # Without a date in the template the date is nothing.
     assert byte_tokenizer(CHATML, date="2025-03-04").fingerprint == byte_tokenizer(CHATML).fingerprint
     with pytest.raises(UserError, match="template_date is 'soon'; it must look like 2025-01-01"):
@@ -203,8 +294,15 @@ ODD = {
     "divides by zero": ("{{ 1 / 0 }}", "division by zero"),
     "range too large": ("{% for i in range(999999999) %}x{% endfor %}", "Range too big"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    "does not end": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "did not end within"),
-    "a computed date": ("{% set f = '%Y' %}{{ strftime_now (f) }}" + CHATML, "asks for today's date in a format that it computes"),
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within 10,000 steps"),
+    "loops over nothing": ("{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}", "does not end within 10,000 steps"),
+    "calls itself twice": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "does not end within 10,000 steps"),
+    "filters for ever": ("{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}", "does not end within 10,000 steps"),
+    "doubles a text": ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "does not end within 10,000 steps"),
+    "joins a text to itself": ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "does not end within 10,000 steps"),
+    "a long text": ("{{ 'ab' * 10 ** 12 }}", "does not end within 10,000 steps"),
+    "a large number": ("{{ 9 ** (9 ** 9) }}", "does not end within 10,000 steps"),
+    "a hidden attribute": ("{% set n = namespace(__class__=1) %}" + CHATML, "a namespace has no attribute '__class__'"),
     "calls a number": ("{{ 3() }}", "cannot write one user turn"),
     "unsafe": ("{{ ''.__class__.__mro__ }}" + CHATML.replace("content", "role"), "leaves the user's text out|cannot write"),
     "named without default": ({"chat": CHATML, "tools": CHATML}, "templates called chat, tools and no default"),
@@ -213,11 +311,44 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_templates_are_one_sentence(name, monkeypatch):
-    monkeypatch.setattr(chat, "_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "STEPS", 10_000)
     template, message = ODD[name]
     with pytest.raises(UserError, match=message) as error:
         byte_tokenizer(template)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("loop", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'ab' * 10 ** 12 }}"])
+def test_a_template_that_does_not_end_for_one_prompt_names_it(loop, monkeypatch):
+    monkeypatch.setattr(templates, "STEPS", 10_000)
+    tokenizer = byte_tokenizer("{% if 'loop' in messages[0]['content'] %}" + loop + "{% endif %}" + CHATML)
+    rows = [{"prompt": "Hi"}, {"prompt": "Hi"}, {"prompt": "Now loop"}]
+    with pytest.raises(UserError, match=r"^Row 3: The chat template of .* does not end within 10,000 steps for the prompt 'Now loop'\.$"):
+        tokenise(rows, "prompts", tokenizer, 64, 8)
+    # Each rendering has its own steps.
+    monkeypatch.setattr(templates, "STEPS", 10)
+    assert len({tuple(tokenizer.prompt_ids("Hi")) for _ in range(10)}) == 1
+
+
+# What published templates use of the language.
+LANGUAGE = {
+    "chatml": CHATML,
+    "gemma": GEMMAS,
+    "loop's own variables": LOOP + "{{ loop.index0 ~ loop.first ~ loop.last ~ loop.length ~ loop.revindex ~ (loop.previtem is defined) ~ (loop.nextitem is defined) }}{{ m.content }}{% endfor %}",
+    "filtered, unpacked, else": "{% for k, v in {'a': 1, 'b': 2}.items() if v > 1 %}{{ k }}{{ v }}{% else %}none{% endfor %}" + LOOP + "{{ m['content'] | trim | replace('x', 'y') }}{% endfor %}",
+    "break and continue": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ messages[0].content }}",
+    "macros and blocks": "{% macro say(m) -%}\n  {{ m.role }}: {{ m.content }}\n{%- endmacro %}" + LOOP + "{{ say(m) }}{% generation %}{{ caller is defined }}{% endgeneration %}\n{% endfor %}",
+    "namespaces, dictionaries, json": "{% set n = namespace(self=1, seen=false) %}" + LOOP + "{% set n.seen = true %}{% endfor %}{{ n.seen }}{{ messages | tojson(indent=2) }}{{ dict(a=1) }}{{ tools is none }}",
+    "texts": "{{ messages[0].content.split('i')[0] + '|' ~ messages[-1]['content'].replace('H', '<&>') }}{{ messages | map(attribute='role') | join(',') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "recursion": "{% for x in [[1, [2]], [3]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_templates_are_rendered_as_transformers_does(name):
+    tokenizer = byte_tokenizer(LANGUAGE[name])
+    for text in ("Hi", "  Hi é\n <b>'there'</b> "):
+        assert tokenizer.chat.prompt(text) == tokenizer.inner.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
 
 
 FINE = {
@@ -257,7 +388,7 @@ def test_ids_without_an_embedding_are_refused_by_name():
         Tokenizer(byte_tokenizer(None).inner, [size + 5])
     bare = byte_tokenizer(None)
     bare.bos_id = None
-    with pytest.raises(UserError, match="The prompt of row 2 has no tokens, and the tokenizer no bos"):
+    with pytest.raises(UserError, match="Row 2: the prompt has no tokens, and the tokenizer no bos"):
         tokenise([{"prompt": "a"}, {"prompt": ""}], "prompts", bare, 8, 8)
 
 

@@ -94,28 +94,36 @@ def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(kind,
 # evaluation.json, metrics.jsonl, cost.json, the report.
 
 
-def test_evaluation_of_a_pairwise_reward(jobs):
+# Of the test split's 16 pairs, at 8 tokens a prompt and 8 a response.
+COUNTS = {"rows": 16, "cut": 16, "cut_prompts": 16, "cut_chosen": 16, "cut_rejected": 16, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 0, "equal_after_cutting": 2}
+
+
+def test_evaluation_of_a_pairwise_reward(jobs, model):
     found = tiny.read(jobs.root / "reward" / "evaluation.json")
-    rows = list(get_task("orders").open("comparisons", "test", data_options(tiny.DATA)))
-    assert set(found) == {"n", "groups", "pairwise_accuracy", "noise_ceiling", "ece", "brier", "reliability"}
+    assert set(found) == {"n", "groups", "pairwise_accuracy", "noise_ceiling", "ece", "brier", "reliability", "data"}
     accuracy = found["pairwise_accuracy"]
-    assert found["n"] == accuracy["n"] == 16 and found["groups"] == accuracy["groups"] == len({row["prompt"] for row in rows})
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
-    probabilities = [row["probability"] for row in rows]
-    assert found["noise_ceiling"] == pytest.approx(np.mean([max(p, 1 - p) for p in probabilities]))
+    # Two of the 16 pairs are equal once they are cut to 8 tokens: neither right nor wrong, they count nowhere.
+    rows = list(get_task("orders").open("comparisons", "test", data_options(tiny.DATA)))
+    cut = lambda text: model.tokenizer.response_ids(text)[:8]
+    counted = [row["probability"] for row in rows if cut(row["chosen"]) != cut(row["rejected"])]
+    assert (len(rows), accuracy["n"]) == (16, 14) and len(counted) == 14
+    assert found["n"] == 16 and found["groups"] == len({row["prompt"] for row in rows}) >= accuracy["groups"]
+    assert found["data"] == {f"data/test/{name}": number for name, number in COUNTS.items()}
+    assert found["noise_ceiling"] == pytest.approx(np.mean([max(p, 1 - p) for p in counted]))
     assert sum(row["n"] for row in found["reliability"]) > 0 and 0 <= found["ece"] <= 1 and 0 <= found["brier"] <= 1
 
 
 def test_evaluation_of_a_pointwise_reward(pointwise):
     found = tiny.read(pointwise.parents[1] / "evaluation.json")
-    assert set(found) == {"auc", "balanced_accuracy", "accuracy", "n", "groups", "ece", "brier", "reliability"}
+    assert set(found) == {"auc", "balanced_accuracy", "accuracy", "n", "groups", "ece", "brier", "reliability", "data"}
     assert found["n"] == found["auc"]["n"] == 16 and 0 <= found["ece"] <= 1
     assert all(0 <= found[name]["value"] <= 1 for name in ("auc", "balanced_accuracy", "accuracy"))
 
 
 def test_evaluation_of_a_policy(jobs):
     found = tiny.read(jobs.root / "rl" / "evaluation.json")
-    assert set(found) == {"policies", "win_rate", "gold_gain", "config", "stands"}
+    assert set(found) == {"policies", "win_rate", "gold_gain", "config", "stands", "prompts"}
     measures = {"proxy_reward", "kl", "length", "eos_rate", "distinct_1", "distinct_2", "gold_reward"}
     assert set(found["policies"]) == {"sft", "rl"} and all(set(column) == measures for column in found["policies"].values())
     # The baseline is measured against itself.
@@ -159,6 +167,10 @@ def test_metrics_have_a_row_a_step(jobs):
         for row in tiny.rows(jobs.root / job):
             assert all(math.isfinite(value) for value in row.values()), row
             assert "train/loss" in row and "time/step" in row and "finite" not in row
+        # What rows lost to fit is written once.
+        first, *others = ({name: value for name, value in row.items() if name.startswith("data/")} for row in tiny.rows(jobs.root / job))
+        assert (first["data/train/rows"], first["data/validation/rows"]) == (32, 16) and not any(others)
+        assert 0 < first["data/train/cut_prompts"] <= first["data/train/cut"] <= 32
     validated = [row["step"] for row in tiny.rows(jobs.root / "reward") if "validation/accuracy" in row]
     assert validated == [2, 4]
 
@@ -197,6 +209,8 @@ def test_report_of_every_run(jobs):
     for job in ("sft", "reward", "rl"):
         page = write_report(jobs.root / job).read_text(encoding="utf-8")
         assert page.startswith("<!doctype html>") and "data:image" in page
+        number = int(tiny.rows(jobs.root / job)[0]["data/validation/cut"])
+        assert f"validation: {number} of 16 rows were cut to fit: " in page
     assert samples(jobs.root / "rl")[0]["prompt"].split(" ; ")[0][:20] in page
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from perl_jax import evaluate, intervals, trees
 from perl_jax.data.tasks import get_task
-from perl_jax.data.tokenise import clip_prompt, clip_response
+from perl_jax.data.tokenise import Ragged, TokenRows, clip_prompt, clip_response
 from perl_jax.loops import policies, policy_gradient, preference, supervised
 from perl_jax.loops import run as run_lib
 from perl_jax.loops.jobs import DPOConfig, RolloutConfig
@@ -34,8 +34,9 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
     scores = {"validation": [0.0, 1.0, 2.0, 3.0], "test": [1.6, 1.7, 5.0, 6.0]}
     rows = [{"prompt": f"p{i}", "label": label} for i, label in enumerate((0.0, 0.0, 1.0, 1.0))]
     values = lambda results: tuple(results[name]["value"] for name in ("auc", "balanced_accuracy", "accuracy"))
-    monkeypatch.setattr(supervised, "load_batches", lambda model, config, kind, split, *_: (split, rows))
-    monkeypatch.setattr(supervised, "score_batches", lambda model, adapter, split: (np.array(scores[split]),))
+    encoded = TokenRows("labels", Ragged.of([]), (), {}, {})
+    monkeypatch.setattr(supervised, "load_batches", lambda model, config, kind, split, *_: (types.SimpleNamespace(split=split, rows=encoded), rows))
+    monkeypatch.setattr(supervised, "score_batches", lambda model, adapter, batches: (np.array(scores[batches.split]),))
     config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
     results, _ = supervised.evaluate_reward(None, config, None, "labels")
     assert values(results) == (1.0, 0.5, 0.5)
@@ -195,7 +196,9 @@ def test_accuracy_of_dpo_counts_what_is_chosen(jobs, model):
         prompt = clip_prompt(model.tokenizer.prompt_ids(row["prompt"]), 8, model.tokenizer.bos_id)
         sides = [clip_response(model.tokenizer.response_ids(row[side]), 8) for side in ("chosen", "rejected")]
         good, bad = (response_logprob(model, policy, prompt, side) - response_logprob(model, reference, prompt, side) for side in sides)
-        # Responses that are equal once they are cut are a tie.
-        right.append(0.5 if sides[0] == sides[1] else float(good > bad))
+        # Responses that are equal once they are cut are in no order: they do not count.
+        if sides[0] != sides[1]:
+            right.append(float(good > bad))
     found = results["pairwise_accuracy"]
-    assert found["value"] == pytest.approx(np.mean(right)) and found["value"] != 0.5
+    assert (len(right), sum(right)) == (14, 5) and found["n"] == 14
+    assert found["value"] == pytest.approx(5 / 14) and results["data"]["data/test/equal_after_cutting"] == 2

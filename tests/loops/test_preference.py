@@ -39,7 +39,7 @@ def test_a_policy_is_fitted_to_comparisons(loss, jobs, tmp_path):
     adapter, record = model.load_role(artefact, "policy")
     results = tiny.read(tmp_path / "dpo" / "evaluation.json")
     assert record.step == 12 and record.metrics == {"pairwise_accuracy": results["pairwise_accuracy"]["value"]}
-    assert adapter.head is None and results["pairwise_accuracy"]["n"] == 16
+    assert adapter.head is None and results["pairwise_accuracy"]["n"] == 14
     # A finished run is left as it is.
     before = tiny.snapshot(tmp_path / "dpo")
     run_dpo(dpo_config(tmp_path / "dpo", jobs.base, jobs.policy, loss=loss, steps=12))
@@ -135,11 +135,58 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
 
 def test_what_is_cut_off_is_said_once(jobs, tmp_path, capsys):
     supervised.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, steps=2))
-    lines = [line for line in capsys.readouterr().out.splitlines() if " lose the " in line]
-    assert [line.split(" rows ")[1] for line in lines] == [
-        "lose the beginning of their prompt (max_prompt_length).", "lose the end of their response (max_response_length).",
-    ]  # fmt: skip
-    assert all(line.startswith("orders, train: ") and " of 32 rows " in line for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " were cut " in line]
+    first = tiny.rows(tmp_path / "sft")[0]
+    for line, split, rows in zip(lines, ("train", "validation"), (32, 16), strict=True):
+        cut, prompts, responses = (int(first[f"data/{split}/{name}"]) for name in ("cut", "cut_prompts", "cut_response"))
+        lost = f"{prompts} prompts lost their beginning (max_prompt_length 8), {responses} responses lost their end (max_response_length 8)"
+        assert line == f"orders, {split}: {cut} of {rows} rows were cut to fit: {lost}."
+
+
+def test_pairs_of_equal_responses_are_said_and_count_in_no_accuracy(jobs, tmp_path, capsys):
+    """Two of twelve pairs are equal, two more are equal in their first 8 tokens."""
+    long = "add 1 large latte oat ; add 1"
+    pair = lambda i: {0: ("tea", "tea"), 1: (f"{long} small tea none", f"{long} large tea none")}.get(i % 6, ("coffee tea", "milk"))
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"{split} number {i}", "chosen": pair(i)[0], "rejected": pair(i)[1]} for i in range(12)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
+    run_dpo(dpo_config(tmp_path / "dpo", jobs.base, jobs.policy, data=data, steps=6))
+    said = capsys.readouterr().out
+    for split in ("train", "validation", "test"):
+        assert said.count(f"jsonl, {split}: 2 of 12 pairs have equal responses, 2 more are equal after cutting: they count in no accuracy.") == 1
+    first, *_, last = tiny.rows(tmp_path / "dpo")
+    assert (first["data/train/equal_pairs"], first["data/validation/equal_after_cutting"]) == (2, 2)
+    # The pairs that differ are all in order; as wrong answers or halves the others would make it 8/12 or 10/12.
+    results = tiny.read(tmp_path / "dpo" / "evaluation.json")
+    assert last["validation/accuracy"] == 1.0 and (results["pairwise_accuracy"]["value"], results["pairwise_accuracy"]["n"]) == (1.0, 8)
+
+
+def test_comparisons_none_of_which_differ_are_refused(jobs, tmp_path):
+    long = "add 1 large latte oat ; add 1"
+    rows = lambda a, b: [{"prompt": f"number {i}", "chosen": a, "rejected": b} for i in range(12)]
+    apart, equal, after = rows("coffee", "milk"), rows("tea", "tea"), rows(f"{long} small tea", f"{long} large tea")
+    for name, test, message in (
+        ("equal", equal, "Every comparison of the test split of jsonl has weight 0 or two equal responses; some must count."),
+        ("after", after, "Every comparison of the train split of jsonl has two equal responses, cut to max_response_length 8 as they are; some must differ."),
+    ):
+        (tmp_path / name).mkdir()
+        for split, found in (("train", after if name == "after" else apart), ("validation", apart), ("test", test)):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path / name))
+        with pytest.raises(UserError, match=f"^{message}$"):
+            supervised.run_reward(tiny.reward_config(tmp_path / f"run {name}", jobs.base, data=data))
+
+
+def test_a_row_that_cannot_be_encoded_is_named_by_file_and_line(jobs, tmp_path):
+    model = tiny.open_model(jobs.base)
+    model.tokenizer.inner.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    rows = [{"prompt": f"number {i}", "response": "a <image>" if i == 3 else "tea"} for i in range(6)]
+    (tmp_path / "train.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
+    # The first line is blank.
+    with pytest.raises(UserError, match=r"train\.jsonl, line 5: A text holds <image>, for which the model has no embedding"):
+        supervised.load_batches(model, data, "demonstrations", "train", 4, 0)
 
 
 @pytest.mark.parametrize("fields", [{"soft_labels": True, "centring": 0.1}, pytest.param({"objective": "regression"}, marks=pytest.mark.slow)])
