@@ -26,7 +26,7 @@ setup(
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
         # Chat templates.
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "safetensors>=0.7",
         "huggingface_hub>=1.0",
         "qwix>=0.1.8,<0.2",

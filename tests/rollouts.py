@@ -39,7 +39,8 @@ def placed_model(lm: LanguageModel, base: Tree, mesh: MeshConfig = MeshConfig(da
     lm = dataclasses.replace(lm, mesh=sharding.make_mesh(mesh, devices=devices))
     shardings = lm.base_shardings()
     place = lambda name, leaf: jax.device_put(leaf, shardings[name])
-    tokenizer = types.SimpleNamespace(stop_ids=(EOS,), stop_part=(EOS,), tail_ids=(), pad_id=0, text=lambda ids: " ".join(map(str, ids)))
+    ends = {"stop_ids": (EOS,), "stop_part": (EOS,), "tail_ids": (), "without_end": lambda ids: [i for i in ids if i != EOS]}
+    tokenizer = types.SimpleNamespace(**ends, pad_id=0, text=lambda ids: " ".join(map(str, ids)))
     return Model("tiny", lm, trees.map_named(place, base), tokenizer, trees.fingerprint(base), shard_adapters=mesh.adapters == "sharded")
 
 

@@ -301,6 +301,24 @@ class TestSingleRun:
         assert page.row("RL, LoRA", 1)[0] == expected
         assert f"of all prompts, judged by {expected}." in page.text
 
+    def test_what_rows_lost_is_said_split_by_split(self, tmp_path):
+        cut = {"rows": 32, "cut": 20, "cut_prompts": 12, "cut_response": 9, "cut_prompts_template_whole": 12, "rendered": 0}
+        pairs = {"rows": 16, "cut": 0, "equal_pairs": 1, "equal_after_cutting": 2}
+        row = {"step": 1, "train/loss": 2.0} | {f"data/train/{name}": number for name, number in cut.items()} | {"data/validation/rows": 8.0}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        settings = {"job": "reward", "tuning": "lora", "data": {"max_prompt_length": 48, "max_response_length": 24}}
+        (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
+        (tmp_path / "evaluation.json").write_text(json.dumps({"data": {f"data/test/{name}": number for name, number in pairs.items()}}))
+        page = parse(tmp_path)
+        assert "rows" in page.sections
+        lost = "12 prompts lost their beginning (max_prompt_length 48; the chat template stays whole in 12 of them), 9 responses lost their end (max_response_length 24)"
+        for line in (
+            f"Reward model LoRA, train: 20 of 32 rows were cut to fit: {lost}.",
+            "Reward model LoRA, validation: none of 8 rows was cut to fit.",
+            "Reward model LoRA, test: none of 16 rows was cut to fit. 1 of 16 pairs have equal responses, 2 more are equal after cutting: they count in no accuracy.",
+        ):
+            assert line in page.text
+
     def test_metrics_alone(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
         page = parse(tmp_path)

@@ -394,11 +394,15 @@ def test_an_update_out_of_range_is_seen():
 
 def test_a_tie_is_half_in_order():
     np.testing.assert_array_equal(steps.in_order(jnp.array([2.0, 1.0, 1.0]), jnp.array([1.0, 1.0, 2.0])), [1, 0.5, 0])
-    # Equal pairs: the model cannot tell them apart, and neither accuracy calls it wrong.
-    both = small.make_tokens()
-    pairs = Pairs(both, both, np.ones(len(both.tokens_BT), np.float32))
+    # Every other pair is two times the same response, whatever its padding holds: those count in no accuracy.
+    chosen, other = small.make_tokens(), small.make_tokens(seed=5)
+    equal_B1 = np.arange(len(chosen.tokens_BT))[:, None] % 2 == 0
+    rejected = other.replace(tokens_BT=np.where(equal_B1 & chosen.valid_BT, chosen.tokens_BT, other.tokens_BT))
+    pairs = Pairs(chosen, rejected, np.arange(1, len(equal_B1) + 1, dtype=np.float32))
     _, logs = jax.jit(functools.partial(steps.pairwise_objective, LM))({"reward": SCORER}, BASE, pairs, None)
-    assert float(logs["train/accuracy"].mean) == 0.5
+    right_B = np.asarray(small.score(LM, BASE, SCORER, chosen)) > np.asarray(small.score(LM, BASE, SCORER, rejected))
+    assert float(logs["train/accuracy"].weight) == pairs.weight_B[1::2].sum()
+    assert float(logs["train/accuracy"].total) == pairs.weight_B[1::2][right_B[1::2]].sum()
 
 
 def test_sft_learns_response_tokens_alone():

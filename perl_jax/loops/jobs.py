@@ -81,13 +81,15 @@ class DataConfig:
         data_seed: Seed of the embedded task's rows.
         train_size: At most so many rows of the training split; None: all.
         evaluation_size: At most so many rows of each other split; None: all.
-        max_prompt_length: In tokens, the chat template's among them; the text of longer prompts loses its beginning.
+        max_prompt_length: In tokens, the chat template's among them; the text of longer prompts loses its beginning,
+            and a prompt that came rendered its first turns.
         bucket_count: Rows are padded to at most so many lengths. A batch holds rows of similar length;
             1 mixes them all.
         max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
             the room for a response.
         template: How prompts become a chat turn: auto (the tokenizer's chat template; prompts that are
-            rendered already stay as they are), none, or a file with a Jinja template.
+            rendered already, which end with its cue and begin as it does or hold its special tokens, stay
+            as they are), none, or a file with a Jinja template.
         template_date: What a template gets that asks for today's date, so that a resumed run has the same tokens.
         packing: Compute each real token once: no padding, and what rows have in common (a pair's prompt,
             a prompt's samples) a single time. auto: on a CPU or GPU.

@@ -7,6 +7,7 @@ import functools
 import pathlib
 
 import jax
+import numpy as np
 
 from perl_jax import checkpoint, evaluate, steps
 from perl_jax.data.store import group_of
@@ -81,12 +82,10 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
         chosen_B, rejected_B = host(program(base, state.roles["policy"], job.ready(model, state, batch)))
         chosen += (config.strength * chosen_B[real_B]).tolist()
         rejected += (config.strength * rejected_B[real_B]).tolist()
-    weights = supervised.differing_weights(rows, config.data.task, "test", batches)
-    counted = [place for place, row in enumerate(order) if weights[row] > 0]
-    of_counted = lambda values: [values[place] for place in counted]
-    rows_counted = of_counted(order)
-    groups = [group_of(rows[row]) for row in rows_counted]
-    accuracy = evaluate.pairwise_accuracy(of_counted(chosen), of_counted(rejected), weights[rows_counted], groups)
+    weights = supervised.differing_weights(rows, config.data.task, "test", batches)[order]
+    counted = weights > 0
+    groups = [group_of(rows[row]) for row, counts in zip(order, counted, strict=True) if counts]
+    accuracy = evaluate.pairwise_accuracy(np.asarray(chosen)[counted], np.asarray(rejected)[counted], weights[counted], groups)
     return {"pairwise_accuracy": dataclasses.asdict(accuracy), "data": facts}
 
 

@@ -25,13 +25,14 @@ from perl_jax.types import Labelled, Prompts, Tokens
 
 # Rows of two batches as a plan has them: not in order, the last one filler.
 ROWS = (np.array([3, 0, 2]), np.array([1, 4, -1]))
-MODEL = types.SimpleNamespace(lm=None, base=None, mesh=None, tokenizer=types.SimpleNamespace(stop_ids=(9,), text=lambda ids: " ".join(map(str, ids))))
+MODEL = types.SimpleNamespace(lm=None, base=None, mesh=None, tokenizer=types.SimpleNamespace(without_end=lambda ids: [i for i in ids if i != 9], text=lambda ids: " ".join(map(str, ids))))
 
 
 class Planned:
     """Batches of the rows above."""
 
     spec = types.SimpleNamespace(microbatches=1)
+    rows = types.SimpleNamespace(equal=np.zeros(5, bool), facts={})
 
     def __init__(self, make):
         self.make = make
@@ -164,7 +165,7 @@ def test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores(combine, ex
 
 def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monkeypatch):
     """Row r's log-ratios are r - 2 and 0.5 - r / 4; rows 3 and 4 are in order, and weigh 4 + 5 of 15."""
-    monkeypatch.setattr(supervised, "load_batches", lambda *_, **__: (Planned(lambda rows: rows), [{"prompt": "p", "group": str(row // 2), "weight": 1.0 + row} for row in range(5)]))
+    monkeypatch.setattr(supervised, "load_batches", lambda *_, **__: (Planned(lambda rows: rows), [{"prompt": "p", "group": str(row // 2), "weight": 1.0 + row, "chosen": "a", "rejected": "b"} for row in range(5)]))
     monkeypatch.setattr(preference, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4))
     config = DPOConfig(run="-", model="-")
     job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
@@ -175,6 +176,10 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     # The groups are of the same rows: (0, 1), (2, 3), (4).
     expected = evaluate.proportion([0, 0, 0.5, 1, 1], [0, 0, 1, 1, 2], [1, 2, 3, 4, 5])
     assert [found[name] for name in ("low", "high", "groups")] == [pytest.approx(expected.low), pytest.approx(expected.high), 3]
+    # Row 2's responses are equal as they were cut: in no order, it does not count.
+    monkeypatch.setattr(Planned, "rows", types.SimpleNamespace(equal=np.arange(5) == 2, facts={}))
+    found = preference.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
+    assert found["value"] == pytest.approx((4 + 5) / 12) and found["n"] == 4
 
 
 def test_the_bound_of_best_of_n_by_hand():
