@@ -228,7 +228,6 @@ STEPS = _of(
     ("loss-on-the-prompt", "SFT learns the prompt too", "losses.sft_loss(logp_BT, batch.response_BT)", "losses.sft_loss(logp_BT, batch.valid_BT)", "test_steps.py::test_sft_learns_response_tokens_alone"),
     ("sides-in-halves", "the first half of the rows is taken for the chosen ones", "both[0::2], both[1::2]", "both[: both.shape[0] // 2], both[both.shape[0] // 2 :]", "test_steps.py::test_sides_come_back_as_they_went_in"),
     ("ties-are-right", "equal scores count as the right order", "jnp.where(chosen_B == rejected_B, 0.5, 0.0)", "jnp.where(chosen_B == rejected_B, 1.0, 0.0)", "test_steps.py::test_a_tie_is_half_in_order"),
-    ("equal-pairs-count", "pairs of two equal responses count in accuracies", "batch.weight_B * differing(batch)", "batch.weight_B", "test_steps.py::test_a_tie_is_half_in_order"),
     ("unknown-is-a-coin", "a comparison of unknown probability is a coin flip", "jnp.isnan(batch.probability_B), 1.0, batch.probability_B", "jnp.isnan(batch.probability_B), 0.5, batch.probability_B", "loops/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
     ("soft-dpo-inverted", "DPO smooths by p where it should by 1 - p", "label_smoothing, 1 - batch.pairs.probability_B", "label_smoothing, batch.pairs.probability_B", "loops/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
     ("value-after-the-token", "the critic reads the token it is a baseline for", "shift_right(lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens)))", "lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))", "test_steps.py::test_reinforce_objective_equals_loops_in_numpy"),
@@ -296,7 +295,6 @@ DATA = (
     *_of(
         "hf/tokenizer.py",
         ("bos-twice", "a text that begins with bos gets another", "return ids if ids[:1] == self._bos() else self._bos() + ids", "return self._bos() + ids", "hf/test_chat.py::test_nothing_is_written_twice"),
-        ("half-an-end-stays", "a response keeps what it has of the stop part before its last token", "max(matching, 1)", "1", "hf/test_chat.py::test_a_rollout_is_scored_as_the_row_that_it_is"),
         ("no-end-of-the-turn", "a response has no token that ends it", "self._plain(self._without_end(text)) + list(self.stop_part)", "self._plain(self._without_end(text))", "hf/test_tokenizer.py::test_prompt_begins_with_bos_and_response_ends_with_eos"),
     ),
 )  # fmt: skip
@@ -448,7 +446,7 @@ LOOPS = (
     *_of(
         "loops/scoring.py",
         ("the-most-for-the-least", "combine min takes the most generous member's score", '"min": jnp.min', '"min": jnp.max', "loops/test_measures.py::test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores"),
-        ("an-end-for-all", "a response that did not end is scored as if it had", "jnp.isin(jnp.take_along_axis(tokens_BT, last_B1, axis=1), stops) & jnp.any(response_BT", "jnp.any(response_BT", "hf/test_chat.py::test_a_rollout_is_scored_as_the_row_that_it_is"),
+        ("an-end-for-all", "a response that did not end is scored as if it had", "jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(response_BT", "jnp.any(response_BT", "hf/test_chat.py::test_a_rollout_is_scored_as_the_row_that_it_is"),
         ("terms-weighed-twice", "the reward model's weight multiplies the terms too", "self.weight * score_B + total_B", "self.weight * (score_B + total_B)", "loops/test_measures.py::test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs"),
     ),
     *_of(
