@@ -51,11 +51,12 @@ def test_intervals_are_over_the_groups_of_rows(monkeypatch):
     noise = np.random.default_rng(0)
     groups, labels, scores = np.repeat(["a", "b", "c"], 4), np.tile([0.0, 1.0, 1.0, 0.0], 3), noise.normal(size=(2, 12))
     turns = [{"prompt": f"p{i}", "group": str(group), "label": label} for i, (group, label) in enumerate(zip(groups, labels))]
-    ranked = [{"prompt": f"{group} ", "group": "", "probability": np.nan, "weight": 0.25} for group in groups]
+    ranked = [{"prompt": f"{group} ", "group": "", "chosen": "a", "rejected": "b", "probability": np.nan, "weight": 0.25} for group in groups]
     config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
 
     def evaluated(kind, rows, scores):
-        monkeypatch.setattr(supervised, "load_batches", lambda *_: (None, rows))
+        encoded = TokenRows(kind, Ragged.of([]), (), {}, {}, equal=np.zeros(12, bool) if kind == "comparisons" else None)
+        monkeypatch.setattr(supervised, "load_batches", lambda *_: (types.SimpleNamespace(rows=encoded), rows))
         monkeypatch.setattr(supervised, "score_batches", lambda *_: scores)
         return supervised.evaluate_reward(None, config, None, kind)[0]
 

@@ -331,7 +331,7 @@ EVALUATION = (
     ),
     *_of(
         "loops/supervised.py",
-        ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "evaluate.pairwise_accuracy(*scores, weights, groups)", "evaluate.pairwise_accuracy(*scores, weights)", "loops/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
+        ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "evaluate.pairwise_accuracy(*scores, weights[counted], groups)", "evaluate.pairwise_accuracy(*scores, weights[counted])", "loops/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "loops/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "loops/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
         ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "loops/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
