@@ -95,7 +95,7 @@ def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(kind,
 
 
 # Of the test split's 16 pairs, at 8 tokens a prompt and 8 a response.
-COUNTS = {"rows": 16, "cut": 16, "cut_prompts": 16, "cut_chosen": 16, "cut_rejected": 16, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 0, "equal_after_cutting": 2}
+COUNTS = {"rows": 16, "cut": 16, "cut_prompts": 16, "cut_chosen": 10, "cut_rejected": 7, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 0, "equal_after_cutting": 2}
 
 
 def test_evaluation_of_a_pairwise_reward(jobs, model):
