@@ -307,7 +307,6 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
     for name in ("learn_program", "held_out_program", "say_attention"):
         monkeypatch.setattr(supervised, name, lambda *_: None)
     monkeypatch.setattr(supervised, "noted", lambda *_: {})
-    monkeypatch.setattr(supervised, "say_attention", lambda *_: None)
     monkeypatch.setattr(run_lib, "train", stop)
     validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
     job = supervised.Supervised("reward", "reward", "labels", None, validate, "x", (), truth=lambda rows, task, split: (*rows, split))
