@@ -370,7 +370,7 @@ SAMPLING = (
     ),
     *_of(
         "continuous.py",
-        ("keys-of-slots", "draws go by the slot and not by the row", "row_keys(jax.random.wrap_key_data(key), state.row_B)", "row_keys(jax.random.wrap_key_data(key), jnp.arange(state.done_B.shape[0]))", "test_continuous.py::test_settings_are_the_static_samplers"),
+        ("keys-of-slots", "draws go by the slot and not by the row", "row_keys(jax.random.wrap_key_data(key), state.row_B)", "row_keys(jax.random.wrap_key_data(key), jnp.arange(state.done_B.shape[0]))", "test_continuous.py::test_the_same_rollout_through_fewer_slots[2-8-1]"),
         ("slot-remembers", "a new row sees the tokens of the one before it", "own_visible_BC=fresh(part.own_visible_BC, False),", "", "test_continuous.py::test_settings_are_the_static_samplers"),
     ),
     *_of(
