@@ -13,7 +13,7 @@ run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 -m "slow and not exhaustive" $(TEST_ARGS)
@@ -21,7 +21,7 @@ test-slow: $(VENV)/.installed-test
 # Everything: the third tier alone, then the quick one again as XLA ships its optimisations.
 test-all: test test-slow
 	$(VENV)/bin/python -m pytest -n 2 -m exhaustive $(TEST_ARGS)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(TEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 # Plants errors one by one and counts which the tests notice: `make mutants MUTANTS_ARGS="--jobs 2"`, or `--only NAME ...`.
 mutants: $(VENV)/.installed-test

@@ -26,10 +26,13 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perl_jax.types import Array
+if TYPE_CHECKING:
+    # Reward functions of experiments import this module in a process of their own, which has no need of JAX.
+    from perl_jax.types import Array
 
 CONFIDENCE = 0.95
 SAMPLES = 2000

@@ -8,9 +8,11 @@ with), and kept where all workers and processes of a session find them.
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import os
 import pathlib
+import re
 import shutil
 import signal
 import tempfile
@@ -36,11 +38,29 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from xdist.scheduler import loadscope  # noqa: E402
 
 from tests.tiers import QUICK, TIERS, tier_of  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _TESTS = pathlib.Path(__file__).parent
+
+
+class ByFile(loadscope.LoadScopeScheduling):
+    """Sends all tests of a file to one worker, and all files that use one experiment's runs: they share what is made and compiled once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid.partition("::")[0])
+
+
+@functools.cache
+def _group(file: str) -> str:
+    return "jobs" if re.search(r"^def test_\w+\([^)]*\bjobs\b", (_TESTS.parent / file).read_text(encoding="utf-8"), re.MULTILINE) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> loadscope.LoadScopeScheduling | None:
+    """`--dist loadfile` is `ByFile`; None: pytest-xdist's own for the other ways."""
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -50,8 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         file = item.path.relative_to(_TESTS).as_posix()
         test = item.nodeid.partition("::")[2]
-        # Tests that use one experiment's runs go to one worker, and so do those of one file: they share what is made and compiled once.
-        item.add_marker(pytest.mark.xdist_group("jobs" if "jobs" in getattr(item, "fixturenames", ()) else file))
         found.setdefault(file, set()).update({test, test.partition("[")[0]})
         tier = tier_of(file, test)
         if tier is not None:
@@ -95,7 +113,7 @@ def pytest_collection_finish() -> None:
 
 
 # Linux lets a process have 65,530 pieces of memory. Each compiled program has several, and a process without one crashes.
-_MAPS = 20_000
+_MAPS = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -63,7 +63,7 @@ def parse_line(line: bytes, fields: Sequence[str], where: str, others: bool = Fa
         raise UserError(f"{where}: not valid JSON (nested too deeply).") from error
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{where}: not valid JSON ({error}).") from error
-    require(isinstance(value, dict), f"{where}: must be a JSON object with {', '.join(fields)}.")
+    require(isinstance(value, dict), f"{where}: must be a JSON object with {', '.join(field for field in fields if field not in DEFAULTS)}.")
     _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}

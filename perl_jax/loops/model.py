@@ -208,7 +208,7 @@ def attention_paths(lm: LanguageModel) -> dict[str, str]:
 def say_attention(job: str, lm: LanguageModel) -> None:
     """Prints the attention paths: one line, of the process that writes."""
     if hosts.is_writer():
-        print(f"{job}: attention: " + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items()) + ".", flush=True)
+        print(f"{job}: attention: " + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items()) + ".", file=sys.stderr, flush=True)
 
 
 def data_options(config: DataConfig) -> DataOptions:

@@ -69,7 +69,7 @@ def cache_settings():
 def test_compiled_programs_are_kept(base, tmp_path, cache_settings):
     folder = tmp_path / "programs"
     run_sft(tiny.sft_config(tmp_path / "first", base, compile_cache=str(folder)))
-    updates = lambda: sorted(path.name for path in folder.iterdir() if "train_step" in path.name and path.name.endswith("-cache"))
+    updates = lambda: sorted(path.name for path in folder.iterdir() if "learn" in path.name and path.name.endswith("-cache"))
     kept = updates()
     assert kept
     run_sft(tiny.sft_config(tmp_path / "second", base, compile_cache=str(folder)))

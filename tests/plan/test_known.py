@@ -157,3 +157,18 @@ def test_what_full_tuning_starts_from_is_where_the_base_is():
     for name, leaf in trees.named_leaves(weights).items():
         assert leaf.sharding == places[name] == trees.named_leaves(merged)[name].sharding and leaf.dtype == np.float32, name
         np.testing.assert_allclose(leaf, trees.named_leaves(one_device)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fields", [{"lora": LoRAConfig(init="pissa")}, {"rollout": RolloutConfig(slots=8)}], ids=["pissa", "slots"])
+def test_first_values_and_slots_compile_for_a_slice(fields):
+    """What no other plan of the tests compiles for a TPU: singular values, and continuous batching."""
+    pytest.importorskip("libtpu")
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), topology("v5e:2x2"))
+    model = planned_model(dataclasses.replace(small.changed(layers=2, vocab_size=256), mesh=mesh), "planned", QuantiseConfig(), shard_adapters=False)
+    config = PlanConfig(job="rl", model="gemma2-2b", topology="v5e:2x2", batch=16, prompt_length=8, response_length=8).job_config()
+    planned = plan_job(model, dataclasses.replace(config, **fields))
+    names = {piece.name for piece in planned.pieces}
+    assert names >= ({"first values"} if "lora" in fields else {"vacant", "admit", "decode", "fewer"})
+    for piece in planned.pieces:
+        assert measure(planned, piece, "quick").refused is None, piece.name
