@@ -202,7 +202,7 @@ def test_rewards_of_other_objectives(fields, jobs, tmp_path):
     results = tiny.read(tmp_path / "reward" / "evaluation.json")
     record = tiny.open_model(jobs.base).load_role(artefact, "reward")[1]
     if "objective" in fields:
-        assert set(results) == {"correlation", "mean_squared_error", "n", "groups"} and results["n"] == results["groups"] == 10
+        assert set(results) == {"correlation", "mean_squared_error", "n", "groups", "data"} and results["n"] == results["groups"] == 10
         assert record.metrics == {"correlation": results["correlation"]["value"]}
     else:
         # The objective has the square in it: more than cross-entropy alone.
