@@ -579,7 +579,7 @@ def test_padding_is_a_token_that_no_turn_ends_with():
 
 
 def test_the_added_tokens_are_read_once_however_many_there_are(monkeypatch):
-    # Each reading makes a dictionary of all of them: thousands of readings took an hour with Gemma 3's tokenizer.
+    # Each reading makes a dictionary of all of them: thousands of readings held up an export of Gemma 3.
     tokenizer = word_tokenizer(["good"])
     tokenizer.inner.add_special_tokens({"additional_special_tokens": [f"<unused{i}>" for i in range(30)]})
     kind, reads = type(tokenizer.inner), []
