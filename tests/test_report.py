@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from perl_jax.config import UserError
 from perl_jax.intervals import Estimate
@@ -367,6 +368,14 @@ class TestParts:
         page = parse(folder)
         assert any(alt.startswith("RL: score by terms. ") for alt in page.alts)
         assert not any("reward model" in words for words in (page.text, *page.alts))
+
+    @pytest.mark.parametrize("last", [1, 2, 7, 40, 1234])
+    def test_steps_have_whole_numbers(self, last):
+        axes = Figure().subplots()
+        axes.plot([min(1, last - 1), last], [0.0, 1.0])
+        plots.finish(axes, "step", "y")
+        ticks = axes.get_xticks()
+        assert len(ticks) > 1 and np.array_equal(ticks, np.round(ticks))
 
     def test_styles_of_parts_differ(self):
         assert len({plots.part_style(i) for i in range(28)}) == 28

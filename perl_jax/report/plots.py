@@ -140,8 +140,10 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
-    """Labels, few ticks, a legend where there is more than one thing to tell apart."""
+    """Labels, few ticks (steps have whole numbers), a legend where there is more than one thing to tell apart."""
     axes.set_xlabel(xlabel)
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylabel(ylabel)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     handles, _ = axes.get_legend_handles_labels()
