@@ -112,7 +112,11 @@ class Program:
                 raise RuntimeError(f"program {self.name!r} met more than {self.limit} argument shapes; lengths are not bucketed")
             self._compiled[signature] = self._jitted.lower(*args).compile()
             give_back_freed()
-        return self._compiled[signature](*args)
+        result = self._compiled[signature](*args)
+        if jax.default_backend() == "cpu" and jax.device_count() > 1:
+            # Two programs with collectives that run at one time can wait for each other's threads for ever; accelerators have queues.
+            jax.block_until_ready(result)
+        return result
 
     @property
     def signatures(self) -> tuple:

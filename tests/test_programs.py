@@ -34,6 +34,17 @@ def test_one_compilation_a_shape():
     assert program.compilations == 4
 
 
+@pytest.mark.parametrize(("backend", "devices", "ends"), [("cpu", 8, 1), ("cpu", 1, 0), ("tpu", 8, 0)])
+def test_on_several_cpu_devices_a_program_ends_before_the_next_begins(backend, devices, ends, monkeypatch):
+    waited = []
+    program = Program("one", lambda x: x + 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    result = program(np.ones(3, np.float32))
+    assert [one is result for one in waited] == [True] * ends
+
+
 def test_growing_shapes_are_a_defect():
     program = Program("total", jnp.sum, limit=2)
     for n in (1, 2, 1):
