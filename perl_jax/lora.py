@@ -226,11 +226,11 @@ def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mappi
 
 
 def _by_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: Sequence[int]) -> Tree:
-    """function(float32 kernel_DF) of each chosen layer, results stacked.
+    """Calls function(kernel_DF), in float32, for each chosen layer of a stacked kernel, and stacks the results.
 
-    A program a layer, called in turn: of a loop inside one program the compiler may convert the whole stack first.
+    Each layer is a program of its own: in one program with a loop, the compiler may convert the whole stack to float32 first.
     """
-    found = [on_layer(function, kernel_LDF, jnp.int32(index)) for index in chosen]
+    found = [trees.awaited(on_layer(function, kernel_LDF, jnp.int32(index))) for index in chosen]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 

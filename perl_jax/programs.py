@@ -13,6 +13,7 @@ from typing import Any, Callable
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from perl_jax import trees
 from perl_jax.config import UserError
 
 
@@ -112,11 +113,7 @@ class Program:
                 raise RuntimeError(f"program {self.name!r} met more than {self.limit} argument shapes; lengths are not bucketed")
             self._compiled[signature] = self._jitted.lower(*args).compile()
             give_back_freed()
-        result = self._compiled[signature](*args)
-        if jax.default_backend() == "cpu" and jax.device_count() > 1:
-            # Two programs with collectives that run at one time can wait for each other's threads for ever; accelerators have queues.
-            jax.block_until_ready(result)
-        return result
+        return trees.awaited(self._compiled[signature](*args))
 
     @property
     def signatures(self) -> tuple:

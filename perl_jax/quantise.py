@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import qwix
 
 from perl_jax import config as config_lib
+from perl_jax import trees
 from perl_jax.types import Tree
 
 KINDS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}
@@ -53,7 +54,7 @@ def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
     inputs = leaf.shape[1]
     block = config.block or inputs
     config_lib.require(inputs % block == 0, f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.")
-    return quantised(leaf, config.kind, block)
+    return trees.awaited(quantised(leaf, config.kind, block))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -119,6 +119,17 @@ def test_dora_starts_with_the_columns_norms():
     np.testing.assert_allclose(leaves["layers/attention/q/magnitude"][1], np.linalg.norm(kernel("attention/q", 1), axis=0), rtol=1e-6)
 
 
+def test_first_values_and_quantised_leaves_are_awaited_one_by_one(monkeypatch):
+    # On several CPU devices, the next program with collectives must not begin before the last has ended.
+    waited, awaited = [], trees.awaited
+    monkeypatch.setattr(trees, "awaited", lambda tree: waited.append(1) or awaited(tree))
+    kernel_LDF = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)
+    lora_lib._by_layer(lora_lib._column_norms, kernel_LDF, (0, 2))
+    assert len(waited) == 2
+    quantise_leaf("layers/mlp/gate/kernel", kernel_LDF, QuantiseConfig("int8"))
+    assert len(waited) == 3
+
+
 def test_pissa_starts_with_the_largest_singular_part():
     config = LoRAConfig(rank=4, alpha=10.0, init="pissa")
     role, scale = fresh(config), 2.5
