@@ -86,7 +86,7 @@ class Chat:
         cue = self.after.strip()
         if not cue or not text.rstrip().endswith(cue):
             return False
-        return self._is_special(cue) or any(opening.strip() and text.startswith(opening) for opening, _ in self._openings())
+        return self._cue_is_special or any(opening.strip() and text.startswith(opening) for opening, _ in self._openings())
 
     def turns(self, text: str) -> Turns | None:
         """A rendered prompt taken apart; None where it is not made as this template makes conversations."""
@@ -150,9 +150,11 @@ class Chat:
         parts = _split_at(written, (_SYSTEM, _FIRST))
         return None if parts is None or parts[2] != self.after or not parts[1] else (parts[0], parts[1])
 
-    def _is_special(self, text: str) -> bool:
-        added = self.inner.added_tokens_decoder.values()
-        return any(token.special and token.content.strip() and token.content in text for token in added)
+    @functools.cached_property
+    def _cue_is_special(self) -> bool:
+        """Whether the cue holds a special token. Found once: transformers makes the dictionary of added tokens anew at each reading."""
+        cue = self.after.strip()
+        return any(token.special and token.content.strip() and token.content in cue for token in self.inner.added_tokens_decoder.values())
 
     def _end(self) -> str:
         # A template for prompts alone says nothing of an answer's end.
