@@ -201,7 +201,10 @@ def tokenise(
 
 
 def _prompt(encoder: Encoder, limit: int, text: str) -> tuple[list[int], Literal["text", "ids"] | None]:
-    """A prompt's ids, at most `limit`, and what was cut to make them so: its text, its ids, or nothing."""
+    """Returns a prompt's ids, at most `limit`, and what was shortened for that.
+
+    "text": the text was shortened and the chat template is whole. "ids": ids were cut from the front. None: nothing was cut.
+    """
     ids = encoder.prompt_ids(text)
     if len(ids) <= limit:
         return ids, None
@@ -210,7 +213,7 @@ def _prompt(encoder: Encoder, limit: int, text: str) -> tuple[list[int], Literal
 
 
 def equal_rows(a: Ragged, b: Ragged) -> np.ndarray:
-    """Which rows of two are the same."""
+    """Returns for each row whether `a` and `b` hold the same ids there, [rows] bool."""
     return np.asarray([np.array_equal(a[index], b[index]) for index in range(len(a))], bool)
 
 

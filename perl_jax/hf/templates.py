@@ -78,7 +78,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return found
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The operations whose result may be much larger than their operands."""
+        """Computes `+`, `*` or `**`; refuses a result that would be too long, before it is made."""
         if operator == "**":
             bits = left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
             _check_length(bits)

@@ -206,26 +206,29 @@ def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainS
 
 
 def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None) -> dict[str, float]:
-    """Held-out loss, and how often comparisons are in order where there are any."""
+    """Returns the held-out loss and, for comparisons, the share of pairs in the right order."""
     found = held_out(state)
     accuracy = {"validation/accuracy": found["train/accuracy"]} if "train/accuracy" in found else {}
     return {"validation/loss": found["loss"], **accuracy}
 
 
 def validate_pairs(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray) -> dict[str, float]:
-    """Held-out loss, and accuracy of pairs by their weights; pairs of equal responses do not count."""
+    """Returns the held-out loss and the weighted share of pairs that are scored in the right order.
+
+    Pairs of equal responses count in the loss but not in that share.
+    """
     scores = score_batches(model, state.roles["reward"], batches)
     return {"validation/loss": held_out(state)["loss"], "validation/accuracy": evaluate.pairwise_accuracy(*scores, weights * ~batches.rows.equal).value}
 
 
 def validate_labels(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray) -> dict[str, float]:
-    """Held-out loss, and AUC: a soft label above 0.5 is a yes."""
+    """Returns the held-out loss and the AUC of the scores; a soft label above 0.5 counts as a yes."""
     (scores,) = score_batches(model, state.roles["reward"], batches)
     return {"validation/loss": held_out(state)["loss"], "validation/auc": evaluate.auc(scores, labels > 0.5)}
 
 
 def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray) -> dict[str, float]:
-    """Held-out loss, and the correlation of scores with ratings."""
+    """Returns the held-out loss and the correlation of scores with ratings."""
     (scores,) = score_batches(model, state.roles["reward"], batches)
     return {"validation/loss": held_out(state)["loss"], "validation/correlation": evaluate.correlation(scores, truth)}
 

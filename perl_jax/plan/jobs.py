@@ -94,7 +94,10 @@ def _start(model: Model, config: JobConfig, begin: Piece, state: state_lib.Train
 
 
 def _rl(model: Model, config: RLConfig) -> Planned:
-    """Samples, scores, log-probabilities (values) and the update; reward models are of the same kind."""
+    """Returns the plan of an RL job: every program it runs, and what it keeps on the devices.
+
+    Reward models are planned as roles of the same tuning and size as the job's own.
+    """
     algorithm = config.algorithm
     policy = _role(model, config, head=False)
     reward = _role(model, config, head=True)

@@ -1,8 +1,8 @@
-"""A process that has imported what the tests import, and forks one process for each run of them.
+"""Runs tests on request, each time in a fork of a process that has already imported JAX and the other libraries.
 
-Importing JAX and the others takes several times as long as most selections of tests. Nothing of the
-project but `tests.conftest`, which sets the environment, is imported before the fork: each run
-imports the package anew, with the error that is in it then. A request is a line of JSON on standard input,
+Importing them takes several times as long as most selections of tests. Nothing of the project but
+`tests.conftest`, which sets the environment, is imported before the fork: each run imports the
+package anew, with the error that is in it then. A request is a line of JSON on standard input,
 {"arguments": pytest's, "output": a file, "limit": seconds}; the answer is a line with pytest's exit
 status, or `null` after the limit.
 """
