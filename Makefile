@@ -7,7 +7,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run test test-slow test-all mutants clean
+.PHONY: run test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
@@ -22,6 +22,10 @@ test-slow: $(VENV)/.installed-test
 test-all: test test-slow
 	$(VENV)/bin/python -m pytest -n 2 -m exhaustive $(TEST_ARGS)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+# Writes the numbers that tests/golden holds every change against. Only where a change of behaviour is meant.
+golden: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.golden
 
 # Plants errors one by one and counts which the tests notice: `make mutants MUTANTS_ARGS="--jobs 2"`, or `--only NAME ...`.
 mutants: $(VENV)/.installed-test
