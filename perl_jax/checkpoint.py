@@ -23,7 +23,6 @@ from perl_jax.lora import Adapter, LoRAConfig
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.quantise import QuantiseConfig
-from perl_jax.state import TrainState
 from perl_jax.types import Tree
 
 RECORD = "artefact.json"
@@ -86,7 +85,7 @@ class Checkpoints:
         """The step with the best metric; None when none was saved with one."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, state: Tree, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Saves the state under its step; `metrics` only where they were measured at this step.
 
         Checksums of the state as it is in memory, of `host` and of `metrics` are part of the checkpoint.
@@ -97,7 +96,7 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "host": ocp.args.JsonSave(dict(host)), _SEAL: ocp.args.JsonSave(seal)}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """State (on the shardings of `abstract`'s leaves) and host state of a step, default the newest.
 
         Raises UserError when the checkpoint's tree does not fit the job's, and Damaged when what is
@@ -124,7 +123,7 @@ class Checkpoints:
                 raise self._damage(step, ", ".join(changed) or "its data cursor")
         return restored.state, restored.host
 
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """`restore` of the newest whole checkpoint; damaged ones after it are removed, which is said.
 
         Raises UserError when all are damaged.
@@ -184,7 +183,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _read_alone(folder: pathlib.Path, abstract: TrainState) -> tuple[Any, Exception | None]:
+def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | None]:
     """What this process reads of a checkpoint, or the error that it meets.
 
     Processes do not wait for each other in here, as the manager's own `restore` makes them do: one that

@@ -21,7 +21,7 @@ from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.lora import Adapter
 from perl_jax.loops.jobs import GREEDY, TemplateOptions
 from perl_jax.loops.model import host, load_model
-from perl_jax.loops.policies import batch_sampler
+from perl_jax.loops.policies import batch_sampler, sampling_config
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import Program
 from perl_jax.types import Prompts, Tokens, Tree
@@ -102,7 +102,7 @@ def generate(config: GenerateConfig) -> list[str]:
         len(ids) + config.max_new_tokens <= room,
         f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; {model.name} has {room} positions.",
     )
-    sampler = model.sampler(config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p)
+    sampler = sampling_config(model, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p)
     prompts = Prompts(np.asarray([ids], np.int32), np.ones((1, len(ids)), bool), np.zeros(1, np.int32))
     rollout = batch_sampler(model, sampler, config.samples)(model.base, adapter, prompts, jax.random.key_data(jax.random.key(config.seed)))
     sequences = host(rollout.sequences)

@@ -28,13 +28,10 @@ from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.platforms import platform_of
 from perl_jax.programs import Program, keep_compiled
-from perl_jax.sampling import SamplingConfig
 from perl_jax.types import Tree
 
 
 _SHALLOW = 8
-# Layers of a model that are inlined in sampling: further ones would be minutes to compile.
-_INLINED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +69,6 @@ class Model:
     def relieved(self, roles: Iterable[Adapter]) -> Model:
         """This model without its base, where every role has weights of its own and none reads it."""
         return dataclasses.replace(self, base=None) if all(role.weights is not None for role in roles) else self
-
-    def sampler(self, max_new_tokens: int, temperature: float, **more: Any) -> SamplingConfig:
-        """How responses are sampled: until one of the tokenizer's stop tokens."""
-        # Parts of matrices that are split over devices do not lie beside each other.
-        fused = platform_of(self.mesh) == "gpu" and self.mesh.shape["fsdp"] == self.mesh.shape["tensor"] == 1
-        inlined = platform_of(self.mesh) == "cpu" and self.mesh.size == 1 and self.lm.config.layers <= _INLINED
-        # A CPU reads what there is of the cache at its own expense, and has memory for its growth. Inlined layers are compiled once a stage.
-        stages = 1 if max_new_tokens < 64 or platform_of(self.mesh) != "cpu" else 2 if inlined else 4
-        settings = {"stages": stages, "fused": fused, "inlined": inlined, "stop_ids": self.tokenizer.stop_ids, "pad_id": self.tokenizer.pad_id} | more
-        return SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, **settings)
 
     @property
     def row_parts(self) -> int:

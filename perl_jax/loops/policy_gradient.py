@@ -303,6 +303,13 @@ def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> state
     return {name: make(rates[name]) for name in roles}
 
 
+def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
+    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the score's weight beside the KL."""
+    whole = config.kl_in_loss or config.kl.whole_score
+    weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
+    return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
+
+
 def run_rl(config: RLConfig) -> pathlib.Path:
     """The RL job; returns the policy artefact's folder. A finished run is left as it is."""
     folder = run_lib.open_run("rl", config)
@@ -320,7 +327,7 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     # Policy, reference and critic all begin as the policy that training starts from.
     roles, frozen = {"policy": policy}, dict(rewards)
     if algorithm.rule.critic:
-        head = scoring.paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
+        head = paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
         roles["value"] = policy.replace(head=head)
     if config.kl.reference == "start":
         frozen["reference"] = policy

@@ -33,7 +33,7 @@ STANDS = "stands.json"
 _FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh", "profile", "compile_cache")
 
 
-def open_run(job: str, config: JobConfig) -> pathlib.Path:
+def open_run(job: str, config: Any) -> pathlib.Path:
     """Makes the run's folder, or checks that the one there belongs to the same command.
 
     Raises UserError naming every setting that differs: a resumed run with another learning rate

@@ -19,7 +19,6 @@ from perl_jax.checkpoint import Record
 from perl_jax.hf.tokenizer import Tokenizer
 from perl_jax.hosts import Share
 from perl_jax.lora import Adapter
-from perl_jax.loops.jobs import RLConfig
 from perl_jax.loops.model import Model, host
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.programs import SHAPES, Program
@@ -45,13 +44,6 @@ def load_rewards(model: Model, folders: Sequence[str]) -> tuple[dict[str, Adapte
     """Reward models by their names in the state, and their records."""
     loaded = [model.load_role(folder, "reward") for folder in folders]
     return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(record for _, record in loaded)
-
-
-def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
-    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the score's weight beside the KL."""
-    whole = config.kl_in_loss or config.kl.whole_score
-    weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
-    return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
 
 
 def reward_program(model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1) -> Program:

@@ -18,7 +18,7 @@ from perl_jax.data.store import file_hash
 from perl_jax.data.tasks import get_task
 from perl_jax.hf import checkpoint as hf_checkpoint
 from perl_jax.hf import families
-from perl_jax.loops.jobs import DataConfig, EvaluateConfig, JobConfig
+from perl_jax.loops.jobs import DataConfig
 from perl_jax.loops.model import data_options
 
 # Kinds of rows by job; a reward's by its objective.
@@ -30,7 +30,7 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 Prints = dict[str, str | None]
 
 
-def prints(job: str, config: JobConfig | EvaluateConfig) -> Prints:
+def prints(job: str, config: Any) -> Prints:
     """A digest for each thing a job stands on, by how a message calls it; None: it cannot be read."""
     return {name: _read(make) for name, make in _things(job, config)}
 
@@ -48,7 +48,7 @@ def _read(make: Callable[[], Any]) -> str | None:
         return None
 
 
-def _things(job: str, config: JobConfig | EvaluateConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _things(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What a message calls a thing, and how to make a JSON value of its content."""
     if job != "base":  # whose model is what it writes
         yield f"the base under {config.model}", lambda: base_content(hf_checkpoint.find_model(config.model))

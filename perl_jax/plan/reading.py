@@ -142,7 +142,7 @@ def _everywhere(model: Model, tree: Tree) -> Tree:
 def _generate(model: Model, config: GenerateConfig, role: Role) -> Planned:
     """config.prompt: stands for one of as many tokens as it has characters."""
     policy, columns, room = role.shapes(model, head=False), len(config.prompt), config.max_new_tokens
-    sampler: SamplingConfig = model.sampler(room, config.temperature, top_k=config.top_k, top_p=config.top_p)
+    sampler: SamplingConfig = policies.sampling_config(model, room, config.temperature, top_k=config.top_k, top_p=config.top_p)
     program = policies.batch_sampler(model, sampler, config.samples)
     prompts = _everywhere(model, Prompts(ids(1, columns), flags(1, columns), jax.ShapeDtypeStruct((1,), jnp.int32)))
     piece = Piece(program, (model.base, policy, prompts, key_data(model)), prompts, (cache_of(model, 1, columns), cache_of(model, config.samples, room)), room - 1)
