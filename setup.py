@@ -61,6 +61,6 @@ setup(
             "pytrec_eval-terrier>=0.5.10",
         ],
     },
-    entry_points={"console_scripts": ["perl-jax=perl_jax.__main__:main"]},
+    entry_points={"console_scripts": ["perl-jax=perl_jax.cli.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],
 )

@@ -30,9 +30,9 @@ import numpy as np
 from quickstart import LENGTHS, base_stage
 from stages import PRETRAINING, Stage, flags
 
-from perl_jax import config
-from perl_jax.metrics import read_metrics
-from perl_jax.rl.algorithms import ALGORITHMS
+from perl_jax.objectives.algorithms import ALGORITHMS
+from perl_jax.runs.metrics import read_metrics
+from perl_jax.runtime import files
 
 EPISODES = 64
 SMOOTH = 5
@@ -87,7 +87,7 @@ def stages_of(name: str, seed: int, root: pathlib.Path, model: pathlib.Path, ste
 
 def outcome(folder: pathlib.Path) -> Outcome:
     """What a finished run came to."""
-    found = config.read_json(folder / "test/evaluation.json")
+    found = files.read_json(folder / "test/evaluation.json")
     rows = read_metrics(folder / "metrics.jsonl")
     policies = found["policies"]
     return Outcome(
@@ -156,8 +156,8 @@ def main() -> int:
                 run(stage, root)
     outcomes = {name: [outcome(root / name / str(seed)) for seed in range(arguments.seeds)] for name in arguments.only}
     text = table(outcomes)
-    config.write_atomically(root / "table.md", text)
-    config.write_json(root / "outcomes.json", {name: [dataclasses.asdict(one) for one in found] for name, found in outcomes.items()})
+    files.write_atomically(root / "table.md", text)
+    files.write_json(root / "outcomes.json", {name: [dataclasses.asdict(one) for one in found] for name, found in outcomes.items()})
     plot(outcomes, root / "algorithms.png")
     print(f"\n{text}\n{root / 'table.md'}, {root / 'algorithms.png'}")
     return 0

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-from perl_jax import evaluate
+from perl_jax.evaluation import statistics
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -56,7 +56,7 @@ def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) 
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logits = features @ weights[:-1] + weights[-1]
-        probabilities = evaluate.sigmoid(logits)
+        probabilities = statistics.sigmoid(logits)
         loss = np.mean(np.logaddexp(0, logits) - labels * logits) + weights[:-1] @ weights[:-1] / (2 * rows * strength)
         error = (probabilities - labels) / rows
         return loss, np.append(features.T @ error + weights[:-1] / (rows * strength), error.sum())
@@ -75,15 +75,15 @@ def baseline(
     best: tuple[float, float, np.ndarray] | None = None
     for strength in STRENGTHS:
         weights = fit(sides[0], np.asarray(train_labels), strength)
-        area = evaluate.auc(sides[1] @ weights[:-1] + weights[-1], validation_labels)
+        area = statistics.auc(sides[1] @ weights[:-1] + weights[-1], validation_labels)
         if best is None or area > best[0]:
             best = (area, strength, weights)
     _, strength, weights = best
     scores = [side @ weights[:-1] + weights[-1] for side in sides]
-    threshold = evaluate.best_threshold(scores[1], validation_labels)
+    threshold = statistics.best_threshold(scores[1], validation_labels)
     results = {
-        "auc": evaluate.auc(scores[2], test_labels),
-        "balanced_accuracy": evaluate.balanced_accuracy(scores[2], test_labels, threshold),
+        "auc": statistics.auc(scores[2], test_labels),
+        "balanced_accuracy": statistics.balanced_accuracy(scores[2], test_labels, threshold),
         "strength": strength,
     }
     return results, scores[2]

@@ -26,9 +26,9 @@ from typing import Any
 
 import jax
 
-from perl_jax import config as config_lib
-from perl_jax.plan import command, topology
-from perl_jax.plan.config import PlanConfig
+from perl_jax.planning import command, topology
+from perl_jax.planning.config import PlanConfig
+from perl_jax.runtime import files
 
 JOBS = ("reward", "rl")
 MODELS = ("gemma2-2b", "gemma2-9b", "gemma2-27b", "llama3.1-8b", "llama3.1-70b")
@@ -66,8 +66,8 @@ class Plans:
         path = self.folder / ("_".join(map(str, parts)).replace(":", "-") + ".json")
         if not path.exists():
             print(*parts, "...", file=sys.stderr)
-            config_lib.write_json(path, command.as_json(command.plan(config, only=name)))
-        return config_lib.read_json(path)
+            files.write_json(path, command.as_json(command.plan(config, only=name)))
+        return files.read_json(path)
 
 
 def layout(config: PlanConfig, rows: int) -> PlanConfig:

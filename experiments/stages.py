@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from perl_jax import config
-from perl_jax.report import write_report
+from perl_jax.evaluation.report import write_report
+from perl_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_stages(root: pathlib.Path, experiment: Experiment, stages: Sequence[Stag
     """
     root.mkdir(parents=True, exist_ok=True)
     path = root / "experiment.json"
-    seconds = config.read_json(path).get("stage_seconds", {}) if path.exists() else {}
+    seconds = files.read_json(path).get("stage_seconds", {}) if path.exists() else {}
     for index, stage in enumerate(stages, 1):
         command = ["perl-jax", stage.job, "--run", str(root / stage.name), *stage.arguments]
         print(f"\n[{index}/{len(stages)}] {shlex.join(command)}", flush=True)
@@ -133,7 +133,7 @@ def _write(path: pathlib.Path, experiment: Experiment, stages: Sequence[Stage], 
     runs = [
         {"name": stage.name, "job": stage.job, "tuning": stage.tuning, "folder": stage.name} for stage in stages if stage.job != "evaluate" and stage.shown
     ]
-    config.write_json(
+    files.write_json(
         path,
         {
             **dataclasses.asdict(experiment),

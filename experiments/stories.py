@@ -20,13 +20,15 @@ import sys
 
 import numpy as np
 
-from perl_jax import config, platforms
-from perl_jax.loops.best_of import BestOfConfig, run_best_of
-from perl_jax.loops.generate import GenerateConfig, generate
-from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig, ShapingConfig
-from perl_jax.loops.policy_gradient import run_rl
-from perl_jax.metrics import read_metrics
-from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.data.config import DataConfig
+from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
+from perl_jax.generation.text import GenerateConfig, generate
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.rewards.shaping import ShapingConfig
+from perl_jax.runs.metrics import read_metrics
+from perl_jax.runtime import files, platforms
+from perl_jax.training.rl import run_rl
+from perl_jax.training.rl_config import KLConfig, RLConfig
 
 NAMES = ("Lily", "Tom", "Anna", "Ben", "Mia", "Sam", "Sue", "Max", "Amy", "Tim")
 OPENINGS = (
@@ -55,7 +57,7 @@ def write_prompts(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, names in (("train", NAMES[:-2]), ("test", NAMES[-2:])):
         rows = dict.fromkeys(text for name, text in made if name in names)
-        config.write_atomically(folder / f"{split}.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in rows))
+        files.write_atomically(folder / f"{split}.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in rows))
 
 
 def main() -> int:
@@ -87,7 +89,7 @@ def main() -> int:
         )  # fmt: skip
     rows = read_metrics(root / "rl" / "metrics.jsonl")
     measured["KL of the last 10 steps"] = float(np.mean([row["kl/sequence"] for row in rows[-10:]]))
-    config.write_json(root / "measured.json", measured)
+    files.write_json(root / "measured.json", measured)
     before, after = measured["pretrained"], measured["after RL"]
     print(f"\ncheerful less sad words (at most 6 each, / 6): pretrained {before['mean_score']:.3f}, best of 8 {before['score']:.3f}, ", end="")
     print(f"after RL {after['mean_score']:.3f} at a KL of {measured['KL of the last 10 steps']:.1f} nats (asked for: {TARGET:g})\n")

@@ -30,10 +30,11 @@ import numpy as np
 from bag_of_words import baseline
 from stages import PRETRAINING, Experiment, Stage, artefacts, ensemble, flags, run_stages, whole_job
 
-from perl_jax import config, evaluate
-from perl_jax.data.store import group_of
-from perl_jax.data.tasks import DataOptions, get_task
-from perl_jax.report import formats
+from perl_jax.data.store import DataOptions, group_of
+from perl_jax.data.tasks import get_task
+from perl_jax.evaluation import statistics
+from perl_jax.evaluation.report import formats
+from perl_jax.runtime import files
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
 # What the small base is trained on: the 138 contexts of ticketing's reward rows alone are learned by heart.
@@ -55,13 +56,13 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
     for name, view in views.items():
         sides = [side for rows in splits.values() for side in ([view(row) for row in rows], [row["label"] for row in rows])]
         results[name], scores[name] = baseline(*sides)
-        results[name]["auc"] = dataclasses.asdict(evaluate.auc_estimate(scores[name], labels, dialogues))
+        results[name]["auc"] = dataclasses.asdict(statistics.auc_estimate(scores[name], labels, dialogues))
     for path in sorted(root.glob("*/reward/evaluation.json")):
-        model = np.asarray(config.read_json(path.parent / "scores.json")["score"])
-        area = evaluate.auc_estimate(model, labels, dialogues)
-        against = {name: evaluate.auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
+        model = np.asarray(files.read_json(path.parent / "scores.json")["score"])
+        area = statistics.auc_estimate(model, labels, dialogues)
+        against = {name: statistics.auc_difference(model, other, labels, dialogues) for name, other in scores.items()}
         rows = {name: values | {"auc_difference": dataclasses.asdict(against[name])} for name, values in results.items()}
-        config.write_json(path, config.read_json(path) | {"auc": dataclasses.asdict(area), "baselines": rows})
+        files.write_json(path, files.read_json(path) | {"auc": dataclasses.asdict(area), "baselines": rows})
         print(f"{path.parent.parent.name} reward model: AUC {formats.interval(area)}, {area.n} turns of {area.groups} dialogues")
         for name, difference in against.items():
             print(f"  {name}: AUC {results[name]['auc']['value']:.3f}; reward model minus it {formats.interval(difference, with_sign=True)}")

@@ -11,18 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax import sharding, trees
-from perl_jax.checkpoint import Record
-from perl_jax.config import OptimizerConfig
-from perl_jax.loops import policy_gradient
-from perl_jax.loops.jobs import DataConfig, RLConfig
-from perl_jax.loops.model import Model
-from perl_jax.loops.scoring import Scorer
-from perl_jax.loops.supervised import initial_state
-from perl_jax.lora import Adapter, init_head
+from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.data.config import DataConfig
+from perl_jax.hub.artefacts import Record
+from perl_jax.hub.model import Model
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.sharding import MeshConfig
-from perl_jax.state import TrainState, make_optimizer
+from perl_jax.rewards.scoring import Scorer
+from perl_jax.runtime import sharding, trees
+from perl_jax.runtime.sharding import MeshConfig
+from perl_jax.training import rl
+from perl_jax.training.fit import initial_state
+from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
+from perl_jax.training.rl_config import RLConfig
+from perl_jax.training.state import TrainState
 from perl_jax.types import Prompts, Tree
 from tests import small
 
@@ -79,12 +80,12 @@ class Rehearsal:
         optimizers = {name: make_optimizer(config.optimizer, 10, config.tuning) for name in roles}
         frozen = {"reward": reward} | ({"reference": policy} if config.kl.reference == "start" else {})
         self.state: TrainState = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
-        self.programs = policy_gradient.Programs(model, config, (RECORD,), self.state, optimizers)
+        self.programs = rl.Programs(model, config, (RECORD,), self.state, optimizers)
         base = None if config.tuning == "full" else model.base
         scorer = Scorer(model, self.programs.reward, (), 1.0, None)
         task = types.SimpleNamespace(gold=None)
-        job = policy_gradient.Rollouts(model, base, self.programs, scorer, task, None, config)
-        self._advance = functools.partial(policy_gradient.advance, job)
+        job = rl.Rollouts(model, base, self.programs, scorer, task, None, config)
+        self._advance = functools.partial(rl.advance, job)
 
     def step(self, batch: Prompts) -> dict[str, float]:
         """One update; returns its metrics."""

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import steps, trees
-from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.lora import Adapter, LoRAConfig
+from perl_jax.adapters.lora import Adapter, LoRAConfig
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.rl.losses import bradley_terry
+from perl_jax.objectives import supervised
+from perl_jax.objectives.losses import bradley_terry
+from perl_jax.runtime import trees
 from perl_jax.types import Tokens, Tree
 
 # Query width 4 * 6 = 24 and key/value width 2 * 6 = 12.
@@ -145,7 +146,7 @@ def score(lm: LanguageModel, base: Tree, role: Adapter, tokens: Tokens) -> jax.A
 
 def sft_loss(lm: LanguageModel, role: Adapter, base: Tree, tokens: Tokens) -> jax.Array:
     """Mean of -log p over response tokens."""
-    return steps.sft_objective(lm, {"policy": role}, base, tokens, None)[0].mean
+    return supervised.sft_objective(lm, {"policy": role}, base, tokens, None)[0].mean
 
 
 def pair_loss(lm: LanguageModel, role: Adapter, base: Tree, tokens: Tokens) -> jax.Array:

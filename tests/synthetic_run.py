@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from perl_jax.metrics import MetricsWriter
+from perl_jax.runs.metrics import MetricsWriter
 
 BASE_PARAMETERS = 28_311_552
 COST = {
@@ -228,6 +228,6 @@ def make_experiment(folder: Path, steps: int = 60) -> Path:
 
 
 if __name__ == "__main__":
-    from perl_jax.report import write_report
+    from perl_jax.evaluation.report import write_report
 
     print(write_report(make_experiment(Path(sys.argv[1]), steps=200)))

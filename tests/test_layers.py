@@ -1,6 +1,6 @@
-"""The package's imports go to lower layers only, and what it must never use is absent.
+"""The package's imports go to lower rooms only, and what it must never use is absent.
 
-The source is parsed, not imported. A module or folder of `perl_jax` that is in no layer fails:
+The source is parsed, not imported. A module or folder of `perl_jax` that is not in `ROOMS` fails:
 adding one means deciding where it belongs, here.
 """
 
@@ -14,33 +14,26 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "perl_jax"
 
-LAYERS: dict[int, set[str]] = {
-    0: {"types", "config", "hosts", "trees", "masked", "platforms", "precision", "intervals"},
-    1: {"lora", "quantise", "sharding", "rl", "rewards"},
-    2: {"models"},
-    3: {"hf", "data"},
-    4: {"sampling", "continuous", "state", "steps", "programs", "checkpoint"},
-    5: {"loops", "evaluate", "metrics", "report", "plan"},
-    # "__init__" is the package itself: what `import perl_jax` runs.
-    6: {"__main__", "__init__"},
-}
-
-# Imports between modules of one layer, importer -> imported. Kept small, and free of cycles.
-SAME_LAYER_ALLOWED: dict[str, set[str]] = {
-    "hosts": {"config"},
-    "trees": {"hosts", "types"},
-    "lora": {"quantise"},
-    "masked": {"types"},
-    "precision": {"types"},
-    "intervals": {"types"},
-    "continuous": {"programs", "sampling"},
-    "steps": {"state"},
-    "checkpoint": {"state"},
-    "report": {"evaluate", "metrics"},
-    "loops": {"evaluate", "metrics"},
-    "plan": {"loops"},
-    "__main__": {"__init__"},
-}
+# From the lowest to the highest: a room imports the ones before it. "__init__" is the package itself.
+ROOMS = (
+    "types",
+    "errors",
+    "runtime",
+    "adapters",
+    "models",
+    "objectives",
+    "hub",
+    "data",
+    "generation",
+    "rewards",
+    "runs",
+    "evaluation",
+    "training",
+    "planning",
+    "cli",
+    "__main__",
+    "__init__",
+)
 
 FORBIDDEN_IMPORTS = {
     "torch",
@@ -58,23 +51,19 @@ FORBIDDEN_CALLS = {"eval", "exec", "__import__", "import_module"}
 CALLS_ALLOWED: dict[str, set[str]] = {
     "data/orders.py": {"getattr"},  # fields of an order's item, named by a literal tuple
     "rewards/worker.py": {"getattr", "import_module"},  # the function that the user named
-    "metrics.py": {"import_module"},  # optional writers, the keys of a literal dictionary
+    "runs/metrics.py": {"import_module"},  # optional writers, the keys of a literal dictionary
 }
 # Of these objects the forbidden names are attributes too (`builtins.eval`); `nnx.eval` is not.
 FORBIDDEN_CALL_OWNERS = {"builtins", "importlib"}
 
 
-def layer_of(component: str) -> int | None:
-    return next((layer for layer, names in LAYERS.items() if component in names), None)
-
-
-def component_of(dotted: list[str]) -> str | None:
-    """The layer table's name of a module given without `perl_jax`; [] is the package itself.
+def room_of(dotted: list[str]) -> str | None:
+    """The room of a module given without `perl_jax`; [] is the package itself.
 
     One unknown name may be something the package itself defines; the first of several is a module
-    that is in no layer, which its own file is blamed for: None.
+    that is in no room, which its own file is blamed for: None.
     """
-    if dotted and layer_of(dotted[0]) is not None:
+    if dotted and dotted[0] in ROOMS:
         return dotted[0]
     return None if len(dotted) > 1 else "__init__"
 
@@ -105,15 +94,11 @@ def import_problems(importer: str, imported: Iterator[str]) -> Iterator[str]:
             yield f"imports {top}, which the package must not need"
         if top != "perl_jax":
             continue
-        target = component_of(rest)
-        own = layer_of(importer)
-        if own is None or target is None or target == importer:
-            continue  # what is in no layer is reported once, by `problems`
-        other = layer_of(target)
-        if other > own:
-            yield f"layer {own} imports {name} of the higher layer {other}"
-        elif other == own and target not in SAME_LAYER_ALLOWED.get(importer, set()):
-            yield f"{importer} imports {name} of its own layer {own}, not allowed by the table"
+        target = room_of(rest)
+        if importer not in ROOMS or target is None or target == importer:
+            continue  # what is in no room is reported once, by `problems`
+        if ROOMS.index(target) > ROOMS.index(importer):
+            yield f"{importer} imports {name} of the higher room {target}"
 
 
 def call_problems(tree: ast.AST, allowed: set[str]) -> Iterator[str]:
@@ -150,8 +135,8 @@ def problems(source: str, path: Path, root: Path) -> list[str]:
     importer = module[0] if module else "__init__"
     tree = ast.parse(source)
     found = []
-    if layer_of(importer) is None:
-        found.append(f"{importer} is in no layer: add it to LAYERS")
+    if importer not in ROOMS:
+        found.append(f"{importer} is no room: add it to ROOMS")
     found += import_problems(importer, absolute_imports(tree, module, is_package))
     found += call_problems(tree, CALLS_ALLOWED.get(path.relative_to(root).as_posix(), set()))
     return [f"{path.relative_to(root)}: {problem}" for problem in found]
@@ -164,29 +149,52 @@ def test_the_package_keeps_its_layers():
     assert not found, "\n".join(found)
 
 
-def test_a_name_is_in_one_layer_and_no_same_layer_imports_form_a_cycle():
-    names = [name for layer in LAYERS.values() for name in layer]
-    assert len(names) == len(set(names))
-    for importer, imported in SAME_LAYER_ALLOWED.items():
-        assert all(layer_of(name) == layer_of(importer) for name in imported), importer
-        reached, frontier = set(), set(imported)
-        while frontier:
-            reached |= frontier
-            frontier = {n for f in frontier for n in SAME_LAYER_ALLOWED.get(f, ())} - reached
-        assert importer not in reached
+def test_only_the_rooms_are_at_the_packages_root():
+    found = {path.stem if path.suffix == ".py" else path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
+    assert found == set(ROOMS)
+
+
+def module_cycle(imports: dict[str, set[str]]) -> list[str] | None:
+    """A list of modules each of which imports the next and the last the first, or None."""
+    done: set[str] = set()
+
+    def visit(module: str, above: list[str]) -> list[str] | None:
+        if module in above:
+            return above[above.index(module) :]
+        if module in done:
+            return None
+        for other in sorted(imports.get(module, ())):
+            found = visit(other, [*above, module])
+            if found:
+                return found
+        done.add(module)
+        return None
+
+    return next(filter(None, (visit(module, []) for module in imports)), None)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {".".join(("perl_jax", *module_name(path, PACKAGE)[0])): path for path in PACKAGE.rglob("*.py")}
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        module, is_package = module_name(path, PACKAGE)
+        found = absolute_imports(ast.parse(path.read_text(encoding="utf-8")), module, is_package)
+        imports[name] = {target if target in names else target.rpartition(".")[0] for target in found} & names.keys() - {name}
+    assert module_cycle(imports) is None
+    assert sum(map(len, imports.values())) > 300
+    assert module_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
 BAD = {
-    "rl/a.py": [
-        ("from perl_jax.models.decoder import Decoder", "higher layer 2"),
-        ("from perl_jax import state", "higher layer 4"),
-        ("import perl_jax.loops as loops", "higher layer 5"),
-        ("from ..models import decoder", "higher layer 2"),
-        ("from .. import steps", "higher layer 4"),
-        ("import perl_jax", "higher layer 6"),
-        ("from perl_jax import Something", "higher layer 6"),
-        ("def f():\n    from perl_jax import __main__", "higher layer 6"),
-        ("from perl_jax import lora", "own layer 1"),
+    "objectives/a.py": [
+        ("from perl_jax.hub.model import Model", "higher room hub"),
+        ("from perl_jax import training", "higher room training"),
+        ("import perl_jax.training as training", "higher room training"),
+        ("from ..hub import model", "higher room hub"),
+        ("from .. import training", "higher room training"),
+        ("import perl_jax", "higher room __init__"),
+        ("from perl_jax import Something", "higher room __init__"),
+        ("def f():\n    from perl_jax import __main__", "higher room __main__"),
         ("import torch", "imports torch"),
         ("def f():\n    from sklearn.metrics import roc_auc_score", "imports sklearn"),
         ("import tensorflow.io", "imports tensorflow"),
@@ -199,11 +207,11 @@ BAD = {
         ("__import__('torch')", "calls __import__"),
         ("import jax\nname = 'jit'\ngetattr(jax, name)", "calls getattr"),
     ],
-    "models/__init__.py": [("from ..data import tasks", "higher layer 3")],
-    "models/vision/tower.py": [("from ...data import tasks", "higher layer 3")],
+    "models/__init__.py": [("from ..data import tasks", "higher room data")],
+    "models/vision/tower.py": [("from ...data import tasks", "higher room data")],
     "__init__.py": [("import torch", "imports torch")],
-    "config.py": [("from perl_jax.types import Tokens", "own layer 0")],
-    "newcomer.py": [("x = 1", "newcomer is in no layer")],
+    "errors.py": [("from perl_jax.runtime import trees", "higher room runtime")],
+    "newcomer.py": [("x = 1", "newcomer is no room")],
 }
 
 
@@ -223,12 +231,12 @@ import importlib.metadata
 import jax
 import tensorflow_datasets as tfds
 from flax import nnx
-from perl_jax import lora, masked
-from perl_jax.rl import kl
+from perl_jax.adapters import lora
+from perl_jax.runtime import masked
 from perl_jax.types import Array
 from . import decoder
 from .decoder import Decoder
-from ..config import UserError
+from ..errors import UserError
 
 shape = jax.eval_shape(f, x)
 nnx.eval(x)
@@ -242,6 +250,6 @@ version = importlib.metadata.version("jax")
 def test_the_detector_lets_ordinary_code_pass():
     root = Path("perl_jax")
     assert problems(GOOD, root / "models/attention.py", root) == []
-    assert problems("from perl_jax.state import State", root / "steps.py", root) == []
+    assert problems("from perl_jax.training.state import TrainState", root / "training/step.py", root) == []
     assert problems("getattr(item, slot)", root / "data/orders.py", root) == []
-    assert problems("from perl_jax import loops\nimport perl_jax", root / "__main__.py", root) == []
+    assert problems("from perl_jax import training\nimport perl_jax.cli", root / "__main__.py", root) == []

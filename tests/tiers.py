@@ -18,17 +18,17 @@ TIERS: dict[str, dict[str, str]] = {
     "experiments/test_crs_documents.py": {
         "test_the_real_test_side_reaches_no_document": SLOW,
     },
-    "hf/test_checkpoint.py": {
+    "hub/test_weights.py": {
         "test_parts_read_in_pieces_make_the_whole[1]": SLOW,
         "test_parts_read_in_pieces_make_the_whole[700]": SLOW,
     },
-    "hf/test_families.py": {
+    "hub/test_families.py": {
         "test_cached_decoding_equals_the_full_forward": SLOW,
         "test_cached_decoding_equals_the_full_forward[llama]": QUICK,
         "test_cached_decoding_equals_the_full_forward[gemma3]": QUICK,
         "test_cached_decoding_equals_the_full_forward[qwen3-window]": QUICK,
     },
-    "loops/test_rl_validation.py": {
+    "training/test_rl_validation.py": {
         "test_samples_are_of_held_out_prompts_with_their_own_rewards": SLOW,
         "test_the_selected_step_is_kept_and_said_after_a_resume": SLOW,
         "test_means_are_those_of_responses_measured_one_by_one": SLOW,
@@ -45,7 +45,7 @@ TIERS: dict[str, dict[str, str]] = {
     "experiments/test_crs_bridge.py": {
         "test_rl_runs_from_end_to_end_and_moves_its_reward": EXHAUSTIVE,
     },
-    "loops/test_algorithms.py": {
+    "training/test_algorithms.py": {
         "test_a_prompts_samples_differ_and_stay_together": SLOW,
         "test_step_zero_of_every_algorithm[remax]": SLOW,
         "test_the_coefficient_follows_the_kl": SLOW,
@@ -57,7 +57,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_step_zero_of_every_algorithm[grpo]": SLOW,
         "test_step_zero_of_every_algorithm[ppo]": SLOW,
     },
-    "loops/test_exchange.py": {
+    "training/test_exchange.py": {
         "test_a_classifier_scores_a_padded_batch_as_the_reward_does[merged]": SLOW,
         "test_adapters_that_cannot_be_averaged": SLOW,
         "test_a_value_comes_back_as_a_value": SLOW,
@@ -77,10 +77,10 @@ TIERS: dict[str, dict[str, str]] = {
         "test_commands_that_are_refused_say_why": EXHAUSTIVE,
         "test_imported_adapters_give_pefts_outputs[llama-dora-True]": EXHAUSTIVE,
     },
-    "loops/test_generate.py": {
+    "training/test_generate.py": {
         "test_scores_are_those_of_a_row_alone[base]": SLOW,
     },
-    "loops/test_hosts.py": {
+    "training/test_hosts.py": {
         "test_a_killed_process_ends_the_others_and_leaves_no_trace": EXHAUSTIVE,
         "test_a_process_that_hangs_ends_the_others": EXHAUSTIVE,
         "test_a_process_whose_fellows_do_not_come_says_so": EXHAUSTIVE,
@@ -91,16 +91,16 @@ TIERS: dict[str, dict[str, str]] = {
         "test_two_processes_give_the_numbers_of_one": EXHAUSTIVE,
         "test_two_processes_give_the_numbers_of_one[grpo]": SLOW,
     },
-    "loops/test_jobs.py": {
+    "training/test_jobs.py": {
         "test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split[labels]": SLOW,
         "test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split[comparisons]": SLOW,
     },
-    "loops/test_killed.py": {
+    "training/test_killed.py": {
         "test_three_kills_leave_no_trace[sft]": EXHAUSTIVE,
         "test_three_kills_leave_no_trace[reward]": EXHAUSTIVE,
         "test_three_kills_leave_no_trace[rl]": EXHAUSTIVE,
     },
-    "loops/test_policy_gradient.py": {
+    "training/test_policy_gradient.py": {
         "test_one_pass_is_the_update_of_two[rloo]": SLOW,
         "test_one_pass_is_the_update_of_two[grpo]": SLOW,
         "test_one_pass_is_the_update_of_two[dr-grpo, no reference]": EXHAUSTIVE,
@@ -118,7 +118,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_one_pass_is_the_update_of_two[rloo, whole score]": EXHAUSTIVE,
         "test_step_zero[full]": EXHAUSTIVE,
     },
-    "loops/test_preference.py": {
+    "training/test_preference.py": {
         "test_pairs_of_equal_responses_are_said_and_count_in_no_accuracy": SLOW,
         "test_filters_reach_best_of_n[rollout0]": SLOW,
         "test_a_policy_is_fitted_to_comparisons": SLOW,
@@ -129,10 +129,10 @@ TIERS: dict[str, dict[str, str]] = {
         "test_soft_labels_margins_and_weights_reach_the_losses": SLOW,
         "test_packed_microbatches_give_what_padded_ones_do[4]": EXHAUSTIVE,
     },
-    "loops/test_profile.py": {
+    "training/test_profile.py": {
         "test_chosen_steps_are_traced_and_change_nothing": SLOW,
     },
-    "loops/test_run.py": {
+    "training/test_run.py": {
         "test_the_best_validation_step_is_kept": SLOW,
         "test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few[reward]": EXHAUSTIVE,
         "test_an_interrupted_run_goes_on_as_if_nothing_had_been[rl]": SLOW,
@@ -185,7 +185,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_sampling_gives_the_same_tokens[settings0-lm0]": QUICK,
         "test_slots_give_the_same_tokens": SLOW,
     },
-    "plan/test_command.py": {
+    "planning/test_command.py": {
         "test_a_search_lists_what_fits_best_first": EXHAUSTIVE,
         "test_every_job_on_a_slice": SLOW,
         "test_every_job_on_every_generation": EXHAUSTIVE,
@@ -199,7 +199,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_every_job_on_a_slice[dpo-names2]": EXHAUSTIVE,
         "test_every_job_on_a_slice[reward-names1]": EXHAUSTIVE,
     },
-    "plan/test_known.py": {
+    "planning/test_known.py": {
         "test_every_program_of_the_table_is_planned_and_no_other[rl]": SLOW,
         "test_each_reward_model_is_planned": SLOW,
         "test_70b_is_loaded_piece_by_piece": SLOW,
@@ -208,23 +208,23 @@ TIERS: dict[str, dict[str, str]] = {
         "test_checksums_of_full_tuning_take_no_memory_of_a_leafs_size": SLOW,
         "test_quantising_a_leaf_of_70b_fits_beside_the_quantised_base": SLOW,
     },
-    "plan/test_hlo.py": {
+    "planning/test_hlo.py": {
         "test_collectives_spread_over_fusions_count_once[7x:2x2x1]": EXHAUSTIVE,
     },
-    "rl/test_algorithm_table.py": {
+    "objectives/test_algorithm_table.py": {
         "test_filler_rows_change_nothing[ppo]": SLOW,
     },
-    "rl/test_expected_gradients.py": {
+    "objectives/test_expected_gradients.py": {
         "test_the_best_baseline_is_what_the_value_loss_converges_to": SLOW,
     },
-    "rl/test_trl.py": {
+    "objectives/test_trl.py": {
         "test_clipped_losses_of_groups[gspo]": SLOW,
     },
-    "test_checkpoint.py": {
+    "runs/test_checkpoints.py": {
         "test_a_fresh_process_scores_identically": SLOW,
         "test_one_flipped_bit_in_a_checkpoint_never_passes[often]": EXHAUSTIVE,
     },
-    "test_continuous.py": {
+    "generation/test_continuous.py": {
         "test_it_takes_about_as_many_steps_as_there_are_tokens_for_the_slots": SLOW,
         "test_many_slots_have_a_program_for_each_of_five_sizes_and_no_more": EXHAUSTIVE,
         "test_no_token_is_decoded_that_none_follows[1]": SLOW,
@@ -240,11 +240,11 @@ TIERS: dict[str, dict[str, str]] = {
         "test_the_same_rollout_through_fewer_slots[2-8-1]": SLOW,
         "test_the_same_rollout_through_fewer_slots[4-4-5]": EXHAUSTIVE,
     },
-    "test_lora.py": {
+    "adapters/test_lora.py": {
         "test_a_fresh_adapter_is_the_base_bit_for_bit_without_jit": EXHAUSTIVE,
         "test_training_leaves_the_base_alone[adamw]": SLOW,
     },
-    "test_lora_variants.py": {
+    "adapters/test_lora_variants.py": {
         "test_a_stack_computes_the_sum_and_trains_the_top_alone": SLOW,
         "test_a_step_moves_the_trained_leaves_and_no_other[dora]": SLOW,
         "test_a_step_moves_the_trained_leaves_and_no_other[layers]": SLOW,
@@ -252,23 +252,23 @@ TIERS: dict[str, dict[str, str]] = {
         "test_an_adapter_computes_what_its_formula_says[dora-layer]": SLOW,
         "test_lora_plus_gives_b_a_larger_rate": SLOW,
     },
-    "test_quantise.py": {
+    "adapters/test_quantise.py": {
         "test_every_function_is_that_of_the_dense_weights": EXHAUSTIVE,
         "test_every_function_is_that_of_the_dense_weights[base-int8]": QUICK,
         "test_every_function_is_that_of_the_dense_weights[base-nf4]": QUICK,
         "test_every_function_is_that_of_the_dense_weights[lora-int8]": SLOW,
         "test_every_function_is_that_of_the_dense_weights[dora-int8]": SLOW,
     },
-    "test_report.py": {
+    "evaluation/test_report.py": {
         "TestSingleRun::test_job_is_inferred_without_a_config": SLOW,
         "TestExperiment::test_same_files_same_bytes": SLOW,
         "TestMissing::test_every_file_can_be_missing": SLOW,
     },
-    "test_sampling.py": {
+    "generation/test_sampling.py": {
         "test_a_rows_draws_depend_on_its_number_alone": SLOW,
         "test_logprobs_equal_the_trainers[1.3]": SLOW,
     },
-    "test_sharding.py": {
+    "runtime/test_sharding.py": {
         "test_full_weights_and_their_moments_are_placed_like_the_base[adamw]": SLOW,
         "test_reinforce_update_is_the_same_on_any_mesh": EXHAUSTIVE,
         "test_reinforce_update_is_the_same_on_any_mesh[all three]": SLOW,
@@ -276,7 +276,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_supervised_update_is_the_same_on_any_mesh[sft-lora-data]": EXHAUSTIVE,
         "test_supervised_update_is_the_same_on_any_mesh[pairwise-lora-data]": EXHAUSTIVE,
     },
-    "test_steps.py": {
+    "training/test_steps.py": {
         "test_microbatches_in_float32[sft]": SLOW,
         "test_filler_rows_change_nothing[pairwise]": SLOW,
         "test_filler_rows_change_nothing[reinforce]": SLOW,

@@ -2,7 +2,7 @@
 
 No formula of a loss is written here: every function runs the method of TRL's trainer (trl 1.16.0, torch on the CPU). The
 trainer is made without its constructor; its settings come from TRL's own config class, so what is not set has TRL's
-default. Per-token arrays follow `perl_jax.rl.logprobs`: column t belongs to token t, whose logits are in column t - 1, and
+default. Per-token arrays follow `perl_jax.models.logprobs`: column t belongs to token t, whose logits are in column t - 1, and
 column 0 is never in a mask. TRL accumulates log-probabilities in float32, also of float64 logits; logits must be finite.
 
 Without trl a test is skipped. The first call imports the trainers: about 7 s. TRL has no PPO since 1.13.

@@ -27,14 +27,14 @@ import types
 import jax
 import numpy as np
 
-from perl_jax import sharding
-from perl_jax.loops import policies
-from perl_jax.loops.jobs import RolloutConfig
-from perl_jax.loops.model import Model
-from perl_jax.lora import LoRAConfig
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.generation import programs
+from perl_jax.generation.config import RolloutConfig
+from perl_jax.generation.sampling import Rollout
+from perl_jax.hub.model import Model
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.sampling import Rollout
+from perl_jax.runtime import sharding
 from perl_jax.types import Prompts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "contest"))
@@ -70,7 +70,7 @@ def main() -> None:
     # Both decode as the jobs do on this platform.
     tokenizer = types.SimpleNamespace(stop_ids=tuple(range(0, MODEL.vocab_size, round(options.mean))), pad_id=0)
     model = Model("random", lm, base, tokenizer, "-")
-    waits, continuous = (policies.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots)) for slots in (None, options.rows))
+    waits, continuous = (programs.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots)) for slots in (None, options.rows))
     keys = jax.random.split(jax.random.key(2), options.prompts // options.rows)
     given = lambda rows: Prompts(ids_PS[rows], np.ones((len(ids_PS[rows]), PROMPT), bool), np.zeros(len(ids_PS[rows]), np.int32))
 

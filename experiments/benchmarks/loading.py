@@ -63,8 +63,8 @@ def load(folder: pathlib.Path) -> None:
     """Loads the checkpoint in this process and prints what it took."""
     import jax
 
-    from perl_jax import trees
-    from perl_jax.hf import checkpoint, families
+    from perl_jax.runtime import trees
+    from perl_jax.hub import families, weights
 
     # Libraries are imported as they are first used; what they take is the process's, not the loading's.
     jax.block_until_ready(jax.numpy.zeros(1))
@@ -79,12 +79,12 @@ def load(folder: pathlib.Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    base = jax.block_until_ready(checkpoint.load_base(folder, config))
+    base = jax.block_until_ready(weights.load_base(folder, config))
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
     held = trees.size_bytes(base)
-    largest = max(2 * int(np.prod(stored.shape)) for stored in checkpoint.stored_tensors(folder).values())
+    largest = max(2 * int(np.prod(stored.shape)) for stored in weights.stored_tensors(folder).values())
     mib = lambda count: f"{count / 2**20:,.0f} MiB"
     print(f"base on the device                   {mib(held)}")
     print(f"largest tensor                       {mib(largest)}")

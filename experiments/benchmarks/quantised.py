@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax import trees
-from perl_jax.config import UserError
-from perl_jax.loops.jobs import ModelOptions
-from perl_jax.loops.model import load_model
-from perl_jax.quantise import QuantiseConfig
-from perl_jax.rl.logprobs import next_token_logprobs
+from perl_jax.adapters.quantise import QuantiseConfig
+from perl_jax.errors import UserError
+from perl_jax.hub.model import ModelOptions, load_model
+from perl_jax.models.logprobs import next_token_logprobs
+from perl_jax.runtime import trees
 
 
 def main() -> int:

@@ -22,7 +22,8 @@ from ranking import tie_order, top
 from redial import MENTION, Movie, Turn
 from retrieval import BM25Config, Index
 
-from perl_jax.config import UserError, require, whole, write_atomically
+from perl_jax.errors import UserError, require, whole
+from perl_jax.runtime.files import write_atomically
 
 NEIGHBOURS = 8
 OPENINGS = (

@@ -14,7 +14,7 @@ import Stemmer
 from bm25 import STOPWORDS_EN
 from redial import MENTION, Dialogue, Movie, Turn
 
-from perl_jax.config import one_of, require, whole
+from perl_jax.errors import one_of, require, whole
 
 METADATA = ("title", "genre", "director", "cast", "plot")
 FIELDS = (*METADATA, "conversations", "augmented")

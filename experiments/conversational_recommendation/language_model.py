@@ -29,10 +29,10 @@ from small_base import adapter_of, small_base, write_split
 from systems import mention_counts
 from texts import parsed, writer_example, writer_prompt
 
-from perl_jax import platforms
-from perl_jax.config import UserError, require
-from perl_jax.loops.best_of import BestOfConfig, run_best_of
-from perl_jax.loops.jobs import DataConfig
+from perl_jax.data.config import DataConfig
+from perl_jax.errors import UserError, require
+from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
+from perl_jax.runtime import platforms
 
 PROMPT, RESPONSE = 96, 96
 # Of the samples for a movie, the one with turns of both speakers, then the longer one, is kept.

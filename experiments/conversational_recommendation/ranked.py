@@ -28,7 +28,8 @@ from ranking import Summary, gain, measures, ranks_of, single_measures, summaris
 from redial import Case, Dialogue, Movie, cases_of
 from systems import Recommender
 
-from perl_jax.config import require, write_atomically
+from perl_jax.errors import require
+from perl_jax.runtime.files import write_atomically
 
 VIEWS = ("all", "new", "suggested")
 # Training dialogues that mention the target: [low, high).

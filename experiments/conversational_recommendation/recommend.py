@@ -34,8 +34,8 @@ from retrieval import BM25Config, Fixed, QueryConfig, Random, Repeat, popularity
 from systems import AUGMENT_GRID, GRID, USER_GRID, Data, Settings, Trial, Validation, build, check_apart, mention_counts, tune
 from users import UserConfig
 
-from perl_jax import config
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
+from perl_jax.runtime import files
 
 # Recall at 1, 10, 50 on ReDial, as their authors published them, trained on the whole train split.
 PUBLISHED = {
@@ -194,7 +194,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Settings]:
     parts = {"bm25": BM25Config, "tokenizer": TokenizerConfig, "documents": DocumentConfig, "query": QueryConfig, "users": UserConfig, "augment": AugmentConfig}
     tuples = lambda value: {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     try:
-        value = config.read_json(path)["settings"]
+        value = files.read_json(path)["settings"]
         return {
             name: Settings(**{part: None if item is None else parts[part](**tuples(item)) for part, item in one.items()}) for name, one in value.items()
         }
@@ -242,12 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root.mkdir(parents=True, exist_ok=True)
     as_json = {name: dataclasses.asdict(one) for name, one in settings.items()}
     found = {name: [dataclasses.asdict(trial) for trial in tried] for name, tried in trials.items()}
-    config.write_json(root / "settings.json", {"settings": as_json, "trials": found})
-    config.write_json(root / "results.json", results(redial, ranked, targets, seconds))
+    files.write_json(root / "settings.json", {"settings": as_json, "trials": found})
+    files.write_json(root / "results.json", results(redial, ranked, targets, seconds))
     read = [name for name in ("popularity", MAIN, "BM25 + similar seekers", BEST, "BM25 + made-up, language model") if name in ranked]
     write_rows(root / "cases.jsonl", case_rows({name: ranked[name] for name in read}, targets, redial.movies))
     text = report(redial, ranked, targets, seconds)
-    config.write_atomically(root / "table.md", text)
+    files.write_atomically(root / "table.md", text)
     print(f"\n{text}\nsettings.json, results.json, table.md and cases.jsonl are in {root}. {time.perf_counter() - began:.0f} s in all.")
     return 0
 

@@ -18,9 +18,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 
-from perl_jax.config import UserError, read_json, require
 from perl_jax.data.store import DataOptions
 from perl_jax.data.upstream import fetch
+from perl_jax.errors import UserError, require
+from perl_jax.runtime.files import read_json
 
 MENTION = re.compile(r"@(\d+)")
 # A folder may hold any of these; train_data is the whole train split, the others are parts of it.

@@ -18,7 +18,7 @@ from bm25 import bm25s
 from documents import Tokenizer, Tokens
 from redial import Case, Dialogue
 
-from perl_jax.config import UserError, positive, require, whole
+from perl_jax.errors import UserError, positive, require, whole
 
 
 @dataclasses.dataclass(frozen=True)

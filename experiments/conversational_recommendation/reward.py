@@ -36,7 +36,8 @@ from redial import Movie
 from retrieval import Index
 from texts import pointed
 
-from perl_jax.config import UserError, read_json, require, write_json
+from perl_jax.errors import UserError, require
+from perl_jax.runtime.files import read_json, write_json
 
 VARIABLE = "CONVERSATIONAL_RECOMMENDATION_INDEX"
 

@@ -33,15 +33,17 @@ from small_base import adapter_of, genres_of, small_base, write_split
 from systems import Settings
 from texts import heuristic_query, query_prompt
 
-from perl_jax import config, platforms
-from perl_jax.config import OptimizerConfig, UserError, require
-from perl_jax.intervals import Estimate, paired_bootstrap
-from perl_jax.loops.best_of import BestOfConfig, run_best_of
-from perl_jax.loops.jobs import DataConfig, KLConfig, RLConfig
-from perl_jax.loops.policy_gradient import run_rl
-from perl_jax.metrics import read_metrics
-from perl_jax.report import formats
-from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.data.config import DataConfig
+from perl_jax.errors import UserError, require
+from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
+from perl_jax.evaluation.intervals import Estimate, paired_bootstrap
+from perl_jax.evaluation.report import formats
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.runs.metrics import read_metrics
+from perl_jax.runtime import files, platforms
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.rl import run_rl
+from perl_jax.training.rl_config import KLConfig, RLConfig
 
 FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
 # Times ten: rewards are around 0.1, and the penalty of a response without an end and the KL's weight are made for around 1.
@@ -181,13 +183,13 @@ def run(options: argparse.Namespace) -> None:
     shown = [int(order[int(q * (len(order) - 1))]) for q in (0.1, 0.5, 0.9)]
     text = report(found, gain, curve, shown, test)
     values: dict[str, Any] = {name: queries.values() for name, queries in found.items()}
-    config.write_json(root / "measured.json", {"queries": values, "gain": dataclasses.asdict(gain), "curve": curve, "test_prompts": len(test), "train_prompts": len(train)})
+    files.write_json(root / "measured.json", {"queries": values, "gain": dataclasses.asdict(gain), "curve": curve, "test_prompts": len(test), "train_prompts": len(train)})
     rows = [
         {**row, **{name: {"query": queries.texts[i], "reward": float(queries.rewards[i])} for name, queries in found.items()}}
         for i, row in enumerate(test)
     ]
-    config.write_atomically(root / "queries.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    config.write_atomically(root / "table.md", text)
+    files.write_atomically(root / "queries.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_atomically(root / "table.md", text)
     print(f"\n{text}\nmeasured.json, table.md and queries.jsonl are in {root}.")
 
 

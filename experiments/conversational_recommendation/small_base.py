@@ -13,11 +13,12 @@ from redial import Case, Dialogue, Movie, cases_of
 from systems import mention_counts
 from texts import heuristic_query, query_prompt, writer_example
 
-from perl_jax import config
-from perl_jax.config import OptimizerConfig
-from perl_jax.loops.base import BaseConfig, train_base
-from perl_jax.loops.jobs import DataConfig, SFTConfig
-from perl_jax.loops.supervised import run_sft
+from perl_jax.data.config import DataConfig
+from perl_jax.runtime import files
+from perl_jax.training.base import BaseConfig, train_base
+from perl_jax.training.configs import SFTConfig
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.sft import run_sft
 
 VALIDATION = 20  # every so many rows, one is for validation
 OPTIMIZER = OptimizerConfig(name="adamw", schedule="linear", warmup_steps=20, b2=0.98, learning_rate=3e-3)
@@ -27,7 +28,7 @@ def write_split(folder: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, A
     """One JSON Lines file a split, as the task jsonl reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, found in rows.items():
-        config.write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        files.write_atomically(folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
     return folder
 
 

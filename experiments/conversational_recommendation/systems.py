@@ -14,7 +14,7 @@ from redial import Case, Dialogue, Movie, cases_of
 from retrieval import BM25Config, Index, QueryConfig, Retriever, popularity
 from users import UserConfig, UserRetriever
 
-from perl_jax.config import require
+from perl_jax.errors import require
 
 
 class Recommender(Protocol):

@@ -25,7 +25,7 @@ from documents import Tokenizer
 from redial import MENTION, Case, Dialogue, Movie, Turn
 from retrieval import BM25Config, Index, Retriever, query_tokens
 
-from perl_jax.config import positive, require, whole
+from perl_jax.errors import positive, require, whole
 
 LIKING = re.compile(r"\b(?:lov\w+|lik\w+|enjoy\w*|favou?rite\w*|great|awesome|amazing|excellent|fantastic|good)\b")
 # No liking within the sentence: "I didn't like @1", "I haven't seen @1", "@1 was boring".

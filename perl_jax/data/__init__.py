@@ -1,1 +1,1 @@
-"""Tasks, prepared data sets and the input pipeline."""
+"""Rows, tasks and their files; encoding, batching, packing plans."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from perl_jax.config import require
+from perl_jax.errors import require
 
 MULTIPLE = 8
 FILLER = -1
@@ -80,7 +80,7 @@ def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 
     """Tokens of the fullest packed row: of a part of consecutive rows, in the microbatch that gets most.
 
     counts: of each row of a batch. Groups of rows are dealt to microbatches in turn, as
-    `steps.split_microbatches` deals them.
+    `microbatches.split_microbatches` deals them.
     """
     dealt = np.asarray(counts).reshape(parts, -1, microbatches, group)
     return int(dealt.sum(axis=(1, 3)).max())

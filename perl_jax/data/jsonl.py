@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from perl_jax.config import UserError, require
-from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS, OPEN, SPLITS, TENTHS, DataOptions, RowsBuilder, file_hash, named_group, part_of
-from perl_jax.rewards.checks import is_number
+from perl_jax.data.store import DEFAULTS, DataOptions, KINDS, NUMBERS, OPEN, RowsBuilder, SPLITS, TENTHS, named_group, part_of
+from perl_jax.errors import UserError, is_number, require
+from perl_jax.runtime.files import file_hash
 
 # The largest number that a batch, which is float32, can hold.
 _LARGEST = float(np.finfo(np.float32).max)

@@ -15,11 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perl_jax.data.orders_language import (
-    DRINKS, END_OF_TURN, MILKS, MISTAKES, PLACES, QUANTITIES, SIZES, Item, Order, answer, call,
-    parse_request, sample_item, sample_order, spoken_order, vocabulary,
-)  # fmt: skip
-from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
+from perl_jax.data.orders_language import DRINKS, END_OF_TURN, Item, MILKS, MISTAKES, Order, PLACES, QUANTITIES, SIZES, answer, call, parse_request, sample_item, sample_order, spoken_order, vocabulary
+from perl_jax.data.store import DataOptions, RowsBuilder, SPLITS, TENTHS, part_of
 
 __all__ = ["clerk", "gold_reward", "gold_rewards", "grade", "noise_ceiling", "rows", "vocabulary"]
 

@@ -17,20 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from perl_jax.config import UserError, positive, require
-from perl_jax.data.bucketing import (
-    FILLER,
-    Plan,
-    balanced,
-    bucket_edges,
-    check_edges,
-    evaluation_plan,
-    packed_sizes,
-    packed_slots,
-    training_plan,
-)
+from perl_jax.data.bucketing import FILLER, Plan, balanced, bucket_edges, check_edges, evaluation_plan, packed_sizes, packed_slots, training_plan
 from perl_jax.data.store import OPEN
 from perl_jax.data.tokenise import Encoder, TokenRows, fill, tokenise
+from perl_jax.errors import UserError, positive, require
 from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
 Batch = Tokens | Pairs | Labelled | Prompts

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from perl_jax.config import UserError, digest, file_hash, one_of, positive, require
+from perl_jax.errors import UserError, one_of, positive, require
+from perl_jax.runtime.files import digest, file_hash
 
 KINDS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "response", "group"),
@@ -183,7 +184,7 @@ def named_group(row: Mapping[str, Any]) -> str:
 def group_of(row: Mapping[str, Any]) -> str:
     """The group that a row is not independent of: its `group`, or else its prompt.
 
-    Intervals take the rows of one group together (`perl_jax.intervals`): the pairs of a ranking, the
+    Intervals take the rows of one group together (`perl_jax.evaluation.intervals`): the pairs of a ranking, the
     turns of a dialogue. White space at both ends of a prompt does not count.
     """
     return named_group(row) or row["prompt"].strip()

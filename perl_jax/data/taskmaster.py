@@ -26,10 +26,11 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from perl_jax.config import UserError, require
 from perl_jax.data import dialogue, store
-from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder, file_hash
+from perl_jax.data.store import DataOptions, RowsBuilder, SPLITS
 from perl_jax.data.upstream import fetch, local_files, read_lists
+from perl_jax.errors import UserError, require
+from perl_jax.runtime.files import file_hash
 
 COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
 BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from perl_jax.config import one_of
 from perl_jax.data.jsonl import JsonlBuilder
 from perl_jax.data.orders import OrdersBuilder, gold_rewards
-from perl_jax.data.store import DataOptions, RowsBuilder, RowSource, open_rows
+from perl_jax.data.store import DataOptions, RowSource, RowsBuilder, open_rows
 from perl_jax.data.taskmaster import BothBuilder, CoffeeBuilder, TicketingBuilder
+from perl_jax.errors import one_of
 
 __all__ = ["TASKS", "DataOptions", "Task", "get_task"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from perl_jax.config import UserError, one_of
 from perl_jax.data.store import DEFAULTS, KINDS, NUMBERS
+from perl_jax.errors import UserError, one_of
 
 
 class Encoder(Protocol):

@@ -13,7 +13,8 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 
-from perl_jax.config import UserError, read_json, require
+from perl_jax.errors import UserError, require
+from perl_jax.runtime.files import read_json
 
 TIMEOUT_SECONDS = 60
 

@@ -1,1 +1,1 @@
-"""The decoder and the pure functions over (base, adapter) that every job calls."""
+"""The decoder and the pure functions over (base, adapter, tokens)."""

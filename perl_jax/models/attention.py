@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax import precision
-from perl_jax.masked import at_least_float32
 from perl_jax.models.config import Rope
 from perl_jax.models.packing import Packing
+from perl_jax.runtime import precision
+from perl_jax.runtime.masked import at_least_float32
 from perl_jax.types import Array
 
 # Large and finite: a row with no visible key (a padded query) then averages its keys instead of

@@ -16,9 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax import precision
 from perl_jax.models.attention import MASKED, capped, rounded_sum, within
 from perl_jax.models.stacks import Apart, each, is_apart
+from perl_jax.runtime import precision
 from perl_jax.types import Array
 
 CACHES = ("auto", "float32", "bfloat16", "int8")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from perl_jax import config as config_lib
-from perl_jax.lora import LINEAR
+from perl_jax import errors
+from perl_jax.adapters.lora import LINEAR
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 ATTENTION = ("plain", "blocked", "splash", "cudnn")
+
+
 REMAT = ("none", "dots", "full")
 
 
@@ -30,11 +35,11 @@ class Rope:
     original_positions: int = 8192
 
     def __post_init__(self) -> None:
-        config_lib.one_of("rope.scaling", self.scaling, ("none", "linear", "llama3"))
+        errors.one_of("rope.scaling", self.scaling, ("none", "linear", "llama3"))
         for field in ("theta", "factor", "low_factor", "high_factor", "original_positions"):
-            config_lib.positive(f"rope.{field}", getattr(self, field))
+            errors.positive(f"rope.{field}", getattr(self, field))
         rising = self.scaling != "llama3" or self.high_factor > self.low_factor
-        config_lib.require(rising, f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, {self.low_factor}.")
+        errors.require(rising, f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, {self.low_factor}.")
 
 
 # How and in which precision a model is computed, and how long its rows may be: no part of its function.
@@ -95,28 +100,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_dim", "max_positions", "unroll"):
-            config_lib.positive(f"model.{field}", getattr(self, field))
-        config_lib.require(
+            errors.positive(f"model.{field}", getattr(self, field))
+        errors.require(
             self.heads % self.kv_heads == 0,
             f"model.heads is {self.heads}; it must be a multiple of model.kv_heads, {self.kv_heads}.",
         )
-        config_lib.require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.")
-        config_lib.require(not self.windowed or bool(self.window), f"model.windowed is {self.windowed}; it needs a model.window.")
+        errors.require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.")
+        errors.require(not self.windowed or bool(self.window), f"model.windowed is {self.windowed}; it needs a model.window.")
         for field in ("windowed", "unrotated"):
             outside = [index for index in getattr(self, field) if not 0 <= index < self.layers]
-            config_lib.require(not outside, f"model.{field} has {outside}; layers are 0 to {self.layers - 1}.")
+            errors.require(not outside, f"model.{field} has {outside}; layers are 0 to {self.layers - 1}.")
         for field in ("window", "query_scale", "attention_cap", "logit_cap"):
             if getattr(self, field) is not None:
-                config_lib.positive(f"model.{field}", getattr(self, field))
+                errors.positive(f"model.{field}", getattr(self, field))
         unknown = sorted(set(self.biases) - set(LINEAR))
-        config_lib.require(not unknown, f"model.biases has {unknown}; projections are {', '.join(LINEAR)}.")
-        config_lib.one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
-        config_lib.one_of("model.remat", self.remat, REMAT)
-        config_lib.one_of("model.dtype", self.dtype, config_lib.DTYPES)
-        config_lib.one_of("model.attention", self.attention, ATTENTION)
-        config_lib.one_of("model.param_dtype", self.param_dtype, config_lib.DTYPES)
+        errors.require(not unknown, f"model.biases has {unknown}; projections are {', '.join(LINEAR)}.")
+        errors.one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
+        errors.one_of("model.remat", self.remat, REMAT)
+        errors.one_of("model.dtype", self.dtype, DTYPES)
+        errors.one_of("model.attention", self.attention, ATTENTION)
+        errors.one_of("model.param_dtype", self.param_dtype, DTYPES)
         cappable = self.attention != "cudnn" or self.attention_cap is None
-        config_lib.require(cappable, f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain', 'blocked' or 'splash'.")
+        errors.require(cappable, f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain', 'blocked' or 'splash'.")
 
     @property
     def attention_scale(self) -> float:

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from perl_jax import precision, sharding
-from perl_jax.lora import LINEAR, LoRAConfig, output_norms
+from perl_jax.adapters.lora import LINEAR, LoRAConfig, output_norms
+from perl_jax.adapters.quantise import dense, is_quantised
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.fused import GROUPS
 from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
 from perl_jax.models.stacks import columns, is_turned, rows
-from perl_jax.quantise import dense, is_quantised
+from perl_jax.runtime import precision, sharding
 from perl_jax.types import Array, Tree
 
 
@@ -97,7 +97,7 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see `perl_jax.lora`)."""
+    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see `perl_jax.adapters.lora`)."""
 
     def __init__(self, name: str, config: ModelConfig, adapted: Adapted, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from perl_jax import lora as lora_lib
-from perl_jax import trees
-from perl_jax.lora import Adapter
-from perl_jax.quantise import is_quantised
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters.lora import Adapter
+from perl_jax.adapters.quantise import is_quantised
+from perl_jax.runtime import trees
 from perl_jax.types import Array, Tree
 
 # Projections that read one input, by the name of their product.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.sharding import BATCH_AXES
+from perl_jax.runtime.sharding import BATCH_AXES
 from perl_jax.types import Array
 
 # What splash keeps for its backward pass besides its inputs, the output and each query's log sum,

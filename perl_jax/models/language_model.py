@@ -16,21 +16,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from perl_jax import lora as lora_lib
-from perl_jax import precision, sharding, trees
-from perl_jax.lora import LINEAR, Adapter, LoRAConfig
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters.lora import Adapter, LINEAR, LoRAConfig
+from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import attention, kernels
 from perl_jax.models.cache import CacheKind, KVCache, Part, attend_cached, keep, last_tokens, own_room, written
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.fused import GROUPS
-from perl_jax.models.layers import LayerKinds, runs, turns
+from perl_jax.models.layer_kinds import LayerKinds, runs, turns
+from perl_jax.models.logprobs import following_logprobs, sequence_logprobs
 from perl_jax.models.packing import Packing, chosen, gather, of_tokens
 from perl_jax.models.placement import Placement, all_but_weights
 from perl_jax.models.stacks import Apart, chosen_layers, collected, each, is_apart, of_layer
-from perl_jax.platforms import platform_of
-from perl_jax.quantise import dense, is_quantised
-from perl_jax.rl.logprobs import following_logprobs, sequence_logprobs
+from perl_jax.runtime import precision, sharding, trees
+from perl_jax.runtime.platforms import platform_of
 from perl_jax.types import Array, Tree
 
 
@@ -195,7 +195,7 @@ class LanguageModel:
         self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, temperature: float = 1.0,
         dropout_key: Array | None = None, *, start: int = 0, packing: Packing | None = None, wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """logp_BT and entropy_BT of every token from column `start` on (`perl_jax.rl.logprobs`); 0 before.
+        """logp_BT and entropy_BT of every token from column `start` on (`perl_jax.models.logprobs`); 0 before.
 
         packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
 
@@ -471,7 +471,7 @@ class LanguageModel:
         """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window static; x, and the outs of the layers with each window.
 
         caches: leaves of the layers with each window; None: there are none. Layers with different windows form turns
-        of a scan (`layers.turns`), without a backward pass.
+        of a scan (`layer_kinds.turns`), without a backward pass.
         """
         windows = self.config.windows
         numbers = {window: [index for index, other in enumerate(windows) if other == window] for window in windows}

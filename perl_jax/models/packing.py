@@ -20,7 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax.masked import at_least_float32
+from perl_jax.runtime.masked import at_least_float32
 from perl_jax.types import Array, Tokens
 
 

@@ -23,7 +23,7 @@ import jax.extend
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
-from perl_jax import sharding, trees
+from perl_jax.runtime import sharding, trees
 from perl_jax.types import Array, Tree
 
 ROWS = sharding.BATCH_AXES

@@ -16,8 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax import precision, trees
-from perl_jax.lora import FEED_FORWARD
+from perl_jax.adapters.lora import FEED_FORWARD
+from perl_jax.runtime import precision, trees
 from perl_jax.types import Array, Tree
 
 

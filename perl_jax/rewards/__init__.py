@@ -1,1 +1,1 @@
-"""Rewards computed on the host from text: rules, functions of the user, an LLM judge, and their weighted sum."""
+"""What responses are paid: reward models, rules, Python functions, judges, and their sum."""

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from perl_jax.config import require
-
-
-def is_number(value: Any) -> bool:
-    """A finite int or float, no larger than a float can be; a bool is not a number here."""
-    # Not math.isfinite, which raises on an integer of hundreds of digits.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+from perl_jax.errors import is_number, require
 
 
 def number(field: str, value: Any) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from perl_jax.config import UserError, one_of, require
+from perl_jax.errors import UserError, one_of, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
-from perl_jax.rewards.rules import RULES, ExactMatch, Row
+from perl_jax.rewards.rules import ExactMatch, RULES, Row
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from perl_jax.config import UserError, positive, require
+from perl_jax.errors import UserError, positive, require
 from perl_jax.rewards import checks
 
 Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prompts, responses, rows

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from perl_jax.config import UserError, default_of, one_of, positive, read_by, require
+from perl_jax.errors import UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
 
 TEMPLATE = """Rate how good the response to the request below is: helpful, correct, and to the point.

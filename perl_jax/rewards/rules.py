@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from perl_jax.config import UserError, one_of, positive, require
+from perl_jax import errors
+from perl_jax.errors import UserError, one_of, positive, require
 from perl_jax.rewards import checks
 
 Row = Mapping[str, Any]
@@ -154,7 +155,7 @@ class ExactMatch:
         has = ", ".join(map(str, row)) or "no field at all"
         require(self.field in row, f"{where} has no field {self.field!r} (exact_match.field) to compare with; it has {has}.")
         value = row[self.field]
-        good = checks.is_number(value) or (isinstance(value, str) and bool(value.strip()))
+        good = errors.is_number(value) or (isinstance(value, str) and bool(value.strip()))
         require(good, f"{where}: the field {self.field} is {value!r}; exact_match needs a text that is not empty, or a number.")
         return str(value)
 

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from types import ModuleType, TracebackType
 from typing import Any
 
-from perl_jax.config import UserError, require
+from perl_jax.errors import UserError, require
 
 SHOWN = 80  # characters of a response in a message
 LONGEST = 300  # characters of an exception's message in ours

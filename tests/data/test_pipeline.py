@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax import steps
-from perl_jax.config import UserError
 from perl_jax.data import bucketing, counts, tokenise
 from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.errors import UserError
+from perl_jax.models import passes
 from perl_jax.types import Labelled, Pairs, Prompts, Tokens
 
 PAD, BOS, EOS = 2, 1, 2  # padding is eos on purpose: nothing may be inferred from ids
@@ -120,7 +120,7 @@ def test_equal_responses_are_counted_before_and_after_cutting():
     ]
     # As a batch says, row by row.
     (batch,) = make_batches(rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE))
-    np.testing.assert_array_equal(steps.differing(batch), [False, False, False, False, True, False, False, False])
+    np.testing.assert_array_equal(passes.differing(batch), [False, False, False, False, True, False, False, False])
 
 
 # ------------------------------------------------------------------------------ layouts

@@ -11,10 +11,10 @@ import threading
 
 import pytest
 
-from perl_jax.config import UserError
 from perl_jax.data import orders, store
 from perl_jax.data.store import DataOptions
 from perl_jax.data.tasks import TASKS, get_task
+from perl_jax.errors import UserError
 
 SMALL = {"train_size": 20, "evaluation_size": 6}
 

@@ -10,10 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from perl_jax.config import UserError
 from perl_jax.data import dialogue, store, taskmaster, upstream
 from perl_jax.data.store import DataOptions
 from perl_jax.data.tasks import get_task
+from perl_jax.errors import UserError
 from tests.paths import TASKMASTER as REAL
 
 needs_real_data = pytest.mark.skipif(REAL is None or not REAL.is_dir(), reason="no copy of Taskmaster")

@@ -15,7 +15,7 @@ from documents import DocumentConfig, Tokenizer, TokenizerConfig, documents_of
 from redial import Movie, Turn
 from texts import heuristic_query, parsed, pointed, query_prompt, rendered, writer_example, writer_prompt
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 
 MOVIES = redial.catalogue(

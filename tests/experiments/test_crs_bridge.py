@@ -18,9 +18,9 @@ from redial import Movie
 from retrieval import BM25Config, Index
 from reward import QueryIndex, write_answer
 
-from perl_jax import sharding
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from perl_jax.rewards.compose import Composite, read_terms
+from perl_jax.runtime import sharding
 from tests.experiments import tiny_redial
 
 MOVIES = {str(i): Movie(str(i), title, "2000") for i, title in enumerate(["Night Train", "Dark Cellar", "Paper Hearts", "Iron Orbit"])}

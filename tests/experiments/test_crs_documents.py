@@ -12,7 +12,7 @@ from augment import AugmentConfig, template_conversations
 from documents import FIELDS, METADATA, PAPER, DocumentConfig, Tokenizer, TokenizerConfig, documents_of, passages_of
 from redial import Movie
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 from tests.paths import REDIAL
 

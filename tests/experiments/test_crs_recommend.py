@@ -15,7 +15,7 @@ from ranking import MEASURES
 from retrieval import BM25Config, Fixed, popularity
 from systems import Data, Settings, Trial, tune
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 
 SAID = [("s", "I like @10"), ("r", "@10 is great, try @11"), ("s", "no"), ("r", "@88 or @20 then")]

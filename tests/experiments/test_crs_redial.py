@@ -12,7 +12,7 @@ import pytest
 import redial
 from redial import Case, Label, Turn
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 from tests.paths import REDIAL
 

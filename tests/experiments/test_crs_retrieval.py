@@ -14,7 +14,7 @@ from documents import Tokenizer, TokenizerConfig
 from redial import Case, Movie, Turn
 from retrieval import BM25Config, Fixed, Index, QueryConfig, Random, Repeat, Retriever, popularity, query_tokens
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments.conftest import EXPERIMENT
 from tests.experiments.test_crs_documents import TALK
 

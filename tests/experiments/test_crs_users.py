@@ -14,7 +14,7 @@ from redial import Case, Movie
 from retrieval import BM25Config, Index, QueryConfig, Retriever
 from users import Profiles, UserConfig, UserRetriever, chosen, likes
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 
 MOVIES = {

@@ -9,8 +9,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from perl_jax import evaluate
-from perl_jax.data.tasks import DataOptions, get_task
+from perl_jax.data.store import DataOptions
+from perl_jax.data.tasks import get_task
+from perl_jax.evaluation import statistics
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 WORDS = ("yes", "no", "maybe", "later", "never", "always")
@@ -43,7 +44,7 @@ def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(tmp_path
     (run / "scores.json").write_text(json.dumps({"score": scores.tolist()}))
     taskmaster.add_baseline(tmp_path / "run", "taskmaster_ticketing", str(tmp_path / "data"))
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["auc"]["value"] == pytest.approx(evaluate.auc(scores, labels)) and found["ece"] == 0.1
+    assert found["auc"]["value"] == pytest.approx(statistics.auc(scores, labels)) and found["ece"] == 0.1
     assert (found["auc"]["n"], found["auc"]["groups"]) == (len(test), len(test) // 4) and found["auc"]["low"] < found["auc"]["high"]
     for name, values in found["baselines"].items():
         difference = values["auc_difference"]

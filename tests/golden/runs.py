@@ -10,20 +10,23 @@ from typing import Any
 import jax
 import pytest
 
-from perl_jax import sharding
-from perl_jax.config import OptimizerConfig
-from perl_jax.data import orders
-from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.hf.tokenizer import word_tokenizer
-from perl_jax.loops.jobs import DataConfig, DPOConfig, RewardConfig, RLConfig, SFTConfig
-from perl_jax.loops.policy_gradient import run_rl
-from perl_jax.loops.preference import run_dpo
-from perl_jax.loops.supervised import run_reward, run_sft
-from perl_jax.lora import LoRAConfig
-from perl_jax.metrics import read_metrics, without_timing
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.data import orders_language
+from perl_jax.data.config import DataConfig
+from perl_jax.hub import weights as hf_checkpoint
+from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.runs.metrics import read_metrics, without_timing
+from perl_jax.runtime import sharding
+from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
+from perl_jax.training.dpo import run_dpo
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.reward import run_reward
+from perl_jax.training.rl import run_rl
+from perl_jax.training.rl_config import RLConfig
+from perl_jax.training.sft import run_sft
 from tests import small
 
 FILE = pathlib.Path(__file__).with_name("metrics.json")
@@ -33,7 +36,7 @@ Metrics = dict[str, list[dict[str, Any]]]
 
 def make_base(folder: pathlib.Path) -> str:
     """Writes a small decoder, drawn by NumPy, with the words of the task `orders`; returns its folder."""
-    tokenizer = word_tokenizer(orders.vocabulary())
+    tokenizer = word_tokenizer(orders_language.vocabulary())
     words = -(-len(tokenizer) // 8) * 8
     config = ModelConfig(vocab_size=words, width=16, ffn_width=24, layers=2, heads=2, kv_heads=1, head_dim=8, max_positions=64)
     folder.mkdir(parents=True)

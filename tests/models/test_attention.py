@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import sharding
-from perl_jax.lora import Adapter
+from perl_jax.adapters.lora import Adapter
 from perl_jax.models import attention, kernels, language_model
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.packing import pack
+from perl_jax.runtime import sharding
 from perl_jax.types import Layout, Tokens
 from tests import small
 from tests.jaxprs import equations

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from perl_jax import trees
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Block, Linear, Outer, matmul
 from perl_jax.models.language_model import full_weights, last_valid
 from perl_jax.models.packing import pack
 from perl_jax.models.placement import Placement
+from perl_jax.runtime import trees
 from perl_jax.types import Layout, Tokens
 from tests import small
 

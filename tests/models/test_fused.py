@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import lora as lora_lib
-from perl_jax import quantise, sampling, trees
-from perl_jax.continuous import ContinuousSampler
-from perl_jax.lora import LoRAConfig
+from perl_jax.adapters import lora as lora_lib, quantise
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.generation import sampling
+from perl_jax.generation.continuous import ContinuousSampler
+from perl_jax.generation.sampling import SamplingConfig
 from perl_jax.models import fused
-from perl_jax.sampling import SamplingConfig
+from perl_jax.runtime import trees
 from perl_jax.types import Prompts
 from tests import small
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from perl_jax import sharding
 from perl_jax.models import attention, kernels
 from perl_jax.models.config import ModelConfig
+from perl_jax.runtime import sharding
 
 # Seen on a CPU, normal inputs, up to 768 tokens: 1.4e-6 in values, 6e-6 in gradients of size 9.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import steps, trees
-from perl_jax.loops import supervised
-from perl_jax.models import attention
+from perl_jax.models import attention, microbatches as microbatches_lib, passes
 from perl_jax.models.language_model import full_weights
 from perl_jax.models.packing import pack
-from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.objectives import policy_gradient, supervised
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.runtime import trees
+from perl_jax.training import fit, step
 from perl_jax.types import Labelled, Layout, Pairs, Tokens
 from tests import small
 
@@ -84,8 +85,8 @@ def test_both_gathers_have_the_gradients_of_their_sums():
 
 
 def value_and_gradient(objective, role, batch, microbatches: int = 1, lm=small.LM):
-    name = "reward" if objective in (steps.pairwise_objective, steps.pointwise_objective) else "policy"
-    function = lambda role: steps.gradients(lambda *a: objective(lm, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
+    name = "reward" if objective in (supervised.pairwise_objective, supervised.pointwise_objective) else "policy"
+    function = lambda role: step.gradients(lambda *a: objective(lm, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
     loss, _, grads = jax.jit(function)(role)
     return loss.mean, grads
 
@@ -99,10 +100,10 @@ def assert_close(a, b) -> None:
         np.testing.assert_allclose(x, y, atol=1e-5 * scale)
 
 
-def experience(tokens: Tokens) -> steps.Experience:
+def experience(tokens: Tokens) -> policy_gradient.Experience:
     rng = np.random.default_rng(4)
     noise = lambda: jnp.asarray(rng.standard_normal(tokens.tokens_BT.shape), jnp.float32)
-    return steps.Experience(tokens, -3 + noise(), noise(), noise())
+    return policy_gradient.Experience(tokens, -3 + noise(), noise(), noise())
 
 
 def cases() -> dict:
@@ -112,11 +113,11 @@ def cases() -> dict:
         *(jax.tree.map(lambda x: x[side::2], group_rows(4, LENGTHS)).replace(layout=layout) for side in (0, 1)), weight
     )
     labelled = lambda layout: Labelled(ragged.replace(layout=layout), np.linspace(0, 1, 8, dtype=np.float32), np.ones(8, np.float32))
-    gradient = lambda lm, *a: steps.policy_gradient_objective(lm, AlgorithmConfig(name="rloo", samples=4), 0.9, "k2", 7, *a)
+    gradient = lambda lm, *a: policy_gradient.policy_gradient_objective(lm, AlgorithmConfig(name="rloo", samples=4), 0.9, "k2", 7, *a)
     return {
-        "sft": (steps.sft_objective, POLICY, lambda layout: ragged.replace(layout=layout), 1),
-        "pairs": (steps.pairwise_objective, REWARD, pairs, 2),
-        "labels": (steps.pointwise_objective, REWARD, labelled, 1),
+        "sft": (supervised.sft_objective, POLICY, lambda layout: ragged.replace(layout=layout), 1),
+        "pairs": (supervised.pairwise_objective, REWARD, pairs, 2),
+        "labels": (supervised.pointwise_objective, REWARD, labelled, 1),
         "rl": (gradient, POLICY, lambda layout: experience(rollouts.replace(layout=layout)), 4),
     }
 
@@ -146,14 +147,14 @@ def test_attention_in_blocks_takes_packed_tokens(name, block, monkeypatch):
 def test_full_tuning_and_dropout_of_nothing_are_packed_too():
     tokens = group_rows(8, LENGTHS)
     role = full_weights(BASE)
-    whole = [value_and_gradient(steps.sft_objective, role, tokens.replace(layout=layout)) for layout in (None, Layout(72))]
+    whole = [value_and_gradient(supervised.sft_objective, role, tokens.replace(layout=layout)) for layout in (None, Layout(72))]
     assert_close(*whole)
 
 
 def test_scores_and_values_are_those_of_padded_rows():
     tokens = group_rows(2, LENGTHS, left=True)
     layout = Layout(40, 2, GROUP)
-    for function, path in itertools.product((steps.scores, steps.values), ("plain", "blocked")):
+    for function, path in itertools.product((passes.scores, passes.values), ("plain", "blocked")):
         function = jax.jit(function, static_argnums=0)
         padded = np.array(function(small.LM, BASE, REWARD, tokens))
         packed = np.array(function(small.changed(attention=path), BASE, REWARD, tokens.replace(layout=layout)))
@@ -169,7 +170,7 @@ def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(AssertionError):
         pack(tokens.replace(layout=Layout(40, 1, 3)))
     with pytest.raises(ValueError, match="8 rows in groups of 4 do not split into 4 microbatches"):
-        steps.split_microbatches(dataclasses.asdict(tokens)["tokens_BT"], 4, 4)
+        microbatches_lib.split_microbatches(dataclasses.asdict(tokens)["tokens_BT"], 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -181,24 +182,24 @@ def test_passes_without_a_gradient_go_microbatch_by_microbatch(microbatches, lay
     """The numbers of the whole batch, row by row, whichever microbatch a row went to."""
     tokens = group_rows(2, LENGTHS, left=True)
     split = tokens.replace(layout=layout)
-    logprobs = jax.jit(functools.partial(steps.logprobs_in_microbatches, small.LM), static_argnums=0)
+    logprobs = jax.jit(functools.partial(passes.logprobs_in_microbatches, small.LM), static_argnums=0)
     found, expected = logprobs(microbatches, BASE, POLICY, split), logprobs(1, BASE, POLICY, tokens)
     np.testing.assert_allclose(np.array(found)[tokens.response_BT], np.array(expected)[tokens.response_BT], atol=2e-5)
-    score = lambda part: steps.scores(small.LM, BASE, REWARD, part)
-    scores = jax.jit(lambda part, number: steps.each_microbatch(score, part, number), static_argnums=1)
+    score = lambda part: passes.scores(small.LM, BASE, REWARD, part)
+    scores = jax.jit(lambda part, number: microbatches_lib.each_microbatch(score, part, number), static_argnums=1)
     np.testing.assert_allclose(scores(split, microbatches), scores(tokens, 1), atol=2e-5)
 
 
 def test_a_pass_in_microbatches_holds_one_at_a_time():
     # What the compiler says of temporaries: about a quarter for four microbatches, and never half.
     tokens = Tokens(*(np.ones((16, 256), dtype) for dtype in (np.int32, bool, bool)))
-    values = jax.jit(functools.partial(steps.values_in_microbatches, small.changed(max_positions=256)), static_argnums=0)
+    values = jax.jit(functools.partial(passes.values_in_microbatches, small.changed(max_positions=256)), static_argnums=0)
     whole, split = (values.lower(number, BASE, REWARD, tokens).compile().memory_analysis().temp_size_in_bytes for number in (1, 4))
     assert split < 0.5 * whole
 
 
 def test_held_out_sums_are_those_of_the_whole_batch():
     tokens = group_rows(2, LENGTHS)
-    measure = lambda number: supervised._held_out(functools.partial(steps.sft_objective, small.LM), number, {"policy": POLICY}, BASE, tokens)
+    measure = lambda number: fit._held_out(functools.partial(supervised.sft_objective, small.LM), number, {"policy": POLICY}, BASE, tokens)
     (loss, _), (whole, _) = jax.jit(measure, static_argnums=0)(4), jax.jit(measure, static_argnums=0)(1)
     np.testing.assert_allclose([loss.total, loss.weight], [whole.total, whole.weight], rtol=1e-6)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import quantise, sampling, sharding, trees
-from perl_jax.continuous import ContinuousSampler
-from perl_jax.lora import LoRAConfig
+from perl_jax.adapters import quantise
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.generation import sampling
+from perl_jax.generation.continuous import ContinuousSampler
+from perl_jax.generation.sampling import SamplingConfig
 from perl_jax.models import stacks
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.sampling import SamplingConfig
+from perl_jax.runtime import sharding, trees
 from perl_jax.types import Prompts
 from tests import small
 

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax import sampling, trees
-from perl_jax.continuous import ContinuousSampler
-from perl_jax.hf import checkpoint as hf_checkpoint
-from perl_jax.hf import families
-from perl_jax.loops.model import attention_paths, for_devices
+from perl_jax.generation import sampling
+from perl_jax.generation.continuous import ContinuousSampler
+from perl_jax.generation.sampling import SamplingConfig
+from perl_jax.hub import families, weights as hf_checkpoint
+from perl_jax.hub.model import attention_paths, for_devices
 from perl_jax.models import stacks
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.models.layers import turns
-from perl_jax.plan.topology import topology
-from perl_jax.sampling import SamplingConfig
-from perl_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from perl_jax.models.layer_kinds import turns
+from perl_jax.planning.topology import topology
+from perl_jax.runtime import trees
+from perl_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from perl_jax.types import Prompts, Tokens
 from tests import small
 from tests.paths import GEMMA

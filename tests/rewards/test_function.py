@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from perl_jax.config import UserError
+from perl_jax.errors import UserError
 from perl_jax.rewards.function import FunctionReward
 
 # Does what the first response says.

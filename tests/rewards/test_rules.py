@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perl_jax.config import UserError
-from perl_jax.data.tasks import DataOptions, get_task
-from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Regex, Words
+from perl_jax.data.store import DataOptions
+from perl_jax.data.tasks import get_task
+from perl_jax.errors import UserError
+from perl_jax.rewards.rules import ExactMatch, Format, Length, RULES, Regex, Words
 
 
 def rewards(rule, *responses, rows=None):

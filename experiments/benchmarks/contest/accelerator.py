@@ -36,9 +36,9 @@ import contender_perl_jax
 import jax
 import work
 
-from perl_jax import trees
-from perl_jax.loops.jobs import JobConfig
-from perl_jax.loops.model import Model, described
+from perl_jax.hub.model import Model, described
+from perl_jax.runtime import trees
+from perl_jax.training.configs import JobConfig
 
 # New tokens of the sampling that the longer one is compared with.
 SHORT = 8

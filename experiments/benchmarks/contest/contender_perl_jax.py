@@ -18,17 +18,23 @@ import jax
 import numpy as np
 import work
 
-from perl_jax import sharding, state as state_lib
-from perl_jax.checkpoint import Record
-from perl_jax.config import OptimizerConfig
-from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
+from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
+from perl_jax.data.config import DataConfig
+from perl_jax.data.pipeline import BatchSpec, Batches, make_batches
 from perl_jax.data.tasks import get_task
-from perl_jax.loops import policies, policy_gradient, run as run_lib, scoring, supervised
-from perl_jax.loops.jobs import DataConfig, KLConfig, RewardConfig, RLConfig, RolloutConfig
-from perl_jax.loops.model import Model, fresh_role, load_model
-from perl_jax.lora import Adapter, LoRAConfig, init_head
+from perl_jax.generation import programs as programs_lib
+from perl_jax.generation.config import RolloutConfig
+from perl_jax.hub.artefacts import Record
+from perl_jax.hub.model import Model, load_model
 from perl_jax.models.language_model import resting
-from perl_jax.rl.algorithms import AlgorithmConfig
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.rewards import scoring
+from perl_jax.runtime import sharding
+from perl_jax.training import cost, fit, optimizers as optimizers_lib, reward as reward_lib, rl
+from perl_jax.training.configs import RewardConfig
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.roles import fresh_role
 
 KINDS = {"reward-equal": "comparisons", "reward-ragged": "comparisons", "rl-model": "prompts", "rl-function": "prompts", "generate": "prompts"}
 # On a CPU as fast as the batch at once, in less memory. Ragged pairs do not deal out evenly among more.
@@ -97,10 +103,10 @@ def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: A
 def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
     """One update of a reward model."""
     role = fresh_role(model, config, jax.random.key(0)).replace(head=init_head(jax.random.key(1), model.lm.config.width))
-    optimizers = {"reward": state_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
-    state = supervised.initial_state(model, config, {"reward": role}, optimizers)
-    job = supervised.reward_job(config)
-    program = supervised.learn_program(model, config, job, state, optimizers)
+    optimizers = {"reward": optimizers_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
+    state = fit.initial_state(model, config, {"reward": role}, optimizers)
+    job = reward_lib.reward_job(config)
+    program = fit.learn_program(model, config, job, state, optimizers)
     base, held = None if config.tuning == "full" else model.base, [state]
 
     def step(number: int, parts: contender.Parts) -> int:
@@ -109,7 +115,7 @@ def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
         finite(metrics)
         return int(batch.chosen.valid_BT.sum() + batch.rejected.valid_BT.sum())
 
-    return step, lambda: run_lib.peak_compiled(model, held[0], {"learn": program})
+    return step, lambda: cost.peak_compiled(model, held[0], {"learn": program})
 
 
 def moved(role: Adapter, seed: int) -> Adapter:
@@ -125,26 +131,26 @@ def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dic
     reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(head=init_head(jax.random.key(1), model.lm.config.width))
     frozen = {"reference": resting(policy, dtype)} | ({"reward": reward} if config.reward else {})
     roles, records = {"policy": policy}, (RECORD,) if config.reward else ()
-    optimizers = policy_gradient.make_optimizers(config, roles, model.lm.config.width)
-    state = supervised.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
-    programs = policy_gradient.Programs(model, config, records, state, optimizers)
+    optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
+    state = fit.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+    programs = rl.Programs(model, config, records, state, optimizers)
     scorer = scoring.Scorer(model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows).__enter__()
     base = None if config.tuning == "full" else model.base
-    job, held = policy_gradient.Rollouts(model, base, programs, scorer, get_task("jsonl"), rows, config), [state]
+    job, held = rl.Rollouts(model, base, programs, scorer, get_task("jsonl"), rows, config), [state]
 
     def step(number: int, parts: contender.Parts) -> int:
-        held[0], metrics, seconds = policy_gradient.advance(job, held[0], batches.batch(number % batches.steps_per_epoch))
+        held[0], metrics, seconds = rl.advance(job, held[0], batches.batch(number % batches.steps_per_epoch))
         finite(metrics)
         parts.seconds = {"generate": seconds["sample"], "score": seconds["score"], "learn": seconds["learn"]}
         return round(metrics["response/length"] * ROWS)
 
-    return step, lambda: run_lib.peak_compiled(model, held[0], programs.by_name())
+    return step, lambda: cost.peak_compiled(model, held[0], programs.by_name())
 
 
 def generate_step(model: Model, config: RLConfig, batches: Batches, new_tokens: int = work.NEW_TOKENS) -> Taken:
     """Sampling alone."""
     policy = moved(fresh_role(model, config, jax.random.key(0)), 3)
-    program = policies.sample_program(model, new_tokens, 1.0, RolloutConfig(), work.SAMPLES)
+    program = programs_lib.sample_program(model, new_tokens, 1.0, RolloutConfig(), work.SAMPLES)
 
     def step(number: int, parts: contender.Parts) -> int:
         prompts = sharding.put_batch(batches.batch(number % batches.steps_per_epoch), model.mesh)

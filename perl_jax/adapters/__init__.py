@@ -1,0 +1,1 @@
+"""LoRA and its variants, and quantised bases beneath them."""

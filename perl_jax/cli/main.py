@@ -1,0 +1,272 @@
+"""The `perl-jax` command: one sub-command a job, flags made from the jobs' configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import traceback
+import warnings
+from typing import Any, Callable
+
+# Orbax and absl speak on standard error at import and on every save; warnings of the package itself
+# still show.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Transformers says at import that it has no torch, which is how it should be here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("absl").setLevel(logging.ERROR)
+from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
+from perl_jax.runtime import platforms  # noqa: E402
+
+platforms.without_absent_chips()
+
+import tyro  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html into a run's folder.
+
+    Attributes:
+        run: The folder of a job's run or of an experiment.
+    """
+
+    run: tyro.conf.Positional[str]
+
+
+def _done(what: str, path: pathlib.Path) -> None:
+    from perl_jax.runtime import hosts
+
+    if hosts.is_writer():
+        print(f"{what}: {path}", file=sys.stderr)
+
+
+def _sft(config: Any) -> None:
+    from perl_jax.training.sft import run_sft
+
+    _done("policy", run_sft(config))
+
+
+def _reward(config: Any) -> None:
+    from perl_jax.training.reward import run_reward
+
+    _done("reward", run_reward(config))
+
+
+def _rl(config: Any) -> None:
+    from perl_jax.training.rl import run_rl
+
+    _done("policy", run_rl(config))
+
+
+def _base(config: Any) -> None:
+    from perl_jax.training.base import train_base
+
+    _done("base", train_base(config))
+
+
+def _evaluate(config: Any) -> None:
+    from perl_jax.evaluation.compare import run_evaluate
+
+    _done("evaluation", run_evaluate(config) / "evaluation.json")
+
+
+def _generate(config: Any) -> None:
+    from perl_jax.generation.text import generate
+
+    for text in generate(config):
+        print(text)
+
+
+def _score(config: Any) -> None:
+    from perl_jax.evaluation.score import run_score
+
+    run_score(config)
+
+
+def _export(config: Any) -> None:
+    from perl_jax.hub.exchange import export
+
+    done = export(config)
+    note = f" ({done.note})" if done.note else ""
+    _done(f"{config.format} export, read back with outputs within {done.difference:.2g}{note}", done.folder)
+
+
+def _import(config: Any) -> None:
+    from perl_jax.hub.exchange import run_import
+
+    _done("adapter", run_import(config))
+
+
+def _average(config: Any) -> None:
+    from perl_jax.hub.exchange import run_average
+
+    _done("adapter", run_average(config))
+
+
+def _show(config: Any) -> None:
+    from perl_jax.hub.exchange import show
+
+    print(show(config))
+
+
+def _dpo(config: Any) -> None:
+    from perl_jax.training.dpo import run_dpo
+
+    _done("policy", run_dpo(config))
+
+
+def _best_of(config: Any) -> None:
+    from perl_jax.evaluation.best_of import run_best_of
+
+    means = run_best_of(config)
+    _done(", ".join(f"{name} {value:.4g}" for name, value in means.items()), pathlib.Path(config.output))
+
+
+def _report(config: ReportConfig) -> None:
+    from perl_jax.evaluation.report import write_report
+
+    _done("report", write_report(pathlib.Path(config.run)))
+
+
+def _plan(config: Any) -> None:
+    import jax
+
+    # On a TPU host the chips are left to whoever uses them.
+    jax.config.update("jax_platforms", "cpu")
+    from perl_jax.runtime import files
+    from perl_jax.planning import command, search, text
+
+    if config.search:
+        plans = search.search(config, say=lambda line: print(line, file=sys.stderr))
+        print(text.describe_search(plans))
+    else:
+        plans = [command.plan(config)]
+        print(text.describe(plans[0]))
+    if config.json is not None:
+        values = [command.as_json(plan) for plan in plans]
+        files.write_json(pathlib.Path(config.json).expanduser(), values if config.search else values[0])
+
+
+def _config(name: str) -> type:
+    """The config class of a command; imported on demand, so that --help and errors are quick."""
+    from perl_jax.evaluation import best_of, compare, score
+    from perl_jax.generation import text as text_lib
+    from perl_jax.hub import exchange
+    from perl_jax.training import base, configs, rl_config
+    from perl_jax.planning.config import PlanConfig
+
+    return {
+        "sft": configs.SFTConfig,
+        "reward": configs.RewardConfig,
+        "rl": rl_config.RLConfig,
+        "dpo": configs.DPOConfig,
+        "best-of": best_of.BestOfConfig,
+        "base": base.BaseConfig,
+        "evaluate": compare.EvaluateConfig,
+        "generate": text_lib.GenerateConfig,
+        "score": score.ScoreConfig,
+        "report": ReportConfig,
+        "export": exchange.ExportConfig,
+        "import": exchange.ImportConfig,
+        "average": exchange.AverageConfig,
+        "show": exchange.ShowConfig,
+        "plan": PlanConfig,
+    }[name]
+
+
+# Commands that several processes can run as one; the others are one process's.
+TOGETHER = ("sft", "reward", "rl", "dpo", "best-of", "evaluate", "base")
+COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "sft": (_sft, "fit a policy to demonstrations"),
+    "reward": (_reward, "fit a reward model to comparisons, labels or ratings"),
+    "rl": (_rl, "improve a policy against rewards, by any of the policy gradients"),
+    "dpo": (_dpo, "fit a policy to comparisons without a reward model"),
+    "best-of": (_best_of, "the best of N samples by a reward"),
+    "evaluate": (_evaluate, "compare a policy with its baseline on held-out prompts"),
+    "generate": (_generate, "continue a prompt"),
+    "score": (_score, "log-probabilities and rewards of given responses"),
+    "report": (_report, "write a run's page"),
+    "base": (_base, "train a small base model on the spot"),
+    "export": (_export, "write an adapter for PEFT, or merged into a checkpoint"),
+    "import": (_import, "read an adapter written by PEFT"),
+    "average": (_average, "the weighted sum of adapters"),
+    "show": (_show, "what an artefact is"),
+    "plan": (_plan, "memory and cost on a TPU slice, by its real compiler"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: perl-jax COMMAND [options]\n\n" + "\n".join(lines) + "\n\nperl-jax COMMAND --help explains every flag."
+
+
+def _connect(name: str) -> None:
+    """Becomes one of several processes where the environment says so, before anything touches a device."""
+    from perl_jax.runtime import hosts
+
+    settings = hosts.read_settings(os.environ)
+    alone = f"{name} runs in one process; unset {hosts.CLUSTER} and {', '.join(hosts.EXPLICIT)} for it."
+    require(settings is None or name in TOGETHER, alone)
+    hosts.connect(name, settings)
+
+
+def _failed(name: str, why: object, status: int) -> int:
+    """Says why and ends with the status."""
+    from perl_jax.runtime import hosts
+
+    print(f"perl-jax {name}: {why}", file=sys.stderr)
+    return hosts.leave(status)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status.
+
+    0 fine, 1 the run failed, 2 the user's error, 143 stopped by SIGTERM with its state saved. One of
+    several processes that fails does not return: the others, in collectives with it, cannot go on.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"perl-jax: there is no command {name!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    run, _ = COMMANDS[name]
+    try:
+        config = tyro.cli(_config(name), prog=f"perl-jax {name}", args=rest)
+        _connect(name)
+        run(config)
+    except UserError as error:
+        return _failed(name, error, 2)
+    except TrainingError as error:
+        return _failed(name, error, 1)
+    except Stopped as error:
+        print(f"perl-jax {name}: {error}", file=sys.stderr)
+        status = 143
+    except KeyboardInterrupt:
+        return _failed(name, "stopped; the same command resumes from the last checkpoint.", 130)
+    except BrokenPipeError:
+        # The reader has gone (`| head`): say nothing, and let nothing be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from perl_jax.runtime import hosts
+
+        if not hosts.connected():
+            raise
+        if hosts.lost(error):
+            return _failed(name, hosts.LOST, 1)
+        traceback.print_exception(error)
+        return _failed(name, "this process failed, and the run with it.", 1)
+    else:
+        status = 0
+    from perl_jax.runtime import hosts
+
+    hosts.disconnect()
+    return status

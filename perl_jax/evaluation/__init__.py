@@ -1,0 +1,1 @@
+"""Measures and their intervals, comparisons of policies, best-of, the report."""

@@ -1,0 +1,276 @@
+"""Comparing a policy with a baseline on held-out prompts: rewards, KL, lengths, win rate, samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+from typing import Literal
+
+import jax
+import numpy as np
+
+from perl_jax import errors
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.config import DataConfig
+from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.pipeline import Batches
+from perl_jax.data.store import group_of
+from perl_jax.data.tasks import Task, get_task
+from perl_jax.evaluation import intervals, statistics
+from perl_jax.generation.config import GREEDY, RolloutConfig
+from perl_jax.generation.continuous import ContinuousSampler
+from perl_jax.generation.programs import sample_program
+from perl_jax.hub.model import Model, load_model, say_attention
+from perl_jax.models import passes
+from perl_jax.objectives import kl
+from perl_jax.rewards import scoring
+from perl_jax.rewards.compose import Term
+from perl_jax.rewards.config import RewardOptions
+from perl_jax.rewards.scoring import Scorer, response_texts
+from perl_jax.runs import provenance
+from perl_jax.runs.metrics import environment
+from perl_jax.runtime import files, hosts, sharding
+from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.programs import Program, SHAPES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(RewardOptions):
+    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge; the reward (reward,
+    combine, reward_weight, terms) is the proxy to report: what the policy was trained for.
+
+    Attributes:
+        run: The folder that evaluation.json and samples.jsonl go to.
+        policy: The policy artefact.
+        baseline: The policy artefact to compare with; None: the base.
+        judge: Reward artefacts whose mean score decides wins where the task has no gold reward; none:
+            the proxy itself, which flatters a policy trained on it.
+        data: The prompts.
+        split: The split the prompts are from.
+        batch_size: Prompts at a time, over all devices.
+        temperature: Of sampling; 0: greedy.
+        rollout: How responses are decoded.
+        seed: Of sampling.
+    """
+
+    run: str
+    policy: str
+    baseline: str | None = None
+    judge: tuple[str, ...] = ()
+    data: DataConfig = DataConfig()
+    split: Literal["validation", "test"] = "test"
+    batch_size: int = 128
+    temperature: float = 0.7
+    rollout: RolloutConfig = RolloutConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.positive("batch_size", self.batch_size)
+        errors.positive("temperature", self.temperature, zero=True)
+        self.check_forward("evaluate")
+        errors.unread(self, ("data.packing",), "evaluate", ("training",))
+        if self.temperature == 0:
+            errors.unread(self, ("seed", "rollout.top_k", "rollout.top_p"), *GREEDY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """One policy's responses to all prompts, in the prompts' order.
+
+    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each prompt's
+    row (`data.store.group_of`); None: all prompts are independent.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    finished: np.ndarray
+    kl: np.ndarray
+    rewards: dict[str, np.ndarray]
+    gold: np.ndarray | None
+    groups: list[str] | None = None
+
+
+def logprob_program(model: Model, temperature: float, room: int) -> Program:
+    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them.
+
+    room: of the last `room` columns, where responses are; 0 before.
+    """
+    logprobs = functools.partial(passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room)
+    return Program("logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What all policies of a comparison are measured with.
+
+    raters: by name (`proxy`, `judge`), what gives scores and its reward models by their names.
+    """
+
+    model: Model
+    sample: Program | ContinuousSampler
+    logprobs: Program
+    raters: Mapping[str, tuple[Scorer, Mapping[str, Adapter]]]
+    batches: Batches
+    rows: Any
+    task: Task
+    seed: int
+
+
+def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> tuple[Responses, list[str]]:
+    """Samples a response to every prompt and measures it; also returns the prompts.
+
+    The KL is the mean of log pi - log pi_anchor over responses, both before top-k and top-p: those of the anchor
+    would make it infinite where the policy's differ from them.
+
+    Both policies of a comparison are sampled with the same keys, one a batch.
+    """
+    model = job.model
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "finished", "kl", *job.raters)}
+    key = jax.random.key(job.seed)
+    for index, batch in enumerate(job.batches):
+        rollout = job.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
+        sequences = rollout.sequences
+        own_BT = job.logprobs(model.base, policy, sequences)
+        anchor_BT = own_BT if anchor is policy else job.logprobs(model.base, anchor, sequences)
+        columns["kl"].append(to_host(kl.sequence_kl(kl.k1(own_BT, anchor_BT), sequences.response_BT)))
+        columns["row"].append(job.batches.rows_of(index))
+        columns["finished"].append(to_host(rollout.finished_B))
+        for name, (scorer, models) in job.raters.items():
+            # For the terms filler prompts have the first row's text.
+            columns[name].append(to_host(scorer(models, rollout, np.maximum(batch.row_B, 0))[0]))
+        texts += response_texts(model.tokenizer, rollout)
+        ids_BT, mask_BT = to_host(sequences.tokens_BT), to_host(sequences.response_BT)
+        tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT)]
+    merged = {name: np.concatenate(parts) for name, parts in columns.items()}
+    order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
+    prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]
+    ordered = [texts[i] for i in order]
+    gold = None if job.task.gold is None else np.asarray(job.task.gold(prompts, ordered), np.float64)
+    responses = Responses(
+        texts=ordered,
+        tokens=[tokens[i] for i in order],
+        finished=merged["finished"][order],
+        kl=merged["kl"][order],
+        rewards={name: merged[name][order].astype(np.float64) for name in job.raters},
+        gold=gold,
+        groups=[group_of(job.rows[int(merged["row"][i])]) for i in order],
+    )
+    return responses, prompts
+
+
+def describe(responses: Responses) -> dict[str, Any]:
+    """One policy's column of the report; intervals are over groups of prompts."""
+    estimate = lambda values: dataclasses.asdict(intervals.mean_ci(values, responses.groups))
+    lengths = [len(ids) for ids in responses.tokens]
+    out = {
+        "proxy_reward": estimate(responses.rewards["proxy"]),
+        "kl": estimate(responses.kl),
+        "length": estimate(np.asarray(lengths, np.float64)),
+        "eos_rate": float(responses.finished.mean()),
+        "distinct_1": statistics.distinct_n(responses.tokens, 1),
+        "distinct_2": statistics.distinct_n(responses.tokens, 2),
+    }
+    if responses.gold is not None:
+        out["gold_reward"] = estimate(responses.gold)
+    if "judge" in responses.rewards:
+        out["judge_reward"] = estimate(responses.rewards["judge"])
+    return out
+
+
+def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any]:
+    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known; intervals as in `describe`.
+
+    judge: `gold`, `judge` or `proxy`. A judge that scores prefers the first shown only where its
+    score is strictly higher, so equal scores give one vote to each order: a tie.
+    """
+    values = lambda side: side.gold if judge == "gold" else side.rewards[judge]
+    a, b = values(policy), values(baseline)
+    # Shown (A, B) it prefers the first where a > b; shown (B, A), the first is B.
+    wins = statistics.both_orders(a > b, b > a, policy.groups)
+    out = {"win_rate": {**dataclasses.asdict(wins), "judge": judge}}
+    if policy.gold is not None:
+        out["gold_gain"] = dataclasses.asdict(intervals.paired_bootstrap(policy.gold, baseline.gold, policy.groups))
+    return out
+
+
+def sample_rows(prompts: Sequence[str], policy: Responses, baseline: Responses) -> list[dict[str, Any]]:
+    """Prompt by prompt, both responses with their rewards, for `samples.jsonl`."""
+
+    def cell(side: Responses, i: int) -> dict[str, Any]:
+        gold = None if side.gold is None else float(side.gold[i])
+        return {"text": side.texts[i], "gold": gold, "proxy": float(side.rewards["proxy"][i])}
+
+    return [{"prompt": prompt, "sft": cell(baseline, i), "rl": cell(policy, i)} for i, prompt in enumerate(prompts)]
+
+
+def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Prints) -> bool:
+    """Whether an evaluation is there, with this config and of what its paths hold now."""
+    if not path.exists() or None in now.values():
+        return False
+    found = files.read_json(path)
+    return found.get("config") == config and found.get("stands") == now
+
+
+def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
+    """Writes evaluation.json and samples.jsonl into the run's folder; returns the folder.
+
+    One that is there stays if it has the same settings and is of the same policies, base, rewards and
+    prompts: not only of the same paths.
+    """
+    folder = pathlib.Path(config.run)
+    path = folder / "evaluation.json"
+    now = provenance.prints("evaluate", config)
+    if hosts.agreed(_is_of(path, files.to_dict(config), now)):
+        return folder
+    terms = scoring.read_terms(config.terms)
+    model = load_model(config)
+    check_context(model, config.data)
+    task = get_task(config.data.task)
+    policy, _ = model.load_role(config.policy, "policy")
+    baseline = model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
+    batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size, None)
+    facts = noted(config.data, config.split, batches)
+    with contextlib.ExitStack() as stack:
+
+        def rater(folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float) -> tuple[Scorer, Mapping[str, Adapter]]:
+            models, records = scoring.load_rewards(model, folders)
+            program = scoring.reward_program(model, records, combine) if records else None
+            return stack.enter_context(Scorer(model, program, terms, weight, rows)), models
+
+        raters = {"proxy": rater(config.reward, config.combine, terms, config.reward_weight)}
+        if config.judge:
+            raters["judge"] = rater(config.judge, "mean", (), 1.0)
+        job = Evaluation(
+            model=model,
+            sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
+            logprobs=logprob_program(model, config.temperature, config.data.max_response_length),
+            raters=raters,
+            batches=batches,
+            rows=rows,
+            task=task,
+            seed=config.seed,
+        )
+        say_attention("evaluate", model.lm)
+        ours, prompts = respond(job, policy, baseline)
+        theirs, _ = respond(job, baseline, baseline)
+    judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"
+    results = {"policies": {"sft": describe(theirs), "rl": describe(ours)}, **compare(ours, theirs, judge), "config": files.to_dict(config), "stands": now}
+    if hosts.is_writer():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            files.write_json(folder / "config.json", {"config": {"job": "evaluate", **files.to_dict(config)}, "environment": environment()})
+        lines = [json.dumps(row) + "\n" for row in sample_rows(prompts, ours, theirs)]
+        files.write_atomically(folder / "samples.jsonl", "".join(lines))
+        # What the run's own job measured stays.
+        before = files.read_json(path) if path.exists() else {}
+        results["prompts"] = facts
+        files.write_json(path, before | results)
+    return folder

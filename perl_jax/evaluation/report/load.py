@@ -1,0 +1,292 @@
+"""Reads a run's folder into plain records, whatever is missing from it.
+
+Nothing here raises for a missing or damaged file inside the folder: it becomes None, an empty list
+and a line in `notes`, and the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perl_jax.errors import UserError
+from perl_jax.evaluation.intervals import Estimate
+from perl_jax.runs.metrics import FILE_NAME, NONFINITE_KEY, read_metrics
+
+TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
+JOB_NAMES = {"base": "Base model", "sft": "SFT", "reward": "Reward model", "rl": "RL", "dpo": "DPO"}
+# Jobs whose policies `perl-jax evaluate` compares with what they start from.
+POLICY_JOBS = ("rl", "dpo")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job's run: its place in the experiment and what its folder holds."""
+
+    name: str
+    job: str
+    tuning: str
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    artefact: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The job's settings: `config` of its config.json, or the file itself where it is flat."""
+        nested = self.config.get("config")
+        return nested if isinstance(nested, Mapping) else self.config
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything the page is made from; a single run is an experiment of one."""
+
+    title: str
+    summary: str
+    command: str
+    hardware: str
+    task: str
+    seconds: float | None
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tunings(self) -> list[str]:
+        """The kinds of tuning that occur, LoRA first, then full, then others by name."""
+        order = list(TUNING_NAMES)
+        found = {run.tuning for run in self.runs if run.job != "base"}
+        return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
+
+    def run(self, job: str, tuning: str) -> Run | None:
+        """The first run of a job with a tuning."""
+        return next((r for r in self.runs if (r.job, r.tuning) == (job, tuning)), None)
+
+    def runs_of(self, job: str) -> list[Run]:
+        """The runs of a job, one a tuning, in the order of `tunings`."""
+        found = (self.run(job, tuning) for tuning in self.tunings or [""])
+        return [run for run in found if run is not None]
+
+    @property
+    def policy_runs(self) -> list[Run]:
+        """The runs that make policies, job by job."""
+        return [run for job in POLICY_JOBS for run in self.runs_of(job)]
+
+
+def tuning_name(tuning: str) -> str:
+    """The name to show for a tuning."""
+    return TUNING_NAMES.get(tuning, tuning)
+
+
+def entry(tree: object, *keys: str) -> Any:
+    """`tree[key0][key1]...`, None where anything on the way is missing or not a mapping."""
+    for key in keys:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def number(tree: object, *keys: str) -> float | None:
+    """A finite number of a nested mapping, else None; booleans are no numbers."""
+    value = entry(tree, *keys)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond any float
+        return None
+
+
+def estimate(tree: object, *keys: str) -> Estimate | None:
+    """A number or a {"value", "low", "high", "n", "groups"} of a nested mapping; older ones have no groups."""
+    bare = number(tree, *keys)
+    if bare is not None:
+        return Estimate(bare, None, None, 0)
+    found = entry(tree, *keys)
+    value = number(found, "value")
+    if value is None:
+        return None
+    n, groups = number(found, "n"), number(found, "groups")
+    return Estimate(value, number(found, "low"), number(found, "high"), int(n or 0), None if groups is None else int(groups))
+
+
+def text(tree: object, *keys: str) -> str:
+    """A string of a nested mapping, "" when missing."""
+    value = entry(tree, *keys)
+    return value if isinstance(value, str) else ""
+
+
+def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, float64, of the rows where the metric is a finite number."""
+    found = [(row["step"], number(row, key)) for row in rows]
+    kept = [(step, value) for step, value in found if value is not None]
+    array = np.asarray(kept, dtype=np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def nonfinite_steps(rows: Iterable[Mapping[str, Any]]) -> int:
+    """How many steps had a NaN or infinite metric."""
+    return sum(1 for row in rows if row.get(NONFINITE_KEY))
+
+
+def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
+    """A JSON object, {} when the file is missing; {} and a note when it cannot be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        notes.append(f"{name} could not be read as a JSON object and was left out.")
+        return {}
+    return value
+
+
+def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are not objects are left out with a note."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    rows, bad = [], 0
+    for line in filter(bytes.strip, lines):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        notes.append(f"{bad} lines of {name} could not be read and were left out.")
+    return rows
+
+
+def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
+    """The metrics, [] and a note when they are missing or damaged."""
+    try:
+        return read_metrics(path)
+    except (OSError, UserError):
+        notes.append(f"{name} is missing or damaged; its curves were left out.")
+        return []
+
+
+def find_text(tree: object, key: str, depth: int = 3) -> str:
+    """The first string under `key` in nested mappings, the shallowest first."""
+    level = [tree]
+    for _ in range(depth):
+        mappings = [item for item in level if isinstance(item, Mapping)]
+        for item in mappings:
+            if text(item, key):
+                return text(item, key)
+        level = [child for item in mappings for child in item.values()]
+    return ""
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command of a run as one line: jobs write it as a list of its words."""
+    words = config.get("command")
+    return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
+
+
+def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The job of a single run, from its configuration or else from its metrics."""
+    named = find_text(config, "job")
+    if named in JOB_NAMES:
+        return named
+    keys = {key for row in rows for key in row}
+    if any(key.startswith("dpo/") for key in keys):
+        return "dpo"
+    if any(key.startswith(("reward/", "kl/", "policy/")) for key in keys):
+        return "rl"
+    return "reward" if {"train/accuracy", "validation/accuracy", "validation/auc"} & keys else "sft"
+
+
+def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:
+    """One job's folder; an empty `job` or `tuning` is inferred from its contents."""
+    shown = f"{name}/" if name else ""
+    config = read_object(folder / "config.json", notes, f"{shown}config.json")
+    rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
+    return Run(
+        name=name or folder.name,
+        job=job or infer_job(config, rows),
+        tuning=tuning or find_text(config, "tuning"),
+        config=config,
+        rows=rows,
+        evaluation=read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json"),
+        cost=read_object(folder / "cost.json", notes, f"{shown}cost.json"),
+        samples=read_samples(folder / "samples.jsonl", notes, f"{shown}samples.jsonl"),
+        artefact=read_object(folder / "adapters" / "policy" / "artefact.json", notes, f"{shown}adapters/policy/artefact.json"),
+    )
+
+
+def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run]:
+    """The runs an experiment lists; one that points outside of the folder is left out."""
+    runs: list[Run] = []
+    for item in listed if isinstance(listed, list) else []:
+        name = text(item, "name") or text(item, "folder")
+        where = folder / text(item, "folder")
+        if not text(item, "folder") or not where.resolve().is_relative_to(folder.resolve()):
+            notes.append(f"the run {name!r} names no folder inside this one and was left out.")
+            continue
+        if not where.is_dir():
+            notes.append(f"the folder of the run {name!r} is missing.")
+            continue
+        run = read_run(where, name, text(item, "job"), text(item, "tuning"), notes)
+        if any((run.job, run.tuning) == (r.job, r.tuning) for r in runs):
+            notes.append(f"{name!r} repeats a job and tuning; tables and curves show the first.")
+        runs.append(run)
+    return runs
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """An experiment's folder, or a single run's.
+
+    Raises UserError when the folder is missing or holds none of the files a report is made from.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no run's folder at {folder}.")
+    notes: list[str] = []
+    if (folder / "experiment.json").exists():
+        about = read_object(folder / "experiment.json", notes, "experiment.json")
+        runs = read_listed_runs(folder, about.get("runs"), notes)
+    elif (folder / FILE_NAME).exists() or (folder / "config.json").exists():
+        about = {}
+        runs = [read_run(folder, "", "", "", notes)]
+        for run in runs:
+            # Not searched for: an algorithm has a name too.
+            about = {"title": text(run.config, "name") or folder.resolve().name}
+            about["command"] = command_of(run.config)
+            about["task"] = find_text(run.config, "task")
+    else:
+        raise UserError(
+            f"{folder} is no run's folder: it holds neither experiment.json, config.json nor "
+            f"{FILE_NAME}."
+        )
+    for run in runs:
+        if nonfinite_steps(run.rows):
+            notes.append(
+                f"{run.name}: {nonfinite_steps(run.rows)} steps had NaN or infinite metrics."
+            )
+    return Experiment(
+        title=text(about, "title") or folder.resolve().name,
+        summary=text(about, "summary"),
+        command=text(about, "command"),
+        hardware=text(about, "hardware"),
+        task=text(about, "task"),
+        seconds=number(about, "seconds"),
+        runs=tuple(runs),
+        notes=tuple(notes),
+    )

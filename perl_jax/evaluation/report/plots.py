@@ -1,0 +1,239 @@
+"""The pictures of the page, as SVG text in bytes. Every function takes arrays, not folders.
+
+Colours are from Okabe and Ito's set, which people with any common colour blindness can tell apart;
+line style repeats what colour says, for print in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from perl_jax.evaluation.intervals import Estimate
+from perl_jax.evaluation.report.formats import label as printed
+
+STYLES = {"lora": ("#0072B2", "-"), "full": ("#D55E00", "--"), "": ("#0072B2", "-"),
+          "base": ("#374151", "-")}  # fmt: skip
+OTHER_STYLES = (("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "-"), ("#E69F00", "--"))
+PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+PART_LINES = ("-", "--", "-.", ":")
+LARGEST_RAW = 1500
+# A legend of more curves, or of longer names, does not fit among them.
+MOST_INSIDE, LONGEST_INSIDE = 4, 32
+SETTINGS = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "perl_jax",
+    "font.size": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#6b7280",
+    "axes.labelcolor": "#374151",
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": "#111827",
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#4b5563",
+    "ytick.color": "#4b5563",
+    "legend.frameon": False,
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line; x and y are of one length.
+
+    `tuning` decides its colour and style, unless it has a `style` of its own.
+    """
+
+    label: str
+    tuning: str
+    x: np.ndarray
+    y: np.ndarray
+    faint_raw: bool = True
+    style: tuple[str, str] | None = None
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over an odd window, cut off at the ends of the data.
+
+    smooth([0, 3, 6, 0], 3) == [1.5, 3, 3, 3]
+    """
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    index = np.arange(values.size)
+    low = np.maximum(0, index - window // 2)
+    high = np.minimum(values.size, index + window // 2 + 1)
+    return (total[high] - total[low]) / (high - low)
+
+
+def smoothing_window(n: int) -> int:
+    """About a twelfth of the points, odd; 1 (none) for fewer than 12 points."""
+    return 1 if n < 12 else 2 * (n // 24) + 1
+
+
+def thin(x: np.ndarray, y: np.ndarray, largest: int = LARGEST_RAW) -> tuple[np.ndarray, np.ndarray]:
+    """Every k-th point so that at most about `largest` are left, the last one included."""
+    step = -(-x.size // largest) if x.size else 1
+    keep = np.arange(x.size - 1, -1, -step)[::-1]
+    return x[keep], y[keep]
+
+
+def binned_means(x: np.ndarray, y: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Means of x and of y in up to `bins` groups of about equally many points, sorted by x."""
+    order = np.argsort(x, kind="stable")
+    groups = np.array_split(order, min(bins, max(1, x.size)))
+    return (
+        np.array([x[g].mean() for g in groups if g.size]),
+        np.array([y[g].mean() for g in groups if g.size]),
+    )
+
+
+def style_of(tuning: str) -> tuple[str, str]:
+    """Colour and line style of a tuning; names without their own get one by their letters."""
+    if tuning in STYLES:
+        return STYLES[tuning]
+    return OTHER_STYLES[sum(map(ord, tuning)) % len(OTHER_STYLES)]
+
+
+def part_style(index: int) -> tuple[str, str]:
+    """Colour and line style of one part among others of a run: 28 pairs before one returns."""
+    return PHASE_COLOURS[index % len(PHASE_COLOURS)], PART_LINES[index % len(PART_LINES)]
+
+
+def render(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same figure; the XML prologue is left out."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Names may hold letters that the font lacks; a box in the picture is not worth a warning.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    data = buffer.getvalue()
+    return data[data.index(b"<svg") :]
+
+
+def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Each curve smoothed over its faint raw points."""
+    for curve in curves:
+        colour, line = curve.style or style_of(curve.tuning)
+        smoothed = curve.y
+        if curve.faint_raw:
+            axes.plot(*thin(curve.x, curve.y), color=colour, alpha=0.22, linewidth=0.9)
+            smoothed = smooth(curve.y, smoothing_window(curve.y.size))
+        marker = "o" if curve.x.size <= 12 else None
+        axes.plot(
+            *thin(curve.x, smoothed), color=colour, linestyle=line, linewidth=1.9,
+            marker=marker, markersize=3.5, label=printed(curve.label),
+        )  # fmt: skip
+
+
+def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
+    """Labels, few ticks (steps have whole numbers), a legend where there is more than one thing to tell apart."""
+    axes.set_xlabel(xlabel)
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.set_ylabel(ylabel)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    handles, _ = axes.get_legend_handles_labels()
+    if legend and len(handles) > 1:
+        axes.legend(loc="best", fontsize=9, handlelength=2.6)
+
+
+def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -> bytes:
+    """One panel of curves; a large legend is below them."""
+    long = any(len(printed(curve.label)) > LONGEST_INSIDE for curve in curves)
+    below = len(curves) > 1 and (long or len(curves) > MOST_INSIDE)
+    columns = 1 if long else 2
+    lines = -(-len(curves) // columns) if below else 0
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(5.4, 3.5 + 0.2 * lines), layout="constrained")
+        axes = figure.subplots()
+        draw_curves(axes, curves)
+        axes.set_title(title)
+        finish(axes, xlabel, ylabel, legend=not below)
+        if below:
+            figure.legend(loc="outside lower left", ncols=columns, fontsize=9, handlelength=2.6)
+        return render(figure)
+
+
+def stacked_plot(
+    title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str
+) -> bytes:
+    """Panels one above the other on one x axis; each has its own scale, as its unit is its own."""
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(5.4, 2.3 * len(panels) + 0.6), layout="constrained")
+        every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for i, (axes, (ylabel, curves)) in enumerate(zip(every, panels, strict=True)):
+            draw_curves(axes, curves)
+            last = i == len(panels) - 1
+            finish(axes, xlabel if last else "", ylabel, legend=i == 0)
+        every[0].set_title(title)
+        return render(figure)
+
+
+def calibration_plot(
+    tables: Sequence[tuple[str, str, Sequence[tuple[float, Estimate]]]],
+) -> bytes:
+    """Observed against predicted shares with bars for their intervals; the diagonal is perfect calibration.
+
+    tables: label, tuning, and rows of (predicted, observed), for each model.
+    """
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#6b7280", linewidth=1, linestyle=":", label="perfect")
+        for label, tuning, rows in tables:
+            colour, line = style_of(tuning)
+            predicted = np.array([row[0] for row in rows])
+            observed = np.array([row[1].value for row in rows])
+            # NaN, where there is no interval, draws no bar.
+            below = observed - np.array([row[1].low for row in rows], dtype=np.float64)
+            above = np.array([row[1].high for row in rows], dtype=np.float64) - observed
+            axes.errorbar(
+                predicted, observed, yerr=np.maximum(0, [below, above]), color=colour,
+                linestyle=line, linewidth=1.7, marker="o", markersize=4, elinewidth=0.9,
+                capsize=2, label=printed(label),
+            )  # fmt: skip
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_aspect("equal")
+        axes.set_title("Is a stated 70 % right 70 % of the time?")
+        finish(axes, "predicted probability", "observed share")
+        return render(figure)
+
+
+def phases_plot(bars: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Seconds of a step by phase: one stacked bar a run."""
+    phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(8.6, 0.55 * len(bars) + 1.5), layout="constrained")
+        axes = figure.subplots()
+        left = np.zeros(len(bars))
+        for i, phase in enumerate(phases):
+            widths = np.array([bar.get(phase, 0.0) for bar in bars.values()])
+            axes.barh(
+                list(range(len(bars))), widths, left=left, height=0.6, label=printed(phase),
+                color=PHASE_COLOURS[i % len(PHASE_COLOURS)], edgecolor="white",
+                hatch="///" if i >= len(PHASE_COLOURS) else None,
+            )  # fmt: skip
+            left += widths
+        axes.set_yticks(range(len(bars)), [printed(name) for name in bars])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("seconds")
+        figure.legend(
+            loc="outside upper left", ncols=min(6, len(phases)), fontsize=9, handlelength=1.2
+        )
+        return render(figure)

@@ -1,0 +1,120 @@
+"""`score`: log-probabilities and rewards of given responses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from perl_jax import errors
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.jsonl import numbered_rows
+from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.tokenise import RowError
+from perl_jax.errors import UserError, require
+from perl_jax.hub.model import TemplateOptions, load_model
+from perl_jax.hub.tokenizer import Tokenizer
+from perl_jax.models import passes
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.runtime import files, sharding
+from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.programs import Program
+from perl_jax.types import Tokens, Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TemplateOptions):
+    """Score a JSON Lines file of rows with `prompt` and `response`.
+
+    Each row is written with `token_logprobs` (of the response's tokens, eos included), `logprob`
+    (their sum) and, where the adapter has a head, `score` (a reward's normalised).
+
+    Attributes:
+        input: The file of rows.
+        adapter: An artefact of any role; None: the base.
+        output: A file; None: standard output.
+        batch_size: Rows at a time, over all devices.
+        max_prompt_length: In tokens; a longer prompt is refused, not cut.
+        max_response_length: In tokens; a longer response is refused, not cut.
+        temperature: Divides the logits before log-probabilities are taken.
+    """
+
+    input: str
+    adapter: str | None = None
+    output: str | None = None
+    batch_size: int = 16
+    max_prompt_length: int = 1024
+    max_response_length: int = 1024
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("score")
+        for field in ("batch_size", "max_prompt_length", "max_response_length", "temperature"):
+            errors.positive(field, getattr(self, field))
+
+
+def measure_program(lm: LanguageModel, temperature: float) -> Program:
+    """(base, adapter or None, tokens) -> (logp_BT, score_B where there is a head)."""
+    return Program("measure", functools.partial(_measure, lm, temperature))
+
+
+def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens) -> tuple:
+    logp_BT = passes.sequence_logprobs(lm, base, adapter, tokens, temperature)
+    if adapter is None or adapter.head is None:
+        return logp_BT, None
+    return logp_BT, passes.scores(lm, base, adapter, tokens)
+
+
+def score(config: ScoreConfig) -> list[dict[str, Any]]:
+    """The input's rows with their log-probabilities and scores, in order."""
+    numbers, rows = zip(*numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True)
+    model = load_model(config)
+    adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
+    spec = BatchSpec(config.batch_size, config.max_prompt_length, config.max_response_length, shuffle_seed=None, epochs=1)
+    try:
+        batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
+    except RowError as error:
+        raise UserError(f"{config.input}, line {numbers[error.index]}: {error.reason}") from error
+    if any(batches.truncated.values()):
+        raise UserError(_first_too_long(config, model.tokenizer, rows))
+    longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
+    require(longest <= room, f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.")
+    program = measure_program(model.lm, config.temperature)
+    out: list[dict[str, Any]] = [dict(row) for row in rows]
+    for index, batch in enumerate(batches):
+        logp_BT, score_B = to_host(program(model.base, adapter, sharding.put_batch(batch, model.mesh)))
+        for i, row in enumerate(batches.rows_of(index)):
+            if row < 0:
+                continue
+            token_logprobs = logp_BT[i][batch.response_BT[i]]
+            out[row] |= {"token_logprobs": [float(x) for x in token_logprobs], "logprob": float(np.sum(token_logprobs, dtype=np.float64))}
+            if score_B is not None:
+                normalise = record.normalise if record.role == "reward" else float
+                out[row]["score"] = float(normalise(float(score_B[i])))
+    return out
+
+
+def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
+    """The sentence about the first row that would be cut."""
+    for number, row in enumerate(rows, 1):
+        counts = {"prompt": len(tokenizer.prompt_ids(row["prompt"])), "response": len(tokenizer.response_ids(row["response"]))}
+        limits = {"prompt": config.max_prompt_length, "response": config.max_response_length}
+        for field, limit in limits.items():
+            if counts[field] > limit:
+                return f"{config.input}: the {field} of row {number} has {counts[field]} tokens; max_{field}_length is {limit}."
+    raise ValueError("no row is too long")
+
+
+def run_score(config: ScoreConfig) -> None:
+    """Writes the scored rows to `output`, or prints them."""
+    lines = "".join(json.dumps(row) + "\n" for row in score(config))
+    if config.output is None:
+        print(lines, end="")
+    else:
+        files.write_atomically(pathlib.Path(config.output), lines)

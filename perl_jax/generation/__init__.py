@@ -1,0 +1,1 @@
+"""Sampling, continuous batching, and what is compiled for them."""

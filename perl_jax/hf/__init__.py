@@ -1,1 +1,0 @@
-"""Hugging Face folders: weights, configs and tokenizers."""

@@ -1,0 +1,1 @@
+"""Models as files: families' configs, weights, tokenizers, presets, PEFT's files, artefacts; a base in memory."""

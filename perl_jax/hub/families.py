@@ -1,0 +1,331 @@
+"""`config.json` of the supported families <-> ModelConfig, and the names of their tensors.
+
+One table entry a family says which fields of its `config.json` are read. Every other field must be
+one that cannot change the numbers, or off (null, false, 0, empty): anything else is an error that
+names it, so that no checkpoint is quietly run as another model. Fields that cannot change the numbers
+and that transformers does not write by itself are `leftovers`, for the reader to be told of.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from perl_jax.adapters.lora import ATTENTION, FEED_FORWARD
+from perl_jax.errors import UserError, require
+from perl_jax.models.config import ModelConfig, Rope
+from perl_jax.runtime import files
+
+Settings = dict[str, Any]
+
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SHARED = {*_SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"}
+_ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
+# Fields that transformers writes into most files and that say nothing of the function computed.
+_NO_EFFECT = {
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type"),
+    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation"),
+    # Of the original training's layout; transformers' models do not read it.
+    "pretraining_tp",
+    *("task_specific_params", "is_encoder_decoder"),
+}
+# What trainers, converters and older versions of transformers leave in a file without effect on the
+# function computed, beside every field that begins with an underscore or with one of these words.
+_LEFTOVERS = {
+    # Where a model came from, and how it was trained.
+    *("is_llama_config", "neftune_noise_alpha", "gradient_checkpointing", "use_reentrant_checkpointing", "use_bfloat16", "model_name"),
+    *("transformers.js_config", "auto_map", "tokenizer_class", "finetuning_task", "tokenizer_model_max_length", "tokenizer_padding_side"),
+    *("max_sequence_length", "max_seq_length", "model_max_length", "attn_implementation", "output_past"),
+    *("torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder"),
+    # How to generate.
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "decoder_start_token_id", "exponential_decay_length_penalty", "remove_invalid_values", "output_scores"),
+    *("return_dict_in_generate", "prefix"),
+}
+_LEFTOVER_BEGINNINGS = ("_", "unsloth_")
+# Settings that the decoder has one way of doing, in every family.
+_ONLY = {
+    "attention_dropout": 0.0,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """reads: fields beyond the shared ones. settings(values): what they set in a ModelConfig.
+
+    values: transformers' own config object, where older spellings and defaults are resolved.
+    implied: fields of the shape that published files leave to the defaults of transformers' class.
+    """
+
+    reads: frozenset[str]
+    settings: Callable[[Any], Settings]
+    implied: frozenset[str] = frozenset()
+
+
+def _llama(values: Any) -> Settings:
+    return {"biases": _biases(values)}
+
+
+def _mistral(values: Any) -> Settings:
+    every = range(values.num_hidden_layers) if values.sliding_window else ()
+    return {"window": values.sliding_window or None, "windowed": tuple(every)}
+
+
+def _smollm3(values: Any) -> Settings:
+    # The list is 1 where a layer has rotary positions.
+    unrotated = tuple(index for index, rotated in enumerate(values.no_rope_layers) if not rotated)
+    return {"biases": _biases(values), "unrotated": unrotated, **_windows(values, values.use_sliding_window)}
+
+
+def _qwen2(values: Any) -> Settings:
+    return {"biases": ("q", "k", "v"), **_windows(values, values.use_sliding_window)}
+
+
+def _qwen3(values: Any) -> Settings:
+    return {"biases": _biases(values), "qk_norm": True, **_windows(values, values.use_sliding_window)}
+
+
+def _gemma(values: Any) -> Settings:
+    return {
+        "biases": _biases(values),
+        "sandwich_norms": True,
+        "unit_offset_norms": True,
+        "scaled_embedding": True,
+        "query_scale": values.query_pre_attn_scalar**-0.5,
+        "attention_cap": values.attn_logit_softcapping,
+        "logit_cap": values.final_logit_softcapping,
+        **_windows(values, True),
+    }
+
+
+def _gemma3(values: Any) -> Settings:
+    # The config class has the attention cap, the model has none.
+    return _gemma(values) | {"qk_norm": True, "attention_cap": None}
+
+
+_WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+_BIASES = {"attention_bias", "mlp_bias"}
+_GEMMA = {"sliding_window", "layer_types", "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+_GEMMA3 = {*_GEMMA, "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(frozenset({*_BIASES, "hidden_act"}), _llama),
+    "mistral": Family(frozenset({"sliding_window", "hidden_act"}), _mistral),
+    "smollm3": Family(frozenset({*_BIASES, *_WINDOWS, "hidden_act", "no_rope_layers", "no_rope_layer_interval"}), _smollm3),
+    "qwen2": Family(frozenset({*_WINDOWS, "hidden_act"}), _qwen2),
+    "qwen3": Family(frozenset({*_WINDOWS, "attention_bias", "hidden_act"}), _qwen3),
+    # Gemma 2's files say hidden_act beside hidden_activation, and sliding_window_size beside
+    # sliding_window; only the latter of each is used.
+    "gemma2": Family(frozenset({*_GEMMA, "hidden_activation", "hidden_act", "sliding_window_size"}), _gemma),
+    "gemma3_text": Family(frozenset({*_GEMMA3, "hidden_activation"}), _gemma3, frozenset({"vocab_size", "num_attention_heads"})),
+}
+
+
+def _biases(values: Any) -> tuple[str, ...]:
+    attention = ATTENTION if getattr(values, "attention_bias", False) else ()
+    return attention + (FEED_FORWARD if getattr(values, "mlp_bias", False) else ())
+
+
+def _windows(values: Any, used: bool) -> Settings:
+    kinds = values.layer_types
+    known = {"full_attention", "sliding_attention"}
+    require(set(kinds) <= known, f"config.json has layer_types {sorted(set(kinds) - known)}; supported: {', '.join(sorted(known))}.")
+    windowed = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
+    if not used or not windowed:
+        return {}
+    return {"window": values.sliding_window, "windowed": windowed}
+
+
+def _rope(source: str, found: Mapping[str, Any]) -> Rope:
+    kind = found.get("rope_type", "default")
+    scalings = {"default": "none", "linear": "linear", "llama3": "llama3"}
+    require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
+    known = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    partial = found.get("partial_rotary_factor", 1.0)
+    require(partial == 1.0, f"{source} has partial_rotary_factor {partial!r}; only 1.0 is supported.")
+    unknown = sorted(name for name in set(found) - known - {"partial_rotary_factor"} if found[name] is not None)
+    require(not unknown, f"{source} has rope setting {', '.join(unknown)}, which is not supported.")
+    names = {"theta": "rope_theta", "factor": "factor", "low_factor": "low_freq_factor", "high_factor": "high_freq_factor"}
+    names["original_positions"] = "original_max_position_embeddings"
+    if kind != "llama3":
+        names = {"theta": "rope_theta"} | ({"factor": "factor"} if kind == "linear" else {})
+    missing = sorted(name for name in names.values() if found.get(name) is None)
+    require(not missing, f"{source} has rope type {kind!r} without {', '.join(missing)}.")
+    values = {field: found[name] for field, name in names.items()}
+    return Rope(scaling=scalings[kind], **values | {"theta": float(values["theta"])})
+
+
+def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
+    """ModelConfig of a folder's `config.json`: `from_json` of the file."""
+    path = folder / "config.json"
+    raw = files.read_json(path)
+    require(isinstance(raw, dict), f"{path} does not hold a JSON object.")
+    return from_json(raw, str(path), **computing)
+
+
+def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelConfig:
+    """ModelConfig of a config.json's fields. UserError names what is missing or not supported.
+
+    source: what messages call the fields' place. computing: fields that say how to compute, such
+    as dtype and remat.
+    """
+    kind = raw.get("model_type")
+    text = raw.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    text_alone = f"; its text model ({inner}) can be used where it is saved alone" if inner in FAMILIES else ""
+    require(kind in FAMILIES, f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}.")
+    family = FAMILIES[kind]
+    for field in _SHAPE:
+        require(raw.get(field) is not None or field in family.implied, f"{source} has no field {field!r}.")
+    for field, allowed in _ONLY.items():
+        found = raw.get(field, allowed)
+        require(found == allowed or not found and not allowed, f"{source} has {field} {found!r}; only {allowed!r} is supported.")
+    read = _SHARED | _ROPE | set(_ONLY) | family.reads
+    unknown = sorted(field for field in _set(raw) if field not in read | _NO_EFFECT and not _is_leftover(field))
+    require(
+        not unknown,
+        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which {kind} is not known to have here; "
+        "running without it could change the numbers. If it cannot, take it out of the file.",
+    )
+    values = _resolved(source, kind, {field: value for field, value in raw.items() if field in read})
+    gated = "hidden_activation" in family.reads
+    activation = values.hidden_activation if gated else values.hidden_act
+    field = "hidden_activation" if gated else "hidden_act"
+    require(activation in _ACTIVATIONS, f"{source} has {field} {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
+    ropes = values.rope_parameters
+    local = None
+    if "full_attention" in ropes:
+        ropes, local = ropes["full_attention"], _rope(source, ropes["sliding_attention"])
+    settings = {"rope": _rope(source, ropes), "local_rope": local, "activation": _ACTIVATIONS[activation], **family.settings(values)}
+    heads = values.num_attention_heads
+    return ModelConfig(
+        vocab_size=values.vocab_size,
+        width=values.hidden_size,
+        ffn_width=values.intermediate_size,
+        layers=values.num_hidden_layers,
+        heads=heads,
+        kv_heads=values.num_key_value_heads or heads,
+        head_dim=getattr(values, "head_dim", None) or values.hidden_size // heads,
+        max_positions=values.max_position_embeddings,
+        norm_epsilon=values.rms_norm_eps,
+        tied_embeddings=values.tie_word_embeddings,
+        **settings,
+        **computing,
+    )
+
+
+def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
+    """Fields that a folder's `config.json` sets and that neither transformers nor this package reads, by name.
+
+    None of them can change the numbers; a field that could is an error of `from_json`.
+    """
+    return tuple(sorted(filter(_is_leftover, _set(files.read_json(folder / "config.json")))))
+
+
+def _is_leftover(field: str) -> bool:
+    read = any(field in family.reads for family in FAMILIES.values())
+    return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))
+
+
+def _set(raw: Mapping[str, Any]) -> list[str]:
+    """Fields with another value than one that means off."""
+    return [field for field, value in raw.items() if value not in (None, False, 0, [], {}, "")]
+
+
+def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
+    """transformers' config object: it knows older spellings of fields and each family's defaults."""
+    from transformers import AutoConfig
+
+    # A null where the class has a default means the default, except where null is itself a setting.
+    given = {name: value for name, value in raw.items() if value is not None or name in ("sliding_window",) or "softcapping" in name}
+    try:
+        # Copied: the class fills in nested settings in place.
+        return AutoConfig.for_model(kind, **copy.deepcopy(given))
+    # Whatever the class's own checks raise, it is about this file.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} is not a valid {kind} config: {reason}") from error
+
+
+def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The `config.json` that transformers reads for a decoder trained here (the Llama family)."""
+    shape = ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_dim", "max_positions", "norm_epsilon", "tied_embeddings")
+    computing = ("dtype", "param_dtype", "remat", "unroll", "attention")
+    values, default = dataclasses.asdict(config), {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    default["rope"] = dataclasses.asdict(Rope(theta=config.rope.theta))
+    others = [name for name in values if name not in (*shape, *computing) and values[name] != default[name]]
+    if others:
+        raise ValueError(f"a Llama config.json cannot say model.{others[0]}={values[others[0]]!r}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": config.param_dtype,
+        **{f"{name}_token_id": value for name, value in token_ids.items()},
+    }
+
+
+# Names of tensors.
+
+_MODULES = {
+    "attention/q": "self_attn.q_proj",
+    "attention/k": "self_attn.k_proj",
+    "attention/v": "self_attn.v_proj",
+    "attention/o": "self_attn.o_proj",
+    "attention/q_norm": "self_attn.q_norm",
+    "attention/k_norm": "self_attn.k_norm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+}
+_PRE_NORMS = {"mlp_norm": "post_attention_layernorm"}
+_SANDWICH_NORMS = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_OUTER = {"embedding": "model.embed_tokens", "final_norm/scale": "model.norm", "lm_head": "lm_head"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def module_names(config: ModelConfig) -> dict[str, str]:
+    """Path of a layer's module here -> its path in the checkpoint, below `model.layers.N`."""
+    return _MODULES | (_SANDWICH_NORMS if config.sandwich_norms else _PRE_NORMS)
+
+
+def tensor_names(name: str, config: ModelConfig) -> list[str]:
+    """The tensors behind one base leaf (`layers/attention/q/kernel`): one a layer, or one."""
+    place, _, rest = name.partition("/")
+    if place == "outer":
+        return [_OUTER[rest] + ".weight"]
+    module, _, leaf = rest.rpartition("/")
+    path = f"{module_names(config)[module]}.{_LEAVES[leaf]}"
+    return [f"model.layers.{index}.{path}" for index in range(config.layers)]
+
+
+def transposed(name: str) -> bool:
+    """torch keeps [out, in] where this project keeps [in, out]; embeddings, norms, biases agree."""
+    return name.endswith(("kernel", "lm_head"))

@@ -1,0 +1,1 @@
+"""Losses, advantages and KL: pure functions of log-probabilities, scores and masks."""

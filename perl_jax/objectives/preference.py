@@ -1,0 +1,59 @@
+"""Direct preference optimisation: losses on comparisons without a reward model."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from perl_jax.adapters.lora import Adapter
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.passes import both_sides, in_turn, sequence_logprobs, sides
+from perl_jax.objectives import losses
+from perl_jax.objectives.losses import Logs, LossSum
+from perl_jax.objectives.supervised import accuracy
+from perl_jax.runtime.masked import masked_sum
+from perl_jax.types import Array, Pairs, Tree
+
+
+def response_log_ratio(logp_BT: Array, reference_BT: Array, response_BT: Array, mean: bool = False) -> jax.Array:
+    """sum_t (log pi - log pi_ref) over each row's response tokens, or their mean."""
+    total_B = masked_sum(logp_BT, response_BT, axis=1) - masked_sum(reference_BT, response_BT, axis=1)
+    return total_B / jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean else total_B
+
+
+@flax.struct.dataclass
+class Preferences:
+    """Comparisons with the reference's log-probabilities of both sides."""
+
+    pairs: Pairs
+    chosen_BT: Array
+    rejected_BT: Array
+
+    @property
+    def reference_BT(self) -> jax.Array:
+        """Of the rows of `both_sides`."""
+        return in_turn(self.chosen_BT, self.rejected_BT)
+
+
+def preference_objective(
+    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Preferences, key: jax.Array | None,
+    *, kind: str, beta: float, label_smoothing: float, mean: bool, soft_labels: bool = False,
+) -> tuple[LossSum, Logs]:  # fmt: skip
+    """DPO or IPO (`losses.preference`) on log-ratios of whole responses, or of means over tokens.
+
+    soft_labels: a row's probability p, where known, makes its label smoothing 1 - p.
+    Logs the implicit rewards beta log(pi / pi_ref) of both sides, and how often they are in order.
+    """
+    both, weight_B = both_sides(batch.pairs), batch.pairs.weight_B
+    logp_BT = sequence_logprobs(lm, base, roles["policy"], both, key=key)
+    ratio_B = response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean)
+    chosen_B, rejected_B = sides(ratio_B)
+    total = jnp.sum(weight_B)
+    measured = {"dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
+    logs = {"train/accuracy": accuracy(batch.pairs, chosen_B, rejected_B)}
+    logs |= {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
+    smoothing = label_smoothing
+    if soft_labels and batch.pairs.probability_B is not None:
+        smoothing = jnp.where(jnp.isnan(batch.pairs.probability_B), label_smoothing, 1 - batch.pairs.probability_B)
+    return losses.preference(chosen_B, rejected_B, weight_B, beta=beta, kind=kind, label_smoothing=smoothing), logs

@@ -1,0 +1,1 @@
+"""Memory and cost on TPU slices, by their compiler."""

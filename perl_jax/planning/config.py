@@ -1,0 +1,128 @@
+"""What a plan can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from perl_jax import errors
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.adapters.quantise import QuantiseConfig
+from perl_jax.data.config import DataConfig
+from perl_jax.evaluation.best_of import BestOfConfig
+from perl_jax.evaluation.compare import EvaluateConfig
+from perl_jax.evaluation.score import ScoreConfig
+from perl_jax.generation.text import GenerateConfig
+from perl_jax.hub.exchange import ExportConfig
+from perl_jax.hub.model import ModelOptions
+from perl_jax.models.config import REMAT
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.runtime.sharding import MeshConfig
+from perl_jax.training.configs import DPOConfig, JobConfig, RewardConfig, SFTConfig
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.rl_config import RLConfig
+
+JOBS: dict[str, type[JobConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "rl": RLConfig}
+# Commands that train nothing, and whose artefacts are of the given tuning and size.
+READING: dict[str, type[ModelOptions]] = {"evaluate": EvaluateConfig, "best-of": BestOfConfig, "generate": GenerateConfig, "score": ScoreConfig, "export": ExportConfig}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Compile a job's real programs for a TPU slice, without a TPU and without weights.
+
+    Prints each program's peak memory a chip by component, operations, collectives and their bytes.
+
+    Attributes:
+        job: sft, reward, dpo or rl; or evaluate, best-of, generate, score or export of artefacts as tuning and lora say.
+        model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder with its config.json.
+        topology: The slice, generation:shape in chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1.
+        mesh: Devices along its axes: data=2,fsdp=4,tensor=2; all of them along fsdp when left out.
+        adapters: Every device has all of an adapter, or adapters are split like their weights.
+        tuning: Train adapters, or every weight.
+        dtype: Of the frozen base and of activations; full tuning trains float32 weights.
+        remat: What the backward pass computes again: none, dots or full.
+        attention: The path of whole sequences; auto is splash.
+        quantise: Keep the frozen base's matrices in 8 or 4 bits.
+        lora: The adapter's size and place.
+        optimizer: Its state is part of the memory.
+        algorithm: Of rl.
+        batch: Comparisons, demonstrations or episodes an update, over all devices; of evaluate, best-of and score the rows at a
+            time, of generate the continuations; export has none.
+        microbatches: The batch in so many parts, one after the other.
+        prompt_length: In tokens; every row is planned at full length.
+        response_length: In tokens.
+        effort: quick compiles in a sixth of the time; peaks were within 5 % of full's, but only full
+            gives the compiler's estimate of seconds.
+        search: Try meshes, rematerialisation and microbatches, and list what fits, best first.
+        json: A file for the same as JSON.
+    """
+
+    job: Literal["sft", "reward", "dpo", "rl", "evaluate", "best-of", "generate", "score", "export"]
+    model: str
+    topology: str
+    mesh: str | None = None
+    adapters: Literal["replicated", "sharded"] = "replicated"
+    tuning: Literal["lora", "full"] = "lora"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["auto", "plain", "splash"] = "auto"
+    quantise: QuantiseConfig = QuantiseConfig()
+    lora: LoRAConfig = LoRAConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    batch: int = 128
+    microbatches: int = 1
+    prompt_length: int = 512
+    response_length: int = 128
+    effort: Literal["quick", "full"] = "quick"
+    search: bool = False
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        errors.one_of("job", self.job, (*JOBS, *READING))
+        errors.one_of("remat", self.remat, REMAT)
+        errors.one_of("effort", self.effort, ("quick", "full"))
+        fixed = not self.search or self.mesh is None
+        errors.require(fixed, "search tries meshes; leave mesh out, or search.")
+        read = self.job == "rl" or self.algorithm == AlgorithmConfig()
+        errors.require(read, f"algorithm.* is for the job rl; job is {self.job!r}: leave it out.")
+        if self.tuning == "full" and self.job != "rl":
+            errors.unread(self, ("adapters",), "tuning full", ("tuning lora", "rl"))
+        if self.job in READING:
+            errors.unread(self, ("microbatches", "optimizer", "remat", "search"), self.job, tuple(JOBS))
+        self.mesh_config(1)
+        self.job_config()
+
+    def mesh_config(self, devices: int) -> MeshConfig:
+        """The mesh over so many devices."""
+        if self.mesh is None:
+            return MeshConfig(data=1, fsdp=devices, adapters=self.adapters)
+        parts = [re.fullmatch(r"(data|fsdp|tensor)=(\d+)", part.strip()) for part in self.mesh.split(",")]
+        errors.require(all(parts), f"mesh is {self.mesh!r}; write it as data=2,fsdp=4,tensor=2.")
+        return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
+
+    def job_config(self) -> ModelOptions:
+        """The job that is planned, as its own command would be told."""
+        if self.job in READING:
+            return self._reading_config()
+        data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
+        more: dict[str, Any] = {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
+        return JOBS[self.job](
+            run="-", model=self.model, tuning=self.tuning, dtype=self.dtype, remat=self.remat, quantise=self.quantise, lora=self.lora,
+            optimizer=self.optimizer, data=data, batch_size=self.batch, microbatches=self.microbatches, **more,
+        )  # fmt: skip
+
+    def _reading_config(self) -> ModelOptions:
+        base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}
+        data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
+        lengths = {"max_prompt_length": self.prompt_length, "max_response_length": self.response_length}
+        more: dict[str, Any] = {
+            "evaluate": {"run": "-", "policy": "-", "reward": ("-",), "data": data, "batch_size": self.batch},
+            "best-of": {"policy": "-", "reward": ("-",), "output": "-", "data": data, "batch_size": self.batch},
+            "generate": {"prompt": "-" * self.prompt_length, "adapter": "-", "max_new_tokens": self.response_length, "samples": self.batch},
+            "score": {"input": "-", "adapter": "-", "batch_size": self.batch, **lengths},
+            "export": {"adapter": "-", "format": "merged" if self.quantise.kind == "none" else "peft", "to": "-"},
+        }[self.job]
+        return READING[self.job](**base, **more)

@@ -1,0 +1,194 @@
+"""What one run of a compiled program moves: collectives, HBM traffic and the compiler's cycles.
+
+Read from the optimised HLO, from the entry computation through calls and loops (times their
+trips), of one device. Sizes are those of buffers as laid out, padding included.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from typing import Iterator
+
+from perl_jax.planning.hlo_loops import Frame, trips
+from perl_jax.planning.hlo_text import Computation, Instruction, Module, leaves, parse_module
+from perl_jax.planning.hlo_traffic import COLLECTIVES, base_opcode, is_later_piece, origin, result_shape, traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """The collectives of one kind over groups of one size, summed over a run of the program.
+
+    runs: how many times one is executed. result_bytes: of their results. link_bytes: what a device
+    sends, and as much receives, where n devices of a group form a ring and `full` is the whole
+    buffer: all-gather, reduce-scatter, all-to-all (n-1)/n full; all-reduce twice that; permute full.
+    """
+
+    kind: str
+    group: int
+    runs: int
+    result_bytes: int
+    link_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """One run of a program on one device.
+
+    cycles: the compiler's estimates, summed; 0 where it gives none (CPU). They leave out
+    collectives, Pallas kernels and copies that run beside the arithmetic.
+    unknown_loops: the op names of loops whose trips the caller had to give.
+    """
+
+    collectives: tuple[Collective, ...]
+    hbm_read: int
+    hbm_written: int
+    cycles: int
+    unknown_loops: tuple[str, ...]
+
+    @property
+    def hbm_bytes(self) -> int:
+        return self.hbm_read + self.hbm_written
+
+    @property
+    def link_bytes(self) -> int:
+        return sum(c.link_bytes for c in self.collectives)
+
+
+@dataclasses.dataclass
+class _Totals:
+    read: int = 0
+    written: int = 0
+    cycles: int = 0
+    runs: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    results: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    links: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unknown: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: _Totals, times: int = 1) -> None:
+        self.read += other.read * times
+        self.written += other.written * times
+        self.cycles += other.cycles * times
+        for mine, theirs in ((self.runs, other.runs), (self.results, other.results), (self.links, other.links)):
+            for key, count in theirs.items():
+                mine[key] += count * times
+        self.unknown |= other.unknown
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """By which the dearest branch of a conditional is chosen: bytes moved, then cycles."""
+        return self.read + self.written + sum(self.links.values()), self.cycles
+
+
+def account(text: str, *, unknown_trips: int | None = None) -> Account:
+    """The account of `compiled.as_text()`.
+
+    A conditional costs its dearest branch. unknown_trips: how often each loop runs whose count the
+    text does not say, such as a sampler's that ends when all rows have. Raises ValueError when
+    there is such a loop and no count, or when the text is no HLO module.
+    """
+    module = parse_module(text)
+    totals = _visit(Frame(module, module.computations[module.entry]), unknown_trips)
+    kinds = tuple(
+        Collective(kind, group, runs, totals.results[kind, group], totals.links[kind, group])
+        for (kind, group), runs in sorted(totals.runs.items())
+        if runs
+    )
+    return Account(kinds, totals.read, totals.written, totals.cycles, tuple(totals.unknown))
+
+
+def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
+    """One run of a computation."""
+    totals = _Totals()
+    for instruction in frame.computation.instructions.values():
+        if instruction.opcode == "while":
+            totals.add(_loop(frame, instruction, unknown_trips))
+        elif instruction.opcode == "conditional":
+            branches = [_visit(frame.enter(name, instruction), unknown_trips) for name in instruction.branches]
+            totals.add(max(branches, key=lambda branch: branch.weight))
+        elif instruction.opcode in ("call", "call-start", "async-start"):
+            called = _visit(frame.enter(instruction.called.get("to_apply") or instruction.called["calls"], instruction), unknown_trips)
+            # The sparse cores' cycles are not the tensor cores'.
+            called.cycles *= instruction.attribute(r'async_execution_thread="(sparsecore)"') is None
+            totals.add(called)
+        else:
+            _count(totals, instruction, frame)
+    return totals
+
+
+def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals:
+    totals, count = _Totals(), trips(frame, loop)
+    if count is None:
+        name = loop.attribute(r'op_name="([^"]*)"') or loop.name
+        if unknown_trips is None:
+            raise ValueError(f"How often loop {name!r} runs is not in the program's text; give unknown_trips.")
+        totals.unknown[name], count = None, unknown_trips
+    totals.add(_visit(frame.enter(loop.called["body"], loop), unknown_trips), count)
+    totals.add(_visit(frame.enter(loop.called["condition"], loop), unknown_trips), count + 1)
+    return totals
+
+
+def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
+    read, written = traffic(instruction, frame.computation, frame.module)
+    totals.read += read
+    totals.written += written
+    totals.cycles += int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+    for kind, group, result, link in _collectives(instruction, frame.computation, frame.module):
+        totals.runs[kind, group] += 1
+        totals.results[kind, group] += result
+        totals.links[kind, group] += link
+
+
+def _collectives(instruction: Instruction, computation: Computation, module: Module) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, group size, result bytes, link bytes) of what an instruction, or a fusion, starts."""
+    kind = base_opcode(instruction)
+    if kind == "fusion":
+        inner = module.computations[instruction.called["calls"]]
+        for part in inner.instructions.values():
+            yield from _collectives(part, inner, module)
+    if kind not in COLLECTIVES or is_later_piece(instruction):
+        return
+    result = sum(array.bytes for array in leaves(result_shape(instruction)))
+    n, full = group_size(instruction, module), result
+    if kind == "reduce-scatter":
+        full = result * n
+    elif kind == "all-reduce" and _is_scattered(instruction, computation, module):
+        kind, result = "reduce-scatter", result // n
+    rounds = {"all-reduce": 2 * (n - 1), "collective-permute": n, "collective-broadcast": n}.get(kind, n - 1)
+    yield kind, n, result, full * rounds // n
+
+
+def _is_scattered(reduced: Instruction, computation: Computation, module: Module) -> bool:
+    """Whether a fusion keeps but a slice of an all-reduce: TPU's reduce-scatter."""
+    root = origin(computation, computation.root, module)
+    return root.opcode == "dynamic-slice" and origin(computation, root.operands[0], module) is reduced
+
+
+def group_size(instruction: Instruction, module: Module) -> int:
+    """Devices that take part in one instance; of a permute, the longest chain of devices."""
+    pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
+    if pairs:
+        return _longest_chain([tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs)])
+    listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
+    if listed:
+        return listed.count(",") + 1
+    iota = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]<=")
+    if iota:
+        return int(iota)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", instruction.attributes)
+    if mesh:
+        sizes, n = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}, 1
+        for axis, size in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2]):
+            n *= int(size or sizes[axis])
+        return n
+    return module.devices
+
+
+def _longest_chain(pairs: list[tuple[int, int]]) -> int:
+    """Devices in the largest set that the pairs connect."""
+    sets: dict[int, set[int]] = {}
+    for a, b in pairs:
+        joined = sets.get(a, {a}) | sets.get(b, {b})
+        sets.update((member, joined) for member in joined)
+    return max(map(len, sets.values()), default=1)

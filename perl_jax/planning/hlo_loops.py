@@ -1,0 +1,174 @@
+"""How often a loop of an HLO module runs, read from its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from typing import Callable, Mapping
+
+from perl_jax.planning.hlo_text import Computation, Instruction, Module
+
+SAME_VALUE = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"})
+ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "maximum": max,
+    "minimum": min,
+}
+MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A computation where it runs: the instruction that calls it, and that instruction's frame."""
+
+    module: Module
+    computation: Computation
+    caller: Instruction | None = None
+    outer: Frame | None = None
+
+    def enter(self, name: str, caller: Instruction) -> Frame:
+        """The frame of a computation that an instruction of this one calls."""
+        return Frame(self.module, self.module.computations[name], caller, self)
+
+    def __getitem__(self, name: str) -> Instruction:
+        return self.computation.instructions[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """An instruction in its frame, followed through copies, fusions and parameters to its source."""
+
+    frame: Frame
+    instruction: Instruction
+
+    def operand(self, index: int) -> Value:
+        return source(self.frame, self.instruction.operands[index])
+
+
+def source(frame: Frame, name: str) -> Value:
+    """What a value is before the copies and fusions that hand it on."""
+    instruction = frame[name]
+    if instruction.opcode in SAME_VALUE:
+        return source(frame, instruction.operands[0])
+    if instruction.opcode == "fusion":
+        inner = frame.enter(instruction.called["calls"], instruction)
+        return source(inner, inner.computation.root)
+    if instruction.opcode == "parameter" and frame.outer and frame.caller.opcode in ("fusion", "call"):
+        return source(frame.outer, frame.caller.operands[int(instruction.literal)])
+    if instruction.opcode == "get-tuple-element":
+        index = int(instruction.attribute(r"index=(\d+)"))
+        return element(source(frame, instruction.operands[0]), index) or Value(frame, instruction)
+    return Value(frame, instruction)
+
+
+def element(value: Value, index: int) -> Value | None:
+    """An element of a tuple, through loops that hand it on unchanged; None where one changes it."""
+    instruction, frame = value.instruction, value.frame
+    if instruction.opcode == "tuple":
+        return value.operand(index)
+    if instruction.opcode == "parameter" and frame.caller and frame.caller.opcode == "while":
+        instruction, frame = frame.caller, frame.outer
+    if instruction.opcode == "while" and unchanged(frame.module, instruction, index):
+        return element(source(frame, instruction.operands[0]), index)
+    return None
+
+
+def unchanged(module: Module, loop: Instruction, index: int) -> bool:
+    """Whether a loop's body hands an element of its state on as it is."""
+    body = module.computations[loop.called["body"]]
+    if body.result.opcode != "tuple":
+        return False
+    last = body.instructions[body.result.operands[index]]
+    while True:
+        if last.opcode in SAME_VALUE:
+            last = body.instructions[last.operands[0]]
+            continue
+        if last.opcode != "get-tuple-element":
+            return False
+        at, state = int(last.attribute(r"index=(\d+)")), body.instructions[last.operands[0]]
+        if state.opcode != "while" or not unchanged(module, state, at):
+            return state.opcode == "parameter" and at == index
+        before = body.instructions[state.operands[0]]
+        if before.opcode != "tuple":
+            return False
+        last = body.instructions[before.operands[at]]
+
+
+def carried(value: Value) -> int | None:
+    """The index of the loop's state that a value of its body or condition is, None if it is none."""
+    if value.instruction.opcode != "get-tuple-element":
+        return None
+    state = source(value.frame, value.instruction.operands[0])
+    of_loop = state.instruction.opcode == "parameter" and state.frame.caller and state.frame.caller.opcode == "while"
+    return int(value.instruction.attribute(r"index=(\d+)")) if of_loop else None
+
+
+def constant(value: Value) -> int | None:
+    """A whole number known from the text, None if it is not."""
+    instruction = value.instruction
+    if instruction.opcode == "constant":
+        return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+    if instruction.opcode in ARITHMETIC:
+        sides = [constant(value.operand(i)) for i in (0, 1)]
+        return None if None in sides else ARITHMETIC[instruction.opcode](*sides)
+    return None
+
+
+def trips(frame: Frame, loop: Instruction) -> int | None:
+    """How often the body of a `while` of this frame runs each time the loop is met.
+
+    `known_trip_count` where the compiler wrote it (CPU, GPU); else from the condition, a counter of
+    the loop's state against a constant, with the counter's first value and step. None: unknown.
+    """
+    written = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+    if written:
+        return int(written)
+    condition = frame.enter(loop.called["condition"], loop)
+    test = source(condition, condition.computation.root)
+    if test.instruction.opcode != "compare":
+        return None
+    sides = [test.operand(0), test.operand(1)]
+    direction = test.instruction.attribute(r"direction=(\w+)")
+    if carried(sides[0]) is None:
+        sides, direction = sides[::-1], MIRRORED.get(direction)
+    index, bound = carried(sides[0]), constant(sides[1])
+    if index is None or bound is None or direction not in MIRRORED:
+        return None
+    first = element(source(frame, loop.operands[0]), index)
+    first = first and constant(first)
+    step = _step(frame.enter(loop.called["body"], loop), index)
+    return None if first is None or not step else _count(first, step, bound, direction)
+
+
+def _step(body: Frame, index: int) -> int | None:
+    """What a body adds to an element of its state."""
+    result = body.computation.result
+    if result.opcode != "tuple":
+        return None
+    new = source(body, result.operands[index])
+    if new.instruction.opcode not in ("add", "subtract"):
+        return None
+    sides = [new.operand(0), new.operand(1)]
+    if new.instruction.opcode == "subtract":
+        added = constant(sides[1])
+        return -added if carried(sides[0]) == index and added is not None else None
+    if carried(sides[0]) != index:
+        sides = sides[::-1]
+    return constant(sides[1]) if carried(sides[0]) == index else None
+
+
+def _count(first: int, step: int, bound: int, direction: str) -> int | None:
+    """Steps from first while `counter direction bound` holds; None if the counter runs away."""
+    distance = bound - first
+    if direction == "NE":
+        return distance // step if distance % step == 0 and distance // step >= 0 else None
+    if direction in ("GT", "GE"):
+        distance, step = -distance, -step
+    if direction in ("LE", "GE"):
+        distance += 1
+    if distance <= 0:
+        return 0
+    return -(-distance // step) if step > 0 else None

@@ -1,0 +1,222 @@
+"""Bytes that an HLO instruction reads and writes in HBM.
+
+XLA's convention: each instruction that runs by itself reads its operands and writes its result; what
+a fusion computes in between stays on the chip. Of an operand that is only sliced the slice counts,
+of a buffer updated in place the update, and buffers outside HBM not at all.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from typing import Iterator
+
+from perl_jax.planning.hlo_text import Array, Computation, Instruction, Module, Shape, leaves
+
+COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "collective-broadcast",
+        "collective-permute",
+        "ragged-all-to-all",
+        "reduce-scatter",
+    }
+)
+# They name or group what is there already, or their bodies are counted where they run.
+FREE = frozenset(
+    {
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
+        *("opt-barrier", "domain", "partition-id", "replica-id", "get-dimension-size"),
+        *("while", "conditional", "call", "call-start", "async-start", "async-update"),
+    }
+)
+FREE_TARGETS = frozenset(
+    {
+        *("AllocateBuffer", "ConcatBitcast", "PrepareAsyncCallStart", "PrepareAsyncCallDone"),
+        *("AsyncCollectiveStart", "AsyncCollectiveDone"),
+    }
+)
+SLICES = frozenset({"slice", "dynamic-slice", "gather"})
+WHOLE = frozenset(
+    {
+        *("dot", "convolution", "reduce", "reduce-window", "select-and-scatter", "sort", "custom-call"),
+        *("fft", "cholesky", "triangular-solve", "ragged-dot", "map"),
+        *COLLECTIVES,
+    }
+)
+
+
+def result_shape(instruction: Instruction) -> Shape:
+    """What an instruction makes; a `-start` also names its operands and its semaphores."""
+    if not instruction.opcode.endswith("-start") or isinstance(instruction.shape, Array):
+        return instruction.shape
+    if instruction.opcode == "all-reduce-start":
+        return instruction.shape
+    return instruction.shape[0 if instruction.opcode == "copy-start" else 1]
+
+
+def base_opcode(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start")
+
+
+def is_later_piece(instruction: Instruction) -> bool:
+    """Whether it is a further mention of a collective that began in an earlier fusion.
+
+    The TPU compiler spreads a collective over the fusions it overlaps with; each mentions it, and
+    only the first, which starts it, has no flags yet (-1).
+    """
+    first = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
+    return first is not None and first != "-1"
+
+
+def traffic(instruction: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
+    """(bytes read, bytes written) in HBM by one instruction of a computation that runs."""
+    opcode = base_opcode(instruction)
+    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+        return 0, 0
+    if opcode == "custom-call" and target(instruction) in FREE_TARGETS:
+        return 0, 0
+    if opcode == "fusion":
+        return _fusion(instruction, computation, module)
+    operands = [computation.instructions[name].shape for name in instruction.operands]
+    read, written = hbm(*operands), hbm(result_shape(instruction))
+    if opcode in SLICES:
+        taken = part(operands[0], elements(result_shape(instruction)))
+        return taken + hbm(*operands[1:]), written
+    if opcode == "dynamic-update-slice":
+        return hbm(*operands[1:]), part(operands[0], elements(operands[1]))
+    if opcode == "scatter":
+        touched = sum(part(buffer, elements(new)) for buffer, new in _scattered(operands))
+        return hbm(*operands[len(operands) // 2 :]) + touched, touched
+    return read, written
+
+
+def target(instruction: Instruction) -> str | None:
+    return instruction.attribute(r'custom_call_target="([^"]*)"')
+
+
+def hbm(*shapes: Shape) -> int:
+    """Bytes of the arrays that are in HBM."""
+    return sum(array.hbm_bytes for shape in shapes for array in leaves(shape))
+
+
+def elements(shape: Shape) -> int:
+    return sum(array.elements for array in leaves(shape))
+
+
+def part(shape: Shape, count: int) -> int:
+    """Bytes in HBM of some elements of an array."""
+    whole = elements(shape)
+    return hbm(shape) * min(count, whole) // whole if whole else 0
+
+
+def _scattered(operands: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
+    """(buffer, update) pairs of a scatter: n buffers, the indices, n updates."""
+    n = len(operands) // 2
+    return zip(operands[:n], operands[n + 1 :])
+
+
+def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
+    inner = module.computations[fusion.called["calls"]]
+    wanted = demand(inner, module)
+    operands = [computation.instructions[name].shape for name in fusion.operands]
+    read = sum(part(shape, count) for shape, count in zip(operands, wanted))
+    return read, _written(fusion, inner, module)
+
+
+def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
+    """Bytes a fusion writes: its outputs, save those handed through or updated in place."""
+    root = inner.result
+    if root.opcode == "custom-call" and target(root) == "AsyncCollectiveDone":
+        return 0
+    if root.opcode == "custom-call" and target(root) == "AsyncCollectiveStart":
+        handed_on = {int(i) for i in re.findall(r"\{(\d+)\}: \(", fusion.attributes)}
+        return sum(hbm(shape) for i, shape in enumerate(fusion.shape) if i not in handed_on)
+    if root.opcode != "tuple":
+        return _output_bytes(fusion.shape, root, inner, module)
+    made = [(inner.instructions[name], shape) for name, shape in zip(root.operands, fusion.shape)]
+    return sum(_output_bytes(shape, value, inner, module) for value, shape in made if value.opcode != "parameter")
+
+
+def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: Module) -> int:
+    made = origin(inner, value.name, module)
+    if made.opcode in COLLECTIVES and is_later_piece(made):
+        return 0
+    if in_place(made, inner, module):
+        operands = [inner.instructions[name].shape for name in made.operands]
+        updates = [operands[1]] if made.opcode == "dynamic-update-slice" else [new for _, new in _scattered(operands)]
+        return part(shape, sum(map(elements, updates)))
+    return hbm(shape)
+
+
+def origin(computation: Computation, name: str, module: Module) -> Instruction:
+    """An instruction before the bitcasts and relabelling copies that hand its buffer on."""
+    instruction = computation.instructions[name]
+    if instruction.opcode in ("bitcast", "copy"):
+        before = computation.instructions[instruction.operands[0]]
+        moves = instruction.opcode == "copy" and instruction.shape.order != before.shape.order
+        return instruction if moves else origin(computation, before.name, module)
+    if instruction.opcode == "fusion" and len(instruction.operands) == 1:
+        inner = module.computations[instruction.called["calls"]]
+        if origin(inner, inner.root, module).opcode == "parameter":
+            return origin(computation, instruction.operands[0], module)
+    return instruction
+
+
+def in_place(update: Instruction, computation: Computation, module: Module) -> bool:
+    """Whether a fusion's output is one of its operands with some elements replaced."""
+    if update.opcode not in ("dynamic-update-slice", "scatter"):
+        return False
+    root = computation.result
+    outputs = root.operands if root.opcode == "tuple" else (root.name,)
+    is_output = update.name in {origin(computation, name, module).name for name in outputs}
+    return is_output and origin(computation, update.operands[0], module).opcode == "parameter"
+
+
+def demand(computation: Computation, module: Module, wanted: int | None = None) -> list[int]:
+    """Elements of each parameter that a fused computation needs for `wanted` of its result (all).
+
+    Followed from the result back: an elementwise operation needs of each operand what is wanted of
+    it, a slice needs the slice, a reduction everything.
+    """
+    root, of = computation.result, computation.instructions
+    need: collections.Counter[str] = collections.Counter()
+    if root.opcode == "tuple":
+        for name in root.operands:
+            need[name] += 0 if of[name].opcode == "parameter" else elements(of[name].shape)
+    else:
+        need[root.name] = elements(root.shape) if wanted is None else wanted
+    for instruction in reversed(of.values()):
+        count = min(need[instruction.name], elements(instruction.shape))
+        if instruction is root and root.opcode == "tuple" or not count:
+            continue
+        for index, name in enumerate(instruction.operands):
+            need[name] += _wants(instruction, index, count, computation, module)
+    return [min(need[p.name], elements(p.shape)) for p in computation.parameters]
+
+
+def _wants(user: Instruction, index: int, count: int, computation: Computation, module: Module) -> int:
+    """Elements of an operand that `count` elements of an instruction's result need."""
+    operands = [computation.instructions[name] for name in user.operands]
+    whole = elements(operands[index].shape)
+    if user.opcode == "fusion":
+        return demand(module.computations[user.called["calls"]], module, count)[index]
+    if user.opcode in COLLECTIVES and is_later_piece(user):
+        return 0
+    if user.opcode == "custom-call" and target(user) == "AsyncCollectiveDone":
+        return 0
+    if user.opcode in SLICES:
+        return count if index == 0 else whole
+    if user.opcode in ("dynamic-update-slice", "scatter") and index == 0:
+        if not in_place(user, computation, module):
+            return count
+        return 0 if user.opcode == "dynamic-update-slice" else elements(operands[-1].shape)
+    if user.opcode in WHOLE or user.opcode in ("dynamic-update-slice", "scatter"):
+        return whole
+    made = elements(user.shape)
+    if user.opcode == "bitcast" and made:
+        return math.ceil(count * whole / made)
+    return min(count, whole)

@@ -1,0 +1,105 @@
+"""TPU slices to compile for without having one, and what their chips can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Mapping, Sequence
+
+import jax
+from jax.experimental import topologies
+
+from perl_jax.errors import UserError
+
+GIB, MIB = 2**30, 2**20
+# libtpu asks the machine what it is; where it is no TPU it must be told something. Taken as found.
+ENVIRONMENT: Mapping[str, str] = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation; every figure is of a JAX device (a chip, save on 7x: half a chip).
+
+    hbm: bytes there are. usable: bytes the compiler lets a program have (libtpu 0.0.42). flops:
+    peak bfloat16 operations a second. hbm_bandwidth: bytes a second. ici_bandwidth: bytes a second
+    out of all its links to other chips together; as much comes in. ici_links: to how many
+    neighbours a chip has one. cores: TensorCores. clock: Hz, None where Google does not say.
+    """
+
+    libtpu_name: str
+    hbm: int
+    usable: int
+    flops: float
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    ici_links: int
+    cores: int
+    devices_a_chip: int
+    clock: float | None
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Google's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; "bidirectional" bandwidth
+# between chips halved. v4's links (6 x 50 GB/s) and clock: Jouppi et al. 2023, arXiv 2304.01433,
+# table 4. v5p's HBM and the clocks of v5e and v5p: Austin et al. 2025, How to Scale Your Model, 2.
+CHIPS: Mapping[str, Chip] = {
+    # JAX shows a v4 chip's two cores as one device; libtpu must be asked to.
+    "v4": Chip("v4", 32 * GIB, 31485 * MIB, 275e12, 1200e9, 300e9, 6, 2, 1, 1.05e9, {"chip_config_name": "megacore"}),
+    "v5e": Chip("v5e", 16 * GIB, 16126 * MIB, 197e12, 819e9, 200e9, 4, 1, 1, 1.5e9),
+    "v5p": Chip("v5p", 96 * GIB, 98041 * MIB, 459e12, 2765e9, 600e9, 6, 2, 1, 1.75e9),
+    "v6e": Chip("v6e", 32 * GIB, 31996 * MIB, 918e12, 1638e9, 400e9, 4, 1, 1, None),
+    "7x": Chip("tpu7x", 96 * GIB, 97020 * MIB, 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 6, 1, 2, None),
+}
+
+
+def chip(name: str) -> Chip:
+    """The chip of a slice such as v5e:2x4. Raises UserError for a name that is none."""
+    return CHIPS[_split(name)[0]]
+
+
+def topology(name: str) -> Sequence[jax.Device]:
+    """The devices of a slice, generation:shape as in v4:2x2x1, v5e:2x4, v6e:4x4; they only compile.
+
+    JAX's default backend is left as it is. Raises UserError without libtpu, or for a slice that
+    does not exist.
+    """
+    generation, shape = _split(name)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise UserError("perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'") from error
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    facts = CHIPS[generation]
+    options = {**facts.options, "wrap": wraps(generation, shape)}
+    if set(shape) == {1}:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        wanted = f"{facts.libtpu_name}:{'x'.join(map(str, shape))}"
+        return topologies.get_topology_desc(platform="tpu", topology_name=wanted, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"There is no TPU slice {name}: {str(error).splitlines()[0]}") from error
+
+
+def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
+    """Which axes are rings: on v5e and v6e those of 16 chips, else all of whole cubes of 4x4x4."""
+    sizes = (*shape, 1)[:3]
+    if CHIPS[generation].ici_links == 4:
+        return tuple(size == 16 for size in sizes)
+    return (all(size % 4 == 0 for size in sizes),) * 3
+
+
+def _split(name: str) -> tuple[str, tuple[int, ...]]:
+    """("v5e", (2, 4)) of v5e:2x4."""
+    generation, _, shape = name.partition(":")
+    axes = 2 if generation in CHIPS and CHIPS[generation].ici_links == 4 else 3
+    if generation not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", shape):
+        examples = "v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4 or 7x:2x2x1"
+        raise UserError(f"{name!r} names no TPU slice; write the generation and its shape in chips, such as {examples}.")
+    return generation, tuple(map(int, shape.split("x")))

@@ -1,0 +1,98 @@
+"""JSON files written in one rename, digests of content, and frozen configs as JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import typing
+from typing import Any, Mapping
+
+from perl_jax.errors import UserError, require
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A frozen config as plain JSON types (paths become strings, tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """Rebuilds a frozen config (nested ones too) from `to_dict`'s output.
+
+    Raises UserError naming a field the class does not have, so that an artefact written by a newer
+    version is refused instead of read with a setting silently dropped, or one that is missing.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
+    missing = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING and field.name not in values]
+    require(not missing, f"{cls.__name__} needs the field {', '.join(missing)}, which is not there.")
+    return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    candidates = typing.get_args(hint) or (hint,)
+    for candidate in candidates:
+        if dataclasses.is_dataclass(candidate) and isinstance(value, Mapping):
+            return from_dict(candidate, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file in one rename: a reader or a crash sees the old file or the new, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes one JSON value, atomically."""
+    write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads JSON; a missing or broken file is a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: line {error.lineno}, {error.msg}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """The blake2b hash of a file's bytes, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of a JSON value, whatever the order of its keys."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own digest in it, under `checksum`."""
+    values = {name: value for name, value in values.items() if name != "checksum"}
+    return values | {"checksum": digest(values)}
+
+
+def is_whole(values: Any) -> bool:
+    """Whether an object is as it was `sealed`."""
+    return isinstance(values, Mapping) and values.get("checksum") == sealed(values)["checksum"]
+
+
+def folder_bytes(folder: pathlib.Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,126 @@
+"""Small bases trained on the spot, for tasks that have to run without a download.
+
+Full tuning of a random decoder on a task's `corpus` rows, saved as a Hugging Face folder that every
+command takes as --model. For quickstarts and tests: pre-training at scale is not this package's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+
+from perl_jax import errors
+from perl_jax.data import orders_language
+from perl_jax.data.loading import check_context, data_options
+from perl_jax.data.splits import check_splits
+from perl_jax.data.tasks import get_task
+from perl_jax.hub import weights as hf_checkpoint
+from perl_jax.hub.model import Model, for_devices, weights_program
+from perl_jax.hub.tokenizer import Tokenizer, train_bpe, word_tokenizer
+from perl_jax.models.config import ModelConfig
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.objectives import supervised
+from perl_jax.runs import folder as folder_lib
+from perl_jax.runtime import hosts, sharding, trees
+from perl_jax.runtime.programs import keep_compiled
+from perl_jax.training import cost
+from perl_jax.training.configs import JobConfig
+from perl_jax.training.fit import Supervised, begin, fit, validate_policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig(JobConfig):
+    """A decoder's shape and how long to train it.
+
+    Attributes:
+        model: The folder it is saved to.
+        tuning: full, as a base is trained from nothing.
+        width: Of the hidden states.
+        ffn_width: Of the feed-forward layers.
+        layers: Number of layers.
+        heads: Query heads; they must divide the width.
+        kv_heads: Key and value heads; they must divide the query heads.
+        vocab_size: Of the byte-level BPE trained on the corpus; orders, whose vocabulary is closed,
+            has its words instead.
+    """
+
+    tuning: str = "full"
+    width: int = 128
+    ffn_width: int = 256
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    vocab_size: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.require(self.tuning == "full", f"tuning is {self.tuning!r}; a base is trained from nothing, so it must be 'full'.")
+        errors.require(self.width % self.heads == 0, f"width is {self.width}; it must be a multiple of heads, {self.heads}.")
+        self.check_headless("base")
+        # Nothing is loaded that could be quantised, and the tokenizer that is made has no chat template.
+        errors.unread(self, ("quantise.kind", "data.template", "data.template_date"), "base", ("sft", "reward", "rl", "dpo"))
+        if self.data.task == "orders":
+            errors.unread(self, ("vocab_size",), "the task orders, whose words are its vocabulary,", ("any other task",))
+
+
+CORPUS = Supervised("base", "policy", "corpus", supervised.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))
+
+
+def _tokenizer(config: BaseConfig) -> Tokenizer:
+    if config.data.task == "orders":
+        return word_tokenizer(orders_language.vocabulary())
+    rows = get_task(config.data.task).open("corpus", "train", data_options(config.data))
+    return train_bpe((row["text"] for row in rows), config.vocab_size)
+
+
+def train_base(config: BaseConfig) -> pathlib.Path:
+    """Trains a base and writes its folder; returns it. A finished one is left as it is."""
+    folder = folder_lib.open_run("base", config)
+    target = pathlib.Path(config.model)
+    if folder_lib.finished(target / "config.json"):
+        if folder_lib.finished(folder / "cost.json"):
+            return target
+        ours = folder_lib.finished(folder / "checkpoints")
+        errors.require(ours, f"{target} already holds a model that this run did not train; give another --model folder.")
+    check_splits(config.data, CORPUS.kind, ("train", "validation"))
+    keep_compiled(config.compile_cache)
+    tokenizer = _tokenizer(config)
+    shape = ModelConfig(
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        width=config.width,
+        ffn_width=config.ffn_width,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.width // config.heads,
+        max_positions=config.data.max_prompt_length + config.data.max_response_length,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
+    shardings = lm.base_shardings()
+    initial = lm.init_base(jax.random.key(config.seed))
+    base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)
+    model = Model(str(target), lm, base, tokenizer, trees.fingerprint(base))
+    check_context(model, config.data)
+    role = weights_program(lm)(base)
+    state, optimizers = begin(model, config, CORPUS, role)
+    del initial, base, role
+    state, timings, program = fit(folder, config, model, state, optimizers, CORPUS, "train")
+    weights = hosts.whole(state.roles["policy"].weights)
+    if hosts.is_writer():
+        _save(target, shape, weights, tokenizer)
+    hosts.barrier("base written")
+    cost.write_cost(folder, model, state, {"learn": program}, timings)
+    return target
+
+
+def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
+    """Tokenizer and weights first, `config.json` last: its presence says that the folder is whole."""
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(target)
+    hf_checkpoint.save_base(target, shape, weights, tokenizer.token_ids())
+

@@ -1,0 +1,181 @@
+"""What each job can be told: frozen configs from which the command line is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from perl_jax import errors
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.data.config import DataConfig
+from perl_jax.hub.model import ModelOptions
+from perl_jax.training.optimizers import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig(ModelOptions):
+    """What every training job has.
+
+    Attributes:
+        run: The run's folder; the same command again resumes it.
+        tuning: Train adapters, or every weight.
+        lora: The adapter's size and place.
+        stack_on: An adapter that stays frozen beneath the fresh one; None: the base alone.
+        optimizer: How the trained weights are updated.
+        data: The rows to train on.
+        steps: Number of updates.
+        batch_size: Rows (RL: episodes) an update, over all devices.
+        microbatches: The batch in so many parts, one after the other, with the same gradient.
+        evaluate_every: Steps between validations.
+        checkpoint_every: Steps between checkpoints.
+        keep: Last checkpoints to keep.
+        seed: Of initial values, the order of rows, dropout and sampling.
+        tensorboard: Write metrics for TensorBoard too.
+        wandb: Send metrics to Weights & Biases too.
+        profile: Trace these steps, such as 20-22 or 5,20, with jax.profiler into the run's folder `profile`.
+    """
+
+    run: str
+    tuning: Literal["lora", "full"] = "lora"
+    lora: LoRAConfig = LoRAConfig()
+    stack_on: str | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    steps: int = 1000
+    batch_size: int = 128
+    microbatches: int = 1
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    tensorboard: bool = False
+    wandb: bool = False
+    profile: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.one_of("tuning", self.tuning, lora_lib.TUNINGS)
+        stackable = self.stack_on is None or self.tuning == "lora"
+        errors.require(stackable, "stack_on needs tuning lora: full tuning has no adapter to put on top.")
+        for field in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every", "keep"):
+            errors.whole(field, getattr(self, field))
+        errors.positive("seed", self.seed, zero=True)
+        errors.require(
+            self.batch_size % self.microbatches == 0,
+            f"microbatches is {self.microbatches}; it must divide batch_size, {self.batch_size}.",
+        )
+        traced = self.profiled
+        inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
+        errors.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
+        errors.read_by("optimizer.lora_b_ratio", self.optimizer.lora_b_ratio, 1.0, f"tuning {self.tuning}", ("tuning lora",))
+        if self.tuning == "full":
+            errors.unread(self, [f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)], "tuning full", ("tuning lora",))
+        else:
+            self.lora.check_read()
+        if not self.has_adapters:
+            errors.unread(self, ("mesh.adapters",), "tuning full", ("tuning lora",))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a role of the job is, or may be, an adapter."""
+        return self.tuning == "lora"
+
+    @property
+    def profiled(self) -> tuple[int, ...]:
+        """Numbers of the steps to trace."""
+        return errors.numbers("profile", self.profile, "20-22 or 5,20")
+
+    def check_headless(self, job: str) -> None:
+        """UserError for a rate of the scalar head in a job whose model has none."""
+        errors.read_by("optimizer.head_learning_rate", self.optimizer.head_learning_rate, None, job, ("reward", "rl with a value model"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(JobConfig):
+    """What jobs that improve on a policy have.
+
+    Attributes:
+        policy: The policy artefact to start from; None: the base.
+    """
+
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one = self.policy is None or self.stack_on is None
+        errors.require(one, "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh adapter), not both.")
+
+    @property
+    def has_adapters(self) -> bool:
+        return super().has_adapters or self.policy is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(JobConfig):
+    """Fit a policy to demonstrations, the loss on response tokens only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_headless("sft")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig(JobConfig):
+    """Fit a scalar reward; the best validation step is kept (accuracy of pairs, AUC of labels,
+    correlation with ratings).
+
+    Attributes:
+        objective: pairwise (Bradley-Terry on comparisons), pointwise (cross-entropy on labels) or
+            regression (squared error to ratings).
+        split: What to train on; judge is a part kept apart for a judge of win rates.
+        soft_labels: A comparison's probability, where known, is its label.
+        centring: Weight of (chosen + rejected)^2, which keeps the scores of pairs around 0.
+    """
+
+    objective: Literal["pairwise", "pointwise", "regression"] = "pairwise"
+    split: Literal["train", "judge"] = "train"
+    soft_labels: bool = False
+    centring: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.one_of("objective", self.objective, ("pairwise", "pointwise", "regression"))
+        errors.one_of("split", self.split, ("train", "judge"))
+        errors.positive("centring", self.centring, zero=True)
+        pairs = self.objective == "pairwise" or not (self.soft_labels or self.centring)
+        errors.require(pairs, f"soft_labels and centring are for comparisons; objective is {self.objective!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOConfig(PolicyConfig):
+    """Fit a policy to comparisons directly, without a reward model; it is compared with where it starts.
+
+    Attributes:
+        loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023).
+        beta: How strongly the policy is held to where it starts; None: 0.5 for dpo (its paper's for
+            summaries: at 0.1 short, noisily labelled responses drift, experiments/LOG.md), 0.1 for ipo.
+        label_smoothing: Share of comparisons taken to be the wrong way round; dpo only.
+        soft_labels: A comparison's probability, where known, is its label; dpo only.
+        token_mean: Compare log-ratios a token instead of those of whole responses.
+    """
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    soft_labels: bool = False
+    token_mean: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.one_of("loss", self.loss, ("dpo", "ipo"))
+        errors.positive("beta", self.strength)
+        smoothed = 0 <= self.label_smoothing < 0.5 and (self.loss == "dpo" or self.label_smoothing == 0)
+        errors.require(smoothed, f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and be 0 for ipo.")
+        errors.require(self.loss == "dpo" or not self.soft_labels, f"soft_labels are for the loss dpo; loss is {self.loss!r}.")
+        self.check_headless("dpo")
+
+    @property
+    def strength(self) -> float:
+        """beta, or the loss's own."""
+        return {"dpo": 0.5, "ipo": 0.1}[self.loss] if self.beta is None else self.beta

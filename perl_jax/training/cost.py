@@ -1,0 +1,88 @@
+"""What a run costs: seconds a step, memory, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import resource
+import statistics
+import sys
+from typing import Mapping
+
+import jax
+import numpy as np
+
+from perl_jax.adapters.lora import trainable
+from perl_jax.hub.model import Model, attention_paths
+from perl_jax.runs import checkpoints
+from perl_jax.runs.folder import write_results
+from perl_jax.runtime import hosts, trees
+from perl_jax.runtime.programs import Program
+from perl_jax.training.state import TrainState
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds of each phase of each step; medians leave the compiling first steps out."""
+
+    phases: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, **seconds: float) -> dict[str, float]:
+        """Records one step's phases; returns them as metrics."""
+        for name, value in seconds.items():
+            self.phases.setdefault(name, []).append(value)
+        return {f"time/{name}": value for name, value in seconds.items()}
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(values) for name, values in self.phases.items()}
+
+
+def peak_measured() -> int | None:
+    """Peak bytes on this process's first device, or of the process where the device (a CPU) keeps no account."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_compiled(model: Model, state: TrainState, programs: Mapping[str, Program]) -> dict[str, int]:
+    """For each program: what stays resident (base, state) plus what the compiler says it adds.
+
+    Global bytes of base and state, and one device's temporaries: on one device the peak of a job.
+    Full tuning reads no base, so none is counted for it.
+    """
+    tuned = any(role.weights is not None for role in state.roles.values())
+    readers = [*state.roles.values(), *state.frozen.values()]
+    needs_base = not tuned or any(role.weights is None for role in readers)
+    resident = trees.size_bytes(state) + (trees.size_bytes(model.base) if needs_base else 0)
+    accounts = {name: program.memory() for name, program in programs.items()}
+    return {name: resident + max(account.beyond_arguments, 0) for name, account in accounts.items() if account is not None}
+
+
+def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: Mapping[str, Program], timings: Timings) -> None:
+    """`cost.json`: sizes, seconds a step, memory, attention paths; what the report compares tunings by.
+
+    peak_bytes_measured: of the process (`peak_measured`) where it is largest; those of each are beside
+    it. Seconds are of the process that writes.
+    """
+    peaks = peak_compiled(model, state, programs)
+    medians = timings.medians()
+    trained = sum(trees.count(trainable(role)) for role in state.roles.values())
+    tuned = any(role.weights is not None for role in state.roles.values())
+    measured = hosts.every(np.asarray(peak_measured(), np.int64)).reshape(-1).tolist()
+    cost = {
+        "parameters_total": trained + (0 if tuned else trees.count(model.lm.abstract_base())),
+        "parameters_trainable": trained,
+        "checkpoint_bytes": checkpoints.newest_bytes(folder / "checkpoints"),
+        "state_bytes": trees.size_bytes(state),
+        "base_bytes": trees.size_bytes(model.base),
+        "seconds_per_step": medians.get("step"),
+        "phases": {name: value for name, value in medians.items() if name != "step"},
+        "peak_bytes_compiled": max(peaks.values(), default=None),
+        "peak_bytes_by_program": peaks,
+        "peak_bytes_measured": max(measured),
+        "peak_bytes_measured_by_process": measured,
+        "compilations": sum(program.compilations for program in programs.values()),
+        "attention": attention_paths(model.lm),
+    }
+    write_results(folder, {"cost.json": cost})

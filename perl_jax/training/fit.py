@@ -1,0 +1,158 @@
+"""One loop over labelled batches, for SFT, reward models, DPO and small bases."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any, Callable, Mapping
+
+import jax
+import numpy as np
+
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.loading import load_batches, noted
+from perl_jax.data.pipeline import Batches
+from perl_jax.hub.model import Model, say_attention
+from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.runtime import sharding
+from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.training import loop as loop_lib, optimizers as optimizers_lib, state as state_lib, step
+from perl_jax.training.configs import JobConfig
+from perl_jax.training.cost import Timings
+from perl_jax.training.loop import Loop
+from perl_jax.training.state import TrainState
+from perl_jax.types import Tree
+
+
+def training_batches(model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1) -> tuple[Batches, Any]:
+    """`load_batches` shuffled, of what a job trains on."""
+    return load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
+
+
+def step_program(model: Model, update: Callable, state: TrainState) -> Program:
+    """A jitted update(state, base, batch, ...): state donated, the others not, results where the state is."""
+    places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
+    # Every padded length may come packed too.
+    return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)
+
+
+def initial_state(
+    model: Model, config: JobConfig, roles: dict[str, Adapter], optimizers: optimizers_lib.Optimizers, frozen: Mapping[str, Adapter] | None = None,
+    controls: Mapping[str, float] | None = None,
+) -> TrainState:  # fmt: skip
+    """Step 0, placed on the mesh; its arrays are its own."""
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+    given = model.place(roles), model.place(dict(frozen or {})), jax.device_put(np.asarray(key), sharding.replicated(model.mesh))
+    return begin_program(model, optimizers, controls, *given)(*given)
+
+
+def begin_program(
+    model: Model, optimizers: optimizers_lib.Optimizers, controls: Mapping[str, float] | None, roles: Tree, frozen: Tree, key: jax.Array | jax.ShapeDtypeStruct
+) -> Program:  # fmt: skip
+    """(roles, frozen roles, key data) -> the state of step 0, for arguments of these shapes."""
+
+    def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
+        return state_lib.init_state(roles, optimizers, jax.random.wrap_key_data(data), frozen, controls)
+
+    places = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
+    return Program("begin", make, out_shardings=places, limit=1)
+
+
+# A state's mean of each held-out sum: the loss first, then the logs.
+HeldOut = Callable[[TrainState], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """What a supervised job is made of: role, kind of rows, objective, validation.
+
+    prepare(model, state, batch): what is added to a placed batch before the update; None: nothing.
+    truth(rows, task, split): what scores are held against, where it is not the comparison itself.
+    """
+
+    job: str
+    role: str
+    kind: str
+    objective: Callable
+    validate: Callable[[Model, HeldOut, TrainState, Batches, np.ndarray | None], dict[str, float]]
+    best: str | None
+    shown: tuple[str, ...]
+    prepare: Callable[[Model, TrainState, Tree], Tree] | None = None
+    truth: Callable[[Any, str, str], np.ndarray] | None = None
+
+    def ready(self, model: Model, state: TrainState, batch: Tree) -> Tree:
+        """A batch as the objective takes it, on its devices."""
+        batch = sharding.put_batch(batch, model.mesh)
+        return batch if self.prepare is None else self.prepare(model, state, batch)
+
+
+def begin(
+    model: Model, config: JobConfig, job: Supervised, role: Adapter, frozen_roles: Mapping[str, Adapter] | None = None
+) -> tuple[TrainState, optimizers_lib.Optimizers]:
+    """The state that one role is trained from, and its optimizer.
+
+    The state's arrays are its own: let go of the role that is given, or its weights are on the devices twice.
+    """
+    optimizers = {job.role: optimizers_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
+    return initial_state(model, config, {job.role: role}, optimizers, frozen_roles), optimizers
+
+
+def fit(
+    folder: pathlib.Path, config: JobConfig, model: Model, state: TrainState, optimizers: optimizers_lib.Optimizers, job: Supervised, split: str
+) -> tuple[TrainState, Timings, Program]:
+    """Trains the role of a fresh state, whose arrays are used up; returns its (best or last) state."""
+    batches, _ = training_batches(model, config, job.kind, split, config.batch_size, config.microbatches)
+    held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches)
+    program = learn_program(model, config, job, state, optimizers)
+    measure = held_out_program(model, config, job)
+    frozen = None if config.tuning == "full" else model.base
+    truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
+    facts = noted(config.data, split, batches) | noted(config.data, "validation", held_out)
+
+    def advance(state: TrainState, batch: Tree) -> tuple[TrainState, dict, dict]:
+        state, metrics = program(state, frozen, job.ready(model, state, batch))
+        return state, {name: value.item() for name, value in to_host(metrics).items()}, {}
+
+    loss = lambda state: held_out_loss(model, job, measure, state, held_out)
+    validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
+    loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown, facts)
+    say_attention(job.job, model.lm)
+    state, timings = loop_lib.train(folder, config, state, loop)
+    return state, timings, program
+
+
+def learn_program(model: Model, config: JobConfig, job: Supervised, state: TrainState, optimizers: optimizers_lib.Optimizers) -> Program:
+    """(state, base or None, batch) -> (state, metrics)."""
+    update = functools.partial(step.train_step, functools.partial(job.objective, model.lm), optimizers, config.microbatches)
+    return step_program(model, update, state)
+
+
+def held_out_program(model: Model, config: JobConfig, job: Supervised) -> Program:
+    """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's microbatches."""
+    return Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm), config.microbatches), limit=SHAPES)
+
+
+def _held_out(objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree) -> tuple:
+    """The objective without dropout: (loss, logs) as sums."""
+    return microbatches_lib.summed_microbatches(lambda part: objective(roles, frozen, part, None), batch, microbatches)
+
+
+def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches) -> dict[str, float]:
+    """Means over all held-out rows, `loss` and the objective's logs: sums and weights added, divided once."""
+    frozen = model.base if any(role.weights is None for role in state.roles.values()) else None
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        loss, logs = to_host(measure(state.roles, frozen, job.ready(model, state, batch)))
+        for name, part in {"loss": loss, **logs}.items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0], total[1] = total[0] + float(part.total), total[1] + float(part.weight)
+    return {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in sums.items()}
+
+
+def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None) -> dict[str, float]:
+    """Returns the held-out loss and, for comparisons, the share of pairs in the right order."""
+    found = held_out(state)
+    accuracy = {"validation/accuracy": found["train/accuracy"]} if "train/accuracy" in found else {}
+    return {"validation/loss": found["loss"], **accuracy}

@@ -1,0 +1,369 @@
+"""The RL job: sample, score, compare with the reference, learn; every phase one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.pipeline import Batches
+from perl_jax.data.splits import check_splits
+from perl_jax.data.tasks import Task, get_task
+from perl_jax.errors import TrainingError
+from perl_jax.generation.programs import sample_program
+from perl_jax.generation.sampling import Rollout
+from perl_jax.hub import artefacts
+from perl_jax.hub.artefacts import Record
+from perl_jax.hub.model import Model, load_model, say_attention
+from perl_jax.models import passes
+from perl_jax.models.language_model import resting
+from perl_jax.objectives import kl, policy_gradient
+from perl_jax.rewards import scoring
+from perl_jax.rewards.scoring import Scorer, response_texts
+from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.metrics import FILE_NAME, read_metrics
+from perl_jax.runtime import hosts, sharding
+from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.training import cost, loop as loop_lib, optimizers as optimizers_lib, state as state_lib, step as step_lib
+from perl_jax.training.experience import Judged, assemble, experience_of, one_pass
+from perl_jax.training.fit import initial_state, step_program, training_batches
+from perl_jax.training.layouts import rollout_layout, updates_rows
+from perl_jax.training.loop import Loop
+from perl_jax.training.rl_config import RLConfig
+from perl_jax.training.roles import starting_role
+from perl_jax.training.state import TrainState
+from perl_jax.types import Layout, Prompts, Tree
+
+# What the artefacts' step is chosen by.
+SELECTED_BY = "validation/reward"
+# Prompts of a validation whose first response is kept to be read.
+_KEPT = 8
+# Folded into the seed's key: 1 makes the train state's, 2 a head.
+_VALIDATION = 3
+
+
+class Programs:
+    """The compiled pieces of one RL step; None: what the algorithm does without."""
+
+    def __init__(self, model: Model, config: RLConfig, records: tuple[Record, ...], state: TrainState, optimizers: optimizers_lib.Optimizers):
+        lm, algorithm = model.lm, config.algorithm
+        room = config.data.max_response_length
+        shared = model.shared_prompts(config.batch_size, algorithm.group)
+        rows = sharding.batch_sharding(model.mesh)
+        # Of an adapter's own configuration: it may come from an artefact.
+        lora = state.roles["policy"].config
+        self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
+        made_of = functools.partial(experience_of, config) if self.one_pass else None
+        objective = functools.partial(policy_gradient.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room, experience_of=made_of)
+        update = functools.partial(step_lib.train_step if algorithm.updates == 1 else step_lib.train_epochs, objective, optimizers, config.microbatches)
+        self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
+        self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
+        self.reward = scoring.reward_program(model, records, config.combine, config.microbatches) if records else None
+        self.logprobs = Program("logprobs", functools.partial(passes.logprobs_in_microbatches, lm, config.microbatches, temperature=config.temperature, room=room), out_shardings=rows, limit=SHAPES)
+        self.values = Program("values", functools.partial(passes.values_in_microbatches, lm, config.microbatches), out_shardings=rows, limit=SHAPES) if algorithm.rule.advantage == "gae" else None
+        assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
+        self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=SHAPES)
+        self.learn = step_program(model, update, state)
+        refreshed = functools.partial(_refreshed, lm.config.dtype)
+        places = model.adapter_shardings(state.frozen.get("reference"))
+        self.refresh = Program("refresh", refreshed, out_shardings=places) if config.kl.refresh is not None else None
+
+    def by_name(self) -> dict[str, Program]:
+        names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What a step needs besides the state: the model, the programs, the rewards, the rows.
+
+    base: None in full tuning, where the state's own weights stand in for it.
+    """
+
+    model: Model
+    base: Tree | None
+    programs: Programs
+    scorer: Scorer
+    task: Task
+    rows: Any
+    config: RLConfig
+
+
+def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
+    """One RL step: rollouts from the policy as it is, scored, compared, learned from.
+
+    The sampling key is the step's own, apart from the one that the update splits for dropout.
+    """
+    config, programs, base = job.config, job.programs, job.base
+    clocks = [time.perf_counter()]
+    key = jax.random.key_data(state.step_key(state_lib.SAMPLE))
+    policy = state.roles["policy"]
+    repeated = batch.repeated(config.algorithm.group)
+    shared = job.model.shared_prompts(config.batch_size, config.algorithm.group)
+    prompts = batch.repeated(config.algorithm.group // shared)
+    rollout = jax.block_until_ready(programs.sample(base, policy, sharding.put_batch(prompts, job.model.mesh), key))
+    greedy = None if programs.greedy is None else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
+    clocks.append(time.perf_counter())
+    # The rows of each update, where there are several: they decide how these are packed.
+    orders_XY = updates_rows(config, state.step_key(state_lib.SHUFFLE))
+    whole, part = _layouts(job, rollout, batch.tokens_BP.shape[1], orders_XY)
+    packed = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
+    score_B, scores = job.scorer(state.frozen, packed, repeated.row_B)
+    reference_BT = _reference(job, state, packed)
+    measured = not programs.one_pass or (reference_BT is not None and _may_be_one(config, int(state.step)))
+    judged = Judged(
+        rollout=rollout,
+        score_B=score_B,
+        # An array of its kind where it is not read.
+        policy_BT=programs.logprobs(base, policy, packed.sequences) if measured else reference_BT,
+        beta=state.controls["beta"],
+        reference_BT=reference_BT,
+        measured=np.bool_(measured),
+        values_BT=None if programs.values is None else programs.values(base, state.roles["value"], packed.sequences),
+        greedy=greedy,
+        greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
+    )
+    experience, statistics = jax.block_until_ready(programs.assemble(judged))
+    experience = experience.replace(sequences=experience.sequences.replace(layout=part))
+    clocks.append(time.perf_counter())
+    state, metrics = jax.block_until_ready(programs.learn(state, base, experience, *(() if orders_XY is None else (orders_XY,))))
+    metrics |= statistics.values
+    state = _controlled(config, programs.refresh, state, metrics["kl/sequence"])
+    clocks.append(time.perf_counter())
+    values = {name: value.item() for name, value in to_host(metrics).items()} | scores
+    values["finite"] = values["finite"] and bool(statistics.finite)
+    _check_mismatch(values["sampler/mismatch"], config, int(state.step))
+    if job.task.gold is not None:
+        values["reward/gold"] = float(np.mean(gold_rewards(job, repeated.row_B, rollout)))
+    values |= _derived(values)
+    seconds = np.diff(clocks)
+    return state, values, {"sample": seconds[0], "score": seconds[1], "learn": seconds[2]}
+
+
+def _layouts(job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarray | None) -> tuple[Layout | None, Layout | None]:
+    """How rollouts are packed for the passes over all of them, and for an update's microbatches.
+
+    columns: of the prompts. Several updates (orders_XY: their rows) have the layout that the fullest of them needs.
+    """
+    count = lambda mask_BT: to_host(jnp.sum(mask_BT, axis=1))
+    response_B = count(rollout.sequences.response_BT)
+    prompt_B = count(rollout.sequences.valid_BT) - response_B
+    layout = functools.partial(rollout_layout, job.model, job.config, prompt_B, response_B, columns)
+    return layout(job.config.microbatches), layout(job.config.microbatches, orders_XY)
+
+
+def _may_be_one(config: RLConfig, step: int) -> bool:
+    """Whether the reference may be the policy as it is at the beginning of this step."""
+    return step == 0 or (config.kl.refresh is not None and step % config.kl.refresh == 0)
+
+
+def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:
+    """Log-probabilities under the reference."""
+    kind = job.config.kl.reference
+    if kind == "none":
+        return None
+    if kind == "base":
+        return job.programs.logprobs(job.model.base, None, rollout.sequences)
+    role = state.frozen["reference"]
+    return job.programs.logprobs(job.model.base if role.weights is None else None, role, rollout.sequences)
+
+
+def _controlled(config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array) -> TrainState:
+    """The state after what the loop adapts: the KL's coefficient, the reference."""
+    settings = config.kl
+    if settings.target is not None:
+        # Below 1, at which the score would count nothing.
+        beta = kl.adaptive_beta(state.controls["beta"], mean_kl, settings.target, episodes=config.batch_size, horizon=settings.horizon, maximum=0.99)
+        state = state.replace(controls={"beta": jax.device_put(beta, state.controls["beta"].sharding)})
+    if settings.refresh is not None and int(state.step) % settings.refresh == 0:
+        # A copy: the policy's own buffers are given to the next update.
+        state = state.replace(frozen=state.frozen | {"reference": refresh(state.roles["policy"])})
+    return state
+
+
+def _refreshed(dtype: str, policy: Adapter) -> Adapter:
+    """The policy as a reference: a copy, at rest."""
+    return jax.tree.map(jnp.copy, resting(policy, dtype))
+
+
+def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
+    if mismatch > config.max_mismatch:
+        raise TrainingError(
+            f"Step {step}: the sampler and the trainer disagree on log-probabilities, mean exp|difference| = {mismatch:.4f}, "
+            f"above max_mismatch = {config.max_mismatch}; the run stopped and its last checkpoint is untouched."
+        )
+
+
+def _derived(values: dict[str, float]) -> dict[str, float]:
+    """Spreads and the critic's explained variance, from the sums that microbatches added up."""
+    variance = lambda name: max(values.pop(f"{name}/square") - values[f"{name}/mean"] ** 2, 0.0)
+    out = {"advantage/std": variance("advantage") ** 0.5}
+    if "return/mean" in values:
+        error, returns = variance("value/error"), variance("return")
+        out["value/explained_variance"] = 1.0 - error / returns if returns > 0 else 0.0
+    return out
+
+
+def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarray:
+    """The true reward of each sampled response, from its text and its prompt's. row_B: of this process's rows."""
+    share = sharding.row_share(job.model.mesh)
+    texts = response_texts(job.model.tokenizer, rollout, share)
+    return share.gather(job.task.gold([job.rows[int(row)]["prompt"] for row in row_B], texts))
+
+
+def held_out_prompts(job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]) -> tuple[Rollouts, Batches] | None:
+    """Returns what `validate` needs: the job with the first prompts of the validation split, and their batches. None when the run has no validation.
+
+    A batch has as many prompts as a training batch, and a length of these (lengths) where that holds the prompts:
+    then no program is compiled that training does not have.
+    """
+    config = job.config
+    if config.validation_prompts == 0:
+        return None
+    if "validation" not in splits:
+        if hosts.is_writer():
+            print(f"{config.data.task} has no prompts in a validation split: nothing is validated, and the last step is kept.", flush=True)
+        return None
+    longest = config.data.max_prompt_length
+    lengths = lengths if lengths[-1] >= longest else (*lengths, longest)
+    number = config.batch_size // config.algorithm.group
+    batches, rows = load_batches(job.model, config.data, "prompts", "validation", number, None, most=config.validation_prompts, lengths=lengths)
+    return dataclasses.replace(job, rows=rows, scorer=job.scorer.over(rows)), batches
+
+
+def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Samples responses to held-out prompts; returns means over them and a few of them to read.
+
+    As many responses to a prompt as in training, with the same keys at every step of a run: they depend on the seed
+    and not on the step. Reward: the score before shaping; kl: E sum_t log pi - log pi_ref, to the reference as it is.
+    TrainingError where a measure is not finite.
+    """
+    config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
+    group, key = config.algorithm.group, jax.random.fold_in(jax.random.key(config.seed), _VALIDATION)
+    shared = job.model.shared_prompts(config.batch_size, group)
+    columns: dict[str, list[np.ndarray]] = {}
+    samples: list[dict[str, Any]] = []
+    for index, batch in enumerate(batches):
+        prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
+        # Where the state's key is: a program is compiled for places too.
+        data = jax.device_put(np.asarray(jax.random.key_data(jax.random.fold_in(key, index))), sharding.replicated(job.model.mesh))
+        rollout = programs.sample(base, policy, prompts, data)
+        whole, _ = _layouts(job, rollout, batch.tokens_BP.shape[1], None)
+        rollout = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
+        mask_BT = rollout.sequences.response_BT
+        # For the terms filler prompts have the first row's text.
+        row_B = np.maximum(batch.repeated(group).row_B, 0)
+        measured = {
+            "reward": job.scorer(state.frozen, rollout, row_B)[0],
+            "length": jnp.sum(mask_BT, axis=1),
+            "eos_rate": rollout.finished_B,
+        }
+        reference_BT = _reference(job, state, rollout)
+        if reference_BT is not None:
+            measured["kl"] = kl.sequence_kl(kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT)
+        measured = {name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()}
+        if job.task.gold is not None:
+            measured["gold"] = np.asarray(gold_rewards(job, row_B, rollout), np.float64)
+        rows_B = np.repeat(batches.rows_of(index), group)
+        for name, value_B in measured.items():
+            columns.setdefault(name, []).append(value_B[rows_B >= 0])
+        texts = response_texts(job.model.tokenizer, rollout)
+        for place in np.flatnonzero(rows_B >= 0)[::group].tolist():
+            if len(samples) < _KEPT:
+                measures = {name: float(measured[name][place]) for name in ("reward", "gold") if name in measured}
+                samples.append({"prompt": job.rows[int(rows_B[place])]["prompt"], "response": texts[place], **measures})
+    means = {f"validation/{name}": float(np.mean(np.concatenate(parts))) for name, parts in columns.items()}
+    bad = [name for name, value in means.items() if not np.isfinite(value)]
+    if bad:
+        raise TrainingError(f"The validation of step {int(state.step)} gave NaN or infinity ({', '.join(bad)}); the run stopped, its last checkpoint is untouched.")
+    return means, samples
+
+
+def kept_step(folder: pathlib.Path, config: RLConfig, step: int, selected: bool) -> dict[str, float]:
+    """Says which step the artefacts are of; returns what its validation measured, for their records."""
+    found = next((row for row in read_metrics(folder / FILE_NAME) if row["step"] == step), {})
+    measured = {name: value for name, value in found.items() if name.startswith("validation/")}
+    if selected:
+        reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
+        print(f"rl: the artefacts are of step {step} of {config.steps}, {reason}; the last step is in {folder / 'checkpoints'}.", flush=True)
+    else:
+        print(f"rl: the artefacts are of step {step}, the last.", flush=True)
+    return measured
+
+
+def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> optimizers_lib.Optimizers:
+    """One for each trained role, with its own rate."""
+    rates = {"policy": config.optimizer.learning_rate, "value": config.value_learning_rate or config.optimizer.learning_rate}
+    updates = config.steps * config.algorithm.updates
+    make = lambda rate: optimizers_lib.make_optimizer(dataclasses.replace(config.optimizer, learning_rate=rate), updates, config.tuning, width)
+    return {name: make(rates[name]) for name in roles}
+
+
+def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
+    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the score's weight beside the KL."""
+    whole = config.kl_in_loss or config.kl.whole_score
+    weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
+    return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
+
+
+def run_rl(config: RLConfig) -> pathlib.Path:
+    """The RL job; returns the policy artefact's folder. A finished run is left as it is."""
+    folder = folder_lib.open_run("rl", config)
+    artefact = folder / "adapters" / "policy"
+    if folder_lib.finished(artefact, folder / "cost.json"):
+        return artefact
+    splits = check_splits(config.data, "prompts", ("train",))
+    terms = scoring.read_terms(config.terms)
+    model = load_model(config)
+    check_context(model, config.data)
+    policy = starting_role(model, config, config.policy, jax.random.key(config.seed))
+    config.check_stale(0.0 if policy.config is None else policy.config.dropout)
+    rewards, records = scoring.load_rewards(model, config.reward)
+    algorithm = config.algorithm
+    # Policy, reference and critic all begin as the policy that training starts from.
+    roles, frozen = {"policy": policy}, dict(rewards)
+    if algorithm.rule.critic:
+        head = paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
+        roles["value"] = policy.replace(head=head)
+    if config.kl.reference == "start":
+        frozen["reference"] = policy
+    elif config.kl.reference not in ("base", "none"):
+        frozen["reference"] = model.load_role(config.kl.reference, "policy")[0]
+    frozen = {name: resting(role, model.lm.config.dtype) for name, role in frozen.items()}
+    # The float32 weights of fully tuned ones.
+    del rewards
+    if config.kl.reference != "base":
+        model = model.relieved((*roles.values(), *frozen.values()))
+    optimizers = make_optimizers(config, roles, model.lm.config.width)
+    state = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+    # The state's arrays are its own: these would be on the devices a second time.
+    del policy, roles, frozen
+    data = config.batch_size // algorithm.group
+    batches, rows = training_batches(model, config, "prompts", "train", data)
+    programs = Programs(model, config, records, state, optimizers)
+    base = None if config.tuning == "full" else model.base
+    with Scorer(model, programs.reward, terms, config.reward_weight, rows) as scorer:
+        job = Rollouts(model, base, programs, scorer, get_task(config.data.task), rows, config)
+        shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate")
+        held_out = held_out_prompts(job, batches.lengths, splits)
+        measure = None if held_out is None else functools.partial(validate, *held_out)
+        best = SELECTED_BY if held_out is not None and config.select == "best" else None
+        facts = noted(config.data, "train", batches) | ({} if held_out is None else noted(config.data, "validation", held_out[1]))
+        loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY), facts)
+        say_attention("rl", model.lm)
+        state, timings = loop_lib.train(folder, config, state, loop)
+    measured = kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
+    for name, adapter in state.roles.items():
+        artefacts.save_artefact(folder / "adapters" / name, adapter, model.record(name, adapter, step=int(state.step), metrics=measured))
+    cost.write_cost(folder, model, state, programs.by_name(), timings)
+    return artefact

@@ -1,0 +1,117 @@
+"""Training steps: pure functions of (state, frozen, batch), the same for adapters and full tuning.
+
+A job supplies one objective: objective(roles, frozen, batch, key) -> (LossSum, logs), where
+`roles` is the differentiated tree and `frozen` everything that is not (the base, references,
+reward models). Losses and logs are sums with weights, so microbatches add and are divided once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from perl_jax.adapters.lora import Adapter, trainable
+from perl_jax.models.microbatches import check_divides, group_of, split_microbatches
+from perl_jax.objectives.losses import Logs, LossSum
+from perl_jax.runtime import trees
+from perl_jax.training.optimizers import Optimizers
+from perl_jax.training.state import TrainState, UPDATE
+from perl_jax.types import Array, Tree
+
+
+Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum, Logs]]
+
+
+def gradients(
+    objective: Objective, roles: dict[str, Adapter], frozen: Tree, batch: Tree, key: jax.Array, microbatches: int
+) -> tuple[LossSum, Logs, dict[str, Adapter]]:
+    """Sum of losses, logs, and d(total)/d(roles) / weight over the whole batch.
+
+    The gradient of the mean over the batch, whatever the microbatches' shares of the weight:
+    totals, weights and gradients are added in float32 and divided once. What lies frozen under an
+    adapter is not differentiated.
+    """
+    under = {name: role.under for name, role in roles.items()}
+    roles = {name: trainable(role) for name, role in roles.items()}
+
+    def total(roles, microbatch, key):
+        whole = {name: role.replace(under=under[name]) for name, role in roles.items()}
+        loss, logs = objective(whole, frozen, microbatch, key)
+        return loss.total, (loss, logs)
+
+    differentiate = jax.value_and_grad(total, has_aux=True)
+    if microbatches == 1:
+        (_, (loss, logs)), summed = differentiate(roles, batch, key)
+    else:
+        split = split_microbatches(batch, microbatches, group_of(batch))
+        keys = jax.random.split(key, microbatches)
+        shape = jax.eval_shape(differentiate, roles, jax.tree.map(lambda x: x[0], split), keys[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shape[0][1], shape[1]))
+
+        def add(carry, inputs):
+            (_, aux), grads = differentiate(roles, *inputs)
+            return jax.tree.map(jnp.add, carry, (aux, grads)), None
+
+        ((loss, logs), summed), _ = jax.lax.scan(add, zeros, (split, keys))
+    return loss, logs, jax.tree.map(lambda g: g / jnp.where(loss.weight > 0, loss.weight, 1), summed)
+
+
+def train_step(
+    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of every role. `finite`: no NaN or infinity in loss, gradients or updated roles.
+
+    Only the trainable leaves are differentiated, so only their gradients exist and have norms.
+    """
+    state, metrics = _update(objective, optimizers, microbatches, state, frozen, batch, state.step_key(UPDATE))
+    return state.replace(step=state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
+def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
+    """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them out anew.
+
+    group: consecutive rows that stay together. Raises ValueError where whole groups do not divide over the minibatches.
+    """
+    check_divides(rows, minibatches, group, "minibatches")
+    first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(jax.random.split(key, epochs))
+    return (first_EX[:, :, None] + jnp.arange(group)[None, None, :]).reshape(epochs * minibatches, -1)
+
+
+def train_epochs(
+    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree, orders_XY: Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of several updates, each from its own rows of the batch.
+
+    orders_XY: the rows of each (`dealt`). A packed batch has the layout of one update's rows. Metrics are means over the
+    updates; `finite` is of all.
+    """
+    keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
+
+    def update(state: TrainState, inputs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
+        order_Y, key = inputs
+        part = jax.tree.map(lambda leaf: leaf[order_Y], batch)
+        return _update(objective, optimizers, microbatches, state, frozen, part, key)
+
+    state, metrics = jax.lax.scan(update, state, (orders_XY, keys_X))
+    finite = jnp.all(metrics.pop("finite"))
+    return state.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics) | {"finite": finite}
+
+
+def _update(
+    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """New roles and optimizer states, and the update's metrics; the step stays."""
+    loss, logs, grads = gradients(objective, state.roles, frozen, batch, key, microbatches)
+    roles, opt_states = {}, {}
+    metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
+    for name, role in state.roles.items():
+        updates, opt_states[name] = optimizers[name].update(grads[name], state.optimizers[name], trainable(role))
+        roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
+        metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
+    metrics["finite"] = trees.all_finite((loss, grads, roles))
+    return state.replace(roles=roles, optimizers=opt_states), metrics
