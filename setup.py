@@ -9,7 +9,8 @@ here = pathlib.Path(__file__).parent
 setup(
     name="perl_jax",
     version="0.1.0",
-    description="Parameter-efficient reinforcement learning from human feedback in JAX: adapters over one frozen base.",
+    description="Parameter-efficient reinforcement learning from human feedback in JAX: adapters "
+    "over one frozen base.",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

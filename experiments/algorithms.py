@@ -1,6 +1,7 @@
 """Every policy gradient, and DPO, from one SFT adapter, with the default hyperparameters.
 
-Claim     REINFORCE (with a learned and with a mean baseline), RLOO, ReMax, GRPO, Dr. GRPO, GSPO, PPO, DPO and IPO each raise the true (gold) reward
+Claim     REINFORCE (with a learned and with a mean baseline), RLOO, ReMax, GRPO, Dr. GRPO, GSPO,
+PPO, DPO and IPO each raise the true (gold) reward
           of the embedded task by adapters alone, over three seeds. Every setting but the number of
           steps is the command's default; two defaults (the floor of GRPO's deviation, DPO's beta)
           were set after a first round of these runs had failed without them.
@@ -40,7 +41,9 @@ SMOOTH = 5
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One run: its test set's gold reward, that of the SFT policy, their paired gain, the KL, a step's seconds."""
+    """One run: its test set's gold reward, that of the SFT policy, their paired gain, the KL, a
+    step's seconds.
+    """
 
     gold: float
     start: float
@@ -58,9 +61,16 @@ def run(stage: Stage, root: pathlib.Path) -> None:
 
 
 def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
-    """The base, one SFT adapter and one reward model: what all runs start from, and none is compared by."""
+    """The base, one SFT adapter and one reward model: what all runs start from, and none is
+    compared by.
+    """
     steps = lambda n: max(2, round(n * scale))
-    train = lambda n, **more: (*flags(model=model), *LENGTHS, *PRETRAINING, *flags(steps=steps(n), batch_size=32, **more))
+    train = lambda n, **more: (
+        *flags(model=model),
+        *LENGTHS,
+        *PRETRAINING,
+        *flags(steps=steps(n), batch_size=32, **more),
+    )
     return [
         base_stage(model, steps(600)),
         Stage("sft", "sft", "lora", train(100, evaluate_every=50)),
@@ -68,17 +78,34 @@ def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
     ]
 
 
-def stages_of(name: str, seed: int, root: pathlib.Path, model: pathlib.Path, steps: int) -> list[Stage]:
+def stages_of(
+    name: str, seed: int, root: pathlib.Path, model: pathlib.Path, steps: int
+) -> list[Stage]:
     """Training and evaluation of one algorithm and seed."""
     policy, reward = root / "sft/adapters/policy", root / "reward/adapters/reward"
     folder = f"{name}/{seed}"
     common = (*flags(model=model, seed=seed), *LENGTHS)
     if name in ("dpo", "ipo"):
         # As many comparisons as the others have episodes.
-        train = ("dpo", flags(policy=policy, loss=name, steps=steps, batch_size=EPISODES, evaluate_every=steps))
+        train = (
+            "dpo",
+            flags(policy=policy, loss=name, steps=steps, batch_size=EPISODES, evaluate_every=steps),
+        )
     else:
-        train = ("rl", flags(policy=policy, reward=reward, algorithm__name=name, steps=steps, batch_size=EPISODES, data__bucket_count=1))
-    measure = flags(policy=root / folder / "adapters/policy", baseline=policy, reward=reward, batch_size=128)
+        train = (
+            "rl",
+            flags(
+                policy=policy,
+                reward=reward,
+                algorithm__name=name,
+                steps=steps,
+                batch_size=EPISODES,
+                data__bucket_count=1,
+            ),
+        )
+    measure = flags(
+        policy=root / folder / "adapters/policy", baseline=policy, reward=reward, batch_size=128
+    )
     return [
         Stage(folder, train[0], "lora", (*common, *train[1], *flags(checkpoint_every=steps))),
         Stage(f"{folder}/test", "evaluate", "lora", (*flags(model=model), *LENGTHS, *measure)),
@@ -103,13 +130,17 @@ def outcome(folder: pathlib.Path) -> Outcome:
 def table(outcomes: dict[str, list[Outcome]]) -> str:
     """Markdown: means over seeds, the spread of the gain."""
     lines = [
-        "| algorithm | gold reward, start | after | gain: mean (each seed) | KL to the start | s a step |",
+        "| algorithm | gold reward, start | after | gain: mean (each seed) | KL to the start | s "
+        "a step |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in outcomes.items():
         mean = lambda field: float(np.mean([getattr(one, field) for one in found]))
         each = ", ".join(f"{one.gain:+.3f}" for one in found)
-        lines.append(f"| {name} | {mean('start'):.3f} | {mean('gold'):.3f} | {mean('gain'):+.3f} ({each}) | {mean('kl'):.2f} | {mean('seconds'):.2f} |")
+        lines.append(
+            f"| {name} | {mean('start'):.3f} | {mean('gold'):.3f} | {mean('gain'):+.3f} ({each}) "
+            f"| {mean('kl'):.2f} | {mean('seconds'):.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -124,13 +155,30 @@ def plot(outcomes: dict[str, list[Outcome]], path: pathlib.Path) -> None:
             mean = np.mean(curves, axis=0)
             window = min(SMOOTH, len(mean))
             smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-            left.plot(np.arange(window, len(mean) + 1), smooth, color=colours[name], label=name, linewidth=1.5)
-    left.set(xlabel="step (64 episodes each)", ylabel="gold reward of the rollouts", title=f"Mean of {len(found)} seeds, over {SMOOTH} steps")
+            left.plot(
+                np.arange(window, len(mean) + 1),
+                smooth,
+                color=colours[name],
+                label=name,
+                linewidth=1.5,
+            )
+    left.set(
+        xlabel="step (64 episodes each)",
+        ylabel="gold reward of the rollouts",
+        title=f"Mean of {len(found)} seeds, over {SMOOTH} steps",
+    )
     left.legend(fontsize=8, ncols=2)
     for index, (name, found) in enumerate(outcomes.items()):
         right.barh(index, np.mean([one.gain for one in found]), color=colours[name], alpha=0.6)
-        right.plot([one.gain for one in found], [index] * len(found), "o", color="black", markersize=3)
-    right.set(yticks=range(len(names)), yticklabels=names, xlabel="gain in gold reward over the SFT policy, test prompts", title="Mean; dots: seeds")
+        right.plot(
+            [one.gain for one in found], [index] * len(found), "o", color="black", markersize=3
+        )
+    right.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel="gain in gold reward over the SFT policy, test prompts",
+        title="Mean; dots: seeds",
+    )
     right.axvline(0, color="black", linewidth=0.8)
     right.invert_yaxis()
     for axes in (left, right):
@@ -140,11 +188,20 @@ def plot(outcomes: dict[str, list[Outcome]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/algorithms"), help="folder of the experiment")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/algorithms"),
+        help="folder of the experiment",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of base, SFT and reward")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies the steps of base, SFT and reward"
+    )
     parser.add_argument("--only", nargs="*", default=[*ALGORITHMS, "dpo", "ipo"], help="algorithms")
     arguments = parser.parse_args()
     root, model = arguments.run, arguments.run / "base" / "model"
@@ -154,10 +211,16 @@ def main() -> int:
         for name in arguments.only:
             for stage in stages_of(name, seed, root, model, arguments.steps):
                 run(stage, root)
-    outcomes = {name: [outcome(root / name / str(seed)) for seed in range(arguments.seeds)] for name in arguments.only}
+    outcomes = {
+        name: [outcome(root / name / str(seed)) for seed in range(arguments.seeds)]
+        for name in arguments.only
+    }
     text = table(outcomes)
     files.write_atomically(root / "table.md", text)
-    files.write_json(root / "outcomes.json", {name: [dataclasses.asdict(one) for one in found] for name, found in outcomes.items()})
+    files.write_json(
+        root / "outcomes.json",
+        {name: [dataclasses.asdict(one) for one in found] for name, found in outcomes.items()},
+    )
     plot(outcomes, root / "algorithms.png")
     print(f"\n{text}\n{root / 'table.md'}, {root / 'algorithms.png'}")
     return 0

@@ -1,4 +1,5 @@
-"""The baseline a reward model has to beat: logistic regression on words and word pairs. `taskmaster.py` imports it.
+"""The baseline a reward model has to beat: logistic regression on words and word pairs.
+`taskmaster.py` imports it.
 
 Features: tf-idf of unigrams and bigrams, (1 + log tf) (log((1 + n) / (1 + df)) + 1), rows scaled to
 length 1. Loss: mean cross-entropy + |w|^2 / (2 n C), C chosen by AUC on validation rows.
@@ -40,14 +41,18 @@ class TfIdf:
         """One row a text; terms not seen in training are left out."""
         data, columns, starts = [], [], [0]
         for text in texts:
-            counts = collections.Counter(self.columns[term] for term in terms(text) if term in self.columns)
+            counts = collections.Counter(
+                self.columns[term] for term in terms(text) if term in self.columns
+            )
             values = np.asarray([(1 + math.log(n)) * self.weights[c] for c, n in counts.items()])
             norm = float(np.linalg.norm(values)) or 1.0
             data.append(values / norm)
             columns.append(np.fromiter(counts, np.int64, len(counts)))
             starts.append(starts[-1] + len(counts))
         flat = lambda parts: np.concatenate(parts) if parts else np.zeros(0)
-        return scipy.sparse.csr_matrix((flat(data), flat(columns), starts), shape=(len(starts) - 1, len(self.columns)))
+        return scipy.sparse.csr_matrix(
+            (flat(data), flat(columns), starts), shape=(len(starts) - 1, len(self.columns))
+        )
 
 
 def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) -> np.ndarray:
@@ -57,7 +62,9 @@ def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logits = features @ weights[:-1] + weights[-1]
         probabilities = statistics.sigmoid(logits)
-        loss = np.mean(np.logaddexp(0, logits) - labels * logits) + weights[:-1] @ weights[:-1] / (2 * rows * strength)
+        loss = np.mean(np.logaddexp(0, logits) - labels * logits) + weights[:-1] @ weights[:-1] / (
+            2 * rows * strength
+        )
         error = (probabilities - labels) / rows
         return loss, np.append(features.T @ error + weights[:-1] / (rows * strength), error.sum())
 

@@ -7,7 +7,8 @@ Claim     With LoRA adapters alone, over one frozen base, the reward model comes
 Command   make run, or: python experiments/quickstart.py
 Hardware  2 CPU cores
 Time      14 minutes beside other work; not timed alone
-Numbers   reward model 84.4 % of 86.7 % (full tuning 83.5 %); true reward 0.789 -> 0.928, gain +0.139
+Numbers   reward model 84.4 % of 86.7 % (full tuning 83.5 %); true reward 0.789 -> 0.928, gain
++0.139
           (0.105 to 0.173), full tuning 0.786 -> 0.943
 """
 
@@ -22,8 +23,10 @@ from stages import PRETRAINING, Experiment, Stage, flags, run_stages, whole_job
 EXPERIMENT = Experiment(
     title="Taking coffee orders: adapters against full tuning",
     summary=(
-        "A small transformer, trained on the spot, learns to answer a customer with the right structured order. "
-        "Its demonstrations and raters make mistakes; the true reward is known, so real improvement can be told "
+        "A small transformer, trained on the spot, learns to answer a customer with the right "
+        "structured order. "
+        "Its demonstrations and raters make mistakes; the true reward is known, so real "
+        "improvement can be told "
         "from a reward model that is merely being pleased."
     ),
     task="orders",
@@ -37,11 +40,15 @@ def base_stage(model: pathlib.Path, steps: int) -> Stage:
     shape = flags(width=128, ffn_width=256, layers=3, heads=4, kv_heads=2)
     lengths = flags(data__max_prompt_length=64, data__max_response_length=64)
     training = flags(steps=steps, batch_size=32, evaluate_every=200)
-    return Stage("base", "base", "full", (*flags(model=model), *shape, *lengths, *PRETRAINING, *training))
+    return Stage(
+        "base", "base", "full", (*flags(model=model), *shape, *lengths, *PRETRAINING, *training)
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", default="runs/quickstart", help="folder of the experiment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")

@@ -20,7 +20,9 @@ from perl_jax.runtime import files
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command. name: its folder below the experiment's; tuning: lora, full, or none (a base); shown: in the report."""
+    """One command. name: its folder below the experiment's; tuning: lora, full, or none (a base);
+    shown: in the report.
+    """
 
     name: str
     job: str
@@ -40,7 +42,9 @@ class Experiment:
 
 
 def flags(**values: object) -> tuple[str, ...]:
-    """`--data.task orders --steps 100` for data__task="orders", steps=100; several values for a list; None is left out."""
+    """`--data.task orders --steps 100` for data__task="orders", steps=100; several values for a
+    list; None is left out.
+    """
     out: list[str] = []
     for name, value in values.items():
         if value is not None:
@@ -49,17 +53,34 @@ def flags(**values: object) -> tuple[str, ...]:
     return tuple(out)
 
 
-# For what experiments start from, such as small bases that are trained on the spot; the jobs that they
-# compare take the commands' own defaults.
+# For what experiments start from, such as small bases that are trained on the spot; the jobs that
+# they compare take the commands' own defaults.
 PRETRAINING = flags(
-    optimizer__name="adamw", optimizer__schedule="linear", optimizer__warmup_steps=20, optimizer__b2=0.98, optimizer__learning_rate=3e-3
+    optimizer__name="adamw",
+    optimizer__schedule="linear",
+    optimizer__warmup_steps=20,
+    optimizer__b2=0.98,
+    optimizer__learning_rate=3e-3,
 )
 
 
-def ensemble(name: str, tuning: str, arguments: tuple[str, ...], seed: int, members: int) -> list[Stage]:
-    """Reward models that differ by their seed alone, `name` the first one's folder, which the report shows."""
+def ensemble(
+    name: str, tuning: str, arguments: tuple[str, ...], seed: int, members: int
+) -> list[Stage]:
+    """Reward models that differ by their seed alone, `name` the first one's folder, which the
+    report shows.
+    """
     folder = lambda member: name if member == 0 else f"{name}_{member}"
-    return [Stage(folder(member), "reward", tuning, (*arguments, *flags(seed=seed + member)), shown=member == 0) for member in range(members)]
+    return [
+        Stage(
+            folder(member),
+            "reward",
+            tuning,
+            (*arguments, *flags(seed=seed + member)),
+            shown=member == 0,
+        )
+        for member in range(members)
+    ]
 
 
 def artefacts(root: pathlib.Path, name: str, members: int) -> list[pathlib.Path]:
@@ -83,28 +104,48 @@ def whole_job(
     """SFT, reward, RL and evaluation of one tuning.
 
     Policies of both tunings are trained and measured against one reward model (`reward_of`'s), as
-    in the paper: what differs between the columns is then the policy's tuning alone. members: reward
-    models of as many seeds, whose mean score is the reward.
+    in the paper: what differs between the columns is then the policy's tuning alone. members:
+    reward models of as many seeds, whose mean score is the reward.
     """
-    policy, model = root / tuning / "sft/adapters/policy", artefacts(root, f"{reward_of}/reward", members)
+    policy, model = (
+        root / tuning / "sft/adapters/policy",
+        artefacts(root, f"{reward_of}/reward", members),
+    )
     common, of_reward = (*common, *flags(seed=seed)), common
     return [
         Stage(f"{tuning}/sft", "sft", tuning, (*common, "--tuning", tuning, *sft)),
-        *ensemble(f"{tuning}/reward", tuning, (*of_reward, "--tuning", tuning, *reward), seed, members),
-        Stage(f"{tuning}/rl", "rl", tuning, (*common, "--tuning", tuning, *flags(policy=policy, reward=model), *rl)),
+        *ensemble(
+            f"{tuning}/reward", tuning, (*of_reward, "--tuning", tuning, *reward), seed, members
+        ),
+        Stage(
+            f"{tuning}/rl",
+            "rl",
+            tuning,
+            (*common, "--tuning", tuning, *flags(policy=policy, reward=model), *rl),
+        ),
         Stage(
             f"{tuning}/rl",
             "evaluate",
             tuning,
-            (*common, *flags(policy=root / tuning / "rl/adapters/policy", baseline=policy, reward=model), *evaluate),
+            (
+                *common,
+                *flags(policy=root / tuning / "rl/adapters/policy", baseline=policy, reward=model),
+                *evaluate,
+            ),
         ),
     ]
 
 
-def run_stages(root: pathlib.Path, experiment: Experiment, stages: Sequence[Stage], finish: Callable[[], None] | None = None) -> int:
+def run_stages(
+    root: pathlib.Path,
+    experiment: Experiment,
+    stages: Sequence[Stage],
+    finish: Callable[[], None] | None = None,
+) -> int:
     """Runs the stages in order and writes the report; returns the first status that is not 0.
 
-    finish: called after the last stage, before the report is written. Stages that finished before are left as they are by the commands themselves.
+    finish: called after the last stage, before the report is written. Stages that finished before
+    are left as they are by the commands themselves.
     """
     root.mkdir(parents=True, exist_ok=True)
     path = root / "experiment.json"
@@ -115,7 +156,11 @@ def run_stages(root: pathlib.Path, experiment: Experiment, stages: Sequence[Stag
         began = time.perf_counter()
         status = subprocess.run([sys.executable, "-m", "perl_jax", *command[1:]]).returncode
         if status:
-            print(f"{stage.job} of {stage.name} stopped with status {status}; the same command resumes.", file=sys.stderr)
+            print(
+                f"{stage.job} of {stage.name} stopped with status {status}; the same command "
+                "resumes.",
+                file=sys.stderr,
+            )
             return status
         key = f"{stage.name}:{stage.job}"
         # A stage that was already done comes back at once and must not overwrite its real time.
@@ -129,9 +174,13 @@ def run_stages(root: pathlib.Path, experiment: Experiment, stages: Sequence[Stag
     return 0
 
 
-def _write(path: pathlib.Path, experiment: Experiment, stages: Sequence[Stage], seconds: dict[str, float]) -> None:
+def _write(
+    path: pathlib.Path, experiment: Experiment, stages: Sequence[Stage], seconds: dict[str, float]
+) -> None:
     runs = [
-        {"name": stage.name, "job": stage.job, "tuning": stage.tuning, "folder": stage.name} for stage in stages if stage.job != "evaluate" and stage.shown
+        {"name": stage.name, "job": stage.job, "tuning": stage.tuning, "folder": stage.name}
+        for stage in stages
+        if stage.job != "evaluate" and stage.shown
     ]
     files.write_json(
         path,

@@ -32,11 +32,13 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a batch is packed for the parts of a model that read tokens one by one (`models.packing`).
+    """How a batch is packed for the parts of a model that read tokens one by one
+    (`models.packing`).
 
-    slots: U, the room of a packed row of a microbatch. parts: W, packed rows, each of so many consecutive
-    rows. group: consecutive rows that begin with the same prompt in the same columns; its tokens are then
-    computed once. microbatches: that the batch will be split into; read whole it needs their room together.
+    slots: U, the room of a packed row of a microbatch. parts: W, packed rows, each of so many
+    consecutive rows. group: consecutive rows that begin with the same prompt in the same columns;
+    its tokens are then computed once. microbatches: that the batch will be split into; read whole
+    it needs their room together.
     """
 
     slots: int
@@ -54,7 +56,8 @@ class Layout:
 class Tokens:
     """Padded sequences. A row of all-False `valid_BT` is filler and carries no weight.
 
-    tokens_BT: int32 ids. valid_BT, response_BT: bool (module docstring). layout: static; None: not packed.
+    tokens_BT: int32 ids. valid_BT, response_BT: bool (module docstring). layout: static; None: not
+    packed.
     """
 
     tokens_BT: Array
@@ -69,7 +72,11 @@ class Tokens:
 
     def of_microbatch(self) -> Tokens:
         """As a microbatch of the batch is packed."""
-        return self if self.layout is None else self.replace(layout=dataclasses.replace(self.layout, microbatches=1))
+        return (
+            self
+            if self.layout is None
+            else self.replace(layout=dataclasses.replace(self.layout, microbatches=1))
+        )
 
 
 @flax.struct.dataclass
@@ -89,7 +96,9 @@ class Pairs:
 
 @flax.struct.dataclass
 class Labelled:
-    """Responses with a label in [0, 1] or a rating (float32); `weight_B` float32 is 0 on filler rows."""
+    """Responses with a label in [0, 1] or a rating (float32); `weight_B` float32 is 0 on filler
+    rows.
+    """
 
     tokens: Tokens
     label_B: Array
@@ -108,5 +117,7 @@ class Prompts:
     row_B: Array
 
     def repeated(self, samples: int) -> Prompts:
-        """Every row `samples` times, on the host: the samples of a prompt are rows next to each other."""
+        """Every row `samples` times, on the host: the samples of a prompt are rows next to each
+        other.
+        """
         return jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), self)

@@ -47,7 +47,9 @@ _TESTS = pathlib.Path(__file__).parent
 
 
 class ByFile(loadscope.LoadScopeScheduling):
-    """Sends all tests of a file to one worker, and all files that use one experiment's runs: they share what is made and compiled once."""
+    """Sends all tests of a file to one worker, and all files that use one experiment's runs: they
+    share what is made and compiled once.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return _group(nodeid.partition("::")[0])
@@ -55,10 +57,20 @@ class ByFile(loadscope.LoadScopeScheduling):
 
 @functools.cache
 def _group(file: str) -> str:
-    return "jobs" if re.search(r"^def test_\w+\([^)]*\bjobs\b", (_TESTS.parent / file).read_text(encoding="utf-8"), re.MULTILINE) else file
+    return (
+        "jobs"
+        if re.search(
+            r"^def test_\w+\([^)]*\bjobs\b",
+            (_TESTS.parent / file).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+        else file
+    )
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> loadscope.LoadScopeScheduling | None:
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: object
+) -> loadscope.LoadScopeScheduling | None:
     """`--dist loadfile` is `ByFile`; None: pytest-xdist's own for the other ways."""
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
@@ -73,14 +85,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         found.setdefault(file, set()).update({test, test.partition("[")[0]})
         tier = tier_of(file, test)
         if tier is not None:
-            item.own_markers[:] = [mark for mark in item.own_markers if mark.name not in ("slow", "exhaustive")]
+            item.own_markers[:] = [
+                mark for mark in item.own_markers if mark.name not in ("slow", "exhaustive")
+            ]
             if tier != QUICK:
                 item.add_marker(tier)
     # Only where whole files were collected can a name be missing.
     if not any("::" in argument for argument in config.args):
-        absent = [f"{file}::{test}" for file in TIERS if file in found for test in TIERS[file] if test not in found[file]]
+        absent = [
+            f"{file}::{test}"
+            for file in TIERS
+            if file in found
+            for test in TIERS[file]
+            if test not in found[file]
+        ]
         if absent:
-            raise pytest.UsageError(f"tests/tiers.py names tests that do not exist: {', '.join(absent)}.")
+            raise pytest.UsageError(
+                f"tests/tiers.py names tests that do not exist: {', '.join(absent)}."
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,16 +131,22 @@ def pytest_collection_finish() -> None:
     global _collecting
     _collecting = False
     if _compiled_early:
-        raise pytest.UsageError(f"{len(_compiled_early)} programs were compiled while tests were collected; make arrays with NumPy there, or inside tests.")
+        raise pytest.UsageError(
+            f"{len(_compiled_early)} programs were compiled while tests were collected; make "
+            "arrays with NumPy there, or inside tests."
+        )
 
 
-# Linux lets a process have 65,530 pieces of memory. Each compiled program has several, and a process without one crashes.
+# Linux lets a process have 65,530 pieces of memory. Each compiled program has several, and a
+# process without one crashes.
 _MAPS = 40_000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Lets go of compiled programs between modules when there are many; those that are needed again come from the disk."""
+    """Lets go of compiled programs between modules when there are many; those that are needed again
+    come from the disk.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MAPS:

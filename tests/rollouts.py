@@ -28,21 +28,40 @@ from perl_jax.types import Prompts, Tree
 from tests import small
 
 EOS = 2
-RECORD = Record("reward", "lora", None, True, "tiny", "f", "t", 1, {}, score_mean=0.25, score_std=2.0)
+RECORD = Record(
+    "reward", "lora", None, True, "tiny", "f", "t", 1, {}, score_mean=0.25, score_std=2.0
+)
 # Adam with an epsilon of 1 updates in proportion to the gradient: with a small one, rounding in a
 # gradient near 0 would be blown up to the size of the rate.
 OPTIMIZER = OptimizerConfig(name="adamw", learning_rate=0.05, epsilon=1.0)
 
 
-def placed_model(lm: LanguageModel, base: Tree, mesh: MeshConfig = MeshConfig(data=1), devices: Sequence[jax.Device] | None = None) -> Model:
+def placed_model(
+    lm: LanguageModel,
+    base: Tree,
+    mesh: MeshConfig = MeshConfig(data=1),
+    devices: Sequence[jax.Device] | None = None,
+) -> Model:
     """A model on a mesh (one device by default), its tokenizer only a set of ids."""
     devices = jax.devices()[:1] if devices is None else devices
     lm = dataclasses.replace(lm, mesh=sharding.make_mesh(mesh, devices=devices))
     shardings = lm.base_shardings()
     place = lambda name, leaf: jax.device_put(leaf, shardings[name])
-    ends = {"stop_ids": (EOS,), "stop_part": (EOS,), "tail_ids": (), "without_end": lambda ids: [i for i in ids if i != EOS]}
+    ends = {
+        "stop_ids": (EOS,),
+        "stop_part": (EOS,),
+        "tail_ids": (),
+        "without_end": lambda ids: [i for i in ids if i != EOS],
+    }
     tokenizer = types.SimpleNamespace(**ends, pad_id=0, text=lambda ids: " ".join(map(str, ids)))
-    return Model("tiny", lm, trees.map_named(place, base), tokenizer, trees.fingerprint(base), shard_adapters=mesh.adapters == "sharded")
+    return Model(
+        "tiny",
+        lm,
+        trees.map_named(place, base),
+        tokenizer,
+        trees.fingerprint(base),
+        shard_adapters=mesh.adapters == "sharded",
+    )
 
 
 def even_base(lm: LanguageModel, seed: int = 0) -> Tree:
@@ -60,12 +79,24 @@ def even_base(lm: LanguageModel, seed: int = 0) -> Tree:
 
 def rl_config(**fields: Any) -> RLConfig:
     data = DataConfig(max_prompt_length=8, max_response_length=fields.pop("room", 6))
-    return RLConfig(**{"run": "-", "model": "-", "reward": ("-",), "data": data, "optimizer": OPTIMIZER, "batch_size": 8, **fields})
+    return RLConfig(
+        **{
+            "run": "-",
+            "model": "-",
+            "reward": ("-",),
+            "data": data,
+            "optimizer": OPTIMIZER,
+            "batch_size": 8,
+            **fields,
+        }
+    )
 
 
 def prompts(lm: LanguageModel = small.LM, seed: int = 0) -> Prompts:
     """Eight left-padded prompts of 2 to 8 tokens."""
-    tokens = small.make_tokens([("left", n) for n in (8, 2, 3, 8, 5, 6, 7, 4)], 8, seed, lm.config.vocab_size)
+    tokens = small.make_tokens(
+        [("left", n) for n in (8, 2, 3, 8, 5, 6, 7, 4)], 8, seed, lm.config.vocab_size
+    )
     return Prompts(tokens.tokens_BT, tokens.valid_BT, np.arange(8, dtype=np.int32))
 
 
@@ -78,8 +109,12 @@ class Rehearsal:
         if config.algorithm.rule.critic:
             roles["value"] = policy.replace(head=init_head(None, model.lm.config.width))
         optimizers = {name: make_optimizer(config.optimizer, 10, config.tuning) for name in roles}
-        frozen = {"reward": reward} | ({"reference": policy} if config.kl.reference == "start" else {})
-        self.state: TrainState = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+        frozen = {"reward": reward} | (
+            {"reference": policy} if config.kl.reference == "start" else {}
+        )
+        self.state: TrainState = initial_state(
+            model, config, roles, optimizers, frozen, {"beta": config.kl.beta}
+        )
         self.programs = rl.Programs(model, config, (RECORD,), self.state, optimizers)
         base = None if config.tuning == "full" else model.base
         scorer = Scorer(model, self.programs.reward, (), 1.0, None)

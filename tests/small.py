@@ -1,4 +1,5 @@
-"""Tiny models for tests: a decoder whose weights matter, batches with every padding, adapters that act.
+"""Tiny models for tests: a decoder whose weights matter, batches with every padding, adapters that
+act.
 
 All widths differ from each other, so that the shape of an array tells which weight it belongs to.
 """
@@ -27,11 +28,29 @@ from perl_jax.runtime import trees
 from perl_jax.types import Tokens, Tree
 
 # Query width 4 * 6 = 24 and key/value width 2 * 6 = 12.
-CONFIG = ModelConfig(vocab_size=61, width=32, ffn_width=44, layers=3, heads=4, kv_heads=2, head_dim=6, max_positions=64)
+CONFIG = ModelConfig(
+    vocab_size=61,
+    width=32,
+    ffn_width=44,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    max_positions=64,
+)
 LM = LanguageModel(CONFIG)
 LORA = LoRAConfig(rank=5, alpha=10.0, targets="all-linear")
 # Every kind of padding in one batch: (its side, number of real tokens).
-ROWS = (("none", 11), ("left", 7), ("right", 7), ("both", 7), ("left", 4), ("right", 4), ("left", 1), ("right", 1))
+ROWS = (
+    ("none", 11),
+    ("left", 7),
+    ("right", 7),
+    ("both", 7),
+    ("left", 4),
+    ("right", 4),
+    ("left", 1),
+    ("right", 1),
+)
 TOKEN_IDS = {"bos": 1, "eos": 2, "pad": 0}
 
 
@@ -55,7 +74,9 @@ def make_base(lm: LanguageModel = LM, seed: int = 0) -> Tree:
         elif name.endswith("bias"):
             drawn = np.zeros(spec.shape)
         else:
-            drawn = drawn / np.sqrt(lm.config.width if name.startswith("outer/") else spec.shape[-2])
+            drawn = drawn / np.sqrt(
+                lm.config.width if name.startswith("outer/") else spec.shape[-2]
+            )
         return jax.device_put(drawn.astype(spec.dtype))
 
     return trees.map_named(leaf, lm.abstract_base())
@@ -68,7 +89,11 @@ def drawn_lora(lm: LanguageModel, lora: LoRAConfig, seed: int) -> Tree:
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
         bound = 1 / np.sqrt(spec.shape[-2])
-        drawn = noise.uniform(-bound, bound, spec.shape) if name.endswith(random) else np.zeros(spec.shape)
+        drawn = (
+            noise.uniform(-bound, bound, spec.shape)
+            if name.endswith(random)
+            else np.zeros(spec.shape)
+        )
         return drawn.astype(spec.dtype)
 
     return trees.map_named(leaf, lm.abstract_lora(lora))
@@ -79,17 +104,30 @@ def make_fresh(lm: LanguageModel = LM, lora: LoRAConfig = LORA, seed: int = 1) -
     return Adapter(lora=jax.device_put(drawn_lora(lm, lora, seed)), config=lora)
 
 
-def make_adapter(lm: LanguageModel = LM, lora: LoRAConfig = LORA, seed: int = 1, *, head: bool = True) -> Adapter:
+def make_adapter(
+    lm: LanguageModel = LM, lora: LoRAConfig = LORA, seed: int = 1, *, head: bool = True
+) -> Adapter:
     """An adapter as if trained: B is not zero. With a scalar head whose bias is not zero either."""
     noise = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape).astype(np.float32), drawn_lora(lm, lora, seed))
-    return Adapter(lora=jax.device_put(moved), head=make_head(lm, seed) if head else None, config=lora)
+    moved = jax.tree.map(
+        lambda leaf: leaf + 0.1 * noise.standard_normal(leaf.shape).astype(np.float32),
+        drawn_lora(lm, lora, seed),
+    )
+    return Adapter(
+        lora=jax.device_put(moved), head=make_head(lm, seed) if head else None, config=lora
+    )
 
 
 def make_full(base: Tree, lm: LanguageModel = LM, seed: int = 2) -> Adapter:
     """Full weights that have moved away from the base, with a head."""
     noise = np.random.default_rng(seed)
-    moved = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float32) + 0.02 * noise.standard_normal(leaf.shape).astype(np.float32)), base)
+    moved = jax.tree.map(
+        lambda leaf: jax.device_put(
+            np.asarray(leaf, np.float32)
+            + 0.02 * noise.standard_normal(leaf.shape).astype(np.float32)
+        ),
+        base,
+    )
     return Adapter(weights=moved, head=make_head(lm, seed))
 
 
@@ -97,17 +135,32 @@ def make_head(lm: LanguageModel = LM, seed: int = 3) -> Tree:
     """A scalar head with N(0, 1 / sqrt(D + 1)) weights and a bias that is not zero."""
     width = lm.config.width
     kernel_D = np.random.default_rng((seed, 2)).standard_normal(width) / np.sqrt(width + 1)
-    return {"kernel": jax.device_put(kernel_D.astype(np.float32)), "bias": jax.device_put(np.float32(0.3))}
+    return {
+        "kernel": jax.device_put(kernel_D.astype(np.float32)),
+        "bias": jax.device_put(np.float32(0.3)),
+    }
 
 
 def make_valid(rows: Sequence[tuple[str, int]], columns: int) -> np.ndarray:
     """valid_BT of rows given as (side of the padding, number of real tokens)."""
-    starts = {"none": lambda n: 0, "right": lambda n: 0, "left": lambda n: columns - n, "both": lambda n: (columns - n) // 2}
+    starts = {
+        "none": lambda n: 0,
+        "right": lambda n: 0,
+        "left": lambda n: columns - n,
+        "both": lambda n: (columns - n) // 2,
+    }
     index = np.arange(columns)
-    return np.stack([(index >= starts[side](n)) & (index < starts[side](n) + n) for side, n in rows])
+    return np.stack(
+        [(index >= starts[side](n)) & (index < starts[side](n) + n) for side, n in rows]
+    )
 
 
-def make_tokens(rows: Sequence[tuple[str, int]] = ROWS, columns: int = 11, seed: int = 0, vocab: int = CONFIG.vocab_size) -> Tokens:
+def make_tokens(
+    rows: Sequence[tuple[str, int]] = ROWS,
+    columns: int = 11,
+    seed: int = 0,
+    vocab: int = CONFIG.vocab_size,
+) -> Tokens:
     """Random rows; ids in the padding are random too. The second half of each row is the response.
 
     Rows of one length hold the same tokens, so that only their padding tells them apart.
@@ -123,7 +176,11 @@ def make_tokens(rows: Sequence[tuple[str, int]] = ROWS, columns: int = 11, seed:
 
 def other_padding(tokens: Tokens) -> Tokens:
     """The same batch with every id in the padding changed."""
-    return tokens.replace(tokens_BT=np.where(tokens.valid_BT, tokens.tokens_BT, (tokens.tokens_BT + 17) % CONFIG.vocab_size))
+    return tokens.replace(
+        tokens_BT=np.where(
+            tokens.valid_BT, tokens.tokens_BT, (tokens.tokens_BT + 17) % CONFIG.vocab_size
+        )
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -156,8 +213,12 @@ def pair_loss(lm: LanguageModel, role: Adapter, base: Tree, tokens: Tokens) -> j
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def gradient(loss: Callable, lm: LanguageModel, role: Adapter, base: Tree, tokens: Tokens) -> tuple[jax.Array, Adapter]:
-    """Value of one of the losses above and its gradient in the role, compiled once for all tests."""
+def gradient(
+    loss: Callable, lm: LanguageModel, role: Adapter, base: Tree, tokens: Tokens
+) -> tuple[jax.Array, Adapter]:
+    """Value of one of the losses above and its gradient in the role, compiled once for all
+    tests.
+    """
     return jax.value_and_grad(functools.partial(loss, lm))(role, base, tokens)
 
 
@@ -171,7 +232,9 @@ def load_torch(folder: pathlib.Path) -> Any:
     """A folder's model by transformers, in float32; the test is skipped without torch."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def torch_inputs(tokens: Tokens) -> dict[str, Any]:
@@ -203,7 +266,9 @@ def torch_sft_loss(logits_BTV: Any, tokens: Tokens) -> Any:
 def change_config(folder: pathlib.Path, **fields: Any) -> None:
     """Changes fields of a checkpoint's config.json; `...` takes one out."""
     values = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in values.items() if value is not ...})
+    )
 
 
 def assert_same(left: Tree, right: Tree) -> None:

@@ -47,12 +47,19 @@ def test_one_of_names_the_field_the_value_and_the_choices():
     assert str(error.value) == "run.mode is 'quick'; it must be one of fast, slow."
 
 
-@pytest.mark.parametrize(("value", "zero", "good"), [(1, False, True), (0.5, False, True), (0, False, False), (0, True, True), (-1, True, False)])
+@pytest.mark.parametrize(
+    ("value", "zero", "good"),
+    [(1, False, True), (0.5, False, True), (0, False, False), (0, True, True), (-1, True, False)],
+)
 def test_positive(value, zero, good):
     if good:
         errors.positive("x", value, zero=zero)
         return
-    with pytest.raises(UserError, match=f"x is {value}; it must be a finite number {'at least 0' if zero else 'greater than 0'}"):
+    with pytest.raises(
+        UserError,
+        match=f"x is {value}; it must be a finite number "
+        f"{'at least 0' if zero else 'greater than 0'}",
+    ):
         errors.positive("x", value, zero=zero)
 
 
@@ -65,16 +72,24 @@ def test_positive_takes_finite_numbers_only(value):
 def test_configs_survive_json():
     value = Outer(Inner(3, ("p", "q")), LoRAConfig(rank=4, targets="q,v"), "there", "b", (1, 2))
     as_dict = files.to_dict(value)
-    assert as_dict["inner"] == {"size": 3, "names": ["p", "q"]} and as_dict["lora"]["targets"] == "q,v"
+    assert (
+        as_dict["inner"] == {"size": 3, "names": ["p", "q"]} and as_dict["lora"]["targets"] == "q,v"
+    )
     assert files.from_dict(Outer, as_dict) == value
     assert files.from_dict(Outer, files.to_dict(Outer(Inner()))) == Outer(Inner())
     assert files.to_dict(Outer(Inner(), path=pathlib.Path("a/b")))["path"] == "a/b"
-    assert files.from_dict(OptimizerConfig, files.to_dict(OptimizerConfig(clip_norm=None))) == OptimizerConfig(clip_norm=None)
+    assert files.from_dict(
+        OptimizerConfig, files.to_dict(OptimizerConfig(clip_norm=None))
+    ) == OptimizerConfig(clip_norm=None)
 
 
 @pytest.mark.parametrize("values", [{"inner": {}, "speed": 1}, {"inner": {"speed": 1}}])
 def test_unknown_fields_are_refused_wherever_they_are(values):
-    with pytest.raises(UserError, match="(Outer has no field speed; it has inner, lora, path|Inner has no field speed; it has size, names)"):
+    with pytest.raises(
+        UserError,
+        match="(Outer has no field speed; it has inner, lora, path|Inner has no field speed; it "
+        "has size, names)",
+    ):
         files.from_dict(Outer, values)
 
 
@@ -123,7 +138,10 @@ def test_unreadable_json_is_named(tmp_path):
     ("fields", "message"),
     [
         ({"name": "sgd"}, "optimizer.name is 'sgd'; it must be one of adafactor, adamw."),
-        ({"schedule": "step"}, "optimizer.schedule is 'step'; it must be one of constant, linear, cosine."),
+        (
+            {"schedule": "step"},
+            "optimizer.schedule is 'step'; it must be one of constant, linear, cosine.",
+        ),
         ({"learning_rate": 0.0}, "optimizer.learning_rate is 0.0"),
         ({"head_learning_rate": -1.0}, "optimizer.head_learning_rate is -1.0"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm is 0.0"),
@@ -133,9 +151,19 @@ def test_unreadable_json_is_named(tmp_path):
         ({"b1": 1.0}, "optimizer.b1 is 1.0; it must lie in [0, 1)."),
         ({"b2": -0.1}, "optimizer.b2 is -0.1"),
         # Adafactor has none of Adam's three.
-        ({"b1": 0.8}, "optimizer.b1 is 0.8, which adafactor does not read; leave it out (adamw reads it)."),
-        ({"b2": 0.98}, "optimizer.b2 is 0.98, which adafactor does not read; leave it out (adamw reads it)."),
-        ({"epsilon": 1e-8}, "optimizer.epsilon is 1e-08, which adafactor does not read; leave it out (adamw reads it)."),
+        (
+            {"b1": 0.8},
+            "optimizer.b1 is 0.8, which adafactor does not read; leave it out (adamw reads it).",
+        ),
+        (
+            {"b2": 0.98},
+            "optimizer.b2 is 0.98, which adafactor does not read; leave it out (adamw reads it).",
+        ),
+        (
+            {"epsilon": 1e-8},
+            "optimizer.epsilon is 1e-08, which adafactor does not read; leave it out (adamw reads "
+            "it).",
+        ),
     ],
 )
 def test_optimizer_settings_are_refused_by_name(fields, message):

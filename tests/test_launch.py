@@ -1,4 +1,6 @@
-"""The scripts of launch/: what they would run, what they say when they cannot, and real runs of what needs no cluster."""
+"""The scripts of launch/: what they would run, what they say when they cannot, and real runs of
+what needs no cluster.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "tpu_vm.sh", "on_worker.sh", "gke.sh", "slurm.sh")
 # Everything that the scripts may use besides the tools that they are for.
-SMALL_TOOLS = "bash cat chmod cp date dirname env flock git grep gzip head hostname mkdir mkfifo mktemp rm sed seq setsid sleep tail tar".split()
+SMALL_TOOLS = (
+    "bash cat chmod cp date dirname env flock git grep gzip head hostname mkdir mkfifo "
+    "mktemp rm sed seq setsid sleep tail tar"
+).split()
 # A bound for what should take a second or two.
 PATIENCE = 60
 
@@ -37,7 +42,16 @@ WORDS = [
     "~",
     "é",
 ]
-TPU_VM = ["--name", "rl-1", "--zone", "us-east5-a", "--accelerator-type", "v5p-16", "--runtime-version", "v2-alpha-tpuv5"]
+TPU_VM = [
+    "--name",
+    "rl-1",
+    "--zone",
+    "us-east5-a",
+    "--accelerator-type",
+    "v5p-16",
+    "--runtime-version",
+    "v2-alpha-tpuv5",
+]
 GKE = ["--cluster", "my", "--workload", "rl-1", "--tpu-type", "v5p-16"]
 
 
@@ -53,12 +67,22 @@ def tools(tmp_path_factory) -> pathlib.Path:
 
 
 def environment(*folders: pathlib.Path, **variables: str) -> dict[str, str]:
-    return {"PATH": ":".join(map(str, folders)), "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", **variables}
+    return {
+        "PATH": ":".join(map(str, folders)),
+        "HOME": "/nonexistent",
+        "LC_ALL": "C.UTF-8",
+        **variables,
+    }
 
 
 def call(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [LAUNCH / script, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+        [LAUNCH / script, *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -66,7 +90,9 @@ def call(script: str, *arguments: str, env: dict[str, str]) -> subprocess.Comple
 def started(script: str, *arguments: str, env: dict[str, str]):
     """A script that is left running; it is gone afterwards, whatever the test found."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([LAUNCH / script, *map(str, arguments)], env=env, text=True, **streams)
+    process = subprocess.Popen(
+        [LAUNCH / script, *map(str, arguments)], env=env, text=True, **streams
+    )
     try:
         yield process
     finally:
@@ -100,7 +126,12 @@ def test_all_scripts_are_here():
 
 def test_shellcheck():
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    result = subprocess.run([shellcheck, "--external-sources", *sorted(LAUNCH.glob("*.sh"))], capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(
+        [shellcheck, "--external-sources", *sorted(LAUNCH.glob("*.sh"))],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert result.returncode == 0 and result.stdout == "", result.stdout + result.stderr
 
 
@@ -110,9 +141,16 @@ def test_help_is_the_opening_comment(script, tools):
     assert "set -euo pipefail" in text and os.access(LAUNCH / script, os.X_OK)
     result = call(script, "--help", env=environment(tools))
     assert result.returncode == 0 and result.stderr == ""
-    comment = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])]
+    comment = [
+        line[1:].removeprefix(" ")
+        for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()[1:])
+    ]
     assert result.stdout.splitlines() == comment
-    assert "\nNeeds: " in result.stdout and "--dry-run" in result.stdout and "set -euo" not in result.stdout
+    assert (
+        "\nNeeds: " in result.stdout
+        and "--dry-run" in result.stdout
+        and "set -euo" not in result.stdout
+    )
     # A usage line, and an example that has a real command.
     assert result.stdout.count(f"launch/{script} ") >= 2 and "-- perl-jax rl" in result.stdout
 
@@ -123,43 +161,113 @@ def test_help_is_the_opening_comment(script, tools):
         ("local.sh", ["--", "true"], "--processes is missing."),
         ("local.sh", ["--processes"], "--processes needs a value."),
         ("local.sh", ["--processes", "--", "true"], "--processes needs a value."),
-        ("local.sh", ["--processes", "two", "--", "true"], "--processes is 'two'; it must be a whole number, at least 1."),
-        ("local.sh", ["--processes=0", "--", "true"], "--processes is '0'; it must be a whole number, at least 1."),
-        ("local.sh", ["--processes=2", "--restarts=-1", "--", "true"], "--restarts is '-1'; it must be a whole number, at least 0."),
-        ("local.sh", ["--processes", "2"], "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ..."),
-        ("local.sh", ["--processes", "2", "perl-jax"], "there is no option 'perl-jax' before --; see --help."),
-        ("local.sh", ["--process=2", "--", "true"], "there is no option '--process' before --; see --help."),
-        ("local.sh", ["--processes=2", "--", "nonesuch"], "there is no command 'nonesuch'; install the package, or give the command's path."),
+        (
+            "local.sh",
+            ["--processes", "two", "--", "true"],
+            "--processes is 'two'; it must be a whole number, at least 1.",
+        ),
+        (
+            "local.sh",
+            ["--processes=0", "--", "true"],
+            "--processes is '0'; it must be a whole number, at least 1.",
+        ),
+        (
+            "local.sh",
+            ["--processes=2", "--restarts=-1", "--", "true"],
+            "--restarts is '-1'; it must be a whole number, at least 0.",
+        ),
+        (
+            "local.sh",
+            ["--processes", "2"],
+            "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ...",
+        ),
+        (
+            "local.sh",
+            ["--processes", "2", "perl-jax"],
+            "there is no option 'perl-jax' before --; see --help.",
+        ),
+        (
+            "local.sh",
+            ["--process=2", "--", "true"],
+            "there is no option '--process' before --; see --help.",
+        ),
+        (
+            "local.sh",
+            ["--processes=2", "--", "nonesuch"],
+            "there is no command 'nonesuch'; install the package, or give the command's path.",
+        ),
         ("tpu_vm.sh", ["--", "true"], "--name is missing."),
         (
             "tpu_vm.sh",
             ["--name", "My_run", "--", "true"],
-            "--name is 'My_run'; it must be small letters, digits and '-', and begin with a letter.",
+            "--name is 'My_run'; it must be small letters, digits and '-', and begin with a "
+            "letter.",
         ),
         ("tpu_vm.sh", TPU_VM[:2], "--zone is missing."),
-        ("tpu_vm.sh", TPU_VM, "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ..."),
+        (
+            "tpu_vm.sh",
+            TPU_VM,
+            "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ...",
+        ),
         ("tpu_vm.sh", [*TPU_VM[:4], "--", "true"], "--accelerator-type is missing."),
         ("tpu_vm.sh", [*TPU_VM[:6], "--", "true"], "--runtime-version is missing."),
-        ("tpu_vm.sh", [*TPU_VM, "--spot", "--reserved", "--", "true"], "--spot and --reserved are two kinds of capacity: give one of them."),
+        (
+            "tpu_vm.sh",
+            [*TPU_VM, "--spot", "--reserved", "--", "true"],
+            "--spot and --reserved are two kinds of capacity: give one of them.",
+        ),
         ("tpu_vm.sh", [*TPU_VM, "--ref", "main", "--", "true"], "--ref needs --repository."),
-        ("tpu_vm.sh", [*TPU_VM, "--stop", "--", "true"], "--stop takes no command; leave out what is after --."),
-        ("tpu_vm.sh", [*TPU_VM, "--", "true"], "gcloud is not installed; see https://cloud.google.com/sdk/docs/install."),
+        (
+            "tpu_vm.sh",
+            [*TPU_VM, "--stop", "--", "true"],
+            "--stop takes no command; leave out what is after --.",
+        ),
+        (
+            "tpu_vm.sh",
+            [*TPU_VM, "--", "true"],
+            "gcloud is not installed; see https://cloud.google.com/sdk/docs/install.",
+        ),
         ("gke.sh", ["--", "true"], "--cluster is missing."),
         ("gke.sh", [*GKE[:2], "--", "true"], "--workload is missing."),
         ("gke.sh", [*GKE[:4], "--", "true"], "--tpu-type is missing."),
-        ("gke.sh", [*GKE, "--delete", "--", "true"], "--delete needs --wait, or it would delete the run as it starts."),
-        ("gke.sh", [*GKE, "--image=a", "--base-image=b", "--", "true"], "--image has the package and --base-image gets it: give one of them."),
+        (
+            "gke.sh",
+            [*GKE, "--delete", "--", "true"],
+            "--delete needs --wait, or it would delete the run as it starts.",
+        ),
+        (
+            "gke.sh",
+            [*GKE, "--image=a", "--base-image=b", "--", "true"],
+            "--image has the package and --base-image gets it: give one of them.",
+        ),
         ("gke.sh", [*GKE, "--", "true"], "xpk is not installed; pip install xpk."),
-        ("slurm.sh", ["--restarts", "--", "true"], "--restarts is '--'; it must be a whole number, at least 0."),
-        ("slurm.sh", [], "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ..."),
+        (
+            "slurm.sh",
+            ["--restarts", "--", "true"],
+            "--restarts is '--'; it must be a whole number, at least 0.",
+        ),
+        (
+            "slurm.sh",
+            [],
+            "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ...",
+        ),
         (
             "slurm.sh",
             ["--", "true"],
-            "this is not a Slurm job; submit it: sbatch --nodes=N --gpus-per-node=G launch/slurm.sh -- COMMAND",
+            "this is not a Slurm job; submit it: sbatch --nodes=N --gpus-per-node=G "
+            "launch/slurm.sh -- COMMAND",
         ),
         ("on_worker.sh", [], "say what to do: install, run or stop."),
-        ("on_worker.sh", ["fly", "r"], "there is no action 'fly'; it must be install, run or stop."),
-        ("on_worker.sh", ["stop", "../r"], "the run's name is '../r'; it must be letters, digits, '.', '_' and '-'."),
+        (
+            "on_worker.sh",
+            ["fly", "r"],
+            "there is no action 'fly'; it must be install, run or stop.",
+        ),
+        (
+            "on_worker.sh",
+            ["stop", "../r"],
+            "the run's name is '../r'; it must be letters, digits, '.', '_' and '-'.",
+        ),
     ],
 )
 def test_errors_are_one_sentence(script, arguments, sentence, tools):
@@ -169,11 +277,22 @@ def test_errors_are_one_sentence(script, arguments, sentence, tools):
 
 @pytest.mark.parametrize(("script", "options"), [("tpu_vm.sh", TPU_VM), ("gke.sh", GKE)])
 @pytest.mark.parametrize("flag", [["--run", "{}"], ["--run={}"]])
-@pytest.mark.parametrize(("folder", "word"), [("gs://bucket/run", "mount the bucket"), ("runs/my", "absolute path")])
-def test_a_run_folder_that_hosts_cannot_share_is_refused(script, options, flag, folder, word, tools):
+@pytest.mark.parametrize(
+    ("folder", "word"), [("gs://bucket/run", "mount the bucket"), ("runs/my", "absolute path")]
+)
+def test_a_run_folder_that_hosts_cannot_share_is_refused(
+    script, options, flag, folder, word, tools
+):
     command = [part.format(folder) for part in flag]
-    result = call(script, "--dry-run", *options, "--", "perl-jax", "rl", *command, env=environment(tools))
-    assert result.returncode == 2 and result.stdout == "" and f"--run is {folder}; " in result.stderr and word in result.stderr
+    result = call(
+        script, "--dry-run", *options, "--", "perl-jax", "rl", *command, env=environment(tools)
+    )
+    assert (
+        result.returncode == 2
+        and result.stdout == ""
+        and f"--run is {folder}; " in result.stderr
+        and word in result.stderr
+    )
     assert result.stderr.count("\n") == 1
 
 
@@ -182,51 +301,148 @@ def test_a_run_folder_that_hosts_cannot_share_is_refused(script, options, flag, 
 
 def test_local_plans_one_command_a_process(tools):
     env = environment(tools, XLA_FLAGS="--xla_other=1", PERL_JAX_HOSTS="auto")
-    commands = planned("local.sh", "--processes=2", "--devices-per-process", "4", "--port=1234", "--", *WORDS, env=env)
+    commands = planned(
+        "local.sh",
+        "--processes=2",
+        "--devices-per-process",
+        "4",
+        "--port=1234",
+        "--",
+        *WORDS,
+        env=env,
+    )
     flags = "XLA_FLAGS=--xla_other=1 --xla_force_host_platform_device_count=4"
     address = ["JAX_COORDINATOR_ADDRESS=127.0.0.1:1234", "JAX_NUM_PROCESSES=2"]
     start = ["env", "-u", "PERL_JAX_HOSTS", *address]
-    assert commands == [[*start, f"JAX_PROCESS_ID={index}", "JAX_PLATFORMS=cpu", flags, *WORDS] for index in range(2)]
+    assert commands == [
+        [*start, f"JAX_PROCESS_ID={index}", "JAX_PLATFORMS=cpu", flags, *WORDS]
+        for index in range(2)
+    ]
 
 
 def test_tpu_vm_plans_from_the_working_tree(tools):
-    options = [*TPU_VM, "--project", "p", "--spot", "--create-flag=--network=n", "--connect-flag=--internal-ip", "--setup", "mount 'a b'"]
-    commands = planned("tpu_vm.sh", *options, "--delete", "--", *WORDS, env=environment(tools, TMPDIR="/tmp/a b"))
+    options = [
+        *TPU_VM,
+        "--project",
+        "p",
+        "--spot",
+        "--create-flag=--network=n",
+        "--connect-flag=--internal-ip",
+        "--setup",
+        "mount 'a b'",
+    ]
+    commands = planned(
+        "tpu_vm.sh", *options, "--delete", "--", *WORDS, env=environment(tools, TMPDIR="/tmp/a b")
+    )
     place = ["--zone", "us-east5-a", "--project", "p"]
     queued = ["gcloud", "alpha", "compute", "tpus", "queued-resources"]
     describe = [*queued, "describe", "rl-1", *place, "--format=value(state.state)"]
-    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "rl-1", *place, "--worker", "all", "--ssh-flag=-o ServerAliveInterval=30"]
+    ssh = [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "ssh",
+        "rl-1",
+        *place,
+        "--worker",
+        "all",
+        "--ssh-flag=-o ServerAliveInterval=30",
+    ]
     archive = "/tmp/a b/perl_jax-rl-1.tar.gz"
-    kind = ["--accelerator-type", "v5p-16", "--runtime-version", "v2-alpha-tpuv5", "--spot", "--network=n"]
+    kind = [
+        "--accelerator-type",
+        "v5p-16",
+        "--runtime-version",
+        "v2-alpha-tpuv5",
+        "--spot",
+        "--network=n",
+    ]
     pack, copy, unpack, setup, run = commands[3:8]
-    assert commands[:3] == [describe, [*queued, "create", "rl-1", "--node-id", "rl-1", *place, *kind], describe]
-    assert pack[:7] == ["tar", "--create", "--gzip", "--file", archive, "--directory", str(ROOT)] and pack[-1] == "." and "./.git" in pack
-    assert copy == ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, "rl-1:perl_jax.tar.gz", *place, "--worker", "all", "--internal-ip"]
-    assert unpack[:-1] == [*ssh, "--internal-ip", "--command"] and unpack[-1].endswith(" && bash perl_jax/launch/on_worker.sh install")
+    assert commands[:3] == [
+        describe,
+        [*queued, "create", "rl-1", "--node-id", "rl-1", *place, *kind],
+        describe,
+    ]
+    assert (
+        pack[:7] == ["tar", "--create", "--gzip", "--file", archive, "--directory", str(ROOT)]
+        and pack[-1] == "."
+        and "./.git" in pack
+    )
+    assert copy == [
+        "gcloud",
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "scp",
+        archive,
+        "rl-1:perl_jax.tar.gz",
+        *place,
+        "--worker",
+        "all",
+        "--internal-ip",
+    ]
+    assert unpack[:-1] == [*ssh, "--internal-ip", "--command"] and unpack[-1].endswith(
+        " && bash perl_jax/launch/on_worker.sh install"
+    )
     assert setup == [*ssh, "--internal-ip", "--command", "mount 'a b'"]
     assert run[:-1] == [*ssh, "--internal-ip", "--command"]
     remote = shlex.split(run[-1])
-    assert remote[:4] == ["bash", "perl_jax/launch/on_worker.sh", "run", "rl-1"] and remote[5:] == ["--", *WORDS]
+    assert remote[:4] == ["bash", "perl_jax/launch/on_worker.sh", "run", "rl-1"] and remote[5:] == [
+        "--",
+        *WORDS,
+    ]
     assert commands[8:] == [[*queued, "delete", "rl-1", *place, "--force", "--quiet"]]
 
 
 def test_tpu_vm_plans_from_a_repository(tools):
-    commands = planned("tpu_vm.sh", *TPU_VM, "--repository", "https://example.com/a.git", "--ref", "v 1", "--", "true", env=environment(tools))
-    assert [command[:5] for command in commands[3:]] == [["gcloud", "compute", "tpus", "tpu-vm", "ssh"]] * 2
+    commands = planned(
+        "tpu_vm.sh",
+        *TPU_VM,
+        "--repository",
+        "https://example.com/a.git",
+        "--ref",
+        "v 1",
+        "--",
+        "true",
+        env=environment(tools),
+    )
+    assert [command[:5] for command in commands[3:]] == [
+        ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+    ] * 2
     steps = [shlex.split(step) for step in commands[3][-1].split(" && ")]
     assert steps[0] == ["git", "init", "--quiet", "perl_jax"]
-    assert steps[1] == ["git", "-C", "perl_jax", "fetch", "--quiet", "--depth", "1", "https://example.com/a.git", "v 1"]
-    assert steps[2][-1] == "FETCH_HEAD" and steps[3] == ["bash", "perl_jax/launch/on_worker.sh", "install"]
+    assert steps[1] == [
+        "git",
+        "-C",
+        "perl_jax",
+        "fetch",
+        "--quiet",
+        "--depth",
+        "1",
+        "https://example.com/a.git",
+        "v 1",
+    ]
+    assert steps[2][-1] == "FETCH_HEAD" and steps[3] == [
+        "bash",
+        "perl_jax/launch/on_worker.sh",
+        "install",
+    ]
 
 
 def test_tpu_vm_plans_to_stop(tools):
     commands = planned("tpu_vm.sh", *TPU_VM[:4], "--stop", "--delete", env=environment(tools))
-    assert commands[0][-2:] == ["--command", "bash perl_jax/launch/on_worker.sh stop rl-1"] and commands[1][-2:] == ["--force", "--quiet"]
+    assert commands[0][-2:] == [
+        "--command",
+        "bash perl_jax/launch/on_worker.sh stop rl-1",
+    ] and commands[1][-2:] == ["--force", "--quiet"]
     assert len(commands) == 2
 
 
 def kubernetes(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a container's command: $$ is $, $(NAME) a variable that the container has."""
+    """What Kubernetes makes of a container's command: $$ is $, $(NAME) a variable that the
+    container has.
+    """
     result, position = "", 0
     while position < len(text):
         pair, end = text[position : position + 2], text.find(")", position)
@@ -241,27 +457,100 @@ def kubernetes(text: str, variables: dict[str, str]) -> str:
 
 
 def test_gke_plans_a_workload_that_survives_two_readings(tools, tmp_path):
-    options = [*GKE, "--num-slices=2", "--zone", "z", "--storage", "runs", "--storage", "data", "--max-restarts", "7", "--xpk-flag=--spot"]
-    create, wait, delete = planned("gke.sh", *options, "--wait", "--delete", "--", *WORDS, env=environment(tools))
+    options = [
+        *GKE,
+        "--num-slices=2",
+        "--zone",
+        "z",
+        "--storage",
+        "runs",
+        "--storage",
+        "data",
+        "--max-restarts",
+        "7",
+        "--xpk-flag=--spot",
+    ]
+    create, wait, delete = planned(
+        "gke.sh", *options, "--wait", "--delete", "--", *WORDS, env=environment(tools)
+    )
     line = create.pop()
     place = ["--cluster", "my", "--zone", "z"]
-    expected = ["xpk", "workload", "create", *place, "--workload", "rl-1", "--tpu-type", "v5p-16", "--num-slices", "2"]
-    expected += ["--base-docker-image", "python:3.11", "--script-dir", str(ROOT), "--storage", "runs", "--storage", "data"]
-    expected += ["--max-restarts", "7", "--restart-on-exit-codes", "1", "--termination-grace-period-seconds", "120"]
-    assert create == [*expected, "--env", "PERL_JAX_HOSTS=auto", "--env", "PERL_JAX_CONNECT_SECONDS=900", "--spot", "--command"]
+    expected = [
+        "xpk",
+        "workload",
+        "create",
+        *place,
+        "--workload",
+        "rl-1",
+        "--tpu-type",
+        "v5p-16",
+        "--num-slices",
+        "2",
+    ]
+    expected += [
+        "--base-docker-image",
+        "python:3.11",
+        "--script-dir",
+        str(ROOT),
+        "--storage",
+        "runs",
+        "--storage",
+        "data",
+    ]
+    expected += [
+        "--max-restarts",
+        "7",
+        "--restart-on-exit-codes",
+        "1",
+        "--termination-grace-period-seconds",
+        "120",
+    ]
+    assert create == [
+        *expected,
+        "--env",
+        "PERL_JAX_HOSTS=auto",
+        "--env",
+        "PERL_JAX_CONNECT_SECONDS=900",
+        "--spot",
+        "--command",
+    ]
     assert wait == ["xpk", "workload", "list", *place, "--wait-for-job-completion", "rl-1"]
     assert delete == ["xpk", "workload", "delete", *place, "--workload", "rl-1", "--force"]
     tool(tmp_path, "pip", 'printf "%s," "$@" >>installed\n')
-    tool(tmp_path, "perl-jax", "exec python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n")
+    tool(
+        tmp_path,
+        "perl-jax",
+        "exec python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n",
+    )
     line = kubernetes(line, {"HOME": "expanded"})
-    result = subprocess.run(["bash", "-c", line], env=environment(tmp_path, tools), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(
+        ["bash", "-c", line],
+        env=environment(tmp_path, tools),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert json.loads(result.stdout) == WORDS[1:]
     assert (tmp_path / "installed").read_text() == "install,--quiet,-c,constraints.txt,-e,.[tpu],"
 
 
 def test_gke_with_an_image_installs_nothing(tools):
-    (create,) = planned("gke.sh", *GKE, "--image", "gcr.io/p/i:1", "--", "perl-jax", "show", "a b", env=environment(tools))
-    assert create[create.index("--docker-image") + 1] == "gcr.io/p/i:1" and "--script-dir" not in create
+    (create,) = planned(
+        "gke.sh",
+        *GKE,
+        "--image",
+        "gcr.io/p/i:1",
+        "--",
+        "perl-jax",
+        "show",
+        "a b",
+        env=environment(tools),
+    )
+    assert (
+        create[create.index("--docker-image") + 1] == "gcr.io/p/i:1"
+        and "--script-dir" not in create
+    )
     assert create[-1] == "exec perl-jax show 'a b'"
 
 
@@ -274,7 +563,11 @@ def test_gke_refuses_line_breaks(tools):
     ("variables", "options", "more"),
     [
         ({}, [], []),
-        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"}, ["--cpus-per-task=8"], ["JAX_LOCAL_DEVICE_IDS=0,1,2,3"]),
+        (
+            {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"},
+            ["--cpus-per-task=8"],
+            ["JAX_LOCAL_DEVICE_IDS=0,1,2,3"],
+        ),
         ({"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "4"}, [], []),
         ({"SLURM_GPUS_ON_NODE": "1", "SLURM_NTASKS_PER_NODE": "1"}, [], []),
     ],
@@ -282,13 +575,19 @@ def test_gke_refuses_line_breaks(tools):
 def test_slurm_plans_a_process_a_host_or_a_gpu(variables, options, more, tools):
     commands = planned("slurm.sh", "--", *WORDS, env=environment(tools, **variables))
     step = ["srun", "--label", "--kill-on-bad-exit=0", "--wait=300", *options]
-    assert commands == [[*step, "env", "PERL_JAX_HOSTS=auto", "PERL_JAX_CONNECT_SECONDS=300", *more, *WORDS]]
+    assert commands == [
+        [*step, "env", "PERL_JAX_HOSTS=auto", "PERL_JAX_CONNECT_SECONDS=300", *more, *WORDS]
+    ]
 
 
 def test_slurm_asks_sbatch_for_what_it_relies_on():
     head, *rest = (LAUNCH / "slurm.sh").read_text().split("set -euo pipefail")
-    directives = [line.split(maxsplit=1)[1] for line in head.splitlines() if line.startswith("#SBATCH")]
-    assert {"--requeue", "--open-mode=append", "--signal=TERM@300", "--ntasks-per-node=1"} <= set(directives)
+    directives = [
+        line.split(maxsplit=1)[1] for line in head.splitlines() if line.startswith("#SBATCH")
+    ]
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@300", "--ntasks-per-node=1"} <= set(
+        directives
+    )
     assert "#SBATCH" not in "".join(rest)
 
 
@@ -296,7 +595,9 @@ def test_slurm_refuses_half_a_host_a_process(tools):
     env = environment(tools, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="4")
     result = call("slurm.sh", "--dry-run", "--", "true", env=env)
     assert result.returncode == 2
-    assert result.stderr == "slurm.sh: there are 4 processes and 8 GPUs on a host; --ntasks-per-node must be 1 or 8.\n"
+    assert result.stderr == (
+        "slurm.sh: there are 4 processes and 8 GPUs on a host; --ntasks-per-node must be 1 or 8.\n"
+    )
 
 
 # local.sh, really.
@@ -310,10 +611,18 @@ NUMBER = "import os, signal, sys, time; number = os.environ['JAX_PROCESS_ID']; "
 
 
 def test_local_gives_each_process_its_environment(tools):
-    names = "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID XLA_FLAGS JAX_PLATFORMS PERL_JAX_HOSTS".split()
-    code = f"import json, os, sys; print(json.dumps([[os.environ.get(n) for n in {names}], sys.argv[1:]]))"
+    names = (
+        "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID XLA_FLAGS JAX_PLATFORMS "
+        "PERL_JAX_HOSTS"
+    ).split()
+    code = (
+        f"import json, os, sys; print(json.dumps([[os.environ.get(n) for n in {names}], "
+        "sys.argv[1:]]))"
+    )
     env = environment(tools, PERL_JAX_HOSTS="auto")
-    result = call("local.sh", "--processes=3", "--devices-per-process=2", "--", *python(code), *WORDS, env=env)
+    result = call(
+        "local.sh", "--processes=3", "--devices-per-process=2", "--", *python(code), *WORDS, env=env
+    )
     assert result.returncode == 0 and result.stderr == ""
     lines = sorted(result.stdout.splitlines())
     assert [line[:4] for line in lines] == ["[0] ", "[1] ", "[2] "]
@@ -322,12 +631,22 @@ def test_local_gives_each_process_its_environment(tools):
     host, port = address.split(":")
     assert host == "127.0.0.1" and 20000 <= int(port) < 32768
     for index, (variables, words) in enumerate(seen):
-        assert variables == [address, "3", str(index), "--xla_force_host_platform_device_count=2", "cpu", None]
+        assert variables == [
+            address,
+            "3",
+            str(index),
+            "--xla_force_host_platform_device_count=2",
+            "cpu",
+            None,
+        ]
         assert words == WORDS
 
 
 def test_local_prefixes_both_streams_and_an_unended_line(tools):
-    code = "import sys; print('out'); sys.stdout.flush(); print('  err \\\\n', file=sys.stderr); sys.stderr.flush(); sys.stdout.write('end')"
+    code = (
+        "import sys; print('out'); sys.stdout.flush(); print('  err \\\\n', file=sys.stderr); "
+        "sys.stderr.flush(); sys.stdout.write('end')"
+    )
     result = call("local.sh", "--processes=1", "--", *python(code), env=environment(tools))
     assert result.stdout.splitlines() == ["[0] out", "[0]   err \\n", "[0] end"]
 
@@ -341,9 +660,14 @@ def test_local_stops_the_others_when_one_dies(tools, tmp_path):
         "if number == '1': sys.exit(3)\n"
         "time.sleep(300)"
     )
-    result = call("local.sh", "--processes=3", "--", *python(code), tmp_path, env=environment(tools))
+    result = call(
+        "local.sh", "--processes=3", "--", *python(code), tmp_path, env=environment(tools)
+    )
     assert result.returncode == 3
-    assert "local.sh: process 1 ended with status 3; stopping the others: SIGTERM, and SIGKILL after 60 s.\n" in result.stderr
+    assert (
+        "local.sh: process 1 ended with status 3; stopping the others: SIGTERM, and SIGKILL after "
+        "60 s.\n"
+    ) in result.stderr
     assert "local.sh: process 0 ended with status 143 (SIGTERM).\n" in result.stderr
     for index in range(3):
         assert not pathlib.Path(f"/proc/{(tmp_path / str(index)).read_text()}/cwd").exists()
@@ -351,14 +675,26 @@ def test_local_stops_the_others_when_one_dies(tools, tmp_path):
 
 def test_local_kills_what_does_not_stop(tools, tmp_path):
     code = NUMBER + (
-        "import pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1], number).touch()\n"
+        "import pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1], "
+        "number).touch()\n"
         "while len(list(pathlib.Path(sys.argv[1]).iterdir())) < 2: time.sleep(0.05)\n"
         "if number == '0': sys.exit(1)\n"
         "time.sleep(300)"
     )
-    result = call("local.sh", "--processes=2", "--grace=1", "--", *python(code), tmp_path, env=environment(tools))
+    result = call(
+        "local.sh",
+        "--processes=2",
+        "--grace=1",
+        "--",
+        *python(code),
+        tmp_path,
+        env=environment(tools),
+    )
     assert result.returncode == 1
-    assert "local.sh: process 1 is still there after 1 s: SIGKILL.\n" in result.stderr and "status 137 (SIGKILL)" in result.stderr
+    assert (
+        "local.sh: process 1 is still there after 1 s: SIGKILL.\n" in result.stderr
+        and "status 137 (SIGKILL)" in result.stderr
+    )
     # Nothing of the shell's own.
     assert all(line.startswith("local.sh: ") for line in result.stderr.splitlines())
 
@@ -370,37 +706,71 @@ def starts(folder: pathlib.Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("status", "restarts", "last", "counted"),
     [(1, 2, 0, 2), (143, 1, 0, 2), (1, 0, 1, 1), (2, 2, 2, 1)],
-    ids=["a failure is started again", "so is a lone process told to stop", "not without --restarts", "nor the user's error"],
+    ids=[
+        "a failure is started again",
+        "so is a lone process told to stop",
+        "not without --restarts",
+        "nor the user's error",
+    ],
 )
 def test_local_restarts(status, restarts, last, counted, tools, tmp_path):
     """Process 1 fails at its first start; all are started again, and end well."""
     code = NUMBER + (
-        "import pathlib; mine = pathlib.Path(sys.argv[1], number); mine.open('a').write('x'); first = len(mine.read_text()) == 1\n"
+        "import pathlib; mine = pathlib.Path(sys.argv[1], number); mine.open('a').write('x'); "
+        "first = len(mine.read_text()) == 1\n"
         "while len(list(pathlib.Path(sys.argv[1]).iterdir())) < 2: time.sleep(0.05)\n"
         f"if first and number == '1': sys.exit({status})\n"
         "if first: time.sleep(300)"
     )
-    result = call("local.sh", "--processes=2", f"--restarts={restarts}", "--", *python(code), tmp_path, env=environment(tools))
-    assert (result.returncode, starts(tmp_path)) == (last, {"0": counted, "1": counted}), result.stderr
+    result = call(
+        "local.sh",
+        "--processes=2",
+        f"--restarts={restarts}",
+        "--",
+        *python(code),
+        tmp_path,
+        env=environment(tools),
+    )
+    assert (result.returncode, starts(tmp_path)) == (last, {"0": counted, "1": counted}), (
+        result.stderr
+    )
     assert (f"starting all again, 1 of {restarts}." in result.stderr) == (counted == 2)
 
 
 def test_local_gives_up_after_its_restarts(tools, tmp_path):
-    code = NUMBER + "import pathlib; pathlib.Path(sys.argv[1], number).open('a').write('x'); sys.exit(5)"
-    result = call("local.sh", "--processes=1", "--restarts=2", "--", *python(code), tmp_path, env=environment(tools))
+    code = (
+        NUMBER
+        + "import pathlib; pathlib.Path(sys.argv[1], number).open('a').write('x'); sys.exit(5)"
+    )
+    result = call(
+        "local.sh",
+        "--processes=1",
+        "--restarts=2",
+        "--",
+        *python(code),
+        tmp_path,
+        env=environment(tools),
+    )
     assert (result.returncode, starts(tmp_path)) == (5, {"0": 3})
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_local_forwards_signals(sent, status, tools):
-    """Every process gets the signal, SIGINT as Python's KeyboardInterrupt, and has time to save; nothing is started again."""
+    """Every process gets the signal, SIGINT as Python's KeyboardInterrupt, and has time to save;
+    nothing is started again.
+    """
     code = NUMBER + (
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try: print('ready'); time.sleep(300)\n"
         f"except KeyboardInterrupt: time.sleep(0.5); print('saved'); sys.exit({status})"
     )
-    with started("local.sh", "--processes=2", "--restarts=3", "--", *python(code), env=environment(tools)) as launcher:
-        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    with started(
+        "local.sh", "--processes=2", "--restarts=3", "--", *python(code), env=environment(tools)
+    ) as launcher:
+        assert sorted(launcher.stdout.readline() for _ in range(2)) == [
+            "[0] ready\n",
+            "[1] ready\n",
+        ]
         launcher.send_signal(sent)
         out, err = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == status and sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
@@ -413,11 +783,20 @@ def test_local_makes_a_run_that_jax_sees_as_one(tools):
     code = (
         "import os, jax, jax.numpy as jnp\n"
         "from jax.experimental import multihost_utils\n"
-        "jax.distributed.initialize(num_processes=int(os.environ['JAX_NUM_PROCESSES']), process_id=int(os.environ['JAX_PROCESS_ID']))\n"
+        "jax.distributed.initialize(num_processes=int(os.environ['JAX_NUM_PROCESSES']), "
+        "process_id=int(os.environ['JAX_PROCESS_ID']))\n"
         "total = multihost_utils.process_allgather(jnp.asarray(1.0 + jax.process_index())).sum()\n"
-        "print('sees', jax.process_count(), jax.device_count(), jax.local_device_count(), float(total))"
+        "print('sees', jax.process_count(), jax.device_count(), jax.local_device_count(), "
+        "float(total))"
     )
-    result = call("local.sh", "--processes=2", "--devices-per-process=2", "--", *python(code), env=environment(tools))
+    result = call(
+        "local.sh",
+        "--processes=2",
+        "--devices-per-process=2",
+        "--",
+        *python(code),
+        env=environment(tools),
+    )
     assert result.returncode == 0, result.stdout
     assert {f"[{index}] sees 2 4 2 3.0" for index in range(2)} <= set(result.stdout.splitlines())
 
@@ -428,7 +807,10 @@ def test_local_makes_a_run_that_jax_sees_as_one(tools):
 def fake_slurm(folder: pathlib.Path, statuses: list[int], state: str) -> None:
     """srun says what it was given and ends with the next status; squeue knows the job's state."""
     (folder / "statuses").write_text("".join(f"{status}\n" for status in statuses))
-    body = f'cd {shlex.quote(str(folder))}\nread -r status <statuses\nsed -i 1d statuses\nprintf "%s|" "$@" >>calls\necho >>calls\nexit "$status"\n'
+    body = (
+        f"cd {shlex.quote(str(folder))}\nread -r status <statuses\nsed -i 1d statuses\nprintf "
+        '"%s|" "$@" >>calls\necho >>calls\nexit "$status"\n'
+    )
     tool(folder, "srun", body)
     tool(folder, "squeue", f"echo {state}\n")
     tool(folder, "scontrol", f'echo "scontrol $*" >>{shlex.quote(str(folder / "calls"))}\n')
@@ -444,15 +826,27 @@ def fake_slurm(folder: pathlib.Path, statuses: list[int], state: str) -> None:
         ([143], "RUNNING", 3, 143, 1, True),
         ([143], "COMPLETING", 3, 143, 1, False),
     ],
-    ids=["ends well", "user's error", "fails and is started again", "fails too often", "pre-empted or out of time", "cancelled"],
+    ids=[
+        "ends well",
+        "user's error",
+        "fails and is started again",
+        "fails too often",
+        "pre-empted or out of time",
+        "cancelled",
+    ],
 )
-def test_slurm_goes_on_as_the_status_says(statuses, state, restarts, status, steps, requeued, tools, tmp_path):
+def test_slurm_goes_on_as_the_status_says(
+    statuses, state, restarts, status, steps, requeued, tools, tmp_path
+):
     fake_slurm(tmp_path, statuses, state)
     env = environment(tmp_path, tools, SLURM_JOB_ID="17")
     result = call("slurm.sh", f"--restarts={restarts}", "--", "python3", "a b", env=env)
     assert result.returncode == status, result.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    step = "--label|--kill-on-bad-exit=0|--wait=300|env|PERL_JAX_HOSTS=auto|PERL_JAX_CONNECT_SECONDS=300|python3|a b|"
+    step = (
+        "--label|--kill-on-bad-exit=0|--wait=300|env|PERL_JAX_HOSTS=auto|PERL_JAX_CONNECT_SECONDS=300|python3|a "
+        "b|"
+    )
     assert calls == [step] * steps + ["scontrol requeue 17"] * requeued
 
 
@@ -471,12 +865,17 @@ def test_worker_runs_a_command_and_says_how_it_ended(tools, tmp_path):
     marker = tmp_path / "marker"
     again = python(f"open({str(marker)!r}, 'a').write('x')")
     for attempt, count in (("a", 1), ("a", 1), ("b", 2)):
-        assert worker("run", "rl-2", attempt, "--", *again, home=tmp_path, tools=tools).returncode == 0
+        assert (
+            worker("run", "rl-2", attempt, "--", *again, home=tmp_path, tools=tools).returncode == 0
+        )
         assert len(marker.read_text()) == count
 
 
 def test_worker_outlives_the_connection_is_joined_and_stopped(tools, tmp_path):
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143))); print('ready'); time.sleep(300)"
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('saved'), "
+        "sys.exit(143))); print('ready'); time.sleep(300)"
+    )
     command = ["on_worker.sh", "run", "rl-1", "--", *python(code)]
     env = environment(tools) | {"HOME": str(tmp_path)}
     with started(*command, env=env) as first:
@@ -488,12 +887,15 @@ def test_worker_outlives_the_connection_is_joined_and_stopped(tools, tmp_path):
         assert second.stdout.readline().endswith("] ready\n")
         stopped = worker("stop", "rl-1", home=tmp_path, tools=tools)
         out, _ = second.communicate(timeout=PATIENCE)
-    assert stopped.returncode == 0 and "'rl-1' has ended with status 143 (SIGTERM).\n" in stopped.stderr
+    assert (
+        stopped.returncode == 0
+        and "'rl-1' has ended with status 143 (SIGTERM).\n" in stopped.stderr
+    )
     assert second.returncode == 143 and out.endswith("] saved\n") and out.count("ready") == 0
 
 
-# describe takes the next of the given states and keeps the last; ssh runs the command here, as the one worker, whose package
-# is a Python that only says what it was asked to install.
+# describe takes the next of the given states and keeps the last; ssh runs the command here, as the
+# one worker, whose package is a Python that only says what it was asked to install.
 GCLOUD = r"""
 cd "$FAKE"
 printf '%s\x1f' "$@" >>calls
@@ -516,7 +918,9 @@ esac
 """
 
 
-def on_fake_slice(folder: pathlib.Path, tools: pathlib.Path, states: list[str], *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def on_fake_slice(
+    folder: pathlib.Path, tools: pathlib.Path, states: list[str], *arguments: str
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """tpu_vm.sh, and what it asked of gcloud: the verbs, in order."""
     (folder / "home").mkdir()
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
@@ -526,9 +930,15 @@ def on_fake_slice(folder: pathlib.Path, tools: pathlib.Path, states: list[str], 
     verbs = []
     for line in (folder / "calls").read_text().splitlines():
         words = line.split("\x1f")
-        verb = next(word for word in words if word in ("create", "delete", "describe", "scp", "ssh"))
+        verb = next(
+            word for word in words if word in ("create", "delete", "describe", "scp", "ssh")
+        )
         if verb == "ssh":
-            verb = next(action for action in ("install", "run", "setup") if action in words[-2].split(" -- ")[0])
+            verb = next(
+                action
+                for action in ("install", "run", "setup")
+                if action in words[-2].split(" -- ")[0]
+            )
         if verb != "describe":
             verbs.append(verb)
     return result, verbs
@@ -537,24 +947,36 @@ def on_fake_slice(folder: pathlib.Path, tools: pathlib.Path, states: list[str], 
 def counting(folder: pathlib.Path, *statuses: int) -> list[str]:
     """A command that ends with the first status at its first start, and so on."""
     return python(
-        f"import pathlib, sys; count = pathlib.Path({str(folder / 'count')!r}); count.open('a').write('x'); sys.exit({statuses}[len(count.read_text()) - 1])"
+        f"import pathlib, sys; count = pathlib.Path({str(folder / 'count')!r}); "
+        f"count.open('a').write('x'); sys.exit({statuses}[len(count.read_text()) - 1])"
     )
 
 
 def test_tpu_vm_creates_installs_runs_and_deletes(tools, tmp_path):
     states = ["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     code = "import sys; print('ran', sys.argv[1:])"
-    result, verbs = on_fake_slice(tmp_path, tools, states, "--setup=: setup", "--delete", "--", *python(code), *WORDS)
+    result, verbs = on_fake_slice(
+        tmp_path, tools, states, "--setup=: setup", "--delete", "--", *python(code), *WORDS
+    )
     assert result.returncode == 0 and f"] ran {WORDS}\n" in result.stdout, result.stderr
     assert verbs == ["create", "scp", "install", "setup", "run", "delete"]
-    assert (tmp_path / "installed").read_text() == "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[tpu]\n"
-    assert (tmp_path / "home/perl_jax/perl_jax/__main__.py").exists() and not (tmp_path / "home/perl_jax/.git").exists()
+    assert (
+        (tmp_path / "installed").read_text()
+        == "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[tpu]\n"
+    )
+    assert (tmp_path / "home/perl_jax/perl_jax/__main__.py").exists() and not (
+        tmp_path / "home/perl_jax/.git"
+    ).exists()
 
 
 def test_tpu_vm_comes_back_after_a_preemption(tools, tmp_path):
-    """The run is cut off; the resource goes through SUSPENDING to SUSPENDED, is made again, and the same command ends well."""
+    """The run is cut off; the resource goes through SUSPENDING to SUSPENDED, is made again, and the
+    same command ends well.
+    """
     states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "ABSENT", "CREATING", "ACTIVE"]
-    result, verbs = on_fake_slice(tmp_path, tools, states, "--restarts=0", "--", *counting(tmp_path, 255, 0))
+    result, verbs = on_fake_slice(
+        tmp_path, tools, states, "--restarts=0", "--", *counting(tmp_path, 255, 0)
+    )
     assert result.returncode == 0, result.stderr
     assert verbs == ["scp", "install", "run", "delete", "create", "scp", "install", "run"]
     assert "the slice was taken back; asking for it again." in result.stderr
@@ -570,10 +992,19 @@ def test_tpu_vm_comes_back_after_a_preemption(tools, tmp_path):
         (["FAILED", "ABSENT", "ACTIVE"], (0,), 0, ["delete", "create", "scp", "install", "run"]),
         (["ABSENT", "FAILED"], (), 1, ["create"]),
     ],
-    ids=["a failure", "failures", "the user's error", "told to stop", "an old failed request", "a request that fails"],
+    ids=[
+        "a failure",
+        "failures",
+        "the user's error",
+        "told to stop",
+        "an old failed request",
+        "a request that fails",
+    ],
 )
 def test_tpu_vm_goes_on_as_the_status_says(states, statuses, status, expected, tools, tmp_path):
-    result, verbs = on_fake_slice(tmp_path, tools, states, "--restarts=1", "--", *counting(tmp_path, *statuses))
+    result, verbs = on_fake_slice(
+        tmp_path, tools, states, "--restarts=1", "--", *counting(tmp_path, *statuses)
+    )
     assert (result.returncode, verbs) == (status, expected), result.stderr
 
 

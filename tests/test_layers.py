@@ -14,7 +14,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "perl_jax"
 
-# From the lowest to the highest: a room imports the ones before it. "__init__" is the package itself.
+# From the lowest to the highest: a room imports the ones before it. "__init__" is the package
+# itself.
 ROOMS = (
     "types",
     "errors",
@@ -150,7 +151,11 @@ def test_the_package_keeps_its_layers():
 
 
 def test_only_the_rooms_are_at_the_packages_root():
-    found = {path.stem if path.suffix == ".py" else path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or any(path.rglob("*.py"))}
+    found = {
+        path.stem if path.suffix == ".py" else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or any(path.rglob("*.py"))
+    }
     assert found == set(ROOMS)
 
 
@@ -174,12 +179,17 @@ def module_cycle(imports: dict[str, set[str]]) -> list[str] | None:
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    names = {".".join(("perl_jax", *module_name(path, PACKAGE)[0])): path for path in PACKAGE.rglob("*.py")}
+    names = {
+        ".".join(("perl_jax", *module_name(path, PACKAGE)[0])): path
+        for path in PACKAGE.rglob("*.py")
+    }
     imports: dict[str, set[str]] = {}
     for name, path in names.items():
         module, is_package = module_name(path, PACKAGE)
         found = absolute_imports(ast.parse(path.read_text(encoding="utf-8")), module, is_package)
-        imports[name] = {target if target in names else target.rpartition(".")[0] for target in found} & names.keys() - {name}
+        imports[name] = {
+            target if target in names else target.rpartition(".")[0] for target in found
+        } & names.keys() - {name}
     assert module_cycle(imports) is None
     assert sum(map(len, imports.values())) > 300
     assert module_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
@@ -250,6 +260,12 @@ version = importlib.metadata.version("jax")
 def test_the_detector_lets_ordinary_code_pass():
     root = Path("perl_jax")
     assert problems(GOOD, root / "models/attention.py", root) == []
-    assert problems("from perl_jax.training.state import TrainState", root / "training/step.py", root) == []
+    assert (
+        problems("from perl_jax.training.state import TrainState", root / "training/step.py", root)
+        == []
+    )
     assert problems("getattr(item, slot)", root / "data/orders.py", root) == []
-    assert problems("from perl_jax import training\nimport perl_jax.cli", root / "__main__.py", root) == []
+    assert (
+        problems("from perl_jax import training\nimport perl_jax.cli", root / "__main__.py", root)
+        == []
+    )

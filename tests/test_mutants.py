@@ -1,4 +1,6 @@
-"""The table of planted errors fits the package and the tests as they are now; running it is `make mutants`."""
+"""The table of planted errors fits the package and the tests as they are now; running it is `make
+mutants`.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,20 @@ def test_every_planted_error_has_its_place_and_its_tests():
             problems.append(f"{mutant.name} has no tests, or changes nothing")
         for test in mutant.tests:
             file, _, name = test.partition("::")
-            if not (TESTS / file).is_file() or (name and name.partition("[")[0] not in names_in(TESTS / file)):
+            if not (TESTS / file).is_file() or (
+                name and name.partition("[")[0] not in names_in(TESTS / file)
+            ):
                 problems.append(f"{mutant.name} names the test {test}, which does not exist")
     assert not problems, "\n".join(problems)
 
 
 def test_the_page_is_of_this_table():
     names = [mutant.name for mutant in MUTANTS]
-    assert len(names) == len(set(names)) and len(names) >= 65 and len({mutant.file for mutant in MUTANTS}) >= 25
+    assert (
+        len(names) == len(set(names))
+        and len(names) >= 65
+        and len({mutant.file for mutant in MUTANTS}) >= 25
+    )
     page = text_of(TESTS.parent / "docs" / "mutants.md")
     assert re.findall(r"^\| (\S+) \|", page, re.MULTILINE)[1:] == names
 

@@ -288,6 +288,8 @@ TIERS: dict[str, dict[str, str]] = {
 
 
 def tier_of(file: str, test: str) -> str | None:
-    """The tier that the table gives a test; None: the table does not name it. file: relative to tests/."""
+    """The tier that the table gives a test; None: the table does not name it. file: relative to
+    tests/.
+    """
     tests = TIERS.get(file, {})
     return tests.get(test, tests.get(test.partition("[")[0]))

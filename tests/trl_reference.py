@@ -1,11 +1,15 @@
-"""TRL's own losses and advantages on given logits and rewards, in NumPy: an independent reference for tests.
+"""TRL's own losses and advantages on given logits and rewards, in NumPy: an independent reference
+for tests.
 
-No formula of a loss is written here: every function runs the method of TRL's trainer (trl 1.16.0, torch on the CPU). The
-trainer is made without its constructor; its settings come from TRL's own config class, so what is not set has TRL's
-default. Per-token arrays follow `perl_jax.models.logprobs`: column t belongs to token t, whose logits are in column t - 1, and
-column 0 is never in a mask. TRL accumulates log-probabilities in float32, also of float64 logits; logits must be finite.
+No formula of a loss is written here: every function runs the method of TRL's trainer (trl 1.16.0,
+torch on the CPU). The trainer is made without its constructor; its settings come from TRL's own
+config class, so what is not set has TRL's default. Per-token arrays follow
+`perl_jax.models.logprobs`: column t belongs to token t, whose logits are in column t - 1, and
+column 0 is never in a mask. TRL accumulates log-probabilities in float32, also of float64 logits;
+logits must be finite.
 
-Without trl a test is skipped. The first call imports the trainers: about 7 s. TRL has no PPO since 1.13.
+Without trl a test is skipped. The first call imports the trainers: about 7 s. TRL has no PPO since
+1.13.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ SMOOTHED = ("robust", "exo_pair")
 
 
 class GivenLogits:
-    """A language model whose logits are given: they are its hidden states, and its head is the identity.
+    """A language model whose logits are given: they are its hidden states, and its head is the
+    identity.
 
     `trl.trainer.utils.add_fused_lm_head` gives it the forward pass that TRL gives to its policies.
     """
@@ -38,8 +43,12 @@ class GivenLogits:
 
         self.config = types.SimpleNamespace(get_text_config=types.SimpleNamespace)
         self.hidden = types.SimpleNamespace(last_hidden_state=logits)
-        self.head = types.SimpleNamespace(weight=torch.eye(logits.shape[-1], dtype=logits.dtype), bias=None)
-        add_fused_lm_head(self, temperature, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        self.head = types.SimpleNamespace(
+            weight=torch.eye(logits.shape[-1], dtype=logits.dtype), bias=None
+        )
+        add_fused_lm_head(
+            self, temperature, outputs=("log_probs", "entropy", "mean_logits", "is_top1")
+        )
 
     def base_model(self, **inputs: Any) -> Any:
         return self.hidden
@@ -55,7 +64,9 @@ class GivenLogits:
 
 
 def logprobs(logits_BTV: np.ndarray, tokens_BT: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """logp_BT of every token under softmax(logits / temperature), by TRL's fused head; column 0 is 0."""
+    """logp_BT of every token under softmax(logits / temperature), by TRL's fused head; column 0 is
+    0.
+    """
     torch, _ = modules()
     model = GivenLogits(torch.tensor(np.asarray(logits_BTV)), temperature)
     logp = model(labels=_integers(tokens_BT), fused_lm_head=True).log_probs
@@ -79,11 +90,13 @@ def grpo(
     temperature: float = 1.0,
     use_bias_correction_kl: bool = True,
 ) -> tuple[float, np.ndarray]:
-    """Loss and gradient in the logits of `GRPOTrainer.compute_loss`, one micro-batch that is the whole batch.
+    """Loss and gradient in the logits of `GRPOTrainer.compute_loss`, one micro-batch that is the
+    whole batch.
 
-    loss_type: 'grpo', 'bnpo', 'dr_grpo' (alone in reading `max_completion_length`), 'dapo' and TRL's others.
-    importance_sampling_level: 'token', or 'sequence' for GSPO. old_logp_BT: None makes every ratio 1.
-    ref_logp_BT: None only with beta 0. use_bias_correction_kl: the KL times the ratio, TRL's default.
+    loss_type: 'grpo', 'bnpo', 'dr_grpo' (alone in reading `max_completion_length`), 'dapo' and
+    TRL's others. importance_sampling_level: 'token', or 'sequence' for GSPO. old_logp_BT: None
+    makes every ratio 1. ref_logp_BT: None only with beta 0. use_bias_correction_kl: the KL times
+    the ratio, TRL's default.
     """
     _, trl = modules()
     _check(mask_BT)
@@ -102,7 +115,10 @@ def grpo(
     )
     inputs = _completions(tokens_BT, mask_BT, advantages_B)
     inputs["num_items_in_batch"] = inputs["completion_mask"].sum()
-    for name, logp_BT in (("old_per_token_logps", old_logp_BT), ("ref_per_token_logps", ref_logp_BT)):
+    for name, logp_BT in (
+        ("old_per_token_logps", old_logp_BT),
+        ("ref_per_token_logps", ref_logp_BT),
+    ):
         if logp_BT is not None:
             inputs[name] = _inside(logp_BT, mask_BT)[:, 1:]
     trainer = _trainer(trl.GRPOTrainer, config, **_clip(config), _entropy_bonus_enabled=False)
@@ -120,18 +136,23 @@ def rloo(
     epsilon_high: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[float, np.ndarray]:
-    """Loss and gradient in the logits of `RLOOTrainer.compute_loss`; old_logp_BT None makes every ratio 1.
+    """Loss and gradient in the logits of `RLOOTrainer.compute_loss`; old_logp_BT None makes every
+    ratio 1.
 
     The KL is not in the loss but in the advantages (`rloo_advantages`).
     """
     _, trl = modules()
     _check(mask_BT)
-    config = trl.RLOOConfig(**CPU, epsilon=epsilon, epsilon_high=epsilon_high, temperature=temperature)
+    config = trl.RLOOConfig(
+        **CPU, epsilon=epsilon, epsilon_high=epsilon_high, temperature=temperature
+    )
     if old_logp_BT is None:
         old_logp_BT = logprobs(logits_BTV, tokens_BT, temperature)
     inputs = _completions(tokens_BT, mask_BT, advantages_B)
     inputs["old_logps"] = _inside(old_logp_BT, mask_BT).sum(1)
-    return _policy_gradient(_trainer(trl.RLOOTrainer, config, **_clip(config)), logits_BTV, inputs, temperature)
+    return _policy_gradient(
+        _trainer(trl.RLOOTrainer, config, **_clip(config)), logits_BTV, inputs, temperature
+    )
 
 
 def dpo(
@@ -144,14 +165,17 @@ def dpo(
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> tuple[float, np.ndarray]:
-    """Loss and gradient in the logits of `DPOTrainer.compute_loss`: 'sigmoid' (DPO), 'ipo', 'robust' and TRL's others.
+    """Loss and gradient in the logits of `DPOTrainer.compute_loss`: 'sigmoid' (DPO), 'ipo',
+    'robust' and TRL's others.
 
     The first half of the rows is chosen, the second half rejected, pair by pair.
     """
     _, trl = modules()
     _check(mask_BT)
     if label_smoothing and loss_type not in SMOOTHED:
-        raise ValueError(f"TRL reads label_smoothing in {', '.join(SMOOTHED)} alone, not in {loss_type}")
+        raise ValueError(
+            f"TRL reads label_smoothing in {', '.join(SMOOTHED)} alone, not in {loss_type}"
+        )
     config = trl.DPOConfig(**CPU, beta=beta, loss_type=[loss_type], label_smoothing=label_smoothing)
     trainer = _trainer(
         trl.DPOTrainer,
@@ -187,17 +211,22 @@ def reward(
         inputs["margin"] = torch.tensor(np.asarray(margin_B))
 
     def loss(score_B: Any) -> Any:
-        return trainer.compute_loss(lambda **_: types.SimpleNamespace(logits=score_B[:, None]), inputs)
+        return trainer.compute_loss(
+            lambda **_: types.SimpleNamespace(logits=score_B[:, None]), inputs
+        )
 
     value, gradient_B = _differentiate(loss, np.concatenate([chosen_B, rejected_B]))
     return value, *np.split(gradient_B, 2)
 
 
-def grpo_advantages(rewards_B: np.ndarray, num_generations: int, scale_rewards: str | bool = "group") -> np.ndarray:
-    """advantages_B by `GRPOTrainer._generate_and_score_completions`, its generation replaced by one-token responses.
+def grpo_advantages(
+    rewards_B: np.ndarray, num_generations: int, scale_rewards: str | bool = "group"
+) -> np.ndarray:
+    """advantages_B by `GRPOTrainer._generate_and_score_completions`, its generation replaced by
+    one-token responses.
 
-    Samples of one prompt are neighbours. scale_rewards: 'group', 'batch', or 'none' (False) for Dr. GRPO.
-    A reward of NaN is what a reward function's None becomes.
+    Samples of one prompt are neighbours. scale_rewards: 'group', 'batch', or 'none' (False) for Dr.
+    GRPO. A reward of NaN is what a reward function's None becomes.
     """
     _, trl = modules()
     rows = len(rewards_B)
@@ -207,9 +236,25 @@ def grpo_advantages(rewards_B: np.ndarray, num_generations: int, scale_rewards: 
         num_generations=num_generations,
         scale_rewards=scale_rewards,
     )
-    trainer = _trainer(trl.GRPOTrainer, config, **_scoring(rewards_B), environments=None, environment_factories=None, tools=None)
+    trainer = _trainer(
+        trl.GRPOTrainer,
+        config,
+        **_scoring(rewards_B),
+        environments=None,
+        environment_factories=None,
+        tools=None,
+    )
     one_token = [[1]] * rows
-    trainer._generate = lambda prompts: (one_token, one_token, None, [""] * rows, None, {}, None, [])
+    trainer._generate = lambda prompts: (
+        one_token,
+        one_token,
+        None,
+        [""] * rows,
+        None,
+        {},
+        None,
+        [],
+    )
     return trainer._generate_and_score_completions([{"prompt": ""}] * rows)["advantages"].numpy()
 
 
@@ -224,10 +269,11 @@ def rloo_advantages(
     normalize_advantages: bool = False,
     reward_clip_range: tuple[float, float] | None = None,
 ) -> np.ndarray:
-    """advantages_B by `RLOOTrainer._generate_and_score_completions`, its generation and its models replaced.
+    """advantages_B by `RLOOTrainer._generate_and_score_completions`, its generation and its models
+    replaced.
 
-    Samples of one prompt are neighbours. A beta other than 0 needs the three per-token arrays; every row of the mask
-    then has a token.
+    Samples of one prompt are neighbours. A beta other than 0 needs the three per-token arrays;
+    every row of the mask then has a token.
     """
     torch, trl = modules()
     rows = len(rewards_B)
@@ -247,12 +293,19 @@ def rloo_advantages(
     reference = types.SimpleNamespace()
     trainer = _trainer(trl.RLOOTrainer, config, **_scoring(rewards_B), ref_model=reference)
     lengths_B = np.sum(mask_BT, axis=1).tolist()
-    trainer._generate = lambda prompts: ([[1]] * rows, [[1] * length for length in lengths_B], [""] * rows)
+    trainer._generate = lambda prompts: (
+        [[1]] * rows,
+        [[1] * length for length in lengths_B],
+        [""] * rows,
+    )
 
     def completion_logps(model: Any, *inputs: Any, **options: Any) -> tuple[Any, None, None]:
         """TRL's layout: the tokens under the mask, moved to the left."""
         logp_BT = ref_logp_BT if model is reference else old_logp_BT
-        responses = [torch.tensor(logp_T[mask_T]) for logp_T, mask_T in zip(np.asarray(logp_BT), np.asarray(mask_BT))]
+        responses = [
+            torch.tensor(logp_T[mask_T])
+            for logp_T, mask_T in zip(np.asarray(logp_BT), np.asarray(mask_BT))
+        ]
         return torch.nn.utils.rnn.pad_sequence(responses, batch_first=True), None, None
 
     trainer._get_per_token_logps_and_entropies = completion_logps
@@ -265,8 +318,13 @@ def modules() -> tuple[Any, Any]:
 
 
 def _trainer(trainer_class: type, config: Any, **attributes: Any) -> Any:
-    """A trainer without a model or data; TRL's constructors copy most settings to attributes of the same names."""
-    accelerate, transformers = pytest.importorskip("accelerate"), pytest.importorskip("transformers")
+    """A trainer without a model or data; TRL's constructors copy most settings to attributes of the
+    same names.
+    """
+    accelerate, transformers = (
+        pytest.importorskip("accelerate"),
+        pytest.importorskip("transformers"),
+    )
     trainer = object.__new__(trainer_class)
     derived = {
         "args": config,
@@ -284,8 +342,13 @@ def _trainer(trainer_class: type, config: Any, **attributes: Any) -> Any:
 
 
 def _clip(config: Any) -> dict[str, float]:
-    """The clipping range under the names of the trainers' attributes: symmetric unless epsilon_high is set."""
-    return {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high}
+    """The clipping range under the names of the trainers' attributes: symmetric unless epsilon_high
+    is set.
+    """
+    return {
+        "epsilon_low": config.epsilon,
+        "epsilon_high": config.epsilon if config.epsilon_high is None else config.epsilon_high,
+    }
 
 
 def _scoring(rewards_B: np.ndarray) -> dict[str, Any]:
@@ -298,13 +361,16 @@ def _scoring(rewards_B: np.ndarray) -> dict[str, Any]:
         "reward_func_names": ["reward"],
         "reward_processing_classes": [None],
         "reward_weights": torch.ones(1),
-        "_logs": {name: [] for name in ("prompt", "completion", "advantages")} | {"rewards": {"reward": []}},
+        "_logs": {name: [] for name in ("prompt", "completion", "advantages")}
+        | {"rewards": {"reward": []}},
         "_pending_extra_logs": {},
         "_pending_metrics": {},
     }
 
 
-def _policy_gradient(trainer: Any, logits_BTV: np.ndarray, inputs: dict[str, Any], temperature: float) -> tuple[float, np.ndarray]:
+def _policy_gradient(
+    trainer: Any, logits_BTV: np.ndarray, inputs: dict[str, Any], temperature: float
+) -> tuple[float, np.ndarray]:
     def loss(logits_BTV: Any) -> Any:
         trainer.model = GivenLogits(logits_BTV, temperature)
         return trainer.compute_loss(trainer.model, inputs)
@@ -320,8 +386,12 @@ def _differentiate(loss: Callable[[Any], Any], array: np.ndarray) -> tuple[float
     return value.item(), tensor.grad.numpy()
 
 
-def _completions(tokens_BT: np.ndarray, mask_BT: np.ndarray, advantages_B: np.ndarray) -> dict[str, Any]:
-    """A batch of TRL's: column 0 as the prompt, and the mask's gaps and padding inside the completion."""
+def _completions(
+    tokens_BT: np.ndarray, mask_BT: np.ndarray, advantages_B: np.ndarray
+) -> dict[str, Any]:
+    """A batch of TRL's: column 0 as the prompt, and the mask's gaps and padding inside the
+    completion.
+    """
     torch, _ = modules()
     tokens_BT, mask_BT = _integers(tokens_BT), _integers(mask_BT)
     return {

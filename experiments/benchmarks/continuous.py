@@ -5,14 +5,15 @@ Claim     Where the lengths of responses spread ten to one, sampling through slo
 Command   python experiments/benchmarks/continuous.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      6 minutes
-Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times, and 198, 91, 2.17 on a slower host; lengths 2 to 122 from the
+Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times, and 198, 91, 2.17 on a
+slower host; lengths 2 to 122 from the
           5th to the 95th percentile
 
-The model is a Llama of 46 million random weights, so that its tokens are nearly uniform; a share of the
-vocabulary ends a response, which makes lengths geometric, cut at the room. Both ways have the same
-prompts, keys and number of rows at a time, and take turns. What the machine allows is counted and measured as in the contest
-(`contest/ceiling.py`): every row always busy, so that weights come from memory as seldom as can be. CONTEST_SIZE chooses the
-model here, too.
+The model is a Llama of 46 million random weights, so that its tokens are nearly uniform; a share of
+the vocabulary ends a response, which makes lengths geometric, cut at the room. Both ways have the
+same prompts, keys and number of rows at a time, and take turns. What the machine allows is counted
+and measured as in the contest (`contest/ceiling.py`): every row always busy, so that weights come
+from memory as seldom as can be. CONTEST_SIZE chooses the model here, too.
 """
 
 from __future__ import annotations
@@ -51,37 +52,68 @@ PROMPT = 64
 
 def made(rollouts: list[Rollout]) -> list[list[int]]:
     """The responses, row by row."""
-    return [ids[mask].tolist() for r in rollouts for ids, mask in zip(np.array(r.sequences.tokens_BT), np.array(r.sequences.response_BT))]
+    return [
+        ids[mask].tolist()
+        for r in rollouts
+        for ids, mask in zip(np.array(r.sequences.tokens_BT), np.array(r.sequences.response_BT))
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=128, help="one response each")
-    parser.add_argument("--rows", type=int, default=32, help="decoded at a time; must divide the prompts")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="decoded at a time; must divide the prompts"
+    )
     parser.add_argument("--room", type=int, default=128, help="the longest response")
     parser.add_argument("--mean", type=float, default=32.0, help="mean length without the cut")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    lm = LanguageModel(MODEL, mesh=sharding.make_mesh(sharding.MeshConfig(data=1), devices=jax.devices()[:1]))
+    lm = LanguageModel(
+        MODEL, mesh=sharding.make_mesh(sharding.MeshConfig(data=1), devices=jax.devices()[:1])
+    )
     base = jax.jit(lm.init_base)(jax.random.key(0))
     adapter = lm.init_adapter(jax.random.key(1), LoRAConfig())
     rng = np.random.default_rng(0)
     ids_PS = rng.integers(0, MODEL.vocab_size, (options.prompts, PROMPT), dtype=np.int32)
     # Both decode as the jobs do on this platform.
-    tokenizer = types.SimpleNamespace(stop_ids=tuple(range(0, MODEL.vocab_size, round(options.mean))), pad_id=0)
+    tokenizer = types.SimpleNamespace(
+        stop_ids=tuple(range(0, MODEL.vocab_size, round(options.mean))), pad_id=0
+    )
     model = Model("random", lm, base, tokenizer, "-")
-    waits, continuous = (programs.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots)) for slots in (None, options.rows))
+    waits, continuous = (
+        programs.sample_program(model, options.room, 1.0, RolloutConfig(slots=slots))
+        for slots in (None, options.rows)
+    )
     keys = jax.random.split(jax.random.key(2), options.prompts // options.rows)
-    given = lambda rows: Prompts(ids_PS[rows], np.ones((len(ids_PS[rows]), PROMPT), bool), np.zeros(len(ids_PS[rows]), np.int32))
+    given = lambda rows: Prompts(
+        ids_PS[rows],
+        np.ones((len(ids_PS[rows]), PROMPT), bool),
+        np.zeros(len(ids_PS[rows]), np.int32),
+    )
 
     def waiting() -> list[Rollout]:
         batches = [given(slice(i * options.rows, (i + 1) * options.rows)) for i in range(len(keys))]
-        return [jax.block_until_ready(waits(base, adapter, b, jax.random.key_data(k))) for b, k in zip(batches, keys)]
+        return [
+            jax.block_until_ready(waits(base, adapter, b, jax.random.key_data(k)))
+            for b, k in zip(batches, keys)
+        ]
 
     def through_slots() -> list[Rollout]:
-        return [jax.block_until_ready(continuous(base, adapter, given(slice(None)), jax.random.key_data(keys[0])))]
+        return [
+            jax.block_until_ready(
+                continuous(base, adapter, given(slice(None)), jax.random.key_data(keys[0]))
+            )
+        ]
 
-    ways, speeds, responses, seen = {"waiting": waiting, "slots": through_slots}, {"waiting": [], "slots": []}, {}, []
+    ways, speeds, responses, seen = (
+        {"waiting": waiting, "slots": through_slots},
+        {"waiting": [], "slots": []},
+        {},
+        [],
+    )
     for round_number in range(options.rounds + 1):
         seen.append(ceiling_gpu.rates())
         for name, way in ways.items():
@@ -95,14 +127,23 @@ def main() -> None:
         lengths = np.array(list(map(len, responses[name])))
         low, high = np.percentile(lengths, [5, 95])
         print(
-            f"{name}: median {statistics.median(speeds[name]):.0f} tokens a second ({min(speeds[name]):.0f} to {max(speeds[name]):.0f}); "
-            f"{lengths.sum()} tokens, lengths {low:.0f} to {high:.0f} (5 % to 95 %), longest {lengths.max()}"
+            f"{name}: median {statistics.median(speeds[name]):.0f} tokens a second "
+            f"({min(speeds[name]):.0f} to {max(speeds[name]):.0f}); "
+            f"{lengths.sum()} tokens, lengths {low:.0f} to {high:.0f} (5 % to 95 %), longest "
+            f"{lengths.max()}"
         )
         least = ceiling.sampling([(PROMPT, (length,)) for length in lengths.tolist()], options.rows)
         print(f"{ceiling.described(least)}; {ceiling.described_rates(best)}.")
-        print(f"At least {ceiling.shares(least, best, {name: lengths.sum() / statistics.median(speeds[name])})}.")
+        print(
+            "At least "
+            f"{ceiling.shares(least, best, {name: lengths.sum() / statistics.median(speeds[name])})}."
+        )
     same = responses["slots"][: options.rows] == responses["waiting"][: options.rows]
-    print(f"slots over waiting: {statistics.median(speeds['slots']) / statistics.median(speeds['waiting']):.2f}; the first batch's tokens are equal: {same}")
+    print(
+        "slots over waiting: "
+        f"{statistics.median(speeds['slots']) / statistics.median(speeds['waiting']):.2f}; the "
+        f"first batch's tokens are equal: {same}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Two writers. `template_conversations` needs no model: it fills sentences with the movie's genres,
 people and neighbours, which are movies of training conversations with the most similar metadata.
 `language_model.py` writes through perl_jax's sampler. Both give the same rows, one JSON object a
-line: {"movie": ID, "turns": [{"seeker": true, "text": "... @ID ..."}, ...]}, the last turn being the
-recommendation.
+line: {"movie": ID, "turns": [{"seeker": true, "text": "... @ID ..."}, ...]}, the last turn being
+the recommendation.
 """
 
 from __future__ import annotations
@@ -32,10 +32,29 @@ OPENINGS = (
     "Hi there, I'd like to watch something {genre} tonight.",
     "I am in the mood for {article} {genre} movie.",
 )
-QUESTIONS = ("Sure! What have you liked before?", "Do you have a favorite?", "Any movies you enjoyed recently?", "What did you watch last?")
-LIKED = ("I really liked {movies}.", "I loved {movies}.", "My favorites are {movies}.", "I enjoyed {movies} a lot.")
-PEOPLE = ("I like movies with {person}.", "Is there something with {person}?", "I am a fan of {person}.")
-RECOMMENDATIONS = ("Have you seen {movie}?", "You should watch {movie}.", "I would recommend {movie}.", "Then you will like {movie}.")
+QUESTIONS = (
+    "Sure! What have you liked before?",
+    "Do you have a favorite?",
+    "Any movies you enjoyed recently?",
+    "What did you watch last?",
+)
+LIKED = (
+    "I really liked {movies}.",
+    "I loved {movies}.",
+    "My favorites are {movies}.",
+    "I enjoyed {movies} a lot.",
+)
+PEOPLE = (
+    "I like movies with {person}.",
+    "Is there something with {person}?",
+    "I am a fan of {person}.",
+)
+RECOMMENDATIONS = (
+    "Have you seen {movie}?",
+    "You should watch {movie}.",
+    "I would recommend {movie}.",
+    "Then you will like {movie}.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +81,20 @@ def cold_movies(movies: Mapping[str, Movie], mentions: np.ndarray, below: int) -
     return [movie for movie, count in zip(movies.values(), mentions) if count < below]
 
 
-def neighbours_of(movies: Mapping[str, Movie], wanted: Iterable[Movie], mentions: np.ndarray) -> dict[str, list[str]]:
+def neighbours_of(
+    movies: Mapping[str, Movie], wanted: Iterable[Movie], mentions: np.ndarray
+) -> dict[str, list[str]]:
     """For each wanted movie, the most similar others that occur in training conversations.
 
     Similar: BM25 with the movie's metadata as the query, over documents of metadata.
     """
     tokenizer = Tokenizer(TokenizerConfig(mentions="title"), movies)
     documents = documents_of(movies, DocumentConfig(METADATA), tokenizer)
-    index, order, ids = Index(documents, BM25Config(1.2, 0.75)), tie_order(len(movies)), list(movies)
+    index, order, ids = (
+        Index(documents, BM25Config(1.2, 0.75)),
+        tie_order(len(movies)),
+        list(movies),
+    )
     position = {movie: i for i, movie in enumerate(ids)}
     unseen = np.flatnonzero(mentions == 0)
     found = {}
@@ -81,23 +106,36 @@ def neighbours_of(movies: Mapping[str, Movie], wanted: Iterable[Movie], mentions
     return found
 
 
-def template_conversation(movie: Movie, neighbours: Sequence[str], generator: random.Random) -> tuple[Turn, ...]:
-    """One conversation that ends in the recommendation; a movie of which nothing is known gets a plain one."""
+def template_conversation(
+    movie: Movie, neighbours: Sequence[str], generator: random.Random
+) -> tuple[Turn, ...]:
+    """One conversation that ends in the recommendation; a movie of which nothing is known gets a
+    plain one.
+    """
     genre = " ".join(generator.sample(movie.genres, min(2, len(movie.genres)))) or "good"
     article = "an" if genre[0] in "aeiou" else "a"
     liked = generator.sample(list(neighbours), min(2, len(neighbours)))
     people = [*movie.cast, *movie.directors]
-    answer = [generator.choice(LIKED).format(movies=" and ".join(f"@{other}" for other in liked))] if liked else []
+    answer = (
+        [generator.choice(LIKED).format(movies=" and ".join(f"@{other}" for other in liked))]
+        if liked
+        else []
+    )
     answer += [generator.choice(PEOPLE).format(person=generator.choice(people))] if people else []
     said = [(True, generator.choice(OPENINGS).format(article=article, genre=genre))]
     if answer:
         said += [(False, generator.choice(QUESTIONS)), (True, " ".join(answer))]
     said.append((False, generator.choice(RECOMMENDATIONS).format(movie=f"@{movie.id}")))
-    return tuple(Turn(seeker, text, tuple(dict.fromkeys(MENTION.findall(text)))) for seeker, text in said)
+    return tuple(
+        Turn(seeker, text, tuple(dict.fromkeys(MENTION.findall(text)))) for seeker, text in said
+    )
 
 
 def template_conversations(
-    movies: Mapping[str, Movie], mentions: np.ndarray, config: AugmentConfig, neighbours: Mapping[str, Sequence[str]] | None = None
+    movies: Mapping[str, Movie],
+    mentions: np.ndarray,
+    config: AugmentConfig,
+    neighbours: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Passage]:
     """Conversations for cold movies, the same for the same seed whatever other movies there are.
 
@@ -133,7 +171,13 @@ class Linker:
     def name(self, movie: str) -> str:
         """How a movie is written; one that is not in the catalogue is "a movie"."""
         found = self._movies.get(movie)
-        return "a movie" if found is None else f"{found.title} ({found.year})" if found.year else found.title
+        return (
+            "a movie"
+            if found is None
+            else f"{found.title} ({found.year})"
+            if found.year
+            else found.title
+        )
 
     def unlinked(self, text: str) -> str:
         """Mentions as titles."""
@@ -158,12 +202,20 @@ class Linker:
 
 
 def write_conversations(path: pathlib.Path, passages: Iterable[Passage]) -> None:
-    rows = ({"movie": p.movie, "turns": [{"seeker": turn.seeker, "text": turn.text} for turn in p.turns]} for p in passages)
+    rows = (
+        {
+            "movie": p.movie,
+            "turns": [{"seeker": turn.seeker, "text": turn.text} for turn in p.turns],
+        }
+        for p in passages
+    )
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_conversations(path: pathlib.Path, movies: Mapping[str, Movie]) -> list[Passage]:
-    """Made-up conversations from a file. UserError naming the line, also for a movie that is not in the catalogue."""
+    """Made-up conversations from a file. UserError naming the line, also for a movie that is not in
+    the catalogue.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -174,9 +226,15 @@ def read_conversations(path: pathlib.Path, movies: Mapping[str, Movie]) -> list[
         try:
             row = json.loads(line)
             movie = row["movie"]
-            turns = tuple(Turn(bool(t["seeker"]), t["text"], tuple(dict.fromkeys(MENTION.findall(t["text"])))) for t in row["turns"])
+            turns = tuple(
+                Turn(bool(t["seeker"]), t["text"], tuple(dict.fromkeys(MENTION.findall(t["text"]))))
+                for t in row["turns"]
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where}: must be an object with movie and turns, each with seeker and text ({error}).") from error
+            raise UserError(
+                f"{where}: must be an object with movie and turns, each with seeker and text "
+                f"({error})."
+            ) from error
         require(movie in movies, f"{where}: there is no movie {movie} in the catalogue.")
         passages.append(Passage(movie, f"{path.name} {number}", turns, len(turns) - 1))
     require(bool(passages), f"{path} is empty; it must hold one conversation a line.")

@@ -1,8 +1,8 @@
 """bm25s, imported without JAX.
 
 bm25s tries a top-k through JAX when it is imported, which takes hold of the accelerator: a reward
-function's process, or a script whose training runs in other processes, must not. Its own selection is
-not used here.
+function's process, or a script whose training runs in other processes, must not. Its own selection
+is not used here.
 """
 
 from __future__ import annotations

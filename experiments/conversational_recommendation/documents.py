@@ -1,4 +1,5 @@
-"""Movies as documents: fields that can be switched on and off, and the words that documents and queries share.
+"""Movies as documents: fields that can be switched on and off, and the words that documents and
+queries share.
 
 A document is the movie's metadata and the turns that came before it where it was recommended in a
 training conversation (Gupta et al. 2023, arXiv 2305.13725), as one bag of tokens.
@@ -32,7 +33,8 @@ class TokenizerConfig:
     Attributes:
         stem: Snowball's English stems instead of words.
         stopwords: Leave out bm25s's list of English function words.
-        mentions: A mentioned movie is the words of its title, one token that stands for it, or both.
+        mentions: A mentioned movie is the words of its title, one token that stands for it, or
+            both.
     """
 
     stem: bool = True
@@ -44,12 +46,16 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Text and turns to tokens. It only remembers what it was asked before; the result does not depend on that."""
+    """Text and turns to tokens. It only remembers what it was asked before; the result does not
+    depend on that.
+    """
 
     def __init__(self, config: TokenizerConfig, movies: Mapping[str, Movie]) -> None:
         self.config, self.movies = config, movies
         self._left_out = frozenset(STOPWORDS_EN) if config.stopwords else frozenset()
-        self._stem: Callable[[str], str] = Stemmer.Stemmer("english").stemWord if config.stem else str
+        self._stem: Callable[[str], str] = (
+            Stemmer.Stemmer("english").stemWord if config.stem else str
+        )
         self._words: dict[str, Tokens] = {}
         self._turns: dict[str, Tokens] = {}
 
@@ -58,12 +64,20 @@ class Tokenizer:
         found = self._words.get(text)
         if found is None:
             words = WORD.findall(text.lower())
-            found = self._words[text] = [self._stem(word) for word in words if word not in self._left_out]
+            found = self._words[text] = [
+                self._stem(word) for word in words if word not in self._left_out
+            ]
         return found
 
     def mention(self, movie: str) -> Tokens:
-        """A mentioned movie; one that the catalogue does not know has no title, only its own token."""
-        title = self.words(self.movies[movie].title) if movie in self.movies and self.config.mentions != "id" else []
+        """A mentioned movie; one that the catalogue does not know has no title, only its own
+        token.
+        """
+        title = (
+            self.words(self.movies[movie].title)
+            if movie in self.movies and self.config.mentions != "id"
+            else []
+        )
         return [*title, f"@{movie}"] if self.config.mentions != "title" else list(title)
 
     def text(self, text: str) -> Tokens:
@@ -72,7 +86,11 @@ class Tokenizer:
         if found is None:
             # split gives text, id, text, ...: MENTION has one group.
             parts = MENTION.split(text)
-            found = [token for i, part in enumerate(parts) for token in (self.mention(part) if i % 2 else self.words(part))]
+            found = [
+                token
+                for i, part in enumerate(parts)
+                for token in (self.mention(part) if i % 2 else self.words(part))
+            ]
             self._turns[text] = found
         return found
 
@@ -102,7 +120,10 @@ class DocumentConfig:
         require(bool(self.fields), f"fields is empty; it must hold some of {', '.join(FIELDS)}.")
         for field in self.fields:
             one_of("fields", field, FIELDS)
-        require(len(set(self.fields)) == len(self.fields), f"fields is {', '.join(self.fields)}; each may occur once.")
+        require(
+            len(set(self.fields)) == len(self.fields),
+            f"fields is {', '.join(self.fields)}; each may occur once.",
+        )
         one_of("of", self.of, OF)
         one_of("span", self.span, SPANS)
         if self.turns is not None:
@@ -123,7 +144,9 @@ class Passage:
 
 
 def passages_of(dialogues: Iterable[Dialogue], of: str = "mentioned") -> list[Passage]:
-    """One for each movie of each dialogue, at its first mention (of = recommended: by the recommender)."""
+    """One for each movie of each dialogue, at its first mention (of = recommended: by the
+    recommender).
+    """
     passages = []
     for dialogue in dialogues:
         first: dict[str, int] = {}
@@ -145,8 +168,17 @@ def passage_tokens(passage: Passage, config: DocumentConfig, tokenizer: Tokenize
 def metadata_tokens(movie: Movie, field: str, tokenizer: Tokenizer) -> Tokens:
     """One field of a movie's metadata; its title brings the token that stands for it."""
     if field == "title":
-        return [*tokenizer.words(movie.title), f"@{movie.id}"] if tokenizer.config.mentions != "title" else list(tokenizer.words(movie.title))
-    text = {"genre": movie.genres, "director": movie.directors, "cast": movie.cast, "plot": (movie.plot,)}[field]
+        return (
+            [*tokenizer.words(movie.title), f"@{movie.id}"]
+            if tokenizer.config.mentions != "title"
+            else list(tokenizer.words(movie.title))
+        )
+    text = {
+        "genre": movie.genres,
+        "director": movie.directors,
+        "cast": movie.cast,
+        "plot": (movie.plot,),
+    }[field]
     return [token for part in text for token in tokenizer.words(part)]
 
 
@@ -163,10 +195,18 @@ def documents_of(
     movies outside the catalogue are left out.
     """
     found = {
-        movie.id: [token for field in config.fields if field in METADATA for token in metadata_tokens(movie, field, tokenizer)]
+        movie.id: [
+            token
+            for field in config.fields
+            if field in METADATA
+            for token in metadata_tokens(movie, field, tokenizer)
+        ]
         for movie in movies.values()
     }
-    for field, passages in (("conversations", passages_of(dialogues, config.of)), ("augmented", augmented)):
+    for field, passages in (
+        ("conversations", passages_of(dialogues, config.of)),
+        ("augmented", augmented),
+    ):
         if field in config.fields:
             for passage in passages:
                 if passage.movie in found:

@@ -1,13 +1,15 @@
 """Conversations for cold movies, written by a language model from their metadata.
 
-Claim     Conversations that even a very small language model writes through perl_jax's sampler from a
+Claim     Conversations that even a very small language model writes through perl_jax's sampler from
+a
           movie's metadata make some movies findable that no training conversation mentions, fewer
           than a template does; recommend.py --augmented shows it by frequency.
-Command   python experiments/conversational_recommendation/language_model.py --data-dir PATH_TO_REDIAL
+Command   python experiments/conversational_recommendation/language_model.py --data-dir
+PATH_TO_REDIAL
           python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL \\
               --augmented runs/conversational_recommendation/written/conversations.jsonl
-          (--model writes with a model of yours; without it a small base is trained on the train side's
-          conversations)
+          (--model writes with a model of yours; without it a small base is trained on the train
+          side's conversations)
 Hardware  2 CPU cores
 Time      10 minutes beside other work, without the base's
 Numbers   3,822 conversations; recall at 10 and 50 of the 865 targets that no training conversation
@@ -42,19 +44,25 @@ TERMS = [
 ]
 
 
-def written_prompts(movies: Sequence[Movie], neighbours: dict[str, list[str]], linker: Linker, copies: int) -> list[dict[str, str]]:
+def written_prompts(
+    movies: Sequence[Movie], neighbours: dict[str, list[str]], linker: Linker, copies: int
+) -> list[dict[str, str]]:
     """One prompt a movie and copy; each copy names other neighbours, in turn."""
     rows = []
     for movie in movies:
         others = neighbours[movie.id]
         for copy in range(copies):
-            rotated = others[2 * copy % max(1, len(others)) :] + others[: 2 * copy % max(1, len(others))]
+            rotated = (
+                others[2 * copy % max(1, len(others)) :] + others[: 2 * copy % max(1, len(others))]
+            )
             rows.append({"prompt": writer_prompt(movie, rotated, linker), "answer": movie.id})
     return rows
 
 
 def as_passage(movie: str, text: str, linker: Linker, number: int) -> Passage | None:
-    """A written conversation; None where nothing of it can be read as turns. It ends in the recommendation."""
+    """A written conversation; None where nothing of it can be read as turns. It ends in the
+    recommendation.
+    """
     turns = parsed(text, linker)
     if not turns:
         return None
@@ -70,21 +78,42 @@ def run(options: argparse.Namespace) -> None:
     linker = Linker(redial.movies)
     mentions = mention_counts(redial.train, {movie: i for i, movie in enumerate(redial.movies)})
     cold = cold_movies(redial.movies, mentions, options.below)[: options.movies]
-    require(bool(cold), f"Every movie is in {options.below} training conversations or more; there is nothing to write.")
-    prompts = written_prompts(cold, neighbours_of(redial.movies, cold, mentions), linker, options.copies)
+    require(
+        bool(cold),
+        f"Every movie is in {options.below} training conversations or more; there is nothing to "
+        "write.",
+    )
+    prompts = written_prompts(
+        cold, neighbours_of(redial.movies, cold, mentions), linker, options.copies
+    )
     steps = lambda n: max(2, round(n * options.scale))
     model, adapter = options.model, options.adapter
     if model is None:
-        model = small_base(root, redial.train, redial.movies, steps(options.base_steps), options.seed)
-        # The base has learned from such texts already; an adapter on top of it is specialised further.
+        model = small_base(
+            root, redial.train, redial.movies, steps(options.base_steps), options.seed
+        )
+        # The base has learned from such texts already; an adapter on top of it is specialised
+        # further.
     if options.model is None and options.sft_steps:
-        examples = [writer_example(p, redial.movies, linker) for p in passages_of(redial.train, "recommended") if p.at > 0 and p.movie in redial.movies]
+        examples = [
+            writer_example(p, redial.movies, linker)
+            for p in passages_of(redial.train, "recommended")
+            if p.at > 0 and p.movie in redial.movies
+        ]
         rows = [{"prompt": prompt, "response": response} for prompt, response in examples]
-        adapter = adapter_of(folder, "sft", model, rows, steps(options.sft_steps), (PROMPT, RESPONSE), options.seed)
+        adapter = adapter_of(
+            folder, "sft", model, rows, steps(options.sft_steps), (PROMPT, RESPONSE), options.seed
+        )
     data = write_split(folder / "prompts", {"test": prompts})
     output = folder / "samples.jsonl"
     output.unlink(missing_ok=True)
-    lengths = DataConfig(task="jsonl", data_dir=str(data), max_prompt_length=PROMPT, max_response_length=RESPONSE, bucket_count=1)
+    lengths = DataConfig(
+        task="jsonl",
+        data_dir=str(data),
+        max_prompt_length=PROMPT,
+        max_response_length=RESPONSE,
+        bucket_count=1,
+    )
     run_best_of(
         BestOfConfig(
             model=model, policy=adapter, terms=json.dumps(TERMS), n=options.samples, batch_size=128, data=lengths, split="test", output=str(output),
@@ -92,31 +121,64 @@ def run(options: argparse.Namespace) -> None:
         )
     )  # fmt: skip
     # Prompts with an empty response have no line.
-    found = {row["row"]: row["response"] for row in map(json.loads, output.read_text(encoding="utf-8").splitlines())}
+    found = {
+        row["row"]: row["response"]
+        for row in map(json.loads, output.read_text(encoding="utf-8").splitlines())
+    }
     texts = [found.get(index, "") for index in range(len(prompts))]
-    passages = [as_passage(row["answer"], text, linker, i) for i, (row, text) in enumerate(zip(prompts, texts, strict=True))]
+    passages = [
+        as_passage(row["answer"], text, linker, i)
+        for i, (row, text) in enumerate(zip(prompts, texts, strict=True))
+    ]
     kept = [passage for passage in passages if passage is not None]
-    require(bool(kept), "None of the model's texts can be read as a conversation; train longer, or give another --model.")
+    require(
+        bool(kept),
+        "None of the model's texts can be read as a conversation; train longer, or give another "
+        "--model.",
+    )
     write_conversations(folder / "conversations.jsonl", kept)
-    print(f"{len(kept)} conversations for {len(cold)} movies ({len(passages) - len(kept)} texts without a turn left out): {folder / 'conversations.jsonl'}")
+    print(
+        f"{len(kept)} conversations for {len(cold)} movies ({len(passages) - len(kept)} texts "
+        f"without a turn left out): {folder / 'conversations.jsonl'}"
+    )
     for passage in kept[:: max(1, len(kept) // 3)][:3]:
         name = linker.name(passage.movie)
-        print(f"\n{name}\n" + "\n".join(f"  {'seeker' if turn.seeker else 'recommender'}: {linker.unlinked(turn.text)}" for turn in passage.turns))
+        print(
+            f"\n{name}\n"
+            + "\n".join(
+                f"  {'seeker' if turn.seeker else 'recommender'}: {linker.unlinked(turn.text)}"
+                for turn in passage.turns
+            )
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", help="a folder with ReDial's files; downloaded when left out")
-    parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/conversational_recommendation"), help="folder of the experiment")
+    parser.add_argument(
+        "--run",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/conversational_recommendation"),
+        help="folder of the experiment",
+    )
     parser.add_argument("--model", help="a Hugging Face folder or hub name to write with")
     parser.add_argument("--adapter", help="a policy artefact of that model")
-    parser.add_argument("--below", type=int, default=1, help="write for movies in fewer training conversations than this")
+    parser.add_argument(
+        "--below",
+        type=int,
+        default=1,
+        help="write for movies in fewer training conversations than this",
+    )
     parser.add_argument("--copies", type=int, default=1, help="conversations a movie")
     parser.add_argument("--samples", type=int, default=1, help="of which the best one is kept")
     parser.add_argument("--movies", type=int, help="at most so many movies")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--base-steps", type=int, default=600)
-    parser.add_argument("--sft-steps", type=int, default=0, help="of an adapter on the small base; 0: none")
+    parser.add_argument(
+        "--sft-steps", type=int, default=0, help="of an adapter on the small base; 0: none"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)

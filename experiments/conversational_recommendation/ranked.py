@@ -1,16 +1,18 @@
-"""Test cases ranked by each system: one row a target, what it comes to, and what to read errors from.
+"""Test cases ranked by each system: one row a target, what it comes to, and what to read errors
+from.
 
 Three views of the same rankings:
 
 - `all`: every movie of the recommender's turn is a target, the whole catalogue is ranked. What
   published numbers are made of.
-- `new`: targets that the conversation had not mentioned yet, and movies that it had are taken out of
+- `new`: targets that the conversation had not mentioned yet, and movies that it had are taken out
+  of
   the ranking. Repeating what was said earns nothing.
 - `suggested`: those targets of `new` of which the form says that the recommender brought them up.
 
-The unit is a target, as published; `turns` has the means over turns, whose targets are one ranking's
-relevant items. Nothing is left out: a target that is not in the catalogue is a miss, and a case without a
-context is ranked by popularity.
+The unit is a target, as published; `turns` has the means over turns, whose targets are one
+ranking's relevant items. Nothing is left out: a target that is not in the catalogue is a miss, and
+a case without a context is ranked by popularity.
 """
 
 from __future__ import annotations
@@ -33,13 +35,22 @@ from perl_jax.runtime.files import write_atomically
 
 VIEWS = ("all", "new", "suggested")
 # Training dialogues that mention the target: [low, high).
-BUCKETS: dict[str, tuple[float, float]] = {"0": (0, 1), "1": (1, 2), "2-4": (2, 5), "5-9": (5, 10), "10-29": (10, 30), "30+": (30, math.inf)}
+BUCKETS: dict[str, tuple[float, float]] = {
+    "0": (0, 1),
+    "1": (1, 2),
+    "2-4": (2, 5),
+    "5-9": (5, 10),
+    "10-29": (10, 30),
+    "30+": (30, math.inf),
+}
 SHOWN = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One movie to be predicted. count: training dialogues that mention it; suggested: by the form, None if it says nothing."""
+    """One movie to be predicted. count: training dialogues that mention it; suggested: by the form,
+    None if it says nothing.
+    """
 
     case: Case
     movie: str
@@ -52,7 +63,9 @@ class Target:
         return view == "all" or (not self.mentioned and (view == "new" or self.suggested is True))
 
 
-def targets_of(dialogues: Sequence[Dialogue], position: Mapping[str, int], counts: np.ndarray) -> list[Target]:
+def targets_of(
+    dialogues: Sequence[Dialogue], position: Mapping[str, int], counts: np.ndarray
+) -> list[Target]:
     """Every target of every case, in order."""
     found = []
     for dialogue in dialogues:
@@ -61,7 +74,16 @@ def targets_of(dialogues: Sequence[Dialogue], position: Mapping[str, int], count
             for movie in case.targets:
                 label, place = dialogue.labels.get(movie), position.get(movie)
                 suggested = None if label is None else label.suggested
-                found.append(Target(case, movie, place, movie in mentioned, suggested, 0 if place is None else int(counts[place])))
+                found.append(
+                    Target(
+                        case,
+                        movie,
+                        place,
+                        movie in mentioned,
+                        suggested,
+                        0 if place is None else int(counts[place]),
+                    )
+                )
     require(bool(found), "There are no cases: no recommender's turn mentions a movie.")
     return found
 
@@ -85,11 +107,18 @@ class Ranked:
 
 
 def rank(system: Recommender, targets: Sequence[Target], position: Mapping[str, int]) -> Ranked:
-    """Ranks every target; the time is that of scoring the catalogue, without the bookkeeping of ranks."""
+    """Ranks every target; the time is that of scoring the catalogue, without the bookkeeping of
+    ranks.
+    """
     order, grouped = tie_order(len(position)), {}
     for index, target in enumerate(targets):
         grouped.setdefault((target.case.dialogue, target.case.turn), []).append(index)
-    ranks, new, best, seconds = np.full(len(targets), np.inf), np.full(len(targets), np.nan), {}, 0.0
+    ranks, new, best, seconds = (
+        np.full(len(targets), np.inf),
+        np.full(len(targets), np.nan),
+        {},
+        0.0,
+    )
     for key, members in grouped.items():
         case = targets[members[0]].case
         began = time.perf_counter()
@@ -110,7 +139,9 @@ def rank(system: Recommender, targets: Sequence[Target], position: Mapping[str, 
 def selected(targets: Sequence[Target], view: str, bucket: str | None = None) -> list[int]:
     """Indices of a view's targets, of one bucket of frequency where given."""
     low, high = (0, math.inf) if bucket is None else BUCKETS[bucket]
-    return [i for i, target in enumerate(targets) if target.in_view(view) and low <= target.count < high]
+    return [
+        i for i, target in enumerate(targets) if target.in_view(view) and low <= target.count < high
+    ]
 
 
 def rows_of(ranked: Ranked, view: str, indices: Sequence[int]) -> np.ndarray:
@@ -118,21 +149,35 @@ def rows_of(ranked: Ranked, view: str, indices: Sequence[int]) -> np.ndarray:
     return single_measures((ranked.all if view == "all" else ranked.new)[list(indices)])
 
 
-def summary_of(ranked: Ranked, targets: Sequence[Target], view: str, bucket: str | None = None) -> Summary | None:
+def summary_of(
+    ranked: Ranked, targets: Sequence[Target], view: str, bucket: str | None = None
+) -> Summary | None:
     """A view's means and intervals; None where no target is in it."""
     indices = selected(targets, view, bucket)
-    return summarise(rows_of(ranked, view, indices), [targets[i].case.dialogue for i in indices]) if indices else None
+    return (
+        summarise(rows_of(ranked, view, indices), [targets[i].case.dialogue for i in indices])
+        if indices
+        else None
+    )
 
 
-def gain_of(ranked: Ranked, other: Ranked, targets: Sequence[Target], view: str, bucket: str | None = None) -> Summary | None:
+def gain_of(
+    ranked: Ranked, other: Ranked, targets: Sequence[Target], view: str, bucket: str | None = None
+) -> Summary | None:
     """What a system has more than another on the same targets."""
     indices = selected(targets, view, bucket)
     dialogues = [targets[i].case.dialogue for i in indices]
-    return gain(rows_of(ranked, view, indices), rows_of(other, view, indices), dialogues) if indices else None
+    return (
+        gain(rows_of(ranked, view, indices), rows_of(other, view, indices), dialogues)
+        if indices
+        else None
+    )
 
 
 def turns_summary(ranked: Ranked, targets: Sequence[Target], view: str) -> Summary | None:
-    """The same with a turn as the unit: recall is the share of its targets, NDCG is of all of them."""
+    """The same with a turn as the unit: recall is the share of its targets, NDCG is of all of
+    them.
+    """
     grouped: dict[tuple[str, int], list[int]] = {}
     for i in selected(targets, view):
         grouped.setdefault((targets[i].case.dialogue, targets[i].case.turn), []).append(i)
@@ -141,8 +186,12 @@ def turns_summary(ranked: Ranked, targets: Sequence[Target], view: str) -> Summa
     return summarise(np.stack(rows), [dialogue for dialogue, _ in grouped]) if rows else None
 
 
-def case_rows(ranked: Mapping[str, Ranked], targets: Sequence[Target], movies: Mapping[str, Movie]) -> list[dict[str, Any]]:
-    """One object a target: the conversation so far, the movie, every system's rank and first recommendations."""
+def case_rows(
+    ranked: Mapping[str, Ranked], targets: Sequence[Target], movies: Mapping[str, Movie]
+) -> list[dict[str, Any]]:
+    """One object a target: the conversation so far, the movie, every system's rank and first
+    recommendations.
+    """
     catalogue = list(movies.values())
     whole = lambda rank: int(rank) if np.isfinite(rank) else None
     name = lambda movie: f"{movie.title} ({movie.year})" if movie.year else movie.title
@@ -161,7 +210,10 @@ def case_rows(ranked: Mapping[str, Ranked], targets: Sequence[Target], movies: M
             {
                 "dialogue": case.dialogue,
                 "turn": case.turn,
-                "context": [{"speaker": "seeker" if turn.seeker else "recommender", "text": turn.text} for turn in case.context],
+                "context": [
+                    {"speaker": "seeker" if turn.seeker else "recommender", "text": turn.text}
+                    for turn in case.context
+                ],
                 "target": target.movie,
                 "title": name(movies[target.movie]) if target.movie in movies else None,
                 "mentioned": target.mentioned,

@@ -1,9 +1,9 @@
 """ReDial as cases: dialogues read from upstream's files, who said what, what was recommended next.
 
-ReDial: Li et al. 2018, arXiv 1812.07617 (CC BY 4.0). A case follows the protocol of KBRD (Chen et al.
-2019) and UniCRS (Wang et al. 2022): messages of one speaker in a row are one turn, and every turn
-of the recommender that mentions movies is to be predicted from the turns before it. Each movie of
-the turn is a target of its own. Nothing after the turn, and no form (filled in when the dialogue
+ReDial: Li et al. 2018, arXiv 1812.07617 (CC BY 4.0). A case follows the protocol of KBRD (Chen et
+al. 2019) and UniCRS (Wang et al. 2022): messages of one speaker in a row are one turn, and every
+turn of the recommender that mentions movies is to be predicted from the turns before it. Each movie
+of the turn is a target of its own. Nothing after the turn, and no form (filled in when the dialogue
 was over), is part of a case.
 """
 
@@ -34,7 +34,9 @@ MOVIES_URL = "https://github.com/RUCAIBox/iEvaLM-CRS/raw/162e2f4/data/redial"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Messages of one speaker in a row. text: movies as @id; movies: their ids, in order, each once."""
+    """Messages of one speaker in a row. text: movies as @id; movies: their ids, in order, each
+    once.
+    """
 
     seeker: bool
     text: str
@@ -43,7 +45,9 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """A form's answer about one movie: who brought it up, and whether the seeker liked it (None: not said)."""
+    """A form's answer about one movie: who brought it up, and whether the seeker liked it (None:
+    not said).
+    """
 
     suggested: bool
     liked: bool | None
@@ -51,7 +55,9 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """One conversation. names: titles of the mentioned movies; labels: the seeker's form, else the recommender's."""
+    """One conversation. names: titles of the mentioned movies; labels: the seeker's form, else the
+    recommender's.
+    """
 
     id: str
     workers: frozenset[int]
@@ -75,7 +81,9 @@ class Movie:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is to be predicted: the movies of the recommender's turn number `turn`, from the turns before."""
+    """What is to be predicted: the movies of the recommender's turn number `turn`, from the turns
+    before.
+    """
 
     dialogue: str
     turn: int
@@ -85,7 +93,11 @@ class Case:
     @property
     def mentioned(self) -> tuple[str, ...]:
         """Movies of the context, the latest first, each once."""
-        return tuple(dict.fromkeys(movie for turn in reversed(self.context) for movie in reversed(turn.movies)))
+        return tuple(
+            dict.fromkeys(
+                movie for turn in reversed(self.context) for movie in reversed(turn.movies)
+            )
+        )
 
     @property
     def introduced(self) -> tuple[str, ...]:
@@ -95,7 +107,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class ReDial:
-    """Train side and test side. repeated: dialogues of the train side that were left out as copies."""
+    """Train side and test side. repeated: dialogues of the train side that were left out as
+    copies.
+    """
 
     train: tuple[Dialogue, ...]
     test: tuple[Dialogue, ...]
@@ -113,14 +127,22 @@ def turns_of(messages: Sequence[Mapping], seeker: int) -> tuple[Turn, ...]:
             parts.append((is_seeker, []))
         parts[-1][1].append(message["text"])
     joined = ((is_seeker, " ".join(texts)) for is_seeker, texts in parts)
-    return tuple(Turn(is_seeker, text, tuple(dict.fromkeys(MENTION.findall(text)))) for is_seeker, text in joined)
+    return tuple(
+        Turn(is_seeker, text, tuple(dict.fromkeys(MENTION.findall(text))))
+        for is_seeker, text in joined
+    )
 
 
 def labels_of(row: Mapping) -> dict[str, Label]:
-    """The seeker's form; where it says nothing of a movie (or is empty, upstream's []), the recommender's."""
+    """The seeker's form; where it says nothing of a movie (or is empty, upstream's []), the
+    recommender's.
+    """
     answers = {**(row["respondentQuestions"] or {}), **(row["initiatorQuestions"] or {})}
     said = {0: False, 1: True}
-    return {movie: Label(bool(a.get("suggested")), said.get(a.get("liked"))) for movie, a in answers.items()}
+    return {
+        movie: Label(bool(a.get("suggested")), said.get(a.get("liked")))
+        for movie, a in answers.items()
+    }
 
 
 def parse_dialogue(line: str, where: str) -> Dialogue:
@@ -131,11 +153,23 @@ def parse_dialogue(line: str, where: str) -> Dialogue:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
     try:
         seeker = row["initiatorWorkerId"]
-        names = {movie: " ".join(name.split()) for movie, name in (row["movieMentions"] or {}).items() if name}
+        names = {
+            movie: " ".join(name.split())
+            for movie, name in (row["movieMentions"] or {}).items()
+            if name
+        }
         workers = frozenset((seeker, row["respondentWorkerId"]))
-        return Dialogue(str(row["conversationId"]), workers, turns_of(row["messages"], seeker), names, labels_of(row))
+        return Dialogue(
+            str(row["conversationId"]),
+            workers,
+            turns_of(row["messages"], seeker),
+            names,
+            labels_of(row),
+        )
     except KeyError as error:
-        raise UserError(f"{where}: the field {error.args[0]} is missing; it must be a ReDial dialogue.") from error
+        raise UserError(
+            f"{where}: the field {error.args[0]} is missing; it must be a ReDial dialogue."
+        ) from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a ReDial dialogue ({error}).") from error
 
@@ -148,7 +182,11 @@ def read_dialogues(path: pathlib.Path) -> list[Dialogue]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    found = [parse_dialogue(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        parse_dialogue(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     require(bool(found), f"{path} is empty; it must hold one dialogue a line.")
     return found
 
@@ -156,7 +194,10 @@ def read_dialogues(path: pathlib.Path) -> list[Dialogue]:
 def read_movies(path: pathlib.Path) -> dict[str, Movie]:
     """Metadata by movie id. UserError naming the movie that cannot be read."""
     value = read_json(path)
-    require(isinstance(value, dict), f"{path} must hold one JSON object, from movie ids to what is known of them.")
+    require(
+        isinstance(value, dict),
+        f"{path} must hold one JSON object, from movie ids to what is known of them.",
+    )
     movies = {}
     for movie, row in value.items():
         good = isinstance(row, dict) and isinstance(row.get("name"), str) and row["name"].strip()
@@ -175,12 +216,16 @@ def split_title(name: str) -> tuple[str, str]:
 
 
 def content_of(dialogue: Dialogue) -> str:
-    """What was said, whatever the case, punctuation and cut into messages: equal for copies of a dialogue."""
+    """What was said, whatever the case, punctuation and cut into messages: equal for copies of a
+    dialogue.
+    """
     return " ".join(re.findall(r"\w+", " ".join(turn.text for turn in dialogue.turns).lower()))
 
 
 def without_copies(dialogues: Iterable[Dialogue], test: Iterable[Dialogue]) -> list[Dialogue]:
-    """Those whose id and content occur neither before nor in the test side; in the order of their ids."""
+    """Those whose id and content occur neither before nor in the test side; in the order of their
+    ids.
+    """
     test = list(test)
     ids, contents = {d.id for d in test}, {content_of(d) for d in test}
     kept = []
@@ -193,7 +238,9 @@ def without_copies(dialogues: Iterable[Dialogue], test: Iterable[Dialogue]) -> l
     return sorted(kept, key=lambda d: (len(d.id), d.id))
 
 
-def download(folder: pathlib.Path, dialogues_url: str = DIALOGUES_URL, movies_url: str = MOVIES_URL) -> pathlib.Path:
+def download(
+    folder: pathlib.Path, dialogues_url: str = DIALOGUES_URL, movies_url: str = MOVIES_URL
+) -> pathlib.Path:
     """The folder with upstream's files, fetched once: both splits whole, and the movies."""
     fetch(movies_url, MOVIES_FILE, folder)
     archive = fetch(dialogues_url, ARCHIVE, folder)
@@ -202,7 +249,9 @@ def download(folder: pathlib.Path, dialogues_url: str = DIALOGUES_URL, movies_ur
             try:
                 body = zipfile.ZipFile(archive).read(name)
             except KeyError as error:
-                raise UserError(f"{archive} holds no {name}; give a local copy with --data-dir.") from error
+                raise UserError(
+                    f"{archive} holds no {name}; give a local copy with --data-dir."
+                ) from error
             handle, temporary = tempfile.mkstemp(prefix=".part-", dir=folder)
             with os.fdopen(handle, "wb") as file:
                 file.write(body)
@@ -211,21 +260,36 @@ def download(folder: pathlib.Path, dialogues_url: str = DIALOGUES_URL, movies_ur
 
 
 def read_redial(data_dir: str | None) -> ReDial:
-    """Everything, from a local copy or (None) downloaded. UserError for what is missing or cannot be read."""
+    """Everything, from a local copy or (None) downloaded. UserError for what is missing or cannot
+    be read.
+    """
     if data_dir is None:
         folder = download(DataOptions().cache_path / "redial-849e9eb")
     else:
         folder = pathlib.Path(data_dir).expanduser()
-        require(folder.is_dir(), f"There is no folder {folder}; --data-dir must hold {TEST_FILE}, {MOVIES_FILE} and train dialogues.")
+        require(
+            folder.is_dir(),
+            f"There is no folder {folder}; --data-dir must hold {TEST_FILE}, {MOVIES_FILE} and "
+            "train dialogues.",
+        )
     for name in (TEST_FILE, MOVIES_FILE):
         require((folder / name).is_file(), f"There is no {name} in {folder}.")
     present = [name for name in TRAIN_FILES if (folder / name).is_file()]
-    require(bool(present), f"There are no train dialogues in {folder}; it must hold one of {', '.join(TRAIN_FILES)}.")
+    require(
+        bool(present),
+        f"There are no train dialogues in {folder}; it must hold one of {', '.join(TRAIN_FILES)}.",
+    )
     test = read_dialogues(folder / TEST_FILE)
     read = [dialogue for name in present for dialogue in read_dialogues(folder / name)]
     train = without_copies(read, test)
     require(bool(train), f"Every train dialogue in {folder} is in {TEST_FILE} too.")
-    return ReDial(tuple(train), tuple(test), catalogue(read_movies(folder / MOVIES_FILE), train), tuple(present), len(read) - len(train))
+    return ReDial(
+        tuple(train),
+        tuple(test),
+        catalogue(read_movies(folder / MOVIES_FILE), train),
+        tuple(present),
+        len(read) - len(train),
+    )
 
 
 def catalogue(movies: Mapping[str, Movie], train: Iterable[Dialogue]) -> dict[str, Movie]:
@@ -243,7 +307,9 @@ def catalogue(movies: Mapping[str, Movie], train: Iterable[Dialogue]) -> dict[st
 
 
 def cases_of(dialogue: Dialogue) -> list[Case]:
-    """One for each turn of the recommender that mentions a movie, whether new or mentioned before."""
+    """One for each turn of the recommender that mentions a movie, whether new or mentioned
+    before.
+    """
     return [
         Case(dialogue.id, index, dialogue.turns[:index], turn.movies)
         for index, turn in enumerate(dialogue.turns)
@@ -251,8 +317,11 @@ def cases_of(dialogue: Dialogue) -> list[Case]:
     ]
 
 
-def split_validation(train: Sequence[Dialogue], share: float = 0.15) -> tuple[list[Dialogue], list[Dialogue]]:
-    """(fit, validation): as between ReDial's own train and test, validation is later and its workers are not in fit.
+def split_validation(
+    train: Sequence[Dialogue], share: float = 0.15
+) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(fit, validation): as between ReDial's own train and test, validation is later and its
+    workers are not in fit.
 
     Ids grow with time. Earlier dialogues of validation's workers are in neither part.
     """
@@ -260,5 +329,9 @@ def split_validation(train: Sequence[Dialogue], share: float = 0.15) -> tuple[li
     validation = list(train[cut:])
     workers = frozenset().union(*(dialogue.workers for dialogue in validation))
     fit = [dialogue for dialogue in train[:cut] if not dialogue.workers & workers]
-    require(bool(fit), f"Of {len(train)} train dialogues none is left to fit on when {len(validation)} are for validation.")
+    require(
+        bool(fit),
+        f"Of {len(train)} train dialogues none is left to fit on when {len(validation)} are for "
+        "validation.",
+    )
     return fit, validation

@@ -23,7 +23,9 @@ from perl_jax.errors import UserError, positive, require, whole
 
 @dataclasses.dataclass(frozen=True)
 class BM25Config:
-    """k1: how slowly a token's count saturates. b: how far long documents are scaled down, 0 to 1."""
+    """k1: how slowly a token's count saturates. b: how far long documents are scaled down, 0 to
+    1.
+    """
 
     k1: float = 1.5
     b: float = 0.3
@@ -53,7 +55,9 @@ class QueryConfig:
 
 
 class Index:
-    """A BM25 index of documents. An unknown token scores nothing; a query without a known one, zero everywhere."""
+    """A BM25 index of documents. An unknown token scores nothing; a query without a known one, zero
+    everywhere.
+    """
 
     def __init__(self, documents: Sequence[Tokens], config: BM25Config) -> None:
         require(any(documents), "There is nothing to index: every document is empty.")

@@ -1,21 +1,22 @@
 """The bridge to perl_jax: a query's retrieval as a reward.
 
-A policy that is shown a conversation writes a query; BM25 ranks the catalogue by it; the right movies'
-ranks pay:
+A policy that is shown a conversation writes a query; BM25 ranks the catalogue by it; the right
+movies' ranks pay:
 
     R = mean over the case's new targets of 1 / log2(1 + rank)
 
-which is 1 for the first place, 0.29 for the tenth and 0.08 for the last of 6,600, so that every step
-up the ranking counts (it is NDCG without a cut, of each target alone; Jarvelin & Kekalainen 2002).
-Movies that the conversation had mentioned are not in the ranking, and a query without a known word
-is paid nothing. As a term of any `perl-jax` command:
+which is 1 for the first place, 0.29 for the tenth and 0.08 for the last of 6,600, so that every
+step up the ranking counts (it is NDCG without a cut, of each target alone; Jarvelin & Kekalainen
+2002). Movies that the conversation had mentioned are not in the ranking, and a query without a
+known word is paid nothing. As a term of any `perl-jax` command:
 
-    --terms '[{"kind": "function", "function": "experiments/conversational_recommendation/reward.py:score"}]'
+    --terms '[{"kind": "function", "function":
+    "experiments/conversational_recommendation/reward.py:score"}]'
 
-with the index's folder in the environment variable CONVERSATIONAL_RECOMMENDATION_INDEX, and rows whose
-`answer` is {"targets": [ID, ...], "mentioned": [ID, ...]} as JSON text, the mentioned movies in the order in
-which they came up: #n in a query is the n-th of them, so that even a small policy can point at a title
-that it could not spell.
+with the index's folder in the environment variable CONVERSATIONAL_RECOMMENDATION_INDEX, and rows
+whose `answer` is {"targets": [ID, ...], "mentioned": [ID, ...]} as JSON text, the mentioned movies
+in the order in which they came up: #n in a query is the n-th of them, so that even a small policy
+can point at a title that it could not spell.
 """
 
 from __future__ import annotations
@@ -63,20 +64,33 @@ class QueryIndex:
         return tie_order(len(self.movies))
 
     def tokens(self, query: str, introduced: Sequence[str] = ()) -> list[str]:
-        """A query's distinct tokens; #n, the n-th movie of the conversation, and whole titles are mentions."""
-        return list(dict.fromkeys(self.tokenizer.text(self.linker.linked(pointed(query, introduced)))))
+        """A query's distinct tokens; #n, the n-th movie of the conversation, and whole titles are
+        mentions.
+        """
+        return list(
+            dict.fromkeys(self.tokenizer.text(self.linker.linked(pointed(query, introduced))))
+        )
 
-    def ranks(self, query: str | Sequence[str], targets: Sequence[str], mentioned: Sequence[str]) -> np.ndarray:
-        """The targets' ranks among movies not mentioned; infinite outside the catalogue or without a known word.
+    def ranks(
+        self, query: str | Sequence[str], targets: Sequence[str], mentioned: Sequence[str]
+    ) -> np.ndarray:
+        """The targets' ranks among movies not mentioned; infinite outside the catalogue or without
+        a known word.
 
-        query: text, or tokens. mentioned: the conversation's movies, in the order in which they came up.
+        query: text, or tokens. mentioned: the conversation's movies, in the order in which they
+        came up.
         """
         tokens = self.tokens(query, mentioned) if isinstance(query, str) else query
         found = np.full(len(targets), np.inf)
         known = [i for i, movie in enumerate(targets) if movie in self.position]
         if self.index.known(tokens) and known:
             left_out = [self.position[movie] for movie in mentioned if movie in self.position]
-            found[known] = ranks_of(self.index.scores(tokens), [self.position[targets[i]] for i in known], self.order, left_out)
+            found[known] = ranks_of(
+                self.index.scores(tokens),
+                [self.position[targets[i]] for i in known],
+                self.order,
+                left_out,
+            )
         return found
 
     def reward(self, query: str | Sequence[str], answer: str) -> float:
@@ -87,14 +101,22 @@ class QueryIndex:
         """The index in a folder that `load` reads; `catalogue.json` last."""
         self.index.save(folder)
         movies = [[movie.id, movie.title, movie.year] for movie in self.movies.values()]
-        write_json(folder / "catalogue.json", {"tokenizer": dataclasses.asdict(self.tokenizer.config), "movies": movies})
+        write_json(
+            folder / "catalogue.json",
+            {"tokenizer": dataclasses.asdict(self.tokenizer.config), "movies": movies},
+        )
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> QueryIndex:
-        require((folder / "catalogue.json").is_file(), f"{folder} holds no index of movies; rl.py writes one.")
+        require(
+            (folder / "catalogue.json").is_file(),
+            f"{folder} holds no index of movies; rl.py writes one.",
+        )
         value = read_json(folder / "catalogue.json")
         movies = {movie: Movie(movie, title, year) for movie, title, year in value["movies"]}
-        return cls(Index.load(folder), Tokenizer(TokenizerConfig(**value["tokenizer"]), movies), movies)
+        return cls(
+            Index.load(folder), Tokenizer(TokenizerConfig(**value["tokenizer"]), movies), movies
+        )
 
 
 def write_answer(targets: Sequence[str], mentioned: Sequence[str]) -> str:
@@ -120,7 +142,11 @@ def loaded() -> QueryIndex:
     return QueryIndex.load(pathlib.Path(folder))
 
 
-def score(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+def score(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> list[float]:
     """One reward a response (see the module)."""
     index = loaded()
-    return [index.reward(response, row["answer"]) for response, row in zip(responses, rows, strict=True)]
+    return [
+        index.reward(response, row["answer"]) for response, row in zip(responses, rows, strict=True)
+    ]

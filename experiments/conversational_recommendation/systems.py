@@ -1,4 +1,6 @@
-"""What is compared: settings of the whole system, recommenders built from them, and their tuning."""
+"""What is compared: settings of the whole system, recommenders built from them, and their
+tuning.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +61,23 @@ def check_apart(data: Data, test: Iterable[Dialogue]) -> None:
     """UserError if a test dialogue is among those that documents are made of."""
     shared = {d.id for d in data.dialogues} & {d.id for d in test}
     shared |= {passage.dialogue for passage in data.augmented} & {d.id for d in test}
-    require(not shared, f"{len(shared)} test dialogues are among those that documents are made of, {min(shared, default='')} first.")
+    require(
+        not shared,
+        f"{len(shared)} test dialogues are among those that documents are made of, "
+        f"{min(shared, default='')} first.",
+    )
 
 
-def build(settings: Settings, data: Data, tokenizer: Tokenizer | None = None) -> Retriever | UserRetriever:
-    """The retriever of some settings, from the data alone. tokenizer: one of the same settings, which remembers."""
+def build(
+    settings: Settings, data: Data, tokenizer: Tokenizer | None = None
+) -> Retriever | UserRetriever:
+    """The retriever of some settings, from the data alone. tokenizer: one of the same settings,
+    which remembers.
+    """
     tokenizer = tokenizer or Tokenizer(settings.tokenizer, data.movies)
-    documents = documents_of(data.movies, settings.documents, tokenizer, data.dialogues, data.augmented)
+    documents = documents_of(
+        data.movies, settings.documents, tokenizer, data.dialogues, data.augmented
+    )
     fallback = popularity(data.dialogues, data.position)
     retriever = Retriever(Index(documents, settings.bm25), tokenizer, settings.query, fallback)
     if settings.users is None:
@@ -83,12 +95,17 @@ def mention_counts(dialogues: Iterable[Dialogue], position: Mapping[str, int]) -
     return counts
 
 
-def objective(recommender: Recommender, cases: Sequence[Case], position: Mapping[str, int]) -> float:
+def objective(
+    recommender: Recommender, cases: Sequence[Case], position: Mapping[str, int]
+) -> float:
     """Mean of recall at 1, 10 and 50 over all targets of validation cases."""
     order, ranks = tie_order(len(position)), []
     for case in cases:
         known = [position[movie] for movie in case.targets if movie in position]
-        ranks += [*ranks_of(recommender.scores(case), known, order), *[np.inf] * (len(case.targets) - len(known))]
+        ranks += [
+            *ranks_of(recommender.scores(case), known, order),
+            *[np.inf] * (len(case.targets) - len(known)),
+        ]
     return float(single_measures(np.array(ranks))[:, : len(CUTS)].mean())
 
 
@@ -112,7 +129,10 @@ USER_GRID: tuple[tuple[str, str, tuple], ...] = (
     ("users", "neighbours", (20, 50, 100, 200)),
     ("users", "genre", (0.0, 0.3, 1.0)),
 )
-AUGMENT_GRID: tuple[tuple[str, str, tuple], ...] = (("augment", "below", (1, 2, 5)), ("augment", "copies", (2, 4, 8, 16)))
+AUGMENT_GRID: tuple[tuple[str, str, tuple], ...] = (
+    ("augment", "below", (1, 2, 5)),
+    ("augment", "copies", (2, 4, 8, 16)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +146,14 @@ class Trial:
 
 
 def tune(
-    settings: Settings, score: Callable[[Settings], float], grid: Sequence[tuple[str, str, tuple]] = GRID, rounds: int = 2
+    settings: Settings,
+    score: Callable[[Settings], float],
+    grid: Sequence[tuple[str, str, tuple]] = GRID,
+    rounds: int = 2,
 ) -> tuple[Settings, list[Trial]]:
-    """Coordinate ascent: each field in turn takes its best value, ties going to the earlier one, until a round changes nothing."""
+    """Coordinate ascent: each field in turn takes its best value, ties going to the earlier one,
+    until a round changes nothing.
+    """
     trials: list[Trial] = []
     seen: dict[Settings, float] = {}
     for _ in range(rounds):
@@ -136,7 +161,9 @@ def tune(
         for part, field, values in grid:
             found = []
             for value in values:
-                candidate = settings.with_(**{part: dataclasses.replace(getattr(settings, part), **{field: value})})
+                candidate = settings.with_(
+                    **{part: dataclasses.replace(getattr(settings, part), **{field: value})}
+                )
                 if candidate not in seen:
                     seen[candidate] = score(candidate)
                 found.append((seen[candidate], candidate))
@@ -167,10 +194,16 @@ class Validation:
         data = self.data
         if "augmented" in settings.documents.fields:
             data = dataclasses.replace(data, augmented=self.augmented(settings.augment))
-        tokenizer = self._tokenizers.setdefault(settings.tokenizer, Tokenizer(settings.tokenizer, self.movies))
+        tokenizer = self._tokenizers.setdefault(
+            settings.tokenizer, Tokenizer(settings.tokenizer, self.movies)
+        )
         return objective(build(settings, data, tokenizer), self._cases, self._position)
 
     def augmented(self, config: AugmentConfig) -> list[Passage]:
         if config.below not in self._neighbours:
-            self._neighbours[config.below] = neighbours_of(self.movies, cold_movies(self.movies, self._mentions, config.below), self._mentions)
-        return template_conversations(self.movies, self._mentions, config, self._neighbours[config.below])
+            self._neighbours[config.below] = neighbours_of(
+                self.movies, cold_movies(self.movies, self._mentions, config.below), self._mentions
+            )
+        return template_conversations(
+            self.movies, self._mentions, config, self._neighbours[config.below]
+        )

@@ -1,14 +1,17 @@
-"""User-centric modelling: training conversations chosen and weighted by how alike their seekers' likes are.
+"""User-centric modelling: training conversations chosen and weighted by how alike their seekers'
+likes are.
 
 A seeker's profile has a weight for each liked movie, its inverse frequency among training profiles,
 and one for each genre of those movies. A training conversation c is weighted by how alike its
 seeker's profile is (cosine, over the largest one), scored by BM25 against the conversation so far,
 and, if it is among the best, pays its score to the movies it mentions:
 
-    user(q, i) = sum_{c in N(u, q) : i in c} w_c BM25(q, c),   w_c = (1 - alike) + alike cos(u, u_c) / max cos(u, .)
+    user(q, i) = sum_{c in N(u, q) : i in c} w_c BM25(q, c),   w_c = (1 - alike) + alike cos(u, u_c)
+    / max cos(u, .)
 
-alike = 1 chooses among similar seekers alone, alike = 0 does not look at them. The paper (arXiv 2305.13725) rebuilds documents from the chosen conversations for every seeker; the sum
-above lets one index serve all of them, and is added to the score of the movie's document.
+alike = 1 chooses among similar seekers alone, alike = 0 does not look at them. The paper (arXiv
+2305.13725) rebuilds documents from the chosen conversations for every seeker; the sum above lets
+one index serve all of them, and is added to the score of the movie's document.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from retrieval import BM25Config, Index, Retriever, query_tokens
 
 from perl_jax.errors import positive, require, whole
 
-LIKING = re.compile(r"\b(?:lov\w+|lik\w+|enjoy\w*|favou?rite\w*|great|awesome|amazing|excellent|fantastic|good)\b")
+LIKING = re.compile(
+    r"\b(?:lov\w+|lik\w+|enjoy\w*|favou?rite\w*|great|awesome|amazing|excellent|fantastic|good)\b"
+)
 # No liking within the sentence: "I didn't like @1", "I haven't seen @1", "@1 was boring".
 UNLIKING = re.compile(
     r"\b(?:not|no|never|hat\w+|dislik\w+|bad|bor\w+|worst|terrible|awful|stupid|\w+n'?t|havent|dont|didnt|wasnt|isnt|cant|doesnt)\b"
@@ -85,7 +90,9 @@ def likes(context: Sequence[Turn]) -> list[str]:
 
 
 def known_likes(dialogue: Dialogue) -> list[str]:
-    """Movies that a training seeker liked, by the forms; by the conversation where they say nothing."""
+    """Movies that a training seeker liked, by the forms; by the conversation where they say
+    nothing.
+    """
     stated = [movie for movie, label in dialogue.labels.items() if label.liked]
     return stated or likes(dialogue.turns)
 
@@ -93,7 +100,9 @@ def known_likes(dialogue: Dialogue) -> list[str]:
 class Profiles:
     """Training seekers' profiles as unit vectors, and the similarity of a new seeker's to each."""
 
-    def __init__(self, likes_of: Sequence[Sequence[str]], movies: Mapping[str, Movie], genre: float) -> None:
+    def __init__(
+        self, likes_of: Sequence[Sequence[str]], movies: Mapping[str, Movie], genre: float
+    ) -> None:
         self._movies, self._genre, self.n = movies, genre, len(likes_of)
         self._counts = collections.Counter(movie for liked in likes_of for movie in set(liked))
         self._features: dict[str, int] = {}
@@ -103,14 +112,20 @@ class Profiles:
                 rows.append(row)
                 columns.append(self._features.setdefault(feature, len(self._features)))
                 values.append(value)
-        self._vectors = scipy.sparse.csr_array((values, (rows, columns)), shape=(self.n, max(1, len(self._features))))
+        self._vectors = scipy.sparse.csr_array(
+            (values, (rows, columns)), shape=(self.n, max(1, len(self._features)))
+        )
 
     def profile(self, liked: Iterable[str]) -> dict[str, float]:
-        """ln(1 + N / (1 + seekers who like it)) for a movie, `genre` for each of its genres; of length 1."""
+        """ln(1 + N / (1 + seekers who like it)) for a movie, `genre` for each of its genres; of
+        length 1.
+        """
         weights: dict[str, float] = collections.defaultdict(float)
         for movie in dict.fromkeys(liked):
             weights[movie] += math.log1p(self.n / (1 + self._counts[movie]))
-            for genre in self._movies[movie].genres if movie in self._movies and self._genre else ():
+            for genre in (
+                self._movies[movie].genres if movie in self._movies and self._genre else ()
+            ):
                 weights[f"genre {genre}"] += self._genre
         length = math.sqrt(sum(weight * weight for weight in weights.values()))
         return {feature: weight / length for feature, weight in weights.items()} if length else {}
@@ -128,7 +143,9 @@ def chosen(values: np.ndarray, n: int) -> np.ndarray:
     """The n largest of `values` as they are, everything else 0; ties with the n-th are all kept."""
     if len(values) <= n:
         return values
-    return np.where(values >= max(np.partition(values, -n)[-n], np.finfo(np.float64).tiny), values, 0.0)
+    return np.where(
+        values >= max(np.partition(values, -n)[-n], np.finfo(np.float64).tiny), values, 0.0
+    )
 
 
 class UserRetriever:
@@ -140,12 +157,21 @@ class UserRetriever:
         require(bool(dialogues), "There are no training conversations to choose from.")
         self.documents, self.config = documents, config
         tokenizer: Tokenizer = documents.tokenizer
-        self.profiles = Profiles([known_likes(dialogue) for dialogue in dialogues], movies, config.genre)
+        self.profiles = Profiles(
+            [known_likes(dialogue) for dialogue in dialogues], movies, config.genre
+        )
         self.index = Index([tokenizer.turns(dialogue.turns) for dialogue in dialogues], bm25)
         position = {movie: i for i, movie in enumerate(movies)}
-        pairs = [(position[m], row) for row, d in enumerate(dialogues) for m in {m for t in d.turns for m in t.movies} if m in position]
+        pairs = [
+            (position[m], row)
+            for row, d in enumerate(dialogues)
+            for m in {m for t in d.turns for m in t.movies}
+            if m in position
+        ]
         items, rows = np.array(sorted(pairs), int).reshape(-1, 2).T
-        self._mentions = scipy.sparse.csr_array((np.ones(len(items)), (items, rows)), shape=(len(movies), len(dialogues)))
+        self._mentions = scipy.sparse.csr_array(
+            (np.ones(len(items)), (items, rows)), shape=(len(movies), len(dialogues))
+        )
 
     def scores(self, case: Case) -> np.ndarray:
         scores = self.documents.scores(case)
@@ -158,4 +184,6 @@ class UserRetriever:
         """What each training conversation weighs for a seeker, in [0, 1]."""
         alike = self.profiles.similarity(liked) if self.config.alike else np.zeros(self.profiles.n)
         largest = alike.max()
-        return (1 - self.config.alike) + self.config.alike * (alike / largest if largest > 0 else alike)
+        return (1 - self.config.alike) + self.config.alike * (
+            alike / largest if largest > 0 else alike
+        )

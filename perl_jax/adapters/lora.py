@@ -5,7 +5,8 @@ with A [in, R] random and B [R, out] zero, so that a fresh adapter is the base b
 
 Variants, each a field of `LoRAConfig`:
     rank-stabilised  s = alpha / sqrt(R) (Kalajdzievski 2023, arXiv 2312.03732)
-    DoRA             h = m / ||W + s A B||_out * x (W + s A B), m trained, the norm a constant in the
+    DoRA             h = m / ||W + s A B||_out * x (W + s A B), m trained, the norm a constant in
+    the
                      gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3)
     PiSSA            A B starts as the largest singular part of W / s, which a frozen pair takes off
                      again (Meng et al. 2024, arXiv 2404.02948): the base stays the true base
@@ -84,7 +85,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         errors.positive("lora.rank", self.rank)
-        require(isinstance(self.rank, int), f"lora.rank is {self.rank!r}; it must be a whole number.")
+        require(
+            isinstance(self.rank, int), f"lora.rank is {self.rank!r}; it must be a whole number."
+        )
         errors.positive("lora.alpha", self.alpha)
         require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout!r}; it must lie in [0, 1).")
         errors.one_of("lora.dtype", self.dtype, ("float32",))
@@ -92,23 +95,39 @@ class LoRAConfig:
         unknown = [name for name in self.projections if name not in LINEAR]
         require(
             not unknown and len(self.projections) > 0,
-            f"lora.targets is {self.targets!r}; it must be attention, all-linear, or names out of {', '.join(LINEAR)}.",
+            f"lora.targets is {self.targets!r}; it must be attention, all-linear, or names out of "
+            f"{', '.join(LINEAR)}.",
         )
         for target in self.projections:
             errors.whole(f"lora.ranks of {target}", self.rank_of(target))
             errors.positive(f"lora.alphas of {target}", self.alpha_of(target))
         for field, pattern in (("ranks", self.ranks), ("alphas", self.alphas)):
             outside = sorted(set(_pattern(field, pattern)) - set(self.projections))
-            require(not outside, f"lora.{field} names {', '.join(outside)}; the targets are {', '.join(self.projections)}.")
+            require(
+                not outside,
+                f"lora.{field} names {', '.join(outside)}; the targets are "
+                f"{', '.join(self.projections)}.",
+            )
         _layer_numbers(self.layers)
-        require(not (self.dora and self.init == "pissa"), "lora.dora and lora.init pissa cannot be combined.")
+        require(
+            not (self.dora and self.init == "pissa"),
+            "lora.dora and lora.init pissa cannot be combined.",
+        )
 
     def check_read(self) -> None:
-        """UserError for a rank or an alpha that no target has, because `ranks` or `alphas` names every target."""
+        """UserError for a rank or an alpha that no target has, because `ranks` or `alphas` names
+        every target.
+        """
         for field, patterns in (("rank", "ranks"), ("alpha", "alphas")):
             value, named = getattr(self, field), _pattern(patterns, getattr(self, patterns))
-            read = value == errors.default_of(LoRAConfig, field) or set(self.projections) - set(named)
-            require(bool(read), f"lora.{field} is {value!r}, which no target has: lora.{patterns} names them all; leave it out.")
+            read = value == errors.default_of(LoRAConfig, field) or set(self.projections) - set(
+                named
+            )
+            require(
+                bool(read),
+                f"lora.{field} is {value!r}, which no target has: lora.{patterns} names them all; "
+                "leave it out.",
+            )
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -141,14 +160,24 @@ class LoRAConfig:
         if self.layers is None:
             return tuple(range(layers))
         numbers = _layer_numbers(self.layers)
-        require(numbers[-1] < layers, f"lora.layers is {self.layers!r}; the model has layers 0 to {layers - 1}.")
+        require(
+            numbers[-1] < layers,
+            f"lora.layers is {self.layers!r}; the model has layers 0 to {layers - 1}.",
+        )
         return numbers
 
     def restricted(self, names: Sequence[str]) -> LoRAConfig:
         """The same of those targets that are among the names; one of them must be."""
         kept = [target for target in self.projections if target in names]
         numbers = {"ranks": self.rank_of, "alphas": self.alpha_of}
-        return dataclasses.replace(self, targets=",".join(kept), **{field: ",".join(f"{name}={of(name)}" for name in kept) for field, of in numbers.items()})
+        return dataclasses.replace(
+            self,
+            targets=",".join(kept),
+            **{
+                field: ",".join(f"{name}={of(name)}" for name in kept)
+                for field, of in numbers.items()
+            },
+        )
 
     def place_of(self, layer: int) -> int | None:
         """Where a layer's leaves lie in the adapter's stacks; None where it has none."""
@@ -207,19 +236,33 @@ def under_ranks(under: Tree | None) -> dict[str, int] | None:
     """Ranks of a frozen part by projection."""
     if under is None:
         return None
-    return {_target(name): leaf.shape[-1] for name, leaf in trees.named_leaves(under).items() if name.endswith("_a")}
+    return {
+        _target(name): leaf.shape[-1]
+        for name, leaf in trees.named_leaves(under).items()
+        if name.endswith("_a")
+    }
 
 
-def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mapping[str, Tree], chosen: Sequence[int] = ()) -> Tree:
+def init_lora(
+    key: jax.Array,
+    abstract: Tree,
+    config: LoRAConfig,
+    kernels: Mapping[str, Tree],
+    chosen: Sequence[int] = (),
+) -> Tree:
     """Fresh LoRA leaves of the given shapes.
 
     The random side is uniform in +-1/sqrt(its input width), which is Kaiming-uniform with a =
     sqrt(5), the field's convention (the papers do not state theirs); the other side is zero.
-    kernels: the base's, by module path, stacked over all layers, dense or quantised; DoRA and PiSSA start
-    from those of the layers `chosen`, and read one layer at a time.
+    kernels: the base's, by module path, stacked over all layers, dense or quantised; DoRA and PiSSA
+    start from those of the layers `chosen`, and read one layer at a time.
     """
 
-    pairs = {module: _pissa(config, module, kernel, chosen) for module, kernel in kernels.items()} if config.init == "pissa" else {}
+    pairs = (
+        {module: _pissa(config, module, kernel, chosen) for module, kernel in kernels.items()}
+        if config.init == "pissa"
+        else {}
+    )
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
         module, part = name.rsplit("/", 1)
@@ -231,16 +274,22 @@ def init_lora(key: jax.Array, abstract: Tree, config: LoRAConfig, kernels: Mappi
             return jnp.zeros(spec.shape, spec.dtype)
         bound = 1.0 / math.sqrt(spec.shape[-2])
         # Folding a stable number of the path in: one target more leaves the others' draws alone.
-        path_key = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(name)) % (2**31))
+        path_key = jax.random.fold_in(
+            key, sum(ord(c) * 31**i for i, c in enumerate(name)) % (2**31)
+        )
         return jax.random.uniform(path_key, spec.shape, spec.dtype, -bound, bound)
 
     return trees.map_named(leaf, abstract)
 
 
-def _by_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: Sequence[int]) -> Tree:
-    """Calls function(kernel_DF), in float32, for each chosen layer of a stacked kernel, and stacks the results.
+def _by_layer(
+    function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: Sequence[int]
+) -> Tree:
+    """Calls function(kernel_DF), in float32, for each chosen layer of a stacked kernel, and stacks
+    the results.
 
-    Each layer is a program of its own: in one program with a loop, the compiler may convert the whole stack to float32 first.
+    Each layer is a program of its own: in one program with a loop, the compiler may convert the
+    whole stack to float32 first.
     """
     found = [trees.awaited(on_layer(function, kernel_LDF, jnp.int32(index))) for index in chosen]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -248,16 +297,24 @@ def _by_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: S
 
 @functools.partial(jax.jit, static_argnums=0)
 def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array) -> Tree:
-    """Returns function(kernel_DF) for one layer of a stacked kernel. That layer alone is made dense and float32; kernel_LDF may be quantised."""
-    kernel_DF = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF)
+    """Returns function(kernel_DF) for one layer of a stacked kernel. That layer alone is made dense
+    and float32; kernel_LDF may be quantised.
+    """
+    kernel_DF = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF
+    )
     return function(dense(kernel_DF).astype(jnp.float32))
 
 
 def layer_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tree] | None:
-    """What an adapter's first values are, as a function of one layer's float32 kernel: PiSSA's pair, DoRA's magnitudes; None: they read no weight."""
+    """What an adapter's first values are, as a function of one layer's float32 kernel: PiSSA's
+    pair, DoRA's magnitudes; None: they read no weight.
+    """
     target = _target(f"{module}/")
     if config.init == "pissa":
-        return functools.partial(singular_pair, rank=config.rank_of(target), scale=config.scale_of(target))
+        return functools.partial(
+            singular_pair, rank=config.rank_of(target), scale=config.scale_of(target)
+        )
     return _column_norms if config.dora else None
 
 
@@ -266,16 +323,23 @@ def _column_norms(kernel_DF: jax.Array) -> jax.Array:
 
 
 def singular_pair(kernel_DF: jax.Array, rank: int, scale: float) -> dict[str, jax.Array]:
-    """A = U sqrt(S), B = sqrt(S) V^T / s of the `rank` largest singular values (PiSSA, eq. 2 and 3)."""
+    """A = U sqrt(S), B = sqrt(S) V^T / s of the `rank` largest singular values (PiSSA, eq. 2 and
+    3).
+    """
     u, s, vt = jnp.linalg.svd(kernel_DF, full_matrices=False)
     root = jnp.sqrt(s[:rank])
     return {"lora_a": u[:, :rank] * root[None, :], "lora_b": root[:, None] * vt[:rank, :] / scale}
 
 
-def _pissa(config: LoRAConfig, module: str, kernel_LDF: Tree, chosen: Sequence[int]) -> dict[str, jax.Array]:
+def _pissa(
+    config: LoRAConfig, module: str, kernel_LDF: Tree, chosen: Sequence[int]
+) -> dict[str, jax.Array]:
     *_, target = module.split("/")
     rank, most = config.rank_of(target), min(jax.eval_shape(dense, kernel_LDF).shape[-2:])
-    require(rank <= most, f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.")
+    require(
+        rank <= most,
+        f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.",
+    )
     return _by_layer(layer_function(config, module), kernel_LDF, chosen)
 
 
@@ -300,7 +364,9 @@ def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
 
 
 def summed_pairs(adapter: Adapter, layers: int) -> Tree:
-    """What an adapter adds, its LoRA part and what lies under it, in the form of `Adapter.under`."""
+    """What an adapter adds, its LoRA part and what lies under it, in the form of
+    `Adapter.under`.
+    """
     own = [] if adapter.lora is None else [frozen_pairs(adapter, layers)]
     return _joined(own + ([] if adapter.under is None else [adapter.under]))
 
@@ -323,31 +389,56 @@ def _joined(parts: Sequence[Tree]) -> Tree:
 
 
 def average(adapters: Sequence[Adapter], weights: Sequence[float], layers: int) -> Adapter:
-    """The adapter whose update is sum_i w_i (s_i A_i B_i), exactly, and whose head is sum_i w_i head_i.
+    """The adapter whose update is sum_i w_i (s_i A_i B_i), exactly, and whose head is sum_i w_i
+    head_i.
 
     For weight-averaged reward models (Rame et al. 2024, arXiv 2401.12187). Averaging A and B apart
     would give cross terms A_i B_j; here the ranks stand side by side (rank = sum of ranks), with
     scale 1. UserError for DoRA, for full tuning, and when some have heads and others not.
     """
     require(len(adapters) == len(weights) > 0, "An average needs one weight for each adapter.")
-    require(all(a.lora is not None for a in adapters), "An average of adapters needs LoRA adapters; a fully tuned role is none.")
+    require(
+        all(a.lora is not None for a in adapters),
+        "An average of adapters needs LoRA adapters; a fully tuned role is none.",
+    )
     heads = [a.head for a in adapters]
-    require(len({h is None for h in heads}) == 1, "Adapters with and without a scalar head cannot be averaged.")
+    require(
+        len({h is None for h in heads}) == 1,
+        "Adapters with and without a scalar head cannot be averaged.",
+    )
     parts = []
     for adapter, weight in zip(adapters, weights, strict=True):
         parts.append(frozen_pairs(adapter, layers, weight))
         if adapter.under is not None:
-            scaled = trees.map_named(lambda name, leaf: leaf * weight if name.endswith("_b") else leaf, adapter.under)
+            scaled = trees.map_named(
+                lambda name, leaf: leaf * weight if name.endswith("_b") else leaf, adapter.under
+            )
             parts.append(scaled)
     joined = _joined(parts)
     lora: dict = {}
     for name, leaf in trees.named_leaves(joined).items():
         trees.insert(lora, name.replace("under_", "lora_"), leaf)
-    ranks = {_target(name): leaf.shape[-1] for name, leaf in trees.named_leaves(lora).items() if name.endswith("_a")}
+    ranks = {
+        _target(name): leaf.shape[-1]
+        for name, leaf in trees.named_leaves(lora).items()
+        if name.endswith("_a")
+    }
     largest = max(ranks.values())
     each = ",".join(f"{name}={rank}" for name, rank in ranks.items() if rank != largest)
-    config = LoRAConfig(rank=largest, alpha=float(largest), targets=",".join(n for n in LINEAR if n in ranks), ranks=each, alphas=each)
-    head = None if heads[0] is None else jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *heads)
+    config = LoRAConfig(
+        rank=largest,
+        alpha=float(largest),
+        targets=",".join(n for n in LINEAR if n in ranks),
+        ranks=each,
+        alphas=each,
+    )
+    head = (
+        None
+        if heads[0] is None
+        else jax.tree.map(
+            lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *heads
+        )
+    )
     return Adapter(lora=lora, head=head, config=config)
 
 
@@ -385,14 +476,20 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
         return adapter.weights
     if adapter.lora is None and adapter.under is None:
         return base
-    require(not any(is_quantised(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_quantised)), "An adapter cannot be merged into a quantised base; load the base without --quantise.kind.")
+    require(
+        not any(is_quantised(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_quantised)),
+        "An adapter cannot be merged into a quantised base; load the base without --quantise.kind.",
+    )
     changed = moved_modules(adapter)
 
     def merged(name: str, weight: jax.Array) -> jax.Array:
         module = name.removesuffix("/kernel")
         if module not in changed:
             return weight
-        layers = [merged_kernel(adapter, module, index, kernel) for index, kernel in enumerate(weight.astype(jnp.float32))]
+        layers = [
+            merged_kernel(adapter, module, index, kernel)
+            for index, kernel in enumerate(weight.astype(jnp.float32))
+        ]
         return jnp.stack(layers).astype(weight.dtype)
 
     return trees.map_named(merged, base)
@@ -409,7 +506,9 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     if adapter.under is not None:
         under = trees.named_leaves(adapter.under)
         if f"{module}/under_a" in under:
-            kernel_DF = kernel_DF + precision.matmul(under[f"{module}/under_a"][layer], under[f"{module}/under_b"][layer])
+            kernel_DF = kernel_DF + precision.matmul(
+                under[f"{module}/under_a"][layer], under[f"{module}/under_b"][layer]
+            )
     lora = {} if adapter.lora is None else trees.named_leaves(adapter.lora)
     if f"{module}/lora_a" not in lora:
         return kernel_DF
@@ -417,7 +516,11 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     place = adapter.config.place_of(layer)
     if place is None:
         return kernel_DF
-    moved_DF = kernel_DF + adapter.config.scale_of(target) * precision.matmul(lora[f"{module}/lora_a"][place], lora[f"{module}/lora_b"][place])
+    moved_DF = kernel_DF + adapter.config.scale_of(target) * precision.matmul(
+        lora[f"{module}/lora_a"][place], lora[f"{module}/lora_b"][place]
+    )
     if not adapter.config.dora:
         return moved_DF
-    return moved_DF * (lora[f"{module}/magnitude"][place] / jnp.linalg.norm(moved_DF, axis=0))[None, :]
+    return (
+        moved_DF * (lora[f"{module}/magnitude"][place] / jnp.linalg.norm(moved_DF, axis=0))[None, :]
+    )

@@ -1,10 +1,10 @@
 """A frozen base with its matrices in 8 or 4 bits, by qwix (QLoRA's idea, arXiv 2305.14314).
 
-Only the layers' matrices are quantised, weight-only and symmetric: w ~ q * scale, with one scale for
-each output, or for each block of inputs of an output: the largest |w| over 127.5 (int8) or 7.5
-(int4), which half a step is lost of at the largest weight, or over 1 (nf4's levels). Embedding, norms and biases stay as they are,
-and adapters stay float32. A quantised matrix is made dense where it is used, in the activations'
-dtype, and is never differentiated.
+Only the layers' matrices are quantised, weight-only and symmetric: w ~ q * scale, with one scale
+for each output, or for each block of inputs of an output: the largest |w| over 127.5 (int8) or 7.5
+(int4), which half a step is lost of at the largest weight, or over 1 (nf4's levels). Embedding,
+norms and biases stay as they are, and adapters stay float32. A quantised matrix is made dense where
+it is used, in the activations' dtype, and is never differentiated.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ class QuantiseConfig:
         if self.block is not None:
             errors.whole("quantise.block", self.block)
             used = self.kind != "none"
-            errors.require(used, f"quantise.block is {self.block}; it needs a quantise.kind other than none.")
+            errors.require(
+                used, f"quantise.block is {self.block}; it needs a quantise.kind other than none."
+            )
 
 
 def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
-    """A base leaf in its quantised form; leaves that are no matrix of a layer come back as they are.
+    """A base leaf in its quantised form; leaves that are no matrix of a layer come back as they
+    are.
 
     UserError names a matrix whose inputs the block does not divide.
     """
@@ -53,7 +56,10 @@ def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
         return leaf
     inputs = leaf.shape[1]
     block = config.block or inputs
-    errors.require(inputs % block == 0, f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.")
+    errors.require(
+        inputs % block == 0,
+        f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.",
+    )
     return trees.awaited(quantised(leaf, config.kind, block))
 
 

@@ -91,7 +91,10 @@ def _export(config: Any) -> None:
 
     done = export(config)
     note = f" ({done.note})" if done.note else ""
-    _done(f"{config.format} export, read back with outputs within {done.difference:.2g}{note}", done.folder)
+    _done(
+        f"{config.format} export, read back with outputs within {done.difference:.2g}{note}",
+        done.folder,
+    )
 
 
 def _import(config: Any) -> None:
@@ -122,7 +125,10 @@ def _best_of(config: Any) -> None:
     from perl_jax.evaluation.best_of import run_best_of
 
     means = run_best_of(config)
-    _done(", ".join(f"{name} {value:.4g}" for name, value in means.items()), pathlib.Path(config.output))
+    _done(
+        ", ".join(f"{name} {value:.4g}" for name, value in means.items()),
+        pathlib.Path(config.output),
+    )
 
 
 def _report(config: ReportConfig) -> None:
@@ -147,7 +153,9 @@ def _plan(config: Any) -> None:
         print(text.describe(plans[0]))
     if config.json is not None:
         values = [command.as_json(plan) for plan in plans]
-        files.write_json(pathlib.Path(config.json).expanduser(), values if config.search else values[0])
+        files.write_json(
+            pathlib.Path(config.json).expanduser(), values if config.search else values[0]
+        )
 
 
 def _config(name: str) -> type:
@@ -201,15 +209,23 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "usage: perl-jax COMMAND [options]\n\n" + "\n".join(lines) + "\n\nperl-jax COMMAND --help explains every flag."
+    return (
+        "usage: perl-jax COMMAND [options]\n\n"
+        + "\n".join(lines)
+        + "\n\nperl-jax COMMAND --help explains every flag."
+    )
 
 
 def _connect(name: str) -> None:
-    """Becomes one of several processes where the environment says so, before anything touches a device."""
+    """Becomes one of several processes where the environment says so, before anything touches a
+    device.
+    """
     from perl_jax.runtime import hosts
 
     settings = hosts.read_settings(os.environ)
-    alone = f"{name} runs in one process; unset {hosts.CLUSTER} and {', '.join(hosts.EXPLICIT)} for it."
+    alone = (
+        f"{name} runs in one process; unset {hosts.CLUSTER} and {', '.join(hosts.EXPLICIT)} for it."
+    )
     require(settings is None or name in TOGETHER, alone)
     hosts.connect(name, settings)
 
@@ -225,8 +241,9 @@ def _failed(name: str, why: object, status: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    0 fine, 1 the run failed, 2 the user's error, 143 stopped by SIGTERM with its state saved. One of
-    several processes that fails does not return: the others, in collectives with it, cannot go on.
+    0 fine, 1 the run failed, 2 the user's error, 143 stopped by SIGTERM with its state saved. One
+    of several processes that fails does not return: the others, in collectives with it, cannot go
+    on.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -234,7 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"perl-jax: there is no command {name!r}; commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"perl-jax: there is no command {name!r}; commands: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     run, _ = COMMANDS[name]
@@ -252,7 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(name, "stopped; the same command resumes from the last checkpoint.", 130)
     except BrokenPipeError:
-        # The reader has gone (`| head`): say nothing, and let nothing be flushed into the closed pipe at exit.
+        # The reader has gone (`| head`): say nothing, and let nothing be flushed into the closed
+        # pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

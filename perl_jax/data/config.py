@@ -15,22 +15,25 @@ class DataConfig:
     """The task and the lengths of its rows, in tokens.
 
     Attributes:
-        task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (the corpora of both), or jsonl.
-        data_dir: The data set's upstream folder; for jsonl the file or folder.
-        data_seed: Seed of the embedded task's rows.
-        train_size: At most so many rows of the training split; None: all.
-        evaluation_size: At most so many rows of each other split; None: all.
-        max_prompt_length: In tokens, the chat template's among them; the text of longer prompts loses its beginning,
+        task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (the corpora of
+        both), or jsonl. data_dir: The data set's upstream folder; for jsonl the file or folder.
+        data_seed: Seed of the embedded task's rows. train_size: At most so many rows of the
+        training split; None: all. evaluation_size: At most so many rows of each other split; None:
+        all. max_prompt_length: In tokens, the chat template's among them; the text of longer
+        prompts loses its beginning,
             and a prompt that came rendered its first turns.
-        bucket_count: Rows are padded to at most so many lengths. A batch holds rows of similar length;
+        bucket_count: Rows are padded to at most so many lengths. A batch holds rows of similar
+            length;
             1 mixes them all.
         max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
             the room for a response.
-        template: How prompts become a chat turn: auto (the tokenizer's chat template; prompts that are
-            rendered already, which end with its cue and begin as it does or hold its special tokens, stay
-            as they are), none, or a file with a Jinja template.
-        template_date: What a template gets that asks for today's date, so that a resumed run has the same tokens.
-        packing: Compute each real token once: no padding, and what rows have in common (a pair's prompt,
+        template: How prompts become a chat turn: auto (the tokenizer's chat template; prompts that
+            are
+            rendered already, which end with its cue and begin as it does or hold its special
+            tokens, stay as they are), none, or a file with a Jinja template.
+        template_date: What a template gets that asks for today's date, so that a resumed run has
+        the same tokens. packing: Compute each real token once: no padding, and what rows have in
+        common (a pair's prompt,
             a prompt's samples) a single time. auto: on a CPU or GPU.
     """
 
@@ -50,7 +53,17 @@ class DataConfig:
         errors.one_of("packing", self.packing, ("auto", "on", "off"))
         for field in ("bucket_count", "max_prompt_length", "max_response_length"):
             errors.whole(field, getattr(self, field))
-        errors.require(self.bucket_count <= LENGTHS, f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a program to compile.")
-        errors.read_by("data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",))
+        errors.require(
+            self.bucket_count <= LENGTHS,
+            f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a "
+            "program to compile.",
+        )
+        errors.read_by(
+            "data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",)
+        )
         embedded = self.task == "orders" and self.data_dir is not None
-        errors.require(not embedded, f"data.data_dir is {self.data_dir!r}, which the task orders (embedded) does not read; leave it out, or give data.task.")
+        errors.require(
+            not embedded,
+            f"data.data_dir is {self.data_dir!r}, which the task orders (embedded) does not read; "
+            "leave it out, or give data.task.",
+        )

@@ -6,23 +6,44 @@ from collections.abc import Mapping
 
 
 def said_of(facts: Mapping[str, float], prompt_limit: int, response_limit: int) -> list[str]:
-    """Sentences on what a split's rows lost to fit, and on pairs in no order; none where nothing was lost. facts: `tokenise.TokenRows.facts`."""
+    """Sentences on what a split's rows lost to fit, and on pairs in no order; none where nothing
+    was lost. facts: `tokenise.TokenRows.facts`.
+    """
     count, sentences = lambda name: int(facts.get(name, 0)), []
     rows, parts = count("rows"), []
     if prompts := count("cut_prompts"):
         templates = bool(count("cut_prompts_template_whole") or count("rendered"))
-        kept = f"; the chat template stays whole in {count('cut_prompts_template_whole')} of them" if templates else ""
-        parts.append(f"{prompts} prompts lost their beginning (max_prompt_length {prompt_limit}{kept})")
-    parts += [f"{found} {what} responses lost their end (max_response_length {response_limit})" for what in ("chosen", "rejected") if (found := count(f"cut_{what}"))]
+        kept = (
+            f"; the chat template stays whole in {count('cut_prompts_template_whole')} of them"
+            if templates
+            else ""
+        )
+        parts.append(
+            f"{prompts} prompts lost their beginning (max_prompt_length {prompt_limit}{kept})"
+        )
+    parts += [
+        f"{found} {what} responses lost their end (max_response_length {response_limit})"
+        for what in ("chosen", "rejected")
+        if (found := count(f"cut_{what}"))
+    ]
     if found := count("cut_response"):
         parts.append(f"{found} responses lost their end (max_response_length {response_limit})")
     if found := count("cut_texts"):
-        parts.append(f"{found} texts lost their end (max_prompt_length + max_response_length {prompt_limit + response_limit})")
+        parts.append(
+            f"{found} texts lost their end (max_prompt_length + max_response_length "
+            f"{prompt_limit + response_limit})"
+        )
     if count("cut"):
         sentences.append(f"{count('cut')} of {rows} rows were cut to fit: {', '.join(parts)}.")
     if count("rendered"):
-        sentences.append(f"{count('rendered')} of {rows} prompts came rendered by a chat template and were not rendered again.")
+        sentences.append(
+            f"{count('rendered')} of {rows} prompts came rendered by a chat template and were not "
+            "rendered again."
+        )
     equal, after = count("equal_pairs"), count("equal_after_cutting")
     if equal or after:
-        sentences.append(f"{equal} of {rows} pairs have equal responses, {after} more are equal after cutting: they count in no accuracy.")
+        sentences.append(
+            f"{equal} of {rows} pairs have equal responses, {after} more are equal after cutting: "
+            "they count in no accuracy."
+        )
     return sentences

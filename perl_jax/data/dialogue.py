@@ -30,7 +30,9 @@ CUE = "agent:\n"
 def rendered_value(value: object) -> str:
     """JSON with bare keys."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {rendered_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{key}: {rendered_value(item)}" for key, item in value.items()) + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(rendered_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
@@ -41,7 +43,9 @@ def rendered_call(call: Mapping[str, object]) -> str:
     parts = []
     for name, values in call.items():
         pairs = values.items() if isinstance(values, Mapping) else [("", values)]
-        inside = ", ".join(f"{key}={rendered_value(item)}" if key else rendered_value(item) for key, item in pairs)
+        inside = ", ".join(
+            f"{key}={rendered_value(item)}" if key else rendered_value(item) for key, item in pairs
+        )
         parts.append(f"{name}({inside})")
     return " ".join(parts)
 
@@ -87,7 +91,9 @@ def responses_of(turns: Sequence[Turn]) -> Iterator[tuple[str, str]]:
 
 
 def parsed(text: str) -> object:
-    """JSON of an annotation (raw tabs in its strings are tolerated). ValueError when it is broken."""
+    """JSON of an annotation (raw tabs in its strings are tolerated). ValueError when it is
+    broken.
+    """
     return json.loads(text, strict=False)
 
 

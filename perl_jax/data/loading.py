@@ -19,7 +19,10 @@ from perl_jax.runtime import hosts, sharding
 def data_options(config: DataConfig) -> DataOptions:
     """The data layer's options of a job."""
     return DataOptions(
-        data_dir=config.data_dir, seed=config.data_seed, train_size=config.train_size, evaluation_size=config.evaluation_size
+        data_dir=config.data_dir,
+        seed=config.data_seed,
+        train_size=config.train_size,
+        evaluation_size=config.evaluation_size,
     )
 
 
@@ -31,7 +34,8 @@ def check_context(model: Model, config: DataConfig) -> None:
     end = f" (with {tail} for the end of the chat template's turn)" if tail else ""
     require(
         total <= room,
-        f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {room} positions.",
+        f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {room} "
+        "positions.",
     )
 
 
@@ -41,8 +45,8 @@ def load_batches(
 ) -> tuple[Batches, Any]:  # fmt: skip
     """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up.
 
-    most: the first so many rows only. lengths: padded lengths to take where they hold the rows, so that programs
-    compiled for them are used again.
+    most: the first so many rows only. lengths: padded lengths to take where they hold the rows, so
+    that programs compiled for them are used again.
     """
     task = get_task(config.task)
     rows = hosts.in_turn(lambda: task.open(kind, split, data_options(config)))
@@ -66,16 +70,22 @@ def load_batches(
     try:
         return make_batches(rows, kind, model.tokenizer, spec), rows
     except RowError as error:
-        raise errors.UserError(f"{task.place(kind, split, data_options(config), error.index)}: {error.reason}") from error
+        raise errors.UserError(
+            f"{task.place(kind, split, data_options(config), error.index)}: {error.reason}"
+        ) from error
 
 
 def noted(config: DataConfig, split: str, batches: Batches) -> dict[str, float]:
-    """Says what a split's rows lost to fit (`tokenise.said_of`); returns its numbers as metrics, written with a run's first step.
+    """Says what a split's rows lost to fit (`tokenise.said_of`); returns its numbers as metrics,
+    written with a run's first step.
 
     UserError where no two responses of any comparison differ.
     """
     rows = batches.rows
-    apart = f"Every comparison of the {split} split of {config.task} has two equal responses, cut to max_response_length {config.max_response_length} as they are; some must differ."
+    apart = (
+        f"Every comparison of the {split} split of {config.task} has two equal responses, cut "
+        f"to max_response_length {config.max_response_length} as they are; some must differ."
+    )
     errors.require(rows.equal is None or not rows.equal.all(), apart)
     if hosts.is_writer():
         for sentence in said_of(rows.facts, config.max_prompt_length, config.max_response_length):

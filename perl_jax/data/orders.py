@@ -15,7 +15,24 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perl_jax.data.orders_language import DRINKS, END_OF_TURN, Item, MILKS, MISTAKES, Order, PLACES, QUANTITIES, SIZES, answer, call, parse_request, sample_item, sample_order, spoken_order, vocabulary
+from perl_jax.data.orders_language import (
+    DRINKS,
+    END_OF_TURN,
+    Item,
+    MILKS,
+    MISTAKES,
+    Order,
+    PLACES,
+    QUANTITIES,
+    SIZES,
+    answer,
+    call,
+    parse_request,
+    sample_item,
+    sample_order,
+    spoken_order,
+    vocabulary,
+)
 from perl_jax.data.store import DataOptions, RowsBuilder, SPLITS, TENTHS, part_of
 
 __all__ = ["clerk", "gold_reward", "gold_rewards", "grade", "noise_ceiling", "rows", "vocabulary"]
@@ -108,7 +125,9 @@ def match_items(wanted: Sequence[Item], given: Sequence[Item]) -> tuple[tuple[st
                 longer[key] = min(longer.get(key, (math.inf, ())), candidate)
         best = longer
     unmatched_cost = MISSING_COST + EXTRA_COST
-    taken, (_, slots) = min(best.items(), key=lambda kv: (kv[1][0] - unmatched_cost * len(kv[0]), kv[1][1]))
+    taken, (_, slots) = min(
+        best.items(), key=lambda kv: (kv[1][0] - unmatched_cost * len(kv[0]), kv[1][1])
+    )
     return slots, len(wanted) - len(taken), len(given) - len(taken)
 
 
@@ -274,12 +293,16 @@ def sigmoid(x: float) -> float:
 
 
 def preference_probability(reward_a: float, reward_b: float) -> float:
-    """p(a is preferred to b) = sigmoid(k (g_a - g_b)), k = 2 (Bradley-Terry over the gold reward)."""
+    """p(a is preferred to b) = sigmoid(k (g_a - g_b)), k = 2 (Bradley-Terry over the gold
+    reward).
+    """
     return sigmoid(RATER_STEEPNESS * (reward_a - reward_b))
 
 
 def thumb_probability(reward: float) -> float:
-    """p(thumbs up) = sigmoid(k (g - 0.6)), k = 5: 0.88 for a perfect order, 0.38 with a wrong slot."""
+    """p(thumbs up) = sigmoid(k (g - 0.6)), k = 5: 0.88 for a perfect order, 0.38 with a wrong
+    slot.
+    """
     return sigmoid(THUMB_STEEPNESS * (reward - THUMB_THRESHOLD))
 
 

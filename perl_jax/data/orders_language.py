@@ -21,7 +21,16 @@ SPOKEN_PLACES = {"to go": ("to go", "takeaway"), "here": ("for here", "to stay")
 PLACE_WORDS = {"go": "to go", "takeaway": "to go", "here": "here", "stay": "here"}
 
 OPENERS = ("", "hi ,", "hello ,", "hey ,", "morning ,", "so ,")
-REQUESTS = ("could i get", "can i have", "i would like", "let me get", "give me", "i want", "we need", "")
+REQUESTS = (
+    "could i get",
+    "can i have",
+    "i would like",
+    "let me get",
+    "give me",
+    "i want",
+    "we need",
+    "",
+)
 FILLERS = ("um", "uh", "well")
 CONNECTORS = ("and", "plus", "then")
 CUSTOMER, ASSISTANT = "customer :", "assistant :"
@@ -97,7 +106,10 @@ def spoken_order(rng: random.Random, order: Order) -> str:
 
 def parse_item(words: list[str]) -> Item | None:
     """The item that a stretch of a request asks for, None when a slot is not said."""
-    said = [next((word for word in words if word in options), None) for options in (QUANTITIES, SIZES, DRINKS, MILKS)]
+    said = [
+        next((word for word in words if word in options), None)
+        for options in (QUANTITIES, SIZES, DRINKS, MILKS)
+    ]
     return None if None in said else Item(*said)
 
 

@@ -17,7 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from perl_jax.data.bucketing import FILLER, Plan, balanced, bucket_edges, check_edges, evaluation_plan, packed_sizes, packed_slots, training_plan
+from perl_jax.data.bucketing import (
+    FILLER,
+    Plan,
+    balanced,
+    bucket_edges,
+    check_edges,
+    evaluation_plan,
+    packed_sizes,
+    packed_slots,
+    training_plan,
+)
 from perl_jax.data.store import OPEN
 from perl_jax.data.tokenise import Encoder, TokenRows, fill, tokenise
 from perl_jax.errors import UserError, positive, require
@@ -40,7 +50,8 @@ class BatchSpec:
         are shuffled in each epoch and the remainder of an epoch is dropped.
     epochs: None repeats for ever.
     process_index, process_count: which contiguous slice of each batch this process gets.
-    packed: batches say how they are packed (`types.Layout`), where that is worth it; parts: consecutive
+    packed: batches say how they are packed (`types.Layout`), where that is worth it; parts:
+    consecutive
         rows that stay together on a device, microbatches: of the update.
     """
 
@@ -58,7 +69,13 @@ class BatchSpec:
     microbatches: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "max_prompt_length", "max_response_length", "bucket_count", "process_count"):
+        for field in (
+            "batch_size",
+            "max_prompt_length",
+            "max_response_length",
+            "bucket_count",
+            "process_count",
+        ):
             positive(f"batch.{field}", getattr(self, field))
         if self.epochs is not None:
             positive("batch.epochs", self.epochs)
@@ -66,11 +83,13 @@ class BatchSpec:
             positive("batch.shuffle_seed", self.shuffle_seed, zero=True)
         require(
             0 <= self.process_index < self.process_count,
-            f"batch.process_index is {self.process_index}; it must lie in [0, {self.process_count}).",
+            f"batch.process_index is {self.process_index}; it must lie in [0, "
+            f"{self.process_count}).",
         )
         require(
             self.batch_size % self.process_count == 0,
-            f"batch.batch_size is {self.batch_size}; it must be a multiple of the {self.process_count} processes.",
+            f"batch.batch_size is {self.batch_size}; it must be a multiple of the "
+            f"{self.process_count} processes.",
         )
 
     def longest(self, kind: str) -> int:
@@ -90,11 +109,14 @@ class Batches:
         require(len(lengths) > 0, f"There are no {rows.kind} rows to make batches of.")
         require(
             spec.shuffle_seed is None or len(lengths) >= spec.batch_size,
-            f"There are {len(lengths)} {rows.kind} rows, fewer than batch.batch_size, which is {spec.batch_size}.",
+            f"There are {len(lengths)} {rows.kind} rows, fewer than batch.batch_size, which is "
+            f"{spec.batch_size}.",
         )
         self.rows, self.spec, self.pad_id, self.columns = rows, spec, pad_id, columns
         if spec.buckets is None:
-            self.lengths = bucket_edges(lengths, spec.bucket_count, spec.longest(rows.kind) + rows.longest_tail)
+            self.lengths = bucket_edges(
+                lengths, spec.bucket_count, spec.longest(rows.kind) + rows.longest_tail
+            )
         else:
             self.lengths = check_edges(spec.buckets, int(lengths.max()))
         whole, rest = divmod(len(lengths), spec.batch_size)
@@ -111,7 +133,9 @@ class Batches:
         """Of what decides which rows a step gets; a cursor is only valid with the same."""
         spec, digest = self.spec, hashlib.blake2b(digest_size=8)
         digest.update(np.ascontiguousarray(self.rows.lengths).tobytes())
-        digest.update(repr((self.rows.kind, spec.batch_size, spec.shuffle_seed, self.lengths)).encode())
+        digest.update(
+            repr((self.rows.kind, spec.batch_size, spec.shuffle_seed, self.lengths)).encode()
+        )
         return digest.hexdigest()
 
     @functools.cached_property
@@ -137,7 +161,9 @@ class Batches:
         return self._arranged(self.plan(epoch).rows[index])
 
     def _arranged(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of a packed batch in an order that fills its packed rows evenly. Prompts keep theirs: samples depend on it."""
+        """The rows of a packed batch in an order that fills its packed rows evenly. Prompts keep
+        theirs: samples depend on it.
+        """
         spec = self.spec
         if not spec.packed or self.rows.kind == "prompts":
             return rows
@@ -157,7 +183,9 @@ class Batches:
         return with_layout(batch, self._layout(rows, columns)) if self.spec.packed else batch
 
     def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
-        """The packing of a batch: the smallest that holds it of the few that its padded length has; None: padded."""
+        """The packing of a batch: the smallest that holds it of the few that its padded length has;
+        None: padded.
+        """
         spec, own = self.spec, self._slots(rows, columns)
         fits = () if own is None else (size for size in self._sizes.get(columns, ()) if size >= own)
         slots = next(iter(fits), None)
@@ -170,18 +198,24 @@ class Batches:
 
     def _slots(self, rows: np.ndarray, columns: int) -> int | None:
         """What a batch needs at least; None: packing it is not worth it."""
-        return packed_slots(self._counts(rows), self.spec.parts, self.spec.microbatches, columns * self._group)
+        return packed_slots(
+            self._counts(rows), self.spec.parts, self.spec.microbatches, columns * self._group
+        )
 
     @functools.cached_property
     def _sizes(self) -> dict[int, list[int]]:
-        """Sizes of packed rows for each padded length: what the first batches need, and a few above for what later ones mix."""
+        """Sizes of packed rows for each padded length: what the first batches need, and a few above
+        for what later ones mix.
+        """
         spec, most = self.spec, dict.fromkeys(self.lengths, 0)
         epochs = 1 if spec.shuffle_seed is None else -(-_PLANNED // self.steps_per_epoch)
         # The first epoch last: it stays in the cache of plans.
         for plan in map(self.plan, reversed(range(epochs))):
             for rows, length in zip(plan.rows, plan.lengths.tolist()):
                 most[length] = max(most[length], self._slots(self._arranged(rows), length) or 0)
-        padded = lambda length: spec.batch_size // (spec.parts * spec.microbatches) * length * self._group
+        padded = lambda length: (
+            spec.batch_size // (spec.parts * spec.microbatches) * length * self._group
+        )
         return {length: packed_sizes(slots, padded(length)) for length, slots in most.items()}
 
     @functools.cached_property
@@ -225,7 +259,11 @@ class BatchIterator(Iterator):
 
     def get_state(self) -> dict:
         """The cursor: batches handed out so far (prefetched ones do not count)."""
-        return {"grain": self._iterator.get_state(), "rows": self.batches.fingerprint, "content": self.batches.content}
+        return {
+            "grain": self._iterator.get_state(),
+            "rows": self.batches.fingerprint,
+            "content": self.batches.content,
+        }
 
     def set_state(self, state: Mapping) -> None:
         """Continues where `get_state` was taken. UserError if the rows or batching differ since.
@@ -233,9 +271,15 @@ class BatchIterator(Iterator):
         A state of an older version has no `content`; then only the rows' lengths are compared.
         """
         if state.get("rows") != self.batches.fingerprint:
-            raise UserError("The data cursor was saved with other rows or batch settings; resume with the same ones.")
+            raise UserError(
+                "The data cursor was saved with other rows or batch settings; resume with the "
+                "same ones."
+            )
         if state.get("content", self.batches.content) != self.batches.content:
-            raise UserError("The rows of --data are others than those that the data cursor was saved with (their tokens, numbers or columns differ); resume with the same ones.")
+            raise UserError(
+                "The rows of --data are others than those that the data cursor was saved with "
+                "(their tokens, numbers or columns differ); resume with the same ones."
+            )
         self._iterator.set_state(dict(state["grain"]))
 
 
@@ -265,8 +309,15 @@ def with_layout(batch: Batch, layout: Layout | None) -> Batch:
     if isinstance(batch, Tokens):
         return batch.replace(layout=layout)
     if isinstance(batch, Pairs):
-        return batch.replace(chosen=batch.chosen.replace(layout=layout), rejected=batch.rejected.replace(layout=layout))
-    return batch.replace(tokens=batch.tokens.replace(layout=layout)) if isinstance(batch, Labelled) else batch
+        return batch.replace(
+            chosen=batch.chosen.replace(layout=layout),
+            rejected=batch.rejected.replace(layout=layout),
+        )
+    return (
+        batch.replace(tokens=batch.tokens.replace(layout=layout))
+        if isinstance(batch, Labelled)
+        else batch
+    )
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:
@@ -275,25 +326,40 @@ def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndar
     return [rows.prompts[index], *([] if response is None else [rows.responses[response][index]])]
 
 
-def right_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int, response: int = 0) -> Tokens:
-    """Prompt, response, the template's tail, padding; the response mask covers the response's tokens, its end included."""
-    tokens_BT, valid_BT = fill([pieces_of(rows, index, response) for index in indices], columns, pad_id)
+def right_padded(
+    rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int, response: int = 0
+) -> Tokens:
+    """Prompt, response, the template's tail, padding; the response mask covers the response's
+    tokens, its end included.
+    """
+    tokens_BT, valid_BT = fill(
+        [pieces_of(rows, index, response) for index in indices], columns, pad_id
+    )
     prompt_B = np.where(indices == FILLER, 0, rows.prompts.lengths[indices])
     tail_B = rows.tails[response][indices] if rows.tails else np.zeros(len(indices), np.int64)
     column_T = np.arange(columns)
     ends_B = valid_BT.sum(axis=1) - tail_B
-    return Tokens(tokens_BT, valid_BT, valid_BT & (column_T >= prompt_B[:, None]) & (column_T < ends_B[:, None]))
+    return Tokens(
+        tokens_BT,
+        valid_BT,
+        valid_BT & (column_T >= prompt_B[:, None]) & (column_T < ends_B[:, None]),
+    )
 
 
 def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Prompts:
-    tokens_BP, valid_BP = fill([pieces_of(rows, index, None) for index in indices], columns, pad_id, left=True)
+    tokens_BP, valid_BP = fill(
+        [pieces_of(rows, index, None) for index in indices], columns, pad_id, left=True
+    )
     return Prompts(tokens_BP, valid_BP, indices.astype(np.int32))
 
 
 def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pairs:
     chosen = right_padded(rows, indices, columns, pad_id, response=0)
     rejected = right_padded(rows, indices, columns, pad_id, response=1)
-    numbers = {name: np.where(indices == FILLER, 0, values[indices]) for name, values in rows.numbers.items()}
+    numbers = {
+        name: np.where(indices == FILLER, 0, values[indices])
+        for name, values in rows.numbers.items()
+    }
     return Pairs(chosen, rejected, numbers["weight"], numbers["probability"], numbers["margin"])
 
 

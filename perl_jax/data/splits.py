@@ -1,4 +1,6 @@
-"""The splits of a job's rows, looked at before anything is trained: are they there, do they fit, what do they share."""
+"""The splits of a job's rows, looked at before anything is trained: are they there, do they fit,
+what do they share.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ _SHOWN = 80
 Check = Callable[[Sequence[Mapping[str, Any]], str, str], Any]
 
 
-def check_splits(config: DataConfig, kind: str, needed: Sequence[str], check: Check | None = None) -> tuple[str, ...]:
-    """Reads every split of a kind of rows and says which prompts, and which groups, two of them share; returns the splits that have rows.
+def check_splits(
+    config: DataConfig, kind: str, needed: Sequence[str], check: Check | None = None
+) -> tuple[str, ...]:
+    """Reads every split of a kind of rows and says which prompts, and which groups, two of them
+    share; returns the splits that have rows.
 
-    needed: the splits that the job reads, now or after training; check: what must hold of each of them.
-    UserError for a needed split that is missing, or that `check` refuses. Prompts are the same when
-    their texts are, white space at both ends aside.
+    needed: the splits that the job reads, now or after training; check: what must hold of each of
+    them. UserError for a needed split that is missing, or that `check` refuses. Prompts are the
+    same when their texts are, white space at both ends aside.
     """
     task = get_task(config.task)
     sources = hosts.in_turn(lambda: _sources(task, kind, needed, config))
@@ -42,7 +47,9 @@ def check_splits(config: DataConfig, kind: str, needed: Sequence[str], check: Ch
     return tuple(sources)
 
 
-def _sources(task: Task, kind: str, needed: Sequence[str], config: DataConfig) -> dict[str, RowSource]:
+def _sources(
+    task: Task, kind: str, needed: Sequence[str], config: DataConfig
+) -> dict[str, RowSource]:
     """The rows of each split: of the needed ones in any case, of the others where there are any."""
     sources, others = {}, (split for split in task.splits.get(kind, ()) if split not in needed)
     for split in (*needed, *others):
@@ -55,11 +62,17 @@ def _sources(task: Task, kind: str, needed: Sequence[str], config: DataConfig) -
 
 
 def shared(task: str, what: str, prompts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each two splits with prompts in common: how many different ones, and the first. what: `prompts`, `texts` or `groups`."""
+    """A sentence for each two splits with prompts in common: how many different ones, and the
+    first. what: `prompts`, `texts` or `groups`.
+    """
     lines = []
     for (one, mine), (other, theirs) in itertools.combinations(prompts.items(), 2):
         both = [prompt for prompt in theirs if prompt in mine]
         if both:
             first = both[0] if len(both[0]) <= _SHOWN else f"{both[0][:_SHOWN]}…"
-            lines.append(f"{task}: the splits {one} and {other} share {len(both)} of the latter's {len(theirs)} {what}, such as {first!r}; neither is held out from the other there.")
+            lines.append(
+                f"{task}: the splits {one} and {other} share {len(both)} of the latter's "
+                f"{len(theirs)} {what}, such as {first!r}; neither is held out from the other "
+                "there."
+            )
     return lines

@@ -1,4 +1,5 @@
-"""Prepared rows on disk: TFDS builders that write array_record files, and the source that reads them.
+"""Prepared rows on disk: TFDS builders that write array_record files, and the source that reads
+them.
 
 TensorFlow is never imported: rows are written by `GeneratorBasedBuilder` with
 `file_format="array_record"` and read by `as_data_source`.
@@ -36,11 +37,12 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 NUMBERS = ("probability", "margin", "weight", "label", "rating")
 # What a row may leave out. probability: of chosen being preferred, NaN where not known. margin: by
-# how much chosen is better, for the loss. weight: of the pair. group: the name of the row's dialogue or
-# topic, "" where its prompt stands for it (`group_of`); prompts have it among their other columns.
+# how much chosen is better, for the loss. weight: of the pair. group: the name of the row's
+# dialogue or topic, "" where its prompt stands for it (`group_of`); prompts have it among their
+# other columns.
 DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0, "group": ""}
-# Kinds whose rows may have other columns, of any JSON values, for rewards to read (such as `answer`);
-# they are stored in one column, as the text of a JSON object.
+# Kinds whose rows may have other columns, of any JSON values, for rewards to read (such as
+# `answer`); they are stored in one column, as the text of a JSON object.
 OPEN = ("prompts",)
 OTHERS = "others"
 SPLITS = ("train", "validation", "test")
@@ -109,7 +111,9 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterable[Mapping[str, object]]:
-        """The rows of one kind and split, in order; those of `OPEN` kinds with any other columns."""
+        """The rows of one kind and split, in order; those of `OPEN` kinds with any other
+        columns.
+        """
 
     @classmethod
     def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
@@ -119,10 +123,16 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         fields = KINDS[self.builder_config.name]
         stored = (*fields, OTHERS) if self.builder_config.name in OPEN else fields
-        features = {name: np.float64 if name in NUMBERS else tfds.features.Text() for name in stored}
-        # The generator's order is kept: it is the order users see, and the pipeline shuffles anyway.
+        features = {
+            name: np.float64 if name in NUMBERS else tfds.features.Text() for name in stored
+        }
+        # The generator's order is kept: it is the order users see, and the pipeline shuffles
+        # anyway.
         return tfds.core.DatasetInfo(
-            builder=self, description=self.name, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            builder=self,
+            description=self.name,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
@@ -141,7 +151,9 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
-    """A row as it is stored: what it leaves out at its default, other columns (`OPEN`) as one text."""
+    """A row as it is stored: what it leaves out at its default, other columns (`OPEN`) as one
+    text.
+    """
     fields = KINDS[kind]
     stored = {field: value for field, value in DEFAULTS.items() if field in fields} | dict(row)
     if kind not in OPEN:
@@ -184,14 +196,16 @@ def named_group(row: Mapping[str, Any]) -> str:
 def group_of(row: Mapping[str, Any]) -> str:
     """The group that a row is not independent of: its `group`, or else its prompt.
 
-    Intervals take the rows of one group together (`perl_jax.evaluation.intervals`): the pairs of a ranking, the
-    turns of a dialogue. White space at both ends of a prompt does not count.
+    Intervals take the rows of one group together (`perl_jax.evaluation.intervals`): the pairs of a
+    ranking, the turns of a dialogue. White space at both ends of a prompt does not count.
     """
     return named_group(row) or row["prompt"].strip()
 
 
 def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
-    """The part whose percentiles [low, high) a text's hash is in: the same for ever, whatever else there is."""
+    """The part whose percentiles [low, high) a text's hash is in: the same for ever, whatever else
+    there is.
+    """
     percentile = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
     return next(part for part, (low, high) in percentiles.items() if low <= percentile < high)
 
@@ -201,7 +215,9 @@ TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
 def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> str:
-    """16 hex digits of everything that determines the rows: the code that makes them and `content`."""
+    """16 hex digits of everything that determines the rows: the code that makes them and
+    `content`.
+    """
     folder = pathlib.Path(__file__).parent
     code = {name: file_hash(folder / name) for name in sorted({"store.py", *builder.sources})}
     value = [builder.name, kind, code, builder.content(kind, options)]
@@ -211,10 +227,10 @@ def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> 
 def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> pathlib.Path:
     """The folder of a kind's prepared files; made if it does not exist.
 
-    The folder's name holds the content's fingerprint, so stale rows cannot be read. It is made under
-    a temporary name beside the final one and renamed when complete: a process killed midway leaves
-    only a `.preparing-*` folder that nothing reads, and of two processes that race one wins and
-    the other uses what the winner made.
+    The folder's name holds the content's fingerprint, so stale rows cannot be read. It is made
+    under a temporary name beside the final one and renamed when complete: a process killed midway
+    leaves only a `.preparing-*` folder that nothing reads, and of two processes that race one wins
+    and the other uses what the winner made.
     """
     final = options.cache_path / f"{builder.name}-{kind}-{fingerprint(builder, kind, options)}"
     if final.is_dir():
@@ -238,11 +254,15 @@ def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> path
 
 
 class NoRows(UserError):
-    """A split of a task without rows: an error where they are needed, no more than a fact where they are not."""
+    """A split of a task without rows: an error where they are needed, no more than a fact where
+    they are not.
+    """
 
 
 def open_rows(builder: type[RowsBuilder], kind: str, split: str, options: DataOptions) -> RowSource:
-    """A split's rows, prepared first if need be. UserError for an unknown kind or split; NoRows for a split without rows."""
+    """A split's rows, prepared first if need be. UserError for an unknown kind or split; NoRows for
+    a split without rows.
+    """
     splits = builder.kind_splits()
     one_of(f"{builder.name}: kind", kind, splits)
     one_of(f"{builder.name}: split of {kind}", split, splits[kind])

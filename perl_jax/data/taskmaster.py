@@ -3,11 +3,11 @@
 Released with PERL (arXiv 2403.10704, version 1) at github google-research-datasets/Taskmaster,
 CC BY 4.0. A reward row is a context, a generated agent turn and a reward of 0 or 1.
 
-Rows of one dialogue share its first user turn (`dialogue.group_of`), which is their `group`; a hash of that
-puts them in one part: train 47 %, judge 23 %, validation 10 %, test 20 % of the groups. `judge` rows (labels and
-comparisons) are for the reward model that judges win rates: it must not have been trained on what
-trained the reward model under study. Prompts, and demonstrations and corpus of whole dialogues, use
-train and judge together.
+Rows of one dialogue share its first user turn (`dialogue.group_of`), which is their `group`; a hash
+of that puts them in one part: train 47 %, judge 23 %, validation 10 %, test 20 % of the groups.
+`judge` rows (labels and comparisons) are for the reward model that judges win rates: it must not
+have been trained on what trained the reward model under study. Prompts, and demonstrations and
+corpus of whole dialogues, use train and judge together.
 
 Comparisons are natural: one up-rated and one down-rated response to the same context.
 Demonstrations are every agent turn, text or call, of the TM-4 dialogues, after the greeting that
@@ -76,18 +76,33 @@ def read_turns(row: Mapping, field: str, index: int) -> list[dialogue.Turn]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"Reward row {index} has no valid JSON in its {field}: {error}.") from error
     turns = value if isinstance(value, list) else [value]
-    good = all(isinstance(turn, dict) and "role" in turn and {"text", "api", "response"} & set(turn) for turn in turns)
-    require(good, f"Reward row {index} has a turn in its {field} without a role, or without text, api or response.")
+    good = all(
+        isinstance(turn, dict) and "role" in turn and {"text", "api", "response"} & set(turn)
+        for turn in turns
+    )
+    require(
+        good,
+        f"Reward row {index} has a turn in its {field} without a role, or without text, api or "
+        "response.",
+    )
     return turns
 
 
 def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
     """Reward rows, rendered, in upstream's order."""
     for index, row in enumerate(rows):
-        context, generation = read_turns(row, "context", index), read_turns(row, "generation", index)
+        context, generation = (
+            read_turns(row, "context", index),
+            read_turns(row, "generation", index),
+        )
         label = row.get("reward")
         require(label in (0, 1), f"Reward row {index} has the reward {label!r}; it must be 0 or 1.")
-        yield Rated(dialogue.group_of(context), dialogue.rendered(context), dialogue.said(generation[0]), float(label))
+        yield Rated(
+            dialogue.group_of(context),
+            dialogue.rendered(context),
+            dialogue.said(generation[0]),
+            float(label),
+        )
 
 
 def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
@@ -101,7 +116,12 @@ def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
         for chosen in up:
             for rejected in down:
                 if chosen != rejected:
-                    yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": groups[prompt]}
+                    yield {
+                        "prompt": prompt,
+                        "chosen": chosen,
+                        "rejected": rejected,
+                        "group": groups[prompt],
+                    }
 
 
 def unextended(contexts: Iterable[str]) -> Iterator[str]:
@@ -115,13 +135,17 @@ def unextended(contexts: Iterable[str]) -> Iterator[str]:
 def greeting_of(reward_rows: Iterable[Mapping]) -> list[dialogue.Turn]:
     """The agent's turn that most reward rows open with: the dialogues lack it."""
     contexts = [read_turns(row, "context", index) for index, row in enumerate(reward_rows)]
-    openings = [context[0].get("text") for context in contexts if context and context[0]["role"] == "agent"]
+    openings = [
+        context[0].get("text") for context in contexts if context and context[0]["role"] == "agent"
+    ]
     counted = collections.Counter(text for text in openings if text).most_common(1)
     return [{"role": "agent", "text": text} for text, _ in counted]
 
 
 def dialogues(
-    conversations: Iterable[Mapping], read: Callable[[Sequence[Mapping]], list], greeting: list[dialogue.Turn]
+    conversations: Iterable[Mapping],
+    read: Callable[[Sequence[Mapping]], list],
+    greeting: list[dialogue.Turn],
 ) -> Iterator[list[dialogue.Turn]]:
     """Dialogues as turns behind the greeting; those with broken annotations are left out."""
     for conversation in conversations:
@@ -133,7 +157,9 @@ def dialogues(
 
 
 class TaskmasterBuilder(RowsBuilder, skip_registration=True):
-    """What the two tasks share. reward_folder, data_folder: upstream's; read: a dialogue's reader."""
+    """What the two tasks share. reward_folder, data_folder: upstream's; read: a dialogue's
+    reader.
+    """
 
     sources = ("taskmaster.py", "dialogue.py", "upstream.py")
     folder: ClassVar[str]
@@ -156,10 +182,14 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
             return [] if optional and absent else local_files(options.data_dir, folder)
         count = cls.reward_count if what == "reward" else cls.data_count
         cached = options.cache_path / "downloads" / f"taskmaster-{COMMIT[:7]}"
-        return [fetch(base_url, f"{folder}/{what}_{index:02}.json", cached) for index in range(count)]
+        return [
+            fetch(base_url, f"{folder}/{what}_{index:02}.json", cached) for index in range(count)
+        ]
 
     @classmethod
-    def kind_files(cls, kind: str, options: DataOptions) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    def kind_files(
+        cls, kind: str, options: DataOptions
+    ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         """(reward files, dialogue files) that a kind is made from."""
         whole = kind in ("demonstrations", "corpus")
         return cls.files(options, "reward"), cls.files(options, "data") if whole else []
@@ -178,7 +208,9 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
             chosen = (turns for turns in found if part_of(dialogue.group_of(turns)) in wanted)
             return demonstration_rows(chosen) if kind == "demonstrations" else corpus_rows(chosen)
         wanted = parts(split, judged=kind != "prompts")
-        return REWARD_KINDS[kind]([row for row in rated_rows(reward_rows) if part_of(row.group) in wanted])
+        return REWARD_KINDS[kind](
+            [row for row in rated_rows(reward_rows) if part_of(row.group) in wanted]
+        )
 
 
 def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
@@ -194,7 +226,10 @@ def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
 
 
 def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    return ({"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group} for row in rows)
+    return (
+        {"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group}
+        for row in rows
+    )
 
 
 def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
@@ -204,7 +239,11 @@ def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    return ({"prompt": row.prompt, "response": row.response, "group": row.group} for row in rows if row.label == 1)
+    return (
+        {"prompt": row.prompt, "response": row.response, "group": row.group}
+        for row in rows
+        if row.label == 1
+    )
 
 
 def context_rows(rows: Iterable[Rated]) -> Iterator[dict]:
@@ -237,7 +276,9 @@ class TicketingBuilder(TaskmasterBuilder):
 
 
 class BothBuilder(RowsBuilder):
-    """The corpora of both, coffee's rows first: text for a base, as ticketing's reward rows alone give too few (138)."""
+    """The corpora of both, coffee's rows first: text for a base, as ticketing's reward rows alone
+    give too few (138).
+    """
 
     name = "taskmaster"
     sources = TaskmasterBuilder.sources

@@ -1,4 +1,6 @@
-"""The registry of tasks: where rows of each kind come from, and the gold reward where one is known."""
+"""The registry of tasks: where rows of each kind come from, and the gold reward where one is
+known.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +42,36 @@ class Task:
 
 def task_of(builder: type[RowsBuilder], description: str, gold: Callable | None = None) -> Task:
     splits = dict(builder.kind_splits())
-    return Task(builder.name, description, tuple(splits), functools.partial(open_rows, builder), builder.content, builder.place, gold, splits)
+    return Task(
+        builder.name,
+        description,
+        tuple(splits),
+        functools.partial(open_rows, builder),
+        builder.content,
+        builder.place,
+        gold,
+        splits,
+    )
 
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        task_of(OrdersBuilder, "Embedded: structured coffee orders, simulated raters, known reward.", gold_rewards),
-        task_of(CoffeeBuilder, "Taskmaster TM-4: coffee ordering, thumbs up or down on single turns."),
-        task_of(TicketingBuilder, "Taskmaster TM-3: movie ticketing, thumbs up or down on single turns."),
+        task_of(
+            OrdersBuilder,
+            "Embedded: structured coffee orders, simulated raters, known reward.",
+            gold_rewards,
+        ),
+        task_of(
+            CoffeeBuilder, "Taskmaster TM-4: coffee ordering, thumbs up or down on single turns."
+        ),
+        task_of(
+            TicketingBuilder, "Taskmaster TM-3: movie ticketing, thumbs up or down on single turns."
+        ),
         task_of(BothBuilder, "Taskmaster TM-4 and TM-3: the corpora of both, to train a base on."),
-        task_of(JsonlBuilder, "Your own rows: a JSON Lines file, or a folder with one for each split."),
+        task_of(
+            JsonlBuilder, "Your own rows: a JSON Lines file, or a folder with one for each split."
+        ),
     )
 }
 

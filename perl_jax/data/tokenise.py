@@ -30,7 +30,9 @@ class Encoder(Protocol):
         """Whether a prompt already is what the chat template makes."""
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
-        """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template. Returns None when the caller must cut the ids instead."""
+        """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template.
+        Returns None when the caller must cut the ids instead.
+        """
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a complete response, the token that ends the turn at the end."""
@@ -41,7 +43,9 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """Sequences of different lengths in one int32 array: row i is values[offsets[i]:offsets[i + 1]]."""
+    """Sequences of different lengths in one int32 array: row i is values[offsets[i]:offsets[i +
+    1]].
+    """
 
     values: np.ndarray
     offsets: np.ndarray
@@ -71,10 +75,12 @@ class TokenRows:
     responses: one Ragged, two for comparisons (chosen, rejected), none for prompts.
     numbers: float32 by field, for comparisons (`NUMBERS`), labels and ratings.
     truncated: how many prompts and responses were cut, for the log. cut: rows with anything cut.
-    templated: prompts that were cut with the chat template left whole. rendered: prompts that came rendered.
-    tails: of each response, how many of its last tokens are the template's tail, which no loss is taken
+    templated: prompts that were cut with the chat template left whole. rendered: prompts that came
+    rendered. tails: of each response, how many of its last tokens are the template's tail, which no
+    loss is taken
         over (`Tokenizer.tail_ids`); a response that was cut has none. Empty: no response has one.
-    equal: of each comparison, whether its two responses are the same tokens, cut as they are; None: these
+    equal: of each comparison, whether its two responses are the same tokens, cut as they are; None:
+    these
         are no comparisons. equal_uncut: comparisons that would be equal without a cut too.
     """
 
@@ -92,12 +98,19 @@ class TokenRows:
 
     @property
     def facts(self) -> dict[str, int]:
-        """Numbers of rows for the log and the report: all, cut ones, rendered prompts, pairs in no order."""
-        found = {"rows": len(self.prompts), "cut": self.cut} | {f"cut_{what}": number for what, number in self.truncated.items()}
+        """Numbers of rows for the log and the report: all, cut ones, rendered prompts, pairs in no
+        order.
+        """
+        found = {"rows": len(self.prompts), "cut": self.cut} | {
+            f"cut_{what}": number for what, number in self.truncated.items()
+        }
         if "prompts" in self.truncated:
             found |= {"cut_prompts_template_whole": self.templated, "rendered": self.rendered}
         if self.equal is not None:
-            found |= {"equal_pairs": self.equal_uncut, "equal_after_cutting": int(self.equal.sum()) - self.equal_uncut}
+            found |= {
+                "equal_pairs": self.equal_uncut,
+                "equal_after_cutting": int(self.equal.sum()) - self.equal_uncut,
+            }
         return found
 
     @property
@@ -125,7 +138,8 @@ RESPONSES = {
 def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]:
     """The last `limit` tokens of a prompt; a leading bos stays, before the last `limit - 1`.
 
-    The end is kept because it is what the response answers; a model trained with bos needs it first.
+    The end is kept because it is what the response answers; a model trained with bos needs it
+    first.
     """
     ids = list(ids)
     if len(ids) <= limit:
@@ -136,14 +150,18 @@ def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]
 
 
 class RowError(UserError):
-    """What is wrong with one row. index: its number in the source, from 0; reason: the sentence, without it."""
+    """What is wrong with one row. index: its number in the source, from 0; reason: the sentence,
+    without it.
+    """
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(f"Row {index + 1}: {reason}")
         self.index, self.reason = index, reason
 
 
-def encoded(rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], Any], field: str) -> list[Any]:
+def encoded(
+    rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], Any], field: str
+) -> list[Any]:
     """encode(text) of a field of every row; RowError for one that cannot be encoded."""
     found = []
     for index, row in enumerate(rows):
@@ -155,19 +173,26 @@ def encoded(rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], A
 
 
 def clip_response(ids: Sequence[int], limit: int) -> list[int]:
-    """The first `limit` tokens of a response: a longer one loses its eos, none is put in its place."""
+    """The first `limit` tokens of a response: a longer one loses its eos, none is put in its
+    place.
+    """
     return list(ids[:limit])
 
 
 def tokenise(
-    rows: Iterable[Mapping[str, str | float]], kind: str, encoder: Encoder, prompt_limit: int, response_limit: int
+    rows: Iterable[Mapping[str, str | float]],
+    kind: str,
+    encoder: Encoder,
+    prompt_limit: int,
+    response_limit: int,
 ) -> TokenRows:
     """Tokenises all rows of a kind once.
 
-    Prompts keep the end of their text (`Encoder.shortened_prompt`, `clip_prompt`), responses their first
-    tokens (`clip_response`), corpus texts their first prompt_limit + response_limit. A response that is
-    whole is followed by the template's tail, beyond response_limit. Every corpus token but the first is
-    a response token. RowError for a row that has no tokens to begin with, or cannot be encoded.
+    Prompts keep the end of their text (`Encoder.shortened_prompt`, `clip_prompt`), responses their
+    first tokens (`clip_response`), corpus texts their first prompt_limit + response_limit. A
+    response that is whole is followed by the template's tail, beyond response_limit. Every corpus
+    token but the first is a response token. RowError for a row that has no tokens to begin with, or
+    cannot be encoded.
     """
     one_of("kind", kind, RESPONSES)
     rows = list(rows)
@@ -181,7 +206,11 @@ def tokenise(
     prompts = encoded(rows, functools.partial(_prompt, encoder, prompt_limit), "prompt")
     empty = next((index for index, (ids, _) in enumerate(prompts) if not ids), None)
     if empty is not None:
-        raise RowError(empty, "the prompt has no tokens, and the tokenizer no bos to begin with; a response needs something before it.")
+        raise RowError(
+            empty,
+            "the prompt has no tokens, and the tokenizer no bos to begin with; a response needs "
+            "something before it.",
+        )
     cut_B = np.asarray([how is not None for _, how in prompts], bool)
     truncated, templated = {"prompts": int(cut_B.sum())}, sum(how == "text" for _, how in prompts)
     responses, tails, uncut = [], [], []
@@ -191,19 +220,43 @@ def tokenise(
         clipped = [clip_response(ids, response_limit) for ids in whole]
         ended_B = np.asarray([len(a) == len(b) for a, b in zip(whole, clipped, strict=True)], bool)
         truncated[field], cut_B = int((~ended_B).sum()), cut_B | ~ended_B
-        responses.append(Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended_B, strict=True)))
+        responses.append(
+            Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended_B, strict=True))
+        )
         tails.append(len(tail) * ended_B.astype(np.int64))
         uncut.append(whole)
-    numbers = {name: np.asarray([row.get(name, DEFAULTS.get(name)) for row in rows], np.float32) for name in KINDS[kind] if name in NUMBERS}
-    pairs = {} if kind != "comparisons" else {"equal": equal_rows(*responses), "equal_uncut": sum(map(operator.eq, *uncut))}
+    numbers = {
+        name: np.asarray([row.get(name, DEFAULTS.get(name)) for row in rows], np.float32)
+        for name in KINDS[kind]
+        if name in NUMBERS
+    }
+    pairs = (
+        {}
+        if kind != "comparisons"
+        else {"equal": equal_rows(*responses), "equal_uncut": sum(map(operator.eq, *uncut))}
+    )
     heads = Ragged.of(ids for ids, _ in prompts)
-    return TokenRows(kind, heads, tuple(responses), numbers, truncated, rendered, tuple(tails) if tail else (), int(cut_B.sum()), templated, **pairs)
+    return TokenRows(
+        kind,
+        heads,
+        tuple(responses),
+        numbers,
+        truncated,
+        rendered,
+        tuple(tails) if tail else (),
+        int(cut_B.sum()),
+        templated,
+        **pairs,
+    )
 
 
-def _prompt(encoder: Encoder, limit: int, text: str) -> tuple[list[int], Literal["text", "ids"] | None]:
+def _prompt(
+    encoder: Encoder, limit: int, text: str
+) -> tuple[list[int], Literal["text", "ids"] | None]:
     """Returns a prompt's ids, at most `limit`, and what was shortened for that.
 
-    "text": the text was shortened and the chat template is whole. "ids": ids were cut from the front. None: nothing was cut.
+    "text": the text was shortened and the chat template is whole. "ids": ids were cut from the
+    front. None: nothing was cut.
     """
     ids = encoder.prompt_ids(text)
     if len(ids) <= limit:
@@ -221,8 +274,12 @@ def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) 
     return sum(len(a) > len(b) for a, b in zip(whole, clipped, strict=True))
 
 
-def fill(sequences: Iterable[Sequence[np.ndarray]], columns: int, pad_id: int, *, left: bool = False):
-    """(tokens, valid), each [rows, columns], of sequences given as pieces to join; padded on one side."""
+def fill(
+    sequences: Iterable[Sequence[np.ndarray]], columns: int, pad_id: int, *, left: bool = False
+):
+    """(tokens, valid), each [rows, columns], of sequences given as pieces to join; padded on one
+    side.
+    """
     joined = [list(itertools.chain.from_iterable(pieces)) for pieces in sequences]
     tokens = np.full((len(joined), columns), pad_id, np.int32)
     valid = np.zeros((len(joined), columns), bool)

@@ -35,10 +35,15 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
         check(name, body)
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"Could not download {url} ({reason}); give a local copy (data_dir).") from error
+        raise UserError(
+            f"Could not download {url} ({reason}); give a local copy (data_dir)."
+        ) from error
     except ValueError as error:
         kind = "ZIP" if name.endswith(".zip") else "JSON"
-        raise UserError(f"{url} did not give valid {kind} ({error}); try again, or give a local copy (data_dir).") from error
+        raise UserError(
+            f"{url} did not give valid {kind} ({error}); try again, or give a local copy "
+            "(data_dir)."
+        ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".part-", dir=target.parent)
     with os.fdopen(handle, "wb") as file:
@@ -64,7 +69,10 @@ def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
     """The JSON files of a local copy's sub-folder, sorted. UserError when there are none."""
     path = pathlib.Path(data_dir).expanduser() / folder
     found = sorted(path.glob("*.json"))
-    require(bool(found), f"There are no .json files in {path}; data_dir must name a copy of the upstream folder.")
+    require(
+        bool(found),
+        f"There are no .json files in {path}; data_dir must name a copy of the upstream folder.",
+    )
     return found
 
 

@@ -31,13 +31,15 @@ from perl_jax.runtime.hosts import to_host
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfConfig(RewardOptions):
-    """Sample N responses to each prompt and keep the one that RL would be paid most for, its KL aside.
+    """Sample N responses to each prompt and keep the one that RL would be paid most for, its KL
+    aside.
 
-    The output is JSON Lines that `sft --data.task jsonl` can be trained on: `row` (the prompt's number
-    in its split, from 0), `prompt`, its `group` where it has one, `response`, `score`, `reward` (the score as shaping leaves it, by
-    which responses are chosen), `finished` (whether it ended within its room), and the means of these
-    over the N. Prompts whose best response is empty are left out, as nothing can be learned from it. A
-    summary over all prompts goes to standard error, with their number (`empty`).
+    The output is JSON Lines that `sft --data.task jsonl` can be trained on: `row` (the prompt's
+    number in its split, from 0), `prompt`, its `group` where it has one, `response`, `score`,
+    `reward` (the score as shaping leaves it, by which responses are chosen), `finished` (whether it
+    ended within its room), and the means of these over the N. Prompts whose best response is empty
+    are left out, as nothing can be learned from it. A summary over all prompts goes to standard
+    error, with their number (`empty`).
 
     Attributes:
         policy: The policy artefact to sample from; None: the base.
@@ -67,24 +69,36 @@ class BestOfConfig(RewardOptions):
         super().__post_init__()
         for field in ("n", "batch_size"):
             errors.whole(field, getattr(self, field))
-        require(self.batch_size % self.n == 0, f"batch_size is {self.batch_size} responses; it must be a multiple of n, {self.n}.")
+        require(
+            self.batch_size % self.n == 0,
+            f"batch_size is {self.batch_size} responses; it must be a multiple of n, {self.n}.",
+        )
         errors.positive("temperature", self.temperature)
         self.check_forward("best-of")
         errors.unread(self, ("data.packing",), "best-of", ("training",))
         if self.policy is None:
-            errors.unread(self, ("rollout.adapters",), "best-of without a policy", ("best-of with a policy",))
-        whitened = "shaping.whiten is over a batch of training, and the order of a prompt's samples needs none: leave it out."
+            errors.unread(
+                self, ("rollout.adapters",), "best-of without a policy", ("best-of with a policy",)
+            )
+        whitened = (
+            "shaping.whiten is over a batch of training, and the order of a prompt's "
+            "samples needs none: leave it out."
+        )
         require(not self.shaping.whiten, whitened)
         self.shaping.check_room(self.data.max_response_length)
 
 
 def kl_bound(n: int) -> float:
-    """KL(best of n || policy) <= log n - (n - 1) / n, for any reward (Beirami et al. 2024, arXiv 2401.01879)."""
+    """KL(best of n || policy) <= log n - (n - 1) / n, for any reward (Beirami et al. 2024, arXiv
+    2401.01879).
+    """
     return math.log(n) - (n - 1) / n
 
 
 def chosen(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The response with the highest reward, the first of equals; of each column its value and the mean of all."""
+    """The response with the highest reward, the first of equals; of each column its value and the
+    mean of all.
+    """
     best = int(np.argmax(columns["reward"]))
     row: dict[str, Any] = {"response": texts_G[best]}
     for name, values_G in columns.items():
@@ -98,7 +112,9 @@ def is_empty(row: Mapping[str, Any]) -> bool:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
-    """Means over prompts, of the best responses and (mean_) of all, and how many of the best are empty."""
+    """Means over prompts, of the best responses and (mean_) of all, and how many of the best are
+    empty.
+    """
     columns = [name for name in rows[0] if name not in ("row", "prompt", "group", "response")]
     names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
     means = {names.get(name, name): float(np.mean([row[name] for row in rows])) for name in columns}
@@ -106,19 +122,28 @@ def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
 
 
 def run_best_of(config: BestOfConfig) -> dict[str, float]:
-    """Writes the rows whose response is not empty; returns the `summary` of all. UserError if none is left."""
+    """Writes the rows whose response is not empty; returns the `summary` of all. UserError if none
+    is left.
+    """
     output = pathlib.Path(config.output).expanduser()
-    require(not hosts.agreed(output.exists()), f"{output} exists already; give --output a file that does not.")
+    require(
+        not hosts.agreed(output.exists()),
+        f"{output} exists already; give --output a file that does not.",
+    )
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
     rewards, records = scoring.load_rewards(model, config.reward)
-    batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size // config.n, None)
+    batches, rows = load_batches(
+        model, config.data, "prompts", config.split, config.batch_size // config.n, None
+    )
     noted(config.data, config.split, batches)
     task = get_task(config.data.task)
     shared = model.shared_prompts(config.batch_size, config.n)
-    sample = sample_program(model, config.data.max_response_length, config.temperature, config.rollout, shared)
+    sample = sample_program(
+        model, config.data.max_response_length, config.temperature, config.rollout, shared
+    )
     base = model.base if policy is None or policy.weights is None else None
     program = scoring.reward_program(model, records, config.combine) if records else None
     key = jax.random.key(config.seed)
@@ -128,12 +153,22 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             # For the terms filler prompts have the first row's text.
             repeated = batch.repeated(config.n)
             prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)
-            rollout = sample(base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index)))
+            rollout = sample(
+                base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index))
+            )
             score_B = to_host(scorer(rewards, rollout, np.maximum(repeated.row_B, 0))[0])
             rollout = to_host(rollout)
-            columns = {"score": score_B, "reward": to_host(shaped(config.shaping, config.data.max_response_length, score_B, rollout)), "finished": rollout.finished_B}
+            columns = {
+                "score": score_B,
+                "reward": to_host(
+                    shaped(config.shaping, config.data.max_response_length, score_B, rollout)
+                ),
+                "finished": rollout.finished_B,
+            }
             columns = {name: column_B.reshape(-1, config.n) for name, column_B in columns.items()}
-            texts_PG = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(-1, config.n)
+            texts_PG = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(
+                -1, config.n
+            )
             for place, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
                     source, texts_G = rows[row], texts_PG[place]
@@ -142,12 +177,22 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
                     measured = {name: column_PG[place] for name, column_PG in columns.items()}
                     if task.gold is not None:
                         measured["gold"] = task.gold([prompt] * config.n, list(texts_G))
-                    made[row] = {"row": row, "prompt": prompt, **({"group": group} if group else {}), **chosen(texts_G, measured)}
+                    made[row] = {
+                        "row": row,
+                        "prompt": prompt,
+                        **({"group": group} if group else {}),
+                        **chosen(texts_G, measured),
+                    }
     everything = [made[row] for row in sorted(made)]
     written = [row for row in everything if not is_empty(row)]
-    nothing = f"The best response is empty for all of the {len(everything)} prompts; there is nothing to write to {output}."
+    nothing = (
+        f"The best response is empty for all of the {len(everything)} prompts; there is "
+        f"nothing to write to {output}."
+    )
     require(bool(written), nothing)
     if hosts.is_writer():
         output.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+        files.write_atomically(
+            output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        )
     return summary(everything, config.n)

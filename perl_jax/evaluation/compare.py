@@ -1,4 +1,6 @@
-"""Comparing a policy with a baseline on held-out prompts: rewards, KL, lengths, win rate, samples."""
+"""Comparing a policy with a baseline on held-out prompts: rewards, KL, lengths, win rate,
+samples.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,15 @@ from perl_jax.runtime.programs import Program, SHAPES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RewardOptions):
-    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge; the reward (reward,
-    combine, reward_weight, terms) is the proxy to report: what the policy was trained for.
+    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge; the reward
+    (reward, combine, reward_weight, terms) is the proxy to report: what the policy was trained for.
 
     Attributes:
         run: The folder that evaluation.json and samples.jsonl go to.
         policy: The policy artefact.
         baseline: The policy artefact to compare with; None: the base.
-        judge: Reward artefacts whose mean score decides wins where the task has no gold reward; none:
+        judge: Reward artefacts whose mean score decides wins where the task has no gold reward;
+            none:
             the proxy itself, which flatters a policy trained on it.
         data: The prompts.
         split: The split the prompts are from.
@@ -83,8 +86,8 @@ class EvaluateConfig(RewardOptions):
 class Responses:
     """One policy's responses to all prompts, in the prompts' order.
 
-    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each prompt's
-    row (`data.store.group_of`); None: all prompts are independent.
+    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each
+    prompt's row (`data.store.group_of`); None: all prompts are independent.
     """
 
     texts: list[str]
@@ -97,12 +100,17 @@ class Responses:
 
 
 def logprob_program(model: Model, temperature: float, room: int) -> Program:
-    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where nothing is, as the model gives them.
+    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where
+    nothing is, as the model gives them.
 
     room: of the last `room` columns, where responses are; 0 before.
     """
-    logprobs = functools.partial(passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room)
-    return Program("logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh))
+    logprobs = functools.partial(
+        passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room
+    )
+    return Program(
+        "logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,25 +130,36 @@ class Evaluation:
     seed: int
 
 
-def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> tuple[Responses, list[str]]:
+def respond(
+    job: Evaluation, policy: Adapter | None, anchor: Adapter | None
+) -> tuple[Responses, list[str]]:
     """Samples a response to every prompt and measures it; also returns the prompts.
 
-    The KL is the mean of log pi - log pi_anchor over responses, both before top-k and top-p: those of the anchor
-    would make it infinite where the policy's differ from them.
+    The KL is the mean of log pi - log pi_anchor over responses, both before top-k and top-p: those
+    of the anchor would make it infinite where the policy's differ from them.
 
     Both policies of a comparison are sampled with the same keys, one a batch.
     """
     model = job.model
     texts: list[str] = []
     tokens: list[list[int]] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "finished", "kl", *job.raters)}
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("row", "finished", "kl", *job.raters)
+    }
     key = jax.random.key(job.seed)
     for index, batch in enumerate(job.batches):
-        rollout = job.sample(model.base, policy, sharding.put_batch(batch, model.mesh), jax.random.key_data(jax.random.fold_in(key, index)))
+        rollout = job.sample(
+            model.base,
+            policy,
+            sharding.put_batch(batch, model.mesh),
+            jax.random.key_data(jax.random.fold_in(key, index)),
+        )
         sequences = rollout.sequences
         own_BT = job.logprobs(model.base, policy, sequences)
         anchor_BT = own_BT if anchor is policy else job.logprobs(model.base, anchor, sequences)
-        columns["kl"].append(to_host(kl.sequence_kl(kl.k1(own_BT, anchor_BT), sequences.response_BT)))
+        columns["kl"].append(
+            to_host(kl.sequence_kl(kl.k1(own_BT, anchor_BT), sequences.response_BT))
+        )
         columns["row"].append(job.batches.rows_of(index))
         columns["finished"].append(to_host(rollout.finished_B))
         for name, (scorer, models) in job.raters.items():
@@ -153,7 +172,9 @@ def respond(job: Evaluation, policy: Adapter | None, anchor: Adapter | None) -> 
     order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
     prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]
     ordered = [texts[i] for i in order]
-    gold = None if job.task.gold is None else np.asarray(job.task.gold(prompts, ordered), np.float64)
+    gold = (
+        None if job.task.gold is None else np.asarray(job.task.gold(prompts, ordered), np.float64)
+    )
     responses = Responses(
         texts=ordered,
         tokens=[tokens[i] for i in order],
@@ -186,7 +207,8 @@ def describe(responses: Responses) -> dict[str, Any]:
 
 
 def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any]:
-    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known; intervals as in `describe`.
+    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known;
+    intervals as in `describe`.
 
     judge: `gold`, `judge` or `proxy`. A judge that scores prefers the first shown only where its
     score is strictly higher, so equal scores give one vote to each order: a tie.
@@ -197,18 +219,25 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
     wins = statistics.both_orders(a > b, b > a, policy.groups)
     out = {"win_rate": {**dataclasses.asdict(wins), "judge": judge}}
     if policy.gold is not None:
-        out["gold_gain"] = dataclasses.asdict(intervals.paired_bootstrap(policy.gold, baseline.gold, policy.groups))
+        out["gold_gain"] = dataclasses.asdict(
+            intervals.paired_bootstrap(policy.gold, baseline.gold, policy.groups)
+        )
     return out
 
 
-def sample_rows(prompts: Sequence[str], policy: Responses, baseline: Responses) -> list[dict[str, Any]]:
+def sample_rows(
+    prompts: Sequence[str], policy: Responses, baseline: Responses
+) -> list[dict[str, Any]]:
     """Prompt by prompt, both responses with their rewards, for `samples.jsonl`."""
 
     def cell(side: Responses, i: int) -> dict[str, Any]:
         gold = None if side.gold is None else float(side.gold[i])
         return {"text": side.texts[i], "gold": gold, "proxy": float(side.rewards["proxy"][i])}
 
-    return [{"prompt": prompt, "sft": cell(baseline, i), "rl": cell(policy, i)} for i, prompt in enumerate(prompts)]
+    return [
+        {"prompt": prompt, "sft": cell(baseline, i), "rl": cell(policy, i)}
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Prints) -> bool:
@@ -222,8 +251,8 @@ def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Prints
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     """Writes evaluation.json and samples.jsonl into the run's folder; returns the folder.
 
-    One that is there stays if it has the same settings and is of the same policies, base, rewards and
-    prompts: not only of the same paths.
+    One that is there stays if it has the same settings and is of the same policies, base, rewards
+    and prompts: not only of the same paths.
     """
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
@@ -235,12 +264,18 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     check_context(model, config.data)
     task = get_task(config.data.task)
     policy, _ = model.load_role(config.policy, "policy")
-    baseline = model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
-    batches, rows = load_batches(model, config.data, "prompts", config.split, config.batch_size, None)
+    baseline = (
+        model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
+    )
+    batches, rows = load_batches(
+        model, config.data, "prompts", config.split, config.batch_size, None
+    )
     facts = noted(config.data, config.split, batches)
     with contextlib.ExitStack() as stack:
 
-        def rater(folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float) -> tuple[Scorer, Mapping[str, Adapter]]:
+        def rater(
+            folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float
+        ) -> tuple[Scorer, Mapping[str, Adapter]]:
             models, records = scoring.load_rewards(model, folders)
             program = scoring.reward_program(model, records, combine) if records else None
             return stack.enter_context(Scorer(model, program, terms, weight, rows)), models
@@ -250,7 +285,9 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
             raters["judge"] = rater(config.judge, "mean", (), 1.0)
         job = Evaluation(
             model=model,
-            sample=sample_program(model, config.data.max_response_length, config.temperature, config.rollout),
+            sample=sample_program(
+                model, config.data.max_response_length, config.temperature, config.rollout
+            ),
             logprobs=logprob_program(model, config.temperature, config.data.max_response_length),
             raters=raters,
             batches=batches,
@@ -262,11 +299,22 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         ours, prompts = respond(job, policy, baseline)
         theirs, _ = respond(job, baseline, baseline)
     judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"
-    results = {"policies": {"sft": describe(theirs), "rl": describe(ours)}, **compare(ours, theirs, judge), "config": files.to_dict(config), "stands": now}
+    results = {
+        "policies": {"sft": describe(theirs), "rl": describe(ours)},
+        **compare(ours, theirs, judge),
+        "config": files.to_dict(config),
+        "stands": now,
+    }
     if hosts.is_writer():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
-            files.write_json(folder / "config.json", {"config": {"job": "evaluate", **files.to_dict(config)}, "environment": environment()})
+            files.write_json(
+                folder / "config.json",
+                {
+                    "config": {"job": "evaluate", **files.to_dict(config)},
+                    "environment": environment(),
+                },
+            )
         lines = [json.dumps(row) + "\n" for row in sample_rows(prompts, ours, theirs)]
         files.write_atomically(folder / "samples.jsonl", "".join(lines))
         # What the run's own job measured stays.

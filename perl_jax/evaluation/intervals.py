@@ -9,12 +9,14 @@ None makes every row a group of its own, which gives the ordinary interval:
 |---|---|---|
 | `mean_ci` | Student's t, of the group totals of deviations | mean +- t s / sqrt(n) |
 | `proportion` | Wilson's, of as many rows as the variance between groups is worth | Wilson's |
-| `bootstrap`, `bootstrap_mean`, `paired_bootstrap` | percentiles over samples of whole groups | Efron's bootstrap |
+| `bootstrap`, `bootstrap_mean`, `paired_bootstrap` | percentiles over samples of whole groups |
+Efron's bootstrap |
 
 One group tells nothing about how groups differ: the interval's ends are None. With few groups
-percentiles are too close (nominal 95 % covers 83 to 87 % with 6 groups, 90 to 93 % with 15), so they
-are moved outwards by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What teachers
-should know about the bootstrap", 5.3). `tests/evaluation/test_intervals.py` measures the coverage that is left.
+percentiles are too close (nominal 95 % covers 83 to 87 % with 6 groups, 90 to 93 % with 15), so
+they are moved outwards by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What
+teachers should know about the bootstrap", 5.3). `tests/evaluation/test_intervals.py` measures the
+coverage that is left.
 
 All arithmetic is float64. Every interval is two-sided with 95 % confidence unless told otherwise.
 """
@@ -31,7 +33,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    # Reward functions of experiments import this module in a process of their own, which has no need of JAX.
+    # Reward functions of experiments import this module in a process of their own, which has no
+    # need of JAX.
     from perl_jax.types import Array
 
 CONFIDENCE = 0.95
@@ -46,7 +49,8 @@ Groups = Sequence[Hashable] | np.ndarray | None
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value with its confidence interval; `low` and `high` are None where there are too few groups.
+    """A value with its confidence interval; `low` and `high` are None where there are too few
+    groups.
 
     n: rows. groups: how many independent groups these are; None where that is not known.
     """
@@ -80,7 +84,9 @@ def paired(
 
 
 def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
-    """The group of each of n rows as a number from 0, in order of appearance, and how many groups there are."""
+    """The group of each of n rows as a number from 0, in order of appearance, and how many groups
+    there are.
+    """
     if groups is None:
         return np.arange(n), n
     keys = groups.tolist() if isinstance(groups, np.ndarray) else list(groups)
@@ -93,8 +99,8 @@ def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
 def freedom(group_B: np.ndarray, w_B: np.ndarray | None = None) -> int:
     """Degrees of freedom of a variance between groups: those of as many groups of one size.
 
-    (sum W)^2 / sum W^2 - 1 of the groups' sizes, or weights, W, rounded down; at least 1. A few large groups
-    decide a mean, however many small ones are beside them.
+    (sum W)^2 / sum W^2 - 1 of the groups' sizes, or weights, W, rounded down; at least 1. A few
+    large groups decide a mean, however many small ones are beside them.
     """
     # A little more, because weights such as 1/3 do not add up exactly.
     return max(1, math.floor(_worth(np.bincount(group_B, w_B)) + 1e-6) - 1)
@@ -138,11 +144,15 @@ def t_quantile(confidence: float, freedom: int) -> float:
 # ---------------------------------------------------------------- means and shares
 
 
-def mean_ci(x: Array | Sequence[float], groups: Groups = None, confidence: float = CONFIDENCE) -> Estimate:
-    """The mean of all rows +- t sqrt(V), Student's t with the degrees of `freedom`: G - 1 for groups of one size.
+def mean_ci(
+    x: Array | Sequence[float], groups: Groups = None, confidence: float = CONFIDENCE
+) -> Estimate:
+    """The mean of all rows +- t sqrt(V), Student's t with the degrees of `freedom`: G - 1 for
+    groups of one size.
 
-    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2, the variance of the ratio of the groups'
-    sums to their sizes (Cochran 1977, 6.3), which is s^2 / n where every row is its own group.
+    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2, the variance of the ratio of the
+    groups' sums to their sizes (Cochran 1977, 6.3), which is s^2 / n where every row is its own
+    group.
     """
     x_B = vector("x", x)
     mean, n = float(x_B.mean()), x_B.size
@@ -180,19 +190,24 @@ def proportion(
     weights: Array | Sequence[float] | None = None,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Mean of outcomes in [0, 1] (1 yes, 0 no, 0.5 tie), by weights if given, with Wilson's interval.
+    """Mean of outcomes in [0, 1] (1 yes, 0 no, 0.5 tie), by weights if given, with Wilson's
+    interval.
 
     The interval is that of as many independent rows as the rows are worth:
 
     * every row its own group: (sum w)^2 / sum w^2 (Kish 1965), which is n without weights;
     * otherwise p (1 - p) / V, V as in `mean_ci` (with weights), times (z / t)^2 because V itself is
       estimated (Korn & Graubard 1998), and never more than the former;
-    * p is 0 or 1, where no row differs: one row a group, (sum W)^2 / sum W^2 of the groups' weights W.
+    * p is 0 or 1, where no row differs: one row a group, (sum W)^2 / sum W^2 of the groups' weights
+      W.
     """
     outcomes_B = vector("outcomes", outcomes)
     if outcomes_B.min() < 0 or outcomes_B.max() > 1:
         raise ValueError("outcomes must lie in [0, 1]")
-    outcomes_B, w_B = paired(("outcomes", outcomes_B), ("weights", np.ones_like(outcomes_B) if weights is None else weights))
+    outcomes_B, w_B = paired(
+        ("outcomes", outcomes_B),
+        ("weights", np.ones_like(outcomes_B) if weights is None else weights),
+    )
     if w_B.min() < 0 or not w_B.sum() > 0:
         raise ValueError("weights must be at least 0, and not all 0")
     share = min(1.0, float(np.sum(w_B * outcomes_B) / np.sum(w_B)))
@@ -202,11 +217,18 @@ def proportion(
         return Estimate(share, None, None, n, 1)
     rows = _worth(w_B)
     if count < n:
-        rows = min(rows, _worth_of_groups(outcomes_B - share, w_B, group_B, share * (1 - share), confidence))
-    return dataclasses.replace(wilson(share * rows, rows, confidence), value=share, n=n, groups=count)
+        rows = min(
+            rows,
+            _worth_of_groups(outcomes_B - share, w_B, group_B, share * (1 - share), confidence),
+        )
+    return dataclasses.replace(
+        wilson(share * rows, rows, confidence), value=share, n=n, groups=count
+    )
 
 
-def _worth_of_groups(deviations_B: np.ndarray, w_B: np.ndarray, group_B: np.ndarray, spread: float, confidence: float) -> float:
+def _worth_of_groups(
+    deviations_B: np.ndarray, w_B: np.ndarray, group_B: np.ndarray, spread: float, confidence: float
+) -> float:
     """How many independent rows of variance `spread` have a mean as uncertain as the groups' is."""
     count = int(group_B.max()) + 1
     if spread == 0:
@@ -221,12 +243,15 @@ def _worth_of_groups(deviations_B: np.ndarray, w_B: np.ndarray, group_B: np.ndar
 
 
 def draws(count: int, rows: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks [G, S] of how often each of `count` groups is in each of `samples` samples of as many (Efron 1979).
+    """Blocks [G, S] of how often each of `count` groups is in each of `samples` samples of as many
+    (Efron 1979).
 
     rows: of the data; a block is small enough to give each of them a weight.
     """
     block = max(1, _BLOCK // max(count, rows))
-    if samples * count <= _BLOCK:  # what is drawn again and again, such as for every measure of an evaluation
+    if (
+        samples * count <= _BLOCK
+    ):  # what is drawn again and again, such as for every measure of an evaluation
         whole_GS = _counts(count, samples, seed)
         yield from (whole_GS[:, start : start + block] for start in range(0, samples, block))
         return
@@ -245,14 +270,19 @@ def _counts(count: int, samples: int, seed: int) -> np.ndarray:
 def _counted(generator: np.random.Generator, count: int, samples: int) -> np.ndarray:
     """[count, samples] float64: how often each of `count` is in each sample of as many."""
     places = samples * generator.integers(0, count, (samples, count)) + np.arange(samples)[:, None]
-    return np.bincount(places.ravel(), minlength=samples * count).reshape(count, samples).astype(np.float64)
+    return (
+        np.bincount(places.ravel(), minlength=samples * count)
+        .reshape(count, samples)
+        .astype(np.float64)
+    )
 
 
 def percentiles(values: np.ndarray, degrees: int, confidence: float) -> tuple[float, float]:
-    """The interval that the bootstrap's values give, with percentiles for so many degrees of freedom.
+    """The interval that the bootstrap's values give, with percentiles for so many degrees of
+    freedom.
 
-    The lower one is Phi(-t sqrt((v + 1) / v)) with Student's t of v degrees, in the place of Phi(-z): for
-    a mean of v + 1 rows that is the t interval's width (Hesterberg 2015, 5.3).
+    The lower one is Phi(-t sqrt((v + 1) / v)) with Student's t of v degrees, in the place of
+    Phi(-z): for a mean of v + 1 rows that is the t interval's width (Hesterberg 2015, 5.3).
     """
     t = t_quantile(confidence, degrees)
     outside = statistics.NormalDist().cdf(-t * math.sqrt((degrees + 1) / degrees))
@@ -268,12 +298,14 @@ def bootstrap(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """A statistic of n rows with a percentile interval over samples of whole groups; one seed, one answer.
+    """A statistic of n rows with a percentile interval over samples of whole groups; one seed, one
+    answer.
 
     Args:
-        statistic: (weights [n, S]) -> [S]: the statistic with row i counted weights[i, s] times (0, 1, 2, ...),
-            NaN where it is not defined. Such samples are left out; where they are more than a tenth, the
-            interval's ends are None.
+        statistic: (weights [n, S]) -> [S]: the statistic with row i counted weights[i, s] times (0,
+            1, 2, ...),
+            NaN where it is not defined. Such samples are left out; where they are more than a
+            tenth, the interval's ends are None.
 
     Where every sample gives the same value the interval has no width.
     """
@@ -284,7 +316,9 @@ def bootstrap(
     value = float(statistic(np.ones((n, 1)))[0])
     if count == 1:
         return Estimate(value, None, None, n, 1)
-    values = np.concatenate([statistic(counts_GS[group_B]) for counts_GS in draws(count, n, samples, seed)])
+    values = np.concatenate(
+        [statistic(counts_GS[group_B]) for counts_GS in draws(count, n, samples, seed)]
+    )
     return _between(value, values, group_B, confidence)
 
 
@@ -305,8 +339,16 @@ def bootstrap_mean(
     if count == 1:
         return Estimate(mean, None, None, n, 1)
     # Deviations: a sample in which nothing differs gives the mean exactly.
-    sums_G, sizes_G = np.bincount(group_B, x_B - mean, count), np.bincount(group_B, minlength=count).astype(np.float64)
-    values = np.concatenate([mean + sums_G @ counts_GS / (sizes_G @ counts_GS) for counts_GS in draws(count, count, samples, seed)])
+    sums_G, sizes_G = (
+        np.bincount(group_B, x_B - mean, count),
+        np.bincount(group_B, minlength=count).astype(np.float64),
+    )
+    values = np.concatenate(
+        [
+            mean + sums_G @ counts_GS / (sizes_G @ counts_GS)
+            for counts_GS in draws(count, count, samples, seed)
+        ]
+    )
     return _between(mean, values, group_B, confidence)
 
 
@@ -318,7 +360,8 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Mean of a - b by `bootstrap_mean`: rows are drawn together, so what a and b share (the prompt) cancels.
+    """Mean of a - b by `bootstrap_mean`: rows are drawn together, so what a and b share (the
+    prompt) cancels.
 
     With outcomes in {0, 0.5, 1} ties count half.
     """

@@ -64,7 +64,9 @@ def measure_program(lm: LanguageModel, temperature: float) -> Program:
     return Program("measure", functools.partial(_measure, lm, temperature))
 
 
-def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens) -> tuple:
+def _measure(
+    lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens
+) -> tuple:
     logp_BT = passes.sequence_logprobs(lm, base, adapter, tokens, temperature)
     if adapter is None or adapter.head is None:
         return logp_BT, None
@@ -73,10 +75,18 @@ def _measure(lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """The input's rows with their log-probabilities and scores, in order."""
-    numbers, rows = zip(*numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True)
+    numbers, rows = zip(
+        *numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True
+    )
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
-    spec = BatchSpec(config.batch_size, config.max_prompt_length, config.max_response_length, shuffle_seed=None, epochs=1)
+    spec = BatchSpec(
+        config.batch_size,
+        config.max_prompt_length,
+        config.max_response_length,
+        shuffle_seed=None,
+        epochs=1,
+    )
     try:
         batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
     except RowError as error:
@@ -84,16 +94,24 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     if any(batches.truncated.values()):
         raise UserError(_first_too_long(config, model.tokenizer, rows))
     longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
-    require(longest <= room, f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.")
+    require(
+        longest <= room,
+        f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.",
+    )
     program = measure_program(model.lm, config.temperature)
     out: list[dict[str, Any]] = [dict(row) for row in rows]
     for index, batch in enumerate(batches):
-        logp_BT, score_B = to_host(program(model.base, adapter, sharding.put_batch(batch, model.mesh)))
+        logp_BT, score_B = to_host(
+            program(model.base, adapter, sharding.put_batch(batch, model.mesh))
+        )
         for i, row in enumerate(batches.rows_of(index)):
             if row < 0:
                 continue
             token_logprobs = logp_BT[i][batch.response_BT[i]]
-            out[row] |= {"token_logprobs": [float(x) for x in token_logprobs], "logprob": float(np.sum(token_logprobs, dtype=np.float64))}
+            out[row] |= {
+                "token_logprobs": [float(x) for x in token_logprobs],
+                "logprob": float(np.sum(token_logprobs, dtype=np.float64)),
+            }
             if score_B is not None:
                 normalise = record.normalise if record.role == "reward" else float
                 out[row]["score"] = float(normalise(float(score_B[i])))
@@ -103,11 +121,17 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
 def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
     """The sentence about the first row that would be cut."""
     for number, row in enumerate(rows, 1):
-        counts = {"prompt": len(tokenizer.prompt_ids(row["prompt"])), "response": len(tokenizer.response_ids(row["response"]))}
+        counts = {
+            "prompt": len(tokenizer.prompt_ids(row["prompt"])),
+            "response": len(tokenizer.response_ids(row["response"])),
+        }
         limits = {"prompt": config.max_prompt_length, "response": config.max_response_length}
         for field, limit in limits.items():
             if counts[field] > limit:
-                return f"{config.input}: the {field} of row {number} has {counts[field]} tokens; max_{field}_length is {limit}."
+                return (
+                    f"{config.input}: the {field} of row {number} has {counts[field]} tokens; "
+                    f"max_{field}_length is {limit}."
+                )
     raise ValueError("no row is too long")
 
 

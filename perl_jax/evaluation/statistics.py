@@ -15,7 +15,16 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from perl_jax.evaluation.intervals import Estimate, Groups, SAMPLES, bootstrap, group_numbers, paired, proportion, vector
+from perl_jax.evaluation.intervals import (
+    Estimate,
+    Groups,
+    SAMPLES,
+    bootstrap,
+    group_numbers,
+    paired,
+    proportion,
+    vector,
+)
 from perl_jax.types import Array
 
 
@@ -23,7 +32,8 @@ from perl_jax.types import Array
 class Bin:
     """One bin [low, high) of a reliability table: means of prediction and label over its n rows.
 
-    observed_low, observed_high: the interval of `observed`; None where the bin's rows are of one group.
+    observed_low, observed_high: the interval of `observed`; None where the bin's rows are of one
+    group.
     """
 
     low: float
@@ -38,7 +48,9 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-    """Counts of A against B; `rate` = (wins + ties / 2) / n with the interval of `intervals.proportion`."""
+    """Counts of A against B; `rate` = (wins + ties / 2) / n with the interval of
+    `intervals.proportion`.
+    """
 
     wins: int
     ties: int
@@ -94,7 +106,8 @@ def pairwise_accuracy(
     weights: Array | Sequence[float] | None = None,
     groups: Groups = None,
 ) -> Estimate:
-    """Share of pairs whose chosen response scores higher, ties as half; the interval of `proportion`.
+    """Share of pairs whose chosen response scores higher, ties as half; the interval of
+    `proportion`.
 
     A model that gives every response one score gets 0.5, not 0 or 1. With weights the share is
     sum w o / sum w. The pairs of one ranking are of one group.
@@ -139,12 +152,15 @@ def balanced_accuracy(
 
 
 def auc_estimate(
-    scores: Array | Sequence[float], labels: Array | Sequence[float], groups: Groups = None, samples: int = SAMPLES
+    scores: Array | Sequence[float],
+    labels: Array | Sequence[float],
+    groups: Groups = None,
+    samples: int = SAMPLES,
 ) -> Estimate:
     """`auc` with its interval, by `intervals.bootstrap`.
 
-    Without an interval where positives or negatives are of too few groups, and at 0 and 1, where every
-    sample agrees.
+    Without an interval where positives or negatives are of too few groups, and at 0 and 1, where
+    every sample agrees.
     """
     scores_B, labels_B = scored(scores, labels)
     areas = _weighted_auc(scores_B, labels_B)
@@ -158,10 +174,14 @@ def auc_difference(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """auc(scores) - auc(others) of the same rows, with its interval: the same groups are drawn for both."""
+    """auc(scores) - auc(others) of the same rows, with its interval: the same groups are drawn for
+    both.
+    """
     (scores_B, labels_B), (others_B, _) = scored(scores, labels), scored(others, labels)
     one, other = _weighted_auc(scores_B, labels_B), _weighted_auc(others_B, labels_B)
-    return bootstrap(lambda weights_BS: one(weights_BS) - other(weights_BS), labels_B.size, groups, samples)
+    return bootstrap(
+        lambda weights_BS: one(weights_BS) - other(weights_BS), labels_B.size, groups, samples
+    )
 
 
 def balanced_accuracy_estimate(
@@ -171,19 +191,30 @@ def balanced_accuracy_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """`balanced_accuracy` with its interval for this threshold, by `intervals.bootstrap`; like `auc_estimate`'s."""
+    """`balanced_accuracy` with its interval for this threshold, by `intervals.bootstrap`; like
+    `auc_estimate`'s.
+    """
     scores_B, labels_B = scored(scores, labels)
     right_B = ((scores_B >= threshold) == labels_B).astype(np.float64)
 
     def shares(weights_BS: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):  # a sample without a class is NaN
-            return sum(right_B[side_B] @ weights_BS[side_B] / weights_BS[side_B].sum(axis=0) for side_B in (labels_B, ~labels_B)) / 2
+            return (
+                sum(
+                    right_B[side_B] @ weights_BS[side_B] / weights_BS[side_B].sum(axis=0)
+                    for side_B in (labels_B, ~labels_B)
+                )
+                / 2
+            )
 
     return _inside(bootstrap(shares, labels_B.size, groups, samples))
 
 
 def correlation_estimate(
-    scores: Array | Sequence[float], truth: Array | Sequence[float], groups: Groups = None, samples: int = SAMPLES
+    scores: Array | Sequence[float],
+    truth: Array | Sequence[float],
+    groups: Groups = None,
+    samples: int = SAMPLES,
 ) -> Estimate:
     """`correlation` with its interval, by `intervals.bootstrap`; like `auc_estimate`'s."""
     x_B, y_B = paired(("scores", scores), ("truth", truth))
@@ -200,11 +231,16 @@ def correlation_estimate(
 
 
 def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """(weights [B, S]) -> [S]: `auc` with each row counted by its weight; NaN without both classes."""
+    """(weights [B, S]) -> [S]: `auc` with each row counted by its weight; NaN without both
+    classes.
+    """
     up_U, down_D = np.flatnonzero(labels_B), np.flatnonzero(~labels_B)
     down_D = down_D[np.argsort(scores_B[down_D], kind="stable")]
-    # How many negatives a positive is above, and how many it is not below: those beside it count half.
-    above_U, upto_U = (np.searchsorted(scores_B[down_D], scores_B[up_U], side) for side in ("left", "right"))
+    # How many negatives a positive is above, and how many it is not below: those beside it count
+    # half.
+    above_U, upto_U = (
+        np.searchsorted(scores_B[down_D], scores_B[up_U], side) for side in ("left", "right")
+    )
 
     def areas(weights_BS: np.ndarray) -> np.ndarray:
         up_US = weights_BS[up_U]
@@ -217,7 +253,9 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
 
 
 def _inside(found: Estimate, lowest: float = 0.0) -> Estimate:
-    """Without its interval at the ends of the measure's range, where samples of the rows cannot differ."""
+    """Without its interval at the ends of the measure's range, where samples of the rows cannot
+    differ.
+    """
     return found if lowest < found.value < 1 else dataclasses.replace(found, low=None, high=None)
 
 
@@ -287,7 +325,8 @@ def reliability(
 ) -> list[Bin]:
     """Mean prediction against mean label in equal-width bins of [0, 1]; empty bins are left out.
 
-    Bin i is [i / bins, (i + 1) / bins), the last one closed. Mean labels have the interval of `proportion`.
+    Bin i is [i / bins, (i + 1) / bins), the last one closed. Mean labels have the interval of
+    `proportion`.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
@@ -301,15 +340,25 @@ def reliability(
         if inside_B.any():
             observed = proportion(y_B[inside_B], group_B[inside_B])
             ends = float(edges[i]), float(edges[i + 1])
-            table.append(Bin(*ends, float(p_B[inside_B].mean()), observed.value, observed.n, observed.low, observed.high, observed.groups))
+            table.append(
+                Bin(
+                    *ends,
+                    float(p_B[inside_B].mean()),
+                    observed.value,
+                    observed.n,
+                    observed.low,
+                    observed.high,
+                    observed.groups,
+                )
+            )
     return table
 
 
 def expected_calibration_error(table: Sequence[Bin]) -> float:
     """sum_bins n / N |predicted - observed| (Naeini et al. 2015), of a reliability table.
 
-    It has no interval: noise in the bins only ever adds to it, and more so in samples of the rows, so
-    that their percentiles are not around it. The bins have intervals.
+    It has no interval: noise in the bins only ever adds to it, and more so in samples of the rows,
+    so that their percentiles are not around it. The bins have intervals.
     """
     total = sum(row.n for row in table)
     if not total:
@@ -346,13 +395,18 @@ def tally(outcomes: Array | Sequence[float], groups: Groups = None) -> WinRate:
 
 
 def win_rate(
-    score_a: Array | Sequence[float], score_b: Array | Sequence[float], tie_margin: float = 0.0, groups: Groups = None
+    score_a: Array | Sequence[float],
+    score_b: Array | Sequence[float],
+    tie_margin: float = 0.0,
+    groups: Groups = None,
 ) -> WinRate:
     """How often A's response to a prompt scores higher than B's; within the margin is a tie."""
     return tally(compare(score_a, score_b, tie_margin), groups)
 
 
-def both_orders(first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool], groups: Groups = None) -> WinRate:
+def both_orders(
+    first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool], groups: Groups = None
+) -> WinRate:
     """Win rate of A by a judge asked in both orders (PE-RLHF, arXiv 2403.10704, evaluation).
 
     first_ab: the judge, shown (A, B), preferred the first, A. first_ba: shown (B, A), it preferred

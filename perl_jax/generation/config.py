@@ -18,7 +18,8 @@ class RolloutConfig:
         slots: Responses that are decoded at a time; a finished one makes room for the next prompt's
             (continuous batching). None: the whole batch at once, until its longest response ends.
         cache: What keys and values are kept in; auto: the activations' dtype.
-        adapters: Applied to every token, merged into a copy of the base, or auto: merged where that is
+        adapters: Applied to every token, merged into a copy of the base, or auto: merged where that
+            is
             fewer operations and the base is float32.
         top_k: Sample from the k most likely tokens only; None: off. Not in RL.
         top_p: Sample from the fewest tokens with this probability in total; None: off. Not in RL.
@@ -38,7 +39,9 @@ class RolloutConfig:
         if self.top_k is not None:
             errors.whole("rollout.top_k", self.top_k)
         if self.top_p is not None:
-            errors.require(0 < self.top_p <= 1, f"rollout.top_p is {self.top_p!r}; it must lie in (0, 1].")
+            errors.require(
+                0 < self.top_p <= 1, f"rollout.top_p is {self.top_p!r}; it must lie in (0, 1]."
+            )
 
 
 # What does not read the options of a draw, and what does, for `errors.unread`.

@@ -53,20 +53,33 @@ def generate(config: GenerateConfig) -> list[str]:
     model = load_model(config)
     adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
     ids = model.tokenizer.prompt_ids(config.prompt)
-    require(bool(ids), f"The prompt {config.prompt!r} has no tokens, and {model.name} has no bos token to begin with; give a text to continue.")
+    require(
+        bool(ids),
+        f"The prompt {config.prompt!r} has no tokens, and {model.name} has no bos token to begin "
+        "with; give a text to continue.",
+    )
     room = model.lm.config.max_positions
     require(
         len(ids) + config.max_new_tokens <= room,
-        f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; {model.name} has {room} positions.",
+        f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; "
+        f"{model.name} has {room} positions.",
     )
-    sampler = sampling_config(model, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p)
-    prompts = Prompts(np.asarray([ids], np.int32), np.ones((1, len(ids)), bool), np.zeros(1, np.int32))
-    rollout = batch_sampler(model, sampler, config.samples)(model.base, adapter, prompts, jax.random.key_data(jax.random.key(config.seed)))
+    sampler = sampling_config(
+        model, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p
+    )
+    prompts = Prompts(
+        np.asarray([ids], np.int32), np.ones((1, len(ids)), bool), np.zeros(1, np.int32)
+    )
+    rollout = batch_sampler(model, sampler, config.samples)(
+        model.base, adapter, prompts, jax.random.key_data(jax.random.key(config.seed))
+    )
     sequences = to_host(rollout.sequences)
     # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []
     for ids_T, mask_T in zip(sequences.tokens_BT, sequences.response_BT):
         response = model.tokenizer.without_end(ids_T[mask_T])
         whole, prompt = model.tokenizer.text(ids + response), model.tokenizer.text(ids)
-        texts.append(whole[len(prompt) :] if whole.startswith(prompt) else model.tokenizer.text(response))
+        texts.append(
+            whole[len(prompt) :] if whole.startswith(prompt) else model.tokenizer.text(response)
+        )
     return texts

@@ -1,1 +1,3 @@
-"""Models as files: families' configs, weights, tokenizers, presets, PEFT's files, artefacts; a base in memory."""
+"""Models as files: families' configs, weights, tokenizers, presets, PEFT's files, artefacts; a base
+in memory.
+"""

@@ -25,7 +25,8 @@ from perl_jax.runtime.storage import changed_leaves, first_line, say_once
 RECORD = "artefact.json"
 
 
-# 2: fingerprints cover what changes the function, and the content has checksums. Format 1 had neither.
+# 2: fingerprints cover what changes the function, and the content has checksums. Format 1 had
+# neither.
 FORMAT = 2
 
 
@@ -39,8 +40,9 @@ class Record:
     role: policy, reward or value. base_name is for people, base_fingerprint decides. score_mean
     and score_std: a reward's normalisation, score = (raw - mean) / std; None on other roles.
     under: ranks of the frozen pairs beneath the adapter, by projection; None: there are none.
-    turn_end: the ids that ended a response's turn (`Tokenizer.turn_end_ids`); None: not stated, as before they were kept.
-    quantise: how the base was held in training; the fingerprint is that of its whole weights.
+    turn_end: the ids that ended a response's turn (`Tokenizer.turn_end_ids`); None: not stated, as
+    before they were kept. quantise: how the base was held in training; the fingerprint is that of
+    its whole weights.
     """
 
     role: Literal["policy", "reward", "value"]
@@ -70,7 +72,10 @@ class Record:
 
     def normalise(self, scores: Any) -> Any:
         """(raw - mean) / std."""
-        errors.require(self.score_mean is not None, f"The {self.role} artefact has no stored score normalisation.")
+        errors.require(
+            self.score_mean is not None,
+            f"The {self.role} artefact has no stored score normalisation.",
+        )
         return (scores - self.score_mean) / self.score_std
 
 
@@ -87,15 +92,17 @@ def record_of(adapter: Adapter, **values: Any) -> Record:
 
 
 def base_fingerprint(config: ModelConfig, weights: str) -> str:
-    """16 hex digits of a base: its weights' (`trees.fingerprint`) and what its config makes of them."""
+    """16 hex digits of a base: its weights' (`trees.fingerprint`) and what its config makes of
+    them.
+    """
     return files_lib.digest([weights, config.function])
 
 
 def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> None:
     """Writes `tree/` (Orbax) and `artefact.json`; the folder appears complete or not at all.
 
-    Of several processes each writes what only it has of the tree, one the rest; all return when it is there.
-    `artefact.json` has a digest of each leaf, as it is in memory, and one of itself.
+    Of several processes each writes what only it has of the tree, one the rest; all return when it
+    is there. `artefact.json` has a digest of each leaf, as it is in memory, and one of itself.
     """
     content = trees.digests(adapter)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -107,7 +114,9 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
         checkpointer.save((temporary / "tree").absolute(), adapter)
     if hosts.is_writer():
         values = dataclasses.replace(record, format=FORMAT)
-        files_lib.write_json(temporary / RECORD, files_lib.sealed({**files_lib.to_dict(values), "digests": content}))
+        files_lib.write_json(
+            temporary / RECORD, files_lib.sealed({**files_lib.to_dict(values), "digests": content})
+        )
         _put_in_place(temporary, folder)
     hosts.barrier("artefact written")
 
@@ -136,36 +145,73 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
     values = files_lib.read_json(path)
     errors.require(isinstance(values, dict), f"{path} does not hold a JSON object.")
     found = values.get("format")
-    errors.require(found in FORMATS, f"{path} has format {found!r}; this version reads formats {' and '.join(map(str, FORMATS))}.")
+    errors.require(
+        found in FORMATS,
+        f"{path} has format {found!r}; this version reads formats "
+        f"{' and '.join(map(str, FORMATS))}.",
+    )
     if found > 1:
-        errors.require(files_lib.is_whole(values), f"{path} is damaged: it does not have the checksum that it was written with.")
+        errors.require(
+            files_lib.is_whole(values),
+            f"{path} is damaged: it does not have the checksum that it was written with.",
+        )
         values.pop("checksum")
     content = values.pop("digests", None)
     return files_lib.from_dict(Record, values), content
 
 
 def content_of(folder: pathlib.Path) -> Any:
-    """A JSON value of all that an artefact holds, its record's numbers included; UserError where there is none."""
+    """A JSON value of all that an artefact holds, its record's numbers included; UserError where
+    there is none.
+    """
     record, content = _read_record(folder)
-    files = None if content is not None else {str(path.relative_to(folder)): files_lib.file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (
+        None
+        if content is not None
+        else {
+            str(path.relative_to(folder)): files_lib.file_hash(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+    )
     return [files_lib.to_dict(record), content, files]
 
 
 def abstract_adapter(
-    lm: LanguageModel, tuning: str, lora: LoRAConfig | None, has_head: bool, under: Mapping[str, int] | None = None
+    lm: LanguageModel,
+    tuning: str,
+    lora: LoRAConfig | None,
+    has_head: bool,
+    under: Mapping[str, int] | None = None,
 ) -> Adapter:
     """Shapes of a role's tree."""
     head = None
     if has_head:
-        head = {"kernel": jax.ShapeDtypeStruct((lm.config.width,), np.float32), "bias": jax.ShapeDtypeStruct((), np.float32)}
+        head = {
+            "kernel": jax.ShapeDtypeStruct((lm.config.width,), np.float32),
+            "bias": jax.ShapeDtypeStruct((), np.float32),
+        }
     if tuning == "full":
-        weights = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), lm.abstract_base())
+        weights = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), lm.abstract_base()
+        )
         return Adapter(weights=weights, head=head)
-    return Adapter(lora=lm.abstract_lora(lora), head=head, under=None if under is None else lm.abstract_under(under), config=lora)
+    return Adapter(
+        lora=lm.abstract_lora(lora),
+        head=head,
+        under=None if under is None else lm.abstract_under(under),
+        config=lora,
+    )
 
 
 def load_artefact(
-    folder: pathlib.Path, lm: LanguageModel, *, weights: str, base_name: str, role: str | None, shardings: Any = None
+    folder: pathlib.Path,
+    lm: LanguageModel,
+    *,
+    weights: str,
+    base_name: str,
+    role: str | None,
+    shardings: Any = None,
 ) -> tuple[Adapter, Record]:
     """The adapter (float32) and the record of a saved role.
 
@@ -181,16 +227,27 @@ def load_artefact(
         f"{folder} was trained on the base {record.base_name} ({record.base_fingerprint}), "
         f"not on {base_name} ({base}); give --model the base it belongs to.",
     )
-    errors.require(record.tuning == "full" or record.lora is not None, f"{folder / RECORD} says nothing of its adapter's size (lora).")
-    errors.require(role in (None, record.role), f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.")
-    errors.require(record.has_head or record.role == "policy", f"{folder} is a {record.role} artefact without its scalar head; it cannot score.")
+    errors.require(
+        record.tuning == "full" or record.lora is not None,
+        f"{folder / RECORD} says nothing of its adapter's size (lora).",
+    )
+    errors.require(
+        role in (None, record.role),
+        f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.",
+    )
+    errors.require(
+        record.has_head or record.role == "policy",
+        f"{folder} is a {record.role} artefact without its scalar head; it cannot score.",
+    )
     abstract = abstract_adapter(lm, record.tuning, record.lora, record.has_head, record.under)
     if shardings is not None:
         place = shardings(abstract)
     else:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = jax.tree.map(lambda _: device, abstract)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, place)
+    abstract = jax.tree.map(
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, place
+    )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             adapter = checkpointer.restore((folder / "tree").absolute(), abstract)
@@ -199,7 +256,11 @@ def load_artefact(
         if hosts.lost(error):
             raise
         say_once()
-        raise UserError(f"The tree in {folder} does not fit its {RECORD}, or is damaged: {first_line(error)}") from error
+        raise UserError(
+            f"The tree in {folder} does not fit its {RECORD}, or is damaged: {first_line(error)}"
+        ) from error
     changed = [] if content is None else changed_leaves(adapter, content)
-    errors.require(not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved.")
+    errors.require(
+        not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved."
+    )
     return adapter, record

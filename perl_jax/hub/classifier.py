@@ -1,4 +1,5 @@
-"""An exported head as transformers' sequence classifiers read it: their padding, and the token whose score they return.
+"""An exported head as transformers' sequence classifiers read it: their padding, and the token
+whose score they return.
 
 Such a classifier returns the logit at the rightmost token whose id is not `pad_token_id`. Padding
 must therefore have an id that no turn ends with, and the tokenizer and the config must agree on it.
@@ -19,32 +20,44 @@ from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.runtime import files
 
 # Of different lengths: a padded batch shows a disagreement about padding.
-_TURNS = (("Good tea, please", "yes"), ("Is the coffee fine?", "No, thanks. It was bad, and the tea was not good."), ("Hello", "Hi"))
+_TURNS = (
+    ("Good tea, please", "yes"),
+    ("Is the coffee fine?", "No, thanks. It was bad, and the tea was not good."),
+    ("Hello", "Hi"),
+)
 _LEGACY = "special_tokens_map.json"
 # Tokens and mask -> the score at each row's last real token.
 Scorer = Callable[[jax.Array, jax.Array], np.ndarray]
 
 
 def pad_id_of(tokenizer: Tokenizer) -> int:
-    """The id to pad with: the tokenizer's pad, unk or bos, or a special token of another use, that ends no turn.
+    """The id to pad with: the tokenizer's pad, unk or bos, or a special token of another use, that
+    ends no turn.
 
     UserError where every special token ends a turn.
     """
     inner = tokenizer.inner
     ends = {*tokenizer.stop_ids, *tokenizer.turn_end_ids}
-    # Read once: transformers makes the dictionary anew each time, which has thousands of tokens in Gemma 3's tokenizer.
+    # Read once: transformers makes the dictionary anew each time, which has thousands of tokens in
+    # Gemma 3's tokenizer.
     added = inner.added_tokens_decoder
     special = [index for index, token in sorted(added.items()) if token.special]
     # A token that is made for padding, but is not the tokenizer's pad, comes before other ones.
     special.sort(key=lambda index: "pad" not in added[index].content.lower())
     candidates = (inner.pad_token_id, inner.unk_token_id, inner.bos_token_id, *special)
     usable = [i for i in candidates if i is not None and i not in ends and i < tokenizer.vocab_size]
-    require(bool(usable), f"Every special token of {inner.name_or_path} ends a turn; a classifier could not tell padding from an end.")
+    require(
+        bool(usable),
+        f"Every special token of {inner.name_or_path} ends a turn; a classifier could not tell "
+        "padding from an end.",
+    )
     return usable[0]
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int) -> None:
-    """Writes the tokenizer's files, padding on the right with `pad_id`; the given tokenizer is left as it is."""
+    """Writes the tokenizer's files, padding on the right with `pad_id`; the given tokenizer is left
+    as it is.
+    """
     inner = copy.deepcopy(tokenizer.inner)
     inner.pad_token = inner.convert_ids_to_tokens(pad_id)
     inner.padding_side = "right"
@@ -59,24 +72,37 @@ def loader_note(tokenizer: Tokenizer, pad_id: int, offset: float, form: str) -> 
     """What somebody who loads the folder has to know, in one line."""
     where = "load the base with num_labels=1 and" if form == "peft" else "config.json has"
     ends = "".join(tokenizer.inner.convert_ids_to_tokens(list(tokenizer.stop_part)))
-    whole = "render the whole turn with the chat template" if tokenizer.chat is not None else f"end each text with {ends}"
+    whole = (
+        "render the whole turn with the chat template"
+        if tokenizer.chat is not None
+        else f"end each text with {ends}"
+    )
     added = f", add {offset:.6g} to the logit" if offset else ""
     return f"{where} pad_token_id={pad_id}, pad with the folder's tokenizer, {whole}{added}"
 
 
 def check_padded(
-    folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int, positions: int, expected: Scorer, found: Scorer, allowed: float
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    pad_id: int,
+    positions: int,
+    expected: Scorer,
+    found: Scorer,
+    allowed: float,
 ) -> None:
     """Scores a padded batch of texts as a classifier does, and compares.
 
     The folder's own tokenizer encodes and pads. `found` (the model as written) is read at the
     rightmost token whose id is not `pad_id`, `expected` (the role) at the true last token.
-    positions: how many the model has. allowed: the difference, as a share of the largest score (of 1 if that is smaller).
-    UserError where tokens, positions or scores differ.
+    positions: how many the model has. allowed: the difference, as a share of the largest score (of
+    1 if that is smaller). UserError where tokens, positions or scores differ.
     """
     inner = read_back(folder, tokenizer).inner
     rows = [_whole_turn(tokenizer, *turn) for turn in _TURNS]
-    require(inner.pad_token_id is not None, "The tokenizer that was written has no pad token. Nothing was kept.")
+    require(
+        inner.pad_token_id is not None,
+        "The tokenizer that was written has no pad token. Nothing was kept.",
+    )
     # A model with few positions reads the ends, which are what is in question.
     rows = [row[-positions:] for row in rows]
     ids_BT = np.asarray(inner.pad({"input_ids": rows}, padding_side="right")["input_ids"])
@@ -86,22 +112,36 @@ def check_padded(
     upto = lambda last_B: jnp.asarray(np.arange(ids_BT.shape[1]) <= last_B[:, None])
     tokens_BT = jnp.asarray(ids_BT, jnp.int32)
     there_B, true_score_B = found(tokens_BT, upto(read_B)), expected(tokens_BT, upto(true_B))
-    close_B = np.abs(there_B - true_score_B) <= allowed * max(1.0, float(np.abs(true_score_B).max()))
+    close_B = np.abs(there_B - true_score_B) <= allowed * max(
+        1.0, float(np.abs(true_score_B).max())
+    )
     for row in np.flatnonzero((read_B != true_B) | ~close_B):
         name = lambda column: repr(inner.convert_ids_to_tokens(int(ids_BT[row, column])))
         require(
             False,
-            f"A classifier would read the score {there_B[row]:.4g} at token {read_B[row]} ({name(read_B[row])}) of a padded text, for {true_score_B[row]:.4g} at its last token {true_B[row]} ({name(true_B[row])}): "
-            f"the tokenizer pads with id {inner.pad_token_id}, the classifier's pad_token_id is {pad_id}. Nothing was kept.",
+            f"A classifier would read the score {there_B[row]:.4g} at token {read_B[row]} "
+            f"({name(read_B[row])}) of a padded text, for {true_score_B[row]:.4g} at its last "
+            f"token {true_B[row]} ({name(true_B[row])}): "
+            f"the tokenizer pads with id {inner.pad_token_id}, the classifier's pad_token_id is "
+            f"{pad_id}. Nothing was kept.",
         )
 
 
 def read_back(folder: pathlib.Path, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer in a folder; UserError unless it writes and encodes whole turns as the given one."""
+    """The tokenizer in a folder; UserError unless it writes and encodes whole turns as the given
+    one.
+    """
     date = {} if tokenizer.chat is None else {"date": tokenizer.chat.date.isoformat()}
-    again = Tokenizer(Tokenizer.load(folder, tokenizer.vocab_size, **date).inner, tokenizer.stop_ids, tokenizer.vocab_size, **date)
+    again = Tokenizer(
+        Tokenizer.load(folder, tokenizer.vocab_size, **date).inner,
+        tokenizer.stop_ids,
+        tokenizer.vocab_size,
+        **date,
+    )
     same = all(_whole_turn(again, *turn) == _whole_turn(tokenizer, *turn) for turn in _TURNS)
-    require(same, "The tokenizer that was written does not encode as the model's own. Nothing was kept.")
+    require(
+        same, "The tokenizer that was written does not encode as the model's own. Nothing was kept."
+    )
     return again
 
 

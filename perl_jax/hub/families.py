@@ -2,8 +2,9 @@
 
 One table entry a family says which fields of its `config.json` are read. Every other field must be
 one that cannot change the numbers, or off (null, false, 0, empty): anything else is an error that
-names it, so that no checkpoint is quietly run as another model. Fields that cannot change the numbers
-and that transformers does not write by itself are `leftovers`, for the reader to be told of.
+names it, so that no checkpoint is quietly run as another model. Fields that cannot change the
+numbers and that transformers does not write by itself are `leftovers`, for the reader to be told
+of.
 """
 
 from __future__ import annotations
@@ -21,14 +22,51 @@ from perl_jax.runtime import files
 
 Settings = dict[str, Any]
 
-_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_SHARED = {*_SHAPE, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"}
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_SHARED = {
+    *_SHAPE,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+}
 _ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
 # Fields that transformers writes into most files and that say nothing of the function computed.
 _NO_EFFECT = {
-    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type"),
-    *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "cache_implementation"),
+    *(
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+    ),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "unk_token_id",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+    ),
+    *(
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "cache_implementation",
+    ),
     # Of the original training's layout; transformers' models do not read it.
     "pretraining_tp",
     *("task_specific_params", "is_encoder_decoder"),
@@ -37,15 +75,65 @@ _NO_EFFECT = {
 # function computed, beside every field that begins with an underscore or with one of these words.
 _LEFTOVERS = {
     # Where a model came from, and how it was trained.
-    *("is_llama_config", "neftune_noise_alpha", "gradient_checkpointing", "use_reentrant_checkpointing", "use_bfloat16", "model_name"),
-    *("transformers.js_config", "auto_map", "tokenizer_class", "finetuning_task", "tokenizer_model_max_length", "tokenizer_padding_side"),
-    *("max_sequence_length", "max_seq_length", "model_max_length", "attn_implementation", "output_past"),
+    *(
+        "is_llama_config",
+        "neftune_noise_alpha",
+        "gradient_checkpointing",
+        "use_reentrant_checkpointing",
+        "use_bfloat16",
+        "model_name",
+    ),
+    *(
+        "transformers.js_config",
+        "auto_map",
+        "tokenizer_class",
+        "finetuning_task",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+    ),
+    *(
+        "max_sequence_length",
+        "max_seq_length",
+        "model_max_length",
+        "attn_implementation",
+        "output_past",
+    ),
     *("torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder"),
     # How to generate.
-    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
-    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "num_return_sequences"),
-    *("encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
-    *("forced_eos_token_id", "decoder_start_token_id", "exponential_decay_length_penalty", "remove_invalid_values", "output_scores"),
+    *(
+        "max_length",
+        "min_length",
+        "max_new_tokens",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+    ),
+    *(
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "num_return_sequences",
+    ),
+    *(
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+    ),
+    *(
+        "forced_eos_token_id",
+        "decoder_start_token_id",
+        "exponential_decay_length_penalty",
+        "remove_invalid_values",
+        "output_scores",
+    ),
     *("return_dict_in_generate", "prefix"),
 }
 _LEFTOVER_BEGINNINGS = ("_", "unsloth_")
@@ -84,7 +172,11 @@ def _mistral(values: Any) -> Settings:
 def _smollm3(values: Any) -> Settings:
     # The list is 1 where a layer has rotary positions.
     unrotated = tuple(index for index, rotated in enumerate(values.no_rope_layers) if not rotated)
-    return {"biases": _biases(values), "unrotated": unrotated, **_windows(values, values.use_sliding_window)}
+    return {
+        "biases": _biases(values),
+        "unrotated": unrotated,
+        **_windows(values, values.use_sliding_window),
+    }
 
 
 def _qwen2(values: Any) -> Settings:
@@ -92,7 +184,11 @@ def _qwen2(values: Any) -> Settings:
 
 
 def _qwen3(values: Any) -> Settings:
-    return {"biases": _biases(values), "qk_norm": True, **_windows(values, values.use_sliding_window)}
+    return {
+        "biases": _biases(values),
+        "qk_norm": True,
+        **_windows(values, values.use_sliding_window),
+    }
 
 
 def _gemma(values: Any) -> Settings:
@@ -115,18 +211,34 @@ def _gemma3(values: Any) -> Settings:
 
 _WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 _BIASES = {"attention_bias", "mlp_bias"}
-_GEMMA = {"sliding_window", "layer_types", "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+_GEMMA = {
+    "sliding_window",
+    "layer_types",
+    "attention_bias",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}
 _GEMMA3 = {*_GEMMA, "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(frozenset({*_BIASES, "hidden_act"}), _llama),
     "mistral": Family(frozenset({"sliding_window", "hidden_act"}), _mistral),
-    "smollm3": Family(frozenset({*_BIASES, *_WINDOWS, "hidden_act", "no_rope_layers", "no_rope_layer_interval"}), _smollm3),
+    "smollm3": Family(
+        frozenset({*_BIASES, *_WINDOWS, "hidden_act", "no_rope_layers", "no_rope_layer_interval"}),
+        _smollm3,
+    ),
     "qwen2": Family(frozenset({*_WINDOWS, "hidden_act"}), _qwen2),
     "qwen3": Family(frozenset({*_WINDOWS, "attention_bias", "hidden_act"}), _qwen3),
     # Gemma 2's files say hidden_act beside hidden_activation, and sliding_window_size beside
     # sliding_window; only the latter of each is used.
-    "gemma2": Family(frozenset({*_GEMMA, "hidden_activation", "hidden_act", "sliding_window_size"}), _gemma),
-    "gemma3_text": Family(frozenset({*_GEMMA3, "hidden_activation"}), _gemma3, frozenset({"vocab_size", "num_attention_heads"})),
+    "gemma2": Family(
+        frozenset({*_GEMMA, "hidden_activation", "hidden_act", "sliding_window_size"}), _gemma
+    ),
+    "gemma3_text": Family(
+        frozenset({*_GEMMA3, "hidden_activation"}),
+        _gemma3,
+        frozenset({"vocab_size", "num_attention_heads"}),
+    ),
 }
 
 
@@ -138,7 +250,11 @@ def _biases(values: Any) -> tuple[str, ...]:
 def _windows(values: Any, used: bool) -> Settings:
     kinds = values.layer_types
     known = {"full_attention", "sliding_attention"}
-    require(set(kinds) <= known, f"config.json has layer_types {sorted(set(kinds) - known)}; supported: {', '.join(sorted(known))}.")
+    require(
+        set(kinds) <= known,
+        f"config.json has layer_types {sorted(set(kinds) - known)}; supported: "
+        f"{', '.join(sorted(known))}.",
+    )
     windowed = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
     if not used or not windowed:
         return {}
@@ -149,12 +265,29 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
     kind = found.get("rope_type", "default")
     scalings = {"default": "none", "linear": "linear", "llama3": "llama3"}
     require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
-    known = {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    known = {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    }
     partial = found.get("partial_rotary_factor", 1.0)
-    require(partial == 1.0, f"{source} has partial_rotary_factor {partial!r}; only 1.0 is supported.")
-    unknown = sorted(name for name in set(found) - known - {"partial_rotary_factor"} if found[name] is not None)
+    require(
+        partial == 1.0, f"{source} has partial_rotary_factor {partial!r}; only 1.0 is supported."
+    )
+    unknown = sorted(
+        name for name in set(found) - known - {"partial_rotary_factor"} if found[name] is not None
+    )
     require(not unknown, f"{source} has rope setting {', '.join(unknown)}, which is not supported.")
-    names = {"theta": "rope_theta", "factor": "factor", "low_factor": "low_freq_factor", "high_factor": "high_freq_factor"}
+    names = {
+        "theta": "rope_theta",
+        "factor": "factor",
+        "low_factor": "low_freq_factor",
+        "high_factor": "high_freq_factor",
+    }
     names["original_positions"] = "original_max_position_embeddings"
     if kind != "llama3":
         names = {"theta": "rope_theta"} | ({"factor": "factor"} if kind == "linear" else {})
@@ -181,31 +314,57 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     kind = raw.get("model_type")
     text = raw.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
-    text_alone = f"; its text model ({inner}) can be used where it is saved alone" if inner in FAMILIES else ""
-    require(kind in FAMILIES, f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}.")
+    text_alone = (
+        f"; its text model ({inner}) can be used where it is saved alone"
+        if inner in FAMILIES
+        else ""
+    )
+    require(
+        kind in FAMILIES,
+        f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}.",
+    )
     family = FAMILIES[kind]
     for field in _SHAPE:
-        require(raw.get(field) is not None or field in family.implied, f"{source} has no field {field!r}.")
+        require(
+            raw.get(field) is not None or field in family.implied,
+            f"{source} has no field {field!r}.",
+        )
     for field, allowed in _ONLY.items():
         found = raw.get(field, allowed)
-        require(found == allowed or not found and not allowed, f"{source} has {field} {found!r}; only {allowed!r} is supported.")
+        require(
+            found == allowed or not found and not allowed,
+            f"{source} has {field} {found!r}; only {allowed!r} is supported.",
+        )
     read = _SHARED | _ROPE | set(_ONLY) | family.reads
-    unknown = sorted(field for field in _set(raw) if field not in read | _NO_EFFECT and not _is_leftover(field))
+    unknown = sorted(
+        field for field in _set(raw) if field not in read | _NO_EFFECT and not _is_leftover(field)
+    )
     require(
         not unknown,
-        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which {kind} is not known to have here; "
+        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which {kind} "
+        "is not known to have here; "
         "running without it could change the numbers. If it cannot, take it out of the file.",
     )
-    values = _resolved(source, kind, {field: value for field, value in raw.items() if field in read})
+    values = _resolved(
+        source, kind, {field: value for field, value in raw.items() if field in read}
+    )
     gated = "hidden_activation" in family.reads
     activation = values.hidden_activation if gated else values.hidden_act
     field = "hidden_activation" if gated else "hidden_act"
-    require(activation in _ACTIVATIONS, f"{source} has {field} {activation!r}; supported: {', '.join(_ACTIVATIONS)}.")
+    require(
+        activation in _ACTIVATIONS,
+        f"{source} has {field} {activation!r}; supported: {', '.join(_ACTIVATIONS)}.",
+    )
     ropes = values.rope_parameters
     local = None
     if "full_attention" in ropes:
         ropes, local = ropes["full_attention"], _rope(source, ropes["sliding_attention"])
-    settings = {"rope": _rope(source, ropes), "local_rope": local, "activation": _ACTIVATIONS[activation], **family.settings(values)}
+    settings = {
+        "rope": _rope(source, ropes),
+        "local_rope": local,
+        "activation": _ACTIVATIONS[activation],
+        **family.settings(values),
+    }
     heads = values.num_attention_heads
     return ModelConfig(
         vocab_size=values.vocab_size,
@@ -224,7 +383,8 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
 
 
 def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
-    """Fields that a folder's `config.json` sets and that neither transformers nor this package reads, by name.
+    """Fields that a folder's `config.json` sets and that neither transformers nor this package
+    reads, by name.
 
     None of them can change the numbers; a field that could is an error of `from_json`.
     """
@@ -242,11 +402,17 @@ def _set(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
-    """transformers' config object: it knows older spellings of fields and each family's defaults."""
+    """transformers' config object: it knows older spellings of fields and each family's
+    defaults.
+    """
     from transformers import AutoConfig
 
     # A null where the class has a default means the default, except where null is itself a setting.
-    given = {name: value for name, value in raw.items() if value is not None or name in ("sliding_window",) or "softcapping" in name}
+    given = {
+        name: value
+        for name, value in raw.items()
+        if value is not None or name in ("sliding_window",) or "softcapping" in name
+    }
     try:
         # Copied: the class fills in nested settings in place.
         return AutoConfig.for_model(kind, **copy.deepcopy(given))
@@ -258,11 +424,29 @@ def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
 
 def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
     """The `config.json` that transformers reads for a decoder trained here (the Llama family)."""
-    shape = ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_dim", "max_positions", "norm_epsilon", "tied_embeddings")
+    shape = (
+        "vocab_size",
+        "width",
+        "ffn_width",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "max_positions",
+        "norm_epsilon",
+        "tied_embeddings",
+    )
     computing = ("dtype", "param_dtype", "remat", "unroll", "attention")
-    values, default = dataclasses.asdict(config), {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    values, default = (
+        dataclasses.asdict(config),
+        {field.name: field.default for field in dataclasses.fields(ModelConfig)},
+    )
     default["rope"] = dataclasses.asdict(Rope(theta=config.rope.theta))
-    others = [name for name in values if name not in (*shape, *computing) and values[name] != default[name]]
+    others = [
+        name
+        for name in values
+        if name not in (*shape, *computing) and values[name] != default[name]
+    ]
     if others:
         raise ValueError(f"a Llama config.json cannot say model.{others[0]}={values[others[0]]!r}")
     return {

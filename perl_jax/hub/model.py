@@ -56,7 +56,9 @@ class Model:
         return artefacts.base_fingerprint(self.lm.config, self.weights_fingerprint)
 
     def adapter_shardings(self, abstract: Tree) -> Tree:
-        """Where a role or a whole train state lives: full weights like the base, adapters as chosen, the rest replicated."""
+        """Where a role or a whole train state lives: full weights like the base, adapters as
+        chosen, the rest replicated.
+        """
         placed = {f"weights/{name}": place for name, place in self.lm.base_shardings().items()}
         if self.shard_adapters:
             placed |= {f"lora/{name}": place for name, place in self.lm.lora_shardings().items()}
@@ -67,8 +69,14 @@ class Model:
         return jax.device_put(tree, self.adapter_shardings(tree))
 
     def relieved(self, roles: Iterable[Adapter]) -> Model:
-        """This model without its base, where every role has weights of its own and none reads it."""
-        return dataclasses.replace(self, base=None) if all(role.weights is not None for role in roles) else self
+        """This model without its base, where every role has weights of its own and none reads
+        it.
+        """
+        return (
+            dataclasses.replace(self, base=None)
+            if all(role.weights is not None for role in roles)
+            else self
+        )
 
     @property
     def row_parts(self) -> int:
@@ -76,14 +84,24 @@ class Model:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def shared_prompts(self, rows: int, samples: int) -> int:
-        """How many samples of a prompt read one copy of it: all, where whole groups divide over the mesh's rows."""
+        """How many samples of a prompt read one copy of it: all, where whole groups divide over the
+        mesh's rows.
+        """
         return samples if rows % (samples * self.row_parts) == 0 else 1
 
     def packs(self, packing: str) -> bool:
         """Whether batches are packed (`DataConfig.packing`)."""
         return packing == "on" or packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu")
 
-    def record(self, role: str, adapter: Adapter, *, step: int = 0, metrics: dict[str, Any] | None = None, **more: Any) -> Record:
+    def record(
+        self,
+        role: str,
+        adapter: Adapter,
+        *,
+        step: int = 0,
+        metrics: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> Record:
         """What an artefact of a role on this base says of itself."""
         return artefacts.record_of(
             adapter,
@@ -98,22 +116,36 @@ class Model:
             **more,
         )
 
-    def load_role(self, folder: str | pathlib.Path, role: str | None = None) -> tuple[Adapter, Record]:
-        """An artefact of this base; refused by name when it belongs to another base or, where asked, role."""
+    def load_role(
+        self, folder: str | pathlib.Path, role: str | None = None
+    ) -> tuple[Adapter, Record]:
+        """An artefact of this base; refused by name when it belongs to another base or, where
+        asked, role.
+        """
         adapter, record = artefacts.load_artefact(
-            pathlib.Path(folder), self.lm, weights=self.weights_fingerprint, base_name=self.name, role=role, shardings=self.adapter_shardings
+            pathlib.Path(folder),
+            self.lm,
+            weights=self.weights_fingerprint,
+            base_name=self.name,
+            role=role,
+            shardings=self.adapter_shardings,
         )
-        known = self.tokenizer.first_fingerprint if record.format == 1 else self.tokenizer.fingerprint
+        known = (
+            self.tokenizer.first_fingerprint if record.format == 1 else self.tokenizer.fingerprint
+        )
         require(
             record.tokenizer_fingerprint == known,
-            f"{folder} was trained with another tokenizer or chat template than that of {self.name}; give the folder, the template and the template date it was trained with.",
+            f"{folder} was trained with another tokenizer or chat template than that of "
+            f"{self.name}; give the folder, the template and the template date it was trained "
+            "with.",
         )
         check_turn_end(folder, record, self.tokenizer)
         return adapter, record
 
 
 def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokenizer) -> None:
-    """Refuses a reward that was trained with another end of a turn: its scores would be read at a token it never saw there.
+    """Refuses a reward that was trained with another end of a turn: its scores would be read at a
+    token it never saw there.
 
     Artefacts that state none are of versions that ended every turn with eos.
     """
@@ -123,7 +155,8 @@ def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokeni
     shown = lambda ids: repr(tokenizer.inner.decode(list(ids)))
     require(
         meant == now,
-        f"{folder} learned its scores where a turn ends with {shown(meant)}; with this tokenizer and template a turn ends with {shown(now)}: "
+        f"{folder} learned its scores where a turn ends with {shown(meant)}; with this tokenizer "
+        f"and template a turn ends with {shown(now)}: "
         "give the --data.template that it was trained with, or train or import it anew.",
     )
 
@@ -141,7 +174,15 @@ def load_model(options: ModelOptions) -> Model:
         return quantise_leaf(name, leaf, options.quantise)
 
     base = hf_checkpoint.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
-    return Model(str(options.model), lm, base, tokenizer, trees.joined_marks(marks), options.quantise, options.mesh.adapters == "sharded")
+    return Model(
+        str(options.model),
+        lm,
+        base,
+        tokenizer,
+        trees.joined_marks(marks),
+        options.quantise,
+        options.mesh.adapters == "sharded",
+    )
 
 
 def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
@@ -150,13 +191,23 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
     Says on standard error which fields of its config.json are passed over.
     """
     if (unread := families.leftovers(folder)) and hosts.is_writer():
-        print(f"{folder / 'config.json'}: these fields do not change the numbers and are not read: {', '.join(unread)}.", file=sys.stderr)
-    config = families.read_config(folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat)
+        print(
+            f"{folder / 'config.json'}: these fields do not change the numbers and are not read: "
+            f"{', '.join(unread)}.",
+            file=sys.stderr,
+        )
+    config = families.read_config(
+        folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat
+    )
     mesh = sharding.make_mesh(options.mesh)
     template, date = template_of(options)
     tokenizer = Tokenizer.load(folder, config.vocab_size, template, date)
     asked = date == DATE or (tokenizer.chat is not None and tokenizer.chat.uses_date)
-    require(asked, f"template_date is {date!r}, which no chat template of {options.model} asks for; leave it out.")
+    require(
+        asked,
+        f"template_date is {date!r}, which no chat template of {options.model} asks for; leave it "
+        "out.",
+    )
     return LanguageModel(for_devices(config, mesh, options.attention), mesh), tokenizer
 
 
@@ -174,39 +225,65 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
     path = _choice(config, mesh).path if attention == "auto" else attention
     if platform_of(mesh) != "cpu":
         return dataclasses.replace(config, attention=path)
-    require(attention in ("auto", "plain", "blocked"), f"attention is {attention!r}; on a CPU it must be auto, plain or blocked.")
-    return dataclasses.replace(config, unroll=config.layers if config.layers <= _SHALLOW else 1, attention=path)
+    require(
+        attention in ("auto", "plain", "blocked"),
+        f"attention is {attention!r}; on a CPU it must be auto, plain or blocked.",
+    )
+    return dataclasses.replace(
+        config, unroll=config.layers if config.layers <= _SHALLOW else 1, attention=path
+    )
 
 
 def _choice(config: ModelConfig, mesh: Mesh) -> kernels.Choice:
-    return kernels.choose(platform_of(mesh), config, getattr(mesh.devices.flat[0], "compute_capability", None), mesh.size)
+    return kernels.choose(
+        platform_of(mesh),
+        config,
+        getattr(mesh.devices.flat[0], "compute_capability", None),
+        mesh.size,
+    )
 
 
 def attention_paths(lm: LanguageModel) -> dict[str, str]:
-    """How attention is computed, and why: `training` (whole sequences, in scoring too) and `sampling`."""
+    """How attention is computed, and why: `training` (whole sequences, in scoring too) and
+    `sampling`.
+    """
     path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
     whole = f"{path} ({why if path == best else '--attention asks for it'})"
-    sampling = f"prompts {path}, then plain over the cache (one query a row, for which no kernel is needed)"
+    sampling = (
+        f"prompts {path}, then plain over the cache (one query a row, for which no kernel "
+        "is needed)"
+    )
     if local := len(lm.config.windowed):
-        sampling += f", which holds {lm.config.window} tokens in {local} of {lm.config.layers} layers"
+        sampling += (
+            f", which holds {lm.config.window} tokens in {local} of {lm.config.layers} layers"
+        )
     return {"training": whole, "sampling": sampling}
 
 
 def say_attention(job: str, lm: LanguageModel) -> None:
     """Prints the attention paths: one line, of the process that writes."""
     if hosts.is_writer():
-        print(f"{job}: attention: " + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items()) + ".", file=sys.stderr, flush=True)
+        print(
+            f"{job}: attention: "
+            + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items())
+            + ".",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def weights_program(lm: LanguageModel) -> Program:
-    """A base -> the role that full tuning starts from, its weights where the base's are (`full_weights`)."""
+    """A base -> the role that full tuning starts from, its weights where the base's are
+    (`full_weights`).
+    """
     return Program("full_weights", full_weights, out_shardings=Adapter(weights=_base_places(lm)))
 
 
 def merge_program(lm: LanguageModel) -> Program:
     """(base, adapter) -> a copy of the base with the adapter in it, where the base is.
 
-    Op by op, layers would be taken out of a leaf that is split over devices, each whole onto one of them.
+    Op by op, layers would be taken out of a leaf that is split over devices, each whole onto one of
+    them.
     """
     return Program("merged", lora.merge, out_shardings=_base_places(lm))
 
@@ -222,9 +299,11 @@ class ModelOptions:
     Attributes:
         model: A local Hugging Face folder or a hub name.
         dtype: Of the frozen base and of activations.
-        remat: What the backward pass computes again (less memory, more time): none, dots (all but the
+        remat: What the backward pass computes again (less memory, more time): none, dots (all but
+            the
             products with weights) or full (whole layers).
-        attention: Which path whole sequences take: auto is splash on TPUs, cudnn on GPUs where it can be,
+        attention: Which path whole sequences take: auto is splash on TPUs, cudnn on GPUs where it
+            can be,
             and XLA's own operations elsewhere: blocked (queries in blocks) on one CPU device and on
             GPUs, plain on several CPU devices. A run prints the path and why it is taken.
         quantise: Keep the frozen base's matrices in 8 or 4 bits.
@@ -245,7 +324,6 @@ class ModelOptions:
         errors.one_of("dtype", self.dtype, config.DTYPES)
         errors.one_of("remat", self.remat, REMAT)
         errors.one_of("attention", self.attention, ("auto", *ATTENTION))
-
 
     def check_forward(self, command: str) -> None:
         """UserError for options of the backward pass in a command that has none."""

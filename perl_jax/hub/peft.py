@@ -25,7 +25,11 @@ from perl_jax.runtime import trees
 
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + "score.weight"
-_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_PARTS = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
 # Settings under which PEFT computes something that an Adapter here cannot; each with its off value.
 _ONLY_VALUE = {
     "bias": "none",
@@ -46,10 +50,43 @@ _ONLY_VALUE = {
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 # Read, or of no effect on a loaded adapter's output.
 _KNOWN = {
-    *("peft_type", "task_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("lora_dropout", "modules_to_save", "layers_to_transform", "layers_pattern", "init_lora_weights", "base_model_name_or_path"),
-    *("revision", "inference_mode", "peft_version", "auto_mapping", "exclude_modules", "megatron_config", "megatron_core"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying", "runtime_config"),
+    *(
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+    ),
+    *(
+        "lora_dropout",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "base_model_name_or_path",
+    ),
+    *(
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "auto_mapping",
+        "exclude_modules",
+        "megatron_config",
+        "megatron_core",
+    ),
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "runtime_config",
+    ),
 }
 
 
@@ -68,20 +105,31 @@ def _linears(config: ModelConfig) -> dict[str, _Linear]:
     for name, leaf in trees.named_leaves(LanguageModel(config).abstract_base()).items():
         path = name.removesuffix("/kernel")
         if path != name:
-            out[path.rpartition("/")[2]] = _Linear(path, names[path.removeprefix("layers/")], leaf.shape[1:])
+            out[path.rpartition("/")[2]] = _Linear(
+                path, names[path.removeprefix("layers/")], leaf.shape[1:]
+            )
     return {name: out[name] for name in LINEAR}
 
 
-def to_peft(adapter: Adapter, config: ModelConfig, base_name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(adapter_config.json, tensors) of a LoRA role; a head becomes `score.weight`, without its bias.
+def to_peft(
+    adapter: Adapter, config: ModelConfig, base_name: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(adapter_config.json, tensors) of a LoRA role; a head becomes `score.weight`, without its
+    bias.
 
     Frozen pairs beneath (PiSSA, stacked adapters) are joined with the trained one into one pair of
     their summed rank: PEFT then needs no changed base.
     """
-    require(adapter.lora is not None, "A fully tuned role has no adapter; export it with --format merged.")
+    require(
+        adapter.lora is not None,
+        "A fully tuned role has no adapter; export it with --format merged.",
+    )
     if adapter.under is not None:
         adapter = lora_lib.average([adapter], [1.0], config.layers)
-    lora, modules = adapter.config, {name: linear.module for name, linear in _linears(config).items()}
+    lora, modules = (
+        adapter.config,
+        {name: linear.module for name, linear in _linears(config).items()},
+    )
     tensors = {}
     for name, leaf in trees.named_leaves(adapter.lora).items():
         _, _, projection, part = name.split("/")
@@ -94,8 +142,12 @@ def to_peft(adapter: Adapter, config: ModelConfig, base_name: str) -> tuple[dict
         "base_model_name_or_path": base_name,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "rank_pattern": {modules[p]: lora.rank_of(p) for p in lora.projections if lora.rank_of(p) != lora.rank},
-        "alpha_pattern": {modules[p]: lora.alpha_of(p) for p in lora.projections if lora.alpha_of(p) != lora.alpha},
+        "rank_pattern": {
+            modules[p]: lora.rank_of(p) for p in lora.projections if lora.rank_of(p) != lora.rank
+        },
+        "alpha_pattern": {
+            modules[p]: lora.alpha_of(p) for p in lora.projections if lora.alpha_of(p) != lora.alpha
+        },
         "target_modules": [modules[p].rpartition(".")[2] for p in lora.projections],
         "use_rslora": lora.rank_stabilised,
         "use_dora": lora.dora,
@@ -124,7 +176,9 @@ class _Pair:
     scale: float
 
 
-def from_peft(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Adapter:
+def from_peft(
+    values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
+) -> Adapter:
     """The role that PEFT's files describe, for a base of `config`.
 
     Ranks and scales that are the same in every layer become the LoRAConfig's; where they differ
@@ -136,49 +190,87 @@ def from_peft(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], conf
     projections = [p for p in LINEAR if any(target == p for _, target in pairs)]
     layers = sorted({index for index, _ in pairs})
     dora = bool(values.get("use_dora"))
-    require(not dora or len(pairs) == len(projections) * len(layers), "This DoRA adapter sits on different modules in different layers.")
+    require(
+        not dora or len(pairs) == len(projections) * len(layers),
+        "This DoRA adapter sits on different modules in different layers.",
+    )
     even = len(pairs) == len(projections) * len(layers)
     for projection in projections:
         found = [pair for (_, target), pair in pairs.items() if target == projection]
         even = even and len({(pair.a.shape[1], pair.scale) for pair in found}) == 1
-    ranks = {p: max(pair.a.shape[1] for (_, target), pair in pairs.items() if target == p) for p in projections}
+    ranks = {
+        p: max(pair.a.shape[1] for (_, target), pair in pairs.items() if target == p)
+        for p in projections
+    }
     if even:
         scales = {p: pairs[layers[0], p].scale for p in projections}
         stabilised = bool(values.get("use_rslora"))
-        alphas = {p: scales[p] * (math.sqrt(ranks[p]) if stabilised else ranks[p]) for p in projections}
+        alphas = {
+            p: scales[p] * (math.sqrt(ranks[p]) if stabilised else ranks[p]) for p in projections
+        }
     else:
-        scales, stabilised, alphas = dict.fromkeys(projections, 1.0), False, {p: float(r) for p, r in ranks.items()}
+        scales, stabilised, alphas = (
+            dict.fromkeys(projections, 1.0),
+            False,
+            {p: float(r) for p, r in ranks.items()},
+        )
     lora = _lora_config(values, projections, ranks, alphas, stabilised, layers, config)
     tree: dict = {}
     linears = _linears(config)
     for projection in projections:
-        stacked = [_padded(pairs.get((index, projection)), ranks[projection], scales[projection]) for index in layers]
+        stacked = [
+            _padded(pairs.get((index, projection)), ranks[projection], scales[projection])
+            for index in layers
+        ]
         missing = next((parts for parts in stacked if parts is not None), None)
-        stacked = [parts if parts is not None else {k: np.zeros_like(v) for k, v in missing.items()} for parts in stacked]
+        stacked = [
+            parts if parts is not None else {k: np.zeros_like(v) for k, v in missing.items()}
+            for parts in stacked
+        ]
         for part in stacked[0]:
-            trees.insert(tree, f"{linears[projection].path}/{part}", jnp.asarray(np.stack([parts[part] for parts in stacked])))
+            trees.insert(
+                tree,
+                f"{linears[projection].path}/{part}",
+                jnp.asarray(np.stack([parts[part] for parts in stacked])),
+            )
     return Adapter(lora=tree, head=head, config=lora)
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
     where = "adapter_config.json"
-    require(values.get("peft_type") == "LORA", f"{where} has peft_type {values.get('peft_type')!r}; only 'LORA' is supported.")
+    require(
+        values.get("peft_type") == "LORA",
+        f"{where} has peft_type {values.get('peft_type')!r}; only 'LORA' is supported.",
+    )
     for field, allowed in _ONLY_VALUE.items():
         found = values.get(field, allowed)
-        require(not found or found == allowed, f"{where} has {field} {found!r}; only {allowed!r} is supported.")
-    unknown = sorted(name for name, value in values.items() if name not in _KNOWN and name not in _ONLY_VALUE and value)
-    require(not unknown, f"{where} sets {', '.join(unknown)}, which is not known here and could change the numbers.")
+        require(
+            not found or found == allowed,
+            f"{where} has {field} {found!r}; only {allowed!r} is supported.",
+        )
+    unknown = sorted(
+        name
+        for name, value in values.items()
+        if name not in _KNOWN and name not in _ONLY_VALUE and value
+    )
+    require(
+        not unknown,
+        f"{where} sets {', '.join(unknown)}, which is not known here and could change the numbers.",
+    )
     begun = values.get("init_lora_weights", True)
     changed = isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING)
     require(
         not changed,
-        f"{where} has init_lora_weights {begun!r}, which changes the base's weights; save it with PEFT's path_initial_model_for_weight_conversion.",
+        f"{where} has init_lora_weights {begun!r}, which changes the base's weights; save it with "
+        "PEFT's path_initial_model_for_weight_conversion.",
     )
     saved = set(values.get("modules_to_save") or ()) - {"score", "classifier"}
     require(not saved, f"{where} has modules_to_save {sorted(saved)}; only 'score' is supported.")
 
 
-def _pairs(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[dict[tuple[int, str], _Pair], dict | None]:
+def _pairs(
+    values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
+) -> tuple[dict[tuple[int, str], _Pair], dict | None]:
     """Every adapted module's pair by (layer, projection), and the head."""
     linears = _linears(config)
     projections = {linear.module: name for name, linear in linears.items()}
@@ -186,30 +278,56 @@ def _pairs(values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config:
     found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     head, unknown = None, []
     for name, array in tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.([a-z_.]+?)\.({'|'.join(map(re.escape, parts))})", name)
+        match = re.fullmatch(
+            rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.([a-z_.]+?)\.({'|'.join(map(re.escape, parts))})",
+            name,
+        )
         if name == _HEAD and array.shape == (1, config.width):
-            head = {"kernel": jnp.asarray(array[0], jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+            head = {
+                "kernel": jnp.asarray(array[0], jnp.float32),
+                "bias": jnp.zeros((), jnp.float32),
+            }
         elif match and match[2] in projections and int(match[1]) < config.layers:
-            found.setdefault((int(match[1]), projections[match[2]]), {})[parts[match[3]]] = np.asarray(array, np.float32).T
+            found.setdefault((int(match[1]), projections[match[2]]), {})[parts[match[3]]] = (
+                np.asarray(array, np.float32).T
+            )
         else:
             unknown.append(name)
-    require(not unknown, f"adapter_model.safetensors has tensors that have no place in this base: {', '.join(sorted(unknown))}.")
+    require(
+        not unknown,
+        "adapter_model.safetensors has tensors that have no place in this base: "
+        f"{', '.join(sorted(unknown))}.",
+    )
     require(bool(found), "adapter_model.safetensors holds no LoRA pair.")
     pairs, problems = {}, []
     for (index, projection), leaves in sorted(found.items()):
         wanted = {"lora_a", "lora_b"} | ({"magnitude"} if values.get("use_dora") else set())
-        module, (width, features) = f"layers.{index}.{linears[projection].module}", linears[projection].shape
+        module, (width, features) = (
+            f"layers.{index}.{linears[projection].module}",
+            linears[projection].shape,
+        )
         if set(leaves) != wanted:
-            problems.append(f"{module} has {', '.join(sorted(leaves))} where {', '.join(sorted(wanted))} belong")
+            problems.append(
+                f"{module} has {', '.join(sorted(leaves))} where {', '.join(sorted(wanted))} belong"
+            )
             continue
         a, b, magnitude = leaves["lora_a"], leaves["lora_b"], leaves.get("magnitude")
-        if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (width, features) or a.shape[1] != b.shape[0]:
-            problems.append(f"{module} has A {a.shape} and B {b.shape} for a weight {(width, features)}")
+        if (
+            a.ndim != 2
+            or b.ndim != 2
+            or (a.shape[0], b.shape[1]) != (width, features)
+            or a.shape[1] != b.shape[0]
+        ):
+            problems.append(
+                f"{module} has A {a.shape} and B {b.shape} for a weight {(width, features)}"
+            )
             continue
         if magnitude is not None and magnitude.shape != (features,):
             problems.append(f"{module} has magnitudes {magnitude.shape} for {features} outputs")
             continue
-        alpha = _by_pattern(values.get("alpha_pattern"), f"model.{module}", values.get("lora_alpha", 8))
+        alpha = _by_pattern(
+            values.get("alpha_pattern"), f"model.{module}", values.get("lora_alpha", 8)
+        )
         rank = a.shape[1]
         scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
         pairs[index, projection] = _Pair(a, b, magnitude, scale)
@@ -226,11 +344,22 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def _lora_config(
-    values: Mapping[str, Any], projections: list[str], ranks: dict[str, int], alphas: dict[str, float], stabilised: bool, layers: list[int], config: ModelConfig
+    values: Mapping[str, Any],
+    projections: list[str],
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    stabilised: bool,
+    layers: list[int],
+    config: ModelConfig,
 ) -> LoRAConfig:
     # The most common value is the general one, the others are exceptions.
-    rank, alpha = (max(sorted(set(found.values())), key=list(found.values()).count) for found in (ranks, alphas))
-    others = lambda found, general: ",".join(f"{p}={value:g}" for p, value in found.items() if value != general)
+    rank, alpha = (
+        max(sorted(set(found.values())), key=list(found.values()).count)
+        for found in (ranks, alphas)
+    )
+    others = lambda found, general: ",".join(
+        f"{p}={value:g}" for p, value in found.items() if value != general
+    )
     return LoRAConfig(
         rank=rank,
         alpha=float(alpha),
@@ -249,5 +378,8 @@ def _padded(pair: _Pair | None, rank: int, scale: float) -> dict[str, np.ndarray
     if pair is None:
         return None
     room = rank - pair.a.shape[1]
-    out = {"lora_a": np.pad(pair.a, ((0, 0), (0, room))), "lora_b": np.pad(pair.b * np.float32(pair.scale / scale), ((0, room), (0, 0)))}
+    out = {
+        "lora_a": np.pad(pair.a, ((0, 0), (0, room))),
+        "lora_b": np.pad(pair.b * np.float32(pair.scale / scale), ((0, room), (0, 0))),
+    }
     return out if pair.magnitude is None else out | {"magnitude": pair.magnitude}

@@ -89,7 +89,14 @@ _QWEN3: Settings = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
 _QWEN3_TIED: Settings = _QWEN3 | {"tie_word_embeddings": True}
-_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def _shaped(family: Settings, *shape: int, **more: Any) -> Settings:
@@ -119,7 +126,9 @@ PRESETS: Mapping[str, Settings] = {
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """The ModelConfig of a known model, with some of its fields changed; UserError lists the names."""
+    """The ModelConfig of a known model, with some of its fields changed; UserError lists the
+    names.
+    """
     errors.one_of("preset", name, PRESETS)
     return dataclasses.replace(families.from_json(PRESETS[name], f"preset {name}"), **overrides)
 
@@ -127,11 +136,15 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 def model_config(model: str, **overrides: Any) -> ModelConfig:
     """A preset by its name, else a local Hugging Face folder's; overrides: fields of ModelConfig.
 
-    Only `config.json` is read, so the folder needs no weights. A preset's name comes before a folder
-    that is called the same; write `./NAME` for that one.
+    Only `config.json` is read, so the folder needs no weights. A preset's name comes before a
+    folder that is called the same; write `./NAME` for that one.
     """
     if model in PRESETS:
         return preset(model, **overrides)
     folder = pathlib.Path(model).expanduser()
-    errors.require(folder.is_dir(), f"model is {model!r}; it must be a folder with a config.json or one of {', '.join(PRESETS)}.")
+    errors.require(
+        folder.is_dir(),
+        f"model is {model!r}; it must be a folder with a config.json or one of "
+        f"{', '.join(PRESETS)}.",
+    )
     return dataclasses.replace(families.read_config(folder), **overrides)

@@ -1,6 +1,8 @@
-"""Jinja templates rendered in a sandbox that counts their steps: one that does not end is an error, not a hang.
+"""Jinja templates rendered in a sandbox that counts their steps: one that does not end is an error,
+not a hang.
 
-A rendering equals that of transformers' `apply_chat_template`, with the caller's date in the place of today's.
+A rendering equals that of transformers' `apply_chat_template`, with the caller's date in the place
+of today's.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-# Of one rendering: turns of loops, calls, and items that filters read. A chat template takes a few hundred.
+# Of one rendering: turns of loops, calls, and items that filters read. A chat template takes a few
+# hundred.
 STEPS = 100_000
 # Characters of any text that a rendering makes.
 _LONGEST = 10_000_000
@@ -29,7 +32,8 @@ class Endless(Exception):
 
 
 class Template:
-    """A parsed chat template. jinja2.TemplateError (and whatever a template's own operations raise) where it does not parse.
+    """A parsed chat template. jinja2.TemplateError (and whatever a template's own operations raise)
+    where it does not parse.
 
     date: what the template's `strftime_now` formats.
     """
@@ -43,7 +47,9 @@ class Template:
             joined.nodes = [_filtered(part, _BOUNDED) for part in joined.nodes]
         tree.set_environment(self._environment)
         code = self._environment.compile(tree)
-        self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
+        self._template = jinja2.Template.from_code(
+            self._environment, code, self._environment.make_globals(None)
+        )
 
     def render(self, **variables: Any) -> str:
         """The template's text. Endless where it goes on for too long."""
@@ -57,12 +63,19 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**"))
 
     def __init__(self, date: datetime.date) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+        )
         self.steps = 0
         self.filters["tojson"] = _as_json
         self.filters = {name: _counting(self, function) for name, function in self.filters.items()}
         self.filters |= {_COUNTED: _counted, _BOUNDED: _bounded}
-        self.globals |= {"raise_exception": _raise, "strftime_now": date.strftime, "namespace": _Namespace, "dict": _dictionary}
+        self.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": date.strftime,
+            "namespace": _Namespace,
+            "dict": _dictionary,
+        }
 
     def take(self, steps: int) -> None:
         """Counts steps. Endless beyond the limit."""
@@ -70,7 +83,9 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         if self.steps > STEPS:
             raise Endless
 
-    def call(self, context: Context, function: Any, /, *arguments: Any, **named: Any) -> Any:  # `self` may be one of the names
+    def call(
+        self, context: Context, function: Any, /, *arguments: Any, **named: Any
+    ) -> Any:  # `self` may be one of the names
         """Every call of a template: functions, methods and its own macros."""
         self.take(1 + _size(getattr(function, "__self__", None)))
         found = super().call(context, function, *arguments, **named)
@@ -80,7 +95,9 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Computes `+`, `*` or `**`; refuses a result that would be too long, before it is made."""
         if operator == "**":
-            bits = left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+            bits = (
+                left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+            )
             _check_length(bits)
         elif operator == "*":
             for text, times in ((left, right), (right, left)):
@@ -92,13 +109,17 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, by which trainers mark what the assistant wrote; here its content alone."""
+    """`{% generation %}`, by which trainers mark what the assistant wrote; here its content
+    alone.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 class _Namespace(Namespace):
@@ -129,9 +150,17 @@ def _raise(message: Any) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-def _as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:

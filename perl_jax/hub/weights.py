@@ -50,7 +50,8 @@ def find_model(model: str) -> pathlib.Path:
         return path
     errors.require(
         not path.is_absolute() and not model.startswith("."),
-        f"There is no model folder {path}; --model takes a folder with config.json and safetensors, or a hub name.",
+        f"There is no model folder {path}; --model takes a folder with config.json and "
+        "safetensors, or a hub name.",
     )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
@@ -58,10 +59,14 @@ def find_model(model: str) -> pathlib.Path:
     name, _, revision = model.partition("@")
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        return pathlib.Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return pathlib.Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model} is neither a local folder nor a model the hub can give: {reason}") from error
+        raise UserError(
+            f"{model} is neither a local folder nor a model the hub can give: {reason}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,9 @@ def load_base(
     beside the base's. finish(name, leaf): what to keep of a leaf (its quantised form, say), called
     before the next one is read. Leaves take `config.param_dtype`.
     Every file's header is checked before anything is read: missing, extra, wrongly shaped and
-    unreadable tensors are one error. Weights then go piece by piece from disk to their place, and each
-    process reads only its devices' parts: beyond what the devices hold, the host holds a few pieces.
+    unreadable tensors are one error. Weights then go piece by piece from disk to their place, and
+    each process reads only its devices' parts: beyond what the devices hold, the host holds a few
+    pieces.
     """
     files = {name: stored for name, stored in stored_tensors(folder).items() if name not in ignore}
     abstract = LanguageModel(config).abstract_base()
@@ -93,30 +99,58 @@ def load_base(
     default = SingleDeviceSharding(jax.local_devices()[0])
     place = lambda name: default if shardings is None else shardings[name]
     finish = finish or (lambda name, leaf: leaf)
-    return trees.map_named(lambda name, spec: finish(name, _load_leaf(files, name, config, spec, place(name))), abstract)
+    return trees.map_named(
+        lambda name, spec: finish(name, _load_leaf(files, name, config, spec, place(name))),
+        abstract,
+    )
 
 
-def _check(folder: pathlib.Path, config: ModelConfig, files: Mapping[str, Stored], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def _check(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    files: Mapping[str, Stored],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
     """One UserError for everything in which the files do not fit the config."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in abstract.items():
         shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
-        expected |= dict.fromkeys(families.tensor_names(name, config), shape[::-1] if families.transposed(name) else shape)
+        expected |= dict.fromkeys(
+            families.tensor_names(name, config), shape[::-1] if families.transposed(name) else shape
+        )
     ignored = {"lm_head.weight"} if config.tied_embeddings else set()
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
     problems = [f"missing {name}" for name in sorted(set(expected) - set(files))]
     problems += [f"unexpected {name}" for name in sorted(set(files) - set(expected) - ignored)]
     for name in sorted(set(expected) & set(files)):
         if files[name].shape != expected[name]:
-            problems.append(f"{name} has shape {files[name].shape}, config.json asks for {expected[name]}")
+            problems.append(
+                f"{name} has shape {files[name].shape}, config.json asks for {expected[name]}"
+            )
         if files[name].dtype not in STORED:
-            problems.append(f"{name} is stored as {files[name].dtype}, not as one of {', '.join(STORED)}")
-    errors.require(not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}.")
+            problems.append(
+                f"{name} is stored as {files[name].dtype}, not as one of {', '.join(STORED)}"
+            )
+    errors.require(
+        not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}."
+    )
 
 
-def _load_leaf(files: Mapping[str, Stored], name: str, config: ModelConfig, spec: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-    """One leaf at its place, filled piece by piece; devices that hold the same part share the reading."""
-    tensors, turn, layered = families.tensor_names(name, config), families.transposed(name), name.startswith("layers/")
+def _load_leaf(
+    files: Mapping[str, Stored],
+    name: str,
+    config: ModelConfig,
+    spec: jax.ShapeDtypeStruct,
+    sharding: Sharding,
+) -> jax.Array:
+    """One leaf at its place, filled piece by piece; devices that hold the same part share the
+    reading.
+    """
+    tensors, turn, layered = (
+        families.tensor_names(name, config),
+        families.transposed(name),
+        name.startswith("layers/"),
+    )
     parts: dict[tuple[Bounds, ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True))
@@ -126,29 +160,42 @@ def _load_leaf(files: Mapping[str, Stored], name: str, config: ModelConfig, spec
         shape = tuple(stop - start for start, stop in bounds)
         copies = [jnp.zeros(shape, spec.dtype, device=device) for device in devices]
         for layer in range(*bounds[0]) if layered else (0,):
-            for piece, offset in _pieces(files[tensors[layer]], bounds[1:] if layered else bounds, turn):
+            for piece, offset in _pieces(
+                files[tensors[layer]], bounds[1:] if layered else bounds, turn
+            ):
                 start = (layer - bounds[0][0], *offset) if layered else offset
                 # Waiting here keeps the next piece from being read before this one is let go.
-                copies = [jax.block_until_ready(write_piece(copy, piece[None] if layered else piece, start)) for copy in copies]
+                copies = [
+                    jax.block_until_ready(
+                        write_piece(copy, piece[None] if layered else piece, start)
+                    )
+                    for copy in copies
+                ]
         shards += copies
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """A device's part of a leaf with one piece in it, from index `start` on; the part is donated."""
+    """A device's part of a leaf with one piece in it, from index `start` on; the part is
+    donated.
+    """
     return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype), start)
 
 
-def _pieces(stored: Stored, bounds: Sequence[Bounds], turn: bool) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+def _pieces(
+    stored: Stored, bounds: Sequence[Bounds], turn: bool
+) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
     """Part of a tensor in pieces, turned where asked, each with its offset in the part.
 
-    bounds: of the part in the tensor as it is used. The file is opened anew for each piece: pages of
-    an open file stay mapped and would count as this process's memory.
+    bounds: of the part in the tensor as it is used. The file is opened anew for each piece: pages
+    of an open file stay mapped and would count as this process's memory.
     """
     (first, last), *others = bounds[::-1] if turn else bounds
     rest = [slice(*bound) for bound in others]
-    step = _piece_rows([stop - start for start, stop in others], jnp.dtype(STORED[stored.dtype]).itemsize)
+    step = _piece_rows(
+        [stop - start for start, stop in others], jnp.dtype(STORED[stored.dtype]).itemsize
+    )
     for start in range(first, last, step):
         with safe_open(stored.path, framework="numpy") as handle:
             piece = handle.get_slice(stored.name)[(slice(start, min(start + step, last)), *rest)]
@@ -162,14 +209,18 @@ def _piece_rows(rest: Sequence[int], itemsize: int) -> int:
 
 
 def piece_shape(part: Sequence[int], turn: bool, itemsize: int) -> tuple[int, ...]:
-    """The shape of the largest piece that a device's part of a tensor is filled with. part: as it is used; itemsize: as it is stored, in bytes."""
+    """The shape of the largest piece that a device's part of a tensor is filled with. part: as it
+    is used; itemsize: as it is stored, in bytes.
+    """
     rows, *rest = part[::-1] if turn else part
     step = min(rows, _piece_rows(rest, itemsize))
     return (*rest, step) if turn else (step, *rest)
 
 
 def _turned(piece_FD: np.ndarray) -> np.ndarray:
-    """The transpose, copied in strips that fit a processor's cache: three times as fast as at once."""
+    """The transpose, copied in strips that fit a processor's cache: three times as fast as at
+    once.
+    """
     # As plain integers: NumPy moves bfloat16, a type of its own to it, element by element.
     plain_FD = piece_FD.view(np.dtype(f"u{piece_FD.itemsize}"))
     turned_DF = np.empty(plain_FD.shape[::-1], plain_FD.dtype)
@@ -185,13 +236,16 @@ def read_tensor(stored: Stored) -> np.ndarray:
 
 
 def sampled_content(folder: pathlib.Path) -> dict[str, list]:
-    """Of each tensor its dtype, shape and a digest of some of its rows, read from the files: tells bases apart in seconds."""
+    """Of each tensor its dtype, shape and a digest of some of its rows, read from the files: tells
+    bases apart in seconds.
+    """
     found = {}
     by_path: dict[pathlib.Path, list[Stored]] = {}
     for stored in stored_tensors(folder).values():
         by_path.setdefault(stored.path, []).append(stored)
     for path, tensors in by_path.items():
-        # Not through the memory that safetensors maps: a first touch of each page there costs more than a hundred reads.
+        # Not through the memory that safetensors maps: a first touch of each page there costs more
+        # than a hundred reads.
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -223,7 +277,9 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
     """The tensors of one safetensors file; UserError when it is absent or not whole."""
-    errors.require(path.exists(), f"There is no file {path}; weights are read from safetensors only.")
+    errors.require(
+        path.exists(), f"There is no file {path}; weights are read from safetensors only."
+    )
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -235,7 +291,9 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     return found
 
 
-def save_base(folder: pathlib.Path, config: ModelConfig, base: Tree, token_ids: Mapping[str, int | None]) -> None:
+def save_base(
+    folder: pathlib.Path, config: ModelConfig, base: Tree, token_ids: Mapping[str, int | None]
+) -> None:
     """Writes `config.json` and `model.safetensors` so that transformers loads the same model."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -1,8 +1,9 @@
 """Rotary positions, masks and grouped-query attention, in plain XLA operations.
 
-`attend` is one formula for every platform. `attend_blocked` is the same numbers, queries in blocks: the
-[B, H, T, T] weights never exist whole. On a CPU, whose XLA backend streams them through memory several
-times, pieces that stay in the cache are 2 to 4 times as fast; on a GPU it stands in where no kernel does.
+`attend` is one formula for every platform. `attend_blocked` is the same numbers, queries in blocks:
+the [B, H, T, T] weights never exist whole. On a CPU, whose XLA backend streams them through memory
+several times, pieces that stay in the cache are 2 to 4 times as fast; on a GPU it stands in where
+no kernel does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def positions(valid_BT: Array) -> jax.Array:
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians a position, float32 [K/2] (Su et al. 2021, arXiv 2104.09864), scaled as `rope` says."""
+    """Radians a position, float32 [K/2] (Su et al. 2021, arXiv 2104.09864), scaled as `rope`
+    says.
+    """
     plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.scaling == "none":
         return plain.astype(np.float32)
@@ -46,7 +49,10 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 def rotary_angles(positions_BT: Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, 1, K/2] of position * frequency."""
-    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies(rope, head_dim)[None, None, None, :]
+    angles = (
+        positions_BT.astype(jnp.float32)[:, :, None, None]
+        * frequencies(rope, head_dim)[None, None, None, :]
+    )
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -66,7 +72,9 @@ def causal_mask(valid_BT: Array) -> jax.Array:
 
 
 def within(window: Array | int, query_positions_BT: Array, key_positions_BS: Array) -> jax.Array:
-    """[B, T, S]: keys fewer than `window` positions back (later keys too; a causal mask has those)."""
+    """[B, T, S]: keys fewer than `window` positions back (later keys too; a causal mask has
+    those).
+    """
     return query_positions_BT[:, :, None] - key_positions_BS[:, None, :] < window
 
 
@@ -78,13 +86,21 @@ def capped(logits: Array, cap: float | None) -> Array:
 def rounded_sum(*terms: Array) -> jax.Array:
     """The sum of terms of one dtype, taken in float32 and rounded once.
 
-    Of two terms it is what adding them gives. XLA's GPU backend has a product add to the other term where it can, and
-    makes a copy of that for it: where terms are small, one more kernel than to add them with what comes next.
+    Of two terms it is what adding them gives. XLA's GPU backend has a product add to the other term
+    where it can, and makes a copy of that for it: where terms are small, one more kernel than to
+    add them with what comes next.
     """
     return functools.reduce(jnp.add, map(at_least_float32, terms)).astype(terms[0].dtype)
 
 
-def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: float | None = None, cap: float | None = None) -> jax.Array:
+def attend(
+    q_BTHK: Array,
+    k_BSNK: Array,
+    v_BSNK: Array,
+    mask_BTS: Array,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """softmax(cap(scale q k^T)) v, query heads in groups over key/value heads; softmax in float32.
 
     scale: default 1 / sqrt(K).
@@ -105,7 +121,8 @@ def attend(q_BTHK: Array, k_BSNK: Array, v_BSNK: Array, mask_BTS: Array, scale: 
 QUERY_BLOCK = 128
 # Bytes of attention weights that are worked on at a time: within the caches.
 CACHED_BYTES = 2**22
-# The same on an accelerator, which needs many rows at a time to be busy; and the most blocks, each of which is compiled.
+# The same on an accelerator, which needs many rows at a time to be busy; and the most blocks, each
+# of which is compiled.
 WIDE_BYTES, WIDE_BLOCKS = 2**28, 32
 
 
@@ -116,13 +133,13 @@ def attend_blocked(
     """`attend` of a causal mask, row by row, queries in blocks that skip later keys.
 
     read_BT: queries whose output is read; blocks without any are left out, and their outputs are 0.
-    None: those that see themselves. wide: as an accelerator has it, so many rows together as have WIDE_BYTES
-    of weights, no block left out. packing: queries, keys, values and outputs are packed tokens
-    [W, U, heads, K] of the sequences that the masks are about.
+    None: those that see themselves. wide: as an accelerator has it, so many rows together as have
+    WIDE_BYTES of weights, no block left out. packing: queries, keys, values and outputs are packed
+    tokens [W, U, heads, K] of the sequences that the masks are about.
 
     The backward pass recomputes the weights from the inputs and each query's largest logit and sum
-    (Dao et al. 2022, arXiv 2205.14135): nothing of size T x T is kept, and packed tokens are kept packed.
-    Queries that see no key give a finite output, not the same one as `attend`.
+    (Dao et al. 2022, arXiv 2205.14135): nothing of size T x T is kept, and packed tokens are kept
+    packed. Queries that see no key give a finite output, not the same one as `attend`.
     """
     chex.assert_equal_shape([k_BTNK, v_BTNK])
     chex.assert_shape(mask_BTS, (mask_BTS.shape[0], mask_BTS.shape[2], mask_BTS.shape[2]))
@@ -133,7 +150,14 @@ def attend_blocked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(
-    cap: float | None, wide: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, read_BT: jax.Array, packing: Packing | None
+    cap: float | None,
+    wide: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_BTS: jax.Array,
+    read_BT: jax.Array,
+    packing: Packing | None,
 ) -> jax.Array:
     """`attend_blocked` of scaled queries."""
     return _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing)[0]
@@ -155,7 +179,9 @@ def _blocked_backward(cap, wide, kept, cotangent):
     heads, kv_heads = q.shape[2], k.shape[2]
     d_out = cotangent if packing is None else packing.packed_gradient(cotangent)
     inputs = (_by_heads(x, kv_heads) for x in (spread(q), spread(k), spread(v), spread(out), d_out))
-    gradients = map(_by_tokens, _by_rows(_row_gradients, (*inputs, *sums, mask_BTS, read_BT), heads, cap, wide))
+    gradients = map(
+        _by_tokens, _by_rows(_row_gradients, (*inputs, *sums, mask_BTS, read_BT), heads, cap, wide)
+    )
     gradients = gradients if packing is None else map(packing.spread_gradient, gradients)
     return *gradients, None, None, None
 
@@ -174,8 +200,12 @@ def _by_tokens(x_BNGTK: Array) -> jax.Array:
     return x_BTNGK.reshape(*x_BTNGK.shape[:2], -1, x_BTNGK.shape[-1])
 
 
-def _by_rows(of_row: Callable, rows: tuple[jax.Array, ...], heads: int, cap: float | None, wide: bool) -> tuple[jax.Array, ...]:
-    """One row after the other; those of a single block together, as many as stay in the caches. wide: as many as have WIDE_BYTES."""
+def _by_rows(
+    of_row: Callable, rows: tuple[jax.Array, ...], heads: int, cap: float | None, wide: bool
+) -> tuple[jax.Array, ...]:
+    """One row after the other; those of a single block together, as many as stay in the caches.
+    wide: as many as have WIDE_BYTES.
+    """
     batch, length = rows[-1].shape
     held = WIDE_BYTES if wide else CACHED_BYTES
     together = max(1, min(batch, held // (heads * min(_block(length, wide), length) * length * 4)))
@@ -189,17 +219,29 @@ def _block(length: int, wide: bool) -> int:
 
 
 def _blocks(read_T: jax.Array, wide: bool) -> Iterator[tuple[int, int, Callable]]:
-    """(start, stop, either) of a row's blocks of queries: either(do, otherwise, *arguments) does where any is read."""
+    """(start, stop, either) of a row's blocks of queries: either(do, otherwise, *arguments) does
+    where any is read.
+    """
     length, block = read_T.shape[0], _block(read_T.shape[0], wide)
     for start in range(0, length, block):
         stop = min(start + block, length)
         # Of rows that are worked on together nothing is left out.
         alone = length > QUERY_BLOCK and not wide
-        yield start, stop, functools.partial(jax.lax.cond, jnp.any(read_T[start:stop])) if alone else lambda do, _, *arguments: do(*arguments)
+        yield (
+            start,
+            stop,
+            functools.partial(jax.lax.cond, jnp.any(read_T[start:stop]))
+            if alone
+            else lambda do, _, *arguments: do(*arguments),
+        )
 
 
-def _row(row: tuple[jax.Array, ...], cap: float | None, wide: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """softmax(q k^T) v of one row: the output [N, G, T, K], each query's largest logit and sum [N, G, T, 1]."""
+def _row(
+    row: tuple[jax.Array, ...], cap: float | None, wide: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """softmax(q k^T) v of one row: the output [N, G, T, K], each query's largest logit and sum [N,
+    G, T, 1].
+    """
     q_NGTK, k_N1TK, v_N1TK, mask_TT, read_T = row
 
     def attended(q_NGXK, k_N1SK, v_N1SK, mask_XS):
@@ -208,37 +250,60 @@ def _row(row: tuple[jax.Array, ...], cap: float | None, wide: bool) -> tuple[jax
         weights_NYS = jnp.exp(logits_NYS - largest_NY1)
         sum_NY1 = jnp.sum(weights_NYS, axis=-1, keepdims=True)
         out_NYK = _product("nys,nsk->nyk", weights_NYS.astype(v_N1SK.dtype), v_N1SK[:, 0]) / sum_NY1
-        return tuple(x.reshape(*q_NGXK.shape[:3], -1) for x in (out_NYK.astype(v_N1SK.dtype), largest_NY1, sum_NY1))
+        return tuple(
+            x.reshape(*q_NGXK.shape[:3], -1)
+            for x in (out_NYK.astype(v_N1SK.dtype), largest_NY1, sum_NY1)
+        )
 
     def skipped(q_NGXK, k_N1SK, v_N1SK, mask_XS):
         sums = (*q_NGXK.shape[:3], 1)
         return jnp.zeros(q_NGXK.shape, v_N1SK.dtype), jnp.zeros(sums), jnp.ones(sums)
 
     blocks = [
-        either(attended, skipped, q_NGTK[:, :, start:stop], k_N1TK[:, :, :stop], v_N1TK[:, :, :stop], mask_TT[start:stop, :stop])
+        either(
+            attended,
+            skipped,
+            q_NGTK[:, :, start:stop],
+            k_N1TK[:, :, :stop],
+            v_N1TK[:, :, :stop],
+            mask_TT[start:stop, :stop],
+        )
         for start, stop, either in _blocks(read_T, wide)
     ]
     return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks))
 
 
-def _row_gradients(row: tuple[jax.Array, ...], cap: float | None, wide: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do, summed in float32. Of capped logits d is times 1 - (logit / cap)^2."""
+def _row_gradients(
+    row: tuple[jax.Array, ...], cap: float | None, wide: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do, summed in
+    float32. Of capped logits d is times 1 - (logit / cap)^2.
+    """
     q_NGTK, k_N1TK, v_N1TK, out_NGTK, d_out_NGTK, largest_NGT1, sum_NGT1, mask_TT, read_T = row
     shared_NGT1 = jnp.sum(d_out_NGTK.astype(jnp.float32) * out_NGTK, axis=-1, keepdims=True)
-    dk_NTK, dv_NTK = jnp.zeros(k_N1TK[:, 0].shape, jnp.float32), jnp.zeros(v_N1TK[:, 0].shape, jnp.float32)
+    dk_NTK, dv_NTK = (
+        jnp.zeros(k_N1TK[:, 0].shape, jnp.float32),
+        jnp.zeros(v_N1TK[:, 0].shape, jnp.float32),
+    )
     dq = []
     for start, stop, either in _blocks(read_T, wide):
 
         def attended(dk_NTK, dv_NTK, start=start, stop=stop):
-            mine = lambda x_NGTK: x_NGTK[:, :, start:stop].reshape(x_NGTK.shape[0], -1, x_NGTK.shape[-1])
+            mine = lambda x_NGTK: x_NGTK[:, :, start:stop].reshape(
+                x_NGTK.shape[0], -1, x_NGTK.shape[-1]
+            )
             k_N1SK, v_NSK, d_out_NYK = k_N1TK[:, :, :stop], v_N1TK[:, 0, :stop], mine(d_out_NGTK)
             seen_NYS = capped(_logits(q_NGTK[:, :, start:stop], k_N1SK), cap)
             logits_NYS = _masked(seen_NYS, mask_TT[start:stop, :stop])
             p_NYS = jnp.exp(logits_NYS - mine(largest_NGT1)) / mine(sum_NGT1)
             d_NYS = p_NYS * (_product("nyk,nsk->nys", d_out_NYK, v_NSK) - mine(shared_NGT1))
-            d_NYS = (d_NYS if cap is None else d_NYS * (1 - jnp.square(seen_NYS / cap))).astype(q_NGTK.dtype)
+            d_NYS = (d_NYS if cap is None else d_NYS * (1 - jnp.square(seen_NYS / cap))).astype(
+                q_NGTK.dtype
+            )
             dk_NTK = dk_NTK.at[:, :stop].add(_product("nys,nyk->nsk", d_NYS, mine(q_NGTK)))
-            dv_NTK = dv_NTK.at[:, :stop].add(_product("nys,nyk->nsk", p_NYS.astype(v_NSK.dtype), d_out_NYK))
+            dv_NTK = dv_NTK.at[:, :stop].add(
+                _product("nys,nyk->nsk", p_NYS.astype(v_NSK.dtype), d_out_NYK)
+            )
             dq_NYK = _product("nys,nsk->nyk", d_NYS, k_N1SK[:, 0]).astype(q_NGTK.dtype)
             return dq_NYK.reshape(*q_NGTK.shape[:2], stop - start, -1), dk_NTK, dv_NTK
 
@@ -247,7 +312,11 @@ def _row_gradients(row: tuple[jax.Array, ...], cap: float | None, wide: bool) ->
 
         part, dk_NTK, dv_NTK = either(attended, skipped, dk_NTK, dv_NTK)
         dq.append(part)
-    return jnp.concatenate(dq, axis=2), dk_NTK[:, None].astype(k_N1TK.dtype), dv_NTK[:, None].astype(v_N1TK.dtype)
+    return (
+        jnp.concatenate(dq, axis=2),
+        dk_NTK[:, None].astype(k_N1TK.dtype),
+        dv_NTK[:, None].astype(v_N1TK.dtype),
+    )
 
 
 _product = functools.partial(precision.einsum, dtype=jnp.float32)
@@ -255,9 +324,13 @@ _product = functools.partial(precision.einsum, dtype=jnp.float32)
 
 def _logits(q_NGXK: jax.Array, k_N1SK: jax.Array) -> jax.Array:
     """q k^T, [N, G X, S]."""
-    return _product("nyk,nsk->nys", q_NGXK.reshape(q_NGXK.shape[0], -1, q_NGXK.shape[-1]), k_N1SK[:, 0])
+    return _product(
+        "nyk,nsk->nys", q_NGXK.reshape(q_NGXK.shape[0], -1, q_NGXK.shape[-1]), k_N1SK[:, 0]
+    )
 
 
 def _masked(logits_NYS: jax.Array, mask_XS: jax.Array) -> jax.Array:
-    masked_NGXS = jnp.where(mask_XS[None, None], logits_NYS.reshape(logits_NYS.shape[0], -1, *mask_XS.shape), MASKED)
+    masked_NGXS = jnp.where(
+        mask_XS[None, None], logits_NYS.reshape(logits_NYS.shape[0], -1, *mask_XS.shape), MASKED
+    )
     return masked_NGXS.reshape(logits_NYS.shape)

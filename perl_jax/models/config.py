@@ -39,10 +39,15 @@ class Rope:
         for field in ("theta", "factor", "low_factor", "high_factor", "original_positions"):
             errors.positive(f"rope.{field}", getattr(self, field))
         rising = self.scaling != "llama3" or self.high_factor > self.low_factor
-        errors.require(rising, f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, {self.low_factor}.")
+        errors.require(
+            rising,
+            f"rope.high_factor is {self.high_factor}; it must exceed rope.low_factor, "
+            f"{self.low_factor}.",
+        )
 
 
-# How and in which precision a model is computed, and how long its rows may be: no part of its function.
+# How and in which precision a model is computed, and how long its rows may be: no part of its
+# function.
 COMPUTING = ("dtype", "param_dtype", "remat", "unroll", "attention", "max_positions")
 
 
@@ -62,10 +67,11 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: none; dots, all but the
       products with weights; full, whole layers.
     unroll: layers inlined in each turn of the layer scan; the numbers do not depend on it. 1 keeps
-      compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled. Decoding has
-      a way of its own (`sampling.SamplingConfig.inlined`).
+      compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled.
+      Decoding has a way of its own (`sampling.SamplingConfig.inlined`).
     attention: over whole sequences. plain: XLA's own operations, on any platform; blocked: the same
-      by blocks of queries, so that the [B, H, T, T] weights never exist whole; splash, cudnn: kernels of TPUs and GPUs.
+      by blocks of queries, so that the [B, H, T, T] weights never exist whole; splash, cudnn:
+      kernels of TPUs and GPUs.
     """
 
     vocab_size: int
@@ -99,29 +105,54 @@ class ModelConfig:
     attention: Literal["plain", "blocked", "splash", "cudnn"] = "plain"
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_dim", "max_positions", "unroll"):
+        for field in (
+            "vocab_size",
+            "width",
+            "ffn_width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "max_positions",
+            "unroll",
+        ):
             errors.positive(f"model.{field}", getattr(self, field))
         errors.require(
             self.heads % self.kv_heads == 0,
-            f"model.heads is {self.heads}; it must be a multiple of model.kv_heads, {self.kv_heads}.",
+            f"model.heads is {self.heads}; it must be a multiple of model.kv_heads, "
+            f"{self.kv_heads}.",
         )
-        errors.require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.")
-        errors.require(not self.windowed or bool(self.window), f"model.windowed is {self.windowed}; it needs a model.window.")
+        errors.require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.",
+        )
+        errors.require(
+            not self.windowed or bool(self.window),
+            f"model.windowed is {self.windowed}; it needs a model.window.",
+        )
         for field in ("windowed", "unrotated"):
             outside = [index for index in getattr(self, field) if not 0 <= index < self.layers]
-            errors.require(not outside, f"model.{field} has {outside}; layers are 0 to {self.layers - 1}.")
+            errors.require(
+                not outside, f"model.{field} has {outside}; layers are 0 to {self.layers - 1}."
+            )
         for field in ("window", "query_scale", "attention_cap", "logit_cap"):
             if getattr(self, field) is not None:
                 errors.positive(f"model.{field}", getattr(self, field))
         unknown = sorted(set(self.biases) - set(LINEAR))
-        errors.require(not unknown, f"model.biases has {unknown}; projections are {', '.join(LINEAR)}.")
+        errors.require(
+            not unknown, f"model.biases has {unknown}; projections are {', '.join(LINEAR)}."
+        )
         errors.one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
         errors.one_of("model.remat", self.remat, REMAT)
         errors.one_of("model.dtype", self.dtype, DTYPES)
         errors.one_of("model.attention", self.attention, ATTENTION)
         errors.one_of("model.param_dtype", self.param_dtype, DTYPES)
         cappable = self.attention != "cudnn" or self.attention_cap is None
-        errors.require(cappable, f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain', 'blocked' or 'splash'.")
+        errors.require(
+            cappable,
+            f"model.attention is {self.attention!r}; with model.attention_cap it must be 'plain', "
+            "'blocked' or 'splash'.",
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -131,18 +162,30 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Each layer's window; None: it has none."""
-        return tuple(self.window if index in self.windowed else None for index in range(self.layers))
+        return tuple(
+            self.window if index in self.windowed else None for index in range(self.layers)
+        )
 
     @property
     def function(self) -> dict[str, Any]:
-        """The settings that the numbers depend on, given the weights; those at their defaults are left out.
+        """The settings that the numbers depend on, given the weights; those at their defaults are
+        left out.
 
         So a setting that a later version adds leaves the models that do not use it as they are.
         """
-        return {name: value for name, value in _unlike_defaults(self).items() if name not in COMPUTING}
+        return {
+            name: value for name, value in _unlike_defaults(self).items() if name not in COMPUTING
+        }
 
 
 def _unlike_defaults(config: Any) -> dict[str, Any]:
     """Fields of a frozen config that differ from their defaults, nested configs in the same way."""
-    fields = {field.name: (vars(config)[field.name], field.default) for field in dataclasses.fields(config)}
-    return {name: _unlike_defaults(value) if dataclasses.is_dataclass(value) else value for name, (value, default) in fields.items() if value != default}
+    fields = {
+        field.name: (vars(config)[field.name], field.default)
+        for field in dataclasses.fields(config)
+    }
+    return {
+        name: _unlike_defaults(value) if dataclasses.is_dataclass(value) else value
+        for name, (value, default) in fields.items()
+        if value != default
+    }

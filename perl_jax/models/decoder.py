@@ -45,7 +45,8 @@ class UnderParam(nnx.Variable):
 class Adapted:
     """What sits on the linear layers of a block: an adapter's config, and targets of frozen pairs.
 
-    fused: where attention's projections are fused (`models.fused`), the products that have pairs; None: they are apart.
+    fused: where attention's projections are fused (`models.fused`), the products that have pairs;
+    None: they are apart.
     """
 
     lora: LoRAConfig | None = None
@@ -56,10 +57,10 @@ class Adapted:
 def flat(x_BTD: Array) -> jax.Array:
     """[B T, D].
 
-    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy, and is
-    slow at sums over [1, T, D]; flattened it runs a feed-forward layer's backward pass 1.6 times as fast.
-    Merging B into T leaves rows that are sharded over devices where they are. What several products read
-    is flattened once: the backward pass would keep each reshaped array.
+    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy,
+    and is slow at sums over [1, T, D]; flattened it runs a feed-forward layer's backward pass 1.6
+    times as fast. Merging B into T leaves rows that are sharded over devices where they are. What
+    several products read is flattened once: the backward pass would keep each reshaped array.
     """
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
@@ -79,7 +80,9 @@ def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded_product(x_ND: jax.Array, weight_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x round(W). dL/dW = x^T dy has W's own dtype: sums over tokens, and over devices, are not rounded to x's."""
+    """x round(W). dL/dW = x^T dy has W's own dtype: sums over tokens, and over devices, are not
+    rounded to x's.
+    """
     return precision.matmul(x_ND, weight_DF.astype(x_ND.dtype), dtype)
 
 
@@ -97,20 +100,40 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see `perl_jax.adapters.lora`)."""
+    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see
+    `perl_jax.adapters.lora`).
+    """
 
-    def __init__(self, name: str, config: ModelConfig, adapted: Adapted, shape: tuple[int, int], axes: tuple[str, str], rngs: nnx.Rngs):
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        adapted: Adapted,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+    ):
         dtype = jnp.dtype(config.param_dtype)
-        # 1 / sqrt(in) keeps activations at their size for any width; the family's usual 0.02 is that
-        # of a width of 2,500 and leaves narrow models nearly linear for hundreds of steps.
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[0]), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if name in config.biases else None
-        self.lora = adapted.lora if adapted.lora is not None and name in adapted.lora.projections else None
+        # 1 / sqrt(in) keeps activations at their size for any width; the family's usual 0.02 is
+        # that of a width of 2,500 and leaves narrow models nearly linear for hundreds of steps.
+        self.kernel = nnx.Param(
+            jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[0]), axes=axes
+        )
+        self.bias = (
+            nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if name in config.biases else None
+        )
+        self.lora = (
+            adapted.lora if adapted.lora is not None and name in adapted.lora.projections else None
+        )
         self.name = name
         if self.lora is not None:
             rank = self.lora.rank_of(name)
-            self.lora_a = LoRAParam(jnp.zeros((shape[0], rank), self.lora.dtype), axes=(axes[0], "rank"))
-            self.lora_b = LoRAParam(jnp.zeros((rank, shape[1]), self.lora.dtype), axes=("rank", axes[1]))
+            self.lora_a = LoRAParam(
+                jnp.zeros((shape[0], rank), self.lora.dtype), axes=(axes[0], "rank")
+            )
+            self.lora_b = LoRAParam(
+                jnp.zeros((rank, shape[1]), self.lora.dtype), axes=("rank", axes[1])
+            )
             if self.lora.dora:
                 self.magnitude = LoRAParam(jnp.zeros(shape[1:], self.lora.dtype), axes=axes[1:])
         self.has_under = name in adapted.under
@@ -122,7 +145,10 @@ class Linear(nnx.Module):
     def __call__(self, x_ND: Array, dropout_key: Array | None = None) -> jax.Array:
         out_NF = self._product(x_ND)
         if self.has_under:
-            under_a, under_b = (jax.lax.stop_gradient(leaf[...]).astype(x_ND.dtype) for leaf in (self.under_a, self.under_b))
+            under_a, under_b = (
+                jax.lax.stop_gradient(leaf[...]).astype(x_ND.dtype)
+                for leaf in (self.under_a, self.under_b)
+            )
             out_NF = out_NF + matmul(matmul(x_ND, under_a), under_b)
         if self.lora is not None:
             out_NF = self._adapted(x_ND, out_NF, dropout_key)
@@ -141,7 +167,12 @@ class Linear(nnx.Module):
     @property
     def turned(self) -> bool:
         """Whether it is nothing but a matrix that is kept turned (`stacks.Turned`)."""
-        return is_turned(self.kernel.get_value()) and self.lora is None and not self.has_under and self.bias is None
+        return (
+            is_turned(self.kernel.get_value())
+            and self.lora is None
+            and not self.has_under
+            and self.bias is None
+        )
 
     def _adapted(self, x_ND: Array, out_NF: Array, dropout_key: Array | None) -> jax.Array:
         """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
@@ -154,7 +185,9 @@ class Linear(nnx.Module):
         delta_NF = scale * matmul(matmul(x_ND, self.lora_a[...]), self.lora_b[...])
         if not self.lora.dora:
             return out_NF + delta_NF
-        norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))
+        norm_F = jax.lax.stop_gradient(
+            output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale)
+        )
         share_F = (self.magnitude[...] / norm_F)[None, :]
         # Taken from 1 in float32: in bfloat16 a share near 1 would be 1.
         share_F, beyond_F = share_F.astype(x_ND.dtype), (share_F - 1).astype(x_ND.dtype)
@@ -164,31 +197,50 @@ class Linear(nnx.Module):
 
 
 class FusedLinear(nnx.Module):
-    """Several linear layers of one input, and the pairs on them: x W + (x A) B + bias by a product with [W | A] (`models.fused`).
+    """Several linear layers of one input, and the pairs on them: x W + (x A) B + bias by a product
+    with [W | A] (`models.fused`).
 
-    Shapes do not matter here but for the outputs' widths: the tree that is merged in brings its own ranks.
+    Shapes do not matter here but for the outputs' widths: the tree that is merged in brings its own
+    ranks.
     """
 
-    def __init__(self, names: tuple[str, ...], config: ModelConfig, paired: bool, shapes: tuple[tuple[int, int], ...], axes: tuple[str, str]):
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        config: ModelConfig,
+        paired: bool,
+        shapes: tuple[tuple[int, int], ...],
+        axes: tuple[str, str],
+    ):
         self.widths = tuple(features for _, features in shapes)
         width, features, dtype = shapes[0][0], sum(self.widths), jnp.dtype(config.dtype)
         self.kernel = nnx.Param(jnp.zeros((width, features), dtype), axes=axes)
-        self.up = nnx.Param(jnp.zeros((1, features), dtype), axes=("rank", axes[1])) if paired else None
-        self.bias = nnx.Param(jnp.zeros((features,), dtype), axes=axes[1:]) if any(name in config.biases for name in names) else None
+        self.up = (
+            nnx.Param(jnp.zeros((1, features), dtype), axes=("rank", axes[1])) if paired else None
+        )
+        self.bias = (
+            nnx.Param(jnp.zeros((features,), dtype), axes=axes[1:])
+            if any(name in config.biases for name in names)
+            else None
+        )
 
     def __call__(self, x_ND: Array) -> list[jax.Array]:
         """Each layer's output."""
         features = sum(self.widths)
         out_NF = matmul(x_ND, self.kernel[...])
         if self.up is not None:
-            out_NF = attention.rounded_sum(out_NF[:, :features], matmul(out_NF[:, features : features + self.up[...].shape[0]], self.up[...]))
+            out_NF = attention.rounded_sum(
+                out_NF[:, :features],
+                matmul(out_NF[:, features : features + self.up[...].shape[0]], self.up[...]),
+            )
         if self.bias is not None:
             out_NF = out_NF + self.bias[...].astype(x_ND.dtype)[None, :]
         return jnp.split(out_NF, list(itertools.accumulate(self.widths))[:-1], axis=1)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467).
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, arXiv
+    1910.07467).
 
     The quotient is taken in float32. With `unit_offset_norms` the factor is 1 + scale, applied
     before rounding to the activations' dtype (Gemma); otherwise scale, applied after (Llama).
@@ -202,7 +254,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> jax.Array:
         scale = self.scale[...]
-        return _normed(x.reshape(-1, *x.shape[2:]), scale, self.epsilon, self.offset).reshape(x.shape)
+        return _normed(x.reshape(-1, *x.shape[2:]), scale, self.epsilon, self.offset).reshape(
+            x.shape
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -240,22 +294,41 @@ class Attention(nnx.Module):
         self.fused = adapted.fused is not None
         if self.fused:
             inputs = ((config.width, query), (config.width, key_value), (config.width, key_value))
-            self.qkv = FusedLinear(GROUPS["qkv"], config, "qkv" in adapted.fused, inputs, ("embed", "heads"))
-            self.o = FusedLinear(GROUPS["o"], config, "o" in adapted.fused, ((query, config.width),), ("heads", "embed"))
+            self.qkv = FusedLinear(
+                GROUPS["qkv"], config, "qkv" in adapted.fused, inputs, ("embed", "heads")
+            )
+            self.o = FusedLinear(
+                GROUPS["o"],
+                config,
+                "o" in adapted.fused,
+                ((query, config.width),),
+                ("heads", "embed"),
+            )
         else:
             self.q = Linear("q", config, adapted, (config.width, query), ("embed", "heads"), rngs)
-            self.k = Linear("k", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
-            self.v = Linear("v", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs)
+            self.k = Linear(
+                "k", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs
+            )
+            self.v = Linear(
+                "v", config, adapted, (config.width, key_value), ("embed", "kv_heads"), rngs
+            )
             self.o = Linear("o", config, adapted, (query, config.width), ("heads", "embed"), rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim, "head_dim")
             self.k_norm = RMSNorm(config, config.head_dim, "head_dim")
 
-    def project(self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B,T,H,K], rotated keys and values [B,T,N,K]."""
         x_ND = flat(x_BTD)
         split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
-        q_BTHK, k_BTNK, v_BTNK = map(split, self.qkv(x_ND) if self.fused else (self.q(x_ND, key), self.k(x_ND, key), self.v(x_ND, key)))
+        q_BTHK, k_BTNK, v_BTNK = map(
+            split,
+            self.qkv(x_ND)
+            if self.fused
+            else (self.q(x_ND, key), self.k(x_ND, key), self.v(x_ND, key)),
+        )
         if self.config.qk_norm:
             q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
@@ -292,23 +365,33 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
         self.activation = config.activation
-        self.gate = Linear("gate", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
-        self.up = Linear("up", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs)
-        self.down = Linear("down", config, adapted, (config.ffn_width, config.width), ("mlp", "embed"), rngs)
+        self.gate = Linear(
+            "gate", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs
+        )
+        self.up = Linear(
+            "up", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs
+        )
+        self.down = Linear(
+            "down", config, adapted, (config.ffn_width, config.width), ("mlp", "embed"), rngs
+        )
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
         x_ND = flat(x_BTD)
         if self.gate.turned and self.up.turned and self.down.turned:
             return self._in_columns(x_ND).reshape(x_BTD.shape)
         features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
-        gated_BTF = _gated(self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key)))
+        gated_BTF = _gated(
+            self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key))
+        )
         return self.down(flat(gated_BTF), key).reshape(x_BTD.shape)
 
     def _in_columns(self, x_ND: Array) -> jax.Array:
         """The same with tokens as columns in between, on one device."""
         gate, up, down = (linear.kernel.get_value() for linear in (self.gate, self.up, self.down))
         x_DN = columns(x_ND)
-        return rows(down.of_columns(_gated(self.activation, gate.of_columns(x_DN), up.of_columns(x_DN))))
+        return rows(
+            down.of_columns(_gated(self.activation, gate.of_columns(x_DN), up.of_columns(x_DN)))
+        )
 
 
 class Block(nnx.Module):
@@ -325,21 +408,41 @@ class Block(nnx.Module):
             self.mlp_post_norm = RMSNorm(config)
 
     def __call__(
-        self, x_BTD: Array, rotary: tuple, attend: Attend, key: Array | None, place: Placement, only_BR: Array | None = None
+        self,
+        x_BTD: Array,
+        rotary: tuple,
+        attend: Attend,
+        key: Array | None,
+        place: Placement,
+        only_BR: Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """only_BR: columns that go on after attention; the output is theirs, [B, R, D]. None: all."""
+        """only_BR: columns that go on after attention; the output is theirs, [B, R, D]. None:
+        all.
+        """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
         heads_BTHK = attend(q, k, v)
         if only_BR is not None:
             x_BTD, heads_BTHK = gather(x_BTD, only_BR), gather(heads_BTHK, only_BR)
         return self._after_attention(x_BTD, heads_BTHK, key, place), (k, v)
 
-    def decode(self, x_B1D: Array, rotary: tuple, attend: Callable[[Array, Array, Array], tuple[Array, Tree]], place: Placement) -> tuple[jax.Array, Tree]:
-        """The same layer for one new token. attend: of its query, key and value gives its heads' outputs, and what is kept of it."""
-        heads, kept = attend(*self.attention.project(self.attention_norm(x_B1D), rotary, None, place))
+    def decode(
+        self,
+        x_B1D: Array,
+        rotary: tuple,
+        attend: Callable[[Array, Array, Array], tuple[Array, Tree]],
+        place: Placement,
+    ) -> tuple[jax.Array, Tree]:
+        """The same layer for one new token. attend: of its query, key and value gives its heads'
+        outputs, and what is kept of it.
+        """
+        heads, kept = attend(
+            *self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
+        )
         return self._after_attention(x_B1D, heads, None, place), kept
 
-    def _after_attention(self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
+    def _after_attention(
+        self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement
+    ) -> jax.Array:
         sandwich = self.config.sandwich_norms
         out_BTD = place.residual(self.attention.output(heads_BTHK, key, place))
         x_BTD = x_BTD + (self.attention_post_norm(out_BTD) if sandwich else out_BTD)
@@ -354,17 +457,31 @@ class Outer(nnx.Module):
         dtype = jnp.dtype(config.param_dtype)
         shape = (config.vocab_size, config.width)
         self.config = config
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(config.width), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(
+            jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(config.width),
+            axes=("vocab", "embed"),
+        )
         self.final_norm = RMSNorm(config)
         if not config.tied_embeddings:
-            self.lm_head = nnx.Param(jax.random.normal(rngs.params(), shape[::-1], dtype) / math.sqrt(config.width), axes=("embed", "vocab"))
+            self.lm_head = nnx.Param(
+                jax.random.normal(rngs.params(), shape[::-1], dtype) / math.sqrt(config.width),
+                axes=("embed", "vocab"),
+            )
 
     def embed(self, tokens_BT: Array, place: Placement) -> jax.Array:
         """x_BTD in the activations' dtype."""
-        x_BTD = place.looked_up(jnp.take(self.embedding[...], place.looking_up(tokens_BT), axis=0).astype(self.config.dtype))
+        x_BTD = place.looked_up(
+            jnp.take(self.embedding[...], place.looking_up(tokens_BT), axis=0).astype(
+                self.config.dtype
+            )
+        )
         x_BTD = place.residual(x_BTD)
         # The factor is rounded to the activations' dtype, as the model was trained.
-        return x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype) if self.config.scaled_embedding else x_BTD
+        return (
+            x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype)
+            if self.config.scaled_embedding
+            else x_BTD
+        )
 
     def output_matrix(self, place: Placement) -> jax.Array:
         """The output projection where logits are computed with it."""
@@ -375,11 +492,19 @@ class Outer(nnx.Module):
         return place.output_matrix(weight_DV, own, self.config.dtype)
 
     def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
-        """logits_BTV in float32, of hidden states that the final norm has already been applied to."""
+        """logits_BTV in float32, of hidden states that the final norm has already been applied
+        to.
+        """
         logits_NV = matmul(flat(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
-        return attention.capped(place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap)
+        return attention.capped(
+            place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap
+        )
 
     def logits_by_columns(self, hidden_ND: Array) -> jax.Array:
-        """logits_NV of few tokens, on one device whose products are faster in columns (`stacks.Turned`); the embedding lies as they read it."""
-        logits_VN = precision.matmul(self.embedding[...].astype(hidden_ND.dtype), columns(hidden_ND), jnp.float32)
+        """logits_NV of few tokens, on one device whose products are faster in columns
+        (`stacks.Turned`); the embedding lies as they read it.
+        """
+        logits_VN = precision.matmul(
+            self.embedding[...].astype(hidden_ND.dtype), columns(hidden_ND), jnp.float32
+        )
         return attention.capped(rows(logits_VN), self.config.logit_cap)

@@ -1,14 +1,17 @@
-"""The projections of attention as few, large products: for sampling where a step is many small kernels.
+"""The projections of attention as few, large products: for sampling where a step is many small
+kernels.
 
-For a handful of tokens a product takes as long as its weights take to come from memory, and below a few
-megabytes as long as a kernel takes to start: on a GPU q, k, v and their adapters' pairs are nine such
-products a layer. Beside each other, in a copy that is derived for sampling as a merged one is, they are two:
+For a handful of tokens a product takes as long as its weights take to come from memory, and below a
+few megabytes as long as a kernel takes to start: on a GPU q, k, v and their adapters' pairs are
+nine such products a layer. Beside each other, in a copy that is derived for sampling as a merged
+one is, they are two:
 
     [x W_q | x W_k | x W_v | x A]      one product with [W_q | W_k | W_v | A]
-    + (x A) B                          one with B, each target's rows at its own columns, its scale in them
+    + (x A) B                          one with B, each target's rows at its own columns, its scale
+    in them
 
-and the output projection with its own pair likewise. Nothing is added to the weights, so that nothing is rounded
-away that the trainer has: a pair acts by itself, as in training.
+and the output projection with its own pair likewise. Nothing is added to the weights, so that
+nothing is rounded away that the trainer has: a pair acts by itself, as in training.
 """
 
 from __future__ import annotations
@@ -32,17 +35,24 @@ ALIGNED = 64
 
 
 def fusible(base: Tree, adapter: Adapter | None) -> bool:
-    """Whether attention's projections can be fused: dense matrices, and no DoRA, which rescales outputs by norms of W + s A B."""
+    """Whether attention's projections can be fused: dense matrices, and no DoRA, which rescales
+    outputs by norms of W + s A B.
+    """
     attention = base["layers"]["attention"]
     quantised = any(is_quantised(leaf) for leaf in jax.tree.leaves(attention, is_leaf=is_quantised))
-    return "qkv" not in attention and not quantised and (adapter is None or adapter.config is None or not adapter.config.dora)
+    return (
+        "qkv" not in attention
+        and not quantised
+        and (adapter is None or adapter.config is None or not adapter.config.dora)
+    )
 
 
 def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     """An attention module's leaves [L, ...] with q, k, v and o in the fused form, pairs in them.
 
-    kernel: [L, D, F + R], W of all projections and then A of all pairs, and zeros where rows would begin unaligned; up: [L, R, F]; bias: [L, F].
-    All have the matrices' dtype. adapter: its LoRA leaves and what lies under them; other parts are not read.
+    kernel: [L, D, F + R], W of all projections and then A of all pairs, and zeros where rows would
+    begin unaligned; up: [L, R, F]; bias: [L, F]. All have the matrices' dtype. adapter: its LoRA
+    leaves and what lies under them; other parts are not read.
     """
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
     kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
@@ -55,16 +65,32 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
             module = f"layers/attention/{name}"
             if f"{module}/under_a" in pairs:
                 downs.append(pairs[f"{module}/under_a"])
-                ups.append(jnp.pad(pairs[f"{module}/under_b"], ((0, 0), (0, 0), (start, sum(widths) - start - width))))
+                ups.append(
+                    jnp.pad(
+                        pairs[f"{module}/under_b"],
+                        ((0, 0), (0, 0), (start, sum(widths) - start - width)),
+                    )
+                )
             start += width
         dtype = own[0].dtype
         kernel = _beside([*own, *downs], -1, dtype)
-        out[group] = {"kernel": jnp.pad(kernel, ((0, 0), (0, 0), (0, -kernel.shape[-1] % ALIGNED if downs else 0)))}
+        out[group] = {
+            "kernel": jnp.pad(
+                kernel, ((0, 0), (0, 0), (0, -kernel.shape[-1] % ALIGNED if downs else 0))
+            )
+        }
         if ups:
             out[group]["up"] = _beside(ups, 1, dtype)
         if any("bias" in attention[name] for name in names):
             zeros = [jnp.zeros((layers, width), dtype) for width in widths]
-            out[group]["bias"] = _beside([attention[name].get("bias", zero) for name, zero in zip(names, zeros, strict=True)], -1, dtype)
+            out[group]["bias"] = _beside(
+                [
+                    attention[name].get("bias", zero)
+                    for name, zero in zip(names, zeros, strict=True)
+                ],
+                -1,
+                dtype,
+            )
     return out
 
 
@@ -73,7 +99,9 @@ def _beside(parts: Sequence[Array], axis: int, dtype: jnp.dtype) -> jax.Array:
 
 
 def rest(adapter: Adapter | None) -> Adapter | None:
-    """The adapter without its pairs of attention; None where nothing else is left that sampling reads."""
+    """The adapter without its pairs of attention; None where nothing else is left that sampling
+    reads.
+    """
     if adapter is None:
         return None
     lora, under = _feed_forward(adapter.lora), _feed_forward(adapter.under)
@@ -84,5 +112,9 @@ def rest(adapter: Adapter | None) -> Adapter | None:
 
 
 def _feed_forward(tree: Tree | None) -> Tree | None:
-    kept = {} if tree is None else {name: part for name, part in tree["layers"].items() if name != "attention"}
+    kept = (
+        {}
+        if tree is None
+        else {name: part for name, part in tree["layers"].items() if name != "attention"}
+    )
     return {"layers": kept} if jax.tree.leaves(kept) else None

@@ -1,7 +1,8 @@
-"""Which attention whole sequences take, and the platforms' own kernels: splash on TPUs, cuDNN's on GPUs.
+"""Which attention whole sequences take, and the platforms' own kernels: splash on TPUs, cuDNN's on
+GPUs.
 
-Both kernels equal `attention.attend` under a causal mask, a window and padding, at every real token. What a
-padded token gets is finite and otherwise unlike: nothing that reads it may count.
+Both kernels equal `attention.attend` under a causal mask, a window and padding, at every real
+token. What a padded token gets is finite and otherwise unlike: nothing that reads it may count.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(platform: str, config: ModelConfig, capability: str | None = None, devices: int = 1) -> Choice:
+def choose(
+    platform: str, config: ModelConfig, capability: str | None = None, devices: int = 1
+) -> Choice:
     """Returns what whole sequences are attended to with, unless the user says otherwise, and why.
 
     TPUs: splash, whatever the model. GPUs: cudnn for bfloat16 activations, no cap, and a head_dim
@@ -52,19 +55,41 @@ def choose(platform: str, config: ModelConfig, capability: str | None = None, de
     if platform == "tpu":
         return Choice("splash", "JAX's kernel for TPUs takes every model")
     if platform == "cpu":
-        return Choice("blocked", "on one CPU device pieces stay in its caches") if devices == 1 else Choice("plain", "rows are split over several CPU devices")
+        return (
+            Choice("blocked", "on one CPU device pieces stay in its caches")
+            if devices == 1
+            else Choice("plain", "rows are split over several CPU devices")
+        )
     major = "8" if capability is None else capability.partition(".")[0]
     # Other makers' GPUs have names there, not numbers.
     if platform not in ("gpu", "cuda") or not major.isdigit() or int(major) < 8:
-        return Choice("blocked", f"cuDNN's kernel needs compute capability 8.0 or more, and this device has {capability or platform}")
+        return Choice(
+            "blocked",
+            "cuDNN's kernel needs compute capability 8.0 or more, and this device has "
+            f"{capability or platform}",
+        )
     largest = 256 if int(major) == 9 else 128
     if config.dtype != "bfloat16":
-        return Choice("blocked", f"cuDNN's kernel needs bfloat16, and activations are {config.dtype}")
+        return Choice(
+            "blocked", f"cuDNN's kernel needs bfloat16, and activations are {config.dtype}"
+        )
     if config.attention_cap is not None:
-        return Choice("blocked", f"cuDNN's kernel has no cap on logits, and the model caps them at {config.attention_cap:g}")
+        return Choice(
+            "blocked",
+            "cuDNN's kernel has no cap on logits, and the model caps them at "
+            f"{config.attention_cap:g}",
+        )
     if config.head_dim % 8 or config.head_dim > largest:
-        return Choice("blocked", f"cuDNN's kernel needs a head size that is a multiple of 8 and at most {largest}, and it is {config.head_dim}")
-    return Choice("cudnn", f"activations are bfloat16, logits are not capped, and cuDNN's kernel has the head size {config.head_dim}")
+        return Choice(
+            "blocked",
+            f"cuDNN's kernel needs a head size that is a multiple of 8 and at most {largest}, and "
+            f"it is {config.head_dim}",
+        )
+    return Choice(
+        "cudnn",
+        "activations are bfloat16, logits are not capped, and cuDNN's kernel has the head size "
+        f"{config.head_dim}",
+    )
 
 
 def narrower(window: int | None, length: int) -> int | None:
@@ -72,7 +97,9 @@ def narrower(window: int | None, length: int) -> int | None:
     return None if window is None or window >= length else window
 
 
-def by_window(flag: Array, call_windowed: Callable[[], jax.Array], call_full: Callable[[], jax.Array]) -> jax.Array:
+def by_window(
+    flag: Array, call_windowed: Callable[[], jax.Array], call_full: Callable[[], jax.Array]
+) -> jax.Array:
     """One of two calls by a traced flag, for a layer scan whose layers differ; only that one runs.
 
     Differentiating it keeps both calls' residuals, one of them zeros: inside a rematerialised layer
@@ -122,11 +149,12 @@ def cudnn(
     """out_BTHK: causal attention of real tokens to real tokens, by cuDNN through `jax.nn`.
 
     Each row's real tokens are moved to its front, where a causal mask alone hides the padding, and
-    back again. cuDNN's other ways are worse: lengths cover trailing padding only, and a mask becomes
-    a [B, 1, T, T] bias that is slow, has a gradient computed, and excludes windows before cuDNN
-    9.10.2. A window counts real tokens, as in `attention.within`.
+    back again. cuDNN's other ways are worse: lengths cover trailing padding only, and a mask
+    becomes a [B, 1, T, T] bias that is slow, has a gradient computed, and excludes windows before
+    cuDNN 9.10.2. A window counts real tokens, as in `attention.within`.
 
-    cuDNN takes what `choose` says (float16 too). Raises ValueError with a cap, which it does not have.
+    cuDNN takes what `choose` says (float16 too). Raises ValueError with a cap, which it does not
+    have.
     """
     if cap is not None:
         raise ValueError("cuDNN's attention has no cap: attend in plain operations")
@@ -135,20 +163,41 @@ def cudnn(
 
 
 def blocked(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, read_BT: Array, *, scale: float, cap: float | None, mesh: Mesh, wide: bool
+    q_BTHK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
+    mask_BTS: Array,
+    read_BT: Array,
+    *,
+    scale: float,
+    cap: float | None,
+    mesh: Mesh,
+    wide: bool,
 ) -> jax.Array:
-    """out_BTHK by `attention.attend_blocked`, each device on its rows and heads: looped over otherwise, rows would come to every device."""
+    """out_BTHK by `attention.attend_blocked`, each device on its rows and heads: looped over
+    otherwise, rows would come to every device.
+    """
 
     def attend(q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS):
-        return attention.attend_blocked(q_BTHK, k_BTNK, v_BTNK, mask_BTS, scale, cap, read_BT=read_BT, wide=wide)
+        return attention.attend_blocked(
+            q_BTHK, k_BTNK, v_BTNK, mask_BTS, scale, cap, read_BT=read_BT, wide=wide
+        )
 
     return _by_shard(attend, mesh, q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS)
 
 
 def _by_shard(
-    attend: Callable[..., jax.Array], mesh: Mesh | None, q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, valid_BT: Array, *of_rows: Array
+    attend: Callable[..., jax.Array],
+    mesh: Mesh | None,
+    q_BTHK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
+    valid_BT: Array,
+    *of_rows: Array,
 ) -> jax.Array:
-    """Each device's share of rows and heads; what the mesh does not divide is done by all of it. of_rows: more arrays [B, ...] for attend."""
+    """Each device's share of rows and heads; what the mesh does not divide is done by all of it.
+    of_rows: more arrays [B, ...] for attend.
+    """
     batch, length, heads, _ = q_BTHK.shape
     kv_heads = k_BTNK.shape[2]
     chex.assert_equal_shape([k_BTNK, v_BTNK])
@@ -162,12 +211,20 @@ def _by_shard(
     spec = PartitionSpec(rows, None, tensor, None)
     # Kernels do not say over which axes their outputs vary, so that cannot be checked.
     by_row = PartitionSpec(rows)
-    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, by_row, *[by_row] * len(of_rows)), out_specs=spec, check_vma=False)
+    sharded = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(spec, spec, spec, by_row, *[by_row] * len(of_rows)),
+        out_specs=spec,
+        check_vma=False,
+    )
     return sharded(q_BTHK, k_BTNK, v_BTNK, valid_BT, *of_rows)
 
 
 def blocks_of(length: int) -> tuple[int, int]:
-    """(blocks, block): as few blocks as LARGEST_BLOCK allows, as short as multiples of LANES can be."""
+    """(blocks, block): as few blocks as LARGEST_BLOCK allows, as short as multiples of LANES can
+    be.
+    """
     blocks = -(-length // LARGEST_BLOCK)
     return blocks, -(-length // (blocks * LANES)) * LANES
 
@@ -193,7 +250,17 @@ def block_sizes(blocks: int, block: int, window: int | None) -> splash_lib.Block
     )
 
 
-def _splash(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float, cap: float | None, interpret: bool) -> jax.Array:
+def _splash(
+    q_BTHK,
+    k_BTNK,
+    v_BTNK,
+    valid_BT,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    interpret: bool,
+) -> jax.Array:
     """`splash` on one device."""
     length, heads = q_BTHK.shape[1:3]
     blocks, block = blocks_of(length)
@@ -204,7 +271,11 @@ def _splash(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: floa
     # Real tokens are one segment and padding is another: every query sees at least itself.
     segment_BT = jnp.pad(valid_BT.astype(jnp.int32), room[:2])
     shape, window = (blocks * block, blocks * block), narrower(window, length)
-    mask = splash_lib.CausalMask(shape) if window is None else splash_lib.LocalMask(shape, (window - 1, 0), 0)
+    mask = (
+        splash_lib.CausalMask(shape)
+        if window is None
+        else splash_lib.LocalMask(shape, (window - 1, 0), 0)
+    )
     kernel = splash_lib.make_splash_mha_single_device(
         splash_lib.MultiHeadMask([mask] * heads),
         block_sizes=block_sizes(blocks, block, window),
@@ -213,13 +284,22 @@ def _splash(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: floa
         interpret=interpret,
     )
     segments = splash_lib.SegmentIds(q=segment_BT, kv=segment_BT)
-    out_BHTK = jax.vmap(kernel)(head_first(scaled_BTHK), head_first(k_BTNK), head_first(v_BTNK), segments)
+    out_BHTK = jax.vmap(kernel)(
+        head_first(scaled_BTHK), head_first(k_BTNK), head_first(v_BTNK), segments
+    )
     return jnp.swapaxes(out_BHTK, 1, 2)[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_float32(attend: Callable[..., jax.Array], q_BTHK: jax.Array, k_BTNK: jax.Array, v_BTNK: jax.Array, valid_BT: jax.Array) -> jax.Array:
-    """attend(q, k, v, valid) whose products are taken with the precision of `precision.precision_of` float32.
+def _in_float32(
+    attend: Callable[..., jax.Array],
+    q_BTHK: jax.Array,
+    k_BTNK: jax.Array,
+    v_BTNK: jax.Array,
+    valid_BT: jax.Array,
+) -> jax.Array:
+    """attend(q, k, v, valid) whose products are taken with the precision of
+    `precision.precision_of` float32.
 
     JAX's kernel states no precision, so both passes are traced where the default is the highest.
     """
@@ -240,7 +320,9 @@ def _in_float32_backward(attend, backward, cotangent_BTHK):
 _in_float32.defvjp(_in_float32_forward, _in_float32_backward)
 
 
-def _cudnn(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float, implementation: str) -> jax.Array:
+def _cudnn(
+    q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float, implementation: str
+) -> jax.Array:
     """`cudnn` on one device."""
     order_BT = jnp.argsort(~valid_BT.astype(bool), axis=1, stable=True)
     column_BT = jnp.argsort(order_BT, axis=1)
@@ -248,14 +330,22 @@ def _cudnn(q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float
     window = narrower(window, q_BTHK.shape[1])
     local = None if window is None else (window - 1, 0)
     out_BTHK = jax.nn.dot_product_attention(
-        q_BTHK, k_BTNK, v_BTNK, scale=scale, is_causal=True, local_window_size=local, implementation=implementation
+        q_BTHK,
+        k_BTNK,
+        v_BTNK,
+        scale=scale,
+        is_causal=True,
+        local_window_size=local,
+        implementation=implementation,
     )
     return _permuted(out_BTHK, column_BT, order_BT)
 
 
 @jax.custom_vjp
 def _permuted(x_BTHK: jax.Array, order_BT: jax.Array, inverse_BT: jax.Array) -> jax.Array:
-    """x[b, order[b, t]]; its gradient is a gather too, where JAX's own would be a scatter with sums."""
+    """x[b, order[b, t]]; its gradient is a gather too, where JAX's own would be a scatter with
+    sums.
+    """
     return jnp.take_along_axis(x_BTHK, order_BT[:, :, None, None], axis=1, mode="promise_in_bounds")
 
 

@@ -20,7 +20,16 @@ from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter, LINEAR, LoRAConfig
 from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import attention, kernels
-from perl_jax.models.cache import CacheKind, KVCache, Part, attend_cached, keep, last_tokens, own_room, written
+from perl_jax.models.cache import (
+    CacheKind,
+    KVCache,
+    Part,
+    attend_cached,
+    keep,
+    last_tokens,
+    own_room,
+    written,
+)
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
 from perl_jax.models.fused import GROUPS
@@ -57,7 +66,10 @@ def _split(config: ModelConfig, adapted: Adapted) -> _Split:
     return _Split(
         block=block_graph,
         outer=outer_graph,
-        base={"layers": jax.tree.map(stack(config.layers), nnx.to_pure_dict(base)), "outer": nnx.to_pure_dict(around)},
+        base={
+            "layers": jax.tree.map(stack(config.layers), nnx.to_pure_dict(base)),
+            "outer": nnx.to_pure_dict(around),
+        },
         lora={"layers": jax.tree.map(stack(chosen), nnx.to_pure_dict(adapter))},
         base_axes={"layers": _axes(base, ("layers",)), "outer": _axes(around, ())},
         lora_axes={"layers": _axes(adapter, ("layers",))},
@@ -83,7 +95,8 @@ def last_valid(valid_BT: Array) -> jax.Array:
 
 # Attention paths that are told of padding and windows, not of a mask.
 KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
-# Float32 logits that exist at a time on one device when the log-probabilities of a sequence are computed.
+# Float32 logits that exist at a time on one device when the log-probabilities of a sequence are
+# computed.
 LOGIT_BYTES = 2**28
 # Where none are made twice: as fast on a host as larger ones, in less of its memory.
 CPU_LOGIT_BYTES = 2**26
@@ -120,23 +133,32 @@ class LanguageModel:
 
     @property
     def split_heads(self) -> bool:
-        """Whether heads can be split along the mesh's tensor axis: whole ones, queries beside their keys."""
+        """Whether heads can be split along the mesh's tensor axis: whole ones, queries beside their
+        keys.
+        """
         return self.mesh is None or self.config.kv_heads % self.mesh.shape["tensor"] == 0
 
     @functools.cache
     def base_shardings(self) -> dict[str, NamedSharding]:
         """Of every base leaf, by path name."""
-        return sharding.leaf_shardings(self.base_axes(), self.abstract_base(), self.mesh, self._pieces)
+        return sharding.leaf_shardings(
+            self.base_axes(), self.abstract_base(), self.mesh, self._pieces
+        )
 
     @functools.cache
     def lora_shardings(self) -> dict[str, NamedSharding]:
-        """Of adapters that are split like the weights they sit on, for every projection, by path name."""
+        """Of adapters that are split like the weights they sit on, for every projection, by path
+        name.
+        """
         every = LoRAConfig(targets=",".join(LINEAR), dora=True)
-        return sharding.leaf_shardings(self.lora_axes(every), self.abstract_lora(every), self.mesh, self._pieces)
+        return sharding.leaf_shardings(
+            self.lora_axes(every), self.abstract_lora(every), self.mesh, self._pieces
+        )
 
     @property
     def _pieces(self) -> dict[str, int]:
-        # Where key/value heads do not divide, queries stay whole too: a group attends on one device.
+        # Where key/value heads do not divide, queries stay whole too: a group attends on one
+        # device.
         return dict.fromkeys(("heads", "kv_heads"), self.config.kv_heads)
 
     def abstract_under(self, ranks: Mapping[str, int]) -> Tree:
@@ -148,15 +170,29 @@ class LanguageModel:
             rank = ranks.get(module.rpartition("/")[2])
             if leaf == "kernel" and rank is not None:
                 _, width, features = kernel.shape
-                trees.insert(out, f"{module}/under_a", jax.ShapeDtypeStruct((number, width, rank), jnp.float32))
-                trees.insert(out, f"{module}/under_b", jax.ShapeDtypeStruct((number, rank, features), jnp.float32))
+                trees.insert(
+                    out,
+                    f"{module}/under_a",
+                    jax.ShapeDtypeStruct((number, width, rank), jnp.float32),
+                )
+                trees.insert(
+                    out,
+                    f"{module}/under_b",
+                    jax.ShapeDtypeStruct((number, rank, features), jnp.float32),
+                )
         return out
 
     def init_base(self, key: jax.Array) -> Tree:
         """Random weights: N(0, 1/sqrt(in)), as a model is before pre-training."""
         outer_key, layer_key = jax.random.split(key)
-        layers = jax.vmap(lambda k: nnx.to_pure_dict(nnx.state(Block(self.config, Adapted(), nnx.Rngs(params=k)), nnx.Param)))
-        outer = nnx.to_pure_dict(nnx.state(Outer(self.config, nnx.Rngs(params=outer_key)), nnx.Param))
+        layers = jax.vmap(
+            lambda k: nnx.to_pure_dict(
+                nnx.state(Block(self.config, Adapted(), nnx.Rngs(params=k)), nnx.Param)
+            )
+        )
+        outer = nnx.to_pure_dict(
+            nnx.state(Outer(self.config, nnx.Rngs(params=outer_key)), nnx.Param)
+        )
         return {"layers": layers(jax.random.split(layer_key, self.config.layers)), "outer": outer}
 
     def init_adapter(self, key: jax.Array, config: LoRAConfig, base: Tree | None = None) -> Adapter:
@@ -173,7 +209,9 @@ class LanguageModel:
             leaves = trees.named_leaves(base, is_leaf=is_quantised)
             kernels = {module: leaves[module + "/kernel"] for module in modules}
         chosen = config.adapted_layers(self.config.layers)
-        adapter = Adapter(lora=lora_lib.init_lora(key, abstract, config, kernels, chosen), config=config)
+        adapter = Adapter(
+            lora=lora_lib.init_lora(key, abstract, config, kernels, chosen), config=config
+        )
         if config.init != "pissa":
             return adapter
         return adapter.replace(under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0))
@@ -181,12 +219,30 @@ class LanguageModel:
     # Forward passes over whole sequences.
 
     def hidden(
-        self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+        self,
+        base: Tree,
+        adapter: Adapter | None,
+        tokens_BT: Array,
+        valid_BT: Array,
+        dropout_key: Array | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> jax.Array:
-        """hidden_BTD after the final norm; packed, hidden_WUD. Dropout acts only where a `dropout_key` is given."""
-        return self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing)[0]
+        """hidden_BTD after the final norm; packed, hidden_WUD. Dropout acts only where a
+        `dropout_key` is given.
+        """
+        return self._forward(
+            base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing
+        )[0]
 
-    def logits(self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None) -> jax.Array:
+    def logits(
+        self,
+        base: Tree,
+        adapter: Adapter | None,
+        tokens_BT: Array,
+        valid_BT: Array,
+        dropout_key: Array | None = None,
+    ) -> jax.Array:
         """logits_BTV float32; position t predicts token t + 1."""
         hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
         return self._logits(base, adapter, hidden_BTD, self._place())
@@ -195,12 +251,14 @@ class LanguageModel:
         self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, temperature: float = 1.0,
         dropout_key: Array | None = None, *, start: int = 0, packing: Packing | None = None, wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """logp_BT and entropy_BT of every token from column `start` on (`perl_jax.models.logprobs`); 0 before.
+        """logp_BT and entropy_BT of every token from column `start` on
+        (`perl_jax.models.logprobs`); 0 before.
 
         packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
 
-        Logits exist for a few columns at a time, LOGIT_BYTES a device (CPU_LOGIT_BYTES on a host, of a
-        frozen head), and where the head is trained again in the backward pass. The entropy is a diagnostic and has no gradient.
+        Logits exist for a few columns at a time, LOGIT_BYTES a device (CPU_LOGIT_BYTES on a host,
+        of a frozen head), and where the head is trained again in the backward pass. The entropy is
+        a diagnostic and has no gradient.
         """
         place = self._place()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
@@ -212,40 +270,88 @@ class LanguageModel:
         size = CPU_LOGIT_BYTES if frozen and platform_of(self.mesh) == "cpu" else LOGIT_BYTES
         columns = lambda rows: max(1, size * devices // (4 * rows * self.config.vocab_size))
         if packing is None:
-            return sequence_logprobs(head, hidden, tokens_BT, temperature, start=start, columns=columns(tokens_BT.shape[0]), frozen=frozen)
+            return sequence_logprobs(
+                head,
+                hidden,
+                tokens_BT,
+                temperature,
+                start=start,
+                columns=columns(tokens_BT.shape[0]),
+                frozen=frozen,
+            )
         length = tokens_BT.shape[1]
         # Column 0 has no prediction.
         wanted_BT = jnp.asarray(wanted_BT, bool) & (jnp.arange(length) >= max(start, 1))[None, :]
-        number = min(packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start))
+        number = min(
+            packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start)
+        )
         place_WY, back = chosen(packing, wanted_BT, number)
-        hidden_WYD, token_WY = packing.read(hidden, place_WY - 1), of_tokens(packing, tokens_BT, place_WY)
-        logp_WY, entropy_WY = following_logprobs(head, hidden_WYD, token_WY, temperature, columns(packing.parts), frozen)
+        hidden_WYD, token_WY = (
+            packing.read(hidden, place_WY - 1),
+            of_tokens(packing, tokens_BT, place_WY),
+        )
+        logp_WY, entropy_WY = following_logprobs(
+            head, hidden_WYD, token_WY, temperature, columns(packing.parts), frozen
+        )
         return back(logp_WY), back(entropy_WY)
 
     def values(
-        self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+        self,
+        base: Tree,
+        adapter: Adapter,
+        tokens_BT: Array,
+        valid_BT: Array,
+        dropout_key: Array | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> jax.Array:
         """The scalar head at every position, float32 [B, T]; position t has seen tokens <= t."""
-        value = _head(adapter, self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing))
+        value = _head(
+            adapter, self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
+        )
         return value if packing is None else packing.to_sequences(value)
 
     def score(
-        self, base: Tree, adapter: Adapter, tokens_BT: Array, valid_BT: Array, dropout_key: Array | None = None, *, packing: Packing | None = None
+        self,
+        base: Tree,
+        adapter: Adapter,
+        tokens_BT: Array,
+        valid_BT: Array,
+        dropout_key: Array | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> jax.Array:
         """score_B: the scalar head at each row's last real token, found by index."""
         last_B1 = last_valid(valid_BT)[:, None]
-        hidden_WRD, _ = self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing, only_BR=last_B1)
+        hidden_WRD, _ = self._forward(
+            base,
+            adapter,
+            tokens_BT,
+            valid_BT,
+            dropout_key,
+            keep_cache=False,
+            packing=packing,
+            only_BR=last_B1,
+        )
         return _head(adapter, hidden_WRD.reshape(tokens_BT.shape[0], -1))
 
     # Cached decoding.
 
     def prefill(
-        self, base: Tree, adapter: Adapter | None, tokens_PS: Array, valid_PS: Array, room: int, samples: int = 1, kind: CacheKind = "auto"
+        self,
+        base: Tree,
+        adapter: Adapter | None,
+        tokens_PS: Array,
+        valid_PS: Array,
+        room: int,
+        samples: int = 1,
+        kind: CacheKind = "auto",
     ) -> tuple[jax.Array, KVCache]:
-        """Reads prompts: logits_PV of each one's next token, and a cache for `samples` rows a prompt.
+        """Reads prompts: logits_PV of each one's next token, and a cache for `samples` rows a
+        prompt.
 
-        room: columns for what each row decodes; no more than the window in layers that have one. kind: what the cache holds;
-        auto: the activations' dtype.
+        room: columns for what each row decodes; no more than the window in layers that have one.
+        kind: what the cache holds; auto: the activations' dtype.
         """
         place = self._place()
         hidden_PSD, kv = self._forward(base, adapter, tokens_PS, valid_PS, None, keep_cache=True)
@@ -253,12 +359,17 @@ class LanguageModel:
         rows = samples * tokens_PS.shape[0]
 
         def part(window: int | None, stacks: tuple) -> Part:
-            prompt_k, prompt_v = (place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack)) for stack in stacks)
+            prompt_k, prompt_v = (
+                place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack))
+                for stack in stacks
+            )
             taken, own = last_tokens(valid_PS, window), own_room(room, window)
             return Part(
                 prompt_k=prompt_k,
                 prompt_v=prompt_v,
-                own_k=place.cache(each(lambda part: part.vacant(rows, own, turned=is_apart(prompt_k)), prompt_k)),
+                own_k=place.cache(
+                    each(lambda part: part.vacant(rows, own, turned=is_apart(prompt_k)), prompt_k)
+                ),
                 own_v=place.cache(each(lambda part: part.vacant(rows, own), prompt_v)),
                 prompt_visible_PS=taken(jnp.asarray(valid_PS, bool)),
                 prompt_position_PS=taken(attention.positions(valid_PS)),
@@ -271,11 +382,21 @@ class LanguageModel:
         cache = KVCache(tuple(part(*pair) for pair in kv.items()), position_B, jnp.int32(0))
         return self._next_logits(base, adapter, last_P1D), cache
 
-    def decode(self, base: Tree, adapter: Adapter | None, token_B: Array, cache: KVCache, kind: CacheKind = "auto") -> tuple[jax.Array, KVCache]:
+    def decode(
+        self,
+        base: Tree,
+        adapter: Adapter | None,
+        token_B: Array,
+        cache: KVCache,
+        kind: CacheKind = "auto",
+    ) -> tuple[jax.Array, KVCache]:
         """Appends one token to every row: logits_BV of the token after it, and the cache."""
         outer, place = self._outer(base, adapter), self._place(stationary=True)
         kinds = LayerKinds.of(self.config, cache.position_B[:, None])
-        visible = {part.window: (part.visible(cache.position_B), part.column(cache.step)) for part in cache.parts}
+        visible = {
+            part.window: (part.visible(cache.position_B), part.column(cache.step))
+            for part in cache.parts
+        }
         inlined = is_apart(cache.parts[0].own_k)
 
         def layer(block, x, leaves, window):
@@ -283,20 +404,45 @@ class LanguageModel:
             visible_BS, column = visible[window]
 
             def attend(q, k, v):
-                # Written before it is read, a layer's own cache is written where it lies; a scan would return all of it.
+                # Written before it is read, a layer's own cache is written where it lies; a scan
+                # would return all of it.
                 prompt, own = part[:2], part[2:]
-                own = tuple(written(kept, new, column, kind) for kept, new in zip(own, (k, v))) if inlined else own
-                heads = attend_cached(q, k, v, (*prompt, *own), visible_BS, self.config.attention_scale, self.config.attention_cap)
+                own = (
+                    tuple(written(kept, new, column, kind) for kept, new in zip(own, (k, v)))
+                    if inlined
+                    else own
+                )
+                heads = attend_cached(
+                    q,
+                    k,
+                    v,
+                    (*prompt, *own),
+                    visible_BS,
+                    self.config.attention_scale,
+                    self.config.attention_cap,
+                )
                 return heads, own if inlined else (k, v)
 
             return block.decode(x, kinds.rotary(kind_of_layer), attend, place)
 
         caches = {part.window: part.by_layer for part in cache.parts}
-        x_B1D, kept = self._by_window(layer, base, adapter, outer.embed(token_B[:, None], place), caches, kinds.by_layer, place)
+        x_B1D, kept = self._by_window(
+            layer,
+            base,
+            adapter,
+            outer.embed(token_B[:, None], place),
+            caches,
+            kinds.by_layer,
+            place,
+        )
 
         def updated(part: Part) -> Part:
             place_of = (cache.position_B, cache.step)
-            part = part.advanced(*kept[part.window], *place_of) if inlined else part.appended(*kept[part.window], *place_of, kind)
+            part = (
+                part.advanced(*kept[part.window], *place_of)
+                if inlined
+                else part.appended(*kept[part.window], *place_of, kind)
+            )
             return part.replace(own_k=place.cache(part.own_k), own_v=place.cache(part.own_v))
 
         after = KVCache(tuple(map(updated, cache.parts)), cache.position_B + 1, cache.step + 1)
@@ -307,7 +453,9 @@ class LanguageModel:
     def _place(self, stationary: bool = False) -> Placement:
         return Placement(self.mesh, self.split_heads, stationary)
 
-    def _logits(self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement) -> jax.Array:
+    def _logits(
+        self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement
+    ) -> jax.Array:
         outer = self._outer(base, adapter)
         return outer.logits(hidden_BTD, outer.output_matrix(place), place)
 
@@ -321,12 +469,23 @@ class LanguageModel:
     def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:
         return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
 
-    def _forward(self, base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache, packing=None, only_BR=None):
-        """Hidden states after the final norm, and if they are to be kept keys and values: (k, v) of the layers with each window, by window.
+    def _forward(
+        self,
+        base,
+        adapter,
+        tokens_BT,
+        valid_BT,
+        dropout_key,
+        keep_cache,
+        packing=None,
+        only_BR=None,
+    ):
+        """Hidden states after the final norm, and if they are to be kept keys and values: (k, v) of
+        the layers with each window, by window.
 
         Of layers with a window those of the last tokens are kept (`cache.last_tokens`).
-        only_BR: columns of each row whose hidden states are wanted: in the last layer no others go through attention
-        and what follows it. The result is [B, R, D]; packed, [W, b R, D].
+        only_BR: columns of each row whose hidden states are wanted: in the last layer no others go
+        through attention and what follows it. The result is [B, R, D]; packed, [W, b R, D].
         """
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
@@ -339,36 +498,76 @@ class LanguageModel:
 
         def layer(block, x, leaves, read_BT=read_BT, only_WR=None):
             key, kind = leaves
-            x, kv = block(x, kinds.rotary(kind), self._attend(kinds, kind, valid_BT, read_BT, packing), key, place, only_WR)
+            x, kv = block(
+                x,
+                kinds.rotary(kind),
+                self._attend(kinds, kind, valid_BT, read_BT, packing),
+                key,
+                place,
+                only_WR,
+            )
             return x, kv if keep_cache else None
 
         outer = self._outer(base, adapter)
         if keep_cache:
-            taken = {window: last_tokens(valid_BT, window) for window in dict.fromkeys(self.config.windows)}
+            taken = {
+                window: last_tokens(valid_BT, window)
+                for window in dict.fromkeys(self.config.windows)
+            }
 
             def kept(block, x, leaves, window):
                 x, kv = layer(block, x, leaves)
                 return x, tuple(map(taken[window], kv))
 
-            x, kv = self._by_window(kept, base, adapter, outer.embed(tokens, place), None, kinds.by_layer, place, backward=True)
+            x, kv = self._by_window(
+                kept,
+                base,
+                adapter,
+                outer.embed(tokens, place),
+                None,
+                kinds.by_layer,
+                place,
+                backward=True,
+            )
             return outer.final_norm(x), kv
 
         last = None
         if only_BR is not None:
             only_WR = only_BR if packing is None else packing.slot_at(only_BR)
-            # Trained weights stay one stack: their last layer by itself would be a copy of the others, and so would the gradients.
+            # Trained weights stay one stack: their last layer by itself would be a copy of the
+            # others, and so would the gradients.
             if adapter is None or adapter.weights is None:
-                only_WU = jnp.any(jnp.arange(tokens.shape[1])[None, None, :] == only_WR[:, :, None], axis=1)
+                only_WU = jnp.any(
+                    jnp.arange(tokens.shape[1])[None, None, :] == only_WR[:, :, None], axis=1
+                )
                 only_BT = only_WU if packing is None else packing.spread(only_WU) & read_BT
                 last = functools.partial(layer, read_BT=only_BT, only_WR=only_WR)
 
-        x, _ = self._scan(layer, base, adapter, outer.embed(tokens, place), (keys, kinds.by_layer), place, backward=True, last=last)
+        x, _ = self._scan(
+            layer,
+            base,
+            adapter,
+            outer.embed(tokens, place),
+            (keys, kinds.by_layer),
+            place,
+            backward=True,
+            last=last,
+        )
         if only_BR is not None and last is None:
             x = gather(x, only_WR)
         return outer.final_norm(x), None
 
-    def _attend(self, kinds: LayerKinds, kind: Tree | None, valid_BT: Array, read_BT: Array, packing: Packing | None) -> Attend:
-        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries that count."""
+    def _attend(
+        self,
+        kinds: LayerKinds,
+        kind: Tree | None,
+        valid_BT: Array,
+        read_BT: Array,
+        packing: Packing | None,
+    ) -> Attend:
+        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries
+        that count.
+        """
         whole = self.mesh is None or self.mesh.size == 1
         if packing is not None and not (whole and self.config.attention == "blocked"):
             return packing.attending(self._attend(kinds, kind, valid_BT, read_BT, None))
@@ -381,54 +580,83 @@ class LanguageModel:
                 return functools.partial(attention.attend, mask_BTS=mask_BTS, **settings)
             settings |= {"read_BT": read_BT, "wide": platform_of(self.mesh) != "cpu"}
             if whole:
-                return functools.partial(attention.attend_blocked, mask_BTS=mask_BTS, packing=packing, **settings)
+                return functools.partial(
+                    attention.attend_blocked, mask_BTS=mask_BTS, packing=packing, **settings
+                )
             return functools.partial(kernels.blocked, mask_BTS=mask_BTS, mesh=self.mesh, **settings)
-        over = functools.partial(KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings)
+        over = functools.partial(
+            KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings
+        )
         window = kernels.narrower(config.window if config.windowed else None, valid_BT.shape[1])
         if window is None or kinds.by_layer is None:
             return functools.partial(over, window=window)
         windowed = kind["window"] == config.window
-        return lambda q, k, v: kernels.by_window(windowed, lambda: over(q, k, v, window=window), lambda: over(q, k, v, window=None))
+        return lambda q, k, v: kernels.by_window(
+            windowed, lambda: over(q, k, v, window=window), lambda: over(q, k, v, window=None)
+        )
 
     def _rematerialised(self, body: Callable, picked: bool) -> Callable:
-        """A layer that keeps for the backward pass what `remat` says, and never weights. picked: the layer picks its own from a stack."""
+        """A layer that keeps for the backward pass what `remat` says, and never weights. picked:
+        the layer picks its own from a stack.
+        """
         if self.config.remat == "none":
             if not picked and (self.mesh is None or self.mesh.shape["fsdp"] == 1):
                 return body
             return jax.checkpoint(body, prevent_cse=False, policy=all_but_weights)
         policies = jax.checkpoint_policies
-        kept = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}[self.config.remat]
+        kept = {
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "full": policies.nothing_saveable,
+        }[self.config.remat]
         return jax.checkpoint(body, prevent_cse=False, policy=kept)
 
     def _scan(
         self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False,
         last: Callable | None = None,
     ):  # fmt: skip
-        """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked outs.
+        """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked
+        outs.
 
-        Layers with and without an adapter form runs, one scan each; where all have one (or none has)
-        there is one run. Below the lowest adapted layer nothing is trained, so nothing is computed
-        backwards there. backward: whether there may be a backward pass; without one nothing is gained
-        by inlining layers of a stack (`_inlined` has those that are apart). last: the last layer, where
-        it is another function, whose x may have another shape.
+        Layers with and without an adapter form runs, one scan each; where all have one (or none
+        has) there is one run. Below the lowest adapted layer nothing is trained, so nothing is
+        computed backwards there. backward: whether there may be a backward pass; without one
+        nothing is gained by inlining layers of a stack (`_inlined` has those that are apart). last:
+        the last layer, where it is another function, whose x may have another shape.
         """
         number = self.config.layers
         weights, under, chosen, block_of = self._read(base, adapter, place)
         if is_apart(weights):
-            return self._inlined(layer, block_of, (weights, under, per_layer), None if adapter is None else adapter.lora, chosen, x, last)
+            return self._inlined(
+                layer,
+                block_of,
+                (weights, under, per_layer),
+                None if adapter is None else adapter.lora,
+                chosen,
+                x,
+                last,
+            )
         outs = []
         for start, stop, adapted in runs(chosen, number, apart=last is not None):
             lora = None
             if adapted:
                 first = chosen.index(start)
-                lora = jax.tree.map(lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"])
+                lora = jax.tree.map(
+                    lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"]
+                )
             whole = stop - start == number
             through = layer if last is None or stop < number else last
 
-            # A run's weights are picked layer by layer: slicing a run out of the stack would copy it.
+            # A run's weights are picked layer by layer: slicing a run out of the stack would copy
+            # it.
             def body(x, inputs):
                 index, mine, leaves = inputs
-                block_weights, block_under, leaves = leaves if whole else jax.tree.map(functools.partial(_picked, index), (weights, under, per_layer))
+                block_weights, block_under, leaves = (
+                    leaves
+                    if whole
+                    else jax.tree.map(
+                        functools.partial(_picked, index), (weights, under, per_layer)
+                    )
+                )
                 return through(block_of(block_weights, mine, block_under), x, leaves)
 
             body = self._rematerialised(body, picked=not whole) if backward else body
@@ -438,29 +666,56 @@ class LanguageModel:
                 x, out = body(x, jax.tree.map(lambda leaf: leaf[0], inputs))
                 outs.append(jax.tree.map(lambda leaf: leaf[None], out))
                 continue
-            x, out = jax.lax.scan(body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1)
+            x, out = jax.lax.scan(
+                body, x, inputs, unroll=min(self.config.unroll, stop - start) if backward else 1
+            )
             outs.append(out)
-        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+        return x, outs[0] if len(outs) == 1 else jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), *outs
+        )
 
-    def _read(self, base: Tree, adapter: Adapter | None, place: Placement) -> tuple[Tree, Tree | None, tuple[int, ...], Callable]:
-        """(weights of the layers, frozen pairs under adapters, layers with an adapter, block_of): block_of(weights, LoRA leaves or None, pairs or
-        None) is one layer's module, its leaves where `place` reads them."""
+    def _read(
+        self, base: Tree, adapter: Adapter | None, place: Placement
+    ) -> tuple[Tree, Tree | None, tuple[int, ...], Callable]:
+        """(weights of the layers, frozen pairs under adapters, layers with an adapter, block_of):
+        block_of(weights, LoRA leaves or None, pairs or None) is one layer's module, its leaves
+        where `place` reads them.
+        """
         weights = _weights(base, adapter)["layers"]
-        chosen = () if adapter is None or adapter.lora is None else adapter.config.adapted_layers(self.config.layers)
+        chosen = (
+            ()
+            if adapter is None or adapter.lora is None
+            else adapter.config.adapted_layers(self.config.layers)
+        )
         under = None if adapter is None or adapter.under is None else adapter.under["layers"]
         targets = () if under is None else tuple(lora_lib.under_ranks(under))
         # A frozen base has the activations' dtype, and no gradient.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
         attention = (weights.layers[0] if is_apart(weights) else weights)["attention"]
-        fused = tuple(name for name in GROUPS if "up" in attention[name]) if "qkv" in attention else None
+        fused = (
+            tuple(name for name in GROUPS if "up" in attention[name])
+            if "qkv" in attention
+            else None
+        )
         apart = is_apart(weights)
-        base_places, lora_places = ({}, {}) if apart or self.mesh is None else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
+        base_places, lora_places = (
+            ({}, {})
+            if apart or self.mesh is None
+            else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
+        )
 
         def block_of(block_weights: Tree, mine: Tree | None, block_under: Tree | None) -> Block:
-            graph = _split(self.config, Adapted(None if mine is None else adapter.config, targets, fused)).block
+            graph = _split(
+                self.config, Adapted(None if mine is None else adapter.config, targets, fused)
+            ).block
             if not apart:
-                block_weights, mine = place.weights(block_weights, base_places, moved), place.weights(mine, lora_places)
-            return nnx.merge(graph, *(s for s in (block_weights, mine, block_under) if s is not None))
+                block_weights, mine = (
+                    place.weights(block_weights, base_places, moved),
+                    place.weights(mine, lora_places),
+                )
+            return nnx.merge(
+                graph, *(s for s in (block_weights, mine, block_under) if s is not None)
+            )
 
         return weights, under, chosen, block_of
 
@@ -468,40 +723,74 @@ class LanguageModel:
         self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, caches: Mapping[int | None, Tree] | None, per_layer: Tree,
         place: Placement, backward: bool = False,
     ) -> tuple[jax.Array, dict[int | None, Tree]]:  # fmt: skip
-        """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window static; x, and the outs of the layers with each window.
+        """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window
+        static; x, and the outs of the layers with each window.
 
-        caches: leaves of the layers with each window; None: there are none. Layers with different windows form turns
-        of a scan (`layer_kinds.turns`), without a backward pass.
+        caches: leaves of the layers with each window; None: there are none. Layers with different
+        windows form turns of a scan (`layer_kinds.turns`), without a backward pass.
         """
         windows = self.config.windows
-        numbers = {window: [index for index, other in enumerate(windows) if other == window] for window in windows}
+        numbers = {
+            window: [index for index, other in enumerate(windows) if other == window]
+            for window in windows
+        }
         if is_apart(_weights(base, adapter)["layers"]):
-            own = [None if caches is None else of_layer(caches[window], numbers[window].index(index)) for index, window in enumerate(windows)]
+            own = [
+                None if caches is None else of_layer(caches[window], numbers[window].index(index))
+                for index, window in enumerate(windows)
+            ]
             through = lambda block, x, leaves: layer(block, x, leaves[:2], leaves[2])
-            x, outs = self._scan(through, base, adapter, x, (Apart(tuple(own)), per_layer, Apart(windows)), place)
+            x, outs = self._scan(
+                through, base, adapter, x, (Apart(tuple(own)), per_layer, Apart(windows)), place
+            )
             return x, {window: chosen_layers(outs, found) for window, found in numbers.items()}
         if len(numbers) == 1:
             through = lambda block, x, leaves: layer(block, x, leaves, windows[0])
-            x, out = self._scan(through, base, adapter, x, (None if caches is None else caches[windows[0]], per_layer), place, backward=backward)
+            x, out = self._scan(
+                through,
+                base,
+                adapter,
+                x,
+                (None if caches is None else caches[windows[0]], per_layer),
+                place,
+                backward=backward,
+            )
             return x, {windows[0]: out}
         weights, under, chosen, block_of = self._read(base, adapter, place)
         # Each layer's place among those with its window.
-        order_L = jnp.array([numbers[window].index(index) for index, window in enumerate(windows)], jnp.int32)
+        order_L = jnp.array(
+            [numbers[window].index(index) for index, window in enumerate(windows)], jnp.int32
+        )
         outs: dict[int | None, list[Tree]] = {window: [] for window in numbers}
-        scans = [(*scan, adapted) for first, last, adapted in runs(chosen, self.config.layers) for scan in turns(windows, first, last)]
+        scans = [
+            (*scan, adapted)
+            for first, last, adapted in runs(chosen, self.config.layers)
+            for scan in turns(windows, first, last)
+        ]
         for start, stop, period, adapted in scans:
             lora, alike = None, windows[start : start + period]
             if adapted:
                 first = chosen.index(start)
-                in_turns = lambda leaf: leaf[first : first + stop - start].reshape(-1, period, *leaf.shape[1:])
+                in_turns = lambda leaf: leaf[first : first + stop - start].reshape(
+                    -1, period, *leaf.shape[1:]
+                )
                 lora = jax.tree.map(in_turns, adapter.lora["layers"])
 
             def turn(x, inputs):
                 index, mine, made = *inputs, []
                 for number, window in enumerate(alike):
-                    block_weights, block_under, order, leaves = jax.tree.map(functools.partial(_picked, index + number), (weights, under, order_L, per_layer))
-                    own = None if caches is None else jax.tree.map(functools.partial(_picked, order), caches[window])
-                    block = block_of(block_weights, None if mine is None else of_layer(mine, number), block_under)
+                    block_weights, block_under, order, leaves = jax.tree.map(
+                        functools.partial(_picked, index + number),
+                        (weights, under, order_L, per_layer),
+                    )
+                    own = (
+                        None
+                        if caches is None
+                        else jax.tree.map(functools.partial(_picked, order), caches[window])
+                    )
+                    block = block_of(
+                        block_weights, None if mine is None else of_layer(mine, number), block_under
+                    )
                     x, out = layer(block, x, (own, leaves), window)
                     made.append(out)
                 return x, made
@@ -509,18 +798,39 @@ class LanguageModel:
             x, made = jax.lax.scan(turn, x, (jnp.arange(start, stop, period), lora))
             for window in dict.fromkeys(alike):
                 mine = [out for out, other in zip(made, alike) if other == window]
-                outs[window].append(jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *mine))
-        return x, {window: jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) for window, found in outs.items()}
+                outs[window].append(
+                    jax.tree.map(
+                        lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]),
+                        *mine,
+                    )
+                )
+        return x, {
+            window: jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+            for window, found in outs.items()
+        }
 
-    def _inlined(self, layer: Callable, block_of: Callable, stacks: Tree, lora: Tree | None, chosen: tuple[int, ...], x: jax.Array, last: Callable | None):
-        """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the outs."""
+    def _inlined(
+        self,
+        layer: Callable,
+        block_of: Callable,
+        stacks: Tree,
+        lora: Tree | None,
+        chosen: tuple[int, ...],
+        x: jax.Array,
+        last: Callable | None,
+    ):
+        """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the
+        outs.
+        """
         outs = []
         for index in range(self.config.layers):
             adapted = index in chosen
             mine = of_layer(lora["layers"], chosen.index(index)) if adapted else None
             block_weights, block_under, leaves = of_layer(stacks, index)
             block = block_of(block_weights, mine, block_under)
-            x, out = (last if last is not None and index == self.config.layers - 1 else layer)(block, x, leaves)
+            x, out = (last if last is not None and index == self.config.layers - 1 else layer)(
+                block, x, leaves
+            )
             outs.append(out)
         return x, collected(outs)
 
@@ -532,7 +842,11 @@ def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
 
 def _of_layers(places: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
     """The layers' part, by path names within a layer."""
-    return {name.removeprefix("layers/"): place for name, place in places.items() if name.startswith("layers/")}
+    return {
+        name.removeprefix("layers/"): place
+        for name, place in places.items()
+        if name.startswith("layers/")
+    }
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:
@@ -542,8 +856,12 @@ def _weights(base: Tree, adapter: Adapter | None) -> Tree:
 
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
     if adapter is None or adapter.head is None:
-        raise ValueError("This role has no scalar head: a score or a value needs an adapter that carries one.")
-    return precision.matmul(hidden.astype(jnp.float32), adapter.head["kernel"]) + adapter.head["bias"]
+        raise ValueError(
+            "This role has no scalar head: a score or a value needs an adapter that carries one."
+        )
+    return (
+        precision.matmul(hidden.astype(jnp.float32), adapter.head["kernel"]) + adapter.head["bias"]
+    )
 
 
 def full_weights(base: Tree) -> Adapter:
@@ -551,7 +869,9 @@ def full_weights(base: Tree) -> Adapter:
 
     Float32 whatever the base's dtype: small updates to bfloat16 weights would be rounded away.
     """
-    return Adapter(weights=jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.float32, copy=True), base))
+    return Adapter(
+        weights=jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.float32, copy=True), base)
+    )
 
 
 def resting(adapter: Adapter, dtype: str) -> Adapter:
@@ -561,5 +881,7 @@ def resting(adapter: Adapter, dtype: str) -> Adapter:
     """
     if adapter.weights is None:
         return adapter
-    cast = lambda name, leaf: leaf.astype(dtype) if name.endswith(("kernel", "embedding", "lm_head")) else leaf
+    cast = lambda name, leaf: (
+        leaf.astype(dtype) if name.endswith(("kernel", "embedding", "lm_head")) else leaf
+    )
     return adapter.replace(weights=trees.map_named(cast, adapter.weights))

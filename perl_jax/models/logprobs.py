@@ -92,7 +92,9 @@ def next_token_logprobs(logits_BTV: Array, tokens_BT: Array, temperature: float 
 
 
 def next_token_entropy(logits_BTV: Array, temperature: float = 1.0) -> jax.Array:
-    """entropy_BT[b, t] of the distribution token t is drawn from, softmax(logits_BTV[b, t - 1] / temperature); 0 at t = 0."""
+    """entropy_BT[b, t] of the distribution token t is drawn from, softmax(logits_BTV[b, t - 1] /
+    temperature); 0 at t = 0.
+    """
     chex.assert_rank(logits_BTV, 3)
     return shift_right(entropy(logits_BTV, temperature))
 
@@ -107,8 +109,8 @@ def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
     # Flat: sums over [1, N, V] take XLA's CPU backend 60 times as long as over [N, V].
     scaled_NV = _scaled(logits_V, temperature).reshape(-1, logits_V.shape[-1])
     logz_N1 = jax.nn.logsumexp(scaled_NV, axis=-1, keepdims=True)
-    # Not logz - sum p logit: with large logits that is a small difference of large numbers. The bound
-    # changes no sum, as p is 0 long before, and makes 0 of a banned token's 0 times infinity.
+    # Not logz - sum p logit: with large logits that is a small difference of large numbers. The
+    # bound changes no sum, as p is 0 long before, and makes 0 of a banned token's 0 times infinity.
     logp_NV = jnp.maximum(scaled_NV - logz_N1, -1e4)
     return -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1).reshape(logits_V.shape[:-1])
 
@@ -117,69 +119,102 @@ def sequence_logprobs(
     head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, tokens_BT: Array, temperature: float = 1.0, *, start: int = 0, columns: int,
     frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """logp_BT and entropy_BT (`next_token_logprobs`, `next_token_entropy`) from hidden states, logits by pieces.
+    """logp_BT and entropy_BT (`next_token_logprobs`, `next_token_entropy`) from hidden states,
+    logits by pieces.
 
-    head: hidden_BCD -> logits_BCV. columns: how many columns have logits at a time. frozen: whether the
-    head's weights are; trained ones have their logits computed again in the backward pass, unless all
-    columns fit into one piece. start: columns before it are 0, and no logits are computed for them.
-    The entropy has no gradient.
+    head: hidden_BCD -> logits_BCV. columns: how many columns have logits at a time. frozen: whether
+    the head's weights are; trained ones have their logits computed again in the backward pass,
+    unless all columns fit into one piece. start: columns before it are 0, and no logits are
+    computed for them. The entropy has no gradient.
     """
     _check_temperature(temperature)
     chex.assert_rank([hidden_BTD, tokens_BT], [3, 2])
     chex.assert_equal_shape_prefix([hidden_BTD, tokens_BT], 2)
     length = tokens_BT.shape[1]
-    # What is read at column t is about token t + 1. The last column is about none: kept where all are.
+    # What is read at column t is about token t + 1. The last column is about none: kept where all
+    # are.
     first = max(start - 1, 0)
     last = length if first == 0 else length - 1
     hidden_BTD = hidden_BTD[:, first:last]
     following_BT = jnp.pad(tokens_BT[:, first + 1 :], ((0, 0), (0, last - length + 1)))
 
-    logp_BT, entropy_BT = following_logprobs(head, hidden_BTD, following_BT, temperature, columns, frozen)
+    logp_BT, entropy_BT = following_logprobs(
+        head, hidden_BTD, following_BT, temperature, columns, frozen
+    )
     back = lambda x_BT: jnp.pad(x_BT, ((0, 0), (first + 1, 0)))[:, :length]
     return back(logp_BT), back(entropy_BT)
 
 
 def following_logprobs(
-    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, following_BT: Array, temperature: float, columns: int, frozen: bool = False
+    head: Callable[[jax.Array], jax.Array],
+    hidden_BTD: Array,
+    following_BT: Array,
+    temperature: float,
+    columns: int,
+    frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of `columns`; see `sequence_logprobs`."""
+    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of
+    `columns`; see `sequence_logprobs`.
+    """
 
     def piece(hidden_BCD: jax.Array, following_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = head(hidden_BCD)
-        return token_logprobs(logits_BCV, following_BC, temperature), entropy(jax.lax.stop_gradient(logits_BCV), temperature)
+        return token_logprobs(logits_BCV, following_BC, temperature), entropy(
+            jax.lax.stop_gradient(logits_BCV), temperature
+        )
 
     pieces = -(-following_BT.shape[1] // columns)
     if frozen:
         return _with_slopes(piece, pieces, hidden_BTD, following_BT)
-    return _by_pieces(piece if pieces == 1 else jax.checkpoint(piece, prevent_cse=False), hidden_BTD, following_BT, pieces)
+    return _by_pieces(
+        piece if pieces == 1 else jax.checkpoint(piece, prevent_cse=False),
+        hidden_BTD,
+        following_BT,
+        pieces,
+    )
 
 
-def _by_pieces(piece: Callable[..., Tree], hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int) -> Tree:
+def _by_pieces(
+    piece: Callable[..., Tree], hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int
+) -> Tree:
     """piece over equal runs of columns, one after the other."""
     if pieces == 1:
         return piece(hidden_BTD, following_BT)
     batch, length, width = hidden_BTD.shape
     columns = -(-length // pieces)
     more = ((0, 0), (0, pieces * columns - length))
-    hidden_PBCD = jnp.moveaxis(jnp.pad(hidden_BTD, (*more, (0, 0))).reshape(batch, pieces, columns, width), 1, 0)
+    hidden_PBCD = jnp.moveaxis(
+        jnp.pad(hidden_BTD, (*more, (0, 0))).reshape(batch, pieces, columns, width), 1, 0
+    )
     following_PBC = jnp.moveaxis(jnp.pad(following_BT, more).reshape(batch, pieces, columns), 1, 0)
-    _, found = jax.lax.scan(lambda _, inputs: (None, piece(*inputs)), None, (hidden_PBCD, following_PBC))
-    return jax.tree.map(lambda x_PBC: jnp.moveaxis(x_PBC, 0, 1).reshape(batch, -1, *x_PBC.shape[3:])[:, :length], found)
+    _, found = jax.lax.scan(
+        lambda _, inputs: (None, piece(*inputs)), None, (hidden_PBCD, following_PBC)
+    )
+    return jax.tree.map(
+        lambda x_PBC: jnp.moveaxis(x_PBC, 0, 1).reshape(batch, -1, *x_PBC.shape[3:])[:, :length],
+        found,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_slopes(piece: Callable, pieces: int, hidden_BTD: jax.Array, following_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_by_pieces` with a gradient for the hidden states alone, of which no logits are kept and none computed twice.
+def _with_slopes(
+    piece: Callable, pieces: int, hidden_BTD: jax.Array, following_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_by_pieces` with a gradient for the hidden states alone, of which no logits are kept and
+    none computed twice.
 
     d logp / d hidden = (onehot(token) - softmax(logits / temperature)) W^T / temperature needs the
-    logits; what comes back from a loss is but a factor of it for each token. So it is made where the logits are.
+    logits; what comes back from a loss is but a factor of it for each token. So it is made where
+    the logits are.
     """
     return _by_pieces(piece, hidden_BTD, following_BT, pieces)
 
 
 def _with_slopes_forward(piece, pieces, hidden_BTD, following_BT):
     def with_slope(hidden_BCD, following_BC):
-        logp_BC, backward, entropy_BC = jax.vjp(lambda hidden_BCD: piece(hidden_BCD, following_BC), hidden_BCD, has_aux=True)
+        logp_BC, backward, entropy_BC = jax.vjp(
+            lambda hidden_BCD: piece(hidden_BCD, following_BC), hidden_BCD, has_aux=True
+        )
         return logp_BC, entropy_BC, *backward(jnp.ones_like(logp_BC))
 
     logp_BT, entropy_BT, slope_BTD = _by_pieces(with_slope, hidden_BTD, following_BT, pieces)

@@ -12,7 +12,8 @@ from perl_jax.types import Array, Tokens, Tree
 
 
 def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
-    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g mod M, packed as one.
+    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g
+    mod M, packed as one.
 
     Strided, not in runs: with rows sharded in runs over devices, every microbatch then still has
     its share on every device.
@@ -22,17 +23,24 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
         rows = leaf.shape[0]
         check_divides(rows, microbatches, group, "microbatches")
         dealt = leaf.reshape(rows // (microbatches * group), microbatches, group, *leaf.shape[1:])
-        return jnp.swapaxes(dealt, 0, 1).reshape(microbatches, rows // microbatches, *leaf.shape[1:])
+        return jnp.swapaxes(dealt, 0, 1).reshape(
+            microbatches, rows // microbatches, *leaf.shape[1:]
+        )
 
     packed = lambda part: isinstance(part, Tokens)
-    return jax.tree.map(lambda part: part.of_microbatch() if packed(part) else part, jax.tree.map(split, batch), is_leaf=packed)
+    return jax.tree.map(
+        lambda part: part.of_microbatch() if packed(part) else part,
+        jax.tree.map(split, batch),
+        is_leaf=packed,
+    )
 
 
 def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
-    """function(batch) where every leaf of the result leads with the batch's rows, one microbatch after the other.
+    """function(batch) where every leaf of the result leads with the batch's rows, one microbatch
+    after the other.
 
-    For passes without a gradient: what they hold at a time is that of a microbatch. Where the microbatches
-    do not divide the (groups of) rows, their largest common divisor is taken.
+    For passes without a gradient: what they hold at a time is that of a microbatch. Where the
+    microbatches do not divide the (groups of) rows, their largest common divisor is taken.
     """
     group = group_of(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]

@@ -1,13 +1,16 @@
-"""Packing: the real tokens of a batch, each once, side by side; attention alone sees padded sequences.
+"""Packing: the real tokens of a batch, each once, side by side; attention alone sees padded
+sequences.
 
-All that a decoder does with a token by itself (projections, feed-forward layers, norms: nine tenths of
-its operations and more) is done on packed rows [W, U]: padding is left out, and so are all but the
-first copy of what the rows of a group begin with together (a prompt's samples, a pair's prompt).
-Attention is what relates tokens, and gets queries, keys and values where they stand in their sequences
-[B, T]: every attention path works unchanged, and no token can see another sequence's.
+All that a decoder does with a token by itself (projections, feed-forward layers, norms: nine tenths
+of its operations and more) is done on packed rows [W, U]: padding is left out, and so are all but
+the first copy of what the rows of a group begin with together (a prompt's samples, a pair's
+prompt). Attention is what relates tokens, and gets queries, keys and values where they stand in
+their sequences [B, T]: every attention path works unchanged, and no token can see another
+sequence's.
 
-Both ways are gathers, and so are both gradients: a scatter would be serial on TPUs. U is the only size
-that has to be known beforehand (`types.Layout.slots`); W parts of rows keep their tokens on their devices.
+Both ways are gathers, and so are both gradients: a scatter would be serial on TPUs. U is the only
+size that has to be known beforehand (`types.Layout.slots`); W parts of rows keep their tokens on
+their devices.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ class Packing:
 
     slot_BT: each real token's place among the U of its packed row; copies have one place.
     token_WU: the place [b T] of the token that a slot holds; filled_WU: slots that hold one.
-    own_BT: real tokens that are not copies. shared_BT: tokens of shared prompts, in every row of their
-    group. group: consecutive rows that may share slots.
+    own_BT: real tokens that are not copies. shared_BT: tokens of shared prompts, in every row of
+    their group. group: consecutive rows that may share slots.
     """
 
     slot_BT: Array
@@ -61,10 +64,15 @@ class Packing:
             # The copies' part goes to the group's first row.
             grouped = cotangent_BT.reshape(-1, self.group, *cotangent_BT.shape[1:])
             shared_PT = self.shared_BT[:: self.group]
-            # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as a sum would be.
-            total_PT = functools.reduce(jnp.add, (at_least_float32(grouped[:, row]) for row in range(self.group))).astype(grouped.dtype)
+            # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as
+            # a sum would be.
+            total_PT = functools.reduce(
+                jnp.add, (at_least_float32(grouped[:, row]) for row in range(self.group))
+            ).astype(grouped.dtype)
             first_PT = jnp.where(_wide(shared_PT, grouped.ndim - 1), total_PT, grouped[:, 0])
-            cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(cotangent_BT.shape)
+            cotangent_BT = jnp.concatenate([first_PT[:, None], grouped[:, 1:]], axis=1).reshape(
+                cotangent_BT.shape
+            )
         return _masked(self.packed(cotangent_BT), self.filled_WU)
 
     def packed_gradient(self, cotangent_WU: Array) -> jax.Array:
@@ -84,7 +92,9 @@ class Packing:
         return _to_sequences(self, x_WU)
 
     def attending(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """attend over sequences [B, T, heads, K] as a function of packed tokens [W, U, heads, K]."""
+        """attend over sequences [B, T, heads, K] as a function of packed tokens [W, U, heads,
+        K].
+        """
 
         def over_packed(*qkv: Array) -> jax.Array:
             return _to_packed(self, attend(*(_to_sequences(self, x_WUHK) for x_WUHK in qkv)))
@@ -98,7 +108,10 @@ def pack(tokens: Tokens) -> Packing | None:
     if layout is None:
         return None
     chex.assert_is_divisible(tokens.tokens_BT.shape[0], layout.parts * layout.group)
-    valid_BT, response_BT = jnp.asarray(tokens.valid_BT, bool), jnp.asarray(tokens.response_BT, bool)
+    valid_BT, response_BT = (
+        jnp.asarray(tokens.valid_BT, bool),
+        jnp.asarray(tokens.response_BT, bool),
+    )
     first_B = jnp.arange(valid_BT.shape[0]) % layout.group == 0
     # What follows a response (the end of a chat template's turn) is each row's own.
     shared_BT = valid_BT & (jnp.cumsum(response_BT, axis=1) == 0) & (layout.group > 1)
@@ -107,7 +120,11 @@ def pack(tokens: Tokens) -> Packing | None:
     place_WX = jnp.cumsum(own_WX, axis=1) - 1
     # A copy has the place of the same column in its group's first row.
     place_PGT = place_WX.reshape(-1, layout.group, valid_BT.shape[1])
-    place_BT = jnp.where(shared_BT, jnp.repeat(place_PGT[:, 0], layout.group, axis=0), place_WX.reshape(valid_BT.shape))
+    place_BT = jnp.where(
+        shared_BT,
+        jnp.repeat(place_PGT[:, 0], layout.group, axis=0),
+        place_WX.reshape(valid_BT.shape),
+    )
     slot_BT = jnp.where(valid_BT, place_BT, 0)
     token_WU = jax.vmap(lambda own_X: jnp.nonzero(own_X, size=layout.room, fill_value=0)[0])(own_WX)
     filled_WU = jnp.arange(layout.room)[None, :] < jnp.sum(own_WX, axis=1, keepdims=True)
@@ -158,13 +175,18 @@ _to_packed.defvjp(
 )
 
 
-def chosen(packing: Packing, wanted_BT: Array, number: int) -> tuple[jax.Array, Callable[[Array], jax.Array]]:
-    """At most `number` wanted tokens of each part: their places [W, number] in it, and what puts numbers back.
+def chosen(
+    packing: Packing, wanted_BT: Array, number: int
+) -> tuple[jax.Array, Callable[[Array], jax.Array]]:
+    """At most `number` wanted tokens of each part: their places [W, number] in it, and what puts
+    numbers back.
 
     The second is a function from [W, number] to [B, T], 0 elsewhere.
     """
     wanted_WX = _by_part(jnp.asarray(wanted_BT, bool), packing.parts)
-    place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(wanted_WX)
+    place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(
+        wanted_WX
+    )
     rank_WX = jnp.where(wanted_WX, jnp.cumsum(wanted_WX, axis=1) - 1, 0)
     back = lambda x_WY: jnp.where(wanted_BT, gather(x_WY, rank_WX).reshape(wanted_BT.shape), 0)
     return place_WY, back

@@ -34,22 +34,29 @@ GATHERED = "gathered weights"
 
 
 def all_but_weights(primitive: jax.extend.core.Primitive, *_: object, **settings: object) -> bool:
-    """A policy of `jax.checkpoint`: keep everything but weights that came from other devices or out of a stack.
+    """A policy of `jax.checkpoint`: keep everything but weights that came from other devices or out
+    of a stack.
 
     Kept for the backward pass, those of all layers would be a second base, on every device. Before
-    gathered ones have their name they are the result of a constraint or of a cast; those of activations
-    cost next to nothing again.
+    gathered ones have their name they are the result of a constraint or of a cast; those of
+    activations cost next to nothing again.
     """
-    return settings.get("name") != GATHERED and primitive.name not in ("sharding_constraint", "convert_element_type", "dynamic_slice", "squeeze")
+    return settings.get("name") != GATHERED and primitive.name not in (
+        "sharding_constraint",
+        "convert_element_type",
+        "dynamic_slice",
+        "squeeze",
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(leaf: jax.Array, there: NamedSharding, own: NamedSharding, dtype: str) -> jax.Array:
-    """A weight at another place, moved as `dtype`, in its own dtype; its gradient goes straight to `own`.
+    """A weight at another place, moved as `dtype`, in its own dtype; its gradient goes straight to
+    `own`.
 
-    The derived gradient would have the constraint of the weight itself, so that every device got the
-    sum of the whole matrix; this way devices get the sums of their parts (a reduce-scatter, half the
-    bytes), in the weight's dtype and not in that of the journey.
+    The derived gradient would have the constraint of the weight itself, so that every device got
+    the sum of the whole matrix; this way devices get the sums of their parts (a reduce-scatter,
+    half the bytes), in the weight's dtype and not in that of the journey.
     """
     return jax.lax.with_sharding_constraint(leaf.astype(dtype), there).astype(leaf.dtype)
 
@@ -69,7 +76,8 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 class Placement:
     """Constraints of one layout; without a mesh, or with one device, everything stays as it is.
 
-    split_heads: heads are split along `tensor` (their number must divide; otherwise they are whole).
+    split_heads: heads are split along `tensor` (their number must divide; otherwise they are
+    whole).
     """
 
     mesh: Mesh | None = None
@@ -84,22 +92,28 @@ class Placement:
 
     def features(self, x_BTF: Array, split: bool = True) -> jax.Array:
         """What a layer's first products give and its last ones take, split along `tensor`."""
-        return sharding.constrain(x_BTF, self.mesh, "data" if self.stationary else ROWS, None, "tensor" if split else None)
+        return sharding.constrain(
+            x_BTF, self.mesh, "data" if self.stationary else ROWS, None, "tensor" if split else None
+        )
 
     def heads(self, x_BTHK: Array) -> jax.Array:
         """Queries, keys and values: beside the cache in either layout."""
-        return sharding.constrain(x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None)
+        return sharding.constrain(
+            x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None
+        )
 
     def cache(self, part: Tree) -> Tree:
         """Keys or values of all layers, [L, B, N, S, ...]: beside the queries that read them."""
         entries = (None, ROWS, "tensor" if self.split_heads else None, None, None)
-        return jax.tree.map(lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part)
+        return jax.tree.map(
+            lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part
+        )
 
     def looking_up(self, tokens_BT: jax.Array) -> jax.Array:
         """Ids of all rows whose part of the width a device looks up.
 
-        Rows that are split further leave the compiler a choice, and beside many devices it moves the
-        table instead.
+        Rows that are split further leave the compiler a choice, and beside many devices it moves
+        the table instead.
         """
         return sharding.constrain(tokens_BT, self.mesh, "data", None)
 
@@ -111,8 +125,12 @@ class Placement:
         """Hidden states of all rows that a slice of the vocabulary is computed for."""
         return sharding.constrain(hidden_BTD, self.mesh, "data", None, None)
 
-    def output_matrix(self, weight_DV: Array, own: tuple[str | None, str | None], dtype: str) -> jax.Array:
-        """The output projection, split over its outputs alone. own: the axes it lies along; dtype: it moves in."""
+    def output_matrix(
+        self, weight_DV: Array, own: tuple[str | None, str | None], dtype: str
+    ) -> jax.Array:
+        """The output projection, split over its outputs alone. own: the axes it lies along; dtype:
+        it moves in.
+        """
         if self.mesh is None or self.mesh.size == 1:
             return weight_DV
         place = functools.partial(sharding.fitting, self.mesh, weight_DV.shape)
@@ -125,7 +143,9 @@ class Placement:
         """Logits to sample from: whole rows."""
         return sharding.constrain(logits_BV, self.mesh, ROWS, None)
 
-    def weights(self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None) -> Tree:
+    def weights(
+        self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None
+    ) -> Tree:
         """One layer's leaves as the layout reads them; places: of the stacked leaves, by path name.
 
         dtype: of trained weights, which move in it (half as many bytes where they are float32 and
@@ -141,9 +161,15 @@ class Placement:
             if place is None or leaf.ndim < 2:
                 return leaf
             entries = place.spec[1:]
-            there = sharding.fitting(self.mesh, leaf.shape, *["tensor" if entry == "tensor" else None for entry in entries])
+            there = sharding.fitting(
+                self.mesh,
+                leaf.shape,
+                *["tensor" if entry == "tensor" else None for entry in entries],
+            )
             if dtype is not None and name in places:
-                leaf = gathered(leaf, there, sharding.fitting(self.mesh, leaf.shape, *entries), dtype)
+                leaf = gathered(
+                    leaf, there, sharding.fitting(self.mesh, leaf.shape, *entries), dtype
+                )
             else:
                 leaf = jax.lax.with_sharding_constraint(leaf, there)
             return checkpoint_name(leaf, GATHERED)

@@ -1,9 +1,9 @@
 """From sequence scores to returns and advantages: what a policy gradient multiplies log p by.
 
-Per-token arrays follow the alignment of `perl_jax.models.logprobs`: column t belongs to the choice of
-token t, and `values_BT` holds the value of the state before it. Columns where the mask is False are
-skipped: they take no discount, contribute no reward or value (whatever they contain), and come out
-as 0. Here P counts prompts, and G the samples of each.
+Per-token arrays follow the alignment of `perl_jax.models.logprobs`: column t belongs to the choice
+of token t, and `values_BT` holds the value of the state before it. Columns where the mask is False
+are skipped: they take no discount, contribute no reward or value (whatever they contain), and come
+out as 0. Here P counts prompts, and G the samples of each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from perl_jax.runtime.masked import at_least_float32, masked_deviation, masked_values, masked_var, masked_whiten
+from perl_jax.runtime.masked import (
+    at_least_float32,
+    masked_deviation,
+    masked_values,
+    masked_var,
+    masked_whiten,
+)
 from perl_jax.types import Array
 
 
@@ -32,23 +38,32 @@ def missing_eos_penalty(score_B: Array, finished_B: Array, penalty: float) -> ja
     return jnp.where(finished_B, score_B, score_B - penalty)
 
 
-def overlong_penalty(score_B: Array, length_B: Array, limit: int, buffer: int, penalty: float) -> jax.Array:
-    """score - penalty clip((length - (limit - buffer)) / buffer, 0, 1): the last `buffer` tokens cost.
+def overlong_penalty(
+    score_B: Array, length_B: Array, limit: int, buffer: int, penalty: float
+) -> jax.Array:
+    """score - penalty clip((length - (limit - buffer)) / buffer, 0, 1): the last `buffer` tokens
+    cost.
 
     Source: Yu et al. 2025 (arXiv 2503.14476), DAPO, equation 13. length_B: response tokens. A
-    buffer of 0 takes nothing. Raises ValueError for a buffer beyond the limit or a negative penalty.
+    buffer of 0 takes nothing. Raises ValueError for a buffer beyond the limit or a negative
+    penalty.
     """
     chex.assert_rank([score_B, length_B], 1)
     chex.assert_equal_shape([score_B, length_B])
     if not 0 <= buffer <= limit or not penalty >= 0:
-        raise ValueError(f"the over-length buffer must lie in [0, {limit}] and the penalty be 0 or more, got {buffer}, {penalty}")
+        raise ValueError(
+            f"the over-length buffer must lie in [0, {limit}] and the penalty be 0 or more, got "
+            f"{buffer}, {penalty}"
+        )
     score_B = at_least_float32(score_B)
     if buffer == 0:
         return score_B
     return score_B - penalty * jnp.clip((length_B - (limit - buffer)) / buffer, 0, 1)
 
 
-def shape_scores(score_B: Array, real_B: Array, *, clip: float | None = None, whiten: bool = False) -> jax.Array:
+def shape_scores(
+    score_B: Array, real_B: Array, *, clip: float | None = None, whiten: bool = False
+) -> jax.Array:
     """Scores kept within +-clip, then divided by their deviation over the batch, their mean kept.
 
     The mean stays because moving it would reward or punish every response alike, and with it length
@@ -71,7 +86,9 @@ def token_rewards(end_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | floa
     columns_T = jnp.arange(mask_BT.shape[1])
     last_B = jnp.max(jnp.where(mask_BT, columns_T, -1), axis=1)
     ends_BT = columns_T[None, :] == last_B[:, None]
-    rewards_BT = jnp.where(ends_BT, at_least_float32(end_B)[:, None], 0) - beta * masked_values(kl_BT, mask_BT)
+    rewards_BT = jnp.where(ends_BT, at_least_float32(end_B)[:, None], 0) - beta * masked_values(
+        kl_BT, mask_BT
+    )
     return jax.lax.stop_gradient(rewards_BT)
 
 
@@ -81,8 +98,8 @@ def terminal_return(
     """R = (1 - beta) score - beta KL, with no gradient through it.
 
     Source: PERL (arXiv 2403.10704), the RL objective; Lee et al. (arXiv 2309.00267). kl_B is the
-    sum over a sequence's response tokens of k1 (`perl_jax.objectives.kl.sequence_kl`). `score_weight`
-    replaces 1 - beta: 1.0 gives the more common score - beta KL.
+    sum over a sequence's response tokens of k1 (`perl_jax.objectives.kl.sequence_kl`).
+    `score_weight` replaces 1 - beta: 1.0 gives the more common score - beta KL.
     """
     chex.assert_rank([score_B, kl_B], 1)
     chex.assert_equal_shape([score_B, kl_B])
@@ -110,9 +127,7 @@ def discounted_returns(rewards_BT: Array, mask_BT: Array, gamma: float) -> jax.A
     return gae(rewards_BT, jnp.zeros_like(rewards_BT), mask_BT, gamma, 1.0)
 
 
-def gae(
-    rewards_BT: Array, values_BT: Array, mask_BT: Array, gamma: float, lam: float
-) -> jax.Array:
+def gae(rewards_BT: Array, values_BT: Array, mask_BT: Array, gamma: float, lam: float) -> jax.Array:
     """A_t = delta_t + gamma lambda A_t' with delta_t = r_t + gamma V_t' - V_t.
 
     t' is the next unmasked column; after the last one both V and A are 0: the episode has ended

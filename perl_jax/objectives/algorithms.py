@@ -1,8 +1,8 @@
 """The policy gradients in one table: what each takes for its advantage, its ratio and its mean.
 
 Every one is a combination of three pure functions: an advantage (`advantages`), a policy loss
-(`policy_loss`), and a reduction over tokens (`perl_jax.objectives.losses.reduce_tokens`). While the policy
-is still the one that sampled, every ratio is 1 and the gradient is that of
+(`policy_loss`), and a reduction over tokens (`perl_jax.objectives.losses.reduce_tokens`). While the
+policy is still the one that sampled, every ratio is 1 and the gradient is that of
 
     -sum_t log pi(a_t | x_t) A_t
 
@@ -86,7 +86,8 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
     }
 )
 
-# Options that some entries do not read: of `AlgorithmConfig`, and of RL beside it. Every entry reads the others.
+# Options that some entries do not read: of `AlgorithmConfig`, and of RL beside it. Every entry
+# reads the others.
 READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
     {
         "algorithm.clip": lambda rule: rule.ratio is not None,
@@ -104,13 +105,22 @@ READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
 
 
 def check_read(option: str, value: Any, default: Any, name: str) -> None:
-    """UserError where an option of READ is set although the algorithm of that name does not read it."""
-    errors.read_by(option, value, default, name, [other for other, rule in ALGORITHMS.items() if READ[option](rule)])
+    """UserError where an option of READ is set although the algorithm of that name does not read
+    it.
+    """
+    errors.read_by(
+        option,
+        value,
+        default,
+        name,
+        [other for other, rule in ALGORITHMS.items() if READ[option](rule)],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """Which policy gradient, and how often a rollout is used. An option that it does not read (READ) is refused.
+    """Which policy gradient, and how often a rollout is used. An option that it does not read
+    (READ) is refused.
 
     Attributes:
         name: reinforce (the paper's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo.
@@ -130,7 +140,9 @@ class AlgorithmConfig:
         value_clip: PPO keeps values within this of the old ones; None: does not.
     """
 
-    name: Literal["reinforce", "reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo", "ppo"] = "reinforce"
+    name: Literal[
+        "reinforce", "reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo", "ppo"
+    ] = "reinforce"
     samples: int | None = None
     epochs: int = 1
     minibatches: int = 1
@@ -149,23 +161,41 @@ class AlgorithmConfig:
         for field in ("epochs", "minibatches", *(("samples",) if self.samples is not None else ())):
             errors.whole(f"algorithm.{field}", getattr(self, field))
         enough = not self.rule.grouped or self.group >= 2
-        require(enough, f"algorithm.samples is {self.samples}; {self.name} compares a prompt's samples and needs 2 or more.")
+        require(
+            enough,
+            f"algorithm.samples is {self.samples}; {self.name} compares a prompt's samples and "
+            "needs 2 or more.",
+        )
         require(0 < self.clip < 1, f"algorithm.clip is {self.clip!r}; it must lie in (0, 1).")
         for field in ("clip_high", "value_clip"):
             if getattr(self, field) is not None:
                 errors.positive(f"algorithm.{field}", getattr(self, field))
-        require(self.max_ratio >= 1, f"algorithm.max_ratio is {self.max_ratio!r}; it must be 1 or more.")
+        require(
+            self.max_ratio >= 1, f"algorithm.max_ratio is {self.max_ratio!r}; it must be 1 or more."
+        )
         errors.positive("algorithm.std_epsilon", self.std_epsilon)
         if self.normalise is not None:
             errors.one_of("algorithm.normalise", self.normalise, losses.NORMALISERS)
-        # Its baseline is read in the update, microbatch by microbatch: a deviation would be a microbatch's.
+        # Its baseline is read in the update, microbatch by microbatch: a deviation would be a
+        # microbatch's.
         at_once = not (self.whiten and self.rule.advantage == "critic")
-        require(at_once, f"algorithm.whiten needs advantages that are known before the update; those of {self.name} are not.")
+        require(
+            at_once,
+            "algorithm.whiten needs advantages that are known before the update; those of "
+            f"{self.name} are not.",
+        )
         # A row's only term would be counted once for each of its tokens.
         whole = self.rule.ratio in (None, "token") or self.reduction == "sequence-mean"
-        require(whole, f"algorithm.normalise is {self.normalise!r}; {self.name} has one ratio a sequence, which needs sequence-mean.")
+        require(
+            whole,
+            f"algorithm.normalise is {self.normalise!r}; {self.name} has one ratio a sequence, "
+            "which needs sequence-mean.",
+        )
         for field in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, field) <= 1, f"algorithm.{field} is {getattr(self, field)!r}; it must lie in [0, 1].")
+            require(
+                0 <= getattr(self, field) <= 1,
+                f"algorithm.{field} is {getattr(self, field)!r}; it must lie in [0, 1].",
+            )
         for field in dataclasses.fields(self):
             option = f"algorithm.{field.name}"
             if option in READ:
@@ -226,7 +256,9 @@ class Outcomes:
     greedy_P: Array | None = None
 
 
-def advantages(config: AlgorithmConfig, outcomes: Outcomes) -> tuple[jax.Array | None, jax.Array | None]:
+def advantages(
+    config: AlgorithmConfig, outcomes: Outcomes
+) -> tuple[jax.Array | None, jax.Array | None]:
     """(A_BT, the critic's targets Z_BT), 0 outside the mask, without gradient.
 
     A is None for "critic", whose baseline is the value model as it is when the update reads it
@@ -240,7 +272,9 @@ def advantages(config: AlgorithmConfig, outcomes: Outcomes) -> tuple[jax.Array |
     if kind == "critic":
         return None, to_tokens(return_B)
     if kind == "gae":
-        advantage_BT = advantages_lib.gae(outcomes.rewards_BT, outcomes.values_BT, mask_BT, config.gamma, config.gae_lambda)
+        advantage_BT = advantages_lib.gae(
+            outcomes.rewards_BT, outcomes.values_BT, mask_BT, config.gamma, config.gae_lambda
+        )
         target_BT = jnp.where(mask_BT, advantage_BT + outcomes.values_BT, 0)
         return (_whitened(advantage_BT, mask_BT) if config.whitened else advantage_BT), target_BT
     if kind == "batch-mean":
@@ -252,7 +286,9 @@ def advantages(config: AlgorithmConfig, outcomes: Outcomes) -> tuple[jax.Array |
         advantage_B = advantages_lib.leave_one_out(return_PG).reshape(-1)
     else:
         divided = kind == "group-std"
-        advantage_B = advantages_lib.group_advantages(return_PG, normalise_std=divided, epsilon=config.std_epsilon).reshape(-1)
+        advantage_B = advantages_lib.group_advantages(
+            return_PG, normalise_std=divided, epsilon=config.std_epsilon
+        ).reshape(-1)
     advantage_BT = to_tokens(advantage_B)
     return (_whitened(advantage_BT, mask_BT) if config.whitened else advantage_BT), None
 
@@ -262,17 +298,40 @@ def critic_advantages(target_BT: Array, values_BT: Array, mask_BT: Array) -> jax
     return jax.lax.stop_gradient(jnp.where(mask_BT, target_BT - values_BT, 0))
 
 
-def policy_loss(config: AlgorithmConfig, logp_BT: Array, old_BT: Array, advantage_BT: Array, mask_BT: Array, room: int) -> LossSum:
+def policy_loss(
+    config: AlgorithmConfig,
+    logp_BT: Array,
+    old_BT: Array,
+    advantage_BT: Array,
+    mask_BT: Array,
+    room: int,
+) -> LossSum:
     """The policy's loss; logp_BT is differentiated, old_BT is of the policy that sampled.
 
     room: the most tokens a response may have (for the reduction "constant").
     """
     length = config.length(room)
     if config.rule.ratio is None:
-        return losses.reinforce(logp_BT, advantage_BT, mask_BT, config.reduction, length=length, old_BT=old_BT, most=config.max_ratio)
+        return losses.reinforce(
+            logp_BT,
+            advantage_BT,
+            mask_BT,
+            config.reduction,
+            length=length,
+            old_BT=old_BT,
+            most=config.max_ratio,
+        )
     ratio_BT = losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio)
     high = config.clip if config.clip_high is None else config.clip_high
-    return losses.clipped(ratio_BT, advantage_BT, mask_BT, low=config.clip, high=high, normalise=config.reduction, length=length)
+    return losses.clipped(
+        ratio_BT,
+        advantage_BT,
+        mask_BT,
+        low=config.clip,
+        high=high,
+        normalise=config.reduction,
+        length=length,
+    )
 
 
 def _whitened(advantage_BT: jax.Array, mask_BT: Array) -> jax.Array:

@@ -16,11 +16,13 @@ question than which one estimates well (Tang and Munos 2025, arXiv 2506.09477):
 In a reward an estimator is not differentiated but multiplies grad log policy:
 
     E[k1 grad log policy] = grad KL(policy || reference)  the one wanted
-    E[k3 grad log policy] = that minus grad KL(reference || policy), which near the reference is nothing
+    E[k3 grad log policy] = that minus grad KL(reference || policy), which near the reference is
+    nothing
 
-and k2 is no better. So a KL inside the reward is `kl_in_reward`, k1 without a gradient, and a KL inside
-the loss is `kl_in_loss`, whose gradient is k2's under every name it accepts. Both are per token, given
-the tokens before it: the effect of a token on the KL of later ones is in the reward form only.
+and k2 is no better. So a KL inside the reward is `kl_in_reward`, k1 without a gradient, and a KL
+inside the loss is `kl_in_loss`, whose gradient is k2's under every name it accepts. Both are per
+token, given the tokens before it: the effect of a token on the KL of later ones is in the reward
+form only.
 """
 
 from __future__ import annotations
@@ -84,7 +86,10 @@ def kl_in_loss(name: str, logp_BT: Array, ref_BT: Array) -> jax.Array:
     is zero in expectation.
     """
     if name not in LOSS_ESTIMATORS:
-        raise ValueError(f"unknown KL estimator {name!r} for the loss; known: {', '.join(sorted(LOSS_ESTIMATORS))}")
+        raise ValueError(
+            f"unknown KL estimator {name!r} for the loss; known: "
+            f"{', '.join(sorted(LOSS_ESTIMATORS))}"
+        )
     return LOSS_ESTIMATORS[name](logp_BT, jax.lax.stop_gradient(ref_BT))
 
 

@@ -107,7 +107,9 @@ def bradley_terry(
     chex.assert_rank([margin, probability], {0, 1})
     real_B = weight_B > 0
     chosen_B, rejected_B = masked_values(chosen_B, real_B), masked_values(rejected_B, real_B)
-    margin_B, p_B = (masked_values(jnp.broadcast_to(x, real_B.shape), real_B) for x in (margin, probability))
+    margin_B, p_B = (
+        masked_values(jnp.broadcast_to(x, real_B.shape), real_B) for x in (margin, probability)
+    )
     d_B = chosen_B - rejected_B - margin_B
     loss_B = p_B * jax.nn.softplus(-d_B) + (1 - p_B) * jax.nn.softplus(d_B)
     # Left out at 0, where the square of a huge score would be 0 times infinity.
@@ -164,7 +166,9 @@ def reinforce(
     if old_BT is not None:
         ratio_BT = jnp.exp(log_ratio(*_inside(mask_BT, logp_BT, old_BT)))
         advantage_BT = advantage_BT * jax.lax.stop_gradient(jnp.minimum(ratio_BT, most))
-    return reduce_tokens(-masked_values(logp_BT, mask_BT) * advantage_BT, mask_BT, normalise, length)
+    return reduce_tokens(
+        -masked_values(logp_BT, mask_BT) * advantage_BT, mask_BT, normalise, length
+    )
 
 
 RATIOS = ("token", "sequence", "product")
@@ -278,7 +282,8 @@ def preference(
     kind: str = "dpo",
     label_smoothing: float | Array = 0.0,
 ) -> LossSum:
-    """Preference losses on log-ratios: chosen_B = sum_t (log pi - log pi_ref) of the chosen response.
+    """Preference losses on log-ratios: chosen_B = sum_t (log pi - log pi_ref) of the chosen
+    response.
 
     h = chosen - rejected, each row times its weight, and
 
@@ -287,21 +292,26 @@ def preference(
                by Mitchell 2023, "A note on DPO with noisy preferences", conservative DPO)
         "ipo"  (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, equation 17)
 
-    IPO's h may also be a difference of means over tokens: that is the caller's choice. e may be one for
-    each row, [B]: 1 - p where raters prefer the chosen with probability p. Raises ValueError for another
-    kind, a beta that is not above 0, or one smoothing for all rows outside [0, 1/2).
+    IPO's h may also be a difference of means over tokens: that is the caller's choice. e may be one
+    for each row, [B]: 1 - p where raters prefer the chosen with probability p. Raises ValueError
+    for another kind, a beta that is not above 0, or one smoothing for all rows outside [0, 1/2).
     """
     chex.assert_rank([chosen_B, rejected_B, weight_B], 1)
     each = jnp.ndim(label_smoothing) > 0
     if not beta > 0 or not (each or 0 <= label_smoothing < 0.5):
-        raise ValueError(f"beta {beta} must be above 0, label smoothing {label_smoothing} in [0, 1/2)")
+        raise ValueError(
+            f"beta {beta} must be above 0, label smoothing {label_smoothing} in [0, 1/2)"
+        )
     real_B = weight_B > 0
     h_B = masked_values(chosen_B, real_B) - masked_values(rejected_B, real_B)
     if kind == "dpo":
         right_B, wrong_B = jax.nn.softplus(-beta * h_B), jax.nn.softplus(beta * h_B)
         return _weighted((1 - label_smoothing) * right_B + label_smoothing * wrong_B, weight_B)
     if kind != "ipo" or each or label_smoothing:
-        raise ValueError(f"unknown preference loss {kind!r} (smoothing {label_smoothing}); known: dpo, and ipo without smoothing")
+        raise ValueError(
+            f"unknown preference loss {kind!r} (smoothing {label_smoothing}); known: dpo, and ipo "
+            "without smoothing"
+        )
     return _weighted(jnp.square(h_B - 1 / (2 * beta)), weight_B)
 
 

@@ -23,10 +23,10 @@ class Experience:
     """Scored rollouts: what an RL update learns from.
 
     sequences: [prompt | response]. old_logp_BT: the policy's that sampled them, by the trainer, at
-    the sampling temperature. advantage_BT: None where the value model of the update is the baseline.
-    target_BT: what values are fitted to; None without a value model. old_value_BT: at sampling time,
-    where values are clipped. reference_BT: log-probabilities under the reference and kl_weight_B the
-    coefficient, where a KL is in the loss.
+    the sampling temperature. advantage_BT: None where the value model of the update is the
+    baseline. target_BT: what values are fitted to; None without a value model. old_value_BT: at
+    sampling time, where values are clipped. reference_BT: log-probabilities under the reference and
+    kl_weight_B the coefficient, where a KL is in the loss.
     """
 
     sequences: Tokens
@@ -61,37 +61,78 @@ def policy_gradient_objective(
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
-    logp_BT, entropy_BT = token_logprobs(lm, base, roles["policy"], sequences, temperature, policy_key, room=room)
+    logp_BT, entropy_BT = token_logprobs(
+        lm, base, roles["policy"], sequences, temperature, policy_key, room=room
+    )
     batch, known = (batch, {}) if experience_of is None else experience_of(batch, logp_BT)
     advantage_BT, losses_found, length = batch.advantage_BT, {}, config.length(room)
     if config.rule.critic:
         values_BT = values(lm, base, roles["value"], sequences, value_key)
-        clipping = {} if batch.old_value_BT is None else {"old_BT": batch.old_value_BT, "clip": config.value_clip}
-        losses_found["value/loss"] = losses.value_loss(values_BT, batch.target_BT, mask_BT, config.reduction, length=length, **clipping)
+        clipping = (
+            {}
+            if batch.old_value_BT is None
+            else {"old_BT": batch.old_value_BT, "clip": config.value_clip}
+        )
+        losses_found["value/loss"] = losses.value_loss(
+            values_BT, batch.target_BT, mask_BT, config.reduction, length=length, **clipping
+        )
         if advantage_BT is None:
             advantage_BT = algorithms.critic_advantages(batch.target_BT, values_BT, mask_BT)
-    losses_found["policy/loss"] = algorithms.policy_loss(config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, room)
+    losses_found["policy/loss"] = algorithms.policy_loss(
+        config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, room
+    )
     if batch.reference_BT is not None:
         losses_found["kl/loss"] = losses.kl_loss(
-            logp_BT, batch.reference_BT, mask_BT, estimator, config.kl_reduction, length=length, weight_B=batch.kl_weight_B
+            logp_BT,
+            batch.reference_BT,
+            mask_BT,
+            estimator,
+            config.kl_reduction,
+            length=length,
+            weight_B=batch.kl_weight_B,
         )
     logs = {
         **known,
         **losses_found,
-        **_token_means(mask_BT, {"response/entropy": entropy_BT, **_ratio_logs(config, logp_BT, batch.old_logp_BT, mask_BT)}),
+        **_token_means(
+            mask_BT,
+            {
+                "response/entropy": entropy_BT,
+                **_ratio_logs(config, logp_BT, batch.old_logp_BT, mask_BT),
+            },
+        ),
         **_moments("advantage", advantage_BT, mask_BT),
     }
     if config.rule.critic:
-        logs |= _moments("return", batch.target_BT, mask_BT) | _moments("value/error", batch.target_BT - values_BT, mask_BT)
-    return LossSum(sum(found.total for found in losses_found.values()), losses_found["policy/loss"].weight), logs
+        logs |= _moments("return", batch.target_BT, mask_BT) | _moments(
+            "value/error", batch.target_BT - values_BT, mask_BT
+        )
+    return LossSum(
+        sum(found.total for found in losses_found.values()), losses_found["policy/loss"].weight
+    ), logs
 
 
-def _ratio_logs(config: AlgorithmConfig, logp_BT: Array, old_BT: Array, mask_BT: Array) -> dict[str, jax.Array]:
-    """How far the update's policy is from the one that sampled, and where the objective stops that."""
-    ratio_BT = jax.lax.stop_gradient(losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token"))
-    low, high = (1 - config.clip, 1 + (config.clip if config.clip_high is None else config.clip_high))
-    outside_BT = (ratio_BT < low) | (ratio_BT > high) if config.rule.ratio else ratio_BT > config.max_ratio
-    return {"policy/ratio": ratio_BT, "policy/ratio_deviation": jnp.abs(ratio_BT - 1), "policy/clip_fraction": outside_BT}
+def _ratio_logs(
+    config: AlgorithmConfig, logp_BT: Array, old_BT: Array, mask_BT: Array
+) -> dict[str, jax.Array]:
+    """How far the update's policy is from the one that sampled, and where the objective stops
+    that.
+    """
+    ratio_BT = jax.lax.stop_gradient(
+        losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
+    )
+    low, high = (
+        1 - config.clip,
+        1 + (config.clip if config.clip_high is None else config.clip_high),
+    )
+    outside_BT = (
+        (ratio_BT < low) | (ratio_BT > high) if config.rule.ratio else ratio_BT > config.max_ratio
+    )
+    return {
+        "policy/ratio": ratio_BT,
+        "policy/ratio_deviation": jnp.abs(ratio_BT - 1),
+        "policy/clip_fraction": outside_BT,
+    }
 
 
 def _token_means(mask_BT: Array, values: dict[str, Array]) -> Logs:

@@ -16,9 +16,13 @@ from perl_jax.runtime.masked import masked_sum
 from perl_jax.types import Array, Pairs, Tree
 
 
-def response_log_ratio(logp_BT: Array, reference_BT: Array, response_BT: Array, mean: bool = False) -> jax.Array:
+def response_log_ratio(
+    logp_BT: Array, reference_BT: Array, response_BT: Array, mean: bool = False
+) -> jax.Array:
     """sum_t (log pi - log pi_ref) over each row's response tokens, or their mean."""
-    total_B = masked_sum(logp_BT, response_BT, axis=1) - masked_sum(reference_BT, response_BT, axis=1)
+    total_B = masked_sum(logp_BT, response_BT, axis=1) - masked_sum(
+        reference_BT, response_BT, axis=1
+    )
     return total_B / jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean else total_B
 
 
@@ -52,8 +56,15 @@ def preference_objective(
     total = jnp.sum(weight_B)
     measured = {"dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
     logs = {"train/accuracy": accuracy(batch.pairs, chosen_B, rejected_B)}
-    logs |= {name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total) for name, value_B in measured.items()}
+    logs |= {
+        name: LossSum(jnp.sum(jnp.where(weight_B > 0, value_B, 0) * weight_B), total)
+        for name, value_B in measured.items()
+    }
     smoothing = label_smoothing
     if soft_labels and batch.pairs.probability_B is not None:
-        smoothing = jnp.where(jnp.isnan(batch.pairs.probability_B), label_smoothing, 1 - batch.pairs.probability_B)
-    return losses.preference(chosen_B, rejected_B, weight_B, beta=beta, kind=kind, label_smoothing=smoothing), logs
+        smoothing = jnp.where(
+            jnp.isnan(batch.pairs.probability_B), label_smoothing, 1 - batch.pairs.probability_B
+        )
+    return losses.preference(
+        chosen_B, rejected_B, weight_B, beta=beta, kind=kind, label_smoothing=smoothing
+    ), logs

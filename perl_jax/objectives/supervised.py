@@ -13,14 +13,18 @@ from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
 
 
-def sft_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Tokens, key: jax.Array | None) -> tuple[LossSum, Logs]:
+def sft_objective(
+    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Tokens, key: jax.Array | None
+) -> tuple[LossSum, Logs]:
     """-log p of response tokens, per token."""
     logp_BT = sequence_logprobs(lm, base, roles["policy"], batch, key=key)
     return losses.sft_loss(logp_BT, batch.response_BT), {}
 
 
 def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
-    """1 where chosen is above rejected, 1/2 where they are equal, 0 elsewhere: a tie is no wrong answer."""
+    """1 where chosen is above rejected, 1/2 where they are equal, 0 elsewhere: a tie is no wrong
+    answer.
+    """
     return jnp.where(chosen_B > rejected_B, 1.0, jnp.where(chosen_B == rejected_B, 0.5, 0.0))
 
 
@@ -34,7 +38,8 @@ def pairwise_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Pairs, key: jax.Array | None,
     *, soft_labels: bool = False, centring: float = 0.0,
 ) -> tuple[LossSum, Logs]:  # fmt: skip
-    """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in order, of those that have one.
+    """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in
+    order, of those that have one.
 
     soft_labels: a row's probability, where known, is its label; otherwise chosen is preferred.
     """
@@ -42,19 +47,31 @@ def pairwise_objective(
     right = accuracy(batch, chosen_B, rejected_B)
     margin_B = 0.0 if batch.margin_B is None else batch.margin_B
     known = soft_labels and batch.probability_B is not None
-    probability_B = jnp.where(jnp.isnan(batch.probability_B), 1.0, batch.probability_B) if known else 1.0
-    loss = losses.bradley_terry(chosen_B, rejected_B, batch.weight_B, margin_B, probability=probability_B, centring=centring)
+    probability_B = (
+        jnp.where(jnp.isnan(batch.probability_B), 1.0, batch.probability_B) if known else 1.0
+    )
+    loss = losses.bradley_terry(
+        chosen_B, rejected_B, batch.weight_B, margin_B, probability=probability_B, centring=centring
+    )
     return loss, {"train/accuracy": right}
 
 
-def pointwise_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None) -> tuple[LossSum, Logs]:
+def pointwise_objective(
+    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
+) -> tuple[LossSum, Logs]:
     """Binary cross-entropy of labels; logs the share of rows on the label's side of 0."""
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
-    right = LossSum(jnp.sum(((score_B > 0) == (batch.label_B > 0.5)) * batch.weight_B), jnp.sum(batch.weight_B))
-    return losses.binary_cross_entropy(score_B, batch.label_B, batch.weight_B), {"train/accuracy": right}
+    right = LossSum(
+        jnp.sum(((score_B > 0) == (batch.label_B > 0.5)) * batch.weight_B), jnp.sum(batch.weight_B)
+    )
+    return losses.binary_cross_entropy(score_B, batch.label_B, batch.weight_B), {
+        "train/accuracy": right
+    }
 
 
-def regression_objective(lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None) -> tuple[LossSum, Logs]:
+def regression_objective(
+    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
+) -> tuple[LossSum, Logs]:
     """Squared error to ratings."""
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     return losses.squared_error(score_B, batch.label_B, batch.weight_B), {}

@@ -24,7 +24,8 @@ from perl_jax.training.configs import JobConfig
 
 # A caveat that goes wherever the estimate goes.
 CAVEAT = (
-    "The compiler's own estimate for its instructions, without collectives, Pallas kernels (attention) and copies that run beside "
+    "The compiler's own estimate for its instructions, without collectives, Pallas kernels "
+    "(attention) and copies that run beside "
     "the arithmetic: a lower bound, to compare layouts with, and no measurement."
 )
 
@@ -46,12 +47,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak is not None and self.peak <= self.usable and not any(program.refused for program in self.programs)
+        return (
+            self.peak is not None
+            and self.peak <= self.usable
+            and not any(program.refused for program in self.programs)
+        )
 
     @property
     def largest(self) -> Measured | None:
-        """The program with the largest peak; None where there is none, or one was refused without a size."""
-        return max(self.programs, key=lambda program: program.peak) if self.programs and self.peak is not None else None
+        """The program with the largest peak; None where there is none, or one was refused without a
+        size.
+        """
+        return (
+            max(self.programs, key=lambda program: program.peak)
+            if self.programs and self.peak is not None
+            else None
+        )
 
     def of(self, *phases: Phase) -> list[Measured]:
         """The programs of some phases."""
@@ -64,10 +75,16 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """A bound from the chip's figures, to compare layouts: operations, HBM bytes or link bytes, whichever takes longest in each program."""
+        """A bound from the chip's figures, to compare layouts: operations, HBM bytes or link bytes,
+        whichever takes longest in each program.
+        """
         chip, devices = topology.chip(self.config.topology), math.prod(self.mesh.values())
         parts = [
-            (p.flops / devices / chip.flops, p.account.hbm_bytes / chip.hbm_bandwidth, p.account.link_bytes / chip.ici_bandwidth)
+            (
+                p.flops / devices / chip.flops,
+                p.account.hbm_bytes / chip.hbm_bandwidth,
+                p.account.link_bytes / chip.ici_bandwidth,
+            )
             for p in self.of("step")
             if p.account
         ]
@@ -86,12 +103,25 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
     """The job's programs over shapes on the slice's mesh, nothing compiled."""
     devices = topology.topology(config.topology)
     mesh = sharding.make_mesh(config.mesh_config(len(devices)), devices)
-    shape = model_config(config.model, dtype=config.dtype, param_dtype=config.dtype, remat=config.remat if config.job in JOBS else "none")
+    shape = model_config(
+        config.model,
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        remat=config.remat if config.job in JOBS else "none",
+    )
     length = config.prompt_length + config.response_length
-    require(length <= shape.max_positions, f"prompt_length + response_length is {length}; {config.model} has {shape.max_positions} positions.")
+    require(
+        length <= shape.max_positions,
+        f"prompt_length + response_length is {length}; {config.model} has {shape.max_positions} "
+        "positions.",
+    )
     rows, parts = config.batch // config.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     split = config.job not in ("generate", "export")
-    require(not split or rows % parts == 0, f"batch / microbatches is {rows} rows; it must be a multiple of the mesh's data x fsdp = {parts}.")
+    require(
+        not split or rows % parts == 0,
+        f"batch / microbatches is {rows} rows; it must be a multiple of the mesh's data x fsdp = "
+        f"{parts}.",
+    )
     lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
     model = planned_model(lm, config.model, config.quantise, config.adapters == "sharded")
     job = config.job_config()
@@ -105,7 +135,15 @@ def as_json(found: Plan) -> dict[str, Any]:
     chip = topology.chip(found.config.topology)
 
     def program(p: Measured) -> dict[str, Any]:
-        out: dict[str, Any] = {"name": p.name, "phase": p.phase, "of": p.of, "memory": p.memory, "peak_bytes": p.peak, "flops": p.flops, "seconds_to_compile": p.seconds_to_compile}
+        out: dict[str, Any] = {
+            "name": p.name,
+            "phase": p.phase,
+            "of": p.of,
+            "memory": p.memory,
+            "peak_bytes": p.peak,
+            "flops": p.flops,
+            "seconds_to_compile": p.seconds_to_compile,
+        }
         if p.account is not None:
             cycles = p.account.cycles
             out |= {
@@ -113,7 +151,9 @@ def as_json(found: Plan) -> dict[str, Any]:
                 "link_bytes": p.account.link_bytes,
                 "collectives": [dataclasses.asdict(c) for c in p.account.collectives],
                 "estimated_cycles": cycles,
-                "estimated_seconds": cycles / chip.clock if chip.clock and cycles and found.config.effort == "full" else None,
+                "estimated_seconds": cycles / chip.clock
+                if chip.clock and cycles and found.config.effort == "full"
+                else None,
             }
         if p.refused is not None:
             out["refused"] = dataclasses.asdict(p.refused)
@@ -122,7 +162,12 @@ def as_json(found: Plan) -> dict[str, Any]:
     return {
         "config": files.to_dict(found.config),
         "mesh": found.mesh,
-        "chip": {"usable_bytes": found.usable, "flops": chip.flops, "hbm_bandwidth": chip.hbm_bandwidth, "ici_bandwidth": chip.ici_bandwidth},
+        "chip": {
+            "usable_bytes": found.usable,
+            "flops": chip.flops,
+            "hbm_bandwidth": chip.hbm_bandwidth,
+            "ici_bandwidth": chip.ici_bandwidth,
+        },
         "peak_bytes": found.peak,
         "fits": found.fits,
         "link_bytes": found.link_bytes,

@@ -23,9 +23,20 @@ from perl_jax.training.configs import DPOConfig, JobConfig, RewardConfig, SFTCon
 from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import RLConfig
 
-JOBS: dict[str, type[JobConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "rl": RLConfig}
+JOBS: dict[str, type[JobConfig]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "rl": RLConfig,
+}
 # Commands that train nothing, and whose artefacts are of the given tuning and size.
-READING: dict[str, type[ModelOptions]] = {"evaluate": EvaluateConfig, "best-of": BestOfConfig, "generate": GenerateConfig, "score": ScoreConfig, "export": ExportConfig}
+READING: dict[str, type[ModelOptions]] = {
+    "evaluate": EvaluateConfig,
+    "best-of": BestOfConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "export": ExportConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,25 +46,24 @@ class PlanConfig:
     Prints each program's peak memory a chip by component, operations, collectives and their bytes.
 
     Attributes:
-        job: sft, reward, dpo or rl; or evaluate, best-of, generate, score or export of artefacts as tuning and lora say.
-        model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder with its config.json.
-        topology: The slice, generation:shape in chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4, 7x:2x2x1.
-        mesh: Devices along its axes: data=2,fsdp=4,tensor=2; all of them along fsdp when left out.
-        adapters: Every device has all of an adapter, or adapters are split like their weights.
-        tuning: Train adapters, or every weight.
-        dtype: Of the frozen base and of activations; full tuning trains float32 weights.
-        remat: What the backward pass computes again: none, dots or full.
-        attention: The path of whole sequences; auto is splash.
-        quantise: Keep the frozen base's matrices in 8 or 4 bits.
-        lora: The adapter's size and place.
-        optimizer: Its state is part of the memory.
-        algorithm: Of rl.
-        batch: Comparisons, demonstrations or episodes an update, over all devices; of evaluate, best-of and score the rows at a
+        job: sft, reward, dpo or rl; or evaluate, best-of, generate, score or export of artefacts as
+        tuning and lora say. model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder
+        with its config.json. topology: The slice, generation:shape in chips: v4:2x2x1, v5e:4x4,
+        v5p:2x2x2, v6e:2x4, 7x:2x2x1. mesh: Devices along its axes: data=2,fsdp=4,tensor=2; all of
+        them along fsdp when left out. adapters: Every device has all of an adapter, or adapters are
+        split like their weights. tuning: Train adapters, or every weight. dtype: Of the frozen base
+        and of activations; full tuning trains float32 weights. remat: What the backward pass
+        computes again: none, dots or full. attention: The path of whole sequences; auto is splash.
+        quantise: Keep the frozen base's matrices in 8 or 4 bits. lora: The adapter's size and
+        place. optimizer: Its state is part of the memory. algorithm: Of rl. batch: Comparisons,
+        demonstrations or episodes an update, over all devices; of evaluate, best-of and score the
+        rows at a
             time, of generate the continuations; export has none.
         microbatches: The batch in so many parts, one after the other.
         prompt_length: In tokens; every row is planned at full length.
         response_length: In tokens.
-        effort: quick compiles in a sixth of the time; peaks were within 5 % of full's, but only full
+        effort: quick compiles in a sixth of the time; peaks were within 5 % of full's, but only
+            full
             gives the compiler's estimate of seconds.
         search: Try meshes, rematerialisation and microbatches, and list what fits, best first.
         json: A file for the same as JSON.
@@ -91,7 +101,9 @@ class PlanConfig:
         if self.tuning == "full" and self.job != "rl":
             errors.unread(self, ("adapters",), "tuning full", ("tuning lora", "rl"))
         if self.job in READING:
-            errors.unread(self, ("microbatches", "optimizer", "remat", "search"), self.job, tuple(JOBS))
+            errors.unread(
+                self, ("microbatches", "optimizer", "remat", "search"), self.job, tuple(JOBS)
+            )
         self.mesh_config(1)
         self.job_config()
 
@@ -99,7 +111,9 @@ class PlanConfig:
         """The mesh over so many devices."""
         if self.mesh is None:
             return MeshConfig(data=1, fsdp=devices, adapters=self.adapters)
-        parts = [re.fullmatch(r"(data|fsdp|tensor)=(\d+)", part.strip()) for part in self.mesh.split(",")]
+        parts = [
+            re.fullmatch(r"(data|fsdp|tensor)=(\d+)", part.strip()) for part in self.mesh.split(",")
+        ]
         errors.require(all(parts), f"mesh is {self.mesh!r}; write it as data=2,fsdp=4,tensor=2.")
         return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
 
@@ -107,8 +121,12 @@ class PlanConfig:
         """The job that is planned, as its own command would be told."""
         if self.job in READING:
             return self._reading_config()
-        data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
-        more: dict[str, Any] = {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
+        data = DataConfig(
+            max_prompt_length=self.prompt_length, max_response_length=self.response_length
+        )
+        more: dict[str, Any] = (
+            {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
+        )
         return JOBS[self.job](
             run="-", model=self.model, tuning=self.tuning, dtype=self.dtype, remat=self.remat, quantise=self.quantise, lora=self.lora,
             optimizer=self.optimizer, data=data, batch_size=self.batch, microbatches=self.microbatches, **more,
@@ -116,13 +134,39 @@ class PlanConfig:
 
     def _reading_config(self) -> ModelOptions:
         base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}
-        data = DataConfig(max_prompt_length=self.prompt_length, max_response_length=self.response_length)
-        lengths = {"max_prompt_length": self.prompt_length, "max_response_length": self.response_length}
+        data = DataConfig(
+            max_prompt_length=self.prompt_length, max_response_length=self.response_length
+        )
+        lengths = {
+            "max_prompt_length": self.prompt_length,
+            "max_response_length": self.response_length,
+        }
         more: dict[str, Any] = {
-            "evaluate": {"run": "-", "policy": "-", "reward": ("-",), "data": data, "batch_size": self.batch},
-            "best-of": {"policy": "-", "reward": ("-",), "output": "-", "data": data, "batch_size": self.batch},
-            "generate": {"prompt": "-" * self.prompt_length, "adapter": "-", "max_new_tokens": self.response_length, "samples": self.batch},
+            "evaluate": {
+                "run": "-",
+                "policy": "-",
+                "reward": ("-",),
+                "data": data,
+                "batch_size": self.batch,
+            },
+            "best-of": {
+                "policy": "-",
+                "reward": ("-",),
+                "output": "-",
+                "data": data,
+                "batch_size": self.batch,
+            },
+            "generate": {
+                "prompt": "-" * self.prompt_length,
+                "adapter": "-",
+                "max_new_tokens": self.response_length,
+                "samples": self.batch,
+            },
             "score": {"input": "-", "adapter": "-", "batch_size": self.batch, **lengths},
-            "export": {"adapter": "-", "format": "merged" if self.quantise.kind == "none" else "peft", "to": "-"},
+            "export": {
+                "adapter": "-",
+                "format": "merged" if self.quantise.kind == "none" else "peft",
+                "to": "-",
+            },
         }[self.job]
         return READING[self.job](**base, **more)

@@ -17,7 +17,9 @@ def flops(jaxpr: Any, *, unknown_trips: int | None = None) -> int:
     counts again; what XLA later finds dead counts too. unknown_trips: how often each while loop
     runs; ValueError when there is one and no count.
     """
-    return sum(_equation(equation, unknown_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum(
+        _equation(equation, unknown_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns
+    )
 
 
 def _equation(equation: core.JaxprEqn, trips: int | None) -> int:
@@ -57,20 +59,27 @@ def _convolution(equation: core.JaxprEqn) -> int:
 def _while(params: Mapping[str, Any], trips: int | None) -> int:
     if trips is None:
         raise ValueError("How often a while loop runs is not in the program; give unknown_trips.")
-    body, condition = (flops(params[part], unknown_trips=trips) for part in ("body_jaxpr", "cond_jaxpr"))
+    body, condition = (
+        flops(params[part], unknown_trips=trips) for part in ("body_jaxpr", "cond_jaxpr")
+    )
     return trips * body + (trips + 1) * condition
 
 
 def _shards(params: Mapping[str, Any]) -> int:
     """How many devices run a shard_map's function: its mesh, along the axes it makes manual."""
     mesh = params["mesh"].shape
-    return math.prod(mesh[axis] for axis in params.get("newly_manual_axes", params.get("manual_axes", tuple(mesh))))
+    return math.prod(
+        mesh[axis]
+        for axis in params.get("newly_manual_axes", params.get("manual_axes", tuple(mesh)))
+    )
 
 
 def _grid(params: Mapping[str, Any]) -> int:
     grid = params["grid_mapping"].grid
     if not all(isinstance(size, int) for size in grid):
-        raise ValueError(f"The Pallas kernel's grid {grid} is known only at run time; give it a cost_estimate.")
+        raise ValueError(
+            f"The Pallas kernel's grid {grid} is known only at run time; give it a cost_estimate."
+        )
     return math.prod(grid)
 
 

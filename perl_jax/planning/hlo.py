@@ -13,7 +13,14 @@ from typing import Iterator
 
 from perl_jax.planning.hlo_loops import Frame, trips
 from perl_jax.planning.hlo_text import Computation, Instruction, Module, leaves, parse_module
-from perl_jax.planning.hlo_traffic import COLLECTIVES, base_opcode, is_later_piece, origin, result_shape, traffic
+from perl_jax.planning.hlo_traffic import (
+    COLLECTIVES,
+    base_opcode,
+    is_later_piece,
+    origin,
+    result_shape,
+    traffic,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Collective:
 
     runs: how many times one is executed. result_bytes: of their results. link_bytes: what a device
     sends, and as much receives, where n devices of a group form a ring and `full` is the whole
-    buffer: all-gather, reduce-scatter, all-to-all (n-1)/n full; all-reduce twice that; permute full.
+    buffer: all-gather, reduce-scatter, all-to-all (n-1)/n full; all-reduce twice that; permute
+    full.
     """
 
     kind: str
@@ -70,7 +78,11 @@ class _Totals:
         self.read += other.read * times
         self.written += other.written * times
         self.cycles += other.cycles * times
-        for mine, theirs in ((self.runs, other.runs), (self.results, other.results), (self.links, other.links)):
+        for mine, theirs in (
+            (self.runs, other.runs),
+            (self.results, other.results),
+            (self.links, other.links),
+        ):
             for key, count in theirs.items():
                 mine[key] += count * times
         self.unknown |= other.unknown
@@ -105,10 +117,18 @@ def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
         if instruction.opcode == "while":
             totals.add(_loop(frame, instruction, unknown_trips))
         elif instruction.opcode == "conditional":
-            branches = [_visit(frame.enter(name, instruction), unknown_trips) for name in instruction.branches]
+            branches = [
+                _visit(frame.enter(name, instruction), unknown_trips)
+                for name in instruction.branches
+            ]
             totals.add(max(branches, key=lambda branch: branch.weight))
         elif instruction.opcode in ("call", "call-start", "async-start"):
-            called = _visit(frame.enter(instruction.called.get("to_apply") or instruction.called["calls"], instruction), unknown_trips)
+            called = _visit(
+                frame.enter(
+                    instruction.called.get("to_apply") or instruction.called["calls"], instruction
+                ),
+                unknown_trips,
+            )
             # The sparse cores' cycles are not the tensor cores'.
             called.cycles *= instruction.attribute(r'async_execution_thread="(sparsecore)"') is None
             totals.add(called)
@@ -122,7 +142,9 @@ def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals
     if count is None:
         name = loop.attribute(r'op_name="([^"]*)"') or loop.name
         if unknown_trips is None:
-            raise ValueError(f"How often loop {name!r} runs is not in the program's text; give unknown_trips.")
+            raise ValueError(
+                f"How often loop {name!r} runs is not in the program's text; give unknown_trips."
+            )
         totals.unknown[name], count = None, unknown_trips
     totals.add(_visit(frame.enter(loop.called["body"], loop), unknown_trips), count)
     totals.add(_visit(frame.enter(loop.called["condition"], loop), unknown_trips), count + 1)
@@ -140,7 +162,9 @@ def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
         totals.links[kind, group] += link
 
 
-def _collectives(instruction: Instruction, computation: Computation, module: Module) -> Iterator[tuple[str, int, int, int]]:
+def _collectives(
+    instruction: Instruction, computation: Computation, module: Module
+) -> Iterator[tuple[str, int, int, int]]:
     """(kind, group size, result bytes, link bytes) of what an instruction, or a fusion, starts."""
     kind = base_opcode(instruction)
     if kind == "fusion":
@@ -155,28 +179,37 @@ def _collectives(instruction: Instruction, computation: Computation, module: Mod
         full = result * n
     elif kind == "all-reduce" and _is_scattered(instruction, computation, module):
         kind, result = "reduce-scatter", result // n
-    rounds = {"all-reduce": 2 * (n - 1), "collective-permute": n, "collective-broadcast": n}.get(kind, n - 1)
+    rounds = {"all-reduce": 2 * (n - 1), "collective-permute": n, "collective-broadcast": n}.get(
+        kind, n - 1
+    )
     yield kind, n, result, full * rounds // n
 
 
 def _is_scattered(reduced: Instruction, computation: Computation, module: Module) -> bool:
     """Whether a fusion keeps but a slice of an all-reduce: TPU's reduce-scatter."""
     root = origin(computation, computation.root, module)
-    return root.opcode == "dynamic-slice" and origin(computation, root.operands[0], module) is reduced
+    return (
+        root.opcode == "dynamic-slice" and origin(computation, root.operands[0], module) is reduced
+    )
 
 
 def group_size(instruction: Instruction, module: Module) -> int:
     """Devices that take part in one instance; of a permute, the longest chain of devices."""
     pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
     if pairs:
-        return _longest_chain([tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs)])
+        return _longest_chain(
+            [tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs)]
+        )
     listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
     if listed:
         return listed.count(",") + 1
     iota = instruction.attribute(r"replica_groups=\[\d+,(\d+)\]<=")
     if iota:
         return int(iota)
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", instruction.attributes)
+    mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}",
+        instruction.attributes,
+    )
     if mesh:
         sizes, n = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}, 1
         for axis, size in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2]):

@@ -39,7 +39,9 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An instruction in its frame, followed through copies, fusions and parameters to its source."""
+    """An instruction in its frame, followed through copies, fusions and parameters to its
+    source.
+    """
 
     frame: Frame
     instruction: Instruction
@@ -56,7 +58,11 @@ def source(frame: Frame, name: str) -> Value:
     if instruction.opcode == "fusion":
         inner = frame.enter(instruction.called["calls"], instruction)
         return source(inner, inner.computation.root)
-    if instruction.opcode == "parameter" and frame.outer and frame.caller.opcode in ("fusion", "call"):
+    if (
+        instruction.opcode == "parameter"
+        and frame.outer
+        and frame.caller.opcode in ("fusion", "call")
+    ):
         return source(frame.outer, frame.caller.operands[int(instruction.literal)])
     if instruction.opcode == "get-tuple-element":
         index = int(instruction.attribute(r"index=(\d+)"))
@@ -98,11 +104,17 @@ def unchanged(module: Module, loop: Instruction, index: int) -> bool:
 
 
 def carried(value: Value) -> int | None:
-    """The index of the loop's state that a value of its body or condition is, None if it is none."""
+    """The index of the loop's state that a value of its body or condition is, None if it is
+    none.
+    """
     if value.instruction.opcode != "get-tuple-element":
         return None
     state = source(value.frame, value.instruction.operands[0])
-    of_loop = state.instruction.opcode == "parameter" and state.frame.caller and state.frame.caller.opcode == "while"
+    of_loop = (
+        state.instruction.opcode == "parameter"
+        and state.frame.caller
+        and state.frame.caller.opcode == "while"
+    )
     return int(value.instruction.attribute(r"index=(\d+)")) if of_loop else None
 
 

@@ -1,4 +1,6 @@
-"""The text of an optimised HLO module as data: computations of instructions, with shapes as laid out."""
+"""The text of an optimised HLO module as data: computations of instructions, with shapes as laid
+out.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _PARENS = re.compile(r"[()]")
-_CALLED = re.compile(r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
@@ -91,7 +95,9 @@ class Instruction:
         found = _BRANCHES.search(self.attributes)
         if found:
             return tuple(_NAME.findall(found[1]))
-        return tuple(self.called[k] for k in ("true_computation", "false_computation") if k in self.called)
+        return tuple(
+            self.called[k] for k in ("true_computation", "false_computation") if k in self.called
+        )
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of a pattern in the attributes, None without a match."""
@@ -147,8 +153,16 @@ def parse_array(text: str) -> Array:
     order, _, rest = (layout or "").partition(":")
     tile = re.search(r"T\(([\d,]+)\)", rest)
     space = re.search(r"S\((\d+)\)", rest)
-    fastest = tuple(int(d) for d in order.split(",")) if order else tuple(reversed(range(len(sizes))))
-    return Array(dtype, sizes, fastest, tuple(map(int, tile[1].split(","))) if tile else (), int(space[1]) if space else 0)
+    fastest = (
+        tuple(int(d) for d in order.split(",")) if order else tuple(reversed(range(len(sizes))))
+    )
+    return Array(
+        dtype,
+        sizes,
+        fastest,
+        tuple(map(int, tile[1].split(","))) if tile else (),
+        int(space[1]) if space else 0,
+    )
 
 
 def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
@@ -185,7 +199,9 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Headers, instructions and closing braces; an attribute that spans lines (a kernel's metadata) is put back into its own."""
+    """Headers, instructions and closing braces; an attribute that spans lines (a kernel's metadata)
+    is put back into its own.
+    """
     kept = ""
     for line in text.splitlines():
         if kept and not (_LINE.match(line) or _HEADER.match(line) or _END.match(line) or not line):

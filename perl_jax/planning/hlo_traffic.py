@@ -1,8 +1,8 @@
 """Bytes that an HLO instruction reads and writes in HBM.
 
-XLA's convention: each instruction that runs by itself reads its operands and writes its result; what
-a fusion computes in between stays on the chip. Of an operand that is only sliced the slice counts,
-of a buffer updated in place the update, and buffers outside HBM not at all.
+XLA's convention: each instruction that runs by itself reads its operands and writes its result;
+what a fusion computes in between stays on the chip. Of an operand that is only sliced the slice
+counts, of a buffer updated in place the update, and buffers outside HBM not at all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ COLLECTIVES = frozenset(
 # They name or group what is there already, or their bodies are counted where they run.
 FREE = frozenset(
     {
-        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
+        *(
+            "parameter",
+            "constant",
+            "tuple",
+            "get-tuple-element",
+            "bitcast",
+            "after-all",
+            "add-dependency",
+        ),
         *("opt-barrier", "domain", "partition-id", "replica-id", "get-dimension-size"),
         *("while", "conditional", "call", "call-start", "async-start", "async-update"),
     }
@@ -42,7 +50,15 @@ FREE_TARGETS = frozenset(
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 WHOLE = frozenset(
     {
-        *("dot", "convolution", "reduce", "reduce-window", "select-and-scatter", "sort", "custom-call"),
+        *(
+            "dot",
+            "convolution",
+            "reduce",
+            "reduce-window",
+            "select-and-scatter",
+            "sort",
+            "custom-call",
+        ),
         *("fft", "cholesky", "triangular-solve", "ragged-dot", "map"),
         *COLLECTIVES,
     }
@@ -138,7 +154,11 @@ def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
     if root.opcode != "tuple":
         return _output_bytes(fusion.shape, root, inner, module)
     made = [(inner.instructions[name], shape) for name, shape in zip(root.operands, fusion.shape)]
-    return sum(_output_bytes(shape, value, inner, module) for value, shape in made if value.opcode != "parameter")
+    return sum(
+        _output_bytes(shape, value, inner, module)
+        for value, shape in made
+        if value.opcode != "parameter"
+    )
 
 
 def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: Module) -> int:
@@ -147,7 +167,11 @@ def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: 
         return 0
     if in_place(made, inner, module):
         operands = [inner.instructions[name].shape for name in made.operands]
-        updates = [operands[1]] if made.opcode == "dynamic-update-slice" else [new for _, new in _scattered(operands)]
+        updates = (
+            [operands[1]]
+            if made.opcode == "dynamic-update-slice"
+            else [new for _, new in _scattered(operands)]
+        )
         return part(shape, sum(map(elements, updates)))
     return hbm(shape)
 
@@ -198,7 +222,9 @@ def demand(computation: Computation, module: Module, wanted: int | None = None) 
     return [min(need[p.name], elements(p.shape)) for p in computation.parameters]
 
 
-def _wants(user: Instruction, index: int, count: int, computation: Computation, module: Module) -> int:
+def _wants(
+    user: Instruction, index: int, count: int, computation: Computation, module: Module
+) -> int:
     """Elements of an operand that `count` elements of an instruction's result need."""
     operands = [computation.instructions[name] for name in user.operands]
     whole = elements(operands[index].shape)

@@ -20,11 +20,30 @@ from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.objectives import preference
 from perl_jax.planning import starting
-from perl_jax.planning.pieces import Jitted, Piece, Planned, flags, ids, key_data, placed, result, rows_of
+from perl_jax.planning.pieces import (
+    Jitted,
+    Piece,
+    Planned,
+    flags,
+    ids,
+    key_data,
+    placed,
+    result,
+    rows_of,
+)
 from perl_jax.planning.reading import RECORD, sampling
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding, trees
-from perl_jax.training import dpo, fit, optimizers as optimizers_lib, reward as reward_lib, rl, sft, state as state_lib, step
+from perl_jax.training import (
+    dpo,
+    fit,
+    optimizers as optimizers_lib,
+    reward as reward_lib,
+    rl,
+    sft,
+    state as state_lib,
+    step,
+)
 from perl_jax.training.configs import DPOConfig, JobConfig, PolicyConfig, RewardConfig, SFTConfig
 from perl_jax.training.experience import Judged
 from perl_jax.training.rl_config import RLConfig
@@ -34,21 +53,30 @@ from perl_jax.types import Labelled, Pairs, Tokens, Tree
 _TOKENIZER = types.SimpleNamespace(stop_ids=(1,), stop_part=(1,), tail_ids=(), pad_id=0)
 
 
-def planned_model(lm: LanguageModel, name: str, quantise: QuantiseConfig, shard_adapters: bool) -> Model:
+def planned_model(
+    lm: LanguageModel, name: str, quantise: QuantiseConfig, shard_adapters: bool
+) -> Model:
     """A model whose base is shapes with shardings."""
     places = lm.base_shardings()
 
     def leaf(path: str, spec: jax.ShapeDtypeStruct) -> Tree:
         held = jax.eval_shape(lambda kernel: quantise_leaf(path, kernel, quantise), spec)
-        return jax.tree.map(lambda part: placed(part, sharding.fitting(lm.mesh, part.shape, *places[path].spec)), held)
+        return jax.tree.map(
+            lambda part: placed(part, sharding.fitting(lm.mesh, part.shape, *places[path].spec)),
+            held,
+        )
 
     base = trees.map_named(leaf, lm.abstract_base())
     return Model(name, lm, base, _TOKENIZER, "-", quantise, shard_adapters)
 
 
 def plan_job(model: Model, config: JobConfig) -> Planned:
-    """The job's programs at its longest batch: a step's, those of measuring, then those of its start."""
-    return {SFTConfig: _sft, RewardConfig: _reward, DPOConfig: _dpo, RLConfig: _rl}[type(config)](model, config)
+    """The job's programs at its longest batch: a step's, those of measuring, then those of its
+    start.
+    """
+    return {SFTConfig: _sft, RewardConfig: _reward, DPOConfig: _dpo, RLConfig: _rl}[type(config)](
+        model, config
+    )
 
 
 def _sft(model: Model, config: SFTConfig) -> Planned:
@@ -56,18 +84,35 @@ def _sft(model: Model, config: SFTConfig) -> Planned:
 
 
 def _reward(model: Model, config: RewardConfig) -> Planned:
-    return _supervised(model, config, reward_lib.reward_job(config), {"reward": _role(model, config, head=True)})
+    return _supervised(
+        model, config, reward_lib.reward_job(config), {"reward": _role(model, config, head=True)}
+    )
 
 
 def _dpo(model: Model, config: DPOConfig) -> Planned:
     role = _role(model, config, head=False)
-    return _supervised(model, config, dpo.job_of(config), {"policy": role}, {"reference": _resting(model, role)})
+    return _supervised(
+        model, config, dpo.job_of(config), {"policy": role}, {"reference": _resting(model, role)}
+    )
 
 
-def _supervised(model: Model, config: JobConfig, job: fit.Supervised, roles: dict[str, Adapter], frozen: dict[str, Adapter] | None = None) -> Planned:
-    optimizers = {name: optimizers_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width) for name in roles}
+def _supervised(
+    model: Model,
+    config: JobConfig,
+    job: fit.Supervised,
+    roles: dict[str, Adapter],
+    frozen: dict[str, Adapter] | None = None,
+) -> Planned:
+    optimizers = {
+        name: optimizers_lib.make_optimizer(
+            config.optimizer, config.steps, config.tuning, model.lm.config.width
+        )
+        for name in roles
+    }
     loaded = (roles, frozen or {})
-    begin, state = starting.beginning(model, roles, optimizers, frozen or {}, None, loaded, base=config.tuning == "lora")
+    begin, state = starting.beginning(
+        model, roles, optimizers, frozen or {}, None, loaded, base=config.tuning == "lora"
+    )
     rows = batch = rows_of(model, _batch(config, job.kind))
     program = fit.learn_program(model, config, job, state, optimizers)
     base = _base(model, config)
@@ -75,26 +120,65 @@ def _supervised(model: Model, config: JobConfig, job: fit.Supervised, roles: dic
     if job.prepare is not None:
         both, reference = jax.eval_shape(passes.both_sides, batch), state.frozen["reference"]
         before = dpo.reference_program(model.lm, config.microbatches)
-        args = (None if reference.weights is not None else model.base, reference, rows_of(model, both))
+        args = (
+            None if reference.weights is not None else model.base,
+            reference,
+            rows_of(model, both),
+        )
         pieces.append(Piece(before, args, args[2]))
         logp_BT = rows_of(model, jax.ShapeDtypeStruct(batch.chosen.tokens_BT.shape, jnp.float32))
         batch = preference.Preferences(batch, logp_BT, logp_BT)
-        measures.append(Piece(dpo.implicit_program(model, config), (base, state.roles["policy"], batch), batch, phase="measure"))
+        measures.append(
+            Piece(
+                dpo.implicit_program(model, config),
+                (base, state.roles["policy"], batch),
+                batch,
+                phase="measure",
+            )
+        )
     pieces.append(Piece(program, (state, base, batch), batch))
-    measures.insert(0, Piece(fit.held_out_program(model, config, job), (state.roles, base, batch), batch, phase="measure"))
+    measures.insert(
+        0,
+        Piece(
+            fit.held_out_program(model, config, job),
+            (state.roles, base, batch),
+            batch,
+            phase="measure",
+        ),
+    )
     if job.role == "reward":
         adapter = state.roles["reward"]
         program = reward_lib.score_program(model.lm, config.microbatches)
-        measures.append(Piece(program, (None if adapter.weights is not None else model.base, adapter, rows), rows, phase="measure"))
-    return Planned(_resident(base, state), (*pieces, *measures, *_start(model, config, begin, state)))
+        measures.append(
+            Piece(
+                program,
+                (None if adapter.weights is not None else model.base, adapter, rows),
+                rows,
+                phase="measure",
+            )
+        )
+    return Planned(
+        _resident(base, state), (*pieces, *measures, *_start(model, config, begin, state))
+    )
 
 
-def _start(model: Model, config: JobConfig, begin: Piece, state: state_lib.TrainState) -> list[Piece]:
+def _start(
+    model: Model, config: JobConfig, begin: Piece, state: state_lib.TrainState
+) -> list[Piece]:
     """Loading, first values, and checksums of what is saved and read."""
-    own = [starting.weights(model)] if config.tuning == "full" else list(starting.first_values(model, config.lora))
+    own = (
+        [starting.weights(model)]
+        if config.tuning == "full"
+        else list(starting.first_values(model, config.lora))
+    )
     if config.tuning == "full" and isinstance(config, PolicyConfig) and config.policy is not None:
         # It may be an adapter, whose size only its artefact says.
-        own.insert(0, starting.merging(model, artefacts.abstract_adapter(model.lm, "lora", config.lora, False)))
+        own.insert(
+            0,
+            starting.merging(
+                model, artefacts.abstract_adapter(model.lm, "lora", config.lora, False)
+            ),
+        )
     return [*starting.loading(model), *own, begin, *starting.digests(state)]
 
 
@@ -114,20 +198,34 @@ def _rl(model: Model, config: RLConfig) -> Planned:
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     reads_base = config.tuning == "lora" or config.kl.reference == "base"
     # The value model begins with the policy's arrays.
-    begin, state = starting.beginning(model, roles, optimizers, frozen, {"beta": config.kl.beta}, (policy, frozen), base=reads_base)
+    begin, state = starting.beginning(
+        model,
+        roles,
+        optimizers,
+        frozen,
+        {"beta": config.kl.beta},
+        (policy, frozen),
+        base=reads_base,
+    )
     programs = rl.Programs(model, config, (RECORD,) * len(rewards), state, optimizers)
     base, batch = _base(model, config), config.batch_size
     prompt, room = config.data.max_prompt_length, config.data.max_response_length
-    sampled = lambda program, rows, samples: sampling(model, program, state.roles["policy"], base, rows, samples, prompt, room)
+    sampled = lambda program, rows, samples: sampling(
+        model, program, state.roles["policy"], base, rows, samples, prompt, room
+    )
     pieces, rollout = sampled(programs.sample, batch, model.shared_prompts(batch, algorithm.group))
     greedy = None
     if programs.greedy is not None:
         more, greedy = sampled(programs.greedy, batch // algorithm.group, 1)
         pieces += more
     sequences = rollout.sequences
-    reading = lambda program, role, tree: Piece(program, (None if role.weights is not None else model.base, tree, sequences), rollout)
+    reading = lambda program, role, tree: Piece(
+        program, (None if role.weights is not None else model.base, tree, sequences), rollout
+    )
     if programs.reward is not None:
-        pieces.append(reading(programs.reward, frozen["reward"], [state.frozen[name] for name in rewards]))
+        pieces.append(
+            reading(programs.reward, frozen["reward"], [state.frozen[name] for name in rewards])
+        )
     before = not programs.one_pass or config.kl.reference != "none"
     if before:
         pieces.append(reading(programs.logprobs, policy, state.roles["policy"]))
@@ -148,8 +246,15 @@ def _rl(model: Model, config: RLConfig) -> Planned:
     experience = rows_of(model, result(programs.assemble, judged)[0])
     orders = ()
     if algorithm.updates > 1:
-        orders = (placed(ids(algorithm.updates, batch // algorithm.minibatches), sharding.replicated(model.mesh)),)
-        dealing = Jitted("dealt", step.dealt, after=(batch, algorithm.epochs, algorithm.minibatches))
+        orders = (
+            placed(
+                ids(algorithm.updates, batch // algorithm.minibatches),
+                sharding.replicated(model.mesh),
+            ),
+        )
+        dealing = Jitted(
+            "dealt", step.dealt, after=(batch, algorithm.epochs, algorithm.minibatches)
+        )
         pieces.append(Piece(dealing, (key_data(model),), None))
     pieces.append(Piece(programs.learn, (state, base, experience, *orders), (rollout, experience)))
     if programs.refresh is not None:
@@ -163,16 +268,25 @@ def _rl(model: Model, config: RLConfig) -> Planned:
 
 def _batch(config: JobConfig, kind: str) -> Tree:
     """The longest batch of a kind of rows."""
-    rows, columns = config.batch_size, config.data.max_prompt_length + config.data.max_response_length
+    rows, columns = (
+        config.batch_size,
+        config.data.max_prompt_length + config.data.max_response_length,
+    )
     tokens = Tokens(ids(rows, columns), flags(rows, columns), flags(rows, columns))
     number_B = jax.ShapeDtypeStruct((rows,), np.float32)
     if kind == "demonstrations":
         return tokens
-    return Pairs(tokens, tokens, number_B, number_B, number_B) if kind == "comparisons" else Labelled(tokens, number_B, number_B)
+    return (
+        Pairs(tokens, tokens, number_B, number_B, number_B)
+        if kind == "comparisons"
+        else Labelled(tokens, number_B, number_B)
+    )
 
 
 def _role(model: Model, config: JobConfig, head: bool) -> Adapter:
-    return artefacts.abstract_adapter(model.lm, config.tuning, config.lora if config.tuning == "lora" else None, head)
+    return artefacts.abstract_adapter(
+        model.lm, config.tuning, config.lora if config.tuning == "lora" else None, head
+    )
 
 
 def _resting(model: Model, role: Adapter) -> Adapter:
@@ -184,4 +298,9 @@ def _base(model: Model, config: JobConfig) -> Tree | None:
 
 
 def _resident(base: Tree | None, state: state_lib.TrainState) -> dict[str, Tree]:
-    return {"base": base, "trained roles": state.roles, "frozen roles": state.frozen, "optimizer": state.optimizers}
+    return {
+        "base": base,
+        "trained roles": state.roles,
+        "frozen roles": state.frozen,
+        "optimizer": state.optimizers,
+    }

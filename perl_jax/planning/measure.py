@@ -20,13 +20,14 @@ EFFORT = {"quick": {"exec_time_optimization_effort": -1.0}, "full": {}}
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One program. Bytes are of one device, flops of all together (0: not counted, of programs of the start).
+    """One program. Bytes are of one device, flops of all together (0: not counted, of programs of
+    the start).
 
     phase, of: as in `Piece`.
     memory: bytes by component; their sum is the peak while the program runs. padding: what the
     compiler's tiles add to the arguments' own bytes. temporaries: activations, gathered weights,
-    gradients, outputs that take over no argument. refused: why it did not compile; memory then holds
-    what is known without compiling.
+    gradients, outputs that take over no argument. refused: why it did not compile; memory then
+    holds what is known without compiling.
     """
 
     name: str
@@ -52,7 +53,9 @@ class Measured:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """No persistent cache: what is compiled for absent devices can be written to it, but not read again."""
+    """No persistent cache: what is compiled for absent devices can be written to it, but not read
+    again.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -69,12 +72,25 @@ def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
     starts = piece.phase == "start"
     operations = 0 if starts else flops_lib.flops(traced.jaxpr, unknown_trips=piece.loop)
     with _without_cache():
-        compiled = refusal.attempt(lambda: traced.lower().compile(compiler_options=EFFORT[effort] or None))
+        compiled = refusal.attempt(
+            lambda: traced.lower().compile(compiler_options=EFFORT[effort] or None)
+        )
     seconds = time.perf_counter() - begin
     if isinstance(compiled, Refusal):
-        return Measured(piece.name, memory, operations, None, seconds, device_bytes(piece.args), compiled, piece.phase, piece.of)
+        return Measured(
+            piece.name,
+            memory,
+            operations,
+            None,
+            seconds,
+            device_bytes(piece.args),
+            compiled,
+            piece.phase,
+            piece.of,
+        )
     found = compiled.memory_analysis()
-    # What is alive at the worst moment, arguments and outputs included; the sum of all sizes can exceed it.
+    # What is alive at the worst moment, arguments and outputs included; the sum of all sizes can
+    # exceed it.
     inside = max(found.peak_memory_in_bytes - found.argument_size_in_bytes, 0)
     cache = min(device_bytes(piece.cache), inside)
     memory |= {
@@ -84,4 +100,14 @@ def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
         "code": found.generated_code_size_in_bytes,
     }
     account = None if starts else hlo.account(compiled.as_text(), unknown_trips=piece.loop)
-    return Measured(piece.name, memory, operations, account, seconds, device_bytes(piece.args), None, piece.phase, piece.of)
+    return Measured(
+        piece.name,
+        memory,
+        operations,
+        account,
+        seconds,
+        device_bytes(piece.args),
+        None,
+        piece.phase,
+        piece.of,
+    )

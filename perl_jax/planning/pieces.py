@@ -15,8 +15,8 @@ from perl_jax.models.cache import own_room
 from perl_jax.runtime import sharding, trees
 from perl_jax.types import Tree
 
-# step: every step of training (or every batch of a command that does not train). measure: validation and test.
-# start: loading, first values, checkpoints.
+# step: every step of training (or every batch of a command that does not train). measure:
+# validation and test. start: loading, first values, checkpoints.
 Phase = Literal["start", "step", "measure"]
 
 
@@ -46,10 +46,11 @@ class Jitted:
 class Piece:
     """One program of a job, for one set of shapes.
 
-    args: shapes with shardings. own: those of them that only this program holds (a batch, a rollout).
-    cache: keys and values inside it. loop: turns of a loop whose number depends on the data (the decode
-    loop); None: there is none. phase: when it runs. resident: names of the components that stay on the
-    devices while it runs (`Planned.resident`); None: all. of: the leaf, where it is a leaf's program.
+    args: shapes with shardings. own: those of them that only this program holds (a batch, a
+    rollout). cache: keys and values inside it. loop: turns of a loop whose number depends on the
+    data (the decode loop); None: there is none. phase: when it runs. resident: names of the
+    components that stay on the devices while it runs (`Planned.resident`); None: all. of: the leaf,
+    where it is a leaf's program.
     """
 
     program: Traceable
@@ -68,19 +69,28 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A job's programs and what stays on the devices: base, trained roles, frozen roles, optimizer."""
+    """A job's programs and what stays on the devices: base, trained roles, frozen roles,
+    optimizer.
+    """
 
     resident: dict[str, Tree]
     pieces: tuple[Piece, ...]
 
     def resident_bytes(self, names: tuple[str, ...] | None = None) -> dict[str, int]:
         """Bytes of one device by component. names: of these alone; None: of all."""
-        return {name: device_bytes(tree) for name, tree in self.resident.items() if names is None or name in names}
+        return {
+            name: device_bytes(tree)
+            for name, tree in self.resident.items()
+            if names is None or name in names
+        }
 
 
 def device_bytes(tree: Tree) -> int:
     """Bytes of a tree on one device, by its leaves' shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * trees.bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * trees.bits(leaf.dtype) // 8
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def placed(spec: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -101,7 +111,10 @@ def rows_of(model: Model, tree: Tree) -> Tree:
 
 def key_data(model: Model) -> jax.ShapeDtypeStruct:
     """A key as programs get it."""
-    return placed(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), sharding.replicated(model.mesh))
+    return placed(
+        jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+        sharding.replicated(model.mesh),
+    )
 
 
 def ids(rows: int, columns: int) -> jax.ShapeDtypeStruct:
@@ -122,6 +135,14 @@ def cache_of(model: Model, rows: int, slots: int) -> Tree:
     config, found = model.lm.config, []
     for window, layers in collections.Counter(config.windows).items():
         shape = (layers, rows, config.kv_heads, own_room(slots, window), config.head_dim)
-        place = sharding.fitting(model.mesh, shape, None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
+        place = sharding.fitting(
+            model.mesh,
+            shape,
+            None,
+            sharding.BATCH_AXES,
+            "tensor" if model.lm.split_heads else None,
+            None,
+            None,
+        )
         found += [jax.ShapeDtypeStruct(shape, config.dtype, sharding=place)] * 2
     return found

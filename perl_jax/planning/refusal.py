@@ -1,8 +1,8 @@
 """What the TPU compiler says when a program does not fit the memory.
 
 It refuses early, from an estimate, in one sentence whose "HLO temporaries" are really the whole
-peak, arguments and outputs included; or late, when all buffers have their places, with a list of the
-largest. Sizes are rounded by the compiler (15.75G: to 10 MiB); G is 2^30.
+peak, arguments and outputs included; or late, when all buffers have their places, with a list of
+the largest. Sizes are rounded by the compiler (15.75G: to 10 MiB); G is 2^30.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ T = TypeVar("T")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B?"
 LATE = re.compile(rf"memory space (\w+)\. Used {SIZE} of {SIZE}")
-EARLY = re.compile(rf"Ran out of memory on (\w+), the total memory required for [^(]*\({SIZE}\) exceeds available \w+ \({SIZE}\)")
+EARLY = re.compile(
+    rf"Ran out of memory on (\w+), the total memory required for [^(]*\({SIZE}\) exceeds available \w+ \({SIZE}\)"
+)
 # Programs with a part on the sparse cores: the two usages, and what there is for both.
-TWO_CORES = re.compile(rf"TensorCore (\w+) usage:? {SIZE}, SparseCore \w+ usage:? {SIZE}, exceeding available bytes:? {SIZE}")
+TWO_CORES = re.compile(
+    rf"TensorCore (\w+) usage:? {SIZE}, SparseCore \w+ usage:? {SIZE}, exceeding available bytes:? {SIZE}"
+)
 ABORTED = re.compile(rf"Requires {SIZE}, has {SIZE} available")
 # One buffer larger than all there is.
 SINGLE = re.compile(rf"Allocation \(size={SIZE}\) would exceed memory \(size={SIZE}\)")
@@ -75,14 +79,19 @@ def attempt(compile: Callable[[], T]) -> T | Refusal:
 
 
 def parse(text: str) -> Refusal:
-    """A RESOURCE_EXHAUSTED message as data; one in unknown words keeps its text, and a size if any."""
+    """A RESOURCE_EXHAUSTED message as data; one in unknown words keeps its text, and a size if
+    any.
+    """
     space, asked, available = _figures(text)
     exceeded = _size(EXCEEDED, text)
     if exceeded is None and asked is not None and available is not None:
         exceeded = max(asked - available, 0)
     listed = [_single(text)] if SINGLE.search(text) else map(_buffer, ENTRY.findall(text))
     buffers = sorted(listed, key=lambda buffer: -buffer.bytes)
-    parts = {part: _size(re.compile(rf"^ +{part} +{SIZE}\s*$", re.MULTILINE), text) for part in ("arguments", "program", "reserved")}
+    parts = {
+        part: _size(re.compile(rf"^ +{part} +{SIZE}\s*$", re.MULTILINE), text)
+        for part in ("arguments", "program", "reserved")
+    }
     return Refusal(text, space, asked, available, exceeded, **parts, buffers=tuple(buffers))
 
 
@@ -93,7 +102,11 @@ def _figures(text: str) -> tuple[str | None, int | None, int | None]:
         return found[1].lower(), _bytes(found[2], found[3]), _bytes(found[4], found[5])
     found = TWO_CORES.search(text)
     if found:
-        return found[1].lower(), _bytes(found[2], found[3]) + _bytes(found[4], found[5]), _bytes(found[6], found[7])
+        return (
+            found[1].lower(),
+            _bytes(found[2], found[3]) + _bytes(found[4], found[5]),
+            _bytes(found[6], found[7]),
+        )
     found = SINGLE.search(text) or ABORTED.search(text)
     if found:
         return None, _bytes(found[1], found[2]), _bytes(found[3], found[4])
@@ -105,7 +118,13 @@ def _buffer(entry: str) -> Buffer:
     label = _field(r"XLA label: (.*)", entry) or ""
     argument = re.match(r"Argument (\d+)", label)
     allocation = _field(r"Allocation type: (.*)", entry)
-    kind = "argument" if argument else "output" if label.startswith("Output") else (allocation or "unknown").removeprefix("HLO ")
+    kind = (
+        "argument"
+        if argument
+        else "output"
+        if label.startswith("Output")
+        else (allocation or "unknown").removeprefix("HLO ")
+    )
     file, line = _field(r'source_file="([^"]*)"', entry), _field(r"source_line=(\d+)", entry)
     return Buffer(
         bytes=_size(re.compile(SIZE), entry) or 0,

@@ -10,7 +10,8 @@ from perl_jax.planning import command, topology
 from perl_jax.planning.command import Plan
 from perl_jax.planning.config import PlanConfig
 
-# Heads and feed-forward layers are not split further: beyond it all layers wait for each other too often.
+# Heads and feed-forward layers are not split further: beyond it all layers wait for each other too
+# often.
 MOST_TENSOR = 8
 MOST_MICROBATCHES = 16
 # From the least recomputed to the most.
@@ -26,7 +27,8 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> list[Plan]:
-    """The layouts that fit, by the seconds that the chip's figures allow (`Plan.seconds`), best first.
+    """The layouts that fit, by the seconds that the chip's figures allow (`Plan.seconds`), best
+    first.
 
     For each mesh: as few microbatches as fit with everything recomputed, then as little recomputed
     as fits with those. What stays on a device decides first, and costs no compiling; then the
@@ -35,7 +37,9 @@ def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> l
     """
     found = []
     for sizes in meshes(len(topology.topology(config.topology))):
-        layout = dataclasses.replace(config, search=False, mesh="data={},fsdp={},tensor={}".format(*sizes))
+        layout = dataclasses.replace(
+            config, search=False, mesh="data={},fsdp={},tensor={}".format(*sizes)
+        )
         whole = _fewest_microbatches(layout, say)
         if whole is None:
             continue
@@ -79,5 +83,8 @@ def _fits(config: PlanConfig, say: Callable[[str], None]) -> bool:
     plan = command.plan(config, only="learn")
     require(bool(plan.programs), "The job has no update to search for.")
     peak = "?" if plan.peak is None else f"{plan.peak / 2**30:.1f}"
-    say(f"{config.mesh}, {config.microbatches} part(s), remat {config.remat}: update {peak} GiB, {'fits' if plan.fits else 'does not fit'}")
+    say(
+        f"{config.mesh}, {config.microbatches} part(s), remat {config.remat}: update {peak} GiB, "
+        f"{'fits' if plan.fits else 'does not fit'}"
+    )
     return plan.fits

@@ -19,21 +19,34 @@ def gib(size: int | None) -> str:
 def table(rows: list[list[str]]) -> list[str]:
     """Columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def describe(found: Plan) -> str:
     """Memory by component and program, work and traffic, and whether it fits."""
     config = found.config
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
-    how = f"{config.tuning} tuning, {config.dtype}, remat {config.remat}, batch {config.batch} in {config.microbatches} part(s)"
+    how = (
+        f"{config.tuning} tuning, {config.dtype}, remat {config.remat}, batch {config.batch} in "
+        f"{config.microbatches} part(s)"
+    )
     lengths = f"{config.prompt_length} + {config.response_length} tokens"
     lines = [f"{config.job} of {config.model} on {config.topology} ({mesh}): {how}, {lengths}.", ""]
     lines += ["Memory a device, GiB, while each program runs"]
     running = found.of("step", "measure")
     lines += table(_memory(running))
     if found.of("start"):
-        lines += ["", "Loading, first values and checkpoints, GiB a device: of each program the leaf with which most is there"]
+        lines += [
+            "",
+            "Loading, first values and checkpoints, GiB a device: of each program the leaf with "
+            "which most is there",
+        ]
         lines += table(_starts(found.of("start")))
     lines += ["", "A step, and what measures it"] + table(_work(found, running))
     lines += [f"  {line}" for program in running for line in _collectives(program)]
@@ -41,9 +54,15 @@ def describe(found: Plan) -> str:
         lines += _refusal(program)
     verdict = "fits" if found.fits else "does not fit"
     largest = f" ({_named(found.largest)})" if found.largest is not None else ""
-    lines += ["", f"Peak {gib(found.peak)} GiB a device{largest} of {gib(found.usable)} usable: it {verdict}."]
+    lines += [
+        "",
+        f"Peak {gib(found.peak)} GiB a device{largest} of {gib(found.usable)} usable: it "
+        f"{verdict}.",
+    ]
     seconds = sum(program.seconds_to_compile for program in found.programs)
-    lines += [f"The chip's operations, HBM and links allow a step in {found.seconds:.2f} s at the least."]
+    lines += [
+        f"The chip's operations, HBM and links allow a step in {found.seconds:.2f} s at the least."
+    ]
     if config.effort == "full":
         lines += [f"Estimated seconds: {CAVEAT}"]
     lines += [f"Compiled in {seconds:.0f} s with effort {config.effort}."]
@@ -55,13 +74,21 @@ def _named(program: Measured) -> str:
 
 
 def _starts(programs: list[Measured]) -> list[list[str]]:
-    """A row a program: how many shapes it has, and of the largest its leaf, what it needs beside what stays, and the peak."""
+    """A row a program: how many shapes it has, and of the largest its leaf, what it needs beside
+    what stays, and the peak.
+    """
     rows = [["", "shapes", "leaf", "beside", "peak"]]
     for name in dict.fromkeys(program.name for program in programs):
         same = [program for program in programs if program.name == name]
         # None: refused without a size, which is more than there is.
-        worst = max(same, key=lambda program: float("inf") if program.peak is None else program.peak)
-        beside = sum(size for part, size in worst.memory.items() if part in ("batch", "padding", "cache", "temporaries", "code"))
+        worst = max(
+            same, key=lambda program: float("inf") if program.peak is None else program.peak
+        )
+        beside = sum(
+            size
+            for part, size in worst.memory.items()
+            if part in ("batch", "padding", "cache", "temporaries", "code")
+        )
         rows.append([name, str(len(same)), worst.of or "all", gib(beside), gib(worst.peak)])
     return rows
 
@@ -70,7 +97,15 @@ def _memory(programs: list[Measured]) -> list[list[str]]:
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
     for name in components:
-        rows.append([name, *(gib(program.memory[name]) if name in program.memory else "-" for program in programs)])
+        rows.append(
+            [
+                name,
+                *(
+                    gib(program.memory[name]) if name in program.memory else "-"
+                    for program in programs
+                ),
+            ]
+        )
     return [*rows, ["peak", *(gib(program.peak) for program in programs)]]
 
 
@@ -78,13 +113,27 @@ def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
     clock = topology.chip(found.config.topology).clock
     # Programs compiled with little effort are not the ones that would run.
     known = clock is not None and found.config.effort == "full"
-    seconds = lambda account: f"{account.cycles / clock:.3f}" if known and account and account.cycles else "-"
+    seconds = lambda account: (
+        f"{account.cycles / clock:.3f}" if known and account and account.cycles else "-"
+    )
     devices = math.prod(found.mesh.values())
     return [
         ["", *(program.name for program in programs)],
         ["TFLOP a device", *(f"{program.flops / devices / 1e12:.2f}" for program in programs)],
-        ["HBM GB a device", *(f"{program.account.hbm_bytes / 1e9:.2f}" if program.account else "-" for program in programs)],
-        ["links GB a device", *(f"{program.account.link_bytes / 1e9:.3f}" if program.account else "-" for program in programs)],
+        [
+            "HBM GB a device",
+            *(
+                f"{program.account.hbm_bytes / 1e9:.2f}" if program.account else "-"
+                for program in programs
+            ),
+        ],
+        [
+            "links GB a device",
+            *(
+                f"{program.account.link_bytes / 1e9:.3f}" if program.account else "-"
+                for program in programs
+            ),
+        ],
         ["estimated seconds", *(seconds(program.account) for program in programs)],
     ]
 
@@ -92,7 +141,10 @@ def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
 def _collectives(program: Measured) -> list[str]:
     if program.account is None:
         return []
-    each = [f"{c.runs} {c.kind} over {c.group} ({c.link_bytes / 1e9:.3f} GB)" for c in program.account.collectives]
+    each = [
+        f"{c.runs} {c.kind} over {c.group} ({c.link_bytes / 1e9:.3f} GB)"
+        for c in program.account.collectives
+    ]
     return [f"{program.name}: {', '.join(each) or 'no collectives'}"]
 
 
@@ -100,11 +152,22 @@ def _refusal(program: Measured) -> list[str]:
     refused = program.refused
     if refused is None:
         return []
-    asked = f"asked for {gib(refused.asked)} GiB" if refused.asked is not None else "did not say how much it needs"
-    lines = ["", f"The compiler refused {program.name}: it {asked} where {gib(refused.available)} GiB are usable. Known without compiling, by size:"]
+    asked = (
+        f"asked for {gib(refused.asked)} GiB"
+        if refused.asked is not None
+        else "did not say how much it needs"
+    )
+    lines = [
+        "",
+        f"The compiler refused {program.name}: it {asked} where {gib(refused.available)} GiB are "
+        "usable. Known without compiling, by size:",
+    ]
     largest = sorted(program.memory.items(), key=lambda item: -item[1])[:_BUFFERS]
     lines += [f"  {gib(size)} GiB  {name}" for name, size in largest if size]
-    lines += [f"  {gib(buffer.bytes)} GiB  {buffer.kind} {buffer.shape or ''} {buffer.operation or ''}".rstrip() for buffer in refused.buffers[:_BUFFERS]]
+    lines += [
+        f"  {gib(buffer.bytes)} GiB  {buffer.kind} {buffer.shape or ''} {buffer.operation or ''}".rstrip()
+        for buffer in refused.buffers[:_BUFFERS]
+    ]
     return lines
 
 
@@ -115,7 +178,17 @@ def describe_search(plans: list[Plan]) -> str:
     rows = [["", "mesh", "parts", "remat", "peak GiB", "of", "links GB", "bound, s"]]
     for place, found in enumerate(plans, 1):
         config = found.config
-        numbers = [gib(found.peak), gib(found.usable), f"{found.link_bytes / 1e9:.2f}", f"{found.seconds:.2f}"]
-        rows.append([str(place), config.mesh or "", str(config.microbatches), config.remat, *numbers])
-    note = "Bound: seconds of a step that the chip's operations, HBM and links allow at the least; no measurement."
+        numbers = [
+            gib(found.peak),
+            gib(found.usable),
+            f"{found.link_bytes / 1e9:.2f}",
+            f"{found.seconds:.2f}",
+        ]
+        rows.append(
+            [str(place), config.mesh or "", str(config.microbatches), config.remat, *numbers]
+        )
+    note = (
+        "Bound: seconds of a step that the chip's operations, HBM and links allow at the "
+        "least; no measurement."
+    )
     return "\n".join([*table(rows), note])

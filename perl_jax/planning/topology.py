@@ -50,7 +50,19 @@ class Chip:
 # table 4. v5p's HBM and the clocks of v5e and v5p: Austin et al. 2025, How to Scale Your Model, 2.
 CHIPS: Mapping[str, Chip] = {
     # JAX shows a v4 chip's two cores as one device; libtpu must be asked to.
-    "v4": Chip("v4", 32 * GIB, 31485 * MIB, 275e12, 1200e9, 300e9, 6, 2, 1, 1.05e9, {"chip_config_name": "megacore"}),
+    "v4": Chip(
+        "v4",
+        32 * GIB,
+        31485 * MIB,
+        275e12,
+        1200e9,
+        300e9,
+        6,
+        2,
+        1,
+        1.05e9,
+        {"chip_config_name": "megacore"},
+    ),
     "v5e": Chip("v5e", 16 * GIB, 16126 * MIB, 197e12, 819e9, 200e9, 4, 1, 1, 1.5e9),
     "v5p": Chip("v5p", 96 * GIB, 98041 * MIB, 459e12, 2765e9, 600e9, 6, 2, 1, 1.75e9),
     "v6e": Chip("v6e", 32 * GIB, 31996 * MIB, 918e12, 1638e9, 400e9, 4, 1, 1, None),
@@ -73,7 +85,9 @@ def topology(name: str) -> Sequence[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise UserError("perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'") from error
+        raise UserError(
+            "perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'"
+        ) from error
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     facts = CHIPS[generation]
@@ -101,5 +115,8 @@ def _split(name: str) -> tuple[str, tuple[int, ...]]:
     axes = 2 if generation in CHIPS and CHIPS[generation].ici_links == 4 else 3
     if generation not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", shape):
         examples = "v4:2x2x1, v5e:2x4, v5p:2x2x2, v6e:4x4 or 7x:2x2x1"
-        raise UserError(f"{name!r} names no TPU slice; write the generation and its shape in chips, such as {examples}.")
+        raise UserError(
+            f"{name!r} names no TPU slice; write the generation and its shape in chips, such as "
+            f"{examples}."
+        )
     return generation, tuple(map(int, shape.split("x")))

@@ -20,12 +20,19 @@ def count(field: str, value: Any, least: int) -> None:
 
 def text(field: str, value: Any) -> None:
     """Checks for a string with something to see in it."""
-    require(isinstance(value, str) and bool(value.strip()), f"{field} is {value!r}; it must be a text that is not empty.")
+    require(
+        isinstance(value, str) and bool(value.strip()),
+        f"{field} is {value!r}; it must be a text that is not empty.",
+    )
 
 
 def texts(field: str, value: Any) -> None:
-    """Checks for a list of such strings; a single string is refused, it would be read letter by letter."""
-    good = isinstance(value, (list, tuple)) and all(isinstance(item, str) and item.strip() for item in value)
+    """Checks for a list of such strings; a single string is refused, it would be read letter by
+    letter.
+    """
+    good = isinstance(value, (list, tuple)) and all(
+        isinstance(item, str) and item.strip() for item in value
+    )
     require(good, f"{field} is {value!r}; it must be a list of texts that are not empty.")
 
 
@@ -34,7 +41,12 @@ def flag(field: str, value: Any) -> None:
 
 
 def sequences(*columns: Sequence[Any]) -> None:
-    """Checks that prompts, responses and rows are equally many: ValueError, as only code gets that wrong."""
+    """Checks that prompts, responses and rows are equally many: ValueError, as only code gets that
+    wrong.
+    """
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:
-        raise ValueError(f"prompts, responses and rows have {', '.join(map(str, lengths))} items; they must be equally many")
+        raise ValueError(
+            f"prompts, responses and rows have {', '.join(map(str, lengths))} items; they must be "
+            "equally many"
+        )

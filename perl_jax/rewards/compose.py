@@ -1,4 +1,6 @@
-"""A reward as a weighted sum of named terms, read from JSON: rules, functions of the user, judges."""
+"""A reward as a weighted sum of named terms, read from JSON: rules, functions of the user,
+judges.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Term:
 def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
     """The terms of a JSON list, given as text that begins with [ or as the path of a file.
 
-        [{"kind": "length", "weight": 0.2, "maximum": 50}, {"kind": "function", "function": "my.py:score"}]
+        [{"kind": "length", "weight": 0.2, "maximum": 50}, {"kind": "function", "function":
+        "my.py:score"}]
 
     `weight` is 1 and `name` the kind unless given. Paths inside are relative to where the command
     runs. UserError naming the term, counted from 1, and the field.
@@ -48,8 +51,13 @@ def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
     inline = str(source).lstrip().startswith("[")
     where = "The reward terms" if inline else f"The file of reward terms {source}"
     values = parse(str(source) if inline else read(pathlib.Path(source).expanduser()), where)
-    require(isinstance(values, list) and bool(values), f"{where} must be a JSON list of at least one object.")
-    terms = tuple(to_term(value, f"Reward term {number}") for number, value in enumerate(values, start=1))
+    require(
+        isinstance(values, list) and bool(values),
+        f"{where} must be a JSON list of at least one object.",
+    )
+    terms = tuple(
+        to_term(value, f"Reward term {number}") for number, value in enumerate(values, start=1)
+    )
     check_names(terms)
     return terms
 
@@ -59,9 +67,13 @@ def read(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"The file of reward terms {path} cannot be read: {error.strerror or error}.") from error
+        raise UserError(
+            f"The file of reward terms {path} cannot be read: {error.strerror or error}."
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"The file of reward terms {path} is not UTF-8 text (byte {error.start}).") from error
+        raise UserError(
+            f"The file of reward terms {path} is not UTF-8 text (byte {error.start})."
+        ) from error
 
 
 def parse(text: str, where: str) -> Any:
@@ -69,14 +81,22 @@ def parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+        raise UserError(
+            f"{where}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}."
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits, brackets without end
         raise UserError(f"{where}: not valid JSON ({error}).") from error
 
 
 def to_term(value: Any, where: str) -> Term:
     """One object as a term; `where` opens the message of any error."""
-    require(isinstance(value, dict), f"{where} is {value!r}; it must be an object with a kind, one of {', '.join(KINDS)}.")
+    require(
+        isinstance(value, dict),
+        f"{where} is {value!r}; it must be an object with a kind, one of {', '.join(KINDS)}.",
+    )
     require("kind" in value, f"{where} has no kind; it must be one of {', '.join(KINDS)}.")
     kind = value["kind"]
     one_of(f"{where}: kind", kind, KINDS)
@@ -84,10 +104,20 @@ def to_term(value: Any, where: str) -> Term:
     fields = [field for field in dataclasses.fields(KINDS[kind]) if field.init]
     names = [field.name for field in fields]
     unknown = [name for name in value if name not in names and name not in COMMON]
-    require(not unknown, f"{where} has no field {', '.join(unknown)}; it has {', '.join(names)}, besides {', '.join(COMMON)}.")
+    require(
+        not unknown,
+        f"{where} has no field {', '.join(unknown)}; it has {', '.join(names)}, besides "
+        f"{', '.join(COMMON)}.",
+    )
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in value]
-    require(not missing, f"{where} needs the field {', '.join(missing)}; it has {', '.join(names)}.")
-    settings = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name not in COMMON}
+    require(
+        not missing, f"{where} needs the field {', '.join(missing)}; it has {', '.join(names)}."
+    )
+    settings = {
+        name: tuple(item) if isinstance(item, list) else item
+        for name, item in value.items()
+        if name not in COMMON
+    }
     try:
         return Term(value.get("name", kind), value.get("weight", 1.0), KINDS[kind](**settings))
     except UserError as error:
@@ -98,7 +128,11 @@ def check_names(terms: Sequence[Term]) -> None:
     """UserError naming the terms that have one name."""
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"Two reward terms are called {', '.join(twice)}; give each a name of its own by the field name.")
+    require(
+        not twice,
+        f"Two reward terms are called {', '.join(twice)}; give each a name of its own by the "
+        "field name.",
+    )
 
 
 class Composite:
@@ -125,15 +159,22 @@ class Composite:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> dict[str, np.ndarray]:
         """One float64 column [n] a term, without its weight; an empty batch asks no term."""
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return {term.name: np.zeros(0, np.float64) for term in self.terms}
-        return {term.name: checked_column(term, term.reward(prompts, responses, rows), len(responses)) for term in self.terms}
+        return {
+            term.name: checked_column(term, term.reward(prompts, responses, rows), len(responses))
+            for term in self.terms
+        }
 
     def check_rows(self, rows: Iterable[Row]) -> None:
-        """UserError naming the term and the row if one lacks what a term compares with: told before training."""
+        """UserError naming the term and the row if one lacks what a term compares with: told before
+        training.
+        """
         for term in self.terms:
             if isinstance(term.reward, ExactMatch):
                 try:
@@ -145,7 +186,10 @@ class Composite:
         """sum over terms of weight * column: float64 [n]."""
         names = [term.name for term in self.terms]
         if sorted(columns) != sorted(names):
-            raise ValueError(f"the columns are {', '.join(columns)}; they must be those of the terms {', '.join(names)}")
+            raise ValueError(
+                f"the columns are {', '.join(columns)}; they must be those of the terms "
+                f"{', '.join(names)}"
+            )
         n = len(columns[names[0]])
         return sum(term.weight * checked_column(term, columns[term.name], n) for term in self.terms)
 
@@ -156,5 +200,8 @@ def checked_column(term: Term, values: np.ndarray, n: int) -> np.ndarray:
     shape = f"gave an array of shape {column.shape}; it must be ({n},), one number a response"
     require(column.shape == (n,), f"The reward term {term.name} {shape}.")
     for index in np.flatnonzero(~np.isfinite(column))[:1]:
-        raise UserError(f"The reward term {term.name} gave {column[index]} at index {index}; every reward must be finite.")
+        raise UserError(
+            f"The reward term {term.name} gave {column[index]} at index {index}; every reward "
+            "must be finite."
+        )
     return column

@@ -28,10 +28,24 @@ class RewardOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        errors.require(bool(self.reward) or self.terms is not None, "There is no reward: give reward artefacts, or terms.")
+        errors.require(
+            bool(self.reward) or self.terms is not None,
+            "There is no reward: give reward artefacts, or terms.",
+        )
         errors.one_of("combine", self.combine, ("mean", "min"))
-        errors.require(math.isfinite(self.reward_weight), f"reward_weight is {self.reward_weight!r}; it must be a finite number.")
+        errors.require(
+            math.isfinite(self.reward_weight),
+            f"reward_weight is {self.reward_weight!r}; it must be a finite number.",
+        )
         several = len(self.reward) > 1 or self.combine == "mean"
-        errors.require(several, f"combine is {self.combine!r} over {len(self.reward)} reward artefacts; leave it out, or give two or more.")
+        errors.require(
+            several,
+            f"combine is {self.combine!r} over {len(self.reward)} reward artefacts; leave it out, "
+            "or give two or more.",
+        )
         weighed = bool(self.reward) or self.reward_weight == 1.0
-        errors.require(weighed, f"reward_weight is {self.reward_weight!r} without a reward artefact; leave it out, or give reward (weights of terms are in terms).")
+        errors.require(
+            weighed,
+            f"reward_weight is {self.reward_weight!r} without a reward artefact; leave it out, or "
+            "give reward (weights of terms are in terms).",
+        )

@@ -1,4 +1,6 @@
-"""A reward that is a Python function of the user, run in a process of its own so that a hang can be ended."""
+"""A reward that is a Python function of the user, run in a process of its own so that a hang can be
+ended.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prom
 
 GRACE_SECONDS = 2.0  # for a worker to leave by itself once its pipe is closed
 LOOK_SECONDS = 0.1  # between looks at whether a worker that says nothing is still there
-# A program of its own: multiprocessing would import the user's script again, and with it jax and all that training needs.
-START = "import json, sys; sys.path[:] = json.loads(sys.argv[3]); from perl_jax.rewards import worker; worker.main()"
+# A program of its own: multiprocessing would import the user's script again, and with it jax and
+# all that training needs.
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); from perl_jax.rewards import "
+    "worker; worker.main()"
+)
 
 
 @dataclasses.dataclass
@@ -38,13 +44,27 @@ class Worker:
     takes_rows: bool = False
 
     def start(self, target: str, seconds: float) -> None:
-        """Loads the function in a new process; UserError if that fails or takes longer than `seconds`."""
+        """Loads the function in a new process; UserError if that fails or takes longer than
+        `seconds`.
+        """
         self.pipe, theirs = multiprocessing.Pipe()
         number = theirs.fileno()
-        # -P: a module of the working folder is not taken for one of Python's own before the path is set.
-        command = [sys.executable, "-P", "-c", START, target, str(number), json.dumps(sys.path, default=str)]
-        # A session of its own: what it starts ends with it. Its input says nothing, but ends when this process does, even by a kill.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(number,), start_new_session=True)
+        # -P: a module of the working folder is not taken for one of Python's own before the path is
+        # set.
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            START,
+            target,
+            str(number),
+            json.dumps(sys.path, default=str),
+        ]
+        # A session of its own: what it starts ends with it. Its input says nothing, but ends when
+        # this process does, even by a kill.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=(number,), start_new_session=True
+        )
         theirs.close()  # the worker has its own
         try:
             self.takes_rows = self.receive(target, seconds, "starting up (start_seconds)")
@@ -55,7 +75,11 @@ class Worker:
     def ask(self, target: str, batch: Batch, seconds: float) -> list[float]:
         prompts, responses, rows = batch
         what = f"a batch of {len(responses)} (timeout_seconds)"
-        message = list(prompts), list(responses), [dict(row) for row in rows] if self.takes_rows else []
+        message = (
+            list(prompts),
+            list(responses),
+            [dict(row) for row in rows] if self.takes_rows else [],
+        )
         try:
             self.pipe.send(message)
             return self.receive(target, seconds, what)
@@ -66,16 +90,22 @@ class Worker:
             raise
 
     def receive(self, target: str, seconds: float, what: str) -> Any:
-        """The next reply's content; UserError for an error in it, none within `seconds`, or a worker that has ended."""
+        """The next reply's content; UserError for an error in it, none within `seconds`, or a
+        worker that has ended.
+        """
         latest = time.monotonic() + seconds
         try:
             while not self.pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
-                # The process too: a program that it left behind can hold the pipe open. Its last word may have come meanwhile.
+                # The process too: a program that it left behind can hold the pipe open. Its last
+                # word may have come meanwhile.
                 if self.process.poll() is not None and not self.pipe.poll():
                     self.ended(target, what)
                 if time.monotonic() >= latest:
                     self.kill()
-                    raise UserError(f"The reward function {target} took longer than {seconds:g} s for {what} and was ended.")
+                    raise UserError(
+                        f"The reward function {target} took longer than {seconds:g} s for {what} "
+                        "and was ended."
+                    )
             kind, content = self.pipe.recv()
         except (EOFError, OSError):
             self.ended(target, what)
@@ -87,7 +117,10 @@ class Worker:
         code = self.wait()
         self.kill()
         signalled = f" ({signal.strsignal(-code)})" if code is not None and code < 0 else ""
-        raise UserError(f"The process of the reward function {target} ended with exit code {code}{signalled} during {what}.")
+        raise UserError(
+            f"The process of the reward function {target} ended with exit code {code}{signalled} "
+            f"during {what}."
+        )
 
     def wait(self) -> int | None:
         """The exit code of a process that is about to leave; None if it does not."""
@@ -108,7 +141,9 @@ class Worker:
         self.process = self.pipe = None
 
     def close(self) -> None:
-        """Lets an idle process leave by itself, so that the function's own files are closed in order."""
+        """Lets an idle process leave by itself, so that the function's own files are closed in
+        order.
+        """
         if self.process is None:
             return
         self.pipe.close()
@@ -128,33 +163,48 @@ class FunctionReward:
 
     Attributes:
         function: module:function, or path/to/file.py:function.
-        timeout_seconds: The longest a batch may take; then the process, and what it started, is killed.
-        start_seconds: The longest the import may take.
+        timeout_seconds: The longest a batch may take; then the process, and what it started, is
+        killed. start_seconds: The longest the import may take.
     """
 
     function: str
     timeout_seconds: float = 60.0
     start_seconds: float = 120.0
-    worker: Worker = dataclasses.field(default_factory=Worker, init=False, repr=False, compare=False)
+    worker: Worker = dataclasses.field(
+        default_factory=Worker, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         checks.text("function.function", self.function)
         source, _, name = self.function.rpartition(":")
         form = "it must be module:function or path/to/file.py:function"
-        require(bool(source) and name.isidentifier(), f"function.function is {self.function!r}; {form}.")
+        require(
+            bool(source) and name.isidentifier(), f"function.function is {self.function!r}; {form}."
+        )
         if source.endswith(".py"):
-            require(pathlib.Path(source).expanduser().is_file(), f"There is no file {source}, the source of a reward function.")
+            require(
+                pathlib.Path(source).expanduser().is_file(),
+                f"There is no file {source}, the source of a reward function.",
+            )
         else:
-            require(all(part.isidentifier() for part in source.split(".")), f"function.function is {self.function!r}; {form}.")
+            require(
+                all(part.isidentifier() for part in source.split(".")),
+                f"function.function is {self.function!r}; {form}.",
+            )
         positive("function.timeout_seconds", self.timeout_seconds)
         positive("function.start_seconds", self.start_seconds)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
         self.start()
-        return np.array(self.worker.ask(self.function, (prompts, responses, rows), self.timeout_seconds), np.float64)
+        return np.array(
+            self.worker.ask(self.function, (prompts, responses, rows), self.timeout_seconds),
+            np.float64,
+        )
 
     def start(self) -> None:
         """Loads the function if no process has it yet, so that its errors come before training."""

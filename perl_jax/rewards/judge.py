@@ -1,4 +1,5 @@
-"""A reward from a language model that is asked for a score: direct RLAIF (Lee et al. 2023, arXiv 2309.00267).
+"""A reward from a language model that is asked for a score: direct RLAIF (Lee et al. 2023, arXiv
+2309.00267).
 
 The model is behind an OpenAI-compatible chat endpoint. The requests are made with the standard
 library, not with huggingface_hub's InferenceClient: that one sends the user's Hugging Face token to
@@ -113,34 +114,61 @@ class Judge:
         for field in ("model", "template"):
             checks.text(f"judge.{field}", getattr(self, field))
         holes = [hole for hole in ("{prompt}", "{response}") if hole not in self.template]
-        require(not holes, f"judge.template has no {' and no '.join(holes)}; it must hold {{prompt}} and {{response}}.")
+        require(
+            not holes,
+            f"judge.template has no {' and no '.join(holes)}; it must hold {{prompt}} and "
+            "{response}.",
+        )
         for field in ("lowest", "highest"):
             checks.number(f"judge.{field}", getattr(self, field))
         above = self.lowest < self.highest
-        require(above, f"judge.lowest is {self.lowest:g} and judge.highest {self.highest:g}; the highest must be above the lowest.")
+        require(
+            above,
+            f"judge.lowest is {self.lowest:g} and judge.highest {self.highest:g}; the highest "
+            "must be above the lowest.",
+        )
         one_of("judge.mode", self.mode, MODES)
         one_of("judge.on_failure", self.on_failure, ON_FAILURE)
         if self.api_key_variable is not None:
-            name = isinstance(self.api_key_variable, str) and re.fullmatch(r"[A-Za-z_]\w*", self.api_key_variable)
+            name = isinstance(self.api_key_variable, str) and re.fullmatch(
+                r"[A-Za-z_]\w*", self.api_key_variable
+            )
             # The value is not shown: it may be a key.
-            require(bool(name), "judge.api_key_variable must be the name of an environment variable (OPENAI_API_KEY), not a key.")
+            require(
+                bool(name),
+                "judge.api_key_variable must be the name of an environment variable "
+                "(OPENAI_API_KEY), not a key.",
+            )
         for field in ("timeout_seconds", "backoff_seconds"):
             positive(f"judge.{field}", getattr(self, field))
         positive("judge.temperature", self.temperature, zero=True)
         checks.count("judge.retries", self.retries, 0)
         for field in ("concurrency", "max_tokens", "top_logprobs"):
             checks.count(f"judge.{field}", getattr(self, field), 1)
-        read_by("judge.top_logprobs", self.top_logprobs, default_of(Judge, "top_logprobs"), f"mode {self.mode}", ("mode expected",))
+        read_by(
+            "judge.top_logprobs",
+            self.top_logprobs,
+            default_of(Judge, "top_logprobs"),
+            f"mode {self.mode}",
+            ("mode expected",),
+        )
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> np.ndarray:
         checks.sequences(prompts, responses, rows)
         key = self.api_key()
         questions = [self.question(*pair) for pair in zip(prompts, responses, strict=True)]
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self.ask, index, text, key, stop) for index, text in enumerate(questions)]
+            futures = [
+                pool.submit(self.ask, index, text, key, stop)
+                for index, text in enumerate(questions)
+            ]
             try:
-                done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+                done, _ = concurrent.futures.wait(
+                    futures, return_when=concurrent.futures.FIRST_EXCEPTION
+                )
             finally:  # after the first error, or a Ctrl-C, nobody needs the rest
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -154,15 +182,28 @@ class Judge:
             message = "%d of %d answers of the judge held no score; they count %g."
             logging.getLogger(__name__).warning(message, unread, len(scores), NEUTRAL)
         span = self.highest - self.lowest
-        return np.array([NEUTRAL if s is None else (s - self.lowest) / span for s in scores], np.float64)
+        return np.array(
+            [NEUTRAL if s is None else (s - self.lowest) / span for s in scores], np.float64
+        )
 
     def question(self, prompt: str, response: str) -> str:
         """The template filled in; braces in the texts stay what they are."""
-        values = {"prompt": prompt, "response": response, "lowest": f"{self.lowest:g}", "highest": f"{self.highest:g}"}
+        values = {
+            "prompt": prompt,
+            "response": response,
+            "lowest": f"{self.lowest:g}",
+            "highest": f"{self.highest:g}",
+        }
         # In one pass, so that what was filled in is not searched: a response may hold "{prompt}".
-        return re.sub(r"\{(prompt|response|lowest|highest)\}", lambda hole: values[hole.group(1)], self.template)
+        return re.sub(
+            r"\{(prompt|response|lowest|highest)\}",
+            lambda hole: values[hole.group(1)],
+            self.template,
+        )
 
-    def ask(self, index: int, question: str, key: str | None, stop: threading.Event) -> float | None:
+    def ask(
+        self, index: int, question: str, key: str | None, stop: threading.Event
+    ) -> float | None:
         """One response's score, None for none (neutral) or once `stop` is set; an error sets it."""
         if stop.is_set():
             return None
@@ -172,7 +213,9 @@ class Judge:
             stop.set()
             raise
 
-    def attempts(self, index: int, data: bytes, key: str | None, stop: threading.Event) -> float | None:
+    def attempts(
+        self, index: int, data: bytes, key: str | None, stop: threading.Event
+    ) -> float | None:
         """As `ask`; UserError when the attempts are used up."""
         for attempt in range(self.retries + 1):
             wait = 0.0
@@ -189,10 +232,14 @@ class Judge:
         if isinstance(failure, Unreadable) and self.on_failure == "neutral":
             return None
         attempts = f"{self.retries + 1} attempt{'s' if self.retries else ''}"
-        raise UserError(f"The judge at {self.url} gave no score for index {index} in {attempts}: {failure}.") from failure
+        raise UserError(
+            f"The judge at {self.url} gave no score for index {index} in {attempts}: {failure}."
+        ) from failure
 
     def body(self, question: str) -> dict[str, Any]:
-        asked = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.mode == "expected" else {}
+        asked = (
+            {"logprobs": True, "top_logprobs": self.top_logprobs} if self.mode == "expected" else {}
+        )
         return {
             "model": self.model,
             "messages": [{"role": "user", "content": question}],
@@ -205,10 +252,18 @@ class Judge:
         if self.api_key_variable is None:
             return None
         key = os.environ.get(self.api_key_variable, "").strip()
-        require(bool(key), f"The environment variable {self.api_key_variable} (judge.api_key_variable) is not set.")
+        require(
+            bool(key),
+            f"The environment variable {self.api_key_variable} (judge.api_key_variable) is not "
+            "set.",
+        )
         # Here, because the HTTP library would show the key in its message.
         good = key.isascii() and key.isprintable()
-        require(good, f"The environment variable {self.api_key_variable} is no key: it holds control or non-ASCII characters.")
+        require(
+            good,
+            f"The environment variable {self.api_key_variable} is no key: it holds control or "
+            "non-ASCII characters.",
+        )
         return key
 
     def __enter__(self) -> Judge:
@@ -229,7 +284,9 @@ def check_url(url: Any) -> None:
     except ValueError:
         whole = False
     plain = url.isascii() and url.isprintable() and " " not in url
-    require(whole and plain, f"judge.url is {url!r}; it must be an http or https address, {example}.")
+    require(
+        whole and plain, f"judge.url is {url!r}; it must be an http or https address, {example}."
+    )
     bare = "give the address alone and name the key's variable in judge.api_key_variable"
     require("@" not in parts.netloc, f"judge.url holds a user name or a password; {bare}.")
 
@@ -251,7 +308,11 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
     """The body of the reply; Unavailable if asking again may help, else UserError."""
-    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "perl-jax"}
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "User-Agent": "perl-jax",
+    }
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, data, headers)
@@ -264,7 +325,9 @@ def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         silent = isinstance(reason, TimeoutError)
-        raise Unavailable(f"no answer within {seconds:g} s" if silent else f"the connection failed ({reason})") from error
+        raise Unavailable(
+            f"no answer within {seconds:g} s" if silent else f"the connection failed ({reason})"
+        ) from error
 
 
 def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoReturn:
@@ -278,7 +341,11 @@ def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoRetur
     if error.code == 429 or error.code >= 500:
         after = error.headers.get("Retry-After", "")
         raise Unavailable(reason, float(after) if after.isdecimal() else 0.0) from error
-    hint = "it redirects; give the address it leads to" if error.code < 400 else HINTS.get(error.code, "check judge's settings")
+    hint = (
+        "it redirects; give the address it leads to"
+        if error.code < 400
+        else HINTS.get(error.code, "check judge's settings")
+    )
     raise UserError(f"The judge at {url} refused the request: {reason}; {hint}.") from error
 
 
@@ -291,7 +358,9 @@ def first_choice(reply: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         shown = reply[:SHOWN].decode("utf-8", "replace")
         advice = "check that judge.url is an OpenAI-compatible endpoint"
-        raise UserError(f"The judge's reply is not a chat completion: {shown!r}; {advice}.") from error
+        raise UserError(
+            f"The judge's reply is not a chat completion: {shown!r}; {advice}."
+        ) from error
 
 
 def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
@@ -300,13 +369,20 @@ def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> flo
     found = NUMBER.search(answer)
     if found is None or not lowest <= float(found.group()) <= highest:
         cut = " (cut at max_tokens)" if choice.get("finish_reason") == "length" else ""
-        problem = "holds no number" if found is None else f"has {found.group()[:SHOWN]} as its first number, not one"
-        raise Unreadable(f"the answer {answer[:SHOWN]!r}{cut} {problem} from {lowest:g} to {highest:g}")
+        problem = (
+            "holds no number"
+            if found is None
+            else f"has {found.group()[:SHOWN]} as its first number, not one"
+        )
+        raise Unreadable(
+            f"the answer {answer[:SHOWN]!r}{cut} {problem} from {lowest:g} to {highest:g}"
+        )
     return float(found.group())
 
 
 def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """sum_s s P(s) / sum_s P(s) over the whole numbers s in range among the first token's candidates.
+    """sum_s s P(s) / sum_s P(s) over the whole numbers s in range among the first token's
+    candidates.
 
     Tokens that differ in white space only are one number. The first token is the first that is not
     white space; Unreadable if no candidate for it is a number.
@@ -320,11 +396,16 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
     for candidate in tokens[0]["top_logprobs"] if tokens else []:
         digits = candidate["token"].strip()
         if digits.isdecimal() and lowest <= float(digits) <= highest:
-            weights[float(digits)] = weights.get(float(digits), 0.0) + math.exp(min(candidate["logprob"], 0))
+            weights[float(digits)] = weights.get(float(digits), 0.0) + math.exp(
+                min(candidate["logprob"], 0)
+            )
     total = sum(weights.values())
     if not total > 0:
         answer = content(choice)[:SHOWN]
-        raise Unreadable(f"the answer {answer!r} has no number from {lowest:g} to {highest:g} among its likely first tokens")
+        raise Unreadable(
+            f"the answer {answer!r} has no number from {lowest:g} to {highest:g} among its likely "
+            "first tokens"
+        )
     return sum(number * weight for number, weight in weights.items()) / total
 
 
@@ -334,11 +415,16 @@ def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
         tokens = choice["logprobs"]["content"]
         for token in tokens:
             token["token"].strip()
-            [(candidate["token"].strip(), float(candidate["logprob"])) for candidate in token["top_logprobs"]]
+            [
+                (candidate["token"].strip(), float(candidate["logprob"]))
+                for candidate in token["top_logprobs"]
+            ]
         return tokens
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         advice = "use a server that does, or mode number"
-        raise UserError(f"The judge's server returns no log-probabilities, which mode expected needs; {advice}.") from error
+        raise UserError(
+            f"The judge's server returns no log-probabilities, which mode expected needs; {advice}."
+        ) from error
 
 
 def content(choice: Mapping[str, Any]) -> str:
@@ -347,4 +433,7 @@ def content(choice: Mapping[str, Any]) -> str:
     return answer if isinstance(answer, str) else ""
 
 
-READERS: Mapping[str, Callable[[Mapping[str, Any], float, float], float]] = {"number": read_number, "expected": read_expected}
+READERS: Mapping[str, Callable[[Mapping[str, Any], float, float], float]] = {
+    "number": read_number,
+    "expected": read_expected,
+}

@@ -1,4 +1,5 @@
-"""Rewards that are rules: of the text alone, or of the text and its row; the same text gets the same reward.
+"""Rewards that are rules: of the text alone, or of the text and its row; the same text gets the
+same reward.
 
 Each rule is a frozen dataclass called with the batch, `rule(prompts, responses, rows)`, and gives a
 float64 array of shape [n]. `RULES` is the table of their names.
@@ -22,7 +23,10 @@ Row = Mapping[str, Any]
 
 SHOWN = 80  # characters of a prompt in a message
 
-UNITS: Mapping[str, Callable[[str], int]] = {"words": lambda text: len(text.split()), "characters": len}
+UNITS: Mapping[str, Callable[[str], int]] = {
+    "words": lambda text: len(text.split()),
+    "characters": len,
+}
 MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
     "search": re.Pattern.search,
     "fullmatch": re.Pattern.fullmatch,
@@ -31,7 +35,8 @@ MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """max(-1, -excess / scale), excess = max(minimum - n, n - maximum, 0): 0 inside [minimum, maximum].
+    """max(-1, -excess / scale), excess = max(minimum - n, n - maximum, 0): 0 inside [minimum,
+    maximum].
 
     Attributes:
         minimum: Least length that costs nothing.
@@ -50,11 +55,17 @@ class Length:
         if self.maximum is not None:
             checks.count("length.maximum", self.maximum, self.minimum)
         bounded = self.minimum > 0 or self.maximum is not None
-        require(bounded, "length has neither minimum nor maximum; without a bound it is always 0, so give one of them.")
+        require(
+            bounded,
+            "length has neither minimum nor maximum; without a bound it is always 0, so give one "
+            "of them.",
+        )
         one_of("length.unit", self.unit, UNITS)
         positive("length.scale", self.scale)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> np.ndarray:
         return np.array([self.reward(response) for response in responses], np.float64)
 
     def reward(self, response: str) -> float:
@@ -79,7 +90,9 @@ class Format:
     def __post_init__(self) -> None:
         checks.texts("format.keys", self.keys)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> np.ndarray:
         return np.array([self.fits(response) for response in responses], np.float64)
 
     def fits(self, response: str) -> bool:
@@ -100,7 +113,8 @@ class Regex:
     """1 if the pattern is found in the response (search) or is all of it (fullmatch), else 0.
 
     Attributes:
-        pattern: In Python's `re` syntax; flags are written inside, such as (?i) or (?s). There is no
+        pattern: In Python's `re` syntax; flags are written inside, such as (?i) or (?s). There is
+            no
             time-out: nested repetitions such as (a+)+ can take for ever on a long response.
         mode: search or fullmatch.
     """
@@ -114,18 +128,25 @@ class Regex:
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"regex.pattern is {self.pattern!r}, which is not a regular expression: {error}.") from error
+            raise UserError(
+                f"regex.pattern is {self.pattern!r}, which is not a regular expression: {error}."
+            ) from error
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> np.ndarray:
         pattern, match = re.compile(self.pattern), MODES[self.mode]
-        return np.array([match(pattern, response) is not None for response in responses], np.float64)
+        return np.array(
+            [match(pattern, response) is not None for response in responses], np.float64
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
     """1 if the response is the row's answer, else 0; a row's number is compared as it is printed.
 
-    A row without an answer, or with an empty one, is an error: else an empty response would be right.
+    A row without an answer, or with an empty one, is an error: else an empty response would be
+    right.
 
     Attributes:
         field: The row's field that holds the answer: any column of the prompts.
@@ -139,10 +160,14 @@ class ExactMatch:
         checks.text("exact_match.field", self.field)
         checks.flag("exact_match.strict", self.strict)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> np.ndarray:
         answers = [self.answer(row, index) for index, row in enumerate(rows)]
         form = str if self.strict else normalised
-        return np.array([form(r) == form(a) for r, a in zip(responses, answers, strict=True)], np.float64)
+        return np.array(
+            [form(r) == form(a) for r, a in zip(responses, answers, strict=True)], np.float64
+        )
 
     def check_rows(self, rows: Iterable[Row]) -> None:
         """UserError naming the first row without an answer."""
@@ -153,15 +178,25 @@ class ExactMatch:
         # The prompt too: in a batch the index says little.
         where = f"Row {index} ({row['prompt'][:SHOWN]!r})" if "prompt" in row else f"Row {index}"
         has = ", ".join(map(str, row)) or "no field at all"
-        require(self.field in row, f"{where} has no field {self.field!r} (exact_match.field) to compare with; it has {has}.")
+        require(
+            self.field in row,
+            f"{where} has no field {self.field!r} (exact_match.field) to compare with; it has "
+            f"{has}.",
+        )
         value = row[self.field]
         good = errors.is_number(value) or (isinstance(value, str) and bool(value.strip()))
-        require(good, f"{where}: the field {self.field} is {value!r}; exact_match needs a text that is not empty, or a number.")
+        require(
+            good,
+            f"{where}: the field {self.field} is {value!r}; exact_match needs a text that is not "
+            "empty, or a number.",
+        )
         return str(value)
 
 
 def normalised(text: str) -> str:
-    """Without case (Unicode case folding), white space at the ends, and with single spaces inside."""
+    """Without case (Unicode case folding), white space at the ends, and with single spaces
+    inside.
+    """
     return " ".join(text.casefold().split())
 
 
@@ -182,10 +217,14 @@ class Words:
 
     def __post_init__(self) -> None:
         checks.texts("words.words", self.words)
-        require(len(self.words) > 0, "words.words is empty; it must be a list of at least one word.")
+        require(
+            len(self.words) > 0, "words.words is empty; it must be a list of at least one word."
+        )
         checks.count("words.most", self.most, 1)
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+    ) -> np.ndarray:
         longest_first = sorted((normalised(word) for word in self.words), key=len, reverse=True)
         pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
         found = [sum(1 for _ in pattern.finditer(normalised(response))) for response in responses]

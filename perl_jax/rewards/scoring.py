@@ -41,25 +41,38 @@ def read_terms(source: str | None) -> tuple[Term, ...]:
     return () if source is None else compose.read_terms(source)
 
 
-def load_rewards(model: Model, folders: Sequence[str]) -> tuple[dict[str, Adapter], tuple[Record, ...]]:
+def load_rewards(
+    model: Model, folders: Sequence[str]
+) -> tuple[dict[str, Adapter], tuple[Record, ...]]:
     """Reward models by their names in the state, and their records."""
     loaded = [model.load_role(folder, "reward") for folder in folders]
-    return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(record for _, record in loaded)
+    return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(
+        record for _, record in loaded
+    )
 
 
-def reward_program(model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1) -> Program:
+def reward_program(
+    model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1
+) -> Program:
     """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
-    return Program("reward", functools.partial(_scores, model.lm, records, combine, ends_of(model.tokenizer), microbatches), out_shardings=(rows, members), limit=SHAPES)
+    return Program(
+        "reward",
+        functools.partial(
+            _scores, model.lm, records, combine, ends_of(model.tokenizer), microbatches
+        ),
+        out_shardings=(rows, members),
+        limit=SHAPES,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TurnEnd:
     """How sampled responses end, and how scored ones do (`Tokenizer`).
 
-    stop_part, tail_ids: the ids that end a scored response. stop_ids: those that sampling stops at; the
-    last of the stop part is one of them, eos another.
+    stop_part, tail_ids: the ids that end a scored response. stop_ids: those that sampling stops at;
+    the last of the stop part is one of them, eos another.
     """
 
     stop_part: tuple[int, ...]
@@ -68,30 +81,44 @@ class TurnEnd:
 
 
 def ends_of(tokenizer: Tokenizer) -> TurnEnd | None:
-    """What `with_turn_end` writes; None: sampling stops at one id, and a scored response ends with the same."""
+    """What `with_turn_end` writes; None: sampling stops at one id, and a scored response ends with
+    the same.
+    """
     ends = TurnEnd(tuple(tokenizer.stop_part), tuple(tokenizer.tail_ids), tuple(tokenizer.stop_ids))
     return None if ends.stop_part == ends.stop_ids and not ends.tail_ids else ends
 
 
 def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
-    """Sampled sequences as rows of data are: a response that ended ends as a turn of the chat template does.
+    """Sampled sequences as rows of data are: a response that ended ends as a turn of the chat
+    template does.
 
-    The stop token it was sampled with, and what it has of the stop part before that, are replaced by the
-    whole stop part and the tail. A response that did not end stays as it is. The response mask is that
-    of the sampled tokens: nothing is learned from what was written here. So the score of a
-    text does not depend on how its response ended.
+    The stop token it was sampled with, and what it has of the stop part before that, are replaced
+    by the whole stop part and the tail. A response that did not end stays as it is. The response
+    mask is that of the sampled tokens: nothing is learned from what was written here. So the score
+    of a text does not depend on how its response ended.
     """
     end_ids, extra = (*ends.stop_part, *ends.tail_ids), len(ends.stop_part) + len(ends.tail_ids) - 1
     right = lambda x_BT: jnp.pad(jnp.asarray(x_BT), ((0, 0), (0, extra)))
-    tokens_BT, valid_BT, response_BT = right(tokens.tokens_BT), right(tokens.valid_BT), right(tokens.response_BT)
+    tokens_BT, valid_BT, response_BT = (
+        right(tokens.tokens_BT),
+        right(tokens.valid_BT),
+        right(tokens.response_BT),
+    )
     column_T = jnp.arange(tokens_BT.shape[1])
     last_B1 = jnp.max(jnp.where(response_BT, column_T[None, :], 0), axis=1, keepdims=True)
     back = lambda x_BT, places: jnp.take_along_axis(x_BT, jnp.maximum(last_B1 - places, 0), axis=1)
-    ended_B1 = jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(response_BT, axis=1, keepdims=True)
+    ended_B1 = jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(
+        response_BT, axis=1, keepdims=True
+    )
     # How many tokens of the stop part there are before the first that is missing, from its end.
     matching_B1, goes_on_B1 = jnp.zeros_like(last_B1), ended_B1
     for places, token in enumerate(reversed(ends.stop_part)):
-        goes_on_B1 = goes_on_B1 & (back(tokens_BT, places) == token) & back(response_BT, places) & (last_B1 >= places)
+        goes_on_B1 = (
+            goes_on_B1
+            & (back(tokens_BT, places) == token)
+            & back(response_BT, places)
+            & (last_B1 >= places)
+        )
         matching_B1 = matching_B1 + goes_on_B1
     first_B1 = last_B1 + 1 - jnp.maximum(matching_B1, 1)
     for place, token in enumerate(end_ids):
@@ -112,26 +139,37 @@ def _scores(
 
     def score(adapter: Adapter, record: Record) -> jax.Array:
         own = None if adapter.weights is not None else base
-        return record.normalise(microbatches_lib.each_microbatch(lambda part: passes.scores(lm, own, adapter, part), tokens, microbatches))
+        return record.normalise(
+            microbatches_lib.each_microbatch(
+                lambda part: passes.scores(lm, own, adapter, part), tokens, microbatches
+            )
+        )
 
-    scores_MB = jnp.stack([score(adapter, record) for adapter, record in zip(rewards, records, strict=True)])
+    scores_MB = jnp.stack(
+        [score(adapter, record) for adapter, record in zip(rewards, records, strict=True)]
+    )
     return COMBINE[combine](scores_MB, axis=0), scores_MB
 
 
 class Scorer:
-    """Rewards of rollouts: weight x the reward models' score + the weighted sum of the host's terms.
+    """Rewards of rollouts: weight x the reward models' score + the weighted sum of the host's
+    terms.
 
     A context manager: leaving it ends what the terms started.
     """
 
-    def __init__(self, model: Model, program: Program | None, terms: Sequence[Term], weight: float, rows: Any) -> None:
+    def __init__(
+        self, model: Model, program: Program | None, terms: Sequence[Term], weight: float, rows: Any
+    ) -> None:
         self.model, self.program, self.weight, self.rows = model, program, weight, rows
         self.terms = Composite(terms) if terms else None
         if self.terms is not None:
             self.terms.check_rows(rows)
 
     def over(self, rows: Any) -> Scorer:
-        """This scorer for rollouts of other rows; what the terms started is shared, and ends with this one."""
+        """This scorer for rollouts of other rows; what the terms started is shared, and ends with
+        this one.
+        """
         other = copy.copy(self)
         other.rows = rows
         if self.terms is not None:
@@ -143,11 +181,18 @@ class Scorer:
             self.terms.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.terms is not None:
             self.terms.__exit__(kind, error, trace)
 
-    def __call__(self, frozen: Mapping[str, Adapter], rollout: Rollout, row_B: np.ndarray) -> tuple[Array, dict[str, float]]:
+    def __call__(
+        self, frozen: Mapping[str, Adapter], rollout: Rollout, row_B: np.ndarray
+    ) -> tuple[Array, dict[str, float]]:
         """(score_B, what the log says of its parts), of all rows.
 
         frozen: the state's frozen roles. row_B: rows of `rows`, this process's only.
@@ -161,17 +206,23 @@ class Scorer:
             score_B, scores_MB = self.program(base, rewards, rollout.sequences)
             if len(rewards) > 1:
                 spread_B = np.std(to_host(scores_MB), axis=0)
-                logs |= {f"reward/model_{i}": float(np.mean(scores_B)) for i, scores_B in enumerate(to_host(scores_MB))}
+                logs |= {
+                    f"reward/model_{i}": float(np.mean(scores_B))
+                    for i, scores_B in enumerate(to_host(scores_MB))
+                }
                 logs["reward/disagreement"] = float(np.mean(spread_B))
         if self.terms is not None:
             columns = self._columns(rollout, row_B)
-            logs |= {f"reward/term/{name}": float(np.mean(column)) for name, column in columns.items()}
-            total_B = hosts.replicated(np.asarray(self.terms.total(columns), np.float32), self.model.mesh)
+            logs |= {
+                f"reward/term/{name}": float(np.mean(column)) for name, column in columns.items()
+            }
+            total_B = hosts.replicated(
+                np.asarray(self.terms.total(columns), np.float32), self.model.mesh
+            )
             score_B = jnp.asarray(total_B) if score_B is None else self.weight * score_B + total_B
         elif self.weight != 1.0:
             score_B = self.weight * score_B
         return score_B, logs
-
 
     def _columns(self, rollout: Rollout, row_B: np.ndarray) -> dict[str, np.ndarray]:
         """The terms of all rows, each computed once: by the process that has the row."""
@@ -185,7 +236,14 @@ class Scorer:
 
 
 def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None = None) -> list[str]:
-    """The responses as text, without what ends them (`Tokenizer.without_end`): of all rows, or of one process's share."""
+    """The responses as text, without what ends them (`Tokenizer.without_end`): of all rows, or of
+    one process's share.
+    """
     part = (lambda rows: rows) if share is None else share.part
-    tokens_BT, mask_BT = part(to_host(rollout.sequences.tokens_BT)), part(to_host(rollout.sequences.response_BT))
-    return [tokenizer.text(tokenizer.without_end(ids[mask])) for ids, mask in zip(tokens_BT, mask_BT)]
+    tokens_BT, mask_BT = (
+        part(to_host(rollout.sequences.tokens_BT)),
+        part(to_host(rollout.sequences.response_BT)),
+    )
+    return [
+        tokenizer.text(tokenizer.without_end(ids[mask])) for ids, mask in zip(tokens_BT, mask_BT)
+    ]

@@ -21,8 +21,8 @@ class ShapingConfig:
         clip: Scores are kept within +- this; None: as they are.
         whiten: Divide scores by their deviation over the batch; their mean stays.
         missing_eos_penalty: Taken off where a response did not end within its room.
-        overlong_penalty: Taken off, in proportion, over the last overlong_buffer tokens of the room.
-        overlong_buffer: In tokens; 0: no such penalty.
+        overlong_penalty: Taken off, in proportion, over the last overlong_buffer tokens of the
+        room. overlong_buffer: In tokens; 0: no such penalty.
     """
 
     clip: float | None = None
@@ -37,17 +37,32 @@ class ShapingConfig:
         for field in ("missing_eos_penalty", "overlong_penalty", "overlong_buffer"):
             errors.positive(f"shaping.{field}", getattr(self, field), zero=True)
         taken = self.overlong_buffer > 0 or self.overlong_penalty == ShapingConfig.overlong_penalty
-        penalty = f"shaping.overlong_penalty is {self.overlong_penalty!r}, which nothing reads while shaping.overlong_buffer is 0"
+        penalty = (
+            f"shaping.overlong_penalty is {self.overlong_penalty!r}, which nothing reads "
+            "while shaping.overlong_buffer is 0"
+        )
         errors.require(taken, f"{penalty}; leave it out, or give shaping.overlong_buffer.")
 
     def check_room(self, room: int) -> None:
         """UserError unless the over-length penalty begins within a response's room, in tokens."""
-        errors.require(self.overlong_buffer <= room, f"shaping.overlong_buffer is {self.overlong_buffer}; a response has room for {room} tokens.")
+        errors.require(
+            self.overlong_buffer <= room,
+            f"shaping.overlong_buffer is {self.overlong_buffer}; a response has room for {room} "
+            "tokens.",
+        )
 
 
 def shaped(shaping: ShapingConfig, room: int, score_B: Array, rollout: Rollout) -> jax.Array:
-    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order. room: a response's, in tokens."""
+    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order. room: a
+    response's, in tokens.
+    """
     mask_BT = rollout.sequences.response_BT
-    score_B = advantages.shape_scores(score_B, jnp.any(mask_BT, axis=1), clip=shaping.clip, whiten=shaping.whiten)
-    score_B = advantages.missing_eos_penalty(score_B, rollout.finished_B, shaping.missing_eos_penalty)
-    return advantages.overlong_penalty(score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty)
+    score_B = advantages.shape_scores(
+        score_B, jnp.any(mask_BT, axis=1), clip=shaping.clip, whiten=shaping.whiten
+    )
+    score_B = advantages.missing_eos_penalty(
+        score_B, rollout.finished_B, shaping.missing_eos_penalty
+    )
+    return advantages.overlong_penalty(
+        score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty
+    )

@@ -1,7 +1,8 @@
 """The worker process of a reward function: loads it, calls it, checks what it returns.
 
 Runs apart from training, so nothing heavy is imported here (a test looks). What the function prints
-goes to standard error: replies travel through a pipe of their own, and standard output is the command's.
+goes to standard error: replies travel through a pipe of their own, and standard output is the
+command's.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ LONGEST = 300  # characters of an exception's message in ours
 
 
 def main() -> None:
-    """The program that `function.Worker` starts: the function's name and the number of its end of the pipe are arguments.
+    """The program that `function.Worker` starts: the function's name and the number of its end of
+    the pipe are arguments.
 
-    Answers batches until the other end closes: sends ("ready", whether it wants rows) once, then for
-    each (prompts, responses, rows) one of ("values", floats) and ("error", sentence). An error before
-    "ready" is the last message.
+    Answers batches until the other end closes: sends ("ready", whether it wants rows) once, then
+    for each (prompts, responses, rows) one of ("values", floats) and ("error", sentence). An error
+    before "ready" is the last message.
     """
     target, number = sys.argv[1], int(sys.argv[2])
     os.set_inheritable(number, False)  # programs that the function starts would hold the pipe open
@@ -46,7 +48,9 @@ def main() -> None:
 
 
 def end_with_parent(watched: int) -> None:
-    """Ends this process and what it started when the input that it began with ends: with its parent, even by a kill."""
+    """Ends this process and what it started when the input that it began with ends: with its
+    parent, even by a kill.
+    """
     os.read(watched, 1)
     os.killpg(0, signal.SIGKILL)
 
@@ -71,18 +75,32 @@ def answer(target: str, connection: Connection) -> None:
 
 
 def load(target: str) -> Callable:
-    """The function of `module:function` or `path/to/file.py:function`; UserError if there is none."""
+    """The function of `module:function` or `path/to/file.py:function`; UserError if there is
+    none.
+    """
     source, _, name = target.rpartition(":")
     try:
         module = load_file(source) if source.endswith(".py") else load_module(source)
     except BaseException as error:  # a script may well exit when it is imported
         traceback.print_exc()
         where = location(error.__traceback__, source)
-        raise UserError(f"The reward function {target} cannot be imported: {described(error)}{where}.") from error
+        raise UserError(
+            f"The reward function {target} cannot be imported: {described(error)}{where}."
+        ) from error
     function = getattr(module, name, None)
-    own = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-    require(hasattr(module, name), f"{source} has no function {name!r}; it has {', '.join(own) or 'none'}.")
-    require(callable(function), f"The reward function {target} is a {type(function).__name__}; it must be a function.")
+    own = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    require(
+        hasattr(module, name),
+        f"{source} has no function {name!r}; it has {', '.join(own) or 'none'}.",
+    )
+    require(
+        callable(function),
+        f"The reward function {target} is a {type(function).__name__}; it must be a function.",
+    )
     return function
 
 
@@ -110,9 +128,13 @@ def wants_rows(target: str, function: Callable) -> bool:
     try:
         signature = inspect.signature(function)
     except ValueError as error:
-        raise UserError(f"The parameters of the reward function {target} cannot be read; wrap it in a def.") from error
+        raise UserError(
+            f"The parameters of the reward function {target} cannot be read; wrap it in a def."
+        ) from error
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    third = [parameter for parameter in signature.parameters.values() if parameter.kind in places][2:3]
+    third = [parameter for parameter in signature.parameters.values() if parameter.kind in places][
+        2:3
+    ]
     rows = bool(third) and (third[0].default is inspect.Parameter.empty or third[0].name == "rows")
     try:
         signature.bind(*range(3 if rows else 2))
@@ -127,28 +149,45 @@ def call(target: str, function: Callable, arguments: tuple) -> Any:
     try:
         result = function(*arguments)
         kept = isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable)
-        return result if kept else list(result)  # here, because a generator runs the function's code
+        return (
+            result if kept else list(result)
+        )  # here, because a generator runs the function's code
     except BaseException as error:  # sys.exit too: it would end the worker without a word
         traceback.print_exc()
         where = location(error.__traceback__, target.rpartition(":")[0])
-        raise UserError(f"The reward function {target} raised {described(error)}{where}.") from error
+        raise UserError(
+            f"The reward function {target} raised {described(error)}{where}."
+        ) from error
 
 
 def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[float]:
     """One finite float a response; True is 1 and False is 0."""
     n = len(responses)
     wanted = f"it must return a sequence of {n} numbers, one a response"
-    require(isinstance(result, list), f"The reward function {target} returned a {type(result).__name__}; {wanted}.")
-    require(len(result) == n, f"The reward function {target} returned {len(result)} values; {wanted}.")
-    return [checked_value(target, value, index, responses[index]) for index, value in enumerate(result)]
+    require(
+        isinstance(result, list),
+        f"The reward function {target} returned a {type(result).__name__}; {wanted}.",
+    )
+    require(
+        len(result) == n, f"The reward function {target} returned {len(result)} values; {wanted}."
+    )
+    return [
+        checked_value(target, value, index, responses[index]) for index, value in enumerate(result)
+    ]
 
 
 def checked_value(target: str, value: Any, index: int, response: str) -> float:
     where = f"at index {index}, for the response {response[:SHOWN]!r}"
     number = to_float(value)
     kind = type(value).__name__
-    require(number is not None, f"The reward function {target} returned a {kind} {where}; it must be a number.")
-    require(math.isfinite(number), f"The reward function {target} returned {number} {where}; it must be a finite number.")
+    require(
+        number is not None,
+        f"The reward function {target} returned a {kind} {where}; it must be a number.",
+    )
+    require(
+        math.isfinite(number),
+        f"The reward function {target} returned {number} {where}; it must be a finite number.",
+    )
     return number
 
 
@@ -165,7 +204,9 @@ def to_float(value: Any) -> float | None:
 
 
 def described(error: BaseException) -> str:
-    """Type and message on one line, as the last line of a traceback, without the full stop at the end."""
+    """Type and message on one line, as the last line of a traceback, without the full stop at the
+    end.
+    """
     message = " ".join(str(error).split())[:LONGEST]
     return f"{type(error).__name__}: {message}".rstrip(": .")
 
@@ -173,7 +214,11 @@ def described(error: BaseException) -> str:
 def location(trace: TracebackType | None, source: str) -> str:
     """` (file, line n, in name)`: the deepest frame in the user's module, else the deepest."""
     # Without those of this file, and of Python's import.
-    frames = [f for f in traceback.extract_tb(trace) if f.filename != __file__ and not f.filename.startswith("<frozen")]
+    frames = [
+        f
+        for f in traceback.extract_tb(trace)
+        if f.filename != __file__ and not f.filename.startswith("<frozen")
+    ]
     if not frames:
         return ""
     stem = pathlib.Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]

@@ -26,9 +26,18 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    require(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
-    missing = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING and field.name not in values]
-    require(not missing, f"{cls.__name__} needs the field {', '.join(missing)}, which is not there.")
+    require(
+        not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}."
+    )
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    ]
+    require(
+        not missing, f"{cls.__name__} needs the field {', '.join(missing)}, which is not there."
+    )
     return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
 
 
@@ -65,7 +74,10 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is not valid JSON: line {error.lineno}, {error.msg}.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits, brackets without end
         raise UserError(f"{path} is not valid JSON ({error}).") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error

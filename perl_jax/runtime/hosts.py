@@ -1,12 +1,13 @@
-"""Several processes as one run: how they meet, what they agree on, whose rows are whose, how they end.
+"""Several processes as one run: how they meet, what they agree on, whose rows are whose, how they
+end.
 
 Every process runs the same program on the same global arrays. With one process everything here is
 the identity, and costs nothing.
 
-A process that is killed leaves the others in the middle of a collective. On CPUs that fails at once;
-elsewhere it hangs until the heartbeats of JAX's coordination service stop being answered, and then
-(at once where the process killed is number 0, which runs that service) JAX aborts the process from a
-thread of its own. `connect` sees to it that both end in one sentence and status 1.
+A process that is killed leaves the others in the middle of a collective. On CPUs that fails at
+once; elsewhere it hangs until the heartbeats of JAX's coordination service stop being answered, and
+then (at once where the process killed is number 0, which runs that service) JAX aborts the process
+from a thread of its own. `connect` sees to it that both end in one sentence and status 1.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ from perl_jax.types import Tree
 CLUSTER = "PERL_JAX_HOSTS"
 
 
-ADDRESS, COUNT, INDEX = EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+ADDRESS, COUNT, INDEX = EXPLICIT = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
 
 
 CONNECT_SECONDS, HEARTBEAT_SECONDS = "PERL_JAX_CONNECT_SECONDS", "PERL_JAX_HEARTBEAT_SECONDS"
@@ -44,7 +49,8 @@ CONNECT_SECONDS, HEARTBEAT_SECONDS = "PERL_JAX_CONNECT_SECONDS", "PERL_JAX_HEART
 DEFAULT_SECONDS = {CONNECT_SECONDS: 60, HEARTBEAT_SECONDS: 60}
 
 
-# Seconds that process 0, without which the others are aborted, stays for them to say why they fail too.
+# Seconds that process 0, without which the others are aborted, stays for them to say why they fail
+# too.
 _FAREWELL = 2.0
 
 
@@ -69,17 +75,27 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings | None:
-    """What the environment asks for; None: one process. UserError for what is incomplete or impossible."""
+    """What the environment asks for; None: one process. UserError for what is incomplete or
+    impossible.
+    """
     cluster = environment.get(CLUSTER)
     given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
     if not cluster and not given:
         return None
     seconds = [_whole(environment, name, 1, None) for name in (CONNECT_SECONDS, HEARTBEAT_SECONDS)]
     if cluster:
-        require(cluster == "auto", f"{CLUSTER} is {cluster!r}; it must be auto (JAX finds the cluster's processes), or not set.")
+        require(
+            cluster == "auto",
+            f"{CLUSTER} is {cluster!r}; it must be auto (JAX finds the cluster's processes), or "
+            "not set.",
+        )
         return Settings(None, None, None, *seconds)
     missing = [name for name in EXPLICIT if name not in given]
-    require(not missing, f"{', '.join(given)} without {', '.join(missing)}: several processes need all three, or {CLUSTER}=auto.")
+    require(
+        not missing,
+        f"{', '.join(given)} without {', '.join(missing)}: several processes need all three, or "
+        f"{CLUSTER}=auto.",
+    )
     count = _whole(environment, COUNT, 1, None)
     index = _whole(environment, INDEX, 0, count - 1)
     host, _, port = given[ADDRESS].rpartition(":")
@@ -111,20 +127,44 @@ def connect(command: str, settings: Settings | None) -> None:
     # Its handler of SIGTERM would take the place of ours, or of none.
     jax.config.update("jax_enable_preemption_service", False)
     where = "the cluster's coordinator" if settings.address is None else settings.address
-    _end_on_abort(f"perl-jax {command}: the processes of this run did not all meet at {where} within {settings.connect_seconds} s.")
-    explicit = {} if settings.address is None else {"coordinator_address": settings.address, "num_processes": settings.count, "process_id": settings.index}
+    _end_on_abort(
+        f"perl-jax {command}: the processes of this run did not all meet at {where} within "
+        f"{settings.connect_seconds} s."
+    )
+    explicit = (
+        {}
+        if settings.address is None
+        else {
+            "coordinator_address": settings.address,
+            "num_processes": settings.count,
+            "process_id": settings.index,
+        }
+    )
     try:
         jax.distributed.initialize(
-            **explicit, initialization_timeout=settings.connect_seconds, heartbeat_timeout_seconds=settings.heartbeat_seconds
+            **explicit,
+            initialization_timeout=settings.connect_seconds,
+            heartbeat_timeout_seconds=settings.heartbeat_seconds,
         )
     except ValueError as error:
-        raise UserError(f"{CLUSTER} is auto, but JAX finds no cluster here ({error}); set {', '.join(EXPLICIT)} instead.") from error
+        raise UserError(
+            f"{CLUSTER} is auto, but JAX finds no cluster here ({error}); set "
+            f"{', '.join(EXPLICIT)} instead."
+        ) from error
     except RuntimeError as error:
-        raise UserError(f"This process cannot take part at {where}: {str(error).splitlines()[0]}.") from error
+        raise UserError(
+            f"This process cannot take part at {where}: {str(error).splitlines()[0]}."
+        ) from error
     _end_on_abort(f"perl-jax {command}: {ABORTED}")
     if jax.default_backend() == "cpu":
-        name, found = "jax_cpu_collectives_implementation", jax.config.jax_cpu_collectives_implementation
-        require(found not in (None, "none"), f"{name.upper()} is {found!r}; several processes on CPUs need gloo.")
+        name, found = (
+            "jax_cpu_collectives_implementation",
+            jax.config.jax_cpu_collectives_implementation,
+        )
+        require(
+            found not in (None, "none"),
+            f"{name.upper()} is {found!r}; several processes on CPUs need gloo.",
+        )
 
 
 _GONE = "another process of this run was killed, failed or cannot be reached any more"
@@ -143,7 +183,8 @@ _handler: Any = None
 
 
 def _end_on_abort(sentence: str, status: int = 1) -> None:
-    """Makes an abort of this process, by whatever thread, print the sentence and exit with the status.
+    """Makes an abort of this process, by whatever thread, print the sentence and exit with the
+    status.
 
     Through C: Python would run a handler of its own in the main thread, which may be waiting in a
     collective for ever, and an abort does not wait for it.
@@ -250,12 +291,19 @@ def whole(tree: Any) -> Any:
     """The tree with every array that lies partly on other hosts fetched to this one."""
     if not several():
         return tree
-    away = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if away(leaf) else leaf, tree)
+    away = lambda leaf: (
+        isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    )
+    return jax.tree.map(
+        lambda leaf: multihost_utils.process_allgather(leaf, tiled=True) if away(leaf) else leaf,
+        tree,
+    )
 
 
 def replicated(array: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
-    """A host array that is the same on all processes, whole on every device; one process's as it is."""
+    """A host array that is the same on all processes, whole on every device; one process's as it
+    is.
+    """
     if not several():
         return array
     place = NamedSharding(mesh, PartitionSpec())
@@ -294,10 +342,15 @@ class Share:
 def share(sharding: NamedSharding) -> Share:
     """This process's share of batches that are sharded over rows.
 
-    UserError where a process would have rows that do not follow each other, or a share of another size.
+    UserError where a process would have rows that do not follow each other, or a share of another
+    size.
     """
     if not several():
-        require(jax.process_count() == 1, f"This process is one of {jax.process_count()} on these devices; set {CLUSTER}=auto on all of them.")
+        require(
+            jax.process_count() == 1,
+            f"This process is one of {jax.process_count()} on these devices; set {CLUSTER}=auto "
+            "on all of them.",
+        )
         return Share(0, 1, (0,))
     size = sharding.mesh.size
     owned: dict[int, set[int]] = {}
@@ -306,9 +359,16 @@ def share(sharding: NamedSharding) -> Share:
     parts = sorted({tuple(sorted(rows)) for rows in owned.values()})
     width = size // len(parts)
     good = parts == [tuple(range(start, start + width)) for start in range(0, size, width)]
-    require(good, "The mesh does not give every process one run of a batch's rows; make mesh.fsdp and mesh.tensor fill whole hosts, or divide one.")
+    require(
+        good,
+        "The mesh does not give every process one run of a batch's rows; make mesh.fsdp and "
+        "mesh.tensor fill whole hosts, or divide one.",
+    )
     mine = {process: parts.index(tuple(sorted(rows))) for process, rows in owned.items()}
-    leaders = tuple(min(process for process, part in mine.items() if part == index) for index in range(len(parts)))
+    leaders = tuple(
+        min(process for process, part in mine.items() if part == index)
+        for index in range(len(parts))
+    )
     return Share(mine[jax.process_index()], len(parts), leaders)
 
 
@@ -316,7 +376,8 @@ def share(sharding: NamedSharding) -> Share:
 
 
 class Termination:
-    """While entered, SIGTERM is only noted, however often it comes (Slurm sends it twice); SIGINT acts as ever.
+    """While entered, SIGTERM is only noted, however often it comes (Slurm sends it twice); SIGINT
+    acts as ever.
 
     `asked` is for the end of a step: a collective, in which one process's note counts for all. The
     handler is Python's, which runs it between two instructions of the main thread: a SIGTERM during
@@ -350,5 +411,7 @@ class Termination:
 
 
 def to_host(tree: Tree) -> Tree:
-    """Device arrays, whole, as numpy arrays on this host; with several hosts all of them have to ask."""
+    """Device arrays, whole, as numpy arrays on this host; with several hosts all of them have to
+    ask.
+    """
     return jax.tree.map(np.asarray, jax.device_get(whole(tree)))

@@ -17,8 +17,8 @@ from perl_jax.errors import UserError
 from perl_jax.runtime import trees
 
 
-# Padded lengths that a run's data may have, and shapes of a program that reads batches: each length padded
-# or packed in a few sizes, for a model with an adapter and without.
+# Padded lengths that a run's data may have, and shapes of a program that reads batches: each length
+# padded or packed in a few sizes, for a model with an adapter and without.
 LENGTHS = 16
 SHAPES = 8 * LENGTHS
 
@@ -46,7 +46,8 @@ class Memory:
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Programs that took a second or more to compile are kept in a folder, for any process; None: as it was.
+    """Programs that took a second or more to compile are kept in a folder, for any process; None:
+    as it was.
 
     A run that starts again then compiles nothing. UserError where the folder cannot be made.
     """
@@ -56,16 +57,20 @@ def keep_compiled(folder: str | None) -> None:
         try:
             pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"compile_cache is {folder}, which cannot be made a folder: {error.strerror}.") from error
+            raise UserError(
+                f"compile_cache is {folder}, which cannot be made a folder: {error.strerror}."
+            ) from error
     # JAX looks at the setting once, at its first compilation, which may have been before.
     compilation_cache.set_cache_dir(os.path.expanduser(folder))
     compilation_cache.reset_cache()
 
 
 def give_back_freed() -> None:
-    """Returns memory that was freed to the system, where the C library has it in pieces (glibc's); nothing elsewhere.
+    """Returns memory that was freed to the system, where the C library has it in pieces (glibc's);
+    nothing elsewhere.
 
-    What compiling leaves, hundreds of MiB, is in pieces that the arrays of later steps do not fit into.
+    What compiling leaves, hundreds of MiB, is in pieces that the arrays of later steps do not fit
+    into.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -73,7 +78,9 @@ def give_back_freed() -> None:
 
 
 def named(name: str, function: Callable) -> Callable:
-    """The function under a name, which JAX then has for its compiled program, in logs, traces and errors."""
+    """The function under a name, which JAX then has for its compiled program, in logs, traces and
+    errors.
+    """
 
     def call(*args: Any) -> Any:
         return function(*args)
@@ -97,27 +104,42 @@ class Program:
     ) -> None:  # fmt: skip
         self.name, self.limit = name, limit
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
-        self._jitted = jax.jit(named(name, function), donate_argnums=donate, compiler_options=dict(compiler_options) if compiler_options else None, **options)
+        self._jitted = jax.jit(
+            named(name, function),
+            donate_argnums=donate,
+            compiler_options=dict(compiler_options) if compiler_options else None,
+            **options,
+        )
         self._compiled: dict[Any, Any] = {}
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """The function traced for arguments or their shapes with shardings, nothing compiled yet: for planning."""
+        """The function traced for arguments or their shapes with shardings, nothing compiled yet:
+        for planning.
+        """
         return self._jitted.trace(*args)
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
         # Places are part of it: what is compiled for one mesh cannot take another's arrays.
-        signature = (structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves))
+        signature = (
+            structure,
+            tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves),
+        )
         if signature not in self._compiled:
             if len(self._compiled) >= self.limit:
-                raise RuntimeError(f"program {self.name!r} met more than {self.limit} argument shapes; lengths are not bucketed")
+                raise RuntimeError(
+                    f"program {self.name!r} met more than {self.limit} argument shapes; lengths "
+                    "are not bucketed"
+                )
             self._compiled[signature] = self._jitted.lower(*args).compile()
             give_back_freed()
         return trees.awaited(self._compiled[signature](*args))
 
     @property
     def signatures(self) -> tuple:
-        """(structure, (shape, dtype, sharding) of every leaf) of each set of arguments it was compiled for."""
+        """(structure, (shape, dtype, sharding) of every leaf) of each set of arguments it was
+        compiled for.
+        """
         return tuple(self._compiled)
 
     @property
@@ -130,5 +152,12 @@ class Program:
         accounts = []
         for compiled in self._compiled.values():
             a = compiled.memory_analysis()
-            accounts.append(Memory(a.argument_size_in_bytes, a.output_size_in_bytes, a.temp_size_in_bytes, a.alias_size_in_bytes))
+            accounts.append(
+                Memory(
+                    a.argument_size_in_bytes,
+                    a.output_size_in_bytes,
+                    a.temp_size_in_bytes,
+                    a.alias_size_in_bytes,
+                )
+            )
         return max(accounts, key=lambda account: account.peak, default=None)

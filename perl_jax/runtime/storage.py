@@ -20,7 +20,9 @@ def first_line(error: BaseException) -> str:
 
 
 def say_once() -> None:
-    """Keeps asyncio from showing, much later, what the other reads of a checkpoint failed of too."""
+    """Keeps asyncio from showing, much later, what the other reads of a checkpoint failed of
+    too.
+    """
     logging.getLogger("asyncio").addFilter(_retrieved)
 
 

@@ -25,12 +25,16 @@ def path_name(path: tuple) -> str:
 
 def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> dict[str, Array]:
     """Every leaf under its path's name, in the tree's order; is_leaf: as in `jax.tree.map`."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
+    return {
+        path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    }
 
 
 def map_named(function: Callable[..., Array], tree: Tree, *rest: Tree) -> Tree:
     """`jax.tree.map` whose function receives the leaf's path name first."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    )
 
 
 def insert(tree: dict, name: str, leaf: Array) -> None:
@@ -64,7 +68,9 @@ def all_finite(tree: Tree) -> jax.Array:
 
 def global_norm(tree: Tree) -> jax.Array:
     """sqrt of the sum of squares of all leaves, in float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    )
 
 
 def fingerprint(tree: Tree) -> str:
@@ -105,12 +111,19 @@ def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
     if not index or not isinstance(place, NamedSharding):
         return leaf[index]
     entries = (*place.spec, *[None] * (leaf.ndim - len(place.spec)))
-    axes = [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in entries]
+    axes = [
+        () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for entry in entries
+    ]
     local = functools.partial(_sample_part, index=index, axes=axes)
-    return jax.shard_map(local, mesh=place.mesh, in_specs=place.spec, out_specs=PartitionSpec(), check_vma=False)(leaf)
+    return jax.shard_map(
+        local, mesh=place.mesh, in_specs=place.spec, out_specs=PartitionSpec(), check_vma=False
+    )(leaf)
 
 
-def _sample_part(part: jax.Array, index: tuple[np.ndarray, ...], axes: Sequence[tuple[str, ...]]) -> jax.Array:
+def _sample_part(
+    part: jax.Array, index: tuple[np.ndarray, ...], axes: Sequence[tuple[str, ...]]
+) -> jax.Array:
     """A device's part -> the whole sample: its own elements, and by a sum those of the others.
 
     axes: mesh axes of each dimension. Bits are added, not numbers: -0 + 0 would be 0.
@@ -121,20 +134,29 @@ def _sample_part(part: jax.Array, index: tuple[np.ndarray, ...], axes: Sequence[
         mine_X &= (offset_X >= 0) & (offset_X < size)
         local.append(jnp.clip(offset_X, 0, size - 1))
     bits_X = _as_bits(part[tuple(local)])
-    total_X = jax.lax.psum(jnp.where(mine_X, bits_X, jnp.zeros_like(bits_X)), [name for names in axes for name in names])
-    return total_X if bits_X.dtype == part.dtype else jax.lax.bitcast_convert_type(total_X, part.dtype)
+    total_X = jax.lax.psum(
+        jnp.where(mine_X, bits_X, jnp.zeros_like(bits_X)),
+        [name for names in axes for name in names],
+    )
+    return (
+        total_X if bits_X.dtype == part.dtype else jax.lax.bitcast_convert_type(total_X, part.dtype)
+    )
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
     """Floating-point numbers as whole ones of the same bits; whole numbers as they are."""
-    return jax.lax.bitcast_convert_type(x, f"uint{bits(x.dtype)}") if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return (
+        jax.lax.bitcast_convert_type(x, f"uint{bits(x.dtype)}")
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+    )
 
 
 def awaited(tree: Tree) -> Tree:
     """The tree. On several CPU devices, returns when it is computed; elsewhere at once.
 
-    For results of programs with collectives: two that run at one time on a CPU can wait for each other's
-    threads for ever. Accelerators run programs one after the other.
+    For results of programs with collectives: two that run at one time on a CPU can wait for each
+    other's threads for ever. Accelerators run programs one after the other.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.block_until_ready(tree)
@@ -150,14 +172,20 @@ def joined_marks(marks: Mapping[str, bytes]) -> str:
 
 
 def digests(tree: Tree) -> dict[str, str]:
-    """Of each leaf `dtype[shape]:16 hex digits`, by its name: what tells that an array came back as it was.
+    """Of each leaf `dtype[shape]:16 hex digits`, by its name: what tells that an array came back as
+    it was.
 
-    The digits are two sums, modulo 2^32, of a mixture of each element's bits with its index. A changed
-    bit changes the sums for certain; other changes pass with a probability of 2^-64. A sum does not
-    depend on how a leaf is split, and devices form it where the leaf lies. No protection against forgery.
+    The digits are two sums, modulo 2^32, of a mixture of each element's bits with its index. A
+    changed bit changes the sums for certain; other changes pass with a probability of 2^-64. A sum
+    does not depend on how a leaf is split, and devices form it where the leaf lies. No protection
+    against forgery.
     """
-    # One leaf after the other: on CPUs, programs with collectives that run at one time can wait for each other's threads for ever.
-    return {name: f"{kind(leaf)}:{''.join(f'{int(part):08x}' for part in content_sums(leaf))}" for name, leaf in named_leaves(tree).items()}
+    # One leaf after the other: on CPUs, programs with collectives that run at one time can wait for
+    # each other's threads for ever.
+    return {
+        name: f"{kind(leaf)}:{''.join(f'{int(part):08x}' for part in content_sums(leaf))}"
+        for name, leaf in named_leaves(tree).items()
+    }
 
 
 def kind(leaf: Array | jax.ShapeDtypeStruct) -> str:
@@ -180,7 +208,9 @@ def content_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose every output bit depends on every input bit (the finaliser of MurmurHash3, public domain)."""
+    """A bijection of uint32 whose every output bit depends on every input bit (the finaliser of
+    MurmurHash3, public domain).
+    """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

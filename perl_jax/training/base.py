@@ -56,16 +56,41 @@ class BaseConfig(JobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        errors.require(self.tuning == "full", f"tuning is {self.tuning!r}; a base is trained from nothing, so it must be 'full'.")
-        errors.require(self.width % self.heads == 0, f"width is {self.width}; it must be a multiple of heads, {self.heads}.")
+        errors.require(
+            self.tuning == "full",
+            f"tuning is {self.tuning!r}; a base is trained from nothing, so it must be 'full'.",
+        )
+        errors.require(
+            self.width % self.heads == 0,
+            f"width is {self.width}; it must be a multiple of heads, {self.heads}.",
+        )
         self.check_headless("base")
-        # Nothing is loaded that could be quantised, and the tokenizer that is made has no chat template.
-        errors.unread(self, ("quantise.kind", "data.template", "data.template_date"), "base", ("sft", "reward", "rl", "dpo"))
+        # Nothing is loaded that could be quantised, and the tokenizer that is made has no chat
+        # template.
+        errors.unread(
+            self,
+            ("quantise.kind", "data.template", "data.template_date"),
+            "base",
+            ("sft", "reward", "rl", "dpo"),
+        )
         if self.data.task == "orders":
-            errors.unread(self, ("vocab_size",), "the task orders, whose words are its vocabulary,", ("any other task",))
+            errors.unread(
+                self,
+                ("vocab_size",),
+                "the task orders, whose words are its vocabulary,",
+                ("any other task",),
+            )
 
 
-CORPUS = Supervised("base", "policy", "corpus", supervised.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))
+CORPUS = Supervised(
+    "base",
+    "policy",
+    "corpus",
+    supervised.sft_objective,
+    validate_policy,
+    None,
+    ("train/loss", "validation/loss"),
+)
 
 
 def _tokenizer(config: BaseConfig) -> Tokenizer:
@@ -83,7 +108,11 @@ def train_base(config: BaseConfig) -> pathlib.Path:
         if folder_lib.finished(folder / "cost.json"):
             return target
         ours = folder_lib.finished(folder / "checkpoints")
-        errors.require(ours, f"{target} already holds a model that this run did not train; give another --model folder.")
+        errors.require(
+            ours,
+            f"{target} already holds a model that this run did not train; give another --model "
+            "folder.",
+        )
     check_splits(config.data, CORPUS.kind, ("train", "validation"))
     keep_compiled(config.compile_cache)
     tokenizer = _tokenizer(config)
@@ -119,8 +148,9 @@ def train_base(config: BaseConfig) -> pathlib.Path:
 
 
 def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
-    """Tokenizer and weights first, `config.json` last: its presence says that the folder is whole."""
+    """Tokenizer and weights first, `config.json` last: its presence says that the folder is
+    whole.
+    """
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
     hf_checkpoint.save_base(target, shape, weights, tokenizer.token_ids())
-

@@ -33,7 +33,8 @@ class JobConfig(ModelOptions):
         seed: Of initial values, the order of rows, dropout and sampling.
         tensorboard: Write metrics for TensorBoard too.
         wandb: Send metrics to Weights & Biases too.
-        profile: Trace these steps, such as 20-22 or 5,20, with jax.profiler into the run's folder `profile`.
+        profile: Trace these steps, such as 20-22 or 5,20, with jax.profiler into the run's folder
+            `profile`.
     """
 
     run: str
@@ -57,8 +58,17 @@ class JobConfig(ModelOptions):
         super().__post_init__()
         errors.one_of("tuning", self.tuning, lora_lib.TUNINGS)
         stackable = self.stack_on is None or self.tuning == "lora"
-        errors.require(stackable, "stack_on needs tuning lora: full tuning has no adapter to put on top.")
-        for field in ("steps", "batch_size", "microbatches", "evaluate_every", "checkpoint_every", "keep"):
+        errors.require(
+            stackable, "stack_on needs tuning lora: full tuning has no adapter to put on top."
+        )
+        for field in (
+            "steps",
+            "batch_size",
+            "microbatches",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep",
+        ):
             errors.whole(field, getattr(self, field))
         errors.positive("seed", self.seed, zero=True)
         errors.require(
@@ -68,9 +78,20 @@ class JobConfig(ModelOptions):
         traced = self.profiled
         inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
         errors.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
-        errors.read_by("optimizer.lora_b_ratio", self.optimizer.lora_b_ratio, 1.0, f"tuning {self.tuning}", ("tuning lora",))
+        errors.read_by(
+            "optimizer.lora_b_ratio",
+            self.optimizer.lora_b_ratio,
+            1.0,
+            f"tuning {self.tuning}",
+            ("tuning lora",),
+        )
         if self.tuning == "full":
-            errors.unread(self, [f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)], "tuning full", ("tuning lora",))
+            errors.unread(
+                self,
+                [f"lora.{field.name}" for field in dataclasses.fields(LoRAConfig)],
+                "tuning full",
+                ("tuning lora",),
+            )
         else:
             self.lora.check_read()
         if not self.has_adapters:
@@ -88,7 +109,13 @@ class JobConfig(ModelOptions):
 
     def check_headless(self, job: str) -> None:
         """UserError for a rate of the scalar head in a job whose model has none."""
-        errors.read_by("optimizer.head_learning_rate", self.optimizer.head_learning_rate, None, job, ("reward", "rl with a value model"))
+        errors.read_by(
+            "optimizer.head_learning_rate",
+            self.optimizer.head_learning_rate,
+            None,
+            job,
+            ("reward", "rl with a value model"),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +131,11 @@ class PolicyConfig(JobConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one = self.policy is None or self.stack_on is None
-        errors.require(one, "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh adapter), not both.")
+        errors.require(
+            one,
+            "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh "
+            "adapter), not both.",
+        )
 
     @property
     def has_adapters(self) -> bool:
@@ -144,17 +175,21 @@ class RewardConfig(JobConfig):
         errors.one_of("split", self.split, ("train", "judge"))
         errors.positive("centring", self.centring, zero=True)
         pairs = self.objective == "pairwise" or not (self.soft_labels or self.centring)
-        errors.require(pairs, f"soft_labels and centring are for comparisons; objective is {self.objective!r}.")
+        errors.require(
+            pairs, f"soft_labels and centring are for comparisons; objective is {self.objective!r}."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(PolicyConfig):
-    """Fit a policy to comparisons directly, without a reward model; it is compared with where it starts.
+    """Fit a policy to comparisons directly, without a reward model; it is compared with where it
+    starts.
 
     Attributes:
         loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023).
         beta: How strongly the policy is held to where it starts; None: 0.5 for dpo (its paper's for
-            summaries: at 0.1 short, noisily labelled responses drift, experiments/LOG.md), 0.1 for ipo.
+            summaries: at 0.1 short, noisily labelled responses drift, experiments/LOG.md), 0.1 for
+                ipo.
         label_smoothing: Share of comparisons taken to be the wrong way round; dpo only.
         soft_labels: A comparison's probability, where known, is its label; dpo only.
         token_mean: Compare log-ratios a token instead of those of whole responses.
@@ -170,9 +205,18 @@ class DPOConfig(PolicyConfig):
         super().__post_init__()
         errors.one_of("loss", self.loss, ("dpo", "ipo"))
         errors.positive("beta", self.strength)
-        smoothed = 0 <= self.label_smoothing < 0.5 and (self.loss == "dpo" or self.label_smoothing == 0)
-        errors.require(smoothed, f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and be 0 for ipo.")
-        errors.require(self.loss == "dpo" or not self.soft_labels, f"soft_labels are for the loss dpo; loss is {self.loss!r}.")
+        smoothed = 0 <= self.label_smoothing < 0.5 and (
+            self.loss == "dpo" or self.label_smoothing == 0
+        )
+        errors.require(
+            smoothed,
+            f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and "
+            "be 0 for ipo.",
+        )
+        errors.require(
+            self.loss == "dpo" or not self.soft_labels,
+            f"soft_labels are for the loss dpo; loss is {self.loss!r}.",
+        )
         self.check_headless("dpo")
 
     @property

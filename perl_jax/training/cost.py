@@ -38,14 +38,20 @@ class Timings:
 
 
 def peak_measured() -> int | None:
-    """Peak bytes on this process's first device, or of the process where the device (a CPU) keeps no account."""
+    """Peak bytes on this process's first device, or of the process where the device (a CPU) keeps
+    no account.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def peak_compiled(model: Model, state: TrainState, programs: Mapping[str, Program]) -> dict[str, int]:
+def peak_compiled(
+    model: Model, state: TrainState, programs: Mapping[str, Program]
+) -> dict[str, int]:
     """For each program: what stays resident (base, state) plus what the compiler says it adds.
 
     Global bytes of base and state, and one device's temporaries: on one device the peak of a job.
@@ -56,14 +62,25 @@ def peak_compiled(model: Model, state: TrainState, programs: Mapping[str, Progra
     needs_base = not tuned or any(role.weights is None for role in readers)
     resident = trees.size_bytes(state) + (trees.size_bytes(model.base) if needs_base else 0)
     accounts = {name: program.memory() for name, program in programs.items()}
-    return {name: resident + max(account.beyond_arguments, 0) for name, account in accounts.items() if account is not None}
+    return {
+        name: resident + max(account.beyond_arguments, 0)
+        for name, account in accounts.items()
+        if account is not None
+    }
 
 
-def write_cost(folder: pathlib.Path, model: Model, state: TrainState, programs: Mapping[str, Program], timings: Timings) -> None:
-    """`cost.json`: sizes, seconds a step, memory, attention paths; what the report compares tunings by.
+def write_cost(
+    folder: pathlib.Path,
+    model: Model,
+    state: TrainState,
+    programs: Mapping[str, Program],
+    timings: Timings,
+) -> None:
+    """`cost.json`: sizes, seconds a step, memory, attention paths; what the report compares tunings
+    by.
 
-    peak_bytes_measured: of the process (`peak_measured`) where it is largest; those of each are beside
-    it. Seconds are of the process that writes.
+    peak_bytes_measured: of the process (`peak_measured`) where it is largest; those of each are
+    beside it. Seconds are of the process that writes.
     """
     peaks = peak_compiled(model, state, programs)
     medians = timings.medians()

@@ -1,8 +1,8 @@
 """From judged rollouts to experience: what an RL update learns from, before it or inside it.
 
-With several updates a rollout, the policy's log-probabilities are taken first, and experience is made
-of them. A single update meets the policy as it sampled: it takes them itself, and makes experience of
-them on its way (`one_pass`).
+With several updates a rollout, the policy's log-probabilities are taken first, and experience is
+made of them. A single update meets the policy as it sampled: it takes them itself, and makes
+experience of them on its way (`one_pass`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class RolloutStatistics:
 class Judged:
     """A batch of rollouts with all that was measured on it.
 
-    score_B: before shaping. policy_BT, reference_BT: log-probabilities, by one program. reference_BT
-    None: no reference. policy_BT: with `one_pass` read by the KL alone, and where `measured` says so;
-    elsewhere the update's own are. values_BT: of the state before each token, where the algorithm
-    needs them now. greedy, greedy_score_P: each prompt's greedy response and its score, where it is
-    the baseline. beta: the KL's coefficient.
+    score_B: before shaping. policy_BT, reference_BT: log-probabilities, by one program.
+    reference_BT None: no reference. policy_BT: with `one_pass` read by the KL alone, and where
+    `measured` says so; elsewhere the update's own are. values_BT: of the state before each token,
+    where the algorithm needs them now. greedy, greedy_score_P: each prompt's greedy response and
+    its score, where it is the baseline. beta: the KL's coefficient.
     """
 
     rollout: Rollout
@@ -56,11 +56,12 @@ class Judged:
 
 @flax.struct.dataclass
 class Rewarded:
-    """What experience is made of once the update has the policy's log-probabilities; rows lead in all.
+    """What experience is made of once the update has the policy's log-probabilities; rows lead in
+    all.
 
-    sampled_BT: the sampler's log-probabilities. score_B: shaped. policy_BT, reference_BT, measured_B,
-    values_BT, beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy response.
-    group: rows that have to be dealt out together.
+    sampled_BT: the sampler's log-probabilities. score_B: shaped. policy_BT, reference_BT,
+    measured_B, values_BT, beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy
+    response. group: rows that have to be dealt out together.
     """
 
     sequences: Tokens
@@ -76,21 +77,26 @@ class Rewarded:
 
 
 def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
-    """Whether the update itself can take the policy's log-probabilities, so that no pass goes before it.
+    """Whether the update itself can take the policy's log-probabilities, so that no pass goes
+    before it.
 
     A single update meets the policy as it sampled, unless there is dropout. What its advantages
-    compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts: of
-    the mesh's rows.
+    compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts:
+    of the mesh's rows.
     """
     algorithm = config.algorithm
     if algorithm.updates > 1 or dropout > 0:
         return False
     compares_batch = algorithm.whitened or algorithm.rule.advantage == "batch-mean"
-    together = dealt_group(config, config.batch_size, parts * config.microbatches) == algorithm.group
+    together = (
+        dealt_group(config, config.batch_size, parts * config.microbatches) == algorithm.group
+    )
     return config.microbatches == 1 or (together and not compares_batch)
 
 
-def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[Experience | Rewarded, RolloutStatistics]:
+def assemble(
+    config: RLConfig, parts: int, one: bool, judged: Judged
+) -> tuple[Experience | Rewarded, RolloutStatistics]:
     """Judged rollouts -> experience, and what the log says of them.
 
     one: whether it will be one pass; what depends on the policy's log-probabilities is then left to
@@ -127,16 +133,23 @@ def assemble(config: RLConfig, parts: int, one: bool, judged: Judged) -> tuple[E
     if one:
         return rewarded, RolloutStatistics(values, finite)
     experience, logs = experience_of(config, rewarded, judged.policy_BT)
-    finite &= jnp.all(jnp.isfinite(jnp.where(mask_BT, judged.policy_BT, 0.0))) & jnp.isfinite(logs["reward/return"].total)
-    return experience, RolloutStatistics(values | {name: value.mean for name, value in logs.items()}, finite)
+    finite &= jnp.all(jnp.isfinite(jnp.where(mask_BT, judged.policy_BT, 0.0))) & jnp.isfinite(
+        logs["reward/return"].total
+    )
+    return experience, RolloutStatistics(
+        values | {name: value.mean for name, value in logs.items()}, finite
+    )
 
 
-def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tuple[Experience, losses.Logs]:
-    """Experience from rewards and the policy's log-probabilities, without gradient; sums for the log.
+def experience_of(
+    config: RLConfig, rewarded: Rewarded, policy_BT: Array
+) -> tuple[Experience, losses.Logs]:
+    """Experience from rewards and the policy's log-probabilities, without gradient; sums for the
+    log.
 
-    The KL is of numbers from one program where those are known, so that it is exactly 0 between equals.
-    With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s - beta sum_t
-    kl_t); with the KL in the loss R = s.
+    The KL is of numbers from one program where those are known, so that it is exactly 0 between
+    equals. With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s -
+    beta sum_t kl_t); with the KL in the loss R = s.
     """
     policy_BT, mask_BT = jax.lax.stop_gradient(policy_BT), rewarded.sequences.response_BT
     reference_BT = from_BT = policy_BT
@@ -148,11 +161,15 @@ def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tup
     beta_B = jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B
     weight_B = jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B
     return_B = advantages.terminal_return(rewarded.score_B, kl_B, beta_B, weight_B)
-    rewards_BT = advantages.token_rewards(weight_B * rewarded.score_B, kl_BT, mask_BT, beta_B[:, None])
+    rewards_BT = advantages.token_rewards(
+        weight_B * rewarded.score_B, kl_BT, mask_BT, beta_B[:, None]
+    )
     outcomes = Outcomes(return_B, rewards_BT, mask_BT, rewarded.values_BT)
     if rewarded.greedy_B is not None:
         # Without its KL: any number that depends on the prompt alone leaves the gradient exact.
-        outcomes = outcomes.replace(greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group])
+        outcomes = outcomes.replace(
+            greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group]
+        )
     advantage_BT, target_BT = algorithms.advantages(config.algorithm, outcomes)
     in_loss = config.kl_in_loss and rewarded.reference_BT is not None
     experience = Experience(
@@ -164,12 +181,18 @@ def experience_of(config: RLConfig, rewarded: Rewarded, policy_BT: Array) -> tup
         reference_BT=reference_BT if in_loss else None,
         kl_weight_B=rewarded.beta_B if in_loss else None,
     )
-    real_B, rows, tokens = jnp.any(mask_BT, axis=1), losses.count_sequences(mask_BT), losses.count_tokens(mask_BT)
+    real_B, rows, tokens = (
+        jnp.any(mask_BT, axis=1),
+        losses.count_sequences(mask_BT),
+        losses.count_tokens(mask_BT),
+    )
     total = lambda x_B: jnp.sum(jnp.where(real_B, x_B, 0.0))
     logs = {
         "reward/return": LossSum(total(return_B), rows),
         "kl/sequence": LossSum(total(kl_B), rows),
         "kl/token": LossSum(total(kl_B), tokens),
-        "sampler/mismatch": LossSum(losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens),
+        "sampler/mismatch": LossSum(
+            losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens
+        ),
     }
     return experience, logs

@@ -18,7 +18,12 @@ from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import Program, SHAPES
-from perl_jax.training import loop as loop_lib, optimizers as optimizers_lib, state as state_lib, step
+from perl_jax.training import (
+    loop as loop_lib,
+    optimizers as optimizers_lib,
+    state as state_lib,
+    step,
+)
 from perl_jax.training.configs import JobConfig
 from perl_jax.training.cost import Timings
 from perl_jax.training.loop import Loop
@@ -26,13 +31,17 @@ from perl_jax.training.state import TrainState
 from perl_jax.types import Tree
 
 
-def training_batches(model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1) -> tuple[Batches, Any]:
+def training_batches(
+    model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1
+) -> tuple[Batches, Any]:
     """`load_batches` shuffled, of what a job trains on."""
     return load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
-    """A jitted update(state, base, batch, ...): state donated, the others not, results where the state is."""
+    """A jitted update(state, base, batch, ...): state donated, the others not, results where the
+    state is.
+    """
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
     # Every padded length may come packed too.
     return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)
@@ -44,7 +53,11 @@ def initial_state(
 ) -> TrainState:  # fmt: skip
     """Step 0, placed on the mesh; its arrays are its own."""
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
-    given = model.place(roles), model.place(dict(frozen or {})), jax.device_put(np.asarray(key), sharding.replicated(model.mesh))
+    given = (
+        model.place(roles),
+        model.place(dict(frozen or {})),
+        jax.device_put(np.asarray(key), sharding.replicated(model.mesh)),
+    )
     return begin_program(model, optimizers, controls, *given)(*given)
 
 
@@ -54,7 +67,9 @@ def begin_program(
     """(roles, frozen roles, key data) -> the state of step 0, for arguments of these shapes."""
 
     def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
-        return state_lib.init_state(roles, optimizers, jax.random.wrap_key_data(data), frozen, controls)
+        return state_lib.init_state(
+            roles, optimizers, jax.random.wrap_key_data(data), frozen, controls
+        )
 
     places = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
     return Program("begin", make, out_shardings=places, limit=1)
@@ -89,22 +104,43 @@ class Supervised:
 
 
 def begin(
-    model: Model, config: JobConfig, job: Supervised, role: Adapter, frozen_roles: Mapping[str, Adapter] | None = None
+    model: Model,
+    config: JobConfig,
+    job: Supervised,
+    role: Adapter,
+    frozen_roles: Mapping[str, Adapter] | None = None,
 ) -> tuple[TrainState, optimizers_lib.Optimizers]:
     """The state that one role is trained from, and its optimizer.
 
-    The state's arrays are its own: let go of the role that is given, or its weights are on the devices twice.
+    The state's arrays are its own: let go of the role that is given, or its weights are on the
+    devices twice.
     """
-    optimizers = {job.role: optimizers_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
+    optimizers = {
+        job.role: optimizers_lib.make_optimizer(
+            config.optimizer, config.steps, config.tuning, model.lm.config.width
+        )
+    }
     return initial_state(model, config, {job.role: role}, optimizers, frozen_roles), optimizers
 
 
 def fit(
-    folder: pathlib.Path, config: JobConfig, model: Model, state: TrainState, optimizers: optimizers_lib.Optimizers, job: Supervised, split: str
+    folder: pathlib.Path,
+    config: JobConfig,
+    model: Model,
+    state: TrainState,
+    optimizers: optimizers_lib.Optimizers,
+    job: Supervised,
+    split: str,
 ) -> tuple[TrainState, Timings, Program]:
-    """Trains the role of a fresh state, whose arrays are used up; returns its (best or last) state."""
-    batches, _ = training_batches(model, config, job.kind, split, config.batch_size, config.microbatches)
-    held_out, rows = load_batches(model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches)
+    """Trains the role of a fresh state, whose arrays are used up; returns its (best or last)
+    state.
+    """
+    batches, _ = training_batches(
+        model, config, job.kind, split, config.batch_size, config.microbatches
+    )
+    held_out, rows = load_batches(
+        model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches
+    )
     program = learn_program(model, config, job, state, optimizers)
     measure = held_out_program(model, config, job)
     frozen = None if config.tuning == "full" else model.base
@@ -123,24 +159,48 @@ def fit(
     return state, timings, program
 
 
-def learn_program(model: Model, config: JobConfig, job: Supervised, state: TrainState, optimizers: optimizers_lib.Optimizers) -> Program:
+def learn_program(
+    model: Model,
+    config: JobConfig,
+    job: Supervised,
+    state: TrainState,
+    optimizers: optimizers_lib.Optimizers,
+) -> Program:
     """(state, base or None, batch) -> (state, metrics)."""
-    update = functools.partial(step.train_step, functools.partial(job.objective, model.lm), optimizers, config.microbatches)
+    update = functools.partial(
+        step.train_step, functools.partial(job.objective, model.lm), optimizers, config.microbatches
+    )
     return step_program(model, update, state)
 
 
 def held_out_program(model: Model, config: JobConfig, job: Supervised) -> Program:
-    """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's microbatches."""
-    return Program("validate", functools.partial(_held_out, functools.partial(job.objective, model.lm), config.microbatches), limit=SHAPES)
+    """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's
+    microbatches.
+    """
+    return Program(
+        "validate",
+        functools.partial(
+            _held_out, functools.partial(job.objective, model.lm), config.microbatches
+        ),
+        limit=SHAPES,
+    )
 
 
-def _held_out(objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree) -> tuple:
+def _held_out(
+    objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree
+) -> tuple:
     """The objective without dropout: (loss, logs) as sums."""
-    return microbatches_lib.summed_microbatches(lambda part: objective(roles, frozen, part, None), batch, microbatches)
+    return microbatches_lib.summed_microbatches(
+        lambda part: objective(roles, frozen, part, None), batch, microbatches
+    )
 
 
-def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches) -> dict[str, float]:
-    """Means over all held-out rows, `loss` and the objective's logs: sums and weights added, divided once."""
+def held_out_loss(
+    model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches
+) -> dict[str, float]:
+    """Means over all held-out rows, `loss` and the objective's logs: sums and weights added,
+    divided once.
+    """
     frozen = model.base if any(role.weights is None for role in state.roles.values()) else None
     sums: dict[str, list[float]] = {}
     for batch in batches:
@@ -151,7 +211,9 @@ def held_out_loss(model: Model, job: Supervised, measure: Program, state: TrainS
     return {name: total / weight if weight > 0 else 0.0 for name, (total, weight) in sums.items()}
 
 
-def validate_policy(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None) -> dict[str, float]:
+def validate_policy(
+    model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None
+) -> dict[str, float]:
     """Returns the held-out loss and, for comparisons, the share of pairs in the right order."""
     found = held_out(state)
     accuracy = {"validation/accuracy": found["train/accuracy"]} if "train/accuracy" in found else {}

@@ -29,8 +29,8 @@ class Loop:
     batches: an iterator with get_state and set_state. validate(state) -> (metrics, samples for
     `metrics.SamplesWriter`), or None.
     best: the validation metric whose best step is kept besides the last ones.
-    shown: metric names for the progress line. facts: numbers that stay as they are, written with the
-    first step's metrics.
+    shown: metric names for the progress line. facts: numbers that stay as they are, written with
+    the first step's metrics.
     """
 
     job: str
@@ -42,7 +42,9 @@ class Loop:
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop) -> tuple[TrainState, Timings]:
+def train(
+    folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop
+) -> tuple[TrainState, Timings]:
     """Runs the loop from the newest checkpoint (or step 0) to `config.steps`.
 
     A checkpoint is written after the step's metrics and after its finiteness was seen: NaN or
@@ -51,12 +53,21 @@ def train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop
     ends the run with Stopped, after the step that is being done and a checkpoint of it.
     """
     timings = Timings()
-    with contextlib.closing(Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)) as checkpoints:
+    with contextlib.closing(
+        Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
+    ) as checkpoints:
         state = _train(folder, config, state, loop, checkpoints, timings)
     return state, timings
 
 
-def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop, checkpoints: Checkpoints, timings: Timings) -> TrainState:
+def _train(
+    folder: pathlib.Path,
+    config: JobConfig,
+    state: TrainState,
+    loop: Loop,
+    checkpoints: Checkpoints,
+    timings: Timings,
+) -> TrainState:
     """The steps from the newest checkpoint on; the best validated state where the loop has one."""
     start = checkpoints.latest_step()
     if start is not None:
@@ -65,10 +76,17 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
         loop.batches.set_state(saved["cursor"])
     begin = int(state.step)
     writes = hosts.is_writer()
-    writer = MetricsWriter(folder, start, config.tensorboard, config.wandb) if writes else NoMetrics()
+    writer = (
+        MetricsWriter(folder, start, config.tensorboard, config.wandb) if writes else NoMetrics()
+    )
     samples = SamplesWriter(folder, start) if writes else NoMetrics()
     progress = Progress(loop.job, config.steps, begin) if writes else NoMetrics()
-    with writer, progress, Termination() as termination, Profile(folder / "profile", config.profiled) as profile:
+    with (
+        writer,
+        progress,
+        Termination() as termination,
+        Profile(folder / "profile", config.profiled) as profile,
+    ):
         for step in range(begin + 1, config.steps + 1):
             clock = time.perf_counter()
             with profile.step(step):
@@ -77,19 +95,33 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
             row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
             row |= loop.facts if step == 1 else {}
             validated = None
-            if loop.validate is not None and (step % config.evaluate_every == 0 or step == config.steps):
+            if loop.validate is not None and (
+                step % config.evaluate_every == 0 or step == config.steps
+            ):
                 clock = time.perf_counter()
                 validated, shown = loop.validate(state)
                 row |= validated | {"time/validate": time.perf_counter() - clock}
                 samples.write(step, shown)
             writer.write(step, row)
             stop = termination.asked()
-            if stop or step % config.checkpoint_every == 0 or step == config.steps or (validated and loop.best):
+            if (
+                stop
+                or step % config.checkpoint_every == 0
+                or step == config.steps
+                or (validated and loop.best)
+            ):
                 writer.sync()
-                checkpoints.save(state, {"cursor": loop.batches.get_state()}, validated if loop.best else None)
-            progress.update(step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row})
+                checkpoints.save(
+                    state, {"cursor": loop.batches.get_state()}, validated if loop.best else None
+                )
+            progress.update(
+                step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row}
+            )
             if stop:
-                raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command resumes from there.")
+                raise Stopped(
+                    f"stopped by SIGTERM after step {step}, which is saved; the same command "
+                    "resumes from there."
+                )
     if loop.best is not None:
         state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
     return state
@@ -98,16 +130,21 @@ def _train(folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loo
 def check_finite(folder: pathlib.Path, step: int, metrics: dict[str, Any]) -> None:
     """Stops the run on NaN or infinity in a loss, gradient, updated weight or log-probability."""
     if not bool(metrics.pop("finite")):
-        bad = [name for name, value in metrics.items() if value != value or abs(value) == float("inf")]
+        bad = [
+            name for name, value in metrics.items() if value != value or abs(value) == float("inf")
+        ]
         where = f" ({', '.join(bad)})" if bad else ""
         raise TrainingError(
-            f"Step {step} gave NaN or infinity{where}; the run stopped, its last good checkpoint is in {folder / 'checkpoints'}. "
+            f"Step {step} gave NaN or infinity{where}; the run stopped, its last good checkpoint "
+            f"is in {folder / 'checkpoints'}. "
             "A lower learning rate or a smaller clip_norm may help."
         )
 
 
 def _given_up(state: TrainState) -> TrainState:
-    """Shapes and places of a state, whose arrays are gone afterwards: another one is read into their place, where not both may fit."""
+    """Shapes and places of a state, whose arrays are gone afterwards: another one is read into
+    their place, where not both may fit.
+    """
     abstract = _abstract(state)
     for leaf in jax.tree.leaves(state):
         leaf.delete()
@@ -115,4 +152,6 @@ def _given_up(state: TrainState) -> TrainState:
 
 
 def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )

@@ -27,17 +27,17 @@ class OptimizerConfig:
 
     Attributes:
         name: adafactor (the paper's; Shazeer & Stern 2018, no relative step) or adamw.
-        learning_rate: The largest rate; None: 1e-4 for adapters, 1e-5 for full tuning, more on bases
+        learning_rate: The largest rate; None: 1e-4 for adapters, 1e-5 for full tuning, more on
+            bases
             narrower than 2,048: times (2048 / width)^0.75.
         head_learning_rate: The scalar head's own rate; None: the same as the rest.
         lora_b_ratio: B's rate over A's (LoRA+; its paper uses 16); 1: the same.
         schedule: After the warm-up: constant, or linear or cosine decay to 0.
         warmup_steps: Steps of linear warm-up; 0: none.
         clip_norm: Largest global norm over the role's trainable leaves; None: no clipping.
-        weight_decay: Share of the weights taken off a step: adamw times the rate, adafactor as it is.
-        b1: AdamW's decay of the mean of gradients.
-        b2: AdamW's decay of the mean of squared gradients.
-        epsilon: AdamW's; 1e-5, not 1e-8, because policy gradients are small and rare.
+        weight_decay: Share of the weights taken off a step: adamw times the rate, adafactor as it
+        is. b1: AdamW's decay of the mean of gradients. b2: AdamW's decay of the mean of squared
+        gradients. epsilon: AdamW's; 1e-5, not 1e-8, because policy gradients are small and rare.
     """
 
     name: typing.Literal["adafactor", "adamw"] = "adafactor"
@@ -69,7 +69,13 @@ class OptimizerConfig:
             require(0 <= value < 1, f"optimizer.{field} is {value!r}; it must lie in [0, 1).")
         # Adafactor has no momentum here, its own decay of squares and its own epsilons.
         for field in ("b1", "b2", "epsilon"):
-            read_by(f"optimizer.{field}", getattr(self, field), default_of(OptimizerConfig, field), self.name, ("adamw",))
+            read_by(
+                f"optimizer.{field}",
+                getattr(self, field),
+                default_of(OptimizerConfig, field),
+                self.name,
+                ("adamw",),
+            )
 
 
 Optimizers = Mapping[str, optax.GradientTransformation]
@@ -95,28 +101,40 @@ def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule
     if config.warmup_steps == 0:
         return after
     # Begins at rate / warmup, not 0: the first update counts.
-    warmup = optax.linear_schedule(rate / config.warmup_steps, rate, max(config.warmup_steps - 1, 1))
+    warmup = optax.linear_schedule(
+        rate / config.warmup_steps, rate, max(config.warmup_steps - 1, 1)
+    )
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def _rule(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     if config.name == "adamw":
-        return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay)
+        return optax.adamw(
+            rate, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay
+        )
     # Without the parameter-scale factor: B starts at zero, and updates scaled by its size would
     # leave it there.
     return optax.adafactor(
-        rate, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, momentum=None, dtype_momentum=jnp.float32
+        rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=config.weight_decay or None,
+        momentum=None,
+        dtype_momentum=jnp.float32,
     )
 
 
 def learning_rate(config: OptimizerConfig, tuning: str, width: int = WIDTH) -> float:
-    """The configured rate, or the default of the tuning for a base of that width (of hidden states)."""
+    """The configured rate, or the default of the tuning for a base of that width (of hidden
+    states).
+    """
     if config.learning_rate is not None:
         return config.learning_rate
     return DEFAULT_RATES[tuning] * max(1.0, WIDTH / width) ** POWER
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, tuning: str = "lora", width: int = WIDTH) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, tuning: str = "lora", width: int = WIDTH
+) -> optax.GradientTransformation:
     """Clipping by the global norm over the role's trainable leaves, then the rule, head apart.
 
     Clipping comes first and over lora, head and weights together: one bound on one update.
@@ -126,8 +144,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, tuning: str = "lora", wi
 
     def labels(role: Adapter) -> Adapter:
         name = lambda part, label: jax.tree.map(lambda _: label, part)
-        sides = trees.map_named(lambda leaf, _: "lora_b" if plus and leaf.endswith("lora_b") else "body", role.lora)
-        return role.replace(lora=sides, weights=name(role.weights, "body"), head=name(role.head, "head"))
+        sides = trees.map_named(
+            lambda leaf, _: "lora_b" if plus and leaf.endswith("lora_b") else "body", role.lora
+        )
+        return role.replace(
+            lora=sides, weights=name(role.weights, "body"), head=name(role.head, "head")
+        )
 
     body_rate = learning_rate(config, tuning, width)
     head_rate = body_rate if config.head_learning_rate is None else config.head_learning_rate
@@ -137,5 +159,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, tuning: str = "lora", wi
     }
     if plus:
         rules["lora_b"] = _rule(config, schedule(config, body_rate * config.lora_b_ratio, steps))
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     return optax.chain(clip, optax.multi_transform(rules, labels))

@@ -17,7 +17,13 @@ from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.splits import check_splits
 from perl_jax.data.store import group_of
-from perl_jax.data.targets import both_classes, check_pairs, differing_weights, pair_weights, ratings
+from perl_jax.data.targets import (
+    both_classes,
+    check_pairs,
+    differing_weights,
+    pair_weights,
+    ratings,
+)
 from perl_jax.evaluation import intervals, statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model, load_model
@@ -40,25 +46,44 @@ from perl_jax.types import Labelled, Pairs, Tree
 _REFERENCE_ROWS = 512
 
 
-def validate_pairs(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray) -> dict[str, float]:
+def validate_pairs(
+    model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray
+) -> dict[str, float]:
     """Returns the held-out loss and the weighted share of pairs that are scored in the right order.
 
     Pairs of equal responses count in the loss but not in that share.
     """
     scores = score_batches(model, state.roles["reward"], batches)
-    return {"validation/loss": held_out(state)["loss"], "validation/accuracy": statistics.pairwise_accuracy(*scores, weights * ~batches.rows.equal).value}
+    return {
+        "validation/loss": held_out(state)["loss"],
+        "validation/accuracy": statistics.pairwise_accuracy(
+            *scores, weights * ~batches.rows.equal
+        ).value,
+    }
 
 
-def validate_labels(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray) -> dict[str, float]:
-    """Returns the held-out loss and the AUC of the scores; a soft label above 0.5 counts as a yes."""
+def validate_labels(
+    model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray
+) -> dict[str, float]:
+    """Returns the held-out loss and the AUC of the scores; a soft label above 0.5 counts as a
+    yes.
+    """
     (scores,) = score_batches(model, state.roles["reward"], batches)
-    return {"validation/loss": held_out(state)["loss"], "validation/auc": statistics.auc(scores, labels > 0.5)}
+    return {
+        "validation/loss": held_out(state)["loss"],
+        "validation/auc": statistics.auc(scores, labels > 0.5),
+    }
 
 
-def validate_regression(model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray) -> dict[str, float]:
+def validate_regression(
+    model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray
+) -> dict[str, float]:
     """Returns the held-out loss and the correlation of scores with ratings."""
     (scores,) = score_batches(model, state.roles["reward"], batches)
-    return {"validation/loss": held_out(state)["loss"], "validation/correlation": statistics.correlation(scores, truth)}
+    return {
+        "validation/loss": held_out(state)["loss"],
+        "validation/correlation": statistics.correlation(scores, truth),
+    }
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,7 +92,9 @@ def score_program(lm: LanguageModel, microbatches: int) -> Program:
     return Program("score", functools.partial(_scores, lm, microbatches), limit=SHAPES)
 
 
-def _scores(lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, batch: Pairs | Labelled) -> tuple[jax.Array, ...]:
+def _scores(
+    lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, batch: Pairs | Labelled
+) -> tuple[jax.Array, ...]:
     def of_rows(part: Pairs | Labelled) -> tuple[jax.Array, ...]:
         if isinstance(part, Pairs):
             return passes.pair_scores(lm, base, adapter, part)
@@ -84,7 +111,9 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     order: list[np.ndarray] = []
     for index, batch in enumerate(batches):
         order.append(batches.rows_of(index))
-        for out, score_B in zip(sides, program(base, adapter, sharding.put_batch(batch, model.mesh))):
+        for out, score_B in zip(
+            sides, program(base, adapter, sharding.put_batch(batch, model.mesh))
+        ):
             out.append(to_host(score_B))
     rows = np.concatenate(order)
     real = rows >= 0
@@ -92,14 +121,32 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     return tuple(np.concatenate(side)[real][back] for side in sides if side)
 
 
-def _reward(kind: str, objective: Callable, best: str, validate: Callable, truth: Callable) -> Supervised:
-    return Supervised("reward", "reward", kind, objective, validate, best, ("train/loss", best), truth=truth)
+def _reward(
+    kind: str, objective: Callable, best: str, validate: Callable, truth: Callable
+) -> Supervised:
+    return Supervised(
+        "reward", "reward", kind, objective, validate, best, ("train/loss", best), truth=truth
+    )
 
 
 REWARD = {
-    "pairwise": _reward("comparisons", supervised.pairwise_objective, "validation/accuracy", validate_pairs, pair_weights),
-    "pointwise": _reward("labels", supervised.pointwise_objective, "validation/auc", validate_labels, both_classes),
-    "regression": _reward("ratings", supervised.regression_objective, "validation/correlation", validate_regression, ratings),
+    "pairwise": _reward(
+        "comparisons",
+        supervised.pairwise_objective,
+        "validation/accuracy",
+        validate_pairs,
+        pair_weights,
+    ),
+    "pointwise": _reward(
+        "labels", supervised.pointwise_objective, "validation/auc", validate_labels, both_classes
+    ),
+    "regression": _reward(
+        "ratings",
+        supervised.regression_objective,
+        "validation/correlation",
+        validate_regression,
+        ratings,
+    ),
 }
 
 
@@ -108,7 +155,9 @@ def reward_job(config: RewardConfig) -> Supervised:
     job = REWARD[config.objective]
     if config.objective != "pairwise":
         return job
-    objective = functools.partial(job.objective, soft_labels=config.soft_labels, centring=config.centring)
+    objective = functools.partial(
+        job.objective, soft_labels=config.soft_labels, centring=config.centring
+    )
     return dataclasses.replace(job, objective=objective)
 
 
@@ -119,13 +168,19 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     if folder_lib.finished(artefact, folder / "evaluation.json"):
         return artefact
     job = reward_job(config)
-    check = functools.partial(check_pairs, config.split if config.soft_labels else None) if config.objective == "pairwise" else job.truth
+    check = (
+        functools.partial(check_pairs, config.split if config.soft_labels else None)
+        if config.objective == "pairwise"
+        else job.truth
+    )
     check_splits(config.data, job.kind, (config.split, "validation", "test"), check)
     model = load_model(config)
     check_context(model, config.data)
     # Not fold 1, which the train state's key is made of.
     body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
-    role = fresh_role(model, config, body_key).replace(head=init_head(head_key, model.lm.config.width))
+    role = fresh_role(model, config, body_key).replace(
+        head=init_head(head_key, model.lm.config.width)
+    )
     model = model.relieved((role,))
     state, optimizers = begin(model, config, job, role)
     del role
@@ -133,29 +188,52 @@ def run_reward(config: RewardConfig) -> pathlib.Path:
     adapter = state.roles["reward"]
     mean, std = reference_moments(model, config, adapter, job.kind)
     results, rows = evaluate_reward(model, config, adapter, job.kind)
-    record = model.record("reward", adapter, step=int(state.step), metrics=_headline(results), score_mean=mean, score_std=std)
+    record = model.record(
+        "reward",
+        adapter,
+        step=int(state.step),
+        metrics=_headline(results),
+        score_mean=mean,
+        score_std=std,
+    )
     artefacts.save_artefact(artefact, adapter, record)
     cost.write_cost(folder, model, state, {"learn": program}, timings)
     folder_lib.write_results(folder, {"scores.json": rows, "evaluation.json": results})
     return artefact
 
 
-def reference_moments(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[float, float]:
+def reference_moments(
+    model: Model, config: RewardConfig, adapter: Adapter, kind: str
+) -> tuple[float, float]:
     """Mean and standard deviation of raw scores over the first responses of the training split."""
-    data = dataclasses.replace(config.data, train_size=min(_REFERENCE_ROWS, config.data.train_size or _REFERENCE_ROWS))
-    batches, _ = load_batches(model, data, kind, config.split, config.batch_size, None, config.microbatches)
-    scores = np.concatenate(score_batches(model, adapter, batches)).astype(np.float64)[: 2 * _REFERENCE_ROWS]
+    data = dataclasses.replace(
+        config.data, train_size=min(_REFERENCE_ROWS, config.data.train_size or _REFERENCE_ROWS)
+    )
+    batches, _ = load_batches(
+        model, data, kind, config.split, config.batch_size, None, config.microbatches
+    )
+    scores = np.concatenate(score_batches(model, adapter, batches)).astype(np.float64)[
+        : 2 * _REFERENCE_ROWS
+    ]
     std = float(scores.std())
-    errors.require(math.isfinite(std) and std > 0, "The reward model gives every reference response the same score; train it longer.")
+    errors.require(
+        math.isfinite(std) and std > 0,
+        "The reward model gives every reference response the same score; train it longer.",
+    )
     return float(scores.mean()), std
 
 
-def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+def evaluate_reward(
+    model: Model, config: RewardConfig, adapter: Adapter, kind: str
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row.
 
-    n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are over.
+    n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are
+    over.
     """
-    batches, rows = load_batches(model, config.data, kind, "test", config.batch_size, None, config.microbatches)
+    batches, rows = load_batches(
+        model, config.data, kind, "test", config.batch_size, None, config.microbatches
+    )
     facts = {"data": noted(config.data, "test", batches)}
     scores = score_batches(model, adapter, batches)
     names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
@@ -165,13 +243,20 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
     if kind == "ratings":
         truth = ratings(rows, config.data.task, "test")
         error = intervals.mean_ci(np.square(scores[0] - truth), groups)
-        measures = {"correlation": statistics.correlation_estimate(scores[0], truth, groups), "mean_squared_error": error}
-        return results | facts | {name: dataclasses.asdict(found) for name, found in measures.items()}, named
+        measures = {
+            "correlation": statistics.correlation_estimate(scores[0], truth, groups),
+            "mean_squared_error": error,
+        }
+        return results | facts | {
+            name: dataclasses.asdict(found) for name, found in measures.items()
+        }, named
     if kind == "comparisons":
         weights = differing_weights(rows, config.data.task, "test", batches)
         counted = np.flatnonzero(weights > 0)
         scores, groups = tuple(side[counted] for side in scores), [groups[row] for row in counted]
-        results["pairwise_accuracy"] = dataclasses.asdict(statistics.pairwise_accuracy(*scores, weights[counted], groups))
+        results["pairwise_accuracy"] = dataclasses.asdict(
+            statistics.pairwise_accuracy(*scores, weights[counted], groups)
+        )
         known = np.asarray([row["probability"] for row in rows])[counted]
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
@@ -182,7 +267,9 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
         threshold, yes = validation_threshold(model, config, adapter), labels > 0.5
         measures = {
             "auc": statistics.auc_estimate(scores[0], yes, groups),
-            "balanced_accuracy": statistics.balanced_accuracy_estimate(scores[0], yes, threshold, groups),
+            "balanced_accuracy": statistics.balanced_accuracy_estimate(
+                scores[0], yes, threshold, groups
+            ),
             "accuracy": intervals.proportion((scores[0] >= threshold) == yes, groups),
         }
         results |= {name: dataclasses.asdict(found) for name, found in measures.items()}
@@ -198,7 +285,9 @@ def evaluate_reward(model: Model, config: RewardConfig, adapter: Adapter, kind: 
 
 def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -> float:
     """The score threshold with the best balanced accuracy on the validation split."""
-    batches, rows = load_batches(model, config.data, "labels", "validation", config.batch_size, None, config.microbatches)
+    batches, rows = load_batches(
+        model, config.data, "labels", "validation", config.batch_size, None, config.microbatches
+    )
     (scores,) = score_batches(model, adapter, batches)
     return statistics.best_threshold(scores, np.asarray([row["label"] for row in rows]) > 0.5)
 

@@ -34,7 +34,13 @@ from perl_jax.runs.metrics import FILE_NAME, read_metrics
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import Program, SHAPES
-from perl_jax.training import cost, loop as loop_lib, optimizers as optimizers_lib, state as state_lib, step as step_lib
+from perl_jax.training import (
+    cost,
+    loop as loop_lib,
+    optimizers as optimizers_lib,
+    state as state_lib,
+    step as step_lib,
+)
 from perl_jax.training.experience import Judged, assemble, experience_of, one_pass
 from perl_jax.training.fit import initial_state, step_program, training_batches
 from perl_jax.training.layouts import rollout_layout, updates_rows
@@ -55,7 +61,14 @@ _VALIDATION = 3
 class Programs:
     """The compiled pieces of one RL step; None: what the algorithm does without."""
 
-    def __init__(self, model: Model, config: RLConfig, records: tuple[Record, ...], state: TrainState, optimizers: optimizers_lib.Optimizers):
+    def __init__(
+        self,
+        model: Model,
+        config: RLConfig,
+        records: tuple[Record, ...],
+        state: TrainState,
+        optimizers: optimizers_lib.Optimizers,
+    ):
         lm, algorithm = model.lm, config.algorithm
         room = config.data.max_response_length
         shared = model.shared_prompts(config.batch_size, algorithm.group)
@@ -64,19 +77,67 @@ class Programs:
         lora = state.roles["policy"].config
         self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
         made_of = functools.partial(experience_of, config) if self.one_pass else None
-        objective = functools.partial(policy_gradient.policy_gradient_objective, lm, algorithm, config.temperature, config.estimator, room, experience_of=made_of)
-        update = functools.partial(step_lib.train_step if algorithm.updates == 1 else step_lib.train_epochs, objective, optimizers, config.microbatches)
+        objective = functools.partial(
+            policy_gradient.policy_gradient_objective,
+            lm,
+            algorithm,
+            config.temperature,
+            config.estimator,
+            room,
+            experience_of=made_of,
+        )
+        update = functools.partial(
+            step_lib.train_step if algorithm.updates == 1 else step_lib.train_epochs,
+            objective,
+            optimizers,
+            config.microbatches,
+        )
         self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
-        self.greedy = sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
-        self.reward = scoring.reward_program(model, records, config.combine, config.microbatches) if records else None
-        self.logprobs = Program("logprobs", functools.partial(passes.logprobs_in_microbatches, lm, config.microbatches, temperature=config.temperature, room=room), out_shardings=rows, limit=SHAPES)
-        self.values = Program("values", functools.partial(passes.values_in_microbatches, lm, config.microbatches), out_shardings=rows, limit=SHAPES) if algorithm.rule.advantage == "gae" else None
+        self.greedy = (
+            sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
+        )
+        self.reward = (
+            scoring.reward_program(model, records, config.combine, config.microbatches)
+            if records
+            else None
+        )
+        self.logprobs = Program(
+            "logprobs",
+            functools.partial(
+                passes.logprobs_in_microbatches,
+                lm,
+                config.microbatches,
+                temperature=config.temperature,
+                room=room,
+            ),
+            out_shardings=rows,
+            limit=SHAPES,
+        )
+        self.values = (
+            Program(
+                "values",
+                functools.partial(passes.values_in_microbatches, lm, config.microbatches),
+                out_shardings=rows,
+                limit=SHAPES,
+            )
+            if algorithm.rule.advantage == "gae"
+            else None
+        )
         assembled = functools.partial(assemble, config, model.row_parts, self.one_pass)
-        self.assemble = Program("assemble", assembled, out_shardings=(rows, sharding.replicated(model.mesh)), limit=SHAPES)
+        self.assemble = Program(
+            "assemble",
+            assembled,
+            out_shardings=(rows, sharding.replicated(model.mesh)),
+            limit=SHAPES,
+        )
         self.learn = step_program(model, update, state)
         refreshed = functools.partial(_refreshed, lm.config.dtype)
         places = model.adapter_shardings(state.frozen.get("reference"))
-        self.refresh = Program("refresh", refreshed, out_shardings=places) if config.kl.refresh is not None else None
+        self.refresh = (
+            Program("refresh", refreshed, out_shardings=places)
+            if config.kl.refresh is not None
+            else None
+        )
 
     def by_name(self) -> dict[str, Program]:
         names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
@@ -99,7 +160,9 @@ class Rollouts:
     config: RLConfig
 
 
-def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
+def advance(
+    job: Rollouts, state: TrainState, batch: Prompts
+) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
     """One RL step: rollouts from the policy as it is, scored, compared, learned from.
 
     The sampling key is the step's own, apart from the one that the update splits for dropout.
@@ -111,8 +174,14 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     repeated = batch.repeated(config.algorithm.group)
     shared = job.model.shared_prompts(config.batch_size, config.algorithm.group)
     prompts = batch.repeated(config.algorithm.group // shared)
-    rollout = jax.block_until_ready(programs.sample(base, policy, sharding.put_batch(prompts, job.model.mesh), key))
-    greedy = None if programs.greedy is None else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
+    rollout = jax.block_until_ready(
+        programs.sample(base, policy, sharding.put_batch(prompts, job.model.mesh), key)
+    )
+    greedy = (
+        None
+        if programs.greedy is None
+        else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
+    )
     clocks.append(time.perf_counter())
     # The rows of each update, where there are several: they decide how these are packed.
     orders_XY = updates_rows(config, state.step_key(state_lib.SHUFFLE))
@@ -120,7 +189,9 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     packed = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
     score_B, scores = job.scorer(state.frozen, packed, repeated.row_B)
     reference_BT = _reference(job, state, packed)
-    measured = not programs.one_pass or (reference_BT is not None and _may_be_one(config, int(state.step)))
+    measured = not programs.one_pass or (
+        reference_BT is not None and _may_be_one(config, int(state.step))
+    )
     judged = Judged(
         rollout=rollout,
         score_B=score_B,
@@ -129,14 +200,18 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
         beta=state.controls["beta"],
         reference_BT=reference_BT,
         measured=np.bool_(measured),
-        values_BT=None if programs.values is None else programs.values(base, state.roles["value"], packed.sequences),
+        values_BT=None
+        if programs.values is None
+        else programs.values(base, state.roles["value"], packed.sequences),
         greedy=greedy,
         greedy_score_P=None if greedy is None else job.scorer(state.frozen, greedy, batch.row_B)[0],
     )
     experience, statistics = jax.block_until_ready(programs.assemble(judged))
     experience = experience.replace(sequences=experience.sequences.replace(layout=part))
     clocks.append(time.perf_counter())
-    state, metrics = jax.block_until_ready(programs.learn(state, base, experience, *(() if orders_XY is None else (orders_XY,))))
+    state, metrics = jax.block_until_ready(
+        programs.learn(state, base, experience, *(() if orders_XY is None else (orders_XY,)))
+    )
     metrics |= statistics.values
     state = _controlled(config, programs.refresh, state, metrics["kl/sequence"])
     clocks.append(time.perf_counter())
@@ -150,10 +225,13 @@ def advance(job: Rollouts, state: TrainState, batch: Prompts) -> tuple[TrainStat
     return state, values, {"sample": seconds[0], "score": seconds[1], "learn": seconds[2]}
 
 
-def _layouts(job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarray | None) -> tuple[Layout | None, Layout | None]:
+def _layouts(
+    job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarray | None
+) -> tuple[Layout | None, Layout | None]:
     """How rollouts are packed for the passes over all of them, and for an update's microbatches.
 
-    columns: of the prompts. Several updates (orders_XY: their rows) have the layout that the fullest of them needs.
+    columns: of the prompts. Several updates (orders_XY: their rows) have the layout that the
+    fullest of them needs.
     """
     count = lambda mask_BT: to_host(jnp.sum(mask_BT, axis=1))
     response_B = count(rollout.sequences.response_BT)
@@ -175,16 +253,29 @@ def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array 
     if kind == "base":
         return job.programs.logprobs(job.model.base, None, rollout.sequences)
     role = state.frozen["reference"]
-    return job.programs.logprobs(job.model.base if role.weights is None else None, role, rollout.sequences)
+    return job.programs.logprobs(
+        job.model.base if role.weights is None else None, role, rollout.sequences
+    )
 
 
-def _controlled(config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array) -> TrainState:
+def _controlled(
+    config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array
+) -> TrainState:
     """The state after what the loop adapts: the KL's coefficient, the reference."""
     settings = config.kl
     if settings.target is not None:
         # Below 1, at which the score would count nothing.
-        beta = kl.adaptive_beta(state.controls["beta"], mean_kl, settings.target, episodes=config.batch_size, horizon=settings.horizon, maximum=0.99)
-        state = state.replace(controls={"beta": jax.device_put(beta, state.controls["beta"].sharding)})
+        beta = kl.adaptive_beta(
+            state.controls["beta"],
+            mean_kl,
+            settings.target,
+            episodes=config.batch_size,
+            horizon=settings.horizon,
+            maximum=0.99,
+        )
+        state = state.replace(
+            controls={"beta": jax.device_put(beta, state.controls["beta"].sharding)}
+        )
     if settings.refresh is not None and int(state.step) % settings.refresh == 0:
         # A copy: the policy's own buffers are given to the next update.
         state = state.replace(frozen=state.frozen | {"reference": refresh(state.roles["policy"])})
@@ -199,8 +290,10 @@ def _refreshed(dtype: str, policy: Adapter) -> Adapter:
 def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
     if mismatch > config.max_mismatch:
         raise TrainingError(
-            f"Step {step}: the sampler and the trainer disagree on log-probabilities, mean exp|difference| = {mismatch:.4f}, "
-            f"above max_mismatch = {config.max_mismatch}; the run stopped and its last checkpoint is untouched."
+            f"Step {step}: the sampler and the trainer disagree on log-probabilities, mean "
+            f"exp|difference| = {mismatch:.4f}, "
+            f"above max_mismatch = {config.max_mismatch}; the run stopped and its last checkpoint "
+            "is untouched."
         )
 
 
@@ -215,48 +308,74 @@ def _derived(values: dict[str, float]) -> dict[str, float]:
 
 
 def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarray:
-    """The true reward of each sampled response, from its text and its prompt's. row_B: of this process's rows."""
+    """The true reward of each sampled response, from its text and its prompt's. row_B: of this
+    process's rows.
+    """
     share = sharding.row_share(job.model.mesh)
     texts = response_texts(job.model.tokenizer, rollout, share)
     return share.gather(job.task.gold([job.rows[int(row)]["prompt"] for row in row_B], texts))
 
 
-def held_out_prompts(job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]) -> tuple[Rollouts, Batches] | None:
-    """Returns what `validate` needs: the job with the first prompts of the validation split, and their batches. None when the run has no validation.
+def held_out_prompts(
+    job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]
+) -> tuple[Rollouts, Batches] | None:
+    """Returns what `validate` needs: the job with the first prompts of the validation split, and
+    their batches. None when the run has no validation.
 
-    A batch has as many prompts as a training batch, and a length of these (lengths) where that holds the prompts:
-    then no program is compiled that training does not have.
+    A batch has as many prompts as a training batch, and a length of these (lengths) where that
+    holds the prompts: then no program is compiled that training does not have.
     """
     config = job.config
     if config.validation_prompts == 0:
         return None
     if "validation" not in splits:
         if hosts.is_writer():
-            print(f"{config.data.task} has no prompts in a validation split: nothing is validated, and the last step is kept.", flush=True)
+            print(
+                f"{config.data.task} has no prompts in a validation split: nothing is validated, "
+                "and the last step is kept.",
+                flush=True,
+            )
         return None
     longest = config.data.max_prompt_length
     lengths = lengths if lengths[-1] >= longest else (*lengths, longest)
     number = config.batch_size // config.algorithm.group
-    batches, rows = load_batches(job.model, config.data, "prompts", "validation", number, None, most=config.validation_prompts, lengths=lengths)
+    batches, rows = load_batches(
+        job.model,
+        config.data,
+        "prompts",
+        "validation",
+        number,
+        None,
+        most=config.validation_prompts,
+        lengths=lengths,
+    )
     return dataclasses.replace(job, rows=rows, scorer=job.scorer.over(rows)), batches
 
 
-def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def validate(
+    job: Rollouts, batches: Batches, state: TrainState
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Samples responses to held-out prompts; returns means over them and a few of them to read.
 
-    As many responses to a prompt as in training, with the same keys at every step of a run: they depend on the seed
-    and not on the step. Reward: the score before shaping; kl: E sum_t log pi - log pi_ref, to the reference as it is.
-    TrainingError where a measure is not finite.
+    As many responses to a prompt as in training, with the same keys at every step of a run: they
+    depend on the seed and not on the step. Reward: the score before shaping; kl: E sum_t log pi -
+    log pi_ref, to the reference as it is. TrainingError where a measure is not finite.
     """
     config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
-    group, key = config.algorithm.group, jax.random.fold_in(jax.random.key(config.seed), _VALIDATION)
+    group, key = (
+        config.algorithm.group,
+        jax.random.fold_in(jax.random.key(config.seed), _VALIDATION),
+    )
     shared = job.model.shared_prompts(config.batch_size, group)
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
         # Where the state's key is: a program is compiled for places too.
-        data = jax.device_put(np.asarray(jax.random.key_data(jax.random.fold_in(key, index))), sharding.replicated(job.model.mesh))
+        data = jax.device_put(
+            np.asarray(jax.random.key_data(jax.random.fold_in(key, index))),
+            sharding.replicated(job.model.mesh),
+        )
         rollout = programs.sample(base, policy, prompts, data)
         whole, _ = _layouts(job, rollout, batch.tokens_BP.shape[1], None)
         rollout = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
@@ -270,8 +389,12 @@ def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[s
         }
         reference_BT = _reference(job, state, rollout)
         if reference_BT is not None:
-            measured["kl"] = kl.sequence_kl(kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT)
-        measured = {name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()}
+            measured["kl"] = kl.sequence_kl(
+                kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT
+            )
+        measured = {
+            name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()
+        }
         if job.task.gold is not None:
             measured["gold"] = np.asarray(gold_rewards(job, row_B, rollout), np.float64)
         rows_B = np.repeat(batches.rows_of(index), group)
@@ -280,40 +403,76 @@ def validate(job: Rollouts, batches: Batches, state: TrainState) -> tuple[dict[s
         texts = response_texts(job.model.tokenizer, rollout)
         for place in np.flatnonzero(rows_B >= 0)[::group].tolist():
             if len(samples) < _KEPT:
-                measures = {name: float(measured[name][place]) for name in ("reward", "gold") if name in measured}
-                samples.append({"prompt": job.rows[int(rows_B[place])]["prompt"], "response": texts[place], **measures})
-    means = {f"validation/{name}": float(np.mean(np.concatenate(parts))) for name, parts in columns.items()}
+                measures = {
+                    name: float(measured[name][place])
+                    for name in ("reward", "gold")
+                    if name in measured
+                }
+                samples.append(
+                    {
+                        "prompt": job.rows[int(rows_B[place])]["prompt"],
+                        "response": texts[place],
+                        **measures,
+                    }
+                )
+    means = {
+        f"validation/{name}": float(np.mean(np.concatenate(parts)))
+        for name, parts in columns.items()
+    }
     bad = [name for name, value in means.items() if not np.isfinite(value)]
     if bad:
-        raise TrainingError(f"The validation of step {int(state.step)} gave NaN or infinity ({', '.join(bad)}); the run stopped, its last checkpoint is untouched.")
+        raise TrainingError(
+            f"The validation of step {int(state.step)} gave NaN or infinity ({', '.join(bad)}); "
+            "the run stopped, its last checkpoint is untouched."
+        )
     return means, samples
 
 
-def kept_step(folder: pathlib.Path, config: RLConfig, step: int, selected: bool) -> dict[str, float]:
-    """Says which step the artefacts are of; returns what its validation measured, for their records."""
+def kept_step(
+    folder: pathlib.Path, config: RLConfig, step: int, selected: bool
+) -> dict[str, float]:
+    """Says which step the artefacts are of; returns what its validation measured, for their
+    records.
+    """
     found = next((row for row in read_metrics(folder / FILE_NAME) if row["step"] == step), {})
     measured = {name: value for name, value in found.items() if name.startswith("validation/")}
     if selected:
         reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
-        print(f"rl: the artefacts are of step {step} of {config.steps}, {reason}; the last step is in {folder / 'checkpoints'}.", flush=True)
+        print(
+            f"rl: the artefacts are of step {step} of {config.steps}, {reason}; the last step is "
+            f"in {folder / 'checkpoints'}.",
+            flush=True,
+        )
     else:
         print(f"rl: the artefacts are of step {step}, the last.", flush=True)
     return measured
 
 
-def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> optimizers_lib.Optimizers:
+def make_optimizers(
+    config: RLConfig, roles: Iterable[str], width: int
+) -> optimizers_lib.Optimizers:
     """One for each trained role, with its own rate."""
-    rates = {"policy": config.optimizer.learning_rate, "value": config.value_learning_rate or config.optimizer.learning_rate}
+    rates = {
+        "policy": config.optimizer.learning_rate,
+        "value": config.value_learning_rate or config.optimizer.learning_rate,
+    }
     updates = config.steps * config.algorithm.updates
-    make = lambda rate: optimizers_lib.make_optimizer(dataclasses.replace(config.optimizer, learning_rate=rate), updates, config.tuning, width)
+    make = lambda rate: optimizers_lib.make_optimizer(
+        dataclasses.replace(config.optimizer, learning_rate=rate), updates, config.tuning, width
+    )
     return {name: make(rates[name]) for name in roles}
 
 
 def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
-    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the score's weight beside the KL."""
+    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the
+    score's weight beside the KL.
+    """
     whole = config.kl_in_loss or config.kl.whole_score
     weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
-    return {"kernel": weight * reward.head["kernel"] / record.score_std, "bias": weight * record.normalise(reward.head["bias"])}
+    return {
+        "kernel": weight * reward.head["kernel"] / record.score_std,
+        "bias": weight * record.normalise(reward.head["bias"]),
+    }
 
 
 def run_rl(config: RLConfig) -> pathlib.Path:
@@ -333,7 +492,11 @@ def run_rl(config: RLConfig) -> pathlib.Path:
     # Policy, reference and critic all begin as the policy that training starts from.
     roles, frozen = {"policy": policy}, dict(rewards)
     if algorithm.rule.critic:
-        head = paid_head(config, rewards[scoring.role_name(0)], records[0]) if config.value_head == "reward" else init_head(None, model.lm.config.width)
+        head = (
+            paid_head(config, rewards[scoring.role_name(0)], records[0])
+            if config.value_head == "reward"
+            else init_head(None, model.lm.config.width)
+        )
         roles["value"] = policy.replace(head=head)
     if config.kl.reference == "start":
         frozen["reference"] = policy
@@ -358,12 +521,28 @@ def run_rl(config: RLConfig) -> pathlib.Path:
         held_out = held_out_prompts(job, batches.lengths, splits)
         measure = None if held_out is None else functools.partial(validate, *held_out)
         best = SELECTED_BY if held_out is not None and config.select == "best" else None
-        facts = noted(config.data, "train", batches) | ({} if held_out is None else noted(config.data, "validation", held_out[1]))
-        loop = Loop("rl", functools.partial(advance, job), iter(batches), measure, best, (*shown, SELECTED_BY), facts)
+        facts = noted(config.data, "train", batches) | (
+            {} if held_out is None else noted(config.data, "validation", held_out[1])
+        )
+        loop = Loop(
+            "rl",
+            functools.partial(advance, job),
+            iter(batches),
+            measure,
+            best,
+            (*shown, SELECTED_BY),
+            facts,
+        )
         say_attention("rl", model.lm)
         state, timings = loop_lib.train(folder, config, state, loop)
-    measured = kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
+    measured = (
+        kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
+    )
     for name, adapter in state.roles.items():
-        artefacts.save_artefact(folder / "adapters" / name, adapter, model.record(name, adapter, step=int(state.step), metrics=measured))
+        artefacts.save_artefact(
+            folder / "adapters" / name,
+            adapter,
+            model.record(name, adapter, step=int(state.step), metrics=measured),
+        )
     cost.write_cost(folder, model, state, programs.by_name(), timings)
     return artefact

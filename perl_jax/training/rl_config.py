@@ -21,9 +21,9 @@ class KLConfig:
     """How the policy is kept near a reference.
 
     Attributes:
-        beta: The KL's weight. In the reward, R = (1 - beta) score - beta KL; in the loss, R = score.
-        place: reward or loss; None: where the algorithm has it.
-        estimator: In the reward k1, whose product with grad log pi is the KL's gradient, and no other's;
+        beta: The KL's weight. In the reward, R = (1 - beta) score - beta KL; in the loss, R =
+        score. place: reward or loss; None: where the algorithm has it. estimator: In the reward k1,
+        whose product with grad log pi is the KL's gradient, and no other's;
             in the loss k2 or k3 (with k2's gradient). None: k1 and k3.
         reference: start (a frozen copy of the policy as it starts), base, none, or an artefact.
         refresh: Every so many steps the reference becomes the policy as it is; None: never.
@@ -48,21 +48,40 @@ class KLConfig:
         if self.estimator is not None:
             errors.one_of("kl.estimator", self.estimator, ("k1", *LOSS_ESTIMATORS))
         without = self.reference != "none" or (self.beta == 0 and self.target is None)
-        errors.require(without, f"kl.reference is none; kl.beta must be 0 then, it is {self.beta!r}, and kl.target None.")
+        errors.require(
+            without,
+            f"kl.reference is none; kl.beta must be 0 then, it is {self.beta!r}, and kl.target "
+            "None.",
+        )
         if self.refresh is not None:
             errors.whole("kl.refresh", self.refresh)
-            errors.require(self.reference == "start", f"kl.refresh needs kl.reference start, it is {self.reference!r}.")
+            errors.require(
+                self.reference == "start",
+                f"kl.refresh needs kl.reference start, it is {self.reference!r}.",
+            )
         if self.target is not None:
             errors.positive("kl.target", self.target)
             errors.positive("kl.beta", self.beta)
         errors.whole("kl.horizon", self.horizon)
         adapts = self.target is not None or self.horizon == KLConfig.horizon
-        errors.require(adapts, f"kl.horizon is {self.horizon}, which nothing reads where kl.beta stays; leave it out, or give kl.target.")
+        errors.require(
+            adapts,
+            f"kl.horizon is {self.horizon}, which nothing reads where kl.beta stays; leave it "
+            "out, or give kl.target.",
+        )
         for field in ("place", "estimator", "whole_score"):
             value = getattr(self, field)
             used = self.reference != "none" or value == errors.default_of(KLConfig, field)
-            errors.require(used, f"kl.{field} is {value!r}, which nothing reads without a KL; leave it out, or give kl.reference.")
-        errors.require(self.beta > 0 or not self.whole_score, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta.")
+            errors.require(
+                used,
+                f"kl.{field} is {value!r}, which nothing reads without a KL; leave it out, or "
+                "give kl.reference.",
+            )
+        errors.require(
+            self.beta > 0 or not self.whole_score,
+            "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or "
+            "give kl.beta.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +97,12 @@ class RLConfig(RewardOptions, PolicyConfig):
         value_head: Begin the value model's head at zero, or with the (first) reward model's.
         value_learning_rate: The value model's own rate; None: the policy's.
         max_mismatch: The run fails when the mean of exp|sampler - trainer logprob| exceeds this.
-        validation_prompts: The first so many prompts of the validation split are answered every evaluate_every
-            steps and at the end; 0: none. Data without that split are trained on without validation.
-        select: Which step the artefacts are of: the validated one with the best mean reward, or the last.
+        validation_prompts: The first so many prompts of the validation split are answered every
+            evaluate_every
+            steps and at the end; 0: none. Data without that split are trained on without
+            validation.
+        select: Which step the artefacts are of: the validated one with the best mean reward, or the
+            last.
     """
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -99,66 +121,117 @@ class RLConfig(RewardOptions, PolicyConfig):
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
         errors.one_of("select", self.select, ("best", "last"))
-        # A gradient needs the log-probabilities of what was sampled from; the trainer has those of the whole softmax.
+        # A gradient needs the log-probabilities of what was sampled from; the trainer has those of
+        # the whole softmax.
         for field, value in (("top_k", self.rollout.top_k), ("top_p", self.rollout.top_p)):
-            whole = f"rollout.{field} is {value!r}; RL learns from the whole distribution: leave it out, and lower temperature instead."
+            whole = (
+                f"rollout.{field} is {value!r}; RL learns from the whole distribution: leave "
+                "it out, and lower temperature instead."
+            )
             errors.require(value is None, whole)
         if self.value_learning_rate is not None:
             errors.positive("value_learning_rate", self.value_learning_rate)
         errors.one_of("value_head", self.value_head, ("zero", "reward"))
         known = self.value_head == "zero" or bool(self.reward)
-        errors.require(known, "value_head reward begins with a reward artefact's head; there is none.")
+        errors.require(
+            known, "value_head reward begins with a reward artefact's head; there is none."
+        )
         if self.validation_prompts == 0:
-            errors.unread(self, ("evaluate_every",), "rl without validation_prompts", ("rl with validation_prompts",))
+            errors.unread(
+                self,
+                ("evaluate_every",),
+                "rl without validation_prompts",
+                ("rl with validation_prompts",),
+            )
         if self.tuning == "full":
             errors.unread(self, ("rollout.adapters",), "tuning full", ("tuning lora",))
         if self.policy is None:
             self.check_stale(self.lora.dropout)
-        errors.require(self.max_mismatch > 1, f"max_mismatch is {self.max_mismatch!r}; it must be greater than 1.")
+        errors.require(
+            self.max_mismatch > 1,
+            f"max_mismatch is {self.max_mismatch!r}; it must be greater than 1.",
+        )
         parts = self.algorithm.minibatches * self.microbatches
         errors.require(
             self.batch_size % parts == 0,
-            f"batch_size is {self.batch_size}; it must be a multiple of algorithm.minibatches times microbatches, {parts}.",
+            f"batch_size is {self.batch_size}; it must be a multiple of algorithm.minibatches "
+            f"times microbatches, {parts}.",
         )
         errors.require(
             self.batch_size % self.algorithm.group == 0,
-            f"batch_size is {self.batch_size} episodes; it must be a multiple of algorithm.samples, {self.algorithm.group}.",
+            f"batch_size is {self.batch_size} episodes; it must be a multiple of "
+            f"algorithm.samples, {self.algorithm.group}.",
         )
         compared = self.algorithm.rule.advantage != "batch-mean" or self.batch_size > 1
-        errors.require(compared, f"batch_size is {self.batch_size}; {self.algorithm.name} compares the batch's episodes and needs 2 or more.")
+        errors.require(
+            compared,
+            f"batch_size is {self.batch_size}; {self.algorithm.name} compares the batch's "
+            "episodes and needs 2 or more.",
+        )
         self.shaping.check_room(self.data.max_response_length)
         apart = not (self.algorithm.rule.greedy and self.shaping.whiten)
-        errors.require(apart, "shaping.whiten is over the batch's samples; remax compares them with greedy responses: leave it out.")
-        place, estimators = ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
+        errors.require(
+            apart,
+            "shaping.whiten is over the batch's samples; remax compares them with greedy "
+            "responses: leave it out.",
+        )
+        place, estimators = (
+            ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
+        )
         fitting = self.kl.estimator in (None, *estimators)
-        errors.require(fitting, f"kl.estimator is {self.kl.estimator!r}; in the {place} it must be {' or '.join(estimators)}.")
+        errors.require(
+            fitting,
+            f"kl.estimator is {self.kl.estimator!r}; in the {place} it must be "
+            f"{' or '.join(estimators)}.",
+        )
         # The gain of the adaptive coefficient, batch_size / horizon, could turn its sign.
         short = self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon
-        errors.require(not short, f"kl.horizon is {self.kl.horizon} episodes; it must be more than a fifth of batch_size, {self.batch_size}.")
+        errors.require(
+            not short,
+            f"kl.horizon is {self.kl.horizon} episodes; it must be more than a fifth of "
+            f"batch_size, {self.batch_size}.",
+        )
         in_reward = not (self.kl_in_loss and self.kl.whole_score)
-        errors.require(in_reward, "kl.whole_score is for a KL in the reward; this one is in the loss, where the score is whole anyway: leave it out.")
+        errors.require(
+            in_reward,
+            "kl.whole_score is for a KL in the reward; this one is in the loss, where the score "
+            "is whole anyway: leave it out.",
+        )
         for option, value, default in (
             ("value_head", self.value_head, RLConfig.value_head),
             ("value_learning_rate", self.value_learning_rate, RLConfig.value_learning_rate),
-            ("optimizer.head_learning_rate", self.optimizer.head_learning_rate, OptimizerConfig.head_learning_rate),
+            (
+                "optimizer.head_learning_rate",
+                self.optimizer.head_learning_rate,
+                OptimizerConfig.head_learning_rate,
+            ),
         ):
             algorithms.check_read(option, value, default, self.algorithm.name)
 
     def check_stale(self, dropout: float) -> None:
         """UserError for bounds on stale samples where there are none.
 
-        In the only update of a rollout every ratio is 1, and the values are the old ones, unless there is dropout (the policy's).
+        In the only update of a rollout every ratio is 1, and the values are the old ones, unless
+        there is dropout (the policy's).
         """
         if self.algorithm.updates > 1 or (dropout > 0 and self.tuning == "lora"):
             return
         for field in ("clip", "clip_high", "max_ratio", "value_clip"):
             value, default = vars(self.algorithm)[field], errors.default_of(AlgorithmConfig, field)
             more = "leave it out, or give algorithm.epochs or algorithm.minibatches"
-            errors.require(value == default, f"algorithm.{field} is {value!r}, which nothing reads in one update of each rollout: all ratios are 1 there; {more}.")
+            errors.require(
+                value == default,
+                f"algorithm.{field} is {value!r}, which nothing reads in one update of each "
+                f"rollout: all ratios are 1 there; {more}.",
+            )
 
     @property
     def has_adapters(self) -> bool:
-        return super().has_adapters or bool(self.reward) or self.kl.reference not in ("start", "base", "none")
+        return (
+            super().has_adapters
+            or bool(self.reward)
+            or self.kl.reference not in ("start", "base", "none")
+        )
 
     @property
     def kl_in_loss(self) -> bool:

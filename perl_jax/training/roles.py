@@ -13,7 +13,9 @@ from perl_jax.training.configs import JobConfig
 
 
 def fresh_role(model: Model, config: JobConfig, key: jax.Array) -> Adapter:
-    """The trainable tree a job starts from: a LoRA adapter equal to the base, or all its weights."""
+    """The trainable tree a job starts from: a LoRA adapter equal to the base, or all its
+    weights.
+    """
     if config.tuning == "full":
         _require_dense(config)
         return weights_program(model.lm)(model.base)
@@ -21,7 +23,10 @@ def fresh_role(model: Model, config: JobConfig, key: jax.Array) -> Adapter:
     if config.stack_on is None:
         return fresh
     frozen, record = model.load_role(config.stack_on)
-    require(record.tuning == "lora", f"{config.stack_on} is fully tuned; only an adapter can lie under another.")
+    require(
+        record.tuning == "lora",
+        f"{config.stack_on} is fully tuned; only an adapter can lie under another.",
+    )
     return lora.stack(frozen, fresh, model.lm.config.layers)
 
 
@@ -39,15 +44,20 @@ def starting_role(model: Model, config: JobConfig, folder: str | None, key: jax.
         check_adapter(folder, record, config.lora)
         return adapter
     if config.tuning == "lora":
-        raise UserError(f"{folder} is fully tuned; an adapter needs a frozen base: use --tuning full, or start from an adapter.")
+        raise UserError(
+            f"{folder} is fully tuned; an adapter needs a frozen base: use --tuning full, or "
+            "start from an adapter."
+        )
     _require_dense(config)
     return weights_program(model.lm)(merge_program(model.lm)(model.base, adapter))
 
 
 def check_adapter(folder: str, record: Record, given: LoRAConfig) -> None:
-    """Raises UserError when a setting in `--lora` differs from the adapter that the run continues from.
+    """Raises UserError when a setting in `--lora` differs from the adapter that the run continues
+    from.
 
-    A config cannot tell its defaults from values that were given; one that is the default is taken as not given.
+    A config cannot tell its defaults from values that were given; one that is the default is taken
+    as not given.
     """
     if record.lora is None:
         return
@@ -56,9 +66,13 @@ def check_adapter(folder: str, record: Record, given: LoRAConfig) -> None:
         found = decided[name]
         require(
             wanted in (found, defaults[name]),
-            f"lora.{name} is {wanted!r}; {folder}, which this run goes on from, has {found!r}: leave it out, or begin a fresh adapter with --stack-on.",
+            f"lora.{name} is {wanted!r}; {folder}, which this run goes on from, has {found!r}: "
+            "leave it out, or begin a fresh adapter with --stack-on.",
         )
 
 
 def _require_dense(config: JobConfig) -> None:
-    require(config.quantise.kind == "none", "Full tuning trains the base's weights; quantise.kind must be none.")
+    require(
+        config.quantise.kind == "none",
+        "Full tuning trains the base's weights; quantise.kind must be none.",
+    )

@@ -18,7 +18,15 @@ from perl_jax.training.fit import Supervised, begin, fit, validate_policy
 from perl_jax.training.roles import fresh_role
 
 
-SFT = Supervised("sft", "policy", "demonstrations", supervised.sft_objective, validate_policy, None, ("train/loss", "validation/loss"))
+SFT = Supervised(
+    "sft",
+    "policy",
+    "demonstrations",
+    supervised.sft_objective,
+    validate_policy,
+    None,
+    ("train/loss", "validation/loss"),
+)
 
 
 def run_sft(config: SFTConfig) -> pathlib.Path:

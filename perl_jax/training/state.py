@@ -21,10 +21,10 @@ UPDATE, SAMPLE, SHUFFLE = 0, 1, 2
 class TrainState:
     """All that a job changes; what a checkpoint holds beside the data cursor. No base leaf.
 
-    step: int32, steps done (RL: batches of rollouts, each of one or more updates). roles: the trained tree of each role. optimizers: Optax state of
-    each role. frozen: roles the job reads but does not train (RL: reference, reward).
-    key: raw uint32 key data; every use folds in the step, so none repeats. controls: numbers that
-    the loop adapts (the KL coefficient).
+    step: int32, steps done (RL: batches of rollouts, each of one or more updates). roles: the
+    trained tree of each role. optimizers: Optax state of each role. frozen: roles the job reads but
+    does not train (RL: reference, reward). key: raw uint32 key data; every use folds in the step,
+    so none repeats. controls: numbers that the loop adapts (the KL coefficient).
     """
 
     step: Array
@@ -40,7 +40,9 @@ class TrainState:
         Uses are folded in, not split off: fold_in(key, i) and split(key, n)[i] are the same key, so
         a step's key that was itself split would meet its own folds again.
         """
-        return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step), use)
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step), use
+        )
 
 
 def init_state(
@@ -59,5 +61,10 @@ def init_state(
     states = {name: optimizers[name].init(trainable(role)) for name, role in roles.items()}
     numbers = {name: jnp.float32(value) for name, value in (controls or {}).items()}
     return TrainState(
-        step=jnp.int32(0), roles=copy(roles), optimizers=states, frozen=copy(frozen or {}), key=jax.random.key_data(key), controls=numbers
+        step=jnp.int32(0),
+        roles=copy(roles),
+        optimizers=states,
+        frozen=copy(frozen or {}),
+        key=jax.random.key_data(key),
+        controls=numbers,
     )

@@ -27,7 +27,12 @@ Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum,
 
 
 def gradients(
-    objective: Objective, roles: dict[str, Adapter], frozen: Tree, batch: Tree, key: jax.Array, microbatches: int
+    objective: Objective,
+    roles: dict[str, Adapter],
+    frozen: Tree,
+    batch: Tree,
+    key: jax.Array,
+    microbatches: int,
 ) -> tuple[LossSum, Logs, dict[str, Adapter]]:
     """Sum of losses, logs, and d(total)/d(roles) / weight over the whole batch.
 
@@ -57,38 +62,61 @@ def gradients(
             return jax.tree.map(jnp.add, carry, (aux, grads)), None
 
         ((loss, logs), summed), _ = jax.lax.scan(add, zeros, (split, keys))
-    return loss, logs, jax.tree.map(lambda g: g / jnp.where(loss.weight > 0, loss.weight, 1), summed)
+    return (
+        loss,
+        logs,
+        jax.tree.map(lambda g: g / jnp.where(loss.weight > 0, loss.weight, 1), summed),
+    )
 
 
 def train_step(
-    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree
+    objective: Objective,
+    optimizers: Optimizers,
+    microbatches: int,
+    state: TrainState,
+    frozen: Tree,
+    batch: Tree,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of every role. `finite`: no NaN or infinity in loss, gradients or updated roles.
 
     Only the trainable leaves are differentiated, so only their gradients exist and have norms.
     """
-    state, metrics = _update(objective, optimizers, microbatches, state, frozen, batch, state.step_key(UPDATE))
+    state, metrics = _update(
+        objective, optimizers, microbatches, state, frozen, batch, state.step_key(UPDATE)
+    )
     return state.replace(step=state.step + 1), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
 def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
-    """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them out anew.
+    """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them
+    out anew.
 
-    group: consecutive rows that stay together. Raises ValueError where whole groups do not divide over the minibatches.
+    group: consecutive rows that stay together. Raises ValueError where whole groups do not divide
+    over the minibatches.
     """
     check_divides(rows, minibatches, group, "minibatches")
-    first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(jax.random.split(key, epochs))
-    return (first_EX[:, :, None] + jnp.arange(group)[None, None, :]).reshape(epochs * minibatches, -1)
+    first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(
+        jax.random.split(key, epochs)
+    )
+    return (first_EX[:, :, None] + jnp.arange(group)[None, None, :]).reshape(
+        epochs * minibatches, -1
+    )
 
 
 def train_epochs(
-    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree, orders_XY: Array
+    objective: Objective,
+    optimizers: Optimizers,
+    microbatches: int,
+    state: TrainState,
+    frozen: Tree,
+    batch: Tree,
+    orders_XY: Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of several updates, each from its own rows of the batch.
 
-    orders_XY: the rows of each (`dealt`). A packed batch has the layout of one update's rows. Metrics are means over the
-    updates; `finite` is of all.
+    orders_XY: the rows of each (`dealt`). A packed batch has the layout of one update's rows.
+    Metrics are means over the updates; `finite` is of all.
     """
     keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
 
@@ -103,14 +131,22 @@ def train_epochs(
 
 
 def _update(
-    objective: Objective, optimizers: Optimizers, microbatches: int, state: TrainState, frozen: Tree, batch: Tree, key: jax.Array
+    objective: Objective,
+    optimizers: Optimizers,
+    microbatches: int,
+    state: TrainState,
+    frozen: Tree,
+    batch: Tree,
+    key: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """New roles and optimizer states, and the update's metrics; the step stays."""
     loss, logs, grads = gradients(objective, state.roles, frozen, batch, key, microbatches)
     roles, opt_states = {}, {}
     metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
     for name, role in state.roles.items():
-        updates, opt_states[name] = optimizers[name].update(grads[name], state.optimizers[name], trainable(role))
+        updates, opt_states[name] = optimizers[name].update(
+            grads[name], state.optimizers[name], trainable(role)
+        )
         roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
         metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
     metrics["finite"] = trees.all_finite((loss, grads, roles))

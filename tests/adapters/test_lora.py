@@ -1,4 +1,6 @@
-"""Adapters: equal to the base at first, right afterwards, and the only thing that is ever trained."""
+"""Adapters: equal to the base at first, right afterwards, and the only thing that is ever
+trained.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def test_targets_name_projections(targets, projections):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"targets": "q,z"}, "lora.targets is 'q,z'; it must be attention, all-linear, or names out of q, k, v, o, gate, up, down"),
+        (
+            {"targets": "q,z"},
+            "lora.targets is 'q,z'; it must be attention, all-linear, or names out of q, k, v, o, "
+            "gate, up, down",
+        ),
         ({"targets": ""}, "lora.targets is ''"),
         ({"targets": "q,,v"}, "lora.targets is 'q,,v'"),
         ({"targets": "attention,up"}, "lora.targets is 'attention,up'"),
@@ -95,7 +101,9 @@ def test_a_is_uniform_and_b_is_zero():
 
 
 def test_keys_decide_the_draws_and_targets_do_not_disturb_each_other():
-    draw = lambda seed, targets: trees.named_leaves(small.LM.init_adapter(jax.random.key(seed), LoRAConfig(rank=3, targets=targets)).lora)
+    draw = lambda seed, targets: trees.named_leaves(
+        small.LM.init_adapter(jax.random.key(seed), LoRAConfig(rank=3, targets=targets)).lora
+    )
     few, many, other = draw(0, "q,v"), draw(0, "all-linear"), draw(1, "q,v")
     for name, leaf in few.items():
         np.testing.assert_array_equal(leaf, many[name])
@@ -120,16 +128,27 @@ def test_head_is_normal_or_zero():
 def test_a_fresh_adapter_is_the_base_bit_for_bit(targets):
     tokens = small.make_tokens()
     adapter = small.LM.init_adapter(jax.random.key(3), LoRAConfig(rank=5, targets=targets))
-    small.assert_same(small.logits(small.LM, BASE, adapter, tokens), small.logits(small.LM, BASE, None, tokens))
+    small.assert_same(
+        small.logits(small.LM, BASE, adapter, tokens), small.logits(small.LM, BASE, None, tokens)
+    )
     moved = small.make_adapter(lora=adapter.config)
-    assert np.abs(small.logits(small.LM, BASE, moved, tokens) - small.logits(small.LM, BASE, adapter, tokens)).max() > 0.05
+    assert (
+        np.abs(
+            small.logits(small.LM, BASE, moved, tokens)
+            - small.logits(small.LM, BASE, adapter, tokens)
+        ).max()
+        > 0.05
+    )
 
 
 def test_a_fresh_adapter_is_the_base_bit_for_bit_without_jit():
     tokens = small.make_tokens()
     adapter = small.LM.init_adapter(jax.random.key(3), small.LORA)
     with jax.disable_jit():
-        fresh_BTV, base_BTV = (small.LM.logits(BASE, role, tokens.tokens_BT, tokens.valid_BT) for role in (adapter, None))
+        fresh_BTV, base_BTV = (
+            small.LM.logits(BASE, role, tokens.tokens_BT, tokens.valid_BT)
+            for role in (adapter, None)
+        )
     small.assert_same(fresh_BTV, base_BTV)
 
 
@@ -148,13 +167,20 @@ def test_first_gradient_reaches_b_and_the_head(loss):
 
 
 def torch_adapted(model, adapter: Adapter):
-    """Torch parameters W + (alpha / R) (A B)^T made of leaves that ask for gradients, and those leaves."""
+    """Torch parameters W + (alpha / R) (A B)^T made of leaves that ask for gradients, and those
+    leaves.
+    """
     torch = pytest.importorskip("torch")
-    leaves = {name: torch.tensor(np.array(leaf), requires_grad=True) for name, leaf in trees.named_leaves(adapter.lora).items()}
+    leaves = {
+        name: torch.tensor(np.array(leaf), requires_grad=True)
+        for name, leaf in trees.named_leaves(adapter.lora).items()
+    }
     parameters = dict(model.named_parameters())
     for stem in sorted(name.removesuffix("/lora_a") for name in leaves if name.endswith("lora_a")):
         _, part, projection = stem.split("/")
-        delta_LDF = adapter.config.scale_of("q") * leaves[f"{stem}/lora_a"] @ leaves[f"{stem}/lora_b"]
+        delta_LDF = (
+            adapter.config.scale_of("q") * leaves[f"{stem}/lora_a"] @ leaves[f"{stem}/lora_b"]
+        )
         for index, delta_DF in enumerate(delta_LDF):
             name = f"model.layers.{index}.{TORCH_NAMES[part]}.{projection}_proj.weight"
             parameters[name] = parameters[name] + delta_DF.T
@@ -169,15 +195,26 @@ def twin(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("targets", ["attention", "all-linear"])
 def test_logits_and_gradients_equal_a_lora_written_in_torch(twin, targets):
     torch = pytest.importorskip("torch")
-    adapter, tokens = small.make_adapter(lora=LoRAConfig(rank=5, alpha=10.0, targets=targets)), small.make_tokens()
+    adapter, tokens = (
+        small.make_adapter(lora=LoRAConfig(rank=5, alpha=10.0, targets=targets)),
+        small.make_tokens(),
+    )
     parameters, leaves = torch_adapted(twin, adapter)
-    logits_BTV = torch.func.functional_call(twin, parameters, kwargs=small.torch_inputs(tokens)).logits
+    logits_BTV = torch.func.functional_call(
+        twin, parameters, kwargs=small.torch_inputs(tokens)
+    ).logits
     small.torch_sft_loss(logits_BTV, tokens).backward()
     mine_BTV = np.array(small.logits(small.LM, BASE, adapter, tokens))
-    np.testing.assert_allclose(mine_BTV[tokens.valid_BT], logits_BTV.detach().numpy()[tokens.valid_BT], atol=1e-4)
-    for name, grad in trees.named_leaves(small.gradient(small.sft_loss, small.LM, adapter, BASE, tokens)[1].lora).items():
+    np.testing.assert_allclose(
+        mine_BTV[tokens.valid_BT], logits_BTV.detach().numpy()[tokens.valid_BT], atol=1e-4
+    )
+    for name, grad in trees.named_leaves(
+        small.gradient(small.sft_loss, small.LM, adapter, BASE, tokens)[1].lora
+    ).items():
         assert np.abs(grad).max() > 1e-3, name
-        np.testing.assert_allclose(grad, leaves[name].grad.numpy(), atol=1e-4, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            grad, leaves[name].grad.numpy(), atol=1e-4, rtol=1e-4, err_msg=name
+        )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -186,7 +223,14 @@ def test_logits_and_gradients_equal_peft(tmp_path):
     torch = pytest.importorskip("torch")
     adapter, tokens = small.make_adapter(), small.make_tokens()
     names = [f"{name}_proj" for name in small.LORA.projections]
-    settings = peft.LoraConfig(r=5, lora_alpha=10, target_modules=names, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=5,
+        lora_alpha=10,
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
     model = peft.get_peft_model(small.write_twin(tmp_path, small.LM, BASE), settings)
     parameters, places = dict(model.named_parameters()), {}
     for name, leaf in trees.named_leaves(adapter.lora).items():
@@ -200,10 +244,16 @@ def test_logits_and_gradients_equal_peft(tmp_path):
     logits_BTV = model(**small.torch_inputs(tokens)).logits
     small.torch_sft_loss(logits_BTV, tokens).backward()
     mine_BTV = np.array(small.logits(small.LM, BASE, adapter, tokens))
-    np.testing.assert_allclose(mine_BTV[tokens.valid_BT], logits_BTV.detach().numpy()[tokens.valid_BT], atol=1e-4)
-    grads = trees.named_leaves(small.gradient(small.sft_loss, small.LM, adapter, BASE, tokens)[1].lora)
+    np.testing.assert_allclose(
+        mine_BTV[tokens.valid_BT], logits_BTV.detach().numpy()[tokens.valid_BT], atol=1e-4
+    )
+    grads = trees.named_leaves(
+        small.gradient(small.sft_loss, small.LM, adapter, BASE, tokens)[1].lora
+    )
     for (name, index), parameter in places.items():
-        np.testing.assert_allclose(grads[name][index], parameter.grad.numpy().T, atol=1e-4, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            grads[name][index], parameter.grad.numpy().T, atol=1e-4, rtol=1e-4, err_msg=name
+        )
 
 
 # Merging.
@@ -211,10 +261,15 @@ def test_logits_and_gradients_equal_peft(tmp_path):
 
 @pytest.mark.parametrize("targets", TARGETS)
 def test_merged_equals_applied(targets):
-    adapter, tokens = small.make_adapter(lora=LoRAConfig(rank=3, targets=targets)), small.make_tokens()
+    adapter, tokens = (
+        small.make_adapter(lora=LoRAConfig(rank=3, targets=targets)),
+        small.make_tokens(),
+    )
     before = jax.tree.map(np.array, (BASE, adapter))
     merged = lora_lib.merge(BASE, adapter)
-    applied_BTV, merged_BTV = (small.logits(small.LM, *pair, tokens) for pair in ((BASE, adapter), (merged, None)))
+    applied_BTV, merged_BTV = (
+        small.logits(small.LM, *pair, tokens) for pair in ((BASE, adapter), (merged, None))
+    )
     np.testing.assert_allclose(applied_BTV, merged_BTV, atol=5e-5)
     assert np.abs(applied_BTV - small.logits(small.LM, BASE, None, tokens)).max() > 0.05
     small.assert_same(jax.tree.map(np.array, (BASE, adapter)), before)
@@ -227,11 +282,18 @@ def test_merging_by_hand_in_bfloat16():
     for name, leaf in trees.named_leaves(low).items():
         expected = leaf
         if name == "layers/attention/k/kernel":
-            a_LDR, b_LRF = (np.array(adapter.lora["layers"]["attention"]["k"][part]) for part in ("lora_a", "lora_b"))
-            expected = (np.array(leaf, np.float32) + 3.0 * np.matmul(a_LDR, b_LRF)).astype(jnp.bfloat16)
+            a_LDR, b_LRF = (
+                np.array(adapter.lora["layers"]["attention"]["k"][part])
+                for part in ("lora_a", "lora_b")
+            )
+            expected = (np.array(leaf, np.float32) + 3.0 * np.matmul(a_LDR, b_LRF)).astype(
+                jnp.bfloat16
+            )
             assert (np.array(leaf) != np.array(expected)).mean() > 0.9
         assert merged[name].dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.array(merged[name], np.float32), np.array(expected, np.float32), rtol=0.008)
+        np.testing.assert_allclose(
+            np.array(merged[name], np.float32), np.array(expected, np.float32), rtol=0.008
+        )
 
 
 def test_merging_nothing_or_everything():
@@ -252,7 +314,9 @@ def test_training_leaves_the_base_alone(name):
     roles = {"policy": small.LM.init_adapter(jax.random.key(0), small.LORA)}
     state = first = init_state(roles, optimizers, jax.random.key(1))
     objective = functools.partial(supervised.sft_objective, small.LM)
-    step = Program("sft", functools.partial(step_lib.train_step, objective, optimizers, 1), donate=(0,))
+    step = Program(
+        "sft", functools.partial(step_lib.train_step, objective, optimizers, 1), donate=(0,)
+    )
     losses = []
     for _ in range(5):
         state, metrics = step(state, base, tokens)
@@ -270,19 +334,27 @@ def equations(jaxpr) -> Iterator:
     """Every equation, those of loops and calls included."""
     for equation in jaxpr.eqns:
         yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
 
 
 def weight_gradients(loss, role, base, tokens) -> set[tuple[int, ...]]:
-    """Shapes of base weights (whole, or one layer) that the gradient computes by products or sums."""
+    """Shapes of base weights (whole, or one layer) that the gradient computes by products or
+    sums.
+    """
     jaxpr = jax.make_jaxpr(lambda role, base: jax.grad(loss)(role, base, tokens))(role, base)
     shapes = {leaf.shape for leaf in jax.tree.leaves(base) if leaf.ndim > 1}
     shapes |= {shape[1:] for shape in shapes if shape[0] == small.CONFIG.layers and len(shape) == 3}
     shapes |= {shape[:-2] + shape[:-3:-1] for shape in shapes}
-    found, makers = set(), {"dot_general", "scatter-add", "add_any", "add", "mul", "broadcast_in_dim", "reduce_sum"}
+    found, makers = (
+        set(),
+        {"dot_general", "scatter-add", "add_any", "add", "mul", "broadcast_in_dim", "reduce_sum"},
+    )
     for equation in equations(jaxpr.jaxpr):
         if equation.primitive.name in makers:
             found |= {variable.aval.shape for variable in equation.outvars} & shapes
@@ -309,11 +381,16 @@ def test_no_gradient_of_a_base_weight_is_computed(loss, remat):
 def test_dropout_acts_only_where_a_key_is_given():
     tokens = small.make_tokens()
     plain = small.make_adapter()
-    dropped = plain.replace(config=LoRAConfig(rank=5, alpha=10.0, targets="all-linear", dropout=0.4))
+    dropped = plain.replace(
+        config=LoRAConfig(rank=5, alpha=10.0, targets="all-linear", dropout=0.4)
+    )
     logits = jax.jit(small.LM.logits)
     args = tokens.tokens_BT, tokens.valid_BT
     one, two = jax.random.key(1), jax.random.key(2)
-    exact_BTV, first_BTV = small.logits(small.LM, BASE, plain, tokens), logits(BASE, dropped, *args, one)
+    exact_BTV, first_BTV = (
+        small.logits(small.LM, BASE, plain, tokens),
+        logits(BASE, dropped, *args, one),
+    )
     small.assert_same(small.logits(small.LM, BASE, dropped, tokens), exact_BTV)
     small.assert_same(logits(BASE, dropped, *args, one), first_BTV)
     np.testing.assert_allclose(logits(BASE, plain, *args, one), exact_BTV, atol=1e-5)
@@ -325,10 +402,14 @@ def test_every_projection_drops_its_own_inputs():
     # Equal weights, equal inputs, one key: only the projection's name tells them apart.
     lora = LoRAConfig(rank=5, targets="all-linear", dropout=0.5)
     noise = np.random.default_rng(0)
-    a_DR, b_RF, x_BTD = (noise.standard_normal(shape).astype(np.float32) for shape in ((32, 5), (5, 24), (1, 2, 32)))
+    a_DR, b_RF, x_BTD = (
+        noise.standard_normal(shape).astype(np.float32) for shape in ((32, 5), (5, 24), (1, 2, 32))
+    )
     outputs = []
     for name in lora.projections:
-        linear = Linear(name, small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
+        linear = Linear(
+            name, small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0)
+        )
         linear.lora_a[...], linear.lora_b[...] = a_DR, b_RF
         outputs.append(np.array(linear(x_BTD, jax.random.key(1))))
     for one, other in itertools.combinations(outputs, 2):
@@ -338,15 +419,27 @@ def test_every_projection_drops_its_own_inputs():
 def test_every_layer_drops_its_own_inputs():
     # Layers that are alike and add nothing to the residual stream, save for one layer's adapter:
     # without dropout it does not matter which layer has it, with one mask for all it would not.
-    base = trees.map_named(lambda name, leaf: leaf * (not name.endswith(("o/kernel", "down/kernel"))), BASE)
-    base["layers"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), base["layers"])
+    base = trees.map_named(
+        lambda name, leaf: leaf * (not name.endswith(("o/kernel", "down/kernel"))), BASE
+    )
+    base["layers"] = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), base["layers"]
+    )
     down = small.make_adapter(lora=LoRAConfig(rank=5, targets="down")).lora["layers"]["mlp"]["down"]
     tokens, hidden = small.make_tokens((("none", 5),), 5), jax.jit(small.LM.hidden)
     effects = {0.0: [], 0.5: []}
     for dropout, index in itertools.product(effects, range(3)):
-        only = {"lora_a": jnp.stack([down["lora_a"][0]] * 3), "lora_b": jnp.zeros_like(down["lora_b"]).at[index].set(down["lora_b"][0])}
-        role = Adapter(lora={"layers": {"mlp": {"down": only}}}, config=LoRAConfig(rank=5, targets="down", dropout=dropout))
-        effects[dropout].append(np.array(hidden(base, role, tokens.tokens_BT, tokens.valid_BT, jax.random.key(0))))
+        only = {
+            "lora_a": jnp.stack([down["lora_a"][0]] * 3),
+            "lora_b": jnp.zeros_like(down["lora_b"]).at[index].set(down["lora_b"][0]),
+        }
+        role = Adapter(
+            lora={"layers": {"mlp": {"down": only}}},
+            config=LoRAConfig(rank=5, targets="down", dropout=dropout),
+        )
+        effects[dropout].append(
+            np.array(hidden(base, role, tokens.tokens_BT, tokens.valid_BT, jax.random.key(0)))
+        )
     for one, other in itertools.combinations(effects[0.0], 2):
         np.testing.assert_allclose(one, other, atol=1e-6)
     for one, other in itertools.combinations(effects[0.5], 2):

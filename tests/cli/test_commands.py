@@ -59,7 +59,9 @@ def test_no_command_prints_the_commands(capsys):
 def test_unknown_command(capsys):
     status, error = failure(capsys, "train", "--run", "x")
     assert status == 2 and error.count("\n") == 1
-    assert error.startswith("perl-jax: there is no command 'train'; commands: sft, reward, rl, dpo, best-of, evaluate,")
+    assert error.startswith(
+        "perl-jax: there is no command 'train'; commands: sft, reward, rl, dpo, best-of, evaluate,"
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,12 +85,30 @@ def test_wrong_flags_have_status_2(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sft", "--run", "r", "--model", "m", "--steps", "0"], "steps is 0; it must be a whole number greater than 0."),
-        (["sft", "--run", "r", "--model", "m", "--batch-size", "6", "--microbatches", "4"], "microbatches is 4; it must divide batch_size, 6."),
-        (["sft", "--run", "r", "--model", "m", "--lora.targets", "q,x"], "lora.targets is 'q,x'; it must be attention, all-linear, or names"),
-        (["rl", "--run", "r", "--model", "m", "--reward", "w", "--kl.beta", "2"], "kl.beta is 2.0; it must lie in [0, 1)."),
-        (["base", "--run", "r", "--model", "m", "--width", "30"], "width is 30; it must be a multiple of heads, 4."),
-        (["score", "--model", "m", "--input", "i", "--temperature", "0"], "temperature is 0.0; it must be a finite number greater than 0."),
+        (
+            ["sft", "--run", "r", "--model", "m", "--steps", "0"],
+            "steps is 0; it must be a whole number greater than 0.",
+        ),
+        (
+            ["sft", "--run", "r", "--model", "m", "--batch-size", "6", "--microbatches", "4"],
+            "microbatches is 4; it must divide batch_size, 6.",
+        ),
+        (
+            ["sft", "--run", "r", "--model", "m", "--lora.targets", "q,x"],
+            "lora.targets is 'q,x'; it must be attention, all-linear, or names",
+        ),
+        (
+            ["rl", "--run", "r", "--model", "m", "--reward", "w", "--kl.beta", "2"],
+            "kl.beta is 2.0; it must lie in [0, 1).",
+        ),
+        (
+            ["base", "--run", "r", "--model", "m", "--width", "30"],
+            "width is 30; it must be a multiple of heads, 4.",
+        ),
+        (
+            ["score", "--model", "m", "--input", "i", "--temperature", "0"],
+            "temperature is 0.0; it must be a finite number greater than 0.",
+        ),
     ],
 )
 def test_wrong_values_are_named(arguments, message, capsys, tmp_path, monkeypatch):
@@ -125,10 +145,15 @@ def test_folders_that_hold_no_model(capsys, tmp_path):
     empty, odd, torn = (tmp_path / name for name in ("empty", "odd", "torn"))
     for folder in (empty, odd, torn):
         folder.mkdir()
-    (odd / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    (odd / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+    )
     (torn / "config.json").write_text("{")
     for folder in (empty, odd, torn, tmp_path / "nowhere"):
-        for job, more in (("sft", ("--run", tmp_path / "run")), ("generate", ("--prompt", "hello"))):
+        for job, more in (
+            ("sft", ("--run", tmp_path / "run")),
+            ("generate", ("--prompt", "hello")),
+        ):
             status, error = failure(capsys, job, "--model", folder, *more)
             assert status == 2 and str(folder) in error, error
             assert_one_sentence(error, job)
@@ -138,7 +163,10 @@ def test_folders_that_hold_no_model(capsys, tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "tea"}', "line 2: the field response is missing."),
-        ('{"prompt": 3, "response": "yes"}', "line 2: the field prompt is a int; it must be a string."),
+        (
+            '{"prompt": 3, "response": "yes"}',
+            "line 2: the field prompt is a int; it must be a string.",
+        ),
         ('{"prompt": "", "response": "yes"}', "line 2: the field prompt is empty."),
         ('{"prompt": "tea", "response": "yes"', "line 2: not valid JSON"),
         ("[1, 2]", "line 2: must be a JSON object with prompt, response."),
@@ -151,15 +179,35 @@ def test_bad_rows_are_named_by_file_line_and_field(line, message, model_folder, 
     assert status == 2 and f"{path}, {message}" in error
     assert_one_sentence(error, "score")
     # The same rows as a task to train on.
-    data = ("--data.task", "jsonl", "--data.data-dir", path, "--data.max-prompt-length", 8, "--data.max-response-length", 8)
-    status, error = failure(capsys, "sft", "--run", tmp_path / "run", "--model", model_folder, *data)
+    data = (
+        "--data.task",
+        "jsonl",
+        "--data.data-dir",
+        path,
+        "--data.max-prompt-length",
+        8,
+        "--data.max-response-length",
+        8,
+    )
+    status, error = failure(
+        capsys, "sft", "--run", tmp_path / "run", "--model", model_folder, *data
+    )
     assert status == 2 and f"{path}, {message}" in error
     assert_one_sentence(error, "sft")
 
 
 def test_files_and_folders_that_are_missing(model_folder, capsys, tmp_path):
     gone = tmp_path / "gone"
-    common = ("--run", tmp_path / "run", "--model", model_folder, "--data.max-prompt-length", 8, "--data.max-response-length", 8)
+    common = (
+        "--run",
+        tmp_path / "run",
+        "--model",
+        model_folder,
+        "--data.max-prompt-length",
+        8,
+        "--data.max-response-length",
+        8,
+    )
     for arguments in (
         ("score", "--model", model_folder, "--input", gone),
         ("report", gone),
@@ -176,21 +224,52 @@ def test_a_job_on_rows_of_ones_own(model_folder, capsys, tmp_path, monkeypatch):
     # From the command line to an artefact, and a page.
     # Splits share no prompt, of which the job would speak.
     for place, split in enumerate(("train", "validation", "test")):
-        lines = [json.dumps({"prompt": f"{WORDS[3 * place + i % 3]} tea", "response": "yes please"}) for i in range(8)]
+        lines = [
+            json.dumps({"prompt": f"{WORDS[3 * place + i % 3]} tea", "response": "yes please"})
+            for i in range(8)
+        ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     run = tmp_path / "run"
-    sizes = ("--data.max-prompt-length", 8, "--data.max-response-length", 8, "--batch-size", 8, "--steps", 2)
-    arguments = ("sft", "--run", run, "--model", model_folder, "--data.task", "jsonl", "--data.data-dir", tmp_path, *sizes)
+    sizes = (
+        "--data.max-prompt-length",
+        8,
+        "--data.max-response-length",
+        8,
+        "--batch-size",
+        8,
+        "--steps",
+        2,
+    )
+    arguments = (
+        "sft",
+        "--run",
+        run,
+        "--model",
+        model_folder,
+        "--data.task",
+        "jsonl",
+        "--data.data-dir",
+        tmp_path,
+        *sizes,
+    )
     assert command.main([str(argument) for argument in arguments]) == 0
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.endswith(f"policy: {run / 'adapters' / 'policy'}\n")
-    assert (run / "adapters" / "policy" / "artefact.json").exists() and len(read_metrics(run / "metrics.jsonl")) == 2
+    assert (run / "adapters" / "policy" / "artefact.json").exists() and len(
+        read_metrics(run / "metrics.jsonl")
+    ) == 2
     assert command.main(["report", str(run)]) == 0 and (run / "report.html").exists()
 
 
 # Help.
 
-POSITIONAL = {"report": "run", "export": "adapter", "import": "peft", "average": "adapters", "show": "adapter"}
+POSITIONAL = {
+    "report": "run",
+    "export": "adapter",
+    "import": "peft",
+    "average": "adapters",
+    "show": "adapter",
+}
 
 
 def flags_of(config: type, prefix: str = "") -> list[str]:
@@ -213,7 +292,10 @@ def help_of(name: str, capsys, monkeypatch) -> dict[str, str]:
     texts, flag = {}, None
     for line in capsys.readouterr().out.splitlines():
         line = re.sub("[\u2500-\u257f]", " ", line).strip()
-        start = re.match(r"(?:--)?(\S+?)(?:, --\S*no-\S+)?(?: (?:STR|INT|FLOAT|\[STR \[STR \.\.\.\]\]|\{\S+|\{.*\}))?(?:  +(.*)|$)", line)
+        start = re.match(
+            r"(?:--)?(\S+?)(?:, --\S*no-\S+)?(?: (?:STR|INT|FLOAT|\[STR \[STR \.\.\.\]\]|\{\S+|\{.*\}))?(?:  +(.*)|$)",
+            line,
+        )
         if not line or line.startswith("-----"):
             flag = None
         elif line.startswith(("STR ", "[[STR ")):
@@ -224,14 +306,22 @@ def help_of(name: str, capsys, monkeypatch) -> dict[str, str]:
             texts[flag] = start[2] or ""
         elif flag is not None:
             texts[flag] += " " + line
-    return {flag: re.sub(r"\((default: .*|required)\)$", "", " ".join(text.split())).strip() for flag, text in texts.items()}
+    return {
+        flag: re.sub(r"\((default: .*|required)\)$", "", " ".join(text.split())).strip()
+        for flag, text in texts.items()
+    }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_flag_is_explained(name, capsys, monkeypatch):
     texts = help_of(name, capsys, monkeypatch)
-    flags = ["positional" if flag == POSITIONAL.get(name) else flag for flag in flags_of(command._config(name))]
+    flags = [
+        "positional" if flag == POSITIONAL.get(name) else flag
+        for flag in flags_of(command._config(name))
+    ]
     assert len(flags) == len(set(flags))
     for flag in flags:
         # A sentence, not a repetition of the name.
-        assert len(texts[flag].split()) >= 2 and texts[flag].endswith("."), f"{flag}: {texts[flag]!r}"
+        assert len(texts[flag].split()) >= 2 and texts[flag].endswith("."), (
+            f"{flag}: {texts[flag]!r}"
+        )

@@ -15,12 +15,19 @@ from perl_jax.errors import UserError
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
+    )
     return path
 
 
 def test_reads_wanted_fields_only(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "é\n 日本", "response": " b ", "label": 1, "note": 3}, "", "  ")
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "é\n 日本", "response": " b ", "label": 1, "note": 3},
+        "",
+        "  ",
+    )
     assert jsonl.read_jsonl(path, ("prompt", "response", "label")) == [
         {"prompt": "é\n 日本", "response": " b ", "label": 1.0}
     ]
@@ -39,16 +46,37 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
         ("{", r"a\.jsonl, line 3: not valid JSON \(.*column 2\)"),
         ("[1]", r"line 3: must be a JSON object with prompt, response, label"),
         ('{"prompt": "p", "response": "r"}', "line 3: the field label is missing"),
-        ('{"prompt": 1, "response": "r", "label": 1}', "line 3: the field prompt is a int; it must be a string"),
+        (
+            '{"prompt": 1, "response": "r", "label": 1}',
+            "line 3: the field prompt is a int; it must be a string",
+        ),
         ('{"prompt": "p", "response": " ", "label": 1}', "line 3: the field response is empty"),
-        ('{"prompt": "p", "response": "r", "label": "1"}', "line 3: the field label is '1'; it must be a number"),
-        ('{"prompt": "p", "response": "r", "label": true}', "line 3: the field label is True; it must be a number"),
-        ('{"prompt": "p", "response": "r", "label": 1.5}', r"line 3: the field label is 1\.5; it must be a number in \[0, 1\]"),
-        ('{"prompt": "p", "response": "r", "label": NaN}', r"line 3: the field label is nan; it must be a number in \[0, 1\]"),
-        ('{"prompt": "\\ud800", "response": "r", "label": 1}', "line 3: the field prompt has half of a surrogate"),
+        (
+            '{"prompt": "p", "response": "r", "label": "1"}',
+            "line 3: the field label is '1'; it must be a number",
+        ),
+        (
+            '{"prompt": "p", "response": "r", "label": true}',
+            "line 3: the field label is True; it must be a number",
+        ),
+        (
+            '{"prompt": "p", "response": "r", "label": 1.5}',
+            r"line 3: the field label is 1\.5; it must be a number in \[0, 1\]",
+        ),
+        (
+            '{"prompt": "p", "response": "r", "label": NaN}',
+            r"line 3: the field label is nan; it must be a number in \[0, 1\]",
+        ),
+        (
+            '{"prompt": "\\ud800", "response": "r", "label": 1}',
+            "line 3: the field prompt has half of a surrogate",
+        ),
         ("[" * 100_000, "line 3: not valid JSON"),
         ("9" * 10_000, "line 3: not valid JSON"),
-        ('{"prompt": "p", "response": "r", "label": 1' + "0" * 400 + "}", "line 3: the field label is 10+; it must be a number in"),
+        (
+            '{"prompt": "p", "response": "r", "label": 1' + "0" * 400 + "}",
+            "line 3: the field label is 10+; it must be a number in",
+        ),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path, line, message):
@@ -63,22 +91,31 @@ def test_errors_of_whole_files(tmp_path):
     latin.write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl, line 1: not UTF-8 text \(byte 12\)"):
         jsonl.read_jsonl(latin, ("prompt",))
-    with pytest.raises(UserError, match=r"empty\.jsonl is empty; it must hold one JSON object a line"):
+    with pytest.raises(
+        UserError, match=r"empty\.jsonl is empty; it must hold one JSON object a line"
+    ):
         jsonl.read_jsonl(write(tmp_path / "empty.jsonl"), ("prompt",))
     with pytest.raises(UserError, match=r"gone\.jsonl cannot be read: No such file"):
         jsonl.read_jsonl(tmp_path / "gone.jsonl", ("prompt",))
 
 
 def opened(path, kind, split, cache):
-    source = get_task("jsonl").open(kind, split, DataOptions(data_dir=str(path), cache_dir=str(cache)))
+    source = get_task("jsonl").open(
+        kind, split, DataOptions(data_dir=str(path), cache_dir=str(cache))
+    )
     return [source[i] for i in range(len(source))]
 
 
 def test_one_file_is_split_by_prompt(tmp_path):
     rows = [{"prompt": f"question {i % 100}", "response": f"answer {i}"} for i in range(200)]
     path = write(tmp_path / "rows.jsonl", *rows)
-    parts = {split: opened(path, "demonstrations", split, tmp_path / "c") for split in ("train", "validation", "test")}
-    assert sorted(row["response"] for part in parts.values() for row in part) == sorted(row["response"] for row in rows)
+    parts = {
+        split: opened(path, "demonstrations", split, tmp_path / "c")
+        for split in ("train", "validation", "test")
+    }
+    assert sorted(row["response"] for part in parts.values() for row in part) == sorted(
+        row["response"] for row in rows
+    )
     prompts = {split: {row["prompt"] for row in part} for split, part in parts.items()}
     assert not prompts["train"] & (prompts["validation"] | prompts["test"])
     assert not prompts["validation"] & prompts["test"]
@@ -118,12 +155,21 @@ def test_other_columns_of_prompts_come_as_they_are(tmp_path):
     folder.mkdir()
     write(folder / "train.jsonl", *rows)
     found = opened(folder, "prompts", "train", tmp_path / "c")
-    assert found == rows and [type(row.get("answer")) for row in found] == [int, float, str, type(None)]
+    assert found == rows and [type(row.get("answer")) for row in found] == [
+        int,
+        float,
+        str,
+        type(None),
+    ]
     # A single file too; other kinds keep what they need alone.
     path = write(tmp_path / "one.jsonl", *rows)
-    assert sorted(json.dumps(row) for row in every_split(path, "prompts", tmp_path / "c")) == sorted(map(json.dumps, rows))
+    assert sorted(
+        json.dumps(row) for row in every_split(path, "prompts", tmp_path / "c")
+    ) == sorted(map(json.dumps, rows))
     path = write(tmp_path / "two.jsonl", {"prompt": "p", "response": "r", "source": "s"})
-    assert every_split(path, "demonstrations", tmp_path / "c") == [{"prompt": "p", "response": "r", "group": ""}]
+    assert every_split(path, "demonstrations", tmp_path / "c") == [
+        {"prompt": "p", "response": "r", "group": ""}
+    ]
 
 
 def every_split(path, kind, cache):
@@ -138,9 +184,15 @@ def every_split(path, kind, cache):
 @pytest.mark.parametrize("kind", ["demonstrations", "prompts"])
 def test_one_file_is_split_by_group_where_rows_name_one(tmp_path, kind):
     """The turns of a dialogue have different prompts; dialogues are numbers or texts."""
-    rows = [{"prompt": f"turn {i}", "response": "r", "group": i // 4 if i % 2 else str(i // 4)} for i in range(400)]
+    rows = [
+        {"prompt": f"turn {i}", "response": "r", "group": i // 4 if i % 2 else str(i // 4)}
+        for i in range(400)
+    ]
     path = write(tmp_path / "rows.jsonl", *rows, {"prompt": "alone", "response": "r"})
-    parts = {split: opened(path, kind, split, tmp_path / "c") for split in ("train", "validation", "test")}
+    parts = {
+        split: opened(path, kind, split, tmp_path / "c")
+        for split in ("train", "validation", "test")
+    }
     found = [{group_of(row) for row in part} for part in parts.values()]
     assert sum(map(len, found)) == len(set.union(*found)) == 101 and "alone" in set.union(*found)
     assert sum(map(len, parts.values())) == 401 and min(map(len, parts.values())) > 10
@@ -150,12 +202,17 @@ def test_one_file_is_split_by_group_where_rows_name_one(tmp_path, kind):
 @pytest.mark.parametrize("group", [None, "", True, ["b"], math.nan])
 def test_a_group_is_a_text_or_a_number(tmp_path, group, kind):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "ranked": ["a", "b"], "group": group})
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or a number\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or a number\.$",
+    ):
         opened(path, kind, "train", tmp_path / "c")
 
 
 def test_the_group_of_a_row():
-    """Its own, or else its prompt; the pairs of a ranking and of a prompt in two lines are of one."""
+    """Its own, or else its prompt; the pairs of a ranking and of a prompt in two lines are of
+    one.
+    """
     assert group_of({"prompt": " p\n"}) == group_of({"prompt": "p", "group": ""}) == "p"
     assert group_of({"prompt": "p", "group": 0}) == group_of({"prompt": "q", "group": "0"}) == "0"
 
@@ -163,17 +220,24 @@ def test_the_group_of_a_row():
 @pytest.mark.parametrize("answer", [None, "", "  ", True, ["b"], math.nan, 10**400])
 def test_an_answer_is_a_text_or_a_number(tmp_path, answer):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer})
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or a number\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or a number\.$",
+    ):
         opened(path, "prompts", "train", tmp_path / "c")
 
 
 def test_errors_through_the_task(tmp_path):
-    with pytest.raises(UserError, match="The task jsonl needs --data.data-dir: a .jsonl file, or a folder"):
+    with pytest.raises(
+        UserError, match="The task jsonl needs --data.data-dir: a .jsonl file, or a folder"
+    ):
         get_task("jsonl").open("prompts", "train", DataOptions(cache_dir=str(tmp_path)))
     with pytest.raises(UserError, match="There is no file or folder .*nowhere"):
         opened(tmp_path / "nowhere", "prompts", "train", tmp_path / "c")
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(UserError, match=r"hollow holds none of train\.jsonl, validation\.jsonl, test\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"hollow holds none of train\.jsonl, validation\.jsonl, test\.jsonl"
+    ):
         opened(tmp_path / "hollow", "prompts", "train", tmp_path / "c")
     path = write(tmp_path / "bad.jsonl", {"prompt": "p", "chosen": "a", "rejected": ""})
     with pytest.raises(UserError, match=r"bad\.jsonl, line 1: the field rejected is empty"):
@@ -188,7 +252,11 @@ COMPARISON = KINDS["comparisons"]
 
 
 def test_a_ranking_gives_every_pair_and_one_weight(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "p", "ranked": ["best", "good", "bad"], "weight": 1.5}, {"prompt": "q", "chosen": "c", "rejected": "r"})
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "p", "ranked": ["best", "good", "bad"], "weight": 1.5},
+        {"prompt": "q", "chosen": "c", "rejected": "r"},
+    )
     rows = jsonl.read_jsonl(path, COMPARISON)
     assert [(row["chosen"], row["rejected"], row["weight"]) for row in rows] == [
         ("best", "good", 0.5),
@@ -202,13 +270,28 @@ def test_a_ranking_gives_every_pair_and_one_weight(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"ranked": ["a"]}, "line 1: the field ranked must be a list of two or more responses, best first"),
+        (
+            {"ranked": ["a"]},
+            "line 1: the field ranked must be a list of two or more responses, best first",
+        ),
         ({"ranked": "a"}, "line 1: the field ranked must be a list"),
-        ({"ranked": ["a", "b"], "chosen": "a"}, "line 1: give ranked, or chosen and rejected, not both"),
+        (
+            {"ranked": ["a", "b"], "chosen": "a"},
+            "line 1: give ranked, or chosen and rejected, not both",
+        ),
         ({"ranked": ["a", 3]}, "line 1: the field rejected is a int; it must be a string"),
-        ({"chosen": "a", "rejected": "b", "margin": "big"}, "line 1: the field margin is 'big'; it must be a number that is finite"),
-        ({"chosen": "a", "rejected": "b", "weight": -1}, "line 1: the field weight is -1; it must be a number of 0 or more"),
-        ({"chosen": "a", "rejected": "b", "probability": 2}, r"line 1: the field probability is 2; it must be a number in \[0, 1\]"),
+        (
+            {"chosen": "a", "rejected": "b", "margin": "big"},
+            "line 1: the field margin is 'big'; it must be a number that is finite",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "weight": -1},
+            "line 1: the field weight is -1; it must be a number of 0 or more",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "probability": 2},
+            r"line 1: the field probability is 2; it must be a number in \[0, 1\]",
+        ),
     ],
 )
 def test_errors_of_comparisons(tmp_path, row, message):
@@ -224,13 +307,31 @@ def test_ratings_may_be_any_number(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a", "response": "b", "rating": 1e39}', "the field rating is 1e.39; float32 holds numbers up to 3.4e.38"),
+        (
+            '{"prompt": "a", "response": "b", "rating": 1e39}',
+            "the field rating is 1e.39; float32 holds numbers up to 3.4e.38",
+        ),
         ('{"prompt": "a", "response": "b", "rating": -3.5e38}', "float32 holds numbers up to"),
-        ('{"prompt": "a", "prompt": "c", "response": "b", "rating": 1}', "the field prompt is there more than once"),
-        ('{"prompt": "a", "response": "b", "rating": 1, "source": {"x": 1, "x": 2}}', "the field x is there more than once"),
-        ('{"prompt": "a\\ud800", "response": "b", "rating": 1}', "the field prompt has half of a surrogate pair"),
-        ('{"prompt": "a", "response": "b", "rating": 1, "source": ["c", {"d": "\\udc00"}]}', "the field source has half of a surrogate pair"),
-        ('{"prompt": "a", "response": "b", "rating": 1, "source": {"\\ud800": 1}}', "the field source has half of a surrogate pair"),
+        (
+            '{"prompt": "a", "prompt": "c", "response": "b", "rating": 1}',
+            "the field prompt is there more than once",
+        ),
+        (
+            '{"prompt": "a", "response": "b", "rating": 1, "source": {"x": 1, "x": 2}}',
+            "the field x is there more than once",
+        ),
+        (
+            '{"prompt": "a\\ud800", "response": "b", "rating": 1}',
+            "the field prompt has half of a surrogate pair",
+        ),
+        (
+            '{"prompt": "a", "response": "b", "rating": 1, "source": ["c", {"d": "\\udc00"}]}',
+            "the field source has half of a surrogate pair",
+        ),
+        (
+            '{"prompt": "a", "response": "b", "rating": 1, "source": {"\\ud800": 1}}',
+            "the field source has half of a surrogate pair",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

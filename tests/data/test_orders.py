@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from perl_jax.data import orders, orders_language as language, orders_language
-from perl_jax.data.orders_language import END_OF_TURN, Item, Order, answer, parse_request, sample_order, spoken_order
+from perl_jax.data.orders_language import (
+    END_OF_TURN,
+    Item,
+    Order,
+    answer,
+    parse_request,
+    sample_order,
+    spoken_order,
+)
 from perl_jax.hub.tokenizer import train_bpe, word_tokenizer
 
 PROMPT = (
@@ -39,17 +47,29 @@ def test_the_example_prompt_is_understood():
     ("response", "reward"),
     [
         (RIGHT, 1.0),
-        ("add one small tea black ; add two large latte oat ; to go", 1.0),  # the items' order is free
+        (
+            "add one small tea black ; add two large latte oat ; to go",
+            1.0,
+        ),  # the items' order is free
         ("add three large latte oat ; add one small tea black ; to go", 0.5),  # one slot
         ("add two large latte soy ; add one small tea black ; here", 0.0),  # one slot, the place
         ("add two large mocha soy ; add one large tea black ; to go", -0.5),  # three slots
         ("add two large latte oat ; add one small tea black", 0.5),  # no place
         ("add two large latte oat ; to go", -0.5),  # a missing item
         (f"add one small mocha black ; {RIGHT}", 0.0),  # an extra item
-        ("add two large latte soy ; add one small mocha black ; add one small tea black ; to go", -0.5),  # a slot, extra
+        (
+            "add two large latte soy ; add one small mocha black ; add one small tea black ; to go",
+            -0.5,
+        ),  # a slot, extra
         ("add one large latte oat ; add two small tea black ; to go", 0.0),  # two slots exchanged
-        ("add two large latte oat ; add one small tea ; to go", -1.0),  # garbled 0.5, so missing 1.5
-        ("add 2 large latte oat ; add one small tea black ; to go", -1.0),  # not a quantity: the same
+        (
+            "add two large latte oat ; add one small tea ; to go",
+            -1.0,
+        ),  # garbled 0.5, so missing 1.5
+        (
+            "add 2 large latte oat ; add one small tea black ; to go",
+            -1.0,
+        ),  # not a quantity: the same
         (f"{RIGHT} please", 0.0),  # a last segment that is garbled 0.5, so no place 0.5
         (f"{RIGHT} ; to go", 0.5),  # the place is said twice: the first is out of place
         (f"{RIGHT} ;", -0.5),  # an empty last segment, so a place that is out of place, so no place
@@ -89,11 +109,20 @@ def test_matching_takes_the_cheapest_assignment():
 @pytest.mark.parametrize(
     ("said", "order"),
     [
-        ("one medium cup of oat espresso , for here", Order((Item("one", "medium", "espresso", "oat"),), "here")),
-        ("takeaway , we need five large cups of black tea", Order((Item("five", "large", "tea", "black"),), "to go")),
+        (
+            "one medium cup of oat espresso , for here",
+            Order((Item("one", "medium", "espresso", "oat"),), "here"),
+        ),
+        (
+            "takeaway , we need five large cups of black tea",
+            Order((Item("five", "large", "tea", "black"),), "to go"),
+        ),
         (
             "three small cups of chai with soy milk plus one large cup of whole cocoa to stay",
-            Order((Item("three", "small", "chai", "soy"), Item("one", "large", "cocoa", "whole")), "here"),
+            Order(
+                (Item("three", "small", "chai", "soy"), Item("one", "large", "cocoa", "whole")),
+                "here",
+            ),
         ),
         ("two large cups of oat latte", None),  # no place
         ("two cups of oat latte to go", None),  # no size: no item
@@ -107,8 +136,14 @@ def test_requests_by_hand(said, order):
 @pytest.mark.parametrize(
     ("item", "ways"),
     [
-        (Item("two", "large", "latte", "oat"), {"two large cups of oat latte", "two large cups of latte with oat milk"}),
-        (Item("one", "large", "latte", "oat"), {"one large cup of oat latte", "one large cup of latte with oat milk"}),
+        (
+            Item("two", "large", "latte", "oat"),
+            {"two large cups of oat latte", "two large cups of latte with oat milk"},
+        ),
+        (
+            Item("one", "large", "latte", "oat"),
+            {"one large cup of oat latte", "one large cup of latte with oat milk"},
+        ),
         (Item("one", "small", "tea", "black"), {"one small cup of black tea"}),
     ],
 )
@@ -123,11 +158,18 @@ def test_three_orders_of_four_are_of_one_item_and_slots_are_drawn_evenly():
     assert within_four_deviations(np.mean([len(order.items) == 1 for order in sampled]), 0.75, n)
     assert {len(order.items) for order in sampled} == {1, 2}
     assert all(len({item.drink for item in order.items}) == len(order.items) for order in sampled)
-    options = {"quantity": language.QUANTITIES, "size": language.SIZES, "drink": language.DRINKS, "milk": language.MILKS}
+    options = {
+        "quantity": language.QUANTITIES,
+        "size": language.SIZES,
+        "drink": language.DRINKS,
+        "milk": language.MILKS,
+    }
     for slot, values in options.items():
         counts = collections.Counter(getattr(order.items[0], slot) for order in sampled)
         assert set(counts) == set(values)
-        assert all(within_four_deviations(count / n, 1 / len(values), n) for count in counts.values())
+        assert all(
+            within_four_deviations(count / n, 1 / len(values), n) for count in counts.values()
+        )
 
 
 def test_language_round_trip_stays_in_vocabulary_and_length():
@@ -139,7 +181,9 @@ def test_language_round_trip_stays_in_vocabulary_and_length():
         assert orders.gold_reward(prompt, answer(order)) == 1.0
         assert set(f"{prompt} {answer(order)}".split()) <= words
         # A request and its call have the words of every slot in common.
-        assert {word for item in order.items for word in answer(Order((item,), "here")).split()[1:5]} <= set(prompt.split())
+        assert {
+            word for item in order.items for word in answer(Order((item,), "here")).split()[1:5]
+        } <= set(prompt.split())
         assert len(answer(order).split()) <= LONGEST_RIGHT
         longest = max(longest, len(prompt.split()))
         varieties.add(prompt)
@@ -150,7 +194,10 @@ def test_language_round_trip_stays_in_vocabulary_and_length():
 
 
 def test_every_generated_word_is_known_and_a_turn_ends_in_eos():
-    word_level, texts = word_tokenizer(orders_language.vocabulary()), [row["text"] for row in orders.rows("corpus", "train", size=500)]
+    word_level, texts = (
+        word_tokenizer(orders_language.vocabulary()),
+        [row["text"] for row in orders.rows("corpus", "train", size=500)],
+    )
     byte_level, unknown = train_bpe(texts[:50], 300), word_level.inner.unk_token_id
     assert END_OF_TURN not in orders_language.vocabulary()
     for text in texts:
@@ -163,7 +210,10 @@ def test_every_generated_word_is_known_and_a_turn_ends_in_eos():
         ends = [*word_level.response_ids(response), *word_level.text_ids(reaction)[1:]]
         assert ids[-len(ends) :] == ends
     assert byte_level.text_ids(texts[0]).count(byte_level.eos_id) == 2
-    for kind, fields in (("comparisons", ("prompt", "chosen", "rejected")), ("labels", ("prompt", "response"))):
+    for kind, fields in (
+        ("comparisons", ("prompt", "chosen", "rejected")),
+        ("labels", ("prompt", "response")),
+    ):
         for row in orders.rows(kind, "train", size=500):
             assert all(unknown not in word_level.response_ids(row[field]) for field in fields)
 
@@ -205,16 +255,23 @@ def test_swapped_slots_and_missing_items_by_hand():
         "add two small latte oat ; add one large tea black ; to go",
         "add two large latte black ; add one small tea oat ; to go",
     }
-    alike = Order((Item("two", "large", "latte", "oat"), Item("two", "large", "tea", "oat")), "to go")
+    alike = Order(
+        (Item("two", "large", "latte", "oat"), Item("two", "large", "tea", "oat")), "to go"
+    )
     for order in (one, alike):  # nothing to exchange: a wrong size
-        assert orders.grade(order, answer(orders.swapped_slots(rng, order))).faults == ("wrong size",)
+        assert orders.grade(order, answer(orders.swapped_slots(rng, order))).faults == (
+            "wrong size",
+        )
     missing = {answer(orders.missing_item(rng, two)) for _ in range(60)}
     assert missing == {"add two large latte oat ; to go", "add one small tea black ; to go"}
     # Of one item none can be forgotten: one is added.
-    assert {orders.grade(one, answer(orders.missing_item(rng, one))).faults for _ in range(60)} == {("extra drink",)}
+    assert {orders.grade(one, answer(orders.missing_item(rng, one))).faults for _ in range(60)} == {
+        ("extra drink",)
+    }
 
 
-# Kinds that a base of three layers can tell weigh 8, the five that take a comparison of slots 1: 45 in all.
+# Kinds that a base of three layers can tell weigh 8, the five that take a comparison of slots 1: 45
+# in all.
 SLOT_KINDS = ("quantity", "size", "milk", "drink", "swapped")
 OTHER_KINDS = ("place", "missing", "extra", "no place", "garbled")
 
@@ -228,11 +285,18 @@ def test_kinds_of_errors_follow_their_weights():
     drawn = [tuple(orders.kinds_of_errors(rng, 2)) for _ in range(n)]
     assert all(first != second for first, second in drawn)
     firsts = collections.Counter(first for first, _ in drawn)
-    for kind, p in (*((kind, 1 / 45) for kind in SLOT_KINDS), *((kind, 8 / 45) for kind in OTHER_KINDS)):
+    for kind, p in (
+        *((kind, 1 / 45) for kind in SLOT_KINDS),
+        *((kind, 8 / 45) for kind in OTHER_KINDS),
+    ):
         assert within_four_deviations(firsts[kind] / n, p, n)
     # Without replacement: after a kind of weight 8, 37 are left; after one of weight 1, 44.
-    assert within_four_deviations(np.mean([pair == ("place", "garbled") for pair in drawn]), 8 / 45 * 8 / 37, n)
-    assert within_four_deviations(np.mean([pair == ("size", "extra") for pair in drawn]), 1 / 45 * 8 / 44, n)
+    assert within_four_deviations(
+        np.mean([pair == ("place", "garbled") for pair in drawn]), 8 / 45 * 8 / 37, n
+    )
+    assert within_four_deviations(
+        np.mean([pair == ("size", "extra") for pair in drawn]), 1 / 45 * 8 / 44, n
+    )
 
 
 class OneMistake(random.Random):
@@ -249,7 +313,9 @@ class OneMistake(random.Random):
 def test_clerks_single_errors_on_one_item_by_hand():
     n, order = 4000, Order(ORDER.items[:1], "to go")
     graded = [orders.grade(order, orders.clerk(OneMistake(seed), order, 0.5)) for seed in range(n)]
-    shares = collections.Counter("garbled" if grade.malformed else " and ".join(grade.faults) for grade in graded)
+    shares = collections.Counter(
+        "garbled" if grade.malformed else " and ".join(grade.faults) for grade in graded
+    )
     expected = {
         "wrong place": 16 / 45,  # `place` and `no place`
         "extra drink": 16 / 45,  # `extra`, and `missing` where there is one item
@@ -269,10 +335,16 @@ def test_clerks_single_errors_on_one_item_by_hand():
     [
         (RIGHT, "thanks , that is right"),
         ("add two small latte oat ; add one small tea black ; to go", "one mistake , wrong size"),
-        ("add two small latte oat ; add one large tea black ; to go", "one mistake , wrong size"),  # in both items
+        (
+            "add two small latte oat ; add one large tea black ; to go",
+            "one mistake , wrong size",
+        ),  # in both items
         (f"add one small mocha black ; {RIGHT}", "one mistake , extra drink"),
         ("add two large latte oat", "two mistakes , missing drink , wrong place"),
-        ("add two large latte ; add one small tea black ; to go", "two mistakes , missing drink , garbled"),
+        (
+            "add two large latte ; add one small tea black ; to go",
+            "two mistakes , missing drink , garbled",
+        ),
         (
             "add three small latte oat ; add one small tea black ; here",
             "many mistakes , wrong number , wrong size , wrong place",
@@ -304,16 +376,20 @@ def test_comparisons_are_calibrated_and_leave_room_for_a_judge():
     better, likely = [], []
     for row in rows:
         assert row["chosen"] != row["rejected"]
-        gap = orders.gold_reward(row["prompt"], row["chosen"]) - orders.gold_reward(row["prompt"], row["rejected"])
+        gap = orders.gold_reward(row["prompt"], row["chosen"]) - orders.gold_reward(
+            row["prompt"], row["rejected"]
+        )
         assert row["probability"] == pytest.approx(1 / (1 + np.exp(-2.0 * gap)))
         likely.append(max(row["probability"], 1 - row["probability"]))
         better.append(row["probability"] > 0.5 or (row["probability"] == 0.5) * 0.5)
     ceiling = orders.noise_ceiling([row["probability"] for row in rows])
     assert ceiling == pytest.approx(np.mean(likely))
-    # Last seen: 0.867. Four standard errors, of a mean of 6,000 numbers in [0.5, 1], are below 0.008.
+    # Last seen: 0.867. Four standard errors, of a mean of 6,000 numbers in [0.5, 1], are below
+    # 0.008.
     assert 0.86 <= ceiling <= 0.875
     # The raters agree with the gold reward as often as the probabilities say: 4 standard deviations
-    # of a mean of draws of different probabilities (a draw of 0.5 counts as half, without deviation).
+    # of a mean of draws of different probabilities (a draw of 0.5 counts as half, without
+    # deviation).
     likely = np.array(likely)
     assert abs(np.mean(better) - ceiling) < 4 * np.mean(likely * (1 - likely) / len(rows)) ** 0.5
 
@@ -367,5 +443,7 @@ def test_rows_depend_on_seed_kind_and_index_alone():
 def test_golden_rows():
     """Did you mean to change the embedded task? Every number reported about it changes with it."""
     rows = [row for kind in orders.SIZES_OF_SPLITS for row in orders.rows(kind, "train", size=50)]
-    text = json.dumps([{k: v for k, v in row.items() if k != "probability"} for row in rows], sort_keys=True)
+    text = json.dumps(
+        [{k: v for k, v in row.items() if k != "probability"} for row in rows], sort_keys=True
+    )
     assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == "9c3753e667a44b94"

@@ -48,22 +48,32 @@ def words(count, value=7):
 
 
 def labels_of_lengths(lengths, response=1):
-    """Label rows whose total length (bos, prompt, response, eos) is as wanted; the label is the row's number / 100."""
+    """Label rows whose total length (bos, prompt, response, eos) is as wanted; the label is the
+    row's number / 100.
+    """
     return [
-        {"prompt": words(n - 2 - response, 10 + i), "response": words(response, 5), "label": i / 100}
+        {
+            "prompt": words(n - 2 - response, 10 + i),
+            "response": words(response, 5),
+            "label": i / 100,
+        }
         for i, n in enumerate(lengths)
     ]
 
 
 def spec(**fields):
-    return BatchSpec(**{"batch_size": 2, "max_prompt_length": 64, "max_response_length": 64, **fields})
+    return BatchSpec(
+        **{"batch_size": 2, "max_prompt_length": 64, "max_response_length": 64, **fields}
+    )
 
 
 EVALUATE = {"shuffle_seed": None, "epochs": 1}
 
 
 def rows_seen(batches, epochs=1):
-    return np.concatenate([batches.rows_of(step) for step in range(batches.steps_per_epoch * epochs)])
+    return np.concatenate(
+        [batches.rows_of(step) for step in range(batches.steps_per_epoch * epochs)]
+    )
 
 
 def check(batch, expected):
@@ -105,8 +115,15 @@ def test_long_texts_keep_their_first_tokens():
 
 
 def test_equal_responses_are_counted_before_and_after_cutting():
-    # Equal; equal in the first 3 tokens; one that the other begins with, whole and cut; the other way round; apart.
-    pairs = [("5 6", "5 6"), ("5 6 7 8", "5 6 7 9"), ("5 6 7", "5 6 7 8"), ("5 6", "5 6 2"), ("5", "6")]
+    # Equal; equal in the first 3 tokens; one that the other begins with, whole and cut; the other
+    # way round; apart.
+    pairs = [
+        ("5 6", "5 6"),
+        ("5 6 7 8", "5 6 7 9"),
+        ("5 6 7", "5 6 7 8"),
+        ("5 6", "5 6 2"),
+        ("5", "6"),
+    ]
     rows = [{"prompt": "3", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     encoded = tokenise.tokenise(rows, "comparisons", Numbers(), 4, 3)
     np.testing.assert_array_equal(encoded.equal, [True, True, True, True, False])
@@ -115,12 +132,18 @@ def test_equal_responses_are_counted_before_and_after_cutting():
         "equal_after_cutting": 3,
     }  # fmt: skip
     assert counts.said_of(encoded.facts, 4, 3) == [
-        "3 of 5 rows were cut to fit: 2 chosen responses lost their end (max_response_length 3), 3 rejected responses lost their end (max_response_length 3).",
-        "1 of 5 pairs have equal responses, 3 more are equal after cutting: they count in no accuracy.",
+        "3 of 5 rows were cut to fit: 2 chosen responses lost their end (max_response_length 3), "
+        "3 rejected responses lost their end (max_response_length 3).",
+        "1 of 5 pairs have equal responses, 3 more are equal after cutting: they count in no "
+        "accuracy.",
     ]
     # As a batch says, row by row.
-    (batch,) = make_batches(rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE))
-    np.testing.assert_array_equal(passes.differing(batch), [False, False, False, False, True, False, False, False])
+    (batch,) = make_batches(
+        rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE)
+    )
+    np.testing.assert_array_equal(
+        passes.differing(batch), [False, False, False, False, True, False, False, False]
+    )
 
 
 # ------------------------------------------------------------------------------ layouts
@@ -142,32 +165,70 @@ def test_demonstrations_by_hand_with_filler():
 @pytest.mark.parametrize(("bos", "ids"), [(BOS, [BOS, 3, 4, EOS]), (None, [3, 4, 9, EOS])])
 def test_corpus_by_hand_learns_all_but_the_first_token(bos, ids):
     text = "3 4" if bos else "3 4 9"
-    batches = make_batches([{"text": text}], "corpus", Numbers(bos_id=bos), spec(batch_size=1, **EVALUATE))
+    batches = make_batches(
+        [{"text": text}], "corpus", Numbers(bos_id=bos), spec(batch_size=1, **EVALUATE)
+    )
     check(
         next(iter(batches)),
-        tokens([[*ids, PAD, PAD, PAD, PAD]], [[1, 1, 1, 1, 0, 0, 0, 0]], [[0, 1, 1, 1, 0, 0, 0, 0]]),
+        tokens(
+            [[*ids, PAD, PAD, PAD, PAD]], [[1, 1, 1, 1, 0, 0, 0, 0]], [[0, 1, 1, 1, 0, 0, 0, 0]]
+        ),
     )
 
 
 def test_pairs_by_hand_share_the_longer_sides_bucket():
-    rows = [{"prompt": "3", "chosen": "4 5", "rejected": words(7, 6), "probability": 0.75, "margin": 0.5, "weight": 0.25}]
-    batch = next(iter(make_batches(rows, "comparisons", Numbers(), spec(batch_size=1, buckets=(8, 16), **EVALUATE))))
+    rows = [
+        {
+            "prompt": "3",
+            "chosen": "4 5",
+            "rejected": words(7, 6),
+            "probability": 0.75,
+            "margin": 0.5,
+            "weight": 0.25,
+        }
+    ]
+    batch = next(
+        iter(
+            make_batches(
+                rows, "comparisons", Numbers(), spec(batch_size=1, buckets=(8, 16), **EVALUATE)
+            )
+        )
+    )
     pad = [PAD] * 6
     check(
         batch,
         Pairs(
-            tokens([[BOS, 3, 4, 5, EOS, *[PAD] * 11]], [[1] * 5 + [0] * 11], [[0, 0, 1, 1, 1] + [0] * 11]),
-            tokens([[BOS, 3, *[6] * 7, EOS, *pad]], [[1] * 10 + [0] * 6], [[0, 0] + [1] * 8 + [0] * 6]),
+            tokens(
+                [[BOS, 3, 4, 5, EOS, *[PAD] * 11]],
+                [[1] * 5 + [0] * 11],
+                [[0, 0, 1, 1, 1] + [0] * 11],
+            ),
+            tokens(
+                [[BOS, 3, *[6] * 7, EOS, *pad]], [[1] * 10 + [0] * 6], [[0, 0] + [1] * 8 + [0] * 6]
+            ),
             *(np.array([number], np.float32) for number in (0.25, 0.75, 0.5)),
         ),
     )
 
 
 def test_a_filler_pair_weighs_nothing():
-    rows = [{"prompt": "3", "chosen": "4", "rejected": "5", "probability": 0.75, "margin": 0.5, "weight": 0.25}]
+    rows = [
+        {
+            "prompt": "3",
+            "chosen": "4",
+            "rejected": "5",
+            "probability": 0.75,
+            "margin": 0.5,
+            "weight": 0.25,
+        }
+    ]
     batch = next(iter(make_batches(rows, "comparisons", Numbers(), spec(batch_size=2, **EVALUATE))))
     assert not batch.chosen.valid_BT[1].any() and not batch.rejected.valid_BT[1].any()
-    for numbers_B, number in ((batch.weight_B, 0.25), (batch.probability_B, 0.75), (batch.margin_B, 0.5)):
+    for numbers_B, number in (
+        (batch.weight_B, 0.25),
+        (batch.probability_B, 0.75),
+        (batch.margin_B, 0.5),
+    ):
         np.testing.assert_array_equal(numbers_B, [number, 0.0])
 
 
@@ -228,7 +289,8 @@ def test_training_plan_promotes_leftovers_and_drops_only_the_last_remainder():
         assert len(set(plan.rows.ravel())) == 8
         seen.update(plan.rows.ravel().tolist())
     assert seen[0] > 150
-    # The last short row of an epoch is in the middle batch unless it comes after all four middle ones: 4 times of 9.
+    # The last short row of an epoch is in the middle batch unless it comes after all four middle
+    # ones: 4 times of 9.
     assert abs(sum(seen[row] for row in range(5)) - 200 * (4 + 4 / 9)) < 4 * (200 * 20 / 81) ** 0.5
     assert seen[9] == 0  # the two longest never fill a batch of their own here
 
@@ -244,7 +306,10 @@ def test_training_plan_keeps_the_epoch_whole_when_it_divides():
 def test_a_row_as_long_as_a_bucket_is_in_it():
     lengths = np.array([8] * 4 + [16] * 4)
     plan = bucketing.training_plan(lengths, (8, 16), 4, seed=0, epoch=0)
-    assert {int(padded): sorted(rows.tolist()) for rows, padded in zip(plan.rows, plan.lengths, strict=True)} == {8: [0, 1, 2, 3], 16: [4, 5, 6, 7]}
+    assert {
+        int(padded): sorted(rows.tolist())
+        for rows, padded in zip(plan.rows, plan.lengths, strict=True)
+    } == {8: [0, 1, 2, 3], 16: [4, 5, 6, 7]}
     np.testing.assert_array_equal(bucketing.evaluation_plan(lengths, (8, 16), 4).lengths, [8, 16])
 
 
@@ -257,12 +322,19 @@ def test_evaluation_plan_by_hand():
 def test_shapes_are_bounded_by_the_buckets_and_rows_fit():
     rng = np.random.default_rng(1)
     rows = labels_of_lengths(rng.integers(3, 90, 150))
-    batches = make_batches(rows, "labels", Numbers(), spec(batch_size=8, max_prompt_length=100, epochs=3))
+    batches = make_batches(
+        rows, "labels", Numbers(), spec(batch_size=8, max_prompt_length=100, epochs=3)
+    )
     shapes = collections.Counter(batch.tokens.tokens_BT.shape for batch in batches)
     assert 2 <= len(shapes) <= 4
     assert {shape[1] for shape in shapes} <= set(batches.lengths)
     assert sum(shapes.values()) == 3 * batches.steps_per_epoch == 3 * (150 // 8)
-    one = make_batches(rows, "labels", Numbers(), spec(batch_size=8, max_prompt_length=100, bucket_count=1, epochs=1))
+    one = make_batches(
+        rows,
+        "labels",
+        Numbers(),
+        spec(batch_size=8, max_prompt_length=100, bucket_count=1, epochs=1),
+    )
     assert len({batch.tokens.tokens_BT.shape for batch in one}) == 1
 
 
@@ -276,7 +348,9 @@ def test_evaluation_covers_every_row_once_with_weights():
     assert weight.sum() == 37
     np.testing.assert_allclose(np.sort(label[weight == 1]), np.arange(37) / 100, rtol=1e-6)
     np.testing.assert_array_equal(weight, rows_seen(batches) >= 0)
-    np.testing.assert_allclose(label[weight == 1] * 100, rows_seen(batches)[rows_seen(batches) >= 0], rtol=1e-5)
+    np.testing.assert_allclose(
+        label[weight == 1] * 100, rows_seen(batches)[rows_seen(batches) >= 0], rtol=1e-5
+    )
 
 
 # --------------------------------------------------------------- order, processes, resuming
@@ -284,7 +358,9 @@ def test_evaluation_covers_every_row_once_with_weights():
 
 def test_epochs_are_shuffled_differently_and_reproducibly():
     rows = labels_of_lengths([9] * 40)
-    one, same, other = (make_batches(rows, "labels", Numbers(), spec(shuffle_seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (
+        make_batches(rows, "labels", Numbers(), spec(shuffle_seed=seed)) for seed in (1, 1, 2)
+    )
     first, second = np.split(rows_seen(one, epochs=2), 2)
     assert sorted(first) == sorted(second) == list(range(40))
     assert not np.array_equal(first, second)
@@ -297,7 +373,14 @@ def test_processes_slices_make_up_the_whole_batch(fields):
     rows = labels_of_lengths(np.random.default_rng(2).integers(3, 60, 43))
     whole = list(make_batches(rows, "labels", Numbers(), spec(batch_size=8, **fields)))
     parts = [
-        list(make_batches(rows, "labels", Numbers(), spec(batch_size=8, process_index=i, process_count=4, **fields)))
+        list(
+            make_batches(
+                rows,
+                "labels",
+                Numbers(),
+                spec(batch_size=8, process_index=i, process_count=4, **fields),
+            )
+        )
         for i in range(4)
     ]
     assert len(whole) == len(parts[0]) > 4
@@ -313,7 +396,9 @@ def assert_same_batches(a, b):
         check(x, y)
 
 
-@pytest.mark.parametrize("stop", [0, 3, 5, 7, 10, 12])  # an epoch is 5 steps: within, at an end, beyond
+@pytest.mark.parametrize(
+    "stop", [0, 3, 5, 7, 10, 12]
+)  # an epoch is 5 steps: within, at an end, beyond
 def test_resuming_yields_the_batches_that_would_have_come(stop):
     rows = labels_of_lengths(np.random.default_rng(3).integers(3, 60, 21))
     whole = list(make_batches(rows, "labels", Numbers(), spec(batch_size=4, epochs=3)))
@@ -334,7 +419,9 @@ def test_endless_without_epochs():
     rows = labels_of_lengths([9] * 6)
     iterator = iter(make_batches(rows, "labels", Numbers(), spec()))
     seen = np.concatenate([next(iterator).label_B for _ in range(12)])
-    assert collections.Counter(np.round(seen * 100).astype(int).tolist()) == dict.fromkeys(range(6), 4)
+    assert collections.Counter(np.round(seen * 100).astype(int).tolist()) == dict.fromkeys(
+        range(6), 4
+    )
 
 
 def test_a_cursor_of_other_rows_or_settings_is_refused():
@@ -345,7 +432,9 @@ def test_a_cursor_of_other_rows_or_settings_is_refused():
         make_batches(rows, "labels", Numbers(), spec(batch_size=4)),
         make_batches(rows, "labels", Numbers(), spec(shuffle_seed=1)),
     ):
-        with pytest.raises(UserError, match="data cursor was saved with other rows or batch settings"):
+        with pytest.raises(
+            UserError, match="data cursor was saved with other rows or batch settings"
+        ):
             iter(changed).set_state(state)
     # How many processes share a batch may change between runs.
     iter(make_batches(rows, "labels", Numbers(), spec(process_count=2))).set_state(state)
@@ -353,7 +442,12 @@ def test_a_cursor_of_other_rows_or_settings_is_refused():
 
 def test_a_cursor_of_rows_with_other_content_is_refused():
     """Lengths alone are the same in all of these."""
-    pair = lambda i, chosen, rejected, **more: {"prompt": words(4, 10 + i), "chosen": words(2, chosen), "rejected": words(2, rejected), **more}
+    pair = lambda i, chosen, rejected, **more: {
+        "prompt": words(4, 10 + i),
+        "chosen": words(2, chosen),
+        "rejected": words(2, rejected),
+        **more,
+    }
     pairs, labels = [pair(i, 5, 6) for i in range(6)], labels_of_lengths([9] * 6)
     prompts = [{"prompt": words(4, 10 + i), "answer": i} for i in range(6)]
     for kind, rows, other in (
@@ -364,10 +458,15 @@ def test_a_cursor_of_rows_with_other_content_is_refused():
         ("prompts", prompts, [prompts[0] | {"answer": 7}, *prompts[1:]]),
         ("prompts", prompts, [prompts[0] | {"prompt": words(4, 99)}, *prompts[1:]]),
     ):
-        state = json.loads(json.dumps(iter(make_batches(rows, kind, Numbers(), spec())).get_state()))
+        state = json.loads(
+            json.dumps(iter(make_batches(rows, kind, Numbers(), spec())).get_state())
+        )
         iter(make_batches(list(map(dict, rows)), kind, Numbers(), spec())).set_state(state)
         changed = iter(make_batches(other, kind, Numbers(), spec()))
-        with pytest.raises(UserError, match="The rows of --data are others than those that the data cursor was saved with"):
+        with pytest.raises(
+            UserError,
+            match="The rows of --data are others than those that the data cursor was saved with",
+        ):
             changed.set_state(state)
         # An older version noted the lengths only.
         changed.set_state({name: value for name, value in state.items() if name != "content"})
@@ -379,9 +478,15 @@ def test_a_cursor_of_rows_with_other_content_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, r"batch\.batch_size is 6; it must be a multiple of the 4 processes"),
+        (
+            {"batch_size": 6, "process_count": 4},
+            r"batch\.batch_size is 6; it must be a multiple of the 4 processes",
+        ),
         ({"batch_size": 0}, r"batch\.batch_size is 0; it must be"),
-        ({"process_index": 2, "process_count": 2}, r"batch\.process_index is 2; it must lie in \[0, 2\)"),
+        (
+            {"process_index": 2, "process_count": 2},
+            r"batch\.process_index is 2; it must lie in \[0, 2\)",
+        ),
         ({"epochs": 0}, r"batch\.epochs is 0"),
         ({"buckets": (8, 8)}, r"batch\.buckets is \(8, 8\); it must increase"),
         ({"buckets": (8,)}, r"batch\.buckets ends at 8, but the longest row has 9 tokens"),

@@ -54,28 +54,44 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
             assert set(source[index]) == set(store.KINDS[kind])
             for field, value in row.items():
                 assert type(source[index][field]) is (float if field in store.NUMBERS else str)
-                assert source[index][field] == (pytest.approx(value) if field in store.NUMBERS else value)
+                assert source[index][field] == (
+                    pytest.approx(value) if field in store.NUMBERS else value
+                )
     with pytest.raises(IndexError):
         source[6]
 
 
 def test_a_task_of_ones_own_may_give_prompts_other_columns(tmp_path):
     source = store.open_rows(Answered, "prompts", "train", options(tmp_path))
-    assert [source[i] for i in range(3)] == [{"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3)]
+    assert [source[i] for i in range(3)] == [
+        {"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3)
+    ]
 
 
 def test_registry_and_its_errors(tmp_path):
-    assert list(TASKS) == ["orders", "taskmaster_coffee", "taskmaster_ticketing", "taskmaster", "jsonl"]
+    assert list(TASKS) == [
+        "orders",
+        "taskmaster_coffee",
+        "taskmaster_ticketing",
+        "taskmaster",
+        "jsonl",
+    ]
     task = get_task("orders")
     assert task.kinds == ("corpus", "demonstrations", "comparisons", "labels", "prompts")
     assert task.gold(["x"], ["y"]).tolist() == [-1.0]
     assert get_task("jsonl").gold is None
     assert "judge" in get_task("taskmaster_coffee").splits["labels"]
-    with pytest.raises(UserError, match="task is 'tea'; it must be one of orders, taskmaster_coffee"):
+    with pytest.raises(
+        UserError, match="task is 'tea'; it must be one of orders, taskmaster_coffee"
+    ):
         get_task("tea")
-    with pytest.raises(UserError, match="kind is 'pairs'; it must be one of corpus, demonstrations"):
+    with pytest.raises(
+        UserError, match="kind is 'pairs'; it must be one of corpus, demonstrations"
+    ):
         task.open("pairs", "train", options(tmp_path))
-    with pytest.raises(UserError, match="split of labels is 'judge'; it must be one of train, validation, test"):
+    with pytest.raises(
+        UserError, match="split of labels is 'judge'; it must be one of train, validation, test"
+    ):
         task.open("labels", "judge", options(tmp_path))
     with pytest.raises(UserError, match=r"data\.train_size is 0"):
         options(tmp_path, train_size=0)
@@ -120,8 +136,10 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
         "from perl_jax.data.tasks import DataOptions, get_task\n"
         "rename = os.rename\n"
         "ours = lambda path: os.path.basename(path).startswith('.preparing-')\n"
-        "os.rename = lambda source, target: os._exit(9) if ours(source) else rename(source, target)\n"
-        f"options = DataOptions(cache_dir={str(tmp_path / 'cache')!r}, train_size=20, evaluation_size=6)\n"
+        "os.rename = lambda source, target: os._exit(9) if ours(source) else rename(source, "
+        "target)\n"
+        f"options = DataOptions(cache_dir={str(tmp_path / 'cache')!r}, train_size=20, "
+        "evaluation_size=6)\n"
         "get_task('orders').open('prompts', 'train', options)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -143,7 +161,9 @@ def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store.os, "rename", rename_together)
     # Only the redirection of standard output is not made for threads.
-    monkeypatch.setattr(store.contextlib, "redirect_stdout", lambda stream: store.contextlib.nullcontext())
+    monkeypatch.setattr(
+        store.contextlib, "redirect_stdout", lambda stream: store.contextlib.nullcontext()
+    )
     run = lambda: folders.append(store.prepare(orders.OrdersBuilder, "prompts", options(tmp_path)))
     threads = [threading.Thread(target=run) for _ in range(2)]
     [thread.start() for thread in threads]
@@ -183,7 +203,9 @@ def test_tensorflow_is_not_imported_and_nothing_is_printed(tmp_path):
         "assert len(get_task('orders').open('labels', 'train', options)) == 5\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow was imported'\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
 
@@ -192,4 +214,7 @@ def test_a_part_has_its_first_percentile_and_not_its_last():
     for number in range(200):
         text = f"text {number}"
         own = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
-        assert store.part_of(text, {"below": (0, own), "own": (own, own + 1), "above": (own + 1, 100)}) == "own"
+        assert (
+            store.part_of(text, {"below": (0, own), "own": (own, own + 1), "above": (own + 1, 100)})
+            == "own"
+        )

@@ -16,7 +16,9 @@ from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from tests.paths import TASKMASTER as REAL
 
-needs_real_data = pytest.mark.skipif(REAL is None or not REAL.is_dir(), reason="no copy of Taskmaster")
+needs_real_data = pytest.mark.skipif(
+    REAL is None or not REAL.is_dir(), reason="no copy of Taskmaster"
+)
 GREETING = {"role": "agent", "text": "Welcome!"}
 
 
@@ -105,7 +107,12 @@ def test_tm3_calls_follow_a_user_and_precede_an_assistant():
         {"speaker": "assistant", "text": "v", "apis": [api]},
     ]
     pair = [call("find", a="1"), result("find", b="2")]
-    assert dialogue.turns_of_tm3(utterances) == [user("u"), *pair, *pair, {"role": "agent", "text": "v"}]
+    assert dialogue.turns_of_tm3(utterances) == [
+        user("u"),
+        *pair,
+        *pair,
+        {"role": "agent", "text": "v"},
+    ]
 
 
 # ------------------------------------------------------------------------------ groups and rows
@@ -131,7 +138,9 @@ def test_parts_have_their_shares_and_are_stable():
 
 
 def test_the_judges_part_trains_no_reward_model():
-    assert taskmaster.parts("train", judged=True) == ("train",) and taskmaster.parts("judge", judged=True) == ("judge",)
+    assert taskmaster.parts("train", judged=True) == ("train",) and taskmaster.parts(
+        "judge", judged=True
+    ) == ("judge",)
     assert taskmaster.parts("train", judged=False) == ("train", "judge")
 
 
@@ -149,7 +158,9 @@ def test_comparisons_are_all_pairs_of_different_text_on_one_context():
     found = list(taskmaster.comparisons(taskmaster.rated_rows(rows)))
     pairs = [(row["chosen"], row["rejected"]) for row in found]
     assert pairs == [("good", "bad"), ("good", "fine"), ("fine", "bad")]
-    assert {row["prompt"] for row in found} == {"user:\ntea\nagent:\n"} and {row["group"] for row in found} == {"tea"}
+    assert {row["prompt"] for row in found} == {"user:\ntea\nagent:\n"} and {
+        row["group"] for row in found
+    } == {"tea"}
 
 
 def test_only_contexts_that_no_other_extends():
@@ -159,9 +170,15 @@ def test_only_contexts_that_no_other_extends():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"context": "[", "generation": "{}", "reward": 1}, "Reward row 0 has no valid JSON in its context"),
+        (
+            {"context": "[", "generation": "{}", "reward": 1},
+            "Reward row 0 has no valid JSON in its context",
+        ),
         ({"generation": "{}", "reward": 1}, "Reward row 0 has no valid JSON in its context"),
-        ({"context": "[{}]", "generation": "{}", "reward": 1}, "Reward row 0 has a turn in its context without a role"),
+        (
+            {"context": "[{}]", "generation": "{}", "reward": 1},
+            "Reward row 0 has a turn in its context without a role",
+        ),
         (rated([], GREETING, 0.5), r"Reward row 0 has the reward 0\.5; it must be 0 or 1"),
     ],
 )
@@ -184,9 +201,14 @@ def small_upstream(folder, *, dialogues_too):
     ]
     write_json(folder / "TM-3-2020" / "reward" / "reward_00.json", rows)
     if dialogues_too:
-        utterances = [{"speaker": "user", "text": "hi"}, {"speaker": "assistant", "text": "tickets?"}]
+        utterances = [
+            {"speaker": "user", "text": "hi"},
+            {"speaker": "assistant", "text": "tickets?"},
+        ]
         broken = [{"speaker": "user"}]
-        talks = [{"utterances": [{**utterances[0], "text": f"hi {i}"}, utterances[1]]} for i in range(60)]
+        talks = [
+            {"utterances": [{**utterances[0], "text": f"hi {i}"}, utterances[1]]} for i in range(60)
+        ]
         talks.append({"utterances": broken})
         write_json(folder / "TM-3-2020" / "data" / "data_00.json", talks)
     return DataOptions(data_dir=str(folder), cache_dir=str(folder / "cache"))
@@ -218,7 +240,9 @@ def test_ticketing_demonstrations_come_from_dialogues_when_there(tmp_path):
     # The dialogues lack the greeting that the reward rows open with.
     assert all(row["prompt"].startswith("agent:\nWelcome!\nuser:\nhi ") for row in found)
     splits = ("train", "validation", "test")
-    assert sum(len(opened("taskmaster_ticketing", "corpus", split, options)) for split in splits) == 60
+    assert (
+        sum(len(opened("taskmaster_ticketing", "corpus", split, options)) for split in splits) == 60
+    )
 
 
 def test_the_corpus_of_both_is_both_corpora(tmp_path):
@@ -226,16 +250,25 @@ def test_the_corpus_of_both_is_both_corpora(tmp_path):
     (tmp_path / "TM-4-2024" / "data").mkdir(parents=True)
     shutil.copytree(tmp_path / "TM-3-2020" / "reward", tmp_path / "TM-4-2024" / "reward")
     say = lambda speaker, text: {"speaker": speaker, "text": text, "annotations": []}
-    coffees = [{"utterances": [say("user", f"coffee {i}"), say("assistant", "how?")]} for i in range(60)]
+    coffees = [
+        {"utterances": [say("user", f"coffee {i}"), say("assistant", "how?")]} for i in range(60)
+    ]
     write_json(tmp_path / "TM-4-2024" / "data" / "data_00.json", coffees)
     for split in ("train", "validation", "test"):
-        own = [row for task in ("taskmaster_coffee", "taskmaster_ticketing") for row in opened(task, "corpus", split, options)]
+        own = [
+            row
+            for task in ("taskmaster_coffee", "taskmaster_ticketing")
+            for row in opened(task, "corpus", split, options)
+        ]
         assert opened("taskmaster", "corpus", split, options) == own
 
 
 def test_missing_copy_is_named(tmp_path):
     options = DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(UserError, match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream folder\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream folder\.$",
+    ):
         get_task("taskmaster_coffee").open("labels", "train", options)
     write_json(tmp_path / "TM-4-2024" / "reward" / "reward_00.json", {"not": "a list"})
     with pytest.raises(UserError, match=r"reward_00\.json must hold a JSON list of objects"):
@@ -282,12 +315,17 @@ def test_downloads_once_and_whole(server, tmp_path):
 
 def test_failed_downloads_leave_nothing_and_say_what_to_do(server, tmp_path):
     folder, base, _ = server
-    with pytest.raises(UserError, match=r"Could not download .*gone\.json \(File not found\); give a local copy \(data_dir\)\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"Could not download .*gone\.json \(File not found\); give a local copy \(data_dir\)\.$",
+    ):
         upstream.fetch(base, "gone.json", tmp_path / "cache")
     (folder / "half.json").write_text("[{")
     with pytest.raises(UserError, match=r"half\.json did not give valid JSON"):
         upstream.fetch(base, "half.json", tmp_path / "cache")
-    with pytest.raises(UserError, match="Could not download http://127.0.0.1:9/x.json .*Connection refused"):
+    with pytest.raises(
+        UserError, match="Could not download http://127.0.0.1:9/x.json .*Connection refused"
+    ):
         upstream.fetch("http://127.0.0.1:9", "x.json", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -316,23 +354,31 @@ def test_real_counts_and_disjoint_parts(real, name, rows, up, groups, pairs):
     whole = [row for part in labels.values() for row in part]
     assert len(whole) == rows
     assert sum(row["label"] for row in whole) == up
-    found = {split: {first_user_turn(row["prompt"]) for row in part} for split, part in labels.items()}
+    found = {
+        split: {first_user_turn(row["prompt"]) for row in part} for split, part in labels.items()
+    }
     assert sum(map(len, found.values())) == len(set.union(*found.values()))
     assert abs(len(set.union(*found.values())) - groups) <= 2
     for split, share in {"train": 0.47, "judge": 0.23, "validation": 0.10, "test": 0.20}.items():
         assert abs(len(labels[split]) / rows - share) < 0.05
         assert min(np.mean([row["label"] for row in labels[split]]), 0.9) > 0.1
-    compared = [row for split in taskmaster.JUDGED for row in opened(name, "comparisons", split, real)]
+    compared = [
+        row for split in taskmaster.JUDGED for row in opened(name, "comparisons", split, real)
+    ]
     assert len(compared) == pairs
     prompts = opened(name, "prompts", "train", real)
-    assert {row["prompt"] for row in prompts} == {row["prompt"] for row in labels["train"] + labels["judge"]}
+    assert {row["prompt"] for row in prompts} == {
+        row["prompt"] for row in labels["train"] + labels["judge"]
+    }
 
 
 @needs_real_data
 def test_real_extensions_stay_on_one_side(real):
     """A row whose context begins with another row's context and response is in that row's part."""
     part_of = {}
-    labels = {split: opened("taskmaster_ticketing", "labels", split, real) for split in taskmaster.JUDGED}
+    labels = {
+        split: opened("taskmaster_ticketing", "labels", split, real) for split in taskmaster.JUDGED
+    }
     for split, part in labels.items():
         part_of.update({row["prompt"]: split for row in part})
     checked = 0

@@ -219,8 +219,16 @@ class TestSingleRun:
             ),
             (
                 "rl",
-                ["headline", "curves", "gold", "policies", "samples", "health", "time",
-                 "reproduce"],
+                [
+                    "headline",
+                    "curves",
+                    "gold",
+                    "policies",
+                    "samples",
+                    "health",
+                    "time",
+                    "reproduce",
+                ],
             ),
             ("dpo", ["headline", "curves", "policies", "samples", "time", "reproduce"]),
         ],
@@ -257,8 +265,13 @@ class TestSingleRun:
         assert page.row("Gain in gold reward") == ["+0.559 (0.531 to 0.587)"]
 
     def test_rows_and_groups_of_an_evaluation(self, tmp_path, blank_pictures):
-        """Evaluations say how many groups since their intervals are over groups; those of before are shown as they are."""
-        for job, label, rows in (("reward", "Held-out rows (groups)", 2048), ("rl", "Prompts (groups)", 512)):
+        """Evaluations say how many groups since their intervals are over groups; those of before
+        are shown as they are.
+        """
+        for job, label, rows in (
+            ("reward", "Held-out rows (groups)", 2048),
+            ("rl", "Prompts (groups)", 512),
+        ):
             folder = make_run(tmp_path / job, job, "lora")
             page = parse(folder)
             assert page.row(label) == [f"{rows:,}"] and "over groups of rows" not in page.text
@@ -272,19 +285,35 @@ class TestSingleRun:
         folder = make_run(tmp_path / "reward", "reward", "lora")
         found = json.loads((folder / "evaluation.json").read_text())
         del found["pairwise_accuracy"]
-        for area, expected in ((0.853, "0.853"), ({"value": 0.853, "low": 0.801, "high": 0.902, "n": 640, "groups": 90}, "0.853 (0.801 to 0.902)")):
+        for area, expected in (
+            (0.853, "0.853"),
+            (
+                {"value": 0.853, "low": 0.801, "high": 0.902, "n": 640, "groups": 90},
+                "0.853 (0.801 to 0.902)",
+            ),
+        ):
             (folder / "evaluation.json").write_text(json.dumps(found | {"auc": area}))
             page = parse(folder)
             assert page.row("AUC") == [expected] and f"an AUC of {expected} with LoRA" in page.text
         assert page.row("Held-out rows (groups)") == ["640 (90)"]
 
     def test_bars_of_calibration(self):
-        """As the evaluation has them; of independent rows where it is of a version without groups; none for one group."""
+        """As the evaluation has them; of independent rows where it is of a version without groups;
+        none for one group.
+        """
         row = {"predicted": 0.55, "observed": 0.5, "n": 10}
-        rows = [row, row | {"observed_low": 0.1, "observed_high": 0.9, "groups": 3}, row | {"observed_low": None, "observed_high": None, "groups": 1}]
+        rows = [
+            row,
+            row | {"observed_low": 0.1, "observed_high": 0.9, "groups": 3},
+            row | {"observed_low": None, "observed_high": None, "groups": 1},
+        ]
         shown = curves.reliability_rows(Run("r", "reward", "", evaluation={"reliability": rows}))
         ends = [(observed.low, observed.high) for _, observed in shown]
-        assert ends == [(pytest.approx(0.236593, abs=1e-6), pytest.approx(0.763407, abs=1e-6)), (0.1, 0.9), (None, None)]
+        assert ends == [
+            (pytest.approx(0.236593, abs=1e-6), pytest.approx(0.763407, abs=1e-6)),
+            (0.1, 0.9),
+            (None, None),
+        ]
         assert [(predicted, observed.value) for predicted, observed in shown] == [(0.55, 0.5)] * 3
         assert b"<svg" in plots.calibration_plot([("LoRA", "lora", shown)])
 
@@ -304,20 +333,41 @@ class TestSingleRun:
         assert f"of all prompts, judged by {expected}." in page.text
 
     def test_what_rows_lost_is_said_split_by_split(self, tmp_path):
-        cut = {"rows": 32, "cut": 20, "cut_prompts": 12, "cut_response": 9, "cut_prompts_template_whole": 12, "rendered": 0}
+        cut = {
+            "rows": 32,
+            "cut": 20,
+            "cut_prompts": 12,
+            "cut_response": 9,
+            "cut_prompts_template_whole": 12,
+            "rendered": 0,
+        }
         pairs = {"rows": 16, "cut": 0, "equal_pairs": 1, "equal_after_cutting": 2}
-        row = {"step": 1, "train/loss": 2.0} | {f"data/train/{name}": number for name, number in cut.items()} | {"data/validation/rows": 8.0}
+        row = (
+            {"step": 1, "train/loss": 2.0}
+            | {f"data/train/{name}": number for name, number in cut.items()}
+            | {"data/validation/rows": 8.0}
+        )
         (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        settings = {"job": "reward", "tuning": "lora", "data": {"max_prompt_length": 48, "max_response_length": 24}}
+        settings = {
+            "job": "reward",
+            "tuning": "lora",
+            "data": {"max_prompt_length": 48, "max_response_length": 24},
+        }
         (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
-        (tmp_path / "evaluation.json").write_text(json.dumps({"data": {f"data/test/{name}": number for name, number in pairs.items()}}))
+        (tmp_path / "evaluation.json").write_text(
+            json.dumps({"data": {f"data/test/{name}": number for name, number in pairs.items()}})
+        )
         page = parse(tmp_path)
         assert "rows" in page.sections
-        lost = "12 prompts lost their beginning (max_prompt_length 48; the chat template stays whole in 12 of them), 9 responses lost their end (max_response_length 24)"
+        lost = (
+            "12 prompts lost their beginning (max_prompt_length 48; the chat template stays "
+            "whole in 12 of them), 9 responses lost their end (max_response_length 24)"
+        )
         for line in (
             f"Reward model LoRA, train: 20 of 32 rows were cut to fit: {lost}.",
             "Reward model LoRA, validation: none of 8 rows was cut to fit.",
-            "Reward model LoRA, test: none of 16 rows was cut to fit. 1 of 16 pairs have equal responses, 2 more are equal after cutting: they count in no accuracy.",
+            "Reward model LoRA, test: none of 16 rows was cut to fit. 1 of 16 pairs have equal "
+            "responses, 2 more are equal after cutting: they count in no accuracy.",
         ):
             assert line in page.text
 

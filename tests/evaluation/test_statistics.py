@@ -97,12 +97,17 @@ class TestClassifier:
 
 
 class TestEstimates:
-    """Values are those of the measures without an interval, with ties among the scores, and samples are what the measures make of drawn rows."""
+    """Values are those of the measures without an interval, with ties among the scores, and samples
+    are what the measures make of drawn rows.
+    """
 
     GROUPS = np.arange(301) // 7
     MEASURES = {
         "auc": (statistics.auc, statistics.auc_estimate),
-        "balanced accuracy": (lambda s, y: statistics.balanced_accuracy(s, y, 0.3), lambda s, y, *more: statistics.balanced_accuracy_estimate(s, y, 0.3, *more)),
+        "balanced accuracy": (
+            lambda s, y: statistics.balanced_accuracy(s, y, 0.3),
+            lambda s, y, *more: statistics.balanced_accuracy_estimate(s, y, 0.3, *more),
+        ),
         "correlation": (statistics.correlation, statistics.correlation_estimate),
     }
 
@@ -111,16 +116,23 @@ class TestEstimates:
         plain, estimate = self.MEASURES[name]
         found = estimate(SCORES, LABELS, self.GROUPS, 50)
         counts_GS = np.concatenate(list(intervals.draws(43, 301, 50, 0)), axis=1)
-        rows = [np.repeat(np.arange(301), counts.astype(int)[self.GROUPS]) for counts in counts_GS.T]
+        rows = [
+            np.repeat(np.arange(301), counts.astype(int)[self.GROUPS]) for counts in counts_GS.T
+        ]
         slow = [plain(SCORES[drawn], LABELS[drawn]) for drawn in rows]
         expected = intervals.percentiles(np.asarray(slow), 42, 0.95)
         assert found.value == pytest.approx(plain(SCORES, LABELS), abs=1e-12)
-        assert (found.low, found.high) == pytest.approx(expected, abs=1e-12) and (found.n, found.groups) == (301, 43)
+        assert (found.low, found.high) == pytest.approx(expected, abs=1e-12) and (
+            found.n,
+            found.groups,
+        ) == (301, 43)
 
     def test_a_difference_draws_the_same_groups_for_both(self):
         others = SCORES + np.random.default_rng(1).normal(size=301)
         found = statistics.auc_difference(SCORES, others, LABELS, self.GROUPS)
-        assert found.value == pytest.approx(statistics.auc(SCORES, LABELS) - statistics.auc(others, LABELS), abs=1e-12)
+        assert found.value == pytest.approx(
+            statistics.auc(SCORES, LABELS) - statistics.auc(others, LABELS), abs=1e-12
+        )
         assert found.low < found.value < found.high
         same = statistics.auc_difference(SCORES, 2 * SCORES, LABELS, self.GROUPS)
         assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
@@ -140,7 +152,10 @@ class TestCalibration:
     def test_reliability_by_hand(self):
         table = statistics.reliability([0.0, 0.1, 0.5, 0.9, 1.0], [0, 1, 1, 1, 1], bins=2)
         half, all_right = intervals.wilson(1, 2), intervals.wilson(3, 3)
-        assert table == [Bin(0.0, 0.5, 0.05, 0.5, 2, half.low, half.high, 2), Bin(0.5, 1.0, pytest.approx(0.8), 1.0, 3, all_right.low, 1.0, 3)]
+        assert table == [
+            Bin(0.0, 0.5, 0.05, 0.5, 2, half.low, half.high, 2),
+            Bin(0.5, 1.0, pytest.approx(0.8), 1.0, 3, all_right.low, 1.0, 3),
+        ]
         # (2 |0.05 - 0.5| + 3 |0.8 - 1|) / 5
         assert statistics.expected_calibration_error(table) == pytest.approx(0.3)
 
@@ -181,8 +196,15 @@ class TestPolicies:
         # Right, wrong, tied with weights 1, 2, 1: 1.5 / 4, as sure as 16 / 6 pairs.
         found = statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1], [1, 2, 1])
         by_hand = intervals.wilson(0.375 * 16 / 6, 16 / 6)
-        assert (found.value, found.low, found.high, found.n) == (pytest.approx(0.375), pytest.approx(by_hand.low), pytest.approx(by_hand.high), 3)
-        assert statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1], [5, 5, 5]).low == pytest.approx(statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1]).low)
+        assert (found.value, found.low, found.high, found.n) == (
+            pytest.approx(0.375),
+            pytest.approx(by_hand.low),
+            pytest.approx(by_hand.high),
+            3,
+        )
+        assert statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1], [5, 5, 5]).low == pytest.approx(
+            statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1]).low
+        )
         for weights in ([0, 0, 0], [1, -1, 1]):
             with pytest.raises(ValueError, match="weights must be at least 0, and not all 0"):
                 statistics.pairwise_accuracy([2, 0, 1], [1, 1, 1], weights)

@@ -10,20 +10,57 @@ import numpy as np
 import pytest
 import redial
 import systems
-from augment import AugmentConfig, Linker, cold_movies, neighbours_of, read_conversations, template_conversation, template_conversations, write_conversations
+from augment import (
+    AugmentConfig,
+    Linker,
+    cold_movies,
+    neighbours_of,
+    read_conversations,
+    template_conversation,
+    template_conversations,
+    write_conversations,
+)
 from documents import DocumentConfig, Tokenizer, TokenizerConfig, documents_of
 from redial import Movie, Turn
-from texts import heuristic_query, parsed, pointed, query_prompt, rendered, writer_example, writer_prompt
+from texts import (
+    heuristic_query,
+    parsed,
+    pointed,
+    query_prompt,
+    rendered,
+    writer_example,
+    writer_prompt,
+)
 
 from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 
 MOVIES = redial.catalogue(
     {
-        "10": Movie("10", "Night Train", "1999", ("horror",), ("Ada Moss",), ("Bo Lind",), "A haunted sleeper."),
-        "11": Movie("11", "Dark Cellar", "2001", ("horror", "mystery"), ("Ada Moss",), ("Cy Orr",), "Doors close."),
-        "20": Movie("20", "Paper Hearts", "2005", ("romance",), ("Di Paz",), ("Ed Quill",), "Letters cross."),
-        "30": Movie("30", "Iron Orbit", "2015", ("sci-fi",), ("Gil Sand",), ("Bo Lind",), "A lost station."),
+        "10": Movie(
+            "10",
+            "Night Train",
+            "1999",
+            ("horror",),
+            ("Ada Moss",),
+            ("Bo Lind",),
+            "A haunted sleeper.",
+        ),
+        "11": Movie(
+            "11",
+            "Dark Cellar",
+            "2001",
+            ("horror", "mystery"),
+            ("Ada Moss",),
+            ("Cy Orr",),
+            "Doors close.",
+        ),
+        "20": Movie(
+            "20", "Paper Hearts", "2005", ("romance",), ("Di Paz",), ("Ed Quill",), "Letters cross."
+        ),
+        "30": Movie(
+            "30", "Iron Orbit", "2015", ("sci-fi",), ("Gil Sand",), ("Bo Lind",), "A lost station."
+        ),
         "31": Movie("31", "Untold"),
     },
     [],
@@ -38,14 +75,22 @@ def test_cold_movies_are_those_below():
 
 def test_neighbours_share_metadata_and_are_known_from_training():
     found = neighbours_of(MOVIES, [MOVIES["10"], MOVIES["31"]], MENTIONS)
-    assert found == {"10": ["11", "30"], "31": []}  # genre and director; then an actor; of 31 nothing is known
+    assert found == {
+        "10": ["11", "30"],
+        "31": [],
+    }  # genre and director; then an actor; of 31 nothing is known
 
 
 def test_template_conversations_are_the_same_again_and_name_only_what_is_known():
     config = AugmentConfig(below=1, copies=3)
-    first, again = template_conversations(MOVIES, MENTIONS, config), template_conversations(MOVIES, MENTIONS, config)
+    first, again = (
+        template_conversations(MOVIES, MENTIONS, config),
+        template_conversations(MOVIES, MENTIONS, config),
+    )
     assert first == again and [p.movie for p in first] == ["10"] * 3 + ["31"] * 3
-    assert first != template_conversations(MOVIES, MENTIONS, AugmentConfig(below=1, copies=3, seed=1))
+    assert first != template_conversations(
+        MOVIES, MENTIONS, AugmentConfig(below=1, copies=3, seed=1)
+    )
     # A movie's conversations do not depend on which others are cold.
     wider = template_conversations(MOVIES, MENTIONS, AugmentConfig(below=9, copies=3))
     assert [p for p in wider if p.movie == "10"] == first[:3]
@@ -54,7 +99,11 @@ def test_template_conversations_are_the_same_again_and_name_only_what_is_known()
         assert not last.seeker and last.movies == (passage.movie,) and passage.at == len(before)
         assert all(passage.movie not in turn.movies for turn in before)
     text = " ".join(turn.text for passage in first[:3] for turn in passage.turns)
-    assert "horror" in text and ("Bo Lind" in text or "Ada Moss" in text) and ("@11" in text or "@30" in text)
+    assert (
+        "horror" in text
+        and ("Bo Lind" in text or "Ada Moss" in text)
+        and ("@11" in text or "@30" in text)
+    )
 
 
 def test_a_movie_of_which_nothing_is_known_gets_a_plain_conversation():
@@ -69,16 +118,28 @@ def test_made_up_conversations_make_a_cold_movie_findable(tmp_path):
     assert mentions[position["30"]] == 0
     augmented = template_conversations(found.movies, mentions, AugmentConfig(below=1, copies=4))
     tokenizer = Tokenizer(TokenizerConfig(), found.movies)
-    make = lambda *fields: documents_of(found.movies, DocumentConfig(fields), tokenizer, found.train, augmented)[position["30"]]
+    make = lambda *fields: documents_of(
+        found.movies, DocumentConfig(fields), tokenizer, found.train, augmented
+    )[position["30"]]
     assert make("conversations") == []
-    assert "@10" in make("conversations", "augmented")  # its neighbour by an actor, which a seeker may name
+    assert "@10" in make(
+        "conversations", "augmented"
+    )  # its neighbour by an actor, which a seeker may name
 
 
 def test_titles_become_mentions_and_back():
     linker = Linker(MOVIES)
-    assert linker.unlinked("I like @10, @31 and @999") == "I like Night Train (1999), Untold and a movie"
-    assert linker.linked("Have you seen night train (1999)? or Dark Cellar (2001)") == "Have you seen @10 or @11"
-    assert linker.linked("Night Train and the Untold story") == "Night Train and the Untold story"  # no year; one word
+    assert (
+        linker.unlinked("I like @10, @31 and @999")
+        == "I like Night Train (1999), Untold and a movie"
+    )
+    assert (
+        linker.linked("Have you seen night train (1999)? or Dark Cellar (2001)")
+        == "Have you seen @10 or @11"
+    )
+    assert (
+        linker.linked("Night Train and the Untold story") == "Night Train and the Untold story"
+    )  # no year; one word
     for text in ("I like @10 and @20", "@11"):
         assert linker.linked(linker.unlinked(text)) == text
 
@@ -88,37 +149,72 @@ def test_conversations_as_text_for_a_model():
     turns = (Turn(True, "I like @10  a lot", ("10",)), Turn(False, "Try @11", ("11",)))
     text = rendered(turns, linker)
     assert text == "seeker: I like Night Train (1999) a lot\nrecommender: Try Dark Cellar (2001)\n"
-    assert parsed(text + "nonsense\nseeker:\n", linker) == (Turn(True, "I like @10 a lot", ("10",)), turns[1])
+    assert parsed(text + "nonsense\nseeker:\n", linker) == (
+        Turn(True, "I like @10 a lot", ("10",)),
+        turns[1],
+    )
     prompt = writer_prompt(MOVIES["11"], ["10", "20", "30"], linker)
     assert prompt == (
-        "movie: Dark Cellar (2001)\ngenre: horror, mystery\nwith: Cy Orr\nlike: Night Train (1999), Paper Hearts (2005)\nconversation:\n"
+        "movie: Dark Cellar (2001)\ngenre: horror, mystery\nwith: Cy Orr\nlike: Night Train "
+        "(1999), Paper Hearts (2005)\nconversation:\n"
     )
     assert writer_prompt(MOVIES["31"], [], linker) == "movie: Untold\nconversation:\n"
     passage = template_conversations(MOVIES, MENTIONS, AugmentConfig(below=1, copies=1))[0]
     prompt, response = writer_example(passage, MOVIES, linker)
-    assert prompt.startswith("movie: Night Train (1999)\n") and response.endswith("Night Train (1999).\n") or "Night Train (1999)?" in response
+    assert (
+        prompt.startswith("movie: Night Train (1999)\n")
+        and response.endswith("Night Train (1999).\n")
+        or "Night Train (1999)?" in response
+    )
 
 
 def test_a_language_models_text_becomes_a_passage_that_ends_in_the_recommendation():
     linker = Linker(MOVIES)
-    made = language_model.as_passage("10", "seeker: I like Dark Cellar (2001)\nrecommender: Night Train (1999) is scary\n", linker, 0)
+    made = language_model.as_passage(
+        "10",
+        "seeker: I like Dark Cellar (2001)\nrecommender: Night Train (1999) is scary\n",
+        linker,
+        0,
+    )
     assert [turn.text for turn in made.turns] == ["I like @11", "@10 is scary"] and made.at == 1
     without = language_model.as_passage("10", "seeker: hi\nand so on", linker, 0)
-    assert [turn.text for turn in without.turns] == ["hi", "You should watch @10."] and without.turns[-1].movies == ("10",)
+    assert [turn.text for turn in without.turns] == [
+        "hi",
+        "You should watch @10.",
+    ] and without.turns[-1].movies == ("10",)
     assert language_model.as_passage("10", "once upon a time", linker, 0) is None
 
 
 def test_each_copy_of_a_prompt_names_other_neighbours():
-    rows = language_model.written_prompts([MOVIES["20"]], {"20": ["10", "11", "30"]}, Linker(MOVIES), copies=2)
+    rows = language_model.written_prompts(
+        [MOVIES["20"]], {"20": ["10", "11", "30"]}, Linker(MOVIES), copies=2
+    )
     named = [row["prompt"].partition("like: ")[2].partition("\n")[0] for row in rows]
-    assert named == ["Night Train (1999), Dark Cellar (2001)", "Iron Orbit (2015), Night Train (1999)"]
+    assert named == [
+        "Night Train (1999), Dark Cellar (2001)",
+        "Iron Orbit (2015), Night Train (1999)",
+    ]
     assert [row["answer"] for row in rows] == ["20", "20"]
-    assert "like:" not in language_model.written_prompts([MOVIES["31"]], {"31": []}, Linker(MOVIES), copies=1)[0]["prompt"]
+    assert (
+        "like:"
+        not in language_model.written_prompts([MOVIES["31"]], {"31": []}, Linker(MOVIES), copies=1)[
+            0
+        ]["prompt"]
+    )
 
 
 def test_queries_without_a_model():
     linker, genres = Linker(MOVIES), frozenset({"horror", "romance"})
-    case = redial.Case("1", 3, (Turn(True, "I love @10 and @11. Any horror?", ("10", "11")), Turn(False, "What of @20?", ("20",)), Turn(True, "Not that", ())), ("30",))
+    case = redial.Case(
+        "1",
+        3,
+        (
+            Turn(True, "I love @10 and @11. Any horror?", ("10", "11")),
+            Turn(False, "What of @20?", ("20",)),
+            Turn(True, "Not that", ()),
+        ),
+        ("30",),
+    )
     assert case.introduced == ("10", "11", "20")
     assert heuristic_query(case, genres) == " #1 #2 horror"
     assert query_prompt(case, linker) == (
@@ -126,7 +222,10 @@ def test_queries_without_a_model():
         "recommender: What of #3 Paper Hearts (2005)?\nseeker: Not that\nquery:"
     )
     assert heuristic_query(redial.Case("1", 0, (), ("30",)), genres) == " good movie"
-    assert heuristic_query(redial.Case("1", 1, (Turn(True, "Hello there", ()),), ("30",)), genres) == " hello there"
+    assert (
+        heuristic_query(redial.Case("1", 1, (Turn(True, "Hello there", ()),), ("30",)), genres)
+        == " hello there"
+    )
     assert pointed("#2 #3 horror #0 #9", ["10", "11"]) == "@11 3 horror 0 9"
 
 

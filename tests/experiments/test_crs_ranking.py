@@ -1,4 +1,6 @@
-"""Ranks and measures: by hand, and against trec_eval's own code on random rankings; intervals over dialogues."""
+"""Ranks and measures: by hand, and against trec_eval's own code on random rankings; intervals over
+dialogues.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_top_is_the_same_ranking(k):
     scores, order = random.integers(0, 8, 40).astype(float), ranking.tie_order(40, seed=3)
     ranks = ranking.ranks_of(scores, range(40), order)
     np.testing.assert_array_equal(ranking.top(scores, k, order), np.argsort(ranks)[:k])
-    assert not set(ranking.top(scores, 5, order, left_out=[int(np.argmin(ranks))])) & {int(np.argmin(ranks))}
+    assert not set(ranking.top(scores, 5, order, left_out=[int(np.argmin(ranks))])) & {
+        int(np.argmin(ranks))
+    }
 
 
 def test_measures_by_hand():
@@ -61,16 +65,30 @@ def test_agreement_with_trec_eval_on_random_rankings():
         truth[f"q{q}"] = {f"d{i}": 1 for i in relevant}
         runs[f"q{q}"] = {f"d{i}": float(s) for i, s in enumerate(scores)}
         ours[f"q{q}"] = ranking.measures(ranking.ranks_of(scores, relevant, order))
-    names = {"recall@1": "recall_1", "recall@10": "recall_10", "recall@50": "recall_50", "mrr": "recip_rank", "ndcg@10": "ndcg_cut_10", "ndcg@50": "ndcg_cut_50"}
+    names = {
+        "recall@1": "recall_1",
+        "recall@10": "recall_10",
+        "recall@50": "recall_50",
+        "mrr": "recip_rank",
+        "ndcg@10": "ndcg_cut_10",
+        "ndcg@50": "ndcg_cut_50",
+    }
     wanted = {"recall.1,10,50", "recip_rank", "ndcg_cut.10,50"}
     theirs = pytrec_eval.RelevanceEvaluator(truth, wanted).evaluate(runs)
     for query, values in ours.items():
-        np.testing.assert_allclose(values, [theirs[query][names[measure]] for measure in ranking.MEASURES], atol=1e-9, err_msg=query)
+        np.testing.assert_allclose(
+            values,
+            [theirs[query][names[measure]] for measure in ranking.MEASURES],
+            atol=1e-9,
+            err_msg=query,
+        )
 
 
 def test_single_measures_are_the_same_as_measures_of_each():
     ranks = np.array([1.0, 2, 10, 11, 50, 51, 6000, np.inf])
-    np.testing.assert_allclose(ranking.single_measures(ranks), [ranking.measures([rank]) for rank in ranks])
+    np.testing.assert_allclose(
+        ranking.single_measures(ranks), [ranking.measures([rank]) for rank in ranks]
+    )
 
 
 def test_the_bootstrap_draws_whole_dialogues():
@@ -82,7 +100,9 @@ def test_the_bootstrap_draws_whole_dialogues():
     assert repeated.n == 320 and repeated.dialogues == 40
     for measure in ranking.MEASURES:
         assert repeated.values[measure] == pytest.approx(alone.values[measure])
-        assert repeated.low[measure] == pytest.approx(alone.low[measure]) and repeated.high[measure] == pytest.approx(alone.high[measure])
+        assert repeated.low[measure] == pytest.approx(alone.low[measure]) and repeated.high[
+            measure
+        ] == pytest.approx(alone.high[measure])
     as_if_independent = ranking.summarise(np.repeat(each, 8, axis=0), range(320))
     width = lambda one: one.high["mrr"] - one.low["mrr"]
     assert width(as_if_independent) < 0.5 * width(repeated)
@@ -92,8 +112,12 @@ def test_the_interval_is_that_of_the_mean():
     values = np.random.default_rng(2).random((400, 6))
     found = ranking.summarise(values, range(400), draws=4000)
     error = values[:, 0].std() / math.sqrt(400)
-    assert found.low["recall@1"] == pytest.approx(found.values["recall@1"] - 1.96 * error, abs=0.15 * error)
-    assert found.high["recall@1"] == pytest.approx(found.values["recall@1"] + 1.96 * error, abs=0.15 * error)
+    assert found.low["recall@1"] == pytest.approx(
+        found.values["recall@1"] - 1.96 * error, abs=0.15 * error
+    )
+    assert found.high["recall@1"] == pytest.approx(
+        found.values["recall@1"] + 1.96 * error, abs=0.15 * error
+    )
 
 
 def test_dialogues_of_different_sizes_weigh_by_their_rankings():
@@ -105,7 +129,12 @@ def test_dialogues_of_different_sizes_weigh_by_their_rankings():
 
 def test_one_dialogue_has_no_interval():
     found = ranking.summarise(np.random.default_rng(4).random((8, 6)), ["a"] * 8)
-    assert (found.n, found.dialogues, set(found.low.values()), set(found.high.values())) == (8, 1, {None}, {None})
+    assert (found.n, found.dialogues, set(found.low.values()), set(found.high.values())) == (
+        8,
+        1,
+        {None},
+        {None},
+    )
 
 
 def test_gain_is_paired():

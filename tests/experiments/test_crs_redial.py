@@ -16,7 +16,9 @@ from perl_jax.errors import UserError
 from tests.experiments import tiny_redial
 from tests.paths import REDIAL
 
-needs_real_data = pytest.mark.skipif(REDIAL is None or not REDIAL.is_dir(), reason="no copy of ReDial")
+needs_real_data = pytest.mark.skipif(
+    REDIAL is None or not REDIAL.is_dir(), reason="no copy of ReDial"
+)
 
 SAID = [
     ("s", "Hi"),
@@ -29,7 +31,13 @@ SAID = [
     ("r", "Then @10"),
     ("r", "bye"),
 ]
-NAMES = {"10": "Night Train  (1999)", "11": "Dark Cellar (2001)", "20": "Paper Hearts (2005)", "30": "Iron Orbit (2015)", "31": "Untold"}
+NAMES = {
+    "10": "Night Train  (1999)",
+    "11": "Dark Cellar (2001)",
+    "20": "Paper Hearts (2005)",
+    "30": "Iron Orbit (2015)",
+    "31": "Untold",
+}
 
 
 def dialogue(number=1, said=SAID, names=NAMES, **more):
@@ -49,10 +57,19 @@ def test_messages_of_one_speaker_in_a_row_are_one_turn():
 
 def test_cases_are_the_recommenders_turns_with_movies_and_hold_only_what_came_before():
     one = dialogue()
-    assert redial.cases_of(one) == [Case("1", 1, one.turns[:1], ("11", "20")), Case("1", 5, one.turns[:5], ("10",))]
+    assert redial.cases_of(one) == [
+        Case("1", 1, one.turns[:1], ("11", "20")),
+        Case("1", 5, one.turns[:5], ("10",)),
+    ]
     first, second = redial.cases_of(one)
     assert first.mentioned == ("10",)
-    assert second.mentioned == ("31", "30", "20", "11", "10")  # the latest first, the target among them
+    assert second.mentioned == (
+        "31",
+        "30",
+        "20",
+        "11",
+        "10",
+    )  # the latest first, the target among them
 
 
 def test_a_dialogue_that_the_recommender_opens_has_a_case_without_context():
@@ -62,9 +79,19 @@ def test_a_dialogue_that_the_recommender_opens_has_a_case_without_context():
 
 def test_forms_are_the_seekers_and_the_recommenders_where_that_says_nothing():
     row = tiny_redial.row(1, SAID, NAMES)
-    row["initiatorQuestions"] = {"10": {"suggested": 0, "seen": 1, "liked": 2}, "11": {"suggested": 1, "seen": 2, "liked": 0}}
-    row["respondentQuestions"] = {"10": {"suggested": 1, "seen": 1, "liked": 1}, "20": {"suggested": 1, "seen": 1, "liked": 1}}
-    assert redial.labels_of(row) == {"10": Label(False, None), "11": Label(True, False), "20": Label(True, True)}
+    row["initiatorQuestions"] = {
+        "10": {"suggested": 0, "seen": 1, "liked": 2},
+        "11": {"suggested": 1, "seen": 2, "liked": 0},
+    }
+    row["respondentQuestions"] = {
+        "10": {"suggested": 1, "seen": 1, "liked": 1},
+        "20": {"suggested": 1, "seen": 1, "liked": 1},
+    }
+    assert redial.labels_of(row) == {
+        "10": Label(False, None),
+        "11": Label(True, False),
+        "20": Label(True, True),
+    }
     row["initiatorQuestions"] = []  # upstream's empty form
     assert set(redial.labels_of(row)) == {"10", "20"}
 
@@ -76,21 +103,56 @@ def test_titles_and_years():
 
 
 def test_copies_are_left_out_by_id_and_by_content_whatever_the_cut_into_messages():
-    same_words = [("s", "hi i like @10"), ("r", "try @11 or @20 @11 is best"), ("s", "what about @30 or @31"), *SAID[5:]]
-    copies = [dialogue(5), dialogue(5, said=[("s", "something else")]), dialogue(6, said=same_words), dialogue(7, said=[("s", "new")])]
+    same_words = [
+        ("s", "hi i like @10"),
+        ("r", "try @11 or @20 @11 is best"),
+        ("s", "what about @30 or @31"),
+        *SAID[5:],
+    ]
+    copies = [
+        dialogue(5),
+        dialogue(5, said=[("s", "something else")]),
+        dialogue(6, said=same_words),
+        dialogue(7, said=[("s", "new")]),
+    ]
     assert [d.id for d in redial.without_copies(copies, [])] == ["5", "7"]
     test = [dialogue(7, said=[("s", "unlike")]), dialogue(99)]
-    assert redial.without_copies(copies, test) == [copies[1]]  # 5's and 6's words are in the test side, and 7's id
+    assert redial.without_copies(copies, test) == [
+        copies[1]
+    ]  # 5's and 6's words are in the test side, and 7's id
 
 
 def test_reading_a_folder(tmp_path):
-    train = [tiny_redial.row(2, SAID, {**NAMES, "77": "Only Mentioned (1970)"}), tiny_redial.row(3, [("s", "@77 is great")], {"77": "Only Mentioned (1970)"})]
-    test = [tiny_redial.row(9, [("s", "I like @88"), ("r", "And @88 or @10?")], {"88": "Test Only (1971)", "10": NAMES["10"]})]
+    train = [
+        tiny_redial.row(2, SAID, {**NAMES, "77": "Only Mentioned (1970)"}),
+        tiny_redial.row(3, [("s", "@77 is great")], {"77": "Only Mentioned (1970)"}),
+    ]
+    test = [
+        tiny_redial.row(
+            9,
+            [("s", "I like @88"), ("r", "And @88 or @10?")],
+            {"88": "Test Only (1971)", "10": NAMES["10"]},
+        )
+    ]
     found = redial.read_redial(str(tiny_redial.write(tmp_path, train, test)))
-    assert [d.id for d in found.train] == ["2", "3"] and [d.id for d in found.test] == ["9"] and found.repeated == 0
-    assert found.movies["10"] == redial.Movie("10", "Night Train", "1999", ("horror",), ("Ada Moss",), ("Bo Lind",), "A haunted sleeper.")
+    assert (
+        [d.id for d in found.train] == ["2", "3"]
+        and [d.id for d in found.test] == ["9"]
+        and found.repeated == 0
+    )
+    assert found.movies["10"] == redial.Movie(
+        "10", "Night Train", "1999", ("horror",), ("Ada Moss",), ("Bo Lind",), "A haunted sleeper."
+    )
     assert found.movies["77"] == redial.Movie("77", "Only Mentioned", "1970")
-    assert list(found.movies) == ["10", "11", "20", "21", "30", "31", "77"]  # what only the test side names is not in it
+    assert list(found.movies) == [
+        "10",
+        "11",
+        "20",
+        "21",
+        "30",
+        "31",
+        "77",
+    ]  # what only the test side names is not in it
     (case,) = redial.cases_of(found.test[0])
     assert case.targets == ("88", "10")  # and yet nothing is lost
 
@@ -105,7 +167,9 @@ def test_validation_is_later_and_shares_no_worker_with_fit():
 def test_what_is_missing_or_broken_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="There is no folder .*nowhere"):
         redial.read_redial(str(tmp_path / "nowhere"))
-    folder = tiny_redial.write(tmp_path / "data", [tiny_redial.row(1, SAID, NAMES)], [tiny_redial.row(2, SAID[:3], NAMES)])
+    folder = tiny_redial.write(
+        tmp_path / "data", [tiny_redial.row(1, SAID, NAMES)], [tiny_redial.row(2, SAID[:3], NAMES)]
+    )
     (folder / "id2info.json").rename(folder / "kept.json")
     with pytest.raises(UserError, match="There is no id2info.json in"):
         redial.read_redial(str(folder))
@@ -157,7 +221,11 @@ def served(tmp_path):
 
 def test_downloads_the_archive_once_and_refuses_a_broken_one(served, tmp_path):
     folder, url = served
-    source = tiny_redial.write(tmp_path / "source", [tiny_redial.row(1, SAID, NAMES)], [tiny_redial.row(2, SAID[:3], NAMES)])
+    source = tiny_redial.write(
+        tmp_path / "source",
+        [tiny_redial.row(1, SAID, NAMES)],
+        [tiny_redial.row(2, SAID[:3], NAMES)],
+    )
     (folder / "id2info.json").write_bytes((source / "id2info.json").read_bytes())
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -182,5 +250,11 @@ def test_the_real_files():
     cases = [case for dialogue in found.test for case in redial.cases_of(dialogue)]
     assert (len(cases), sum(len(case.targets) for case in cases)) == (3671, 4969)
     fit, validation = redial.split_validation(found.train)
-    assert not frozenset().union(*(d.workers for d in fit)) & frozenset().union(*(d.workers for d in validation))
-    assert max(int(d.id) for d in fit) < min(int(d.id) for d in validation) < min(int(d.id) for d in found.test)
+    assert not frozenset().union(*(d.workers for d in fit)) & frozenset().union(
+        *(d.workers for d in validation)
+    )
+    assert (
+        max(int(d.id) for d in fit)
+        < min(int(d.id) for d in validation)
+        < min(int(d.id) for d in found.test)
+    )

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from documents import Tokenizer, TokenizerConfig
 from redial import Case, Movie, Turn
-from retrieval import BM25Config, Fixed, Index, QueryConfig, Random, Repeat, Retriever, popularity, query_tokens
+from retrieval import (
+    BM25Config,
+    Fixed,
+    Index,
+    QueryConfig,
+    Random,
+    Repeat,
+    Retriever,
+    popularity,
+    query_tokens,
+)
 
 from perl_jax.errors import UserError
 from tests.experiments.conftest import EXPERIMENT
@@ -30,7 +40,11 @@ def reference(documents, query, k1, b):
             df = sum(token in other for other in documents)
             tf = document.count(token)
             if df and tf:
-                score += math.log(1 + (n - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * len(document) / mean))
+                score += (
+                    math.log(1 + (n - df + 0.5) / (df + 0.5))
+                    * tf
+                    / (tf + k1 * (1 - b + b * len(document) / mean))
+                )
         scores.append(score)
     return scores
 
@@ -38,13 +52,19 @@ def reference(documents, query, k1, b):
 @pytest.mark.parametrize(("k1", "b"), [(1.5, 0.3), (0.9, 0.75), (4.0, 0.0), (1.2, 1.0)])
 @pytest.mark.parametrize("query", [["a"], ["a", "b", "d"], ["a", "a", "c", "unknown"], ["d", "a"]])
 def test_scores_are_the_formulas(k1, b, query):
-    np.testing.assert_allclose(Index(DOCUMENTS, BM25Config(k1, b)).scores(query), reference(DOCUMENTS, query, k1, b), rtol=1e-12)
+    np.testing.assert_allclose(
+        Index(DOCUMENTS, BM25Config(k1, b)).scores(query),
+        reference(DOCUMENTS, query, k1, b),
+        rtol=1e-12,
+    )
 
 
 def test_weights_multiply_documents_scores():
     index = Index(DOCUMENTS, BM25Config())
     weights = np.array([0.0, 2.0, 1.0, 0.5, 1.0])
-    np.testing.assert_allclose(index.scores(["a", "b"], weights), weights * index.scores(["a", "b"]))
+    np.testing.assert_allclose(
+        index.scores(["a", "b"], weights), weights * index.scores(["a", "b"])
+    )
 
 
 def test_settings_out_of_range_and_nothing_to_index():
@@ -59,7 +79,9 @@ def test_settings_out_of_range_and_nothing_to_index():
 def test_an_index_comes_back_from_disk(tmp_path):
     index = Index(DOCUMENTS, BM25Config(0.9, 0.4))
     index.save(tmp_path / "index")
-    np.testing.assert_array_equal(Index.load(tmp_path / "index").scores(["a", "c"]), index.scores(["a", "c"]))
+    np.testing.assert_array_equal(
+        Index.load(tmp_path / "index").scores(["a", "c"]), index.scores(["a", "c"])
+    )
     with pytest.raises(UserError, match="holds no index that can be read"):
         Index.load(tmp_path / "none")
 
@@ -81,33 +103,59 @@ def test_queries():
 def test_a_case_without_a_query_is_ranked_by_popularity_and_counted():
     movies = {str(i): Movie(str(i), "t") for i in range(5)}
     fallback = np.array([3.0, 1.0, 0.0, 0.0, 2.0])
-    retriever = Retriever(Index(DOCUMENTS, BM25Config()), Tokenizer(TokenizerConfig(stem=False), movies), QueryConfig(), fallback)
+    retriever = Retriever(
+        Index(DOCUMENTS, BM25Config()),
+        Tokenizer(TokenizerConfig(stem=False), movies),
+        QueryConfig(),
+        fallback,
+    )
     np.testing.assert_array_equal(retriever.scores(Case("1", 0, (), ("1",))), fallback)
-    np.testing.assert_array_equal(retriever.scores(Case("1", 1, (Turn(True, "unheard of", ()),), ("1",))), fallback)
+    np.testing.assert_array_equal(
+        retriever.scores(Case("1", 1, (Turn(True, "unheard of", ()),), ("1",))), fallback
+    )
     assert retriever.empty_queries == 2
-    assert not np.array_equal(retriever.scores(Case("1", 1, (Turn(True, "d", ()),), ("1",))), fallback)
+    assert not np.array_equal(
+        retriever.scores(Case("1", 1, (Turn(True, "d", ()),), ("1",))), fallback
+    )
     assert retriever.empty_queries == 2
 
 
 def test_baselines_by_hand():
     position = {"1": 0, "2": 1, "3": 2}
     popular = popularity([TALK, TALK], position)
-    np.testing.assert_array_equal(popular, [2, 2, 0])  # dialogues, not mentions; the seeker's do not count
+    np.testing.assert_array_equal(
+        popular, [2, 2, 0]
+    )  # dialogues, not mentions; the seeker's do not count
     popular = np.array([1.0, 5.0, 4.0])
     np.testing.assert_array_equal(Fixed(popular).scores(CASE), popular)
     # @1 was mentioned last, then @2; what was not mentioned comes after, by popularity.
     assert list(np.argsort(-Repeat(position, popular).scores(CASE))) == [0, 1, 2]
-    assert list(np.argsort(-Repeat(position, popular).scores(Case("7", 0, (), ("1",))))) == [1, 2, 0]
+    assert list(np.argsort(-Repeat(position, popular).scores(Case("7", 0, (), ("1",))))) == [
+        1,
+        2,
+        0,
+    ]
     np.testing.assert_array_equal(popular, [1.0, 5.0, 4.0])  # untouched
-    first, again, other = Random(50).scores(CASE), Random(50).scores(CASE), Random(50).scores(Case("7", 1, (), ("1",)))
+    first, again, other = (
+        Random(50).scores(CASE),
+        Random(50).scores(CASE),
+        Random(50).scores(Case("7", 1, (), ("1",))),
+    )
     np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other) and not np.array_equal(first, Random(50, seed=1).scores(CASE))
+    assert not np.array_equal(first, other) and not np.array_equal(
+        first, Random(50, seed=1).scores(CASE)
+    )
 
 
 def test_importing_bm25s_leaves_jax_alone():
     code = "import sys, retrieval, reward; print('jax' in sys.modules)"
     path = os.pathsep.join([str(EXPERIMENT), str(pathlib.Path(__file__).parents[2])])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "False\n", done.stderr
     import jax
 

@@ -25,7 +25,9 @@ MOVIES = {
 
 
 def turns(*said):
-    return redial.turns_of([tiny_redial.message(1 if who == "s" else 2, text) for who, text in said], 1)
+    return redial.turns_of(
+        [tiny_redial.message(1 if who == "s" else 2, text) for who, text in said], 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,16 +60,21 @@ def test_a_training_seekers_likes_are_the_forms_and_else_what_was_said():
 def test_profiles_and_similarity_by_hand():
     profiles = Profiles([["1", "2"], ["3"], []], MOVIES, genre=0.0)
     weight = math.log(1 + 3 / 2)  # each movie is liked by one of three
-    assert profiles.profile(["1", "2", "1"]) == pytest.approx({"1": 1 / math.sqrt(2), "2": 1 / math.sqrt(2)})
+    assert profiles.profile(["1", "2", "1"]) == pytest.approx(
+        {"1": 1 / math.sqrt(2), "2": 1 / math.sqrt(2)}
+    )
     np.testing.assert_allclose(profiles.similarity(["1"]), [1 / math.sqrt(2), 0, 0])
-    np.testing.assert_allclose(profiles.similarity(["3", "unknown"])[1], weight / math.hypot(weight, math.log(1 + 3 / 1)))
+    np.testing.assert_allclose(
+        profiles.similarity(["3", "unknown"])[1], weight / math.hypot(weight, math.log(1 + 3 / 1))
+    )
     np.testing.assert_array_equal(profiles.similarity([]), [0, 0, 0])
 
 
 def test_genres_make_seekers_alike_who_share_no_movie():
     profiles = Profiles([["1"], ["3"]], MOVIES, genre=0.5)
     weight, unseen = math.log(1 + 2 / 2), math.log(1 + 2 / 1)
-    # @2 is new: its own weight, 0.5 for horror and 0.5 for mystery; the first seeker has 0.5 for horror.
+    # @2 is new: its own weight, 0.5 for horror and 0.5 for mystery; the first seeker has 0.5 for
+    # horror.
     expected = 0.25 / (math.hypot(weight, 0.5) * math.sqrt(unseen**2 + 0.5))
     np.testing.assert_allclose(profiles.similarity(["2"]), [expected, 0])
 
@@ -81,12 +88,19 @@ def test_chosen_keeps_the_largest():
 def made(config):
     names = {movie: "x" for movie in MOVIES}
     rows = [
-        tiny_redial.row(1, [("s", "scary night please"), ("r", "@1 and @2")], names, liked=("1", "2")),
+        tiny_redial.row(
+            1, [("s", "scary night please"), ("r", "@1 and @2")], names, liked=("1", "2")
+        ),
         tiny_redial.row(2, [("s", "scary night please"), ("r", "@3")], names, liked=("3",)),
     ]
     dialogues = [redial.parse_dialogue(json.dumps(row), "here") for row in rows]
     tokenizer = Tokenizer(TokenizerConfig(stem=False, mentions="id"), MOVIES)
-    documents = Retriever(Index([["other"], ["other"], ["scary"]], BM25Config()), tokenizer, QueryConfig(), np.zeros(3))
+    documents = Retriever(
+        Index([["other"], ["other"], ["scary"]], BM25Config()),
+        tokenizer,
+        QueryConfig(),
+        np.zeros(3),
+    )
     return UserRetriever(documents, dialogues, MOVIES, BM25Config(1.2, 0.75), config), documents
 
 
@@ -101,7 +115,9 @@ def test_scores_by_hand(alike):
     weights = np.array([1.0, 1 - alike])
     np.testing.assert_allclose(system.weights(["1"]), weights)
     paid = weights * each
-    np.testing.assert_allclose(system.scores(CASE) - documents.scores(CASE), 2.0 * np.array([paid[0], paid[0], paid[1]]))
+    np.testing.assert_allclose(
+        system.scores(CASE) - documents.scores(CASE), 2.0 * np.array([paid[0], paid[0], paid[1]])
+    )
 
 
 def test_a_seeker_without_likes_yet_is_alike_to_nobody_and_a_weight_of_zero_changes_nothing():
@@ -123,5 +139,3 @@ def test_settings_out_of_range():
         UserConfig(alike=2)
     with pytest.raises(UserError, match="neighbours is 0"):
         UserConfig(neighbours=0)
-
-

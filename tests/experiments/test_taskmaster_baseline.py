@@ -19,13 +19,21 @@ WORDS = ("yes", "no", "maybe", "later", "never", "always")
 
 def turns(film: int, said: int, noise: np.random.Generator) -> dict:
     """A rated turn after `said` turns of one dialogue: "yes" is rated up mostly."""
-    context = [{"role": "user", "text": f"film {film}"}] + [{"role": "agent", "text": f"word {i}"} for i in range(said)]
+    context = [{"role": "user", "text": f"film {film}"}] + [
+        {"role": "agent", "text": f"word {i}"} for i in range(said)
+    ]
     words = noise.choice(WORDS, 3)
     up = ("yes" in words) ^ (noise.random() < 0.2)
-    return {"context": json.dumps(context), "generation": json.dumps({"role": "agent", "text": " ".join(words)}), "reward": int(up)}
+    return {
+        "context": json.dumps(context),
+        "generation": json.dumps({"role": "agent", "text": " ".join(words)}),
+        "reward": int(up),
+    }
 
 
-def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(tmp_path, monkeypatch, capsys):
+def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     taskmaster = importlib.import_module("taskmaster")
     monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
@@ -34,7 +42,11 @@ def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(tmp_path
     folder.mkdir(parents=True)
     rows = [turns(film, said, noise) for film in range(80) for said in range(4)]
     (folder / "reward_00.json").write_text(json.dumps(rows))
-    test = list(get_task("taskmaster_ticketing").open("labels", "test", DataOptions(data_dir=str(tmp_path / "data"))))
+    test = list(
+        get_task("taskmaster_ticketing").open(
+            "labels", "test", DataOptions(data_dir=str(tmp_path / "data"))
+        )
+    )
     labels, dialogues = np.array([row["label"] for row in test]), [row["group"] for row in test]
     scores = labels + noise.normal(size=len(labels))
     run: pathlib.Path = tmp_path / "run" / "lora" / "reward"
@@ -44,12 +56,21 @@ def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(tmp_path
     (run / "scores.json").write_text(json.dumps({"score": scores.tolist()}))
     taskmaster.add_baseline(tmp_path / "run", "taskmaster_ticketing", str(tmp_path / "data"))
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["auc"]["value"] == pytest.approx(statistics.auc(scores, labels)) and found["ece"] == 0.1
-    assert (found["auc"]["n"], found["auc"]["groups"]) == (len(test), len(test) // 4) and found["auc"]["low"] < found["auc"]["high"]
+    assert (
+        found["auc"]["value"] == pytest.approx(statistics.auc(scores, labels))
+        and found["ece"] == 0.1
+    )
+    assert (found["auc"]["n"], found["auc"]["groups"]) == (len(test), len(test) // 4) and found[
+        "auc"
+    ]["low"] < found["auc"]["high"]
     for name, values in found["baselines"].items():
         difference = values["auc_difference"]
-        assert difference["value"] == pytest.approx(found["auc"]["value"] - values["auc"]["value"]), name
-        assert difference["low"] < difference["value"] < difference["high"] and difference["groups"] == len(set(dialogues))
+        assert difference["value"] == pytest.approx(
+            found["auc"]["value"] - values["auc"]["value"]
+        ), name
+        assert difference["low"] < difference["value"] < difference["high"] and difference[
+            "groups"
+        ] == len(set(dialogues))
     # Words that decide the rating are found.
     assert found["baselines"]["bag of words, response"]["auc"]["low"] > 0.5
     assert f"{len(test)} turns of {len(test) // 4} dialogues" in capsys.readouterr().out

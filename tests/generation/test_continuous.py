@@ -1,4 +1,6 @@
-"""Continuous batching: the static sampler's tokens through fewer slots, in less decoding, with few programs."""
+"""Continuous batching: the static sampler's tokens through fewer slots, in less decoding, with few
+programs.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ def prompts(number: int, filler: int | None = None) -> Prompts:
     valid_PS = np.arange(S)[None, :] >= S - lengths[:, None]
     if filler is not None:
         valid_PS[filler] = False
-    return Prompts(rng.integers(1, 61, (number, S), dtype=np.int32), valid_PS, np.arange(number, dtype=np.int32))
+    return Prompts(
+        rng.integers(1, 61, (number, S), dtype=np.int32),
+        valid_PS,
+        np.arange(number, dtype=np.int32),
+    )
 
 
 def static(given: Prompts, samples: int, config: SamplingConfig = CONFIG) -> sampling.Rollout:
     return sampling.sample_prompts(small.LM, config, samples, BASE, ADAPTER, given, KEY)
 
 
-@pytest.mark.parametrize(("samples", "slots", "chunk"), [(1, 4, 3), (2, 4, 16), (2, 8, 1), (4, 4, 5)])
+@pytest.mark.parametrize(
+    ("samples", "slots", "chunk"), [(1, 4, 3), (2, 4, 16), (2, 8, 1), (4, 4, 5)]
+)
 def test_the_same_rollout_through_fewer_slots(samples, slots, chunk):
     given = prompts(9, filler=3)
     sampler = ContinuousSampler(small.LM, CONFIG, samples, slots, chunk)
@@ -56,7 +64,9 @@ def test_prompts_are_let_in_together(number, samples, slots, chunk, monkeypatch)
     given, calls = prompts(number), []
     sampler = ContinuousSampler(small.LM, CONFIG, samples, slots, chunk)
     admissions = sampler._admissions
-    monkeypatch.setattr(sampler, "_admissions", lambda *a: calls.extend(found := admissions(*a)) or found)
+    monkeypatch.setattr(
+        sampler, "_admissions", lambda *a: calls.extend(found := admissions(*a)) or found
+    )
     expected, made = static(given, samples), sampler(BASE, ADAPTER, given, KEY)
     small.assert_same(expected.sequences, made.sequences)
     # First as many as there are slots for, then two at a time; one is alone only at the end.
@@ -66,7 +76,10 @@ def test_prompts_are_let_in_together(number, samples, slots, chunk, monkeypatch)
     assert sampler.admit.compilations == 2
 
 
-@pytest.mark.parametrize("more", [{"temperature": 0.0}, {"cache": "int8"}, {"adapters": "applied"}, {"top_k": 5, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "more",
+    [{"temperature": 0.0}, {"cache": "int8"}, {"adapters": "applied"}, {"top_k": 5, "top_p": 0.8}],
+)
 def test_settings_are_the_static_samplers(more):
     given, config = prompts(6), dataclasses.replace(CONFIG, **more)
     made = ContinuousSampler(small.LM, config, 1, 2)(BASE, ADAPTER, given, KEY)
@@ -100,7 +113,8 @@ def test_the_number_of_programs_does_not_grow():
     for number in (5, 9, 16, 7, 12):
         sampler(BASE, ADAPTER, prompts(number), jax.random.key_data(jax.random.key(number)))
         counts.append(sampler.compilations)
-    # A merged copy, empty slots, prompts let in by all slots and by an eighth, decoding in 8, 4, 2 and 1 slots, three moves between those.
+    # A merged copy, empty slots, prompts let in by all slots and by an eighth, decoding in 8, 4, 2
+    # and 1 slots, three moves between those.
     assert counts[-1] == 1 + 1 + 2 + 4 + 3 and counts[-1] == counts[-2]
 
 
@@ -129,7 +143,10 @@ def test_on_a_mesh_it_samples_the_same(axes):
     small.assert_same(expected.sequences, made.sequences)
 
 
-@pytest.mark.parametrize(("samples", "slots", "message"), [(4, 6, "slots is 6; it must be a multiple of the 4 samples"), (1, 0, "slots is 0")])
+@pytest.mark.parametrize(
+    ("samples", "slots", "message"),
+    [(4, 6, "slots is 6; it must be a multiple of the 4 samples"), (1, 0, "slots is 0")],
+)
 def test_impossible_slots_are_refused(samples, slots, message):
     with pytest.raises(UserError, match=message):
         ContinuousSampler(small.LM, CONFIG, samples, slots)

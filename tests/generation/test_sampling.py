@@ -1,4 +1,6 @@
-"""Sampling: the right distribution, the right log-probabilities, and responses that end where they end."""
+"""Sampling: the right distribution, the right log-probabilities, and responses that end where they
+end.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from perl_jax.runtime import trees
 from tests import small
 from tests.paths import STORIES
 
-needs_stories = pytest.mark.skipif(STORIES is None or not STORIES.is_dir(), reason="no stories260k model here")
+needs_stories = pytest.mark.skipif(
+    STORIES is None or not STORIES.is_dir(), reason="no stories260k model here"
+)
 
 BASE = small.make_base()
 ADAPTER = small.make_adapter()
@@ -28,11 +32,25 @@ PAD = 60
 # Left, right and no padding, and a filler row.
 PROMPTS = small.make_tokens((("none", 5), ("left", 3), ("right", 3), ("both", 1), ("left", 0)), 5)
 ROWS, P, C = 5, 5, 9
-STORY = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
+STORY = (
+    ", there was a little girl named Lily. She loved to play outside in the park. One day, "
+    "she saw a big, red ball."
+)
 
 
-def sample(config: SamplingConfig, *, key: int = 0, adapter=ADAPTER, prompts=PROMPTS, lm=small.LM, base=BASE, samples=1) -> sampling.Rollout:
-    return sampling.sample(lm, base, adapter, prompts.tokens_BT, prompts.valid_BT, jax.random.key(key), config, samples)
+def sample(
+    config: SamplingConfig,
+    *,
+    key: int = 0,
+    adapter=ADAPTER,
+    prompts=PROMPTS,
+    lm=small.LM,
+    base=BASE,
+    samples=1,
+) -> sampling.Rollout:
+    return sampling.sample(
+        lm, base, adapter, prompts.tokens_BT, prompts.valid_BT, jax.random.key(key), config, samples
+    )
 
 
 def responses(rollout: sampling.Rollout) -> list[list[int]]:
@@ -83,16 +101,25 @@ def test_greedy_story(stories):
     rows = np.zeros((3, len(ids) + 2), np.int32)
     valid = np.zeros(rows.shape, bool)
     for row, (start, prompt) in enumerate([(2, ids), (0, ids), (1, tokenizer.prompt_ids("Tim"))]):
-        rows[row, start : start + len(prompt)], valid[row, start : start + len(prompt)] = prompt, True
-    config = SamplingConfig(max_new_tokens=60, temperature=0.0, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        rows[row, start : start + len(prompt)], valid[row, start : start + len(prompt)] = (
+            prompt,
+            True,
+        )
+    config = SamplingConfig(
+        max_new_tokens=60, temperature=0.0, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
+    )
     rollout = sampling.sample(lm, base, None, rows, valid, jax.random.key(0), config)
     mine = responses(rollout)
     for row in (0, 1):
-        assert (tokenizer.text(ids) + tokenizer.text(mine[row])).startswith("Once upon a time" + STORY)
+        assert (tokenizer.text(ids) + tokenizer.text(mine[row])).startswith(
+            "Once upon a time" + STORY
+        )
     model = small.load_torch(STORIES)
     for row, prompt in ((0, ids), (2, tokenizer.prompt_ids("Tim"))):
         inputs = torch.tensor([prompt])
-        theirs = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=60, do_sample=False)
+        theirs = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=60, do_sample=False
+        )
         assert theirs[0, len(prompt) :].tolist() == mine[row]
 
 
@@ -103,12 +130,21 @@ def test_sampled_stories_have_the_trainers_logprobs(stories):
     ids = tokenizer.prompt_ids("Once upon a time")
     prompts = small.make_tokens((("none", len(ids)),) * 8, len(ids))
     prompts.tokens_BT[:] = ids
-    config = SamplingConfig(max_new_tokens=40, temperature=temperature, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+    config = SamplingConfig(
+        max_new_tokens=40,
+        temperature=temperature,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
     rollout = sample(config, lm=lm, base=base, adapter=None, prompts=prompts)
     check_layout(rollout, config, prompts)
-    logp_BT = jax.jit(passes.sequence_logprobs, static_argnums=(0, 4))(lm, base, None, rollout.sequences, temperature)
+    logp_BT = jax.jit(passes.sequence_logprobs, static_argnums=(0, 4))(
+        lm, base, None, rollout.sequences, temperature
+    )
     mask_BT = np.array(rollout.sequences.response_BT)
-    np.testing.assert_allclose(np.array(rollout.logp_BT)[mask_BT], np.array(logp_BT)[mask_BT], atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(rollout.logp_BT)[mask_BT], np.array(logp_BT)[mask_BT], atol=1e-4
+    )
     # Likely words at a low temperature; not one and the same story eight times.
     assert -2.5 < np.array(logp_BT)[mask_BT].mean() < -0.3
     assert len({tuple(ids) for ids in responses(rollout)}) == 8
@@ -196,8 +232,8 @@ def test_first_tokens_follow_the_softmax(temperature):
 
 @pytest.mark.parametrize("vocabulary", [1000, 1024])
 def test_draws_over_several_blocks_follow_the_softmax(vocabulary):
-    # One likely token against many unlikely ones: of the first block's 10 and the second's 128 and so on, a
-    # block has its sum, not its maximum. The last block of 1,000 tokens is not full.
+    # One likely token against many unlikely ones: of the first block's 10 and the second's 128 and
+    # so on, a block has its sum, not its maximum. The last block of 1,000 tokens is not full.
     n, noise = 8192, np.random.default_rng(0)
     weights_V = np.exp(noise.normal(0, 0.5, vocabulary))
     weights_V[:128] = 1e-6
@@ -207,7 +243,8 @@ def test_draws_over_several_blocks_follow_the_softmax(vocabulary):
     drawn = np.array(jax.jit(sampling.draw)(keys(n), logits_BV))
     assert 0 <= drawn.min() and drawn.max() < vocabulary
     blocks = np.arange(vocabulary) // 128
-    # Pearson's statistic over blocks, then over single tokens: its mean is the number of cells - 1, its variance twice that.
+    # Pearson's statistic over blocks, then over single tokens: its mean is the number of cells - 1,
+    # its variance twice that.
     for cells_V in (blocks, np.arange(vocabulary)):
         expected = n * np.bincount(cells_V, weights=p_V)
         observed = np.bincount(cells_V[drawn], minlength=len(expected))
@@ -242,13 +279,16 @@ def test_the_key_alone_decides_the_draws():
     other = sample(config, key=2)
     assert all(a != b for a, b in zip(responses(first)[:-1], responses(other)[:-1]))
     # Every step draws anew, and so does every row: equal prompts get different responses.
-    ids = responses(sample(config, prompts=jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), PROMPTS)))
+    ids = responses(
+        sample(config, prompts=jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), PROMPTS))
+    )
     assert len({tuple(row) for row in ids}) == ROWS
     assert all(len(set(row)) > 3 for row in ids)
 
 
 def test_a_rows_draws_depend_on_its_number_alone():
-    # Three samples of each prompt, from shared prompts or from copies of them; in a growing cache; merged or not.
+    # Three samples of each prompt, from shared prompts or from copies of them; in a growing cache;
+    # merged or not.
     config = SamplingConfig(C, stop_ids=(7,), pad_id=PAD)
     apart = sample(config, prompts=jax.tree.map(lambda x: np.repeat(x, 3, axis=0), PROMPTS))
     for more in ({"stages": 4, "adapters": "merged"}, {"adapters": "applied"}):
@@ -270,24 +310,34 @@ def test_a_cache_of_fewer_bits_has_nearly_the_same_logprobs():
 
 
 def test_merging_is_chosen_by_what_it_costs():
-    # R D F once against R (D + F) a token, here D F / (D + F) = 16 to 32 tokens: few tokens are applied, many merged.
+    # R D F once against R (D + F) a token, here D F / (D + F) = 16 to 32 tokens: few tokens are
+    # applied, many merged.
     assert not sampling.merging_pays(BASE, ADAPTER, 4) and sampling.merging_pays(BASE, ADAPTER, 400)
     low = jax.tree.map(lambda leaf: leaf.astype(np.float16), BASE)
     assert not sampling.merging_pays(low, ADAPTER, 400)
-    assert sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[1] is ADAPTER
+    assert (
+        sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[
+            1
+        ]
+        is ADAPTER
+    )
     assert sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
 
 
 def test_full_tuning_decodes_from_matrices_that_are_rounded_once():
     role = small.make_full(BASE)
-    read, adapter = sampling.sampled_from(small.changed(dtype="bfloat16"), BASE, role, SamplingConfig(1), 400)
+    read, adapter = sampling.sampled_from(
+        small.changed(dtype="bfloat16"), BASE, role, SamplingConfig(1), 400
+    )
     assert adapter is None
     for name, leaf in trees.named_leaves(read).items():
         assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
 
 
 def filtered_logprobs(logits_V: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """log p over the k most likely tokens, and of these the fewest with probability p; float64, one row, by a sort."""
+    """log p over the k most likely tokens, and of these the fewest with probability p; float64, one
+    row, by a sort.
+    """
     order = np.argsort(-logits_V, kind="stable")[:top_k]
     p_K = np.exp(logits_V[order] - logits_V[order[0]])
     p_K /= p_K.sum()
@@ -298,13 +348,17 @@ def filtered_logprobs(logits_V: np.ndarray, top_k: int, top_p: float) -> np.ndar
 
 
 def test_filtered_logprobs_are_those_of_a_full_pass_filtered_by_hand():
-    config = SamplingConfig(C, temperature=1.3, top_k=40, top_p=0.8, stop_ids=tuple(range(0, 61, 9)), pad_id=PAD)
+    config = SamplingConfig(
+        C, temperature=1.3, top_k=40, top_p=0.8, stop_ids=tuple(range(0, 61, 9)), pad_id=PAD
+    )
     rollout = sample(config)
     # Rows without padding between prompt and response.
     tokens = jax.tree.map(lambda x: np.asarray(x[:2]), rollout.sequences)
     logits_BTV = np.asarray(small.logits(small.LM, BASE, ADAPTER, tokens), np.float64) / 1.3
     places = np.argwhere(tokens.response_BT)
-    expected = [filtered_logprobs(logits_BTV[b, t - 1], 40, 0.8)[tokens.tokens_BT[b, t]] for b, t in places]
+    expected = [
+        filtered_logprobs(logits_BTV[b, t - 1], 40, 0.8)[tokens.tokens_BT[b, t]] for b, t in places
+    ]
     whole = [jax.nn.log_softmax(logits_BTV[b, t - 1])[tokens.tokens_BT[b, t]] for b, t in places]
     np.testing.assert_allclose([rollout.logp_BT[b, t] for b, t in places], expected, atol=2e-5)
     # The filter leaves at most four fifths and the token that crosses them: it shows.
@@ -322,9 +376,13 @@ def test_logprobs_equal_the_trainers(temperature):
     # in the column before it.
     rows = np.array([0, 1])
     tokens = jax.tree.map(lambda x: x[rows], tokens)
-    logp_BT = jax.jit(passes.sequence_logprobs, static_argnums=(0, 4))(small.LM, BASE, ADAPTER, tokens, temperature or 1.0)
+    logp_BT = jax.jit(passes.sequence_logprobs, static_argnums=(0, 4))(
+        small.LM, BASE, ADAPTER, tokens, temperature or 1.0
+    )
     mask_BT = np.array(tokens.response_BT)
-    np.testing.assert_allclose(np.array(rollout.logp_BT)[rows][mask_BT], np.array(logp_BT)[mask_BT], atol=2e-5)
+    np.testing.assert_allclose(
+        np.array(rollout.logp_BT)[rows][mask_BT], np.array(logp_BT)[mask_BT], atol=2e-5
+    )
     assert mask_BT.any(axis=1).all()
 
 
@@ -362,7 +420,9 @@ def test_the_loop_ends_when_every_row_has():
     assert rollout.finished_B.tolist() == [True] * 4 + [False]
 
 
-@pytest.mark.parametrize(("room", "stop_ids", "expected"), [(1, (), 0), (13, (), 12), (13, tuple(range(61)), 0)])
+@pytest.mark.parametrize(
+    ("room", "stop_ids", "expected"), [(1, (), 0), (13, (), 12), (13, tuple(range(61)), 0)]
+)
 def test_no_token_is_decoded_that_none_follows(room, stop_ids, expected, monkeypatch):
     counted, decode = [], LanguageModel.decode
 
@@ -372,9 +432,13 @@ def test_no_token_is_decoded_that_none_follows(room, stop_ids, expected, monkeyp
 
     monkeypatch.setattr(LanguageModel, "decode", counting)
     # A padding token of its own: what is traced here is no other test's program.
-    rollout = jax.block_until_ready(sample(SamplingConfig(room, temperature=0.0, stop_ids=stop_ids, pad_id=59)))
+    rollout = jax.block_until_ready(
+        sample(SamplingConfig(room, temperature=0.0, stop_ids=stop_ids, pad_id=59))
+    )
     jax.effects_barrier()
-    assert len(counted) == expected and rollout.sequences.response_BT.sum() == 4 * (1 if stop_ids else room)
+    assert len(counted) == expected and rollout.sequences.response_BT.sum() == 4 * (
+        1 if stop_ids else room
+    )
 
 
 def test_no_stop_is_forged_at_the_end_of_the_budget():
@@ -390,7 +454,9 @@ def test_stop_ids_in_prompts_and_as_padding_end_nothing():
     # The prompt is full of the stop id, and so is everything after the end.
     full = responses(sample(SamplingConfig(C, temperature=0.0, pad_id=PAD)))
     stop = full[0][3]
-    prompts = PROMPTS.replace(tokens_BT=np.where(np.arange(P) % 2 == 0, stop, PROMPTS.tokens_BT).astype(np.int32))
+    prompts = PROMPTS.replace(
+        tokens_BT=np.where(np.arange(P) % 2 == 0, stop, PROMPTS.tokens_BT).astype(np.int32)
+    )
     config = SamplingConfig(C, temperature=0.9, stop_ids=(stop,), pad_id=stop)
     for key in range(3):
         rollout = sample(config, prompts=prompts, key=key)
@@ -406,7 +472,11 @@ def test_a_batch_of_filler_samples_nothing():
     config = SamplingConfig(C, pad_id=PAD)
     filler = PROMPTS.replace(valid_BT=np.zeros_like(PROMPTS.valid_BT))
     rollout = sample(config, prompts=filler)
-    assert int(rollout.steps) == 0 and not rollout.sequences.valid_BT.any() and not rollout.finished_B.any()
+    assert (
+        int(rollout.steps) == 0
+        and not rollout.sequences.valid_BT.any()
+        and not rollout.finished_B.any()
+    )
 
 
 @pytest.mark.parametrize(
@@ -416,7 +486,10 @@ def test_a_batch_of_filler_samples_nothing():
         ({"temperature": -0.1}, "sampling.temperature is -0.1"),
         ({"temperature": float("nan")}, "sampling.temperature is nan"),
         ({"top_k": 0}, "sampling.top_k is 0"),
-        ({"cache": "int4"}, "sampling.cache is 'int4'; it must be one of auto, float32, bfloat16, int8."),
+        (
+            {"cache": "int4"},
+            "sampling.cache is 'int4'; it must be one of auto, float32, bfloat16, int8.",
+        ),
         ({"adapters": "folded"}, "sampling.adapters is 'folded'"),
         ({"stages": 0}, "sampling.stages is 0"),
         ({"top_p": 0.0}, "sampling.top_p is 0.0; it must lie in (0, 1]."),

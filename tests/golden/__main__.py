@@ -1,6 +1,8 @@
-"""`make golden`: runs the golden jobs and writes their metrics; with `--check` compares them digit by digit instead.
+"""`make golden`: runs the golden jobs and writes their metrics; with `--check` compares them digit
+by digit instead.
 
-The test allows for other processors' rounding; a move of code that must not change anything is held to every digit.
+The test allows for other processors' rounding; a move of code that must not change anything is held
+to every digit.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from tests.golden import runs
 def main() -> int:
     """Returns 1 where --check finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with what was kept, exactly, and write nothing")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with what was kept, exactly, and write nothing",
+    )
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as folder:
         found = runs.run_all(pathlib.Path(folder))

@@ -1,4 +1,6 @@
-"""A few steps of every kind of training, small enough to take seconds, whose metrics are kept in metrics.json."""
+"""A few steps of every kind of training, small enough to take seconds, whose metrics are kept in
+metrics.json.
+"""
 
 from __future__ import annotations
 
@@ -35,27 +37,46 @@ Metrics = dict[str, list[dict[str, Any]]]
 
 
 def make_base(folder: pathlib.Path) -> str:
-    """Writes a small decoder, drawn by NumPy, with the words of the task `orders`; returns its folder."""
+    """Writes a small decoder, drawn by NumPy, with the words of the task `orders`; returns its
+    folder.
+    """
     tokenizer = word_tokenizer(orders_language.vocabulary())
     words = -(-len(tokenizer) // 8) * 8
-    config = ModelConfig(vocab_size=words, width=16, ffn_width=24, layers=2, heads=2, kv_heads=1, head_dim=8, max_positions=64)
+    config = ModelConfig(
+        vocab_size=words,
+        width=16,
+        ffn_width=24,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        max_positions=64,
+    )
     folder.mkdir(parents=True)
     tokenizer.save(folder)
-    hf_checkpoint.save_base(folder, config, small.make_base(LanguageModel(config)), tokenizer.token_ids())
+    hf_checkpoint.save_base(
+        folder, config, small.make_base(LanguageModel(config)), tokenizer.token_ids()
+    )
     return str(folder)
 
 
 def run_all(root: pathlib.Path) -> Metrics:
-    """SFT, a reward model, DPO and RL by two algorithms, on one device; returns their metrics but for those of the clock."""
+    """SFT, a reward model, DPO and RL by two algorithms, on one device; returns their metrics but
+    for those of the clock.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(
+            sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        )
         return _run_all(root)
 
 
 def _run_all(root: pathlib.Path) -> Metrics:
     common = {
         "model": make_base(root / "base"),
-        "data": DataConfig(train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8),
+        "data": DataConfig(
+            train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8
+        ),
         "lora": LoRAConfig(rank=4, alpha=8.0),
         "optimizer": OptimizerConfig(name="adamw", learning_rate=3e-3),
         "batch_size": 8,
@@ -67,8 +88,19 @@ def _run_all(root: pathlib.Path) -> Metrics:
     reward = run_reward(RewardConfig(run=str(root / "reward"), **common))
     run_dpo(DPOConfig(run=str(root / "dpo"), policy=str(policy), **common))
     for name in ("ppo", "rloo"):
-        run_rl(RLConfig(run=str(root / name), policy=str(policy), reward=(str(reward),), algorithm=AlgorithmConfig(name=name), **common))
-    return {name: without_timing(read_metrics(root / name / "metrics.jsonl")) for name in ("sft", "reward", "dpo", "ppo", "rloo")}
+        run_rl(
+            RLConfig(
+                run=str(root / name),
+                policy=str(policy),
+                reward=(str(reward),),
+                algorithm=AlgorithmConfig(name=name),
+                **common,
+            )
+        )
+    return {
+        name: without_timing(read_metrics(root / name / "metrics.jsonl"))
+        for name in ("sft", "reward", "dpo", "ppo", "rloo")
+    }
 
 
 def read_file() -> Metrics:
@@ -77,13 +109,26 @@ def read_file() -> Metrics:
 
 
 def differences(found: Metrics, kept: Metrics, relative: float) -> list[str]:
-    """A line for each number that is missing, new, or further than `relative` from the one that was kept."""
+    """A line for each number that is missing, new, or further than `relative` from the one that was
+    kept.
+    """
     lines = []
     for run in sorted(found.keys() | kept.keys()):
-        mine, theirs = ({(row["step"], name): value for row in metrics.get(run, []) for name, value in row.items()} for metrics in (found, kept))
+        mine, theirs = (
+            {
+                (row["step"], name): value
+                for row in metrics.get(run, [])
+                for name, value in row.items()
+            }
+            for metrics in (found, kept)
+        )
         for step, name in sorted(mine.keys() | theirs.keys()):
             new, old = mine.get((step, name)), theirs.get((step, name))
-            near = new == old or (isinstance(new, float) and isinstance(old, float) and abs(new - old) <= relative * max(abs(old), 1.0))
+            near = new == old or (
+                isinstance(new, float)
+                and isinstance(old, float)
+                and abs(new - old) <= relative * max(abs(old), 1.0)
+            )
             if not near:
                 lines.append(f"{run}, step {step}, {name}: {new!r}, was {old!r}")
     return lines

@@ -15,9 +15,14 @@ from perl_jax.hub import tokenizer as tokenizer_lib
 from perl_jax.hub.tokenizer import Tokenizer
 from tests.paths import STORIES
 
-needs_stories = pytest.mark.skipif(STORIES is None or not STORIES.is_dir(), reason="no stories260k model here")
+needs_stories = pytest.mark.skipif(
+    STORIES is None or not STORIES.is_dir(), reason="no stories260k model here"
+)
 TEXTS = ["a small coffee with oat milk", "two tickets for the film at eight", "nothing else"]
-CHAT = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}<s> assistant{% endif %}"
+CHAT = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if "
+    "add_generation_prompt %}<s> assistant{% endif %}"
+)
 
 
 def words(*more: str, template: str | None = None) -> Tokenizer:
@@ -29,7 +34,12 @@ def words(*more: str, template: str | None = None) -> Tokenizer:
 def test_prompt_begins_with_bos_and_response_ends_with_eos():
     # <pad> <s> </s> <unk>, then the words in order: assistant cat sat the user.
     tokenizer = words()
-    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 1, 2, (2,))
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (
+        0,
+        1,
+        2,
+        (2,),
+    )
     assert tokenizer.prompt_ids("the cat") == [1, 7, 5]
     assert tokenizer.response_ids("sat dog") == [6, 3, 2]
     assert tokenizer.text_ids("the cat") == [1, 7, 5, 2]
@@ -79,13 +89,21 @@ def test_a_saved_tokenizer_is_the_same(tmp_path):
         again = Tokenizer.load(folder)
         assert again.fingerprint == tokenizer.fingerprint and len(again) == len(tokenizer)
         for method in ("prompt_ids", "response_ids", "text_ids"):
-            assert getattr(again, method)("the cat sat") == getattr(tokenizer, method)("the cat sat")
+            assert getattr(again, method)("the cat sat") == getattr(tokenizer, method)(
+                "the cat sat"
+            )
 
 
 def test_fingerprint_tells_what_matters():
     other_eos = Tokenizer(words().inner)
     other_eos.eos_id = 5
-    prints = [words().fingerprint, words("dog").fingerprint, words(template=CHAT).fingerprint, words(template=CHAT + " ").fingerprint, other_eos.fingerprint]
+    prints = [
+        words().fingerprint,
+        words("dog").fingerprint,
+        words(template=CHAT).fingerprint,
+        words(template=CHAT + " ").fingerprint,
+        other_eos.fingerprint,
+    ]
     assert len(set(prints)) == 5 and words().fingerprint == prints[0] and len(prints[0]) == 16
 
 
@@ -96,14 +114,25 @@ def test_bpe_gives_every_string_back():
     for text in (*TEXTS, "unseen: 5 €\nnew line", " leading space", "日本 🙂", "it 's , so ."):
         assert tokenizer.text(tokenizer.text_ids(text)) == text
     # Prompt and response are cut apart exactly where the text is.
-    assert tokenizer.text(tokenizer.prompt_ids("a small")) + tokenizer.text(tokenizer.response_ids(" coffee")) == "a small coffee"
+    assert (
+        tokenizer.text(tokenizer.prompt_ids("a small"))
+        + tokenizer.text(tokenizer.response_ids(" coffee"))
+        == "a small coffee"
+    )
 
 
-@pytest.mark.parametrize("content", [None, "{}", "not json", '{"added_tokens": [], "model": {"type": "Unknown"}}'])
+@pytest.mark.parametrize(
+    "content", [None, "{}", "not json", '{"added_tokens": [], "model": {"type": "Unknown"}}']
+)
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-        write_json(tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>")
+        write_json(
+            tmp_path,
+            "tokenizer_config.json",
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token="</s>",
+        )
     with pytest.raises(UserError, match=f"{tmp_path} holds no tokenizer"):
         Tokenizer.load(tmp_path)
 
@@ -111,7 +140,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, content):
 @needs_stories
 def test_stories_tokenizer():
     tokenizer = Tokenizer.load(STORIES)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids, len(tokenizer)) == (1, 2, 0, (2,), 512)
+    assert (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.stop_ids,
+        len(tokenizer),
+    ) == (1, 2, 0, (2,), 512)
     ids = tokenizer.prompt_ids("Once upon a time")
     assert ids[0] == 1 and 1 not in ids[1:] and 2 not in ids
     assert tokenizer.text(ids) == "Once upon a time"
@@ -125,7 +160,11 @@ def test_added_tokens_beyond_the_models_vocabulary_are_refused_where_a_text_hold
     tokenizer = Tokenizer.load(tmp_path, size)
     assert max(tokenizer.text_ids("a b")) < size
     for ids in (tokenizer.prompt_ids, tokenizer.response_ids, tokenizer.text_ids):
-        with pytest.raises(UserError, match=f"A text holds <image>, for which the model has no embedding .its vocabulary has {size} tokens"):
+        with pytest.raises(
+            UserError,
+            match="A text holds <image>, for which the model has no embedding .its vocabulary "
+            f"has {size} tokens",
+        ):
             ids("a <image> b")
     assert Tokenizer.load(tmp_path, size + 1).text_ids("<image>")[1] == size
 
@@ -151,8 +190,14 @@ def test_the_fingerprint_covers_all_that_decides_a_texts_ids(part):
     else:
         values[part] = [token | {"lstrip": True} for token in values[part]]
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    other = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=FastTokenizer.from_str(json.dumps(values)), **special))
-    assert other.first_fingerprint == made.first_fingerprint and other.fingerprint != made.fingerprint
+    other = Tokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=FastTokenizer.from_str(json.dumps(values)), **special
+        )
+    )
+    assert (
+        other.first_fingerprint == made.first_fingerprint and other.fingerprint != made.fingerprint
+    )
     # How it was last used, padded or cut, is no part of it.
     again = tokenizer_lib.train_bpe(["low lower lowest", "new newer newest"], 280)
     again.inner(["low", "lower newest"], padding=True, truncation=True, max_length=3)

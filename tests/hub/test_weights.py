@@ -1,4 +1,6 @@
-"""Weights and configs: the same numbers as transformers, in both directions, and refusals by name."""
+"""Weights and configs: the same numbers as transformers, in both directions, and refusals by
+name.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from perl_jax.runtime import sharding, trees
 from tests import small
 from tests.paths import STORIES
 
-needs_stories = pytest.mark.skipif(STORIES is None or not STORIES.is_dir(), reason="no stories260k model here")
+needs_stories = pytest.mark.skipif(
+    STORIES is None or not STORIES.is_dir(), reason="no stories260k model here"
+)
 
 
 def load(folder: pathlib.Path, **options):
@@ -34,8 +38,20 @@ def load(folder: pathlib.Path, **options):
 def write_llama(folder: pathlib.Path, *, dtype: str = "float32", shard: str = "50GB", **settings):
     """A random Llama, written by transformers: 8 query heads over 2, no two widths alike."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    defaults = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 8}
-    defaults |= {"num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-3, "tie_word_embeddings": False, "max_position_embeddings": 64}
+    defaults = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+    }
+    defaults |= {
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "rms_norm_eps": 1e-3,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**defaults | settings)
     model = transformers.LlamaForCausalLM(config)
@@ -60,7 +76,10 @@ def llama(tmp_path, tmp_path_factory) -> pathlib.Path:
 
 
 def assert_same_logits(lm, base, model, tokens, atol=1e-4) -> None:
-    mine_BTV, other_BTV = np.array(small.logits(lm, base, None, tokens)), small.torch_logits(model, tokens)
+    mine_BTV, other_BTV = (
+        np.array(small.logits(lm, base, None, tokens)),
+        small.torch_logits(model, tokens),
+    )
     assert other_BTV[tokens.valid_BT].std() > 0.3
     np.testing.assert_allclose(mine_BTV[tokens.valid_BT], other_BTV[tokens.valid_BT], atol=atol)
 
@@ -88,11 +107,17 @@ def test_stories_logits_equal_transformers():
 )
 def test_random_llamas_equal_transformers(tmp_path, settings):
     if "rope_theta" in settings:
-        settings = settings | {"rope_parameters": {"rope_type": "default", "rope_theta": settings["rope_theta"]}}
+        settings = settings | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+        }
         settings.pop("rope_theta")
     write_llama(tmp_path, **settings)
     sharded = "shard" in settings
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded == (tmp_path / "model.safetensors.index.json").exists()
+    assert (
+        (len(list(tmp_path.glob("*.safetensors"))) > 2)
+        == sharded
+        == (tmp_path / "model.safetensors.index.json").exists()
+    )
     lm, base = load(tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("float32")}
     model, tokens = small.load_torch(tmp_path), small.make_tokens()
@@ -100,7 +125,9 @@ def test_random_llamas_equal_transformers(tmp_path, settings):
     # Back: what this package writes, transformers reads as the same model.
     weights.save_base(tmp_path / "again", lm.config, base, small.TOKEN_IDS)
     again = small.load_torch(tmp_path / "again")
-    np.testing.assert_array_equal(small.torch_logits(again, tokens), small.torch_logits(model, tokens))
+    np.testing.assert_array_equal(
+        small.torch_logits(again, tokens), small.torch_logits(model, tokens)
+    )
     assert again.config.eos_token_id == 2
     config, (_, base_again) = dataclasses.asdict(lm.config), load(tmp_path / "again")
     assert dataclasses.asdict(families.read_config(tmp_path / "again")) == config
@@ -121,7 +148,11 @@ def test_a_tied_models_own_output_tensor_is_ignored(tmp_path):
 def test_bfloat16_loads_are_rounded_float32_loads(llama):
     _, base = load(llama)
     lm, low = load(llama, param_dtype="bfloat16", dtype="bfloat16", remat="full")
-    assert (lm.config.dtype, lm.config.param_dtype, lm.config.remat) == ("bfloat16", "bfloat16", "full")
+    assert (lm.config.dtype, lm.config.param_dtype, lm.config.remat) == (
+        "bfloat16",
+        "bfloat16",
+        "full",
+    )
     small.assert_same(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base))
     # Written in its own dtype.
     weights.save_base(llama / "low", lm.config, low, small.TOKEN_IDS)
@@ -135,7 +166,9 @@ def test_leaves_go_where_they_are_placed(llama):
     names = trees.named_leaves(LanguageModel(config).abstract_base())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     base = weights.load_base(llama, config, dict.fromkeys(names, place))
-    assert {device for leaf in jax.tree.leaves(base) for device in leaf.devices()} == {jax.devices()[3]}
+    assert {device for leaf in jax.tree.leaves(base) for device in leaf.devices()} == {
+        jax.devices()[3]
+    }
     small.assert_same(jax.device_get(base), jax.device_get(weights.load_base(llama, config)))
 
 
@@ -148,13 +181,22 @@ def test_parts_read_in_pieces_make_the_whole(monkeypatch, llama, piece_bytes):
     places = dataclasses.replace(lm, mesh=mesh).base_shardings()
     split = weights.load_base(llama, lm.config, places)
     assert {name: leaf.sharding for name, leaf in trees.named_leaves(split).items()} == places
-    assert max(len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in jax.tree.leaves(split)) == 8
+    assert (
+        max(
+            len({str(shard.index) for shard in leaf.addressable_shards})
+            for leaf in jax.tree.leaves(split)
+        )
+        == 8
+    )
     for (name, a), b in zip(trees.named_leaves(split).items(), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 def test_a_single_file_comes_before_an_index_that_an_earlier_save_left(llama):
-    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    index = {
+        "metadata": {},
+        "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"},
+    }
     _, before = load(llama)
     (llama / "model.safetensors.index.json").write_text(json.dumps(index))
     small.assert_same(load(llama)[1], before)
@@ -166,14 +208,23 @@ def test_a_single_file_comes_before_an_index_that_an_earlier_save_left(llama):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_fingerprint_does_not_depend_on_the_dtype_of_the_load(tmp_path, dtype):
     folder = write_llama(tmp_path, dtype=dtype)
-    prints = {trees.fingerprint(load(folder, param_dtype=param_dtype)[1]) for param_dtype in ("float32", "bfloat16")}
+    prints = {
+        trees.fingerprint(load(folder, param_dtype=param_dtype)[1])
+        for param_dtype in ("float32", "bfloat16")
+    }
     assert len(prints) == 1 and len(prints.pop()) == 16
 
 
 def test_a_sample_of_stored_weights_is_of_every_tensors_rows(tmp_path):
-    """Vectors whole, of a matrix each second of its 40 rows: those, and no others, tell one file from another."""
+    """Vectors whole, of a matrix each second of its 40 rows: those, and no others, tell one file
+    from another.
+    """
     noise = np.random.default_rng(0)
-    tensors = {"matrix": noise.standard_normal((40, 6)).astype(jnp.bfloat16), "vector": noise.standard_normal(50).astype(np.float32), "few": noise.standard_normal((3, 5)).astype(np.float16)}
+    tensors = {
+        "matrix": noise.standard_normal((40, 6)).astype(jnp.bfloat16),
+        "vector": noise.standard_normal(50).astype(np.float32),
+        "few": noise.standard_normal((3, 5)).astype(np.float16),
+    }
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
     digest = lambda array: hashlib.blake2b(array.tobytes(), digest_size=8).hexdigest()
     assert weights.sampled_content(tmp_path) == {
@@ -193,7 +244,13 @@ def test_fingerprint_tells_a_change_of_any_layer(llama):
             part = (index,) if changed.startswith("layers") else ...
             scale = np.ones_like(names[changed])
             scale[part] = 1.02
-            seen.add(trees.fingerprint(trees.map_named(lambda name, leaf: leaf * scale if name == changed else leaf, base)))
+            seen.add(
+                trees.fingerprint(
+                    trees.map_named(
+                        lambda name, leaf: leaf * scale if name == changed else leaf, base
+                    )
+                )
+            )
     assert len(seen) == 1 + 3 * 9 + 3
 
 
@@ -220,7 +277,10 @@ def test_tensors_that_do_not_fit_are_all_named_in_one_error(llama):
 
 def test_a_config_of_another_size_is_refused(llama):
     small.change_config(llama, num_hidden_layers=2, intermediate_size=45)
-    with pytest.raises(UserError, match=r"unexpected model.layers.2.*down_proj.weight has shape \(32, 44\), config.json asks for \(32, 45\)"):
+    with pytest.raises(
+        UserError,
+        match=r"unexpected model.layers.2.*down_proj.weight has shape \(32, 44\), config.json asks for \(32, 45\)",
+    ):
         load(llama)
 
 
@@ -234,9 +294,14 @@ def test_truncated_weights_are_refused(llama, keep):
 
 def test_missing_files_are_refused(llama):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(UserError, match="There is no file .*model.safetensors; weights are read from safetensors only"):
+    with pytest.raises(
+        UserError,
+        match="There is no file .*model.safetensors; weights are read from safetensors only",
+    ):
         load(llama)
-    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001.safetensors"}}))
+    (llama / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00001.safetensors"}})
+    )
     with pytest.raises(UserError, match="There is no file .*model-00001.safetensors"):
         load(llama)
     (llama / "config.json").unlink()
@@ -250,7 +315,10 @@ def test_missing_files_are_refused(llama):
         ({"model_type": "gpt2"}, "model_type 'gpt2'; supported: llama, mistral"),
         ({"model_type": ...}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: silu"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        (
+            {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic'",
+        ),
         ({"hidden_size": ...}, "config.json has no field 'hidden_size'"),
         ({"num_attention_heads": ...}, "config.json has no field 'num_attention_heads'"),
         ({"vocab_size": ...}, "config.json has no field 'vocab_size'"),
@@ -265,15 +333,27 @@ def test_unsupported_configs_are_refused_by_name(llama, fields, message):
 
 def test_explicit_nulls_mean_the_default(llama):
     # 32 wide, 4 heads: head_dim 8 and as many key/value heads.
-    nulls = {"rope_scaling": None, "rope_parameters": None, "num_key_value_heads": None, "head_dim": None}
+    nulls = {
+        "rope_scaling": None,
+        "rope_parameters": None,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
     small.change_config(llama, num_attention_heads=4, **nulls)
     config = families.read_config(llama)
     assert (config.kv_heads, config.head_dim, config.rope.theta) == (4, 8, 10000.0)
     small.change_config(llama, rope_theta=500.0)
     assert families.read_config(llama).rope.theta == 500.0
-    small.change_config(llama, **{name: ... for name in nulls}, tie_word_embeddings=..., rms_norm_eps=...)
+    small.change_config(
+        llama, **{name: ... for name in nulls}, tie_word_embeddings=..., rms_norm_eps=...
+    )
     config = families.read_config(llama)
-    assert (config.kv_heads, config.head_dim, config.tied_embeddings, config.norm_epsilon) == (4, 8, False, 1e-6)
+    assert (config.kv_heads, config.head_dim, config.tied_embeddings, config.norm_epsilon) == (
+        4,
+        8,
+        False,
+        1e-6,
+    )
 
 
 # Finding a model.
@@ -291,5 +371,7 @@ def test_a_folder_that_is_not_there_is_no_hub_name(model):
 
 @pytest.mark.parametrize("model", ["no-such-owner/no-such-model", "three/part/name"])
 def test_a_name_the_hub_cannot_give_is_refused(model):
-    with pytest.raises(UserError, match=f"{model} is neither a local folder nor a model the hub can give"):
+    with pytest.raises(
+        UserError, match=f"{model} is neither a local folder nor a model the hub can give"
+    ):
         weights.find_model(model)

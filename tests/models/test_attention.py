@@ -75,9 +75,13 @@ def test_rotation_is_a_complex_product(qkv):
     # The pair (i, i + K/2) is one complex number, turned by position * theta^(-2i/K).
     q_BTHK, theta = qkv[0], 100.0
     positions_BT = np.array([[0, 1, 2, 3, 4], [0, 0, 5, 6, 1000]])
-    rotated = attention.rotate(q_BTHK, *attention.rotary_angles(positions_BT, HEAD_DIM, Rope(theta)))
+    rotated = attention.rotate(
+        q_BTHK, *attention.rotary_angles(positions_BT, HEAD_DIM, Rope(theta))
+    )
     frequencies = theta ** (-2 * np.arange(HEAD_DIM // 2) / HEAD_DIM)
-    turned = (q_BTHK[..., :2] + 1j * q_BTHK[..., 2:]) * np.exp(1j * positions_BT[:, :, None, None] * frequencies)
+    turned = (q_BTHK[..., :2] + 1j * q_BTHK[..., 2:]) * np.exp(
+        1j * positions_BT[:, :, None, None] * frequencies
+    )
     np.testing.assert_allclose(rotated, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
     np.testing.assert_array_equal(rotated[:, 0], q_BTHK[:, 0])
 
@@ -111,7 +115,10 @@ def test_hidden_keys_have_no_influence(qkv):
     hidden_BS = ~np.any(np.array(mask_BTS), axis=1)
     k2, v2 = (np.where(hidden_BS[:, :, None, None], x + 100, x) for x in (k, v))
     read_BT = np.any(np.array(mask_BTS), axis=2)
-    same = np.array(attention.attend(q, k, v, mask_BTS))[read_BT], np.array(attention.attend(q, k2, v2, mask_BTS))[read_BT]
+    same = (
+        np.array(attention.attend(q, k, v, mask_BTS))[read_BT],
+        np.array(attention.attend(q, k2, v2, mask_BTS))[read_BT],
+    )
     np.testing.assert_array_equal(*same)
 
 
@@ -122,7 +129,9 @@ def test_gradient_is_finite_with_rows_that_see_nothing(qkv):
 
 
 @pytest.mark.parametrize(("block", "cached_bytes"), [(2, 1), (2, 10**9), (3, 600), (128, 10**9)])
-def test_attention_in_blocks_has_the_values_and_gradients_of_plain_attention(monkeypatch, block, cached_bytes):
+def test_attention_in_blocks_has_the_values_and_gradients_of_plain_attention(
+    monkeypatch, block, cached_bytes
+):
     # Blocks that do and do not divide the length; rows one at a time, all at once, and 2 + 1.
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(attention, "CACHED_BYTES", cached_bytes)
@@ -134,13 +143,20 @@ def test_attention_in_blocks_has_the_values_and_gradients_of_plain_attention(mon
     # Only queries that no real token reads may differ: they get no cotangent.
     cotangent = cotangent * valid_BT[:, :, None, None]
     total = lambda attend: lambda q, k, v: jnp.sum(attend(q, k, v, mask_BTS) * cotangent)
-    plain, blocked = attention.attend(q, k, v, mask_BTS), attention.attend_blocked(q, k, v, mask_BTS)
+    plain, blocked = (
+        attention.attend(q, k, v, mask_BTS),
+        attention.attend_blocked(q, k, v, mask_BTS),
+    )
     np.testing.assert_allclose(np.array(blocked)[valid_BT], np.array(plain)[valid_BT], atol=1e-6)
     assert np.isfinite(blocked).all()
     expected = jax.grad(total(attention.attend), argnums=(0, 1, 2))(q, k, v)
-    for got, want in zip(jax.grad(total(attention.attend_blocked), argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+    for got, want in zip(
+        jax.grad(total(attention.attend_blocked), argnums=(0, 1, 2))(q, k, v), expected, strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=2e-6)
-    everything = jax.grad(lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS)), argnums=(0, 1, 2))(q, k, v)
+    everything = jax.grad(
+        lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS)), argnums=(0, 1, 2)
+    )(q, k, v)
     assert all(np.isfinite(g).all() for g in everything)
 
 
@@ -151,12 +167,16 @@ def test_attention_in_blocks_keeps_bfloat16(qkv):
     assert attention.attend_blocked(q, k, v, mask_BTS).dtype == jnp.bfloat16
     assert [g.dtype for g in jax.grad(total, argnums=(0, 1, 2))(q, k, v)] == [jnp.bfloat16] * 3
     np.testing.assert_allclose(
-        attention.attend_blocked(q, k, v, mask_BTS).astype(np.float32), attention.attend(*qkv, mask_BTS), atol=0.03
+        attention.attend_blocked(q, k, v, mask_BTS).astype(np.float32),
+        attention.attend(*qkv, mask_BTS),
+        atol=0.03,
     )
 
 
 def reference(q, k, v, valid_BT, window, scale, cap, cotangent):
-    """Causal attention of one layer in float64 with whole weights: the output, and by the chain rule its gradients in q, k, v."""
+    """Causal attention of one layer in float64 with whole weights: the output, and by the chain
+    rule its gradients in q, k, v.
+    """
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
     groups = q.shape[2] // k.shape[2]
     k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
@@ -174,14 +194,20 @@ def reference(q, k, v, valid_BT, window, scale, cap, cotangent):
     d_raw = scale * d_logits * (1 if cap is None else 1 - np.tanh(raw / cap) ** 2)
     in_groups = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(axis=3)
     dq = np.einsum("bhts,bshk->bthk", d_raw, k)
-    dk, dv = np.einsum("bhts,bthk->bshk", d_raw, q), np.einsum("bhts,bthk->bshk", weights, cotangent)
+    dk, dv = (
+        np.einsum("bhts,bthk->bshk", d_raw, q),
+        np.einsum("bhts,bthk->bshk", weights, cotangent),
+    )
     return out, dq, in_groups(dk), in_groups(dv)
 
 
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("window", "cap"), [(None, 2.0), (3, None), (4, 1.5)])
-def test_attention_in_blocks_equals_the_formula_with_caps_and_windows(monkeypatch, wide, window, cap):
-    # Blocks of 2 queries over 7 columns; wide: two rows at a time of three, at most three blocks, of 4 queries.
+def test_attention_in_blocks_equals_the_formula_with_caps_and_windows(
+    monkeypatch, wide, window, cap
+):
+    # Blocks of 2 queries over 7 columns; wide: two rows at a time of three, at most three blocks,
+    # of 4 queries.
     monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
     monkeypatch.setattr(attention, "WIDE_BLOCKS", 3)
     monkeypatch.setattr(attention, "WIDE_BYTES", 2 * HEADS * 4 * 7 * 4)
@@ -194,8 +220,12 @@ def test_attention_in_blocks_equals_the_formula_with_caps_and_windows(monkeypatc
     if window is not None:
         mask_BTS = mask_BTS & attention.within(window, positions_BT, positions_BT)
     attend = lambda q, k, v: attention.attend_blocked(q, k, v, mask_BTS, 0.7, cap, wide=wide)
-    out, gradients = jax.jit(lambda qkv, d: (lambda out, backward: (out, backward(d)))(*jax.vjp(attend, *qkv)))((q, k, v), cotangent)
-    for got, want in zip((out, *gradients), reference(q, k, v, valid_BT, window, 0.7, cap, cotangent), strict=True):
+    out, gradients = jax.jit(
+        lambda qkv, d: (lambda out, backward: (out, backward(d)))(*jax.vjp(attend, *qkv))
+    )((q, k, v), cotangent)
+    for got, want in zip(
+        (out, *gradients), reference(q, k, v, valid_BT, window, 0.7, cap, cotangent), strict=True
+    ):
         np.testing.assert_allclose(np.where(valid_BT[:, :, None, None], got, want), want, atol=1e-5)
 
 
@@ -220,24 +250,48 @@ def squares(function, *arguments, length: int) -> list[str]:
     ],
 )
 def test_where_no_kernel_of_a_gpu_fits_no_weights_exist_whole(monkeypatch, dtype, packed, mesh):
-    """A model with a cap and windows, forward and backward, at 2,048 tokens: what a GPU would run, traced and not run."""
+    """A model with a cap and windows, forward and backward, at 2,048 tokens: what a GPU would run,
+    traced and not run.
+    """
     length, parts = 2048, 1 if mesh is None else 2
-    config = dataclasses.replace(small.CONFIG, max_positions=length, dtype=dtype, attention_cap=50.0, window=300, windowed=(0, 2))
+    config = dataclasses.replace(
+        small.CONFIG,
+        max_positions=length,
+        dtype=dtype,
+        attention_cap=50.0,
+        window=300,
+        windowed=(0, 2),
+    )
     monkeypatch.setattr(language_model, "platform_of", lambda mesh: "gpu")
     chosen = kernels.choose("gpu", config, "9.0").path
     assert chosen == "blocked"
 
     def found(path: str) -> list[str]:
-        lm = LanguageModel(dataclasses.replace(config, attention=path), None if mesh is None else sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:4]))
+        lm = LanguageModel(
+            dataclasses.replace(config, attention=path),
+            None
+            if mesh is None
+            else sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:4]),
+        )
         ids, flags = (jax.ShapeDtypeStruct((4, length), dtype) for dtype in (jnp.int32, jnp.bool_))
         layout = Layout(slots=4 * length // parts, parts=parts) if packed else None
 
         def loss(weights, base, tokens_BT, valid_BT, response_BT):
             packing = pack(Tokens(tokens_BT, valid_BT, response_BT, layout))
-            hidden = lm.hidden(base, Adapter(lora=weights, config=small.LORA), tokens_BT, valid_BT, packing=packing)
+            hidden = lm.hidden(
+                base, Adapter(lora=weights, config=small.LORA), tokens_BT, valid_BT, packing=packing
+            )
             return jnp.sum(hidden.astype(jnp.float32))
 
-        return squares(jax.value_and_grad(loss), lm.abstract_lora(small.LORA), lm.abstract_base(), ids, flags, flags, length=length)
+        return squares(
+            jax.value_and_grad(loss),
+            lm.abstract_lora(small.LORA),
+            lm.abstract_base(),
+            ids,
+            flags,
+            flags,
+            length=length,
+        )
 
     assert not found(chosen)
     # Of the plain path the weights are found, so that the search can find them.

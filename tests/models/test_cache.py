@@ -1,4 +1,6 @@
-"""The cache of decoding: shared prompts, columns used in turn, fewer bits; against attention without a cache."""
+"""The cache of decoding: shared prompts, columns used in turn, fewer bits; against attention
+without a cache.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,15 @@ def draw(*shape: int) -> np.ndarray:
 
 @pytest.fixture
 def sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """q, k, v of whole sequences, prompt columns equal within a prompt's samples, and real tokens."""
+    """q, k, v of whole sequences, prompt columns equal within a prompt's samples, and real
+    tokens.
+    """
     total = LENGTH + OWN
-    q, k, v = draw(ROWS, total, HEADS, HEAD_DIM), draw(ROWS, total, KV_HEADS, HEAD_DIM), 1 + draw(ROWS, total, KV_HEADS, HEAD_DIM)
+    q, k, v = (
+        draw(ROWS, total, HEADS, HEAD_DIM),
+        draw(ROWS, total, KV_HEADS, HEAD_DIM),
+        1 + draw(ROWS, total, KV_HEADS, HEAD_DIM),
+    )
     for x in (k, v):
         x[:, :LENGTH] = np.repeat(x[::SAMPLES, :LENGTH], SAMPLES, axis=0)
     valid_BT = np.ones((ROWS, total), bool)
@@ -36,12 +44,23 @@ def sequences() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def cached(q, k, v, valid_BT, kind: str = "auto", spare: int = 2) -> jax.Array:
-    """The last token against a cache of those before it, with spare columns that hold other numbers."""
+    """The last token against a cache of those before it, with spare columns that hold other
+    numbers.
+    """
     head_first = lambda x: jnp.swapaxes(x, 1, 2)
     prompt = lambda x: keep(head_first(x[::SAMPLES, :LENGTH]), kind)
-    own = lambda x: keep(head_first(np.concatenate([x[:, LENGTH:-1], np.full((ROWS, spare, *x.shape[2:]), 9.0, np.float32)], axis=1)), kind)
+    own = lambda x: keep(
+        head_first(
+            np.concatenate(
+                [x[:, LENGTH:-1], np.full((ROWS, spare, *x.shape[2:]), 9.0, np.float32)], axis=1
+            )
+        ),
+        kind,
+    )
     visible_BS = np.concatenate([valid_BT[:, :-1], np.zeros((ROWS, spare), bool)], axis=1)
-    return attend_cached(q[:, -1:], k[:, -1:], v[:, -1:], (prompt(k), prompt(v), own(k), own(v)), visible_BS)
+    return attend_cached(
+        q[:, -1:], k[:, -1:], v[:, -1:], (prompt(k), prompt(v), own(k), own(v)), visible_BS
+    )
 
 
 def test_cached_attention_equals_the_last_query(sequences):
@@ -58,11 +77,17 @@ def test_fewer_bits_are_near(sequences, kind, error):
 
 
 def test_int8_keeps_a_scale_for_each_token_and_head():
-    x = draw(3, 2, 5, HEAD_DIM) * np.array([1e-3, 1.0, 1e3, 0.0, 5.0], np.float32)[None, None, :, None]
+    x = (
+        draw(3, 2, 5, HEAD_DIM)
+        * np.array([1e-3, 1.0, 1e3, 0.0, 5.0], np.float32)[None, None, :, None]
+    )
     kept = keep(x, "int8")
     assert kept.values.dtype == jnp.int8 and kept.scale.shape == (3, 2, 5)
     # Half a step of the largest entry's 127.
-    assert (np.abs(kept.values * kept.scale[..., None] - x) <= np.abs(x).max(axis=-1, keepdims=True) / 254 * 1.001).all()
+    assert (
+        np.abs(kept.values * kept.scale[..., None] - x)
+        <= np.abs(x).max(axis=-1, keepdims=True) / 254 * 1.001
+    ).all()
 
 
 def test_a_first_token_without_a_prompt_is_its_own_value():
@@ -74,7 +99,9 @@ def test_a_first_token_without_a_prompt_is_its_own_value():
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def decoded(lm, prompt: Tokens, samples: int, rooms: tuple[int, ...], new_BC):
-    """Logits of decoding given tokens, the cache growing to each room in turn; then columns are used again."""
+    """Logits of decoding given tokens, the cache growing to each room in turn; then columns are
+    used again.
+    """
     first_PV, cache = lm.prefill(BASE, ROLE, prompt.tokens_BT, prompt.valid_BT, rooms[0], samples)
     out = [jnp.repeat(first_PV, samples, axis=0)]
     for step in range(new_BC.shape[1]):
@@ -87,11 +114,14 @@ def decoded(lm, prompt: Tokens, samples: int, rooms: tuple[int, ...], new_BC):
 
 @pytest.mark.parametrize("rooms", [(6,), (2, 3, 6)])
 def test_samples_of_a_prompt_share_what_was_read_once(rooms):
-    # Left-padded and unpadded prompts, three rows each, against the whole sequences without a cache.
+    # Left-padded and unpadded prompts, three rows each, against the whole sequences without a
+    # cache.
     prompt = small.make_tokens([("none", 6), ("left", 4)], 6)
     new_BC = np.random.default_rng(3).integers(61, size=(ROWS, 5), dtype=np.int32)
     wide = lambda x: np.repeat(x, SAMPLES, axis=0)
     tokens_BT = np.concatenate([wide(prompt.tokens_BT), new_BC], axis=1)
     valid_BT = np.concatenate([wide(prompt.valid_BT), np.ones(new_BC.shape, bool)], axis=1)
     full_BTV = small.logits(small.LM, BASE, ROLE, Tokens(tokens_BT, valid_BT, valid_BT))
-    np.testing.assert_allclose(decoded(small.LM, prompt, SAMPLES, rooms, new_BC), full_BTV[:, 5:], atol=2e-5)
+    np.testing.assert_allclose(
+        decoded(small.LM, prompt, SAMPLES, rooms, new_BC), full_BTV[:, 5:], atol=2e-5
+    )

@@ -64,7 +64,9 @@ def test_cached_decoding_equals_the_full_forward(role):
     np.testing.assert_allclose(rest_BCV, full_BTV[:, 11:], atol=2e-5)
     assert int(cache.step) == 4
     np.testing.assert_array_equal(cache.position_B, valid_BT.sum(axis=1))
-    np.testing.assert_array_equal(cache.parts[0].visible(cache.position_B), np.pad(valid_BT, ((0, 0), (0, 2))))
+    np.testing.assert_array_equal(
+        cache.parts[0].visible(cache.position_B), np.pad(valid_BT, ((0, 0), (0, 2)))
+    )
 
 
 def test_padding_sides_agree():
@@ -83,11 +85,16 @@ def test_ids_in_padding_change_nothing(role):
     other = small.other_padding(tokens)
     assert (tokens.tokens_BT != other.tokens_BT).sum() == (~tokens.valid_BT).sum() == 46
     for function in (small.logits, small.values):
-        results = [np.array(function(small.LM, BASE, role, batch))[tokens.valid_BT] for batch in (tokens, other)]
+        results = [
+            np.array(function(small.LM, BASE, role, batch))[tokens.valid_BT]
+            for batch in (tokens, other)
+        ]
         np.testing.assert_array_equal(*results)
     small.assert_same(*(small.score(small.LM, BASE, role, batch) for batch in (tokens, other)))
     for loss in (small.sft_loss, small.pair_loss) if role.lora else (small.sft_loss,):
-        small.assert_same(*(small.gradient(loss, small.LM, role, BASE, batch) for batch in (tokens, other)))
+        small.assert_same(
+            *(small.gradient(loss, small.LM, role, BASE, batch) for batch in (tokens, other))
+        )
 
 
 def test_score_is_the_value_at_the_last_real_token():
@@ -98,7 +105,9 @@ def test_score_is_the_value_at_the_last_real_token():
     np.testing.assert_array_equal(last_valid(tokens.valid_BT), last_B)
     np.testing.assert_allclose(score_B, values_BT[np.arange(BATCH), last_B], rtol=1e-5, atol=1e-6)
     # Four different rows; a row's score does not depend on its padding.
-    np.testing.assert_allclose(score_B[jnp.array([2, 3, 5, 7])], score_B[jnp.array([1, 1, 4, 6])], atol=2e-5)
+    np.testing.assert_allclose(
+        score_B[jnp.array([2, 3, 5, 7])], score_B[jnp.array([1, 1, 4, 6])], atol=2e-5
+    )
     assert len(set(np.round(np.array(score_B), 3))) == 4
 
 
@@ -107,16 +116,27 @@ def test_score_is_the_value_at_the_last_real_token():
 def test_gradients_of_scores_are_those_of_values_at_the_last_real_token(role, attention_path):
     # A score's last layer computes its own token alone; values come from the whole last layer.
     tokens, lm = small.make_tokens(), small.changed(attention=attention_path)
-    roles = ROLES | {"layers": lm.init_adapter(jax.random.key(0), dataclasses.replace(small.LORA, layers="0,2")).replace(head=small.make_head())}
+    roles = ROLES | {
+        "layers": lm.init_adapter(
+            jax.random.key(0), dataclasses.replace(small.LORA, layers="0,2")
+        ).replace(head=small.make_head())
+    }
     weight_B = jnp.arange(1.0, BATCH + 1)
     last_B = np.array([np.flatnonzero(valid_T)[-1] for valid_T in tokens.valid_BT])
-    by_value = lambda role: jnp.sum(weight_B * lm.values(BASE, role, tokens.tokens_BT, tokens.valid_BT)[np.arange(BATCH), last_B])
-    by_score = lambda role: jnp.sum(weight_B * lm.score(BASE, role, tokens.tokens_BT, tokens.valid_BT))
+    by_value = lambda role: jnp.sum(
+        weight_B
+        * lm.values(BASE, role, tokens.tokens_BT, tokens.valid_BT)[np.arange(BATCH), last_B]
+    )
+    by_score = lambda role: jnp.sum(
+        weight_B * lm.score(BASE, role, tokens.tokens_BT, tokens.valid_BT)
+    )
     role = roles[role] if role != "full" else full_weights(BASE).replace(head=small.make_head())
     expected, found = (jax.jit(jax.grad(loss))(role) for loss in (by_value, by_score))
     scale = float(trees.global_norm(expected))
     assert scale > 1e-2
-    for (name, a), b in zip(trees.named_leaves(found).items(), jax.tree.leaves(expected), strict=True):
+    for (name, a), b in zip(
+        trees.named_leaves(found).items(), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6 * scale, err_msg=name)
 
 
@@ -141,25 +161,43 @@ def test_a_role_without_a_head_has_no_score(kind):
 def test_remat_changes_nothing_but_memory(kind):
     tokens, role = small.make_tokens(), ROLES["lora"]
     plain, remat = small.LM, small.changed(remat=kind)
-    (loss, grads), (loss2, grads2) = (small.gradient(small.sft_loss, lm, role, BASE, tokens) for lm in (plain, remat))
+    (loss, grads), (loss2, grads2) = (
+        small.gradient(small.sft_loss, lm, role, BASE, tokens) for lm in (plain, remat)
+    )
     np.testing.assert_allclose(loss, loss2, rtol=1e-6)
     for (name, a), b in zip(trees.named_leaves(grads).items(), jax.tree.leaves(grads2)):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
-    count = lambda lm: str(jax.make_jaxpr(functools.partial(small.gradient, small.sft_loss, lm))(role, BASE, tokens)).count("remat")
+    count = lambda lm: str(
+        jax.make_jaxpr(functools.partial(small.gradient, small.sft_loss, lm))(role, BASE, tokens)
+    ).count("remat")
     assert count(plain) == 0 < count(remat)
 
 
 def kept_for_the_backward_pass(lm, role, tokens) -> dict[int, dict[tuple, int]]:
-    """By a layer scan's length: how often it stacks a shape of floats up, one layer's part of it."""
+    """By a layer scan's length: how often it stacks a shape of floats up, one layer's part of
+    it.
+    """
     base = small.make_base(lm)
 
     def loss(lora):
-        return jnp.sum(lm.hidden(base, role.replace(lora=lora), tokens.tokens_BT, tokens.valid_BT, packing=pack(tokens)))
+        return jnp.sum(
+            lm.hidden(
+                base,
+                role.replace(lora=lora),
+                tokens.tokens_BT,
+                tokens.valid_BT,
+                packing=pack(tokens),
+            )
+        )
 
     found: dict[int, dict[tuple, int]] = {}
     for equation in jax.make_jaxpr(jax.grad(loss))(role.lora).eqns:
         if equation.primitive.name == "scan" and not equation.params["reverse"]:
-            shapes = collections.Counter(out.aval.shape[1:] for out in equation.outvars[equation.params["num_carry"] :] if out.aval.dtype == jnp.float32)
+            shapes = collections.Counter(
+                out.aval.shape[1:]
+                for out in equation.outvars[equation.params["num_carry"] :]
+                if out.aval.dtype == jnp.float32
+            )
             found[equation.params["length"]] = dict(shapes)
     return found
 
@@ -172,7 +210,9 @@ def test_what_a_layer_keeps_for_the_backward_pass(packed):
     place = (1, 60) if packed else (rows, length)
     number = math.prod(place)
     tokens = tokens.replace(layout=Layout(60) if packed else None)
-    kept = kept_for_the_backward_pass(lm, small.make_adapter(lm, lora, head=False), tokens)[config.layers]
+    kept = kept_for_the_backward_pass(lm, small.make_adapter(lm, lora, head=False), tokens)[
+        config.layers
+    ]
     flat = collections.Counter()
     for shape, times in kept.items():
         flat[(number, math.prod(shape) // number) if shape[:2] == place else shape] += times
@@ -201,10 +241,15 @@ def test_no_layer_keeps_weights_for_the_backward_pass():
 @jax.jit
 def unrolled_logits(base, role, tokens):
     """The modules themselves, three layers one after the other, each with its own leaves."""
-    rotary = attention.rotary_angles(attention.positions(tokens.valid_BT), small.CONFIG.head_dim, small.CONFIG.rope)
+    rotary = attention.rotary_angles(
+        attention.positions(tokens.valid_BT), small.CONFIG.head_dim, small.CONFIG.rope
+    )
     attend = functools.partial(attention.attend, mask_BTS=attention.causal_mask(tokens.valid_BT))
     place = Placement()
-    outer, block = Outer(small.CONFIG, nnx.Rngs(0)), Block(small.CONFIG, Adapted(small.LORA), nnx.Rngs(0))
+    outer, block = (
+        Outer(small.CONFIG, nnx.Rngs(0)),
+        Block(small.CONFIG, Adapted(small.LORA), nnx.Rngs(0)),
+    )
     nnx.update(outer, base["outer"])
     x_BTD = outer.embed(tokens.tokens_BT, place)
     for index in range(small.CONFIG.layers):
@@ -230,12 +275,18 @@ def test_bfloat16_activations_stay_close(param_dtype):
     hidden = jax.eval_shape(low.hidden, base, role, tokens.tokens_BT, tokens.valid_BT)
     score = jax.eval_shape(low.score, base, role, tokens.tokens_BT, tokens.valid_BT)
     assert hidden.dtype == jnp.bfloat16 and score.dtype == jnp.float32
-    logits_BTV, exact_BTV = small.logits(low, base, role, tokens), small.logits(small.LM, BASE, role, tokens)
+    logits_BTV, exact_BTV = (
+        small.logits(low, base, role, tokens),
+        small.logits(small.LM, BASE, role, tokens),
+    )
     assert logits_BTV.dtype == jnp.float32
     deviation = np.abs(np.array(logits_BTV - exact_BTV))[tokens.valid_BT]
     assert 0 < deviation.mean() < 0.03 * np.array(exact_BTV)[tokens.valid_BT].std()
     # Adapters and their gradients are float32 over a bfloat16 base.
-    grads = jax.eval_shape(jax.grad(lambda role: jnp.sum(low.values(base, role, tokens.tokens_BT, tokens.valid_BT))), role)
+    grads = jax.eval_shape(
+        jax.grad(lambda role: jnp.sum(low.values(base, role, tokens.tokens_BT, tokens.valid_BT))),
+        role,
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -243,7 +294,10 @@ def test_bfloat16_activations_stay_close(param_dtype):
 def test_gradients_of_float32_weights_are_not_rounded_to_the_activations(dtype):
     random = np.random.default_rng(0)
     x_ND = jnp.asarray(random.normal(size=(300, 16)), jnp.bfloat16)
-    weight_DF, dy_NF = jnp.asarray(random.normal(size=(16, 8)), jnp.float32), jnp.asarray(random.normal(size=(300, 8)), jnp.bfloat16)
+    weight_DF, dy_NF = (
+        jnp.asarray(random.normal(size=(16, 8)), jnp.float32),
+        jnp.asarray(random.normal(size=(300, 8)), jnp.bfloat16),
+    )
     product, back = jax.vjp(lambda x, w: matmul(x, w, dtype), x_ND, weight_DF)
     assert product.dtype == (dtype or jnp.bfloat16)
     dx_ND, dw_DF = back(dy_NF.astype(product.dtype))
@@ -284,10 +338,15 @@ def test_full_weights_are_a_float32_copy():
 def test_abstract_trees_have_axes_for_every_dimension():
     for tied in (True, False):
         lm = small.changed(tied_embeddings=tied)
-        pairs = [(lm.abstract_base(), lm.base_axes()), (lm.abstract_lora(small.LORA), lm.lora_axes(small.LORA))]
+        pairs = [
+            (lm.abstract_base(), lm.base_axes()),
+            (lm.abstract_lora(small.LORA), lm.lora_axes(small.LORA)),
+        ]
         for abstract, axes in pairs:
             names = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
-            for (leaf_name, leaf), name in zip(trees.named_leaves(abstract).items(), names, strict=True):
+            for (leaf_name, leaf), name in zip(
+                trees.named_leaves(abstract).items(), names, strict=True
+            ):
                 assert len(name) == len(leaf.shape), leaf_name
                 assert (name[0] == "layers") == leaf_name.startswith("layers")
     lora = small.LM.lora_axes(small.LORA)["layers"]["mlp"]["down"]
@@ -308,13 +367,20 @@ def test_dropout_keeps_the_adapters_mean():
     lora = small.LoRAConfig(rank=5, alpha=10.0, targets="q", dropout=0.3)
     linear = Linear("q", small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
     noise = np.random.default_rng(0)
-    linear.lora_a[...], linear.lora_b[...] = noise.standard_normal((32, 5)), noise.standard_normal((5, 24))
+    linear.lora_a[...], linear.lora_b[...] = (
+        noise.standard_normal((32, 5)),
+        noise.standard_normal((5, 24)),
+    )
     x_BTD = noise.standard_normal((1, 1, 32)).astype(np.float32)
     plain = linear(x_BTD)
-    dropped = jax.jit(jax.vmap(lambda key: linear(x_BTD, key)))(jax.random.split(jax.random.key(0), 4000))
+    dropped = jax.jit(jax.vmap(lambda key: linear(x_BTD, key)))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
     deviation = np.array(dropped.std(axis=0))
     assert deviation.min() > 1
-    np.testing.assert_array_less(np.abs(dropped.mean(axis=0) - plain), 4.5 * deviation / np.sqrt(4000))
+    np.testing.assert_array_less(
+        np.abs(dropped.mean(axis=0) - plain), 4.5 * deviation / np.sqrt(4000)
+    )
 
 
 @pytest.mark.parametrize(

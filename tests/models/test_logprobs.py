@@ -170,14 +170,18 @@ def test_at_most_one_extra_float32_copy_of_the_logits(dtype):
 @pytest.mark.parametrize("start", [0, 3])
 def test_by_pieces_against_float64_numpy(columns, frozen, start):
     rng = np.random.default_rng(2)
-    hidden_BTD, weight_DV, weights_BT = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, 4), (4, V), (B, T)))
+    hidden_BTD, weight_DV, weights_BT = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((B, T, 4), (4, V), (B, T))
+    )
     tokens_BT = rng.integers(0, V, (B, T)).astype(np.int32)
 
     @jax.jit
     def found(hidden_BTD, weight_DV):
         # The matrix is traced, as in a program that is given it.
         head = lambda hidden_BCD: 5 * jnp.tanh(hidden_BCD @ weight_DV)
-        total = lambda hidden_BTD: logprobs.sequence_logprobs(head, hidden_BTD, tokens_BT, 0.7, start=start, columns=columns, frozen=frozen)
+        total = lambda hidden_BTD: logprobs.sequence_logprobs(
+            head, hidden_BTD, tokens_BT, 0.7, start=start, columns=columns, frozen=frozen
+        )
 
         def loss(hidden_BTD):
             logp_BT, entropy_BT = total(hidden_BTD)
@@ -187,7 +191,10 @@ def test_by_pieces_against_float64_numpy(columns, frozen, start):
 
     (logp_BT, entropy_BT), gradient_BTD = found(hidden_BTD, weight_DV)
     squashed_BTV = np.tanh(hidden_BTD.astype(np.float64) @ weight_DV)
-    expected_BT, expected_BTD = reference_logprobs(5 * squashed_BTV, tokens_BT, 0.7), np.zeros(hidden_BTD.shape)
+    expected_BT, expected_BTD = (
+        reference_logprobs(5 * squashed_BTV, tokens_BT, 0.7),
+        np.zeros(hidden_BTD.shape),
+    )
     expected_BT[:, :start] = 0
     for t in range(max(start, 1), T):
         p_BV = np.exp(5 * squashed_BTV[:, t - 1] / 0.7)
@@ -202,11 +209,19 @@ def test_by_pieces_against_float64_numpy(columns, frozen, start):
 
 def test_no_logits_are_made_twice_or_kept_where_the_head_is_frozen():
     b, t, d, v, columns = 4, 32, 16, 4096, 2
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, t, d), (d, v))] + [jax.ShapeDtypeStruct((b, t), jnp.int32)]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, t, d), (d, v))] + [
+        jax.ShapeDtypeStruct((b, t), jnp.int32)
+    ]
 
     def gradient(frozen):
         def loss(hidden_BTD, weight_DV, tokens_BT):
-            return logprobs.sequence_logprobs(lambda hidden: hidden @ weight_DV, hidden_BTD, tokens_BT, columns=columns, frozen=frozen)[0].sum()
+            return logprobs.sequence_logprobs(
+                lambda hidden: hidden @ weight_DV,
+                hidden_BTD,
+                tokens_BT,
+                columns=columns,
+                frozen=frozen,
+            )[0].sum()
 
         return jax.jit(jax.grad(loss)).trace(*shapes)
 

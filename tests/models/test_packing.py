@@ -1,4 +1,6 @@
-"""Packed batches: the same losses and gradients as padded ones, with every real token computed once."""
+"""Packed batches: the same losses and gradients as padded ones, with every real token computed
+once.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ GROUP = 4
 
 
 def group_rows(groups: int, lengths: list[int], left: bool = False, seed: int = 0) -> Tokens:
-    """Rows in groups that begin with one prompt; right-padded, or with the prompt padded on the left as rollouts are."""
+    """Rows in groups that begin with one prompt; right-padded, or with the prompt padded on the
+    left as rollouts are.
+    """
     rng = np.random.default_rng(seed)
     rows = len(lengths)
     each = rows // groups
@@ -85,8 +89,14 @@ def test_both_gathers_have_the_gradients_of_their_sums():
 
 
 def value_and_gradient(objective, role, batch, microbatches: int = 1, lm=small.LM):
-    name = "reward" if objective in (supervised.pairwise_objective, supervised.pointwise_objective) else "policy"
-    function = lambda role: step.gradients(lambda *a: objective(lm, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches)
+    name = (
+        "reward"
+        if objective in (supervised.pairwise_objective, supervised.pointwise_objective)
+        else "policy"
+    )
+    function = lambda role: step.gradients(
+        lambda *a: objective(lm, *a), {name: role}, BASE, batch, jax.random.key(0), microbatches
+    )
     loss, _, grads = jax.jit(function)(role)
     return loss.mean, grads
 
@@ -110,10 +120,20 @@ def cases() -> dict:
     ragged, rollouts = group_rows(8, LENGTHS), group_rows(2, LENGTHS, left=True)
     weight = np.ones(4, np.float32)
     pairs = lambda layout: Pairs(
-        *(jax.tree.map(lambda x: x[side::2], group_rows(4, LENGTHS)).replace(layout=layout) for side in (0, 1)), weight
+        *(
+            jax.tree.map(lambda x: x[side::2], group_rows(4, LENGTHS)).replace(layout=layout)
+            for side in (0, 1)
+        ),
+        weight,
     )
-    labelled = lambda layout: Labelled(ragged.replace(layout=layout), np.linspace(0, 1, 8, dtype=np.float32), np.ones(8, np.float32))
-    gradient = lambda lm, *a: policy_gradient.policy_gradient_objective(lm, AlgorithmConfig(name="rloo", samples=4), 0.9, "k2", 7, *a)
+    labelled = lambda layout: Labelled(
+        ragged.replace(layout=layout),
+        np.linspace(0, 1, 8, dtype=np.float32),
+        np.ones(8, np.float32),
+    )
+    gradient = lambda lm, *a: policy_gradient.policy_gradient_objective(
+        lm, AlgorithmConfig(name="rloo", samples=4), 0.9, "k2", 7, *a
+    )
     return {
         "sft": (supervised.sft_objective, POLICY, lambda layout: ragged.replace(layout=layout), 1),
         "pairs": (supervised.pairwise_objective, REWARD, pairs, 2),
@@ -136,18 +156,24 @@ def test_losses_and_gradients_equal_the_padded_ones(name, parts, microbatches):
 @pytest.mark.parametrize("block", [attention.QUERY_BLOCK, 5])
 @pytest.mark.parametrize("name", ["pairs", "labels", "rl"])
 def test_attention_in_blocks_takes_packed_tokens(name, block, monkeypatch):
-    # Rows of one block are worked on together, longer ones block by block; both against the plain path, padded.
+    # Rows of one block are worked on together, longer ones block by block; both against the plain
+    # path, padded.
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     objective, role, batch, group = cases()[name]
     padded = value_and_gradient(objective, role, batch(None))
-    packed = value_and_gradient(objective, role, batch(Layout(72, 2, group)), lm=small.changed(attention="blocked"))
+    packed = value_and_gradient(
+        objective, role, batch(Layout(72, 2, group)), lm=small.changed(attention="blocked")
+    )
     assert_close(padded, packed)
 
 
 def test_full_tuning_and_dropout_of_nothing_are_packed_too():
     tokens = group_rows(8, LENGTHS)
     role = full_weights(BASE)
-    whole = [value_and_gradient(supervised.sft_objective, role, tokens.replace(layout=layout)) for layout in (None, Layout(72))]
+    whole = [
+        value_and_gradient(supervised.sft_objective, role, tokens.replace(layout=layout))
+        for layout in (None, Layout(72))
+    ]
     assert_close(*whole)
 
 
@@ -157,7 +183,9 @@ def test_scores_and_values_are_those_of_padded_rows():
     for function, path in itertools.product((passes.scores, passes.values), ("plain", "blocked")):
         function = jax.jit(function, static_argnums=0)
         padded = np.array(function(small.LM, BASE, REWARD, tokens))
-        packed = np.array(function(small.changed(attention=path), BASE, REWARD, tokens.replace(layout=layout)))
+        packed = np.array(
+            function(small.changed(attention=path), BASE, REWARD, tokens.replace(layout=layout))
+        )
         if padded.ndim == 2:
             # The column after a real token is about the next one.
             about_BT = np.pad(tokens.valid_BT[:, :-1], ((0, 0), (1, 0)))
@@ -175,31 +203,59 @@ def test_a_group_that_does_not_divide_is_refused():
 
 @pytest.mark.parametrize(
     ("microbatches", "layout"),
-    [(2, None), (4, None), (3, None), (4, Layout(40, 1, 1, 4)), (2, Layout(40, 1, GROUP, 2)), (2, Layout(40, 2, 1, 2))],
+    [
+        (2, None),
+        (4, None),
+        (3, None),
+        (4, Layout(40, 1, 1, 4)),
+        (2, Layout(40, 1, GROUP, 2)),
+        (2, Layout(40, 2, 1, 2)),
+    ],
     ids=["2", "4", "do not divide", "4 packed", "2 packed groups", "2 packed parts"],
 )
 def test_passes_without_a_gradient_go_microbatch_by_microbatch(microbatches, layout):
     """The numbers of the whole batch, row by row, whichever microbatch a row went to."""
     tokens = group_rows(2, LENGTHS, left=True)
     split = tokens.replace(layout=layout)
-    logprobs = jax.jit(functools.partial(passes.logprobs_in_microbatches, small.LM), static_argnums=0)
+    logprobs = jax.jit(
+        functools.partial(passes.logprobs_in_microbatches, small.LM), static_argnums=0
+    )
     found, expected = logprobs(microbatches, BASE, POLICY, split), logprobs(1, BASE, POLICY, tokens)
-    np.testing.assert_allclose(np.array(found)[tokens.response_BT], np.array(expected)[tokens.response_BT], atol=2e-5)
+    np.testing.assert_allclose(
+        np.array(found)[tokens.response_BT], np.array(expected)[tokens.response_BT], atol=2e-5
+    )
     score = lambda part: passes.scores(small.LM, BASE, REWARD, part)
-    scores = jax.jit(lambda part, number: microbatches_lib.each_microbatch(score, part, number), static_argnums=1)
+    scores = jax.jit(
+        lambda part, number: microbatches_lib.each_microbatch(score, part, number), static_argnums=1
+    )
     np.testing.assert_allclose(scores(split, microbatches), scores(tokens, 1), atol=2e-5)
 
 
 def test_a_pass_in_microbatches_holds_one_at_a_time():
     # What the compiler says of temporaries: about a quarter for four microbatches, and never half.
     tokens = Tokens(*(np.ones((16, 256), dtype) for dtype in (np.int32, bool, bool)))
-    values = jax.jit(functools.partial(passes.values_in_microbatches, small.changed(max_positions=256)), static_argnums=0)
-    whole, split = (values.lower(number, BASE, REWARD, tokens).compile().memory_analysis().temp_size_in_bytes for number in (1, 4))
+    values = jax.jit(
+        functools.partial(passes.values_in_microbatches, small.changed(max_positions=256)),
+        static_argnums=0,
+    )
+    whole, split = (
+        values.lower(number, BASE, REWARD, tokens).compile().memory_analysis().temp_size_in_bytes
+        for number in (1, 4)
+    )
     assert split < 0.5 * whole
 
 
 def test_held_out_sums_are_those_of_the_whole_batch():
     tokens = group_rows(2, LENGTHS)
-    measure = lambda number: fit._held_out(functools.partial(supervised.sft_objective, small.LM), number, {"policy": POLICY}, BASE, tokens)
-    (loss, _), (whole, _) = jax.jit(measure, static_argnums=0)(4), jax.jit(measure, static_argnums=0)(1)
+    measure = lambda number: fit._held_out(
+        functools.partial(supervised.sft_objective, small.LM),
+        number,
+        {"policy": POLICY},
+        BASE,
+        tokens,
+    )
+    (loss, _), (whole, _) = (
+        jax.jit(measure, static_argnums=0)(4),
+        jax.jit(measure, static_argnums=0)(1),
+    )
     np.testing.assert_allclose([loss.total, loss.weight], [whole.total, whole.weight], rtol=1e-6)

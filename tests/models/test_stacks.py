@@ -1,4 +1,6 @@
-"""Layers apart: the same numbers as a scan over their stack, and caches that are written where they lie."""
+"""Layers apart: the same numbers as a scan over their stack, and caches that are written where they
+lie.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ MIXED = small.changed(window=4, windowed=(0, 2), unrotated=(1,))
 
 def sample(lm, base, adapter, samples=2, **settings):
     config = SamplingConfig(9, stop_ids=(7,), **settings)
-    return sampling.sample(lm, base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, jax.random.key(4), config, samples)
+    return sampling.sample(
+        lm, base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, jax.random.key(4), config, samples
+    )
 
 
 def check_same(found, expected, atol=2e-5):
@@ -47,10 +51,19 @@ def check_same(found, expected, atol=2e-5):
         small.changed(biases=("up", "down")),
     ],
 )
-@pytest.mark.parametrize("settings", [{"adapters": "merged", "stages": 4}, {"adapters": "applied"}, {"adapters": "applied", "fused": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adapters": "merged", "stages": 4},
+        {"adapters": "applied"},
+        {"adapters": "applied", "fused": True},
+    ],
+)
 def test_sampling_gives_the_same_tokens(lm, settings):
     base, adapter = small.make_base(lm), small.make_adapter(lm)
-    check_same(sample(lm, base, adapter, inlined=True, **settings), sample(lm, base, adapter, **settings))
+    check_same(
+        sample(lm, base, adapter, inlined=True, **settings), sample(lm, base, adapter, **settings)
+    )
 
 
 def test_adapters_of_some_layers_what_lies_under_them_and_full_weights():
@@ -58,20 +71,32 @@ def test_adapters_of_some_layers_what_lies_under_them_and_full_weights():
     some = small.make_adapter(lora=LoRAConfig(rank=4, targets="k,down", layers="1-2"))
     pissa = small.LM.init_adapter(jax.random.key(0), LoRAConfig(rank=2, init="pissa"), base)
     for weights, role in ((base, some), (base, pissa), (None, small.make_full(base)), (base, None)):
-        check_same(sample(small.LM, weights, role, adapters="applied", inlined=True), sample(small.LM, weights, role, adapters="applied"))
+        check_same(
+            sample(small.LM, weights, role, adapters="applied", inlined=True),
+            sample(small.LM, weights, role, adapters="applied"),
+        )
 
 
 def test_quantised_matrices_and_caches():
-    base = trees.map_named(lambda name, leaf: quantise.quantise_leaf(name, leaf, quantise.QuantiseConfig(kind="int8")), small.make_base())
+    base = trees.map_named(
+        lambda name, leaf: quantise.quantise_leaf(name, leaf, quantise.QuantiseConfig(kind="int8")),
+        small.make_base(),
+    )
     check_same(sample(small.LM, base, None, inlined=True), sample(small.LM, base, None), atol=1e-4)
     for cache in ("int8", "bfloat16"):
         # A sum in another order can round a key to the next of few values.
-        check_same(sample(small.LM, small.make_base(), None, cache=cache, inlined=True), sample(small.LM, small.make_base(), None, cache=cache), atol=2e-2)
+        check_same(
+            sample(small.LM, small.make_base(), None, cache=cache, inlined=True),
+            sample(small.LM, small.make_base(), None, cache=cache),
+            atol=2e-2,
+        )
 
 
 def test_slots_give_the_same_tokens():
     base, adapter = small.make_base(), small.make_adapter()
-    prompts = Prompts(np.array(PROMPTS.tokens_BT), np.array(PROMPTS.valid_BT), np.arange(4, dtype=np.int32))
+    prompts = Prompts(
+        np.array(PROMPTS.tokens_BT), np.array(PROMPTS.valid_BT), np.arange(4, dtype=np.int32)
+    )
     made = []
     for inlined in (False, True):
         slots = ContinuousSampler(small.LM, SamplingConfig(9, stop_ids=(7,), inlined=inlined), 2, 4)
@@ -95,44 +120,74 @@ def test_a_layers_leaves():
 
 
 def test_no_cache_and_no_matrix_is_copied_at_each_token():
-    """In the compiled loop there are no slices of stacks of weights and no copies of a layer's keys or values."""
+    """In the compiled loop there are no slices of stacks of weights and no copies of a layer's keys
+    or values.
+    """
     lm, config = small.LM, SamplingConfig(24, adapters="merged")
     shapes = (jax.ShapeDtypeStruct((4, 5), jnp.int32), jax.ShapeDtypeStruct((4, 5), jnp.bool_))
     base = jax.eval_shape(lm.init_base, jax.random.key(0))
     heads, width = lm.config.kv_heads, lm.config.head_dim
 
     def moved(inlined: bool) -> int:
-        function = functools.partial(sampling.sample, lm, config=dataclasses.replace(config, inlined=inlined), samples=2)
+        function = functools.partial(
+            sampling.sample, lm, config=dataclasses.replace(config, inlined=inlined), samples=2
+        )
         text = jax.jit(function).lower(base, None, *shapes, jax.random.key(0)).compile().as_text()
-        inside = [part for part in re.split(r"\n(?=%)", text) if part.split(" ")[0].removeprefix("%") in re.findall(r"body=%([\w.\-]+)", text)]
+        inside = [
+            part
+            for part in re.split(r"\n(?=%)", text)
+            if part.split(" ")[0].removeprefix("%") in re.findall(r"body=%([\w.\-]+)", text)
+        ]
         assert inside
-        copies = re.findall(rf"f32\[(?:3,)?8,{heads},(?:24,{width}|{width},24)\]\S* copy\(", "".join(inside))
+        copies = re.findall(
+            rf"f32\[(?:3,)?8,{heads},(?:24,{width}|{width},24)\]\S* copy\(", "".join(inside)
+        )
         return len(copies) + len(re.findall(r"op_name=\"[^\"]*dynamic_slice\"", "".join(inside)))
 
     assert moved(True) == 0 < moved(False)
 
 
 def test_products_of_few_rows_have_tokens_as_columns():
-    """The compiled loop multiplies matrices that lie as they are read by [width, rows]; XLA turns the rest back where nothing forbids it."""
+    """The compiled loop multiplies matrices that lie as they are read by [width, rows]; XLA turns
+    the rest back where nothing forbids it.
+    """
     lm, config = small.LM, SamplingConfig(24, adapters="merged", inlined=True)
     shapes = (jax.ShapeDtypeStruct((4, 5), jnp.int32), jax.ShapeDtypeStruct((4, 5), jnp.bool_))
     function = functools.partial(sampling.sample, lm, config=config, samples=2)
-    text = jax.jit(function).lower(jax.eval_shape(lm.init_base, jax.random.key(0)), None, *shapes, jax.random.key(0)).compile().as_text()
+    text = (
+        jax.jit(function)
+        .lower(jax.eval_shape(lm.init_base, jax.random.key(0)), None, *shapes, jax.random.key(0))
+        .compile()
+        .as_text()
+    )
     products = re.findall(r"f32\[([\d,]+)\]\S* (?:dot|fusion)\([^\n]*dot_general", text)
     width, ffn, vocabulary = lm.config.width, lm.config.ffn_width, lm.config.vocab_size
-    for found, missing in ((f"{ffn},8", f"8,{ffn}"), (f"{width},8", None), (f"{vocabulary},8", f"8,{vocabulary}")):
+    for found, missing in (
+        (f"{ffn},8", f"8,{ffn}"),
+        (f"{width},8", None),
+        (f"{vocabulary},8", f"8,{vocabulary}"),
+    ):
         assert found in products and missing not in products, products
 
 
 def test_turned_matrices():
     rng = np.random.default_rng(0)
     shapes = {"gate": (3, 4, 6), "up": (3, 4, 6), "down": (3, 6, 4)}
-    stack = {"mlp": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}, "attention": {"q": {"kernel": rng.normal(size=(3, 4, 5))}}}
-    layer = stacks.of_layer(stacks.apart(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stack)), 1)
+    stack = {
+        "mlp": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()},
+        "attention": {"q": {"kernel": rng.normal(size=(3, 4, 5))}},
+    }
+    layer = stacks.of_layer(
+        stacks.apart(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stack)), 1
+    )
     assert not stacks.is_turned(layer["attention"]["q"]["kernel"])
     x_ND = rng.normal(size=(2, 4))
-    found_NF = stacks.rows(layer["mlp"]["up"]["kernel"].of_columns(stacks.columns(jnp.asarray(x_ND, jnp.float32))))
-    np.testing.assert_allclose(found_NF, x_ND @ stack["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6)
+    found_NF = stacks.rows(
+        layer["mlp"]["up"]["kernel"].of_columns(stacks.columns(jnp.asarray(x_ND, jnp.float32)))
+    )
+    np.testing.assert_allclose(
+        found_NF, x_ND @ stack["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_over_several_devices_it_is_refused():

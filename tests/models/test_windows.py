@@ -1,4 +1,6 @@
-"""Layers with a sliding window keep no more tokens than the window has, and nothing else changes."""
+"""Layers with a sliding window keep no more tokens than the window has, and nothing else
+changes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ PROMPTS = small.make_tokens((("left", 3), ("left", 4), ("right", 5), ("both", 9)
 def test_layers_are_cut_into_few_turns(kinds, expected):
     assert turns(kinds, 0, len(kinds)) == expected
     # Every layer once, and in every turn of a scan the same kinds.
-    assert [index for start, stop, _ in expected for index in range(start, stop)] == list(range(len(kinds)))
+    assert [index for start, stop, _ in expected for index in range(start, stop)] == list(
+        range(len(kinds))
+    )
     for start, stop, period in expected:
         assert all(kinds[index] == kinds[index - period] for index in range(start + period, stop))
 
@@ -61,7 +65,9 @@ def test_only_some_of_the_layers_are_cut():
 def decoded(lm: LanguageModel, parts: bool, rooms: tuple[int, ...], base, adapter, new_BC):
     """Logits of given tokens, decoded one after the other behind PROMPTS."""
     base = base | {"layers": stacks.apart(base["layers"])} if parts else base
-    first_PV, cache = lm.prefill(base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, rooms[0], SAMPLES)
+    first_PV, cache = lm.prefill(
+        base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, rooms[0], SAMPLES
+    )
 
     def step(cache, token_B):
         logits_BV, cache = lm.decode(base, adapter, token_B, cache)
@@ -95,20 +101,26 @@ def test_a_cache_of_the_windows_length_gives_the_logits_of_the_whole_sequence(lm
     valid_BT = np.concatenate([wide(PROMPTS.valid_BT), np.ones(new_BC.shape, bool)], axis=1)
     full_BTV = np.asarray(small.logits(lm, base, adapter, Tokens(tokens_BT, valid_BT, valid_BT)))
     last_B = np.array([np.flatnonzero(valid_T)[-1] for valid_T in wide(PROMPTS.valid_BT)])
-    expected = np.concatenate([full_BTV[np.arange(rows), last_B][:, None], full_BTV[:, 17:]], axis=1)
+    expected = np.concatenate(
+        [full_BTV[np.arange(rows), last_B][:, None], full_BTV[:, 17:]], axis=1
+    )
     found = decoded(lm, parts, rooms, base, adapter, new_BC)
     np.testing.assert_allclose(found, expected, atol=3e-5)
     np.testing.assert_array_equal(np.argmax(found, axis=-1), np.argmax(expected, axis=-1))
 
 
 def cache_of(lm: LanguageModel, room: int, kind: str = "auto"):
-    read = lambda base: lm.prefill(base, None, PROMPTS.tokens_BT, PROMPTS.valid_BT, room, SAMPLES, kind)[1]
+    read = lambda base: lm.prefill(
+        base, None, PROMPTS.tokens_BT, PROMPTS.valid_BT, room, SAMPLES, kind
+    )[1]
     return jax.eval_shape(read, lm.abstract_base())
 
 
 @pytest.mark.parametrize(("kind", "size"), [("auto", 4 * 6), ("bfloat16", 2 * 6), ("int8", 6 + 4)])
 def test_what_the_cache_holds(kind, size):
-    """5 prompts of 17 columns, 10 rows of 30; keys and values of 2 heads of 6 numbers; 5 layers with a window of 4, 2 without."""
+    """5 prompts of 17 columns, 10 rows of 30; keys and values of 2 heads of 6 numbers; 5 layers
+    with a window of 4, 2 without.
+    """
     local, whole = cache_of(MIXED, 30, kind).parts
     assert (local.window, whole.window) == (WINDOW, None)
     shapes = lambda part: [kept.values.shape for kept in part.by_layer]
@@ -125,7 +137,9 @@ def test_what_the_cache_holds(kind, size):
 def test_the_paths_are_said_with_the_window():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     found = attention_paths(LanguageModel(for_devices(MIXED.config, mesh), mesh))
-    assert found["sampling"].startswith("prompts blocked, ") and found["sampling"].endswith("holds 4 tokens in 5 of 7 layers")
+    assert found["sampling"].startswith("prompts blocked, ") and found["sampling"].endswith(
+        "holds 4 tokens in 5 of 7 layers"
+    )
     asked = attention_paths(LanguageModel(for_devices(MIXED.config, mesh, "plain"), mesh))
     assert asked["training"] == "plain (--attention asks for it)"
 
@@ -145,27 +159,56 @@ def test_slots_that_are_filled_again_give_the_same_tokens(lm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "short"), [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("dtype", "short"),
+    [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.exhaustive)],
+)
 def test_decoding_with_windows_compiles_for_tpus(dtype, short):
-    """Prompts and the decode loop of a model split over four chips, both caches inside; in float32 with the highest precision everywhere."""
+    """Prompts and the decode loop of a model split over four chips, both caches inside; in float32
+    with the highest precision everywhere.
+    """
     pytest.importorskip("libtpu")
     mesh = make_mesh(MeshConfig(data=2, tensor=2), topology("v5e:2x2"))
-    lm = LanguageModel(dataclasses.replace(MIXED.config, head_dim=8, dtype=dtype, param_dtype=dtype, attention="splash"), mesh)
+    lm = LanguageModel(
+        dataclasses.replace(
+            MIXED.config, head_dim=8, dtype=dtype, param_dtype=dtype, attention="splash"
+        ),
+        mesh,
+    )
     places = lm.base_shardings()
-    base = trees.map_named(lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]), lm.abstract_base())
+    base = trees.map_named(
+        lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]),
+        lm.abstract_base(),
+    )
     rows = lambda dtype: jax.ShapeDtypeStruct((4, 140), dtype, sharding=batch_sharding(mesh))
     sample = functools.partial(sampling.sample, lm, config=SamplingConfig(150), samples=2)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
-    text = jax.jit(sample).trace(base, None, rows(jnp.int32), rows(jnp.bool_), key).lower(lowering_platforms=("tpu",)).compile().as_text()
+    text = (
+        jax.jit(sample)
+        .trace(base, None, rows(jnp.int32), rows(jnp.bool_), key)
+        .lower(lowering_platforms=("tpu",))
+        .compile()
+        .as_text()
+    )
     # Of a device: 4 of 8 rows and one of 2 heads; 5 layers of 4 tokens, 2 of 150.
-    assert f"{short}[5,4,1,4,8]" in text and f"{short}[2,4,1,150,8]" in text and f"{short}[7,4,1,150,8]" not in text
+    assert (
+        f"{short}[5,4,1,4,8]" in text
+        and f"{short}[2,4,1,150,8]" in text
+        and f"{short}[7,4,1,150,8]" not in text
+    )
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(GEMMA is None or not GEMMA.is_dir(), reason="needs Gemma 3 270M in PERL_JAX_MODELS")
+@pytest.mark.skipif(
+    GEMMA is None or not GEMMA.is_dir(), reason="needs Gemma 3 270M in PERL_JAX_MODELS"
+)
 def test_gemma_3_decodes_beyond_its_window():
-    """15 of 18 layers have a window of 512: 530 tokens and eight more, against the whole sequences without a cache."""
-    config = dataclasses.replace(families.read_config(GEMMA, dtype="float32", param_dtype="float32"), attention="blocked")
+    """15 of 18 layers have a window of 512: 530 tokens and eight more, against the whole sequences
+    without a cache.
+    """
+    config = dataclasses.replace(
+        families.read_config(GEMMA, dtype="float32", param_dtype="float32"), attention="blocked"
+    )
     lm = LanguageModel(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     base = hf_checkpoint.load_base(GEMMA, config, lm.base_shardings())
     length, more = 530, 8
@@ -183,7 +226,11 @@ def test_gemma_3_decodes_beyond_its_window():
             return cache, logits_BV
 
         cache, rest = jax.lax.scan(step, cache, tokens_BT.T[length:])
-        return full[0], jnp.concatenate([first_BV, rest[:, 0]]), [part.prompt_k.values for part in cache.parts]
+        return (
+            full[0],
+            jnp.concatenate([first_BV, rest[:, 0]]),
+            [part.prompt_k.values for part in cache.parts],
+        )
 
     full_CV, found_CV, held = both(base)
     assert [(x.shape[0], x.shape[3]) for x in held] == [(15, 512), (3, 530)]

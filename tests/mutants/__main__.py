@@ -3,9 +3,9 @@
     python -m tests.mutants [--only NAME ...] [--jobs N] [--page FILE]
 
 First all tests that the mutants name run without any mutant; where one fails its mutants count as
-survivors. Then one mutant at a time is put into a copy, and its tests run until the first that fails.
-The checkout is never written to, but for the page with the results (docs/mutants.md). The exit status
-is 1 when fewer than 95 % of the mutants that have run are noticed.
+survivors. Then one mutant at a time is put into a copy, and its tests run until the first that
+fails. The checkout is never written to, but for the page with the results (docs/mutants.md). The
+exit status is 1 when fewer than 95 % of the mutants that have run are noticed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ BAR = r"\|"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant. killer: the test that failed, or how it ended otherwise; None: it survived."""
+    """What became of a mutant. killer: the test that failed, or how it ended otherwise; None: it
+    survived.
+    """
 
     mutant: Mutant
     killer: str | None
@@ -54,7 +56,12 @@ class Outcome:
 
 def copy_tracked(folder: pathlib.Path) -> None:
     """Copies the files that git tracks, as they are in the checkout now."""
-    listed = subprocess.run(["git", "ls-files", "-z", "perl_jax", "tests", "experiments", "launch", "setup.cfg"], cwd=CHECKOUT, capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "perl_jax", "tests", "experiments", "launch", "setup.cfg"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        check=True,
+    )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (CHECKOUT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +71,15 @@ def copy_tracked(folder: pathlib.Path) -> None:
 def environment(folder: pathlib.Path, programs: pathlib.Path) -> dict[str, str]:
     """Of a test process: it imports from the copy, and shares compiled programs with the others."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = {"PERL_JAX_SHARED": str(CHECKOUT.parent / "shared"), "JAX_COMPILATION_CACHE_DIR": str(programs)} | os.environ
-    return shared | {"PYTHONPATH": os.pathsep.join(paths), ROOT: str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    shared = {
+        "PERL_JAX_SHARED": str(CHECKOUT.parent / "shared"),
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+    } | os.environ
+    return shared | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        ROOT: str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 class Copy:
@@ -75,13 +89,36 @@ class Copy:
         copy_tracked(folder)
         self.folder, self.output = folder, folder / "output.txt"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.mutants.nursery"], cwd=folder, env=environment(folder, programs), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.mutants.nursery"],
+            cwd=folder,
+            env=environment(folder, programs),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
-    def run(self, tests: Sequence[str], *options: str, limit: float = LIMIT) -> tuple[int | None, str]:
-        """(pytest's exit status, its output); the status is None after the time limit, and below 0 where the process died of a signal."""
-        arguments = ["-n", "0", "-p", "no:cacheprovider", "-p", "tests.mutants.guard", "-m", "not exhaustive", "--tb=line", *options, *(f"tests/{test}" for test in tests)]
-        self.process.stdin.write(json.dumps({"arguments": arguments, "output": str(self.output), "limit": limit}) + "\n")
+    def run(
+        self, tests: Sequence[str], *options: str, limit: float = LIMIT
+    ) -> tuple[int | None, str]:
+        """(pytest's exit status, its output); the status is None after the time limit, and below 0
+        where the process died of a signal.
+        """
+        arguments = [
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.mutants.guard",
+            "-m",
+            "not exhaustive",
+            "--tb=line",
+            *options,
+            *(f"tests/{test}" for test in tests),
+        ]
+        self.process.stdin.write(
+            json.dumps({"arguments": arguments, "output": str(self.output), "limit": limit}) + "\n"
+        )
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
@@ -95,7 +132,9 @@ class Copy:
 
 
 def reported(output: str, words: str) -> list[str]:
-    """The tests that the summary lists under one of the words: `FAILED tests/a.py::test_b - why`."""
+    """The tests that the summary lists under one of the words: `FAILED tests/a.py::test_b -
+    why`.
+    """
     return re.findall(rf"^(?:{words}) tests/(.+?)(?: - .*)?$", output, re.MULTILINE)
 
 
@@ -111,7 +150,9 @@ def unfit(copy: Copy, mutants: Iterable[Mutant]) -> tuple[set[str], str]:
     if status not in (PASSED, FAILED):
         raise SystemExit(f"The tests do not run without a mutant:\n{output[-4000:]}")
     bad = reported(output, "FAILED|ERROR")
-    return {selection for selection in selections if any(of_selection(test, selection) for test in bad)}, output
+    return {
+        selection for selection in selections if any(of_selection(test, selection) for test in bad)
+    }, output
 
 
 def outcome(mutant: Mutant, copy: Copy) -> Outcome:
@@ -129,14 +170,23 @@ def outcome(mutant: Mutant, copy: Copy) -> Outcome:
         return Outcome(mutant, "the time limit" if status is None else "a crash", seconds)
     if status not in (PASSED, FAILED):
         # An error that cannot be imported shows nothing of the tests.
-        print(f"{mutant.name}: the tests did not run (pytest's status {status}); it counts as a survivor:\n{output[-4000:]}", flush=True)
+        print(
+            f"{mutant.name}: the tests did not run (pytest's status {status}); it counts as a "
+            f"survivor:\n{output[-4000:]}",
+            flush=True,
+        )
         return Outcome(mutant, None, seconds)
-    return Outcome(mutant, None if status == PASSED else reported(output, "FAILED|ERROR")[0], seconds)
+    return Outcome(
+        mutant, None if status == PASSED else reported(output, "FAILED|ERROR")[0], seconds
+    )
 
 
 def run_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
     """Every mutant's outcome, in the table's order; said as they come."""
-    with tempfile.TemporaryDirectory(prefix="perl_jax_mutants_") as temporary, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="perl_jax_mutants_") as temporary,
+        contextlib.ExitStack() as stack,
+    ):
         root = pathlib.Path(temporary).resolve()
         programs = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", root / "programs"))
         copies: queue.Queue[Copy] = queue.Queue()
@@ -144,9 +194,16 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
             copies.put(stack.enter_context(contextlib.closing(Copy(root / str(number), programs))))
         begin = time.perf_counter()
         bad, output = unfit(copies.queue[0], mutants)
-        print(f"{len({test for mutant in mutants for test in mutant.tests})} selections of tests without a mutant: {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"{len({test for mutant in mutants for test in mutant.tests})} selections of tests "
+            f"without a mutant: {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
         if bad:
-            print(f"{output[-4000:]}\nThese fail without a mutant: {', '.join(sorted(bad))}.", flush=True)
+            print(
+                f"{output[-4000:]}\nThese fail without a mutant: {', '.join(sorted(bad))}.",
+                flush=True,
+            )
 
         def one(mutant: Mutant) -> Outcome:
             if bad.intersection(mutant.tests):
@@ -156,7 +213,11 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
                 found = outcome(mutant, copy)
             finally:
                 copies.put(copy)
-            print(f"{'killed  ' if found.killed else 'SURVIVES'} {mutant.name:<34} {found.seconds:5.1f} s  {found.killer or ''}", flush=True)
+            print(
+                f"{'killed  ' if found.killed else 'SURVIVES'} {mutant.name:<34} "
+                f"{found.seconds:5.1f} s  {found.killer or ''}",
+                flush=True,
+            )
             return found
 
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -165,28 +226,54 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> list[Outcome]:
 
 def summary(killers: Mapping[str, str | None], mutants: Sequence[Mutant]) -> str:
     """How many were noticed."""
-    killed, files = sum(killers.get(mutant.name) is not None for mutant in mutants), len({mutant.file for mutant in mutants})
-    return f"{killed} of {len(mutants)} errors in {files} files are noticed ({killed / len(mutants):.1%})"
+    killed, files = (
+        sum(killers.get(mutant.name) is not None for mutant in mutants),
+        len({mutant.file for mutant in mutants}),
+    )
+    return (
+        f"{killed} of {len(mutants)} errors in {files} files are noticed "
+        f"({killed / len(mutants):.1%})"
+    )
 
 
 def page(killers: Mapping[str, str | None]) -> str:
-    """The results as Markdown. killers: of each mutant that has run the test that noticed it, or None."""
-    shown = lambda name: "not run yet" if name not in killers else "**nothing**" if killers[name] is None else f"`{killers[name]}`"
+    """The results as Markdown. killers: of each mutant that has run the test that noticed it, or
+    None.
+    """
+    shown = lambda name: (
+        "not run yet"
+        if name not in killers
+        else "**nothing**"
+        if killers[name] is None
+        else f"`{killers[name]}`"
+    )
     lines = [
         "# Planted errors, and the tests that notice them",
         "",
-        "Written by `make mutants`, which puts one error at a time into a copy of the package and runs the tests that should notice it, until the",
-        f"first that fails: {summary(killers, MUTANTS)}. The errors are in `tests/mutants/table.py`; a quick test keeps them where the code is. A run of some of",
+        "Written by `make mutants`, which puts one error at a time into a copy of the package and "
+        "runs the tests that should notice it, until the",
+        f"first that fails: {summary(killers, MUTANTS)}. The errors are in "
+        "`tests/mutants/table.py`; a quick test keeps them where the code is. A run of some of",
         "them (`--only`) replaces their rows.",
         "",
         "| error | in | what it does | noticed by |",
         "|---|---|---|---|",
-        *(f"| {mutant.name} | `{mutant.file}` | {mutant.what.replace('|', BAR)} | {shown(mutant.name).replace('|', BAR)} |" for mutant in MUTANTS),
+        *(
+            (
+                f"| {mutant.name} | `{mutant.file}` | {mutant.what.replace('|', BAR)} | "
+                f"{shown(mutant.name).replace('|', BAR)} |"
+            )
+            for mutant in MUTANTS
+        ),
         "",
         "## Survivors",
         "",
     ]
-    survivors = [f"- {mutant.name}: {mutant.survives or 'not explained yet'}" for mutant in MUTANTS if mutant.name in killers and killers[mutant.name] is None]
+    survivors = [
+        f"- {mutant.name}: {mutant.survives or 'not explained yet'}"
+        for mutant in MUTANTS
+        if mutant.name in killers and killers[mutant.name] is None
+    ]
     return "\n".join([*lines, *(survivors or ["None."])]) + "\n"
 
 
@@ -205,18 +292,32 @@ def chosen(names: Sequence[str], table: Mapping[str, Mutant]) -> list[Mutant]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Plant errors and count which of them the tests notice.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description="Plant errors and count which of them the tests notice.",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these mutants alone")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies to work in at the same time")
-    parser.add_argument("--page", type=pathlib.Path, default=PAGE, metavar="FILE", help="where the results go")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="copies to work in at the same time"
+    )
+    parser.add_argument(
+        "--page", type=pathlib.Path, default=PAGE, metavar="FILE", help="where the results go"
+    )
     arguments = parser.parse_args()
     mutants = chosen(arguments.only, {mutant.name: mutant for mutant in MUTANTS})
     outcomes = run_all(mutants, arguments.jobs)
     for found in sorted(outcomes, key=lambda found: found.killed):
-        print(f"{found.mutant.name:<34} {found.mutant.file:<26} {found.seconds:6.1f} s  {found.killer or 'SURVIVES'}")
+        print(
+            f"{found.mutant.name:<34} {found.mutant.file:<26} {found.seconds:6.1f} s  "
+            f"{found.killer or 'SURVIVES'}"
+        )
     killers = {found.mutant.name: found.killer for found in outcomes}
-    print(f"{summary(killers, mutants)}, in {sum(found.seconds for found in outcomes):.0f} s of tests")
-    before = read_page(arguments.page.read_text(encoding="utf-8")) if arguments.page.exists() else {}
+    print(
+        f"{summary(killers, mutants)}, in {sum(found.seconds for found in outcomes):.0f} s of tests"
+    )
+    before = (
+        read_page(arguments.page.read_text(encoding="utf-8")) if arguments.page.exists() else {}
+    )
     arguments.page.write_text(page(before | killers), encoding="utf-8")
     return 0 if sum(found.killed for found in outcomes) >= WANTED * len(outcomes) else 1
 

@@ -17,6 +17,9 @@ ROOT = "PERL_JAX_MUTATED"
 
 
 def pytest_configure() -> None:
-    wanted, found = pathlib.Path(os.environ[ROOT]).resolve(), pathlib.Path(perl_jax.__file__).resolve()
+    wanted, found = (
+        pathlib.Path(os.environ[ROOT]).resolve(),
+        pathlib.Path(perl_jax.__file__).resolve(),
+    )
     if wanted not in found.parents:
         raise pytest.UsageError(f"perl_jax is {found}, which is not in the mutated copy {wanted}.")

@@ -1,4 +1,5 @@
-"""Runs tests on request, each time in a fork of a process that has already imported JAX and the other libraries.
+"""Runs tests on request, each time in a fork of a process that has already imported JAX and the
+other libraries.
 
 Importing them takes several times as long as most selections of tests. Nothing of the project but
 `tests.conftest`, which sets the environment, is imported before the fork: each run imports the
@@ -22,7 +23,20 @@ import pytest
 # Plugins of pytest that these modules import are not rewritten, which does not matter.
 QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 # Slow to import, and part of no mutant.
-MODULES = ("numpy", "flax.nnx", "optax", "orbax.checkpoint", "chex", "grain", "tensorflow_datasets", "transformers", "safetensors.numpy", "qwix", "tyro", "rich.progress")
+MODULES = (
+    "numpy",
+    "flax.nnx",
+    "optax",
+    "orbax.checkpoint",
+    "chex",
+    "grain",
+    "tensorflow_datasets",
+    "transformers",
+    "safetensors.numpy",
+    "qwix",
+    "tyro",
+    "rich.progress",
+)
 
 
 def main() -> None:
@@ -58,7 +72,9 @@ def _run(arguments: list[str], output: str) -> None:
 
 
 def _status(child: int, limit: float) -> int | None:
-    """The exit status of a run, below 0 where it died of a signal; None where it had to be ended."""
+    """The exit status of a run, below 0 where it died of a signal; None where it had to be
+    ended.
+    """
     end = time.monotonic() + limit
     try:
         while time.monotonic() < end:

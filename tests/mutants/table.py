@@ -1,12 +1,17 @@
 """The planted errors: text of the package, what replaces it, and the tests that should notice.
 
-Each is an error that somebody could make. The text to replace occurs once in its file (tests/test_mutants.py
-keeps that true when the package changes). `survives` is the reason why no test can notice, where there is one.
+Each is an error that somebody could make. The text to replace occurs once in its file
+(tests/test_mutants.py keeps that true when the package changes). `survives` is the reason why no
+test can notice, where there is one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +27,51 @@ class Mutant:
     survives: str = ""
 
     def planted(self, text: str) -> str:
-        """The file's text with the error in it; ValueError unless the text to replace is there once."""
-        number = text.count(self.old)
-        if number != 1:
-            raise ValueError(f"{self.name}: the text to replace is {number} times in perl_jax/{self.file}; it must be there once:\n{self.old}")
-        return text.replace(self.old, self.new)
+        """The file's text with the error in it; ValueError unless the text to replace is there once.
+
+        Where the text itself is not there, tokens are compared: how lines are broken, comments and
+        trailing commas do not matter.
+        """
+        if text.count(self.old) == 1:
+            return text.replace(self.old, self.new)
+        wanted, found = tokens_of(self.old), tokens_of(text)
+        words, there = [word for word, _, _ in wanted], [word for word, _, _ in found]
+        places = [
+            place
+            for place in range(len(there) - len(words) + 1)
+            if there[place : place + len(words)] == words
+        ]
+        if len(places) != 1:
+            raise ValueError(
+                f"{self.name}: the text to replace is {len(places)} times in perl_jax/{self.file}; "
+                f"it must be there once:\n{self.old}"
+            )
+        first, last = found[places[0]], found[places[0] + len(words) - 1]
+        return text[: first[1]] + self.new + text[last[2] :]
+
+
+def tokens_of(text: str) -> list[tuple[str, int, int]]:
+    """(token, where it starts, where it ends) of a piece of code, whole or not, without what formatting decides."""
+    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+    found = []
+    with contextlib.suppress(tokenize.TokenError):
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.string.strip() and token.type != tokenize.COMMENT:
+                place = lambda at: starts[at[0] - 1] + at[1]
+                found.append((token.string, place(token.start), place(token.end)))
+    after = [word for word, _, _ in found[1:]] + [""]
+    return [
+        one
+        for one, next_one in zip(found, after, strict=True)
+        if not (one[0] == "," and next_one in (")", "]", "}"))
+    ]
 
 
 def _of(file: str, *mutants: tuple[str, ...]) -> tuple[Mutant, ...]:
     """Mutants of one file: (name, what, old, new, *tests)."""
-    return tuple(Mutant(name, file, old, new, what, tuple(tests)) for name, what, old, new, *tests in mutants)
+    return tuple(
+        Mutant(name, file, old, new, what, tuple(tests)) for name, what, old, new, *tests in mutants
+    )
 
 
 MASKED = _of(
@@ -58,7 +98,8 @@ LOSSES = _of(
     "objectives/losses.py",
     (
         "token-mean-by-rows", "the mean over tokens divides by rows",
-        "LossSum(jnp.sum(sum_B), count_tokens(mask_BT))", "LossSum(jnp.sum(sum_B), count_sequences(mask_BT))",
+        "LossSum(jnp.sum(sum_B), count_tokens(mask_BT))", "LossSum(jnp.sum(sum_B), "
+                                                          "count_sequences(mask_BT))",
         "objectives/test_losses.py::test_reduce_tokens_by_hand",
     ),
     (
@@ -83,12 +124,17 @@ LOSSES = _of(
     ),
     (
         "weights-ignored", "rows count alike, whatever they weigh",
-        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * (weight_B > 0)), jnp.sum(weight_B > 0).astype(loss_B.dtype))",
+        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * "
+                                                                  "(weight_B > 0)), "
+                                                                  "jnp.sum(weight_B > "
+                                                                  "0).astype(loss_B.dtype))",
         "objectives/test_losses.py::test_bradley_terry_by_hand",
     ),
     (
         "divided-by-rows", "a weighted sum is divided by the number of rows",
-        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B > 0).astype(loss_B.dtype))",
+        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * "
+                                                                  "weight_B), jnp.sum(weight_B > "
+                                                                  "0).astype(loss_B.dtype))",
         "objectives/test_losses.py::test_bradley_terry_by_hand",
     ),
     (
@@ -142,7 +188,8 @@ LOSSES = _of(
         "objectives/test_losses.py::test_value_loss_by_hand",
     ),
     (
-        "smoothing-subtracted", "DPO's label smoothing has the sign of robust DPO without its divisor",
+        "smoothing-subtracted", "DPO's label smoothing has the sign of robust DPO without its "
+                                "divisor",
         "(1 - label_smoothing) * right_B + label_smoothing * wrong_B", "(1 - label_smoothing) * right_B - label_smoothing * wrong_B",
         "objectives/test_losses.py::test_preference_by_hand",
     ),
@@ -191,7 +238,8 @@ ADVANTAGES = _of(
         "objectives/test_advantages.py::test_gae_and_returns_against_the_definition",
     ),
     ("rloo-with-itself", "a sample is part of its own baseline", " * (samples / (samples - 1))", "", "objectives/test_advantages.py::test_leave_one_out_by_hand"),
-    ("grpo-by-variance", "GRPO divides by the variance", "jnp.sqrt(masked_var(returns_PG, everything_PG, axis=1, ddof=ddof))", "masked_var(returns_PG, everything_PG, axis=1, ddof=ddof)", "objectives/test_advantages.py::test_group_advantages_by_hand"),
+    ("grpo-by-variance", "GRPO divides by the variance", "jnp.sqrt(masked_var(returns_PG, "
+                                                         "everything_PG, axis=1, ddof=ddof))", "masked_var(returns_PG, everything_PG, axis=1, ddof=ddof)", "objectives/test_advantages.py::test_group_advantages_by_hand"),
     ("grpo-ddof", "the deviation divides by G whatever ddof is", "ddof=ddof))", "ddof=0))", "objectives/test_advantages.py::test_group_advantages_by_hand"),
     (
         "group-baseline-of-the-batch", "the baseline is the batch's mean, not the prompt's",
@@ -208,8 +256,10 @@ ADVANTAGES = _of(
 
 LOGPROBS = _of(
     "models/logprobs.py",
-    ("shift-left", "columns are shifted to the left", "jnp.pad(values_BT[:, :-1], ((0, 0), (1, 0)))", "jnp.pad(values_BT[:, 1:], ((0, 0), (0, 1)))", "models/test_logprobs.py::test_by_hand"),
-    ("temperature-on-one-side", "the temperature divides the normaliser's logits and not the token's", "_scaled(picked, temperature) - logz", "_scaled(picked, 1.0) - logz", "models/test_logprobs.py::test_against_float64_numpy"),
+    ("shift-left", "columns are shifted to the left", "jnp.pad(values_BT[:, :-1], ((0, 0), (1, "
+                                                      "0)))", "jnp.pad(values_BT[:, 1:], ((0, 0), (0, 1)))", "models/test_logprobs.py::test_by_hand"),
+    ("temperature-on-one-side", "the temperature divides the normaliser's logits and not the "
+                                "token's", "_scaled(picked, temperature) - logz", "_scaled(picked, 1.0) - logz", "models/test_logprobs.py::test_against_float64_numpy"),
     ("gradient-without-temperature", "the gradient forgets the temperature", "(cotangent / temperature)[..., None]", "cotangent[..., None]", "models/test_logprobs.py::test_gradients_against_finite_differences", "models/test_logprobs.py::test_the_gradient_is_one_hot_minus_softmax"),
     ("first-column-lost", "log-probabilities of the last columns begin one too late", "first = max(start - 1, 0)", "first = start", "models/test_logprobs.py::test_by_pieces_against_float64_numpy"),
     ("entropy-sign", "the entropy is negative", "return -jnp.sum(jnp.exp(logp_NV) * logp_NV", "return jnp.sum(jnp.exp(logp_NV) * logp_NV", "models/test_logprobs.py::test_by_pieces_against_float64_numpy"),
@@ -219,14 +269,16 @@ ALGORITHMS = _of(
     "objectives/algorithms.py",
     ("critic-fitted-to-advantages", "PPO's values are fitted to advantages", "jnp.where(mask_BT, advantage_BT + outcomes.values_BT, 0)", "advantage_BT", "objectives/test_algorithm_table.py::test_ppo_by_hand"),
     ("filler-in-the-baseline", "filler rows are part of the batch's mean", "masked_mean(return_B, jnp.any(mask_BT, axis=1))", "jnp.mean(return_B)", "objectives/test_algorithm_table.py::test_filler_rows_change_nothing"),
-    ("upper-bound-ignored", "clip_high is not read", "high = config.clip if config.clip_high is None else config.clip_high", "high = config.clip", "objectives/test_algorithm_table.py::test_the_loss_has_the_algorithms_ratio_bounds_and_mean"),
+    ("upper-bound-ignored", "clip_high is not read", "high = config.clip if config.clip_high is "
+                                                     "None else config.clip_high", "high = config.clip", "objectives/test_algorithm_table.py::test_the_loss_has_the_algorithms_ratio_bounds_and_mean"),
     ("rloo-kl-by-length", "RLOO's KL in the loss is divided by the length", '"sequence" if self.rule.ratio == "product" else self.reduction', "self.reduction", "objectives/test_algorithms.py::test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl"),
 )  # fmt: skip
 
 STEPS = (
     _of(
         "objectives/supervised.py",
-        ("loss-on-the-prompt", "SFT learns the prompt too", "losses.sft_loss(logp_BT, batch.response_BT)", "losses.sft_loss(logp_BT, batch.valid_BT)", "training/test_steps.py::test_sft_learns_response_tokens_alone"),
+        ("loss-on-the-prompt", "SFT learns the prompt too", "losses.sft_loss(logp_BT, "
+                                                            "batch.response_BT)", "losses.sft_loss(logp_BT, batch.valid_BT)", "training/test_steps.py::test_sft_learns_response_tokens_alone"),
         ("ties-are-right", "equal scores count as the right order", "jnp.where(chosen_B == rejected_B, 0.5, 0.0)", "jnp.where(chosen_B == rejected_B, 1.0, 0.0)", "training/test_steps.py::test_a_tie_is_half_in_order"),
         ("unknown-is-a-coin", "a comparison of unknown probability is a coin flip", "jnp.isnan(batch.probability_B), 1.0, batch.probability_B", "jnp.isnan(batch.probability_B), 0.5, batch.probability_B", "training/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
     )
@@ -255,7 +307,8 @@ STATE = (
     + _of(
         "training/state.py",
         ("same-key-every-step", "every step has the same random numbers", "jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step)", "jax.random.wrap_key_data(self.key)", "training/test_state.py::test_step_keys_do_not_meet_their_own_children"),
-        ("roles-share-buffers", "roles that begin equal share buffers, which the first step gives away", "jnp.array(leaf, copy=True)", "leaf", "training/test_state.py::test_every_role_is_a_copy"),
+        ("roles-share-buffers", "roles that begin equal share buffers, which the first step gives "
+                                "away", "jnp.array(leaf, copy=True)", "leaf", "training/test_state.py::test_every_role_is_a_copy"),
     )
 )  # fmt: skip
 
@@ -274,13 +327,15 @@ DATA = (
         ("drawn-with-replacement", "an epoch has some rows twice and others never", "order = rng.permutation(len(lengths))", "order = rng.integers(len(lengths), size=len(lengths))", "data/test_pipeline.py::test_training_plan_keeps_the_epoch_whole_when_it_divides"),
         ("leftovers-dropped", "each bucket drops its remainder", "left = pool[whole:]", "left = pool[:0]", "data/test_pipeline.py::test_training_plan_promotes_leftovers_and_drops_only_the_last_remainder"),
         ("filler-is-the-first-row", "the last batch is filled up with row 0, which counts again", "batch_size, FILLER, order.dtype)", "batch_size, 0, order.dtype)", "data/test_pipeline.py::test_evaluation_plan_by_hand"),
-        ("longest-rows-left-out", "rows as long as a bucket go to the next one, the longest to none", "np.searchsorted(edges, lengths[order])", 'np.searchsorted(edges, lengths[order], side="right")', "data/test_pipeline.py::test_a_row_as_long_as_a_bucket_is_in_it"),
+        ("longest-rows-left-out", "rows as long as a bucket go to the next one, the longest to "
+                                  "none", "np.searchsorted(edges, lengths[order])", 'np.searchsorted(edges, lengths[order], side="right")', "data/test_pipeline.py::test_a_row_as_long_as_a_bucket_is_in_it"),
     ),
     *_of(
         "data/pipeline.py",
         ("first-token-not-learned", "the response's first token is in no loss", "(column_T >= prompt_B[:, None])", "(column_T > prompt_B[:, None])", "data/test_pipeline.py::test_demonstrations_by_hand_with_filler"),
         ("eos-not-learned", "the token that ends a response is in no loss", "(column_T < ends_B[:, None])", "(column_T < ends_B[:, None] - 1)", "data/test_pipeline.py::test_demonstrations_by_hand_with_filler"),
-        ("tail-learned", "the template's tail is in the loss", "ends_B = valid_BT.sum(axis=1) - tail_B", "ends_B = valid_BT.sum(axis=1)", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
+        ("tail-learned", "the template's tail is in the loss", "ends_B = valid_BT.sum(axis=1) - "
+                                                               "tail_B", "ends_B = valid_BT.sum(axis=1)", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
         ("rejected-is-chosen", "both sides of a pair are the chosen response", "pad_id, response=1)", "pad_id, response=0)", "data/test_pipeline.py::test_pairs_by_hand_share_the_longer_sides_bucket"),
         ("filler-pairs-count", "filler pairs have the weight of the last row", "np.where(indices == FILLER, 0, values[indices]) for", "values[indices] for", "data/test_pipeline.py::test_a_filler_pair_weighs_nothing"),
         ("cursor-one-ahead", "a resumed run skips a batch", 'self._iterator.set_state(dict(state["grain"]))', 'self._iterator.set_state(dict(state["grain"]))\n        next(self._iterator)', "data/test_pipeline.py::test_resuming_yields_the_batches_that_would_have_come"),
@@ -310,7 +365,9 @@ DATA = (
     ),
     *_of(
         "hub/tokenizer.py",
-        ("bos-twice", "a text that begins with bos gets another", "return ids if ids[:1] == self._bos() else self._bos() + ids", "return self._bos() + ids", "hub/test_chat.py::test_nothing_is_written_twice"),
+        ("bos-twice", "a text that begins with bos gets another", "return ids if ids[:1] == "
+                                                                  "self._bos() else self._bos() + "
+                                                                  "ids", "return self._bos() + ids", "hub/test_chat.py::test_nothing_is_written_twice"),
         ("no-end-of-the-turn", "a response has no token that ends it", "self._plain(self._without_end(text)) + list(self.stop_part)", "self._plain(self._without_end(text))", "hub/test_tokenizer.py::test_prompt_begins_with_bos_and_response_ends_with_eos"),
     ),
 )  # fmt: skip
@@ -318,10 +375,13 @@ DATA = (
 EVALUATION = (
     *_of(
         "evaluation/statistics.py",
-        ("auc-ties-win", "tied scores have their highest rank", "(last_rank - (counts - 1) / 2)[inverse_B]", "last_rank[inverse_B]", "evaluation/test_statistics.py::TestClassifier::test_auc_by_hand"),
+        ("auc-ties-win", "tied scores have their highest rank", "(last_rank - (counts - 1) / "
+                                                                "2)[inverse_B]", "last_rank[inverse_B]", "evaluation/test_statistics.py::TestClassifier::test_auc_by_hand"),
         ("ties-lose", "equal scores count as a loss", "np.where(b_B > a_B + tie_margin, 0.0, 0.5)", "0.0", "evaluation/test_statistics.py::TestPairwise::test_ties_count_half"),
-        ("plain-accuracy", "balanced accuracy is accuracy", "(called_B[labels_B].mean() + (~called_B[~labels_B]).mean()) / 2", "(called_B == labels_B).mean()", "evaluation/test_statistics.py"),
-        ("threshold-excluded", "a score at the threshold is a no", "called_B = scores_B >= threshold", "called_B = scores_B > threshold", "evaluation/test_statistics.py"),
+        ("plain-accuracy", "balanced accuracy is accuracy", "(called_B[labels_B].mean() + "
+                                                            "(~called_B[~labels_B]).mean()) / 2", "(called_B == labels_B).mean()", "evaluation/test_statistics.py"),
+        ("threshold-excluded", "a score at the threshold is a no", "called_B = scores_B >= "
+                                                                   "threshold", "called_B = scores_B > threshold", "evaluation/test_statistics.py"),
         ("bins-count-alike", "calibration's bins count alike, however many rows they have", "sum(row.n * abs(row.predicted - row.observed) for row in table) / total", "sum(abs(row.predicted - row.observed) for row in table) / len(table)", "evaluation/test_statistics.py"),
         ("bin-edges", "a probability at an edge is in the lower bin", 'np.searchsorted(edges, p_B, side="right") - 1', 'np.searchsorted(edges, p_B, side="left") - 1', "evaluation/test_statistics.py"),
         ("judge-of-positions-wins", "the second order's answer is not turned round", "(ab_B + (1 - ba_B)) / 2", "(ab_B + ba_B) / 2", "evaluation/test_statistics.py"),
@@ -333,7 +393,7 @@ EVALUATION = (
         "evaluation/intervals.py",
         ("deviation-of-n", "the mean's interval has the deviation over n", "math.sqrt(count / (count - 1) * float(np.sum(totals_G**2))) / n", "math.sqrt(float(np.sum(totals_G**2))) / n", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_mean_ci_by_hand"),
         ("wilson-half-width", "Wilson's interval has z^2 / 4n", "z**2 / (4 * n**2)", "z**2 / (4 * n)", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_wilson_by_hand"),
-        ("rows-for-groups", "intervals take every row for independent", "    if groups is None:\n", "    if True:\n", "evaluation/test_intervals.py::test_95_per_cent_of_intervals_over_groups_hold_the_truth"),
+        ("rows-for-groups", "intervals take every row for independent", "if groups is None:\n        return np.arange(n), n", "if True:\n        return np.arange(n), n", "evaluation/test_intervals.py::test_95_per_cent_of_intervals_over_groups_hold_the_truth"),
         ("large-groups-count-alike", "degrees of freedom count groups of whatever size", "_worth(np.bincount(group_B, w_B)) + 1e-6", "int(group_B.max()) + 1", "evaluation/test_intervals.py::TestGroups::test_a_few_large_groups_decide"),
         ("few-groups-like-many", "the bootstrap's percentiles are those of many groups", "cdf(-t * math.sqrt((degrees + 1) / degrees))", "cdf(-normal_quantile(confidence))", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_percentiles_by_hand"),
     ),
@@ -343,7 +403,8 @@ EVALUATION = (
         ("batches-draw-alike", "all batches of an evaluation are sampled with one key", "jax.random.fold_in(key, index)", "key", "training/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("rewards-of-other-prompts", "rewards stay in the order of batches, prompts do not", "merged[name][order].astype", "merged[name][: len(order)].astype", "training/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
         ("filler-evaluated", "filler rows are part of an evaluation", 'if merged["row"][i] >= 0]', "]", "training/test_measures.py::test_an_evaluation_keeps_each_prompts_numbers_together"),
-        ("win-rate-ties", "a tie is a win of the policy", "statistics.both_orders(a > b, b > a, policy.groups)", "statistics.both_orders(a >= b, b > a, policy.groups)", "training/test_measures.py::test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named"),
+        ("win-rate-ties", "a tie is a win of the policy", "statistics.both_orders(a > b, b > a, "
+                                                          "policy.groups)", "statistics.both_orders(a >= b, b > a, policy.groups)", "training/test_measures.py::test_equal_rewards_are_ties_and_the_judge_is_the_one_that_is_named"),
     ),
     *(
     _of(
@@ -362,7 +423,8 @@ EVALUATION = (
 ),
     *_of(
         "training/dpo.py",
-        ("weights-of-other-pairs", "DPO's test pairs are weighed in another order than they come in", '"test", batches)[order]', '"test", batches)', "training/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
+        ("weights-of-other-pairs", "DPO's test pairs are weighed in another order than they come "
+                                   "in", '"test", batches)[order]', '"test", batches)', "training/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
         ("dpo-accuracy-upside-down", "DPO's test accuracy counts rejected above chosen", "np.asarray(chosen)[counted], np.asarray(rejected)[counted]", "np.asarray(rejected)[counted], np.asarray(chosen)[counted]", "training/test_measures.py::test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights"),
     ),
     *_of(
@@ -382,7 +444,8 @@ SAMPLING = (
         ("filtered-before-tempering", "top-p is taken of the untempered distribution", "logits_BV = logits_BV / config.temperature\n    logits_BV = filter_logits(logits_BV, config.top_k, config.top_p)", "logits_BV = filter_logits(logits_BV, config.top_k, config.top_p)\n    logits_BV = logits_BV / config.temperature", "generation/test_sampling.py::test_filtered_logprobs_are_those_of_a_full_pass_filtered_by_hand", "generation/test_sampling.py::test_logprobs_are_of_the_distribution_that_was_drawn_from"),
         ("block-maximum", "a block of the vocabulary weighs what its largest token does", "jnp.log(jnp.sum(jnp.exp(logits_BXY), axis=-1))", "jnp.max(logits_BXY, axis=-1)", "generation/test_sampling.py::test_draws_over_several_blocks_follow_the_softmax"),
         ("noise-used-twice", "the token in a block is drawn with the blocks' noise", "noise_BZ[:, blocks:]", "noise_BZ[:, :_BLOCK]", "generation/test_sampling.py::test_draws_over_several_blocks_follow_the_softmax"),
-        ("rows-draw-alike", "all rows draw with one key", "functools.partial(jax.random.fold_in, key))(row_B)", "functools.partial(jax.random.fold_in, key))(jnp.zeros_like(row_B))", "generation/test_sampling.py::test_the_key_alone_decides_the_draws"),
+        ("rows-draw-alike", "all rows draw with one key", "functools.partial(jax.random.fold_in, "
+                                                          "key))(row_B)", "functools.partial(jax.random.fold_in, key))(jnp.zeros_like(row_B))", "generation/test_sampling.py::test_the_key_alone_decides_the_draws"),
         ("steps-draw-alike", "every token of a row is drawn with one key", "choose(row_keys_at(key_B, step), logits_BV, config)", "choose(key_B, logits_BV, config)", "generation/test_sampling.py::test_the_key_alone_decides_the_draws", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
         ("one-stop-token", "only the first of several stop tokens ends a row", "jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))", "token_B == stop_ids[0]", "generation/test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
         ("tokens-after-the-stop", "columns behind the end hold sampled tokens", "jnp.where(done_B, config.pad_id, token_B)", "token_B", "generation/test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
@@ -392,12 +455,13 @@ SAMPLING = (
     *_of(
         "generation/continuous.py",
         ("keys-of-slots", "draws go by the slot and not by the row", "row_keys(jax.random.wrap_key_data(key), state.row_B)", "row_keys(jax.random.wrap_key_data(key), jnp.arange(state.done_B.shape[0]))", "generation/test_continuous.py::test_the_same_rollout_through_fewer_slots[2-8-1]"),
-        ("slot-remembers", "a new row sees the tokens of the one before it", "own_visible_BC=fresh(part.own_visible_BC, False),", "", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
+        ("slot-remembers", "a new row sees the tokens of the one before it", "own_visible_BC=fresh(part.own_visible_BC, False)", "own_visible_BC=part.own_visible_BC", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
     ),
     *_of(
         "models/attention.py",
         ("blind-to-itself", "a token does not see itself", "columns[:, None] >= columns[None, :]", "columns[:, None] > columns[None, :]", "models/test_attention.py::test_causal_mask_by_hand"),
-        ("window-one-wider", "a sliding window has one key more", "key_positions_BS[:, None, :] < window", "key_positions_BS[:, None, :] <= window", "models/test_attention.py::test_a_window_of_two_is_a_token_and_the_one_before_it"),
+        ("window-one-wider", "a sliding window has one key more", "key_positions_BS[:, None, :] < "
+                                                                  "window", "key_positions_BS[:, None, :] <= window", "models/test_attention.py::test_a_window_of_two_is_a_token_and_the_one_before_it"),
         ("padding-has-positions", "padding on the left moves rotary positions", "jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1", "jnp.cumsum(jnp.ones_like(valid_BT, jnp.int32), axis=1) - 1", "models/test_attention.py::test_positions_count_real_tokens"),
     ),
     *_of(
@@ -411,7 +475,8 @@ ADAPTERS = (
     *_of(
         "adapters/lora.py",
         ("scaling-rules-swapped", "plain LoRA has rank-stabilised LoRA's scale", "(math.sqrt(rank) if self.rank_stabilised else rank)", "(rank if self.rank_stabilised else math.sqrt(rank))", "adapters/test_lora.py::test_scale_is_alpha_over_rank"),
-        ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + adapter.config.scale_of(target)", "moved_DF = kernel_DF - adapter.config.scale_of(target)", "adapters/test_lora.py::test_merged_equals_applied"),
+        ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + "
+                                                                 "adapter.config.scale_of(target)", "moved_DF = kernel_DF - adapter.config.scale_of(target)", "adapters/test_lora.py::test_merged_equals_applied"),
         ("dora-norm-without-its-cross-term", "DoRA's norm has half of the cross term", "2 * scale * cross", "scale * cross", "adapters/test_lora_variants.py::test_output_norms_need_no_merged_weight"),
         ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return adapter.replace(under=None)", "return adapter", "adapters/test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
         ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "adapters/test_lora_variants.py::test_an_average_by_hand"),
@@ -420,7 +485,10 @@ ADAPTERS = (
         "models/decoder.py",
         ("dropout-shrinks", "dropout leaves what it keeps as it is", "x_ND / keep, 0)", "x_ND, 0)", "models/test_decoder.py::test_dropout_keeps_the_adapters_mean"),
         ("projections-drop-alike", "all projections of a layer drop the same inputs", "jax.random.fold_in(dropout_key, LINEAR.index(self.name))", "dropout_key", "adapters/test_lora.py::test_every_projection_drops_its_own_inputs"),
-        ("dora-norm-differentiated", "DoRA's norm has a gradient", "norm_F = jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale))", "norm_F = output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale)", "adapters/test_lora_variants.py::test_doras_norm_is_a_constant_in_the_gradient"),
+        ("dora-norm-differentiated", "DoRA's norm has a gradient", "norm_F = "
+                                                                   "jax.lax.stop_gradient(output_norms(dense(self.kernel.get_value()), "
+                                                                   "self.lora_a[...], "
+                                                                   "self.lora_b[...], scale))", "norm_F = output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale)", "adapters/test_lora_variants.py::test_doras_norm_is_a_constant_in_the_gradient"),
     ),
     *_of(
         "hub/peft.py",
@@ -430,7 +498,8 @@ ADAPTERS = (
     _of(
         "runs/checkpoints.py",
         ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if changed or files.digest(restored.host) != seal["host"]:', "if changed:", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
-        ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and choose the best step", 'or files.digest(metrics) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+        ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and "
+                              "choose the best step", 'or files.digest(metrics) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
         ("worst-step-kept", "the step with the lowest metric is kept as the best", "best_fn=None if best is None else (lambda metrics: metrics[best])", "best_fn=None if best is None else (lambda metrics: -metrics[best])", "runs/test_checkpoints.py::test_the_last_and_the_best_are_kept"),
     )
     + _of(
@@ -445,7 +514,9 @@ LOOPS = (
     *_of(
         "training/experience.py",
         ("reward-kl-sign", "the KL in the reward is that of the reference", "kl.kl_in_reward(from_BT, reference_BT)", "kl.kl_in_reward(reference_BT, from_BT)", "training/test_policy_gradient.py::test_return_by_hand"),
-        ("whole-score-weighed", "kl.whole_score is not read", "jnp.ones_like(beta_B) if config.kl.whole_score else 1 - beta_B", "1 - beta_B", "training/test_policy_gradient.py::test_a_whole_score_is_not_weighed"),
+        ("whole-score-weighed", "kl.whole_score is not read", "jnp.ones_like(beta_B) if "
+                                                              "config.kl.whole_score else 1 - "
+                                                              "beta_B", "1 - beta_B", "training/test_policy_gradient.py::test_a_whole_score_is_not_weighed"),
         ("loss-kl-rewarded-too", "a KL in the loss is in the reward too", "jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B", "rewarded.beta_B", "training/test_policy_gradient.py::test_a_kl_in_the_loss_leaves_the_return_alone"),
     ),
     *_of(
@@ -491,7 +562,8 @@ LOOPS = (
     *_of(
         "rewards/rules.py",
         ("length-rewarded", "too long a response earns instead of costing", "max(-1.0, -excess / self.scale)", "min(1.0, excess / self.scale)", "rewards/test_rules.py::test_length_in_words"),
-        ("parts-of-words", "a word is found inside another", "{'|'.join(map(re.escape, longest_first))})(?!\\w)", "{'|'.join(map(re.escape, longest_first))})", "rewards/test_rules.py::test_words"),
+        ("parts-of-words", "a word is found inside another", "{'|'.join(map(re.escape, "
+                                                             "longest_first))})(?!\\w)", "{'|'.join(map(re.escape, longest_first))})", "rewards/test_rules.py::test_words"),
     ),
     *_of(
         "rewards/judge.py",

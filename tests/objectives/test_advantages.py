@@ -46,7 +46,8 @@ def test_missing_eos_penalty(wrap):
 
 
 def test_overlong_penalty_by_hand(wrap):
-    # Room 10, the last 4 tokens cost: 0 up to 6, then a quarter of the penalty each, all of it at 10.
+    # Room 10, the last 4 tokens cost: 0 up to 6, then a quarter of the penalty each, all of it at
+    # 10.
     length_B, score_B = jnp.array([0, 6, 7, 8, 10, 12]), jnp.array([1, 1, 1, 1, 1, -1.0])
     penalise = wrap(lambda s, n: advantages.overlong_penalty(s, n, 10, 4, 2.0))
     np.testing.assert_allclose(penalise(score_B, length_B), [1, 1, 0.5, 0, -1, -3], rtol=1e-6)
@@ -73,19 +74,33 @@ def test_shape_scores_by_hand(wrap):
     # Clipped first, to 1, 2, 3: mean 2, deviation 1, so that nothing is left to do.
     np.testing.assert_allclose(shape(clip=3.0, whiten=True)(score_B), [1, 2, 3, 0], rtol=1e-6)
     # Equal scores stay as they are.
-    np.testing.assert_array_equal(shape(whiten=True)(jnp.array([0.1, 0.1, 0.1, 5.0])), np.float32([0.1, 0.1, 0.1, 0]))
+    np.testing.assert_array_equal(
+        shape(whiten=True)(jnp.array([0.1, 0.1, 0.1, 5.0])), np.float32([0.1, 0.1, 0.1, 0])
+    )
 
 
 def test_token_rewards_by_hand(wrap):
     # beta 0.1; the end's reward in the last column of the response, wherever that is.
     mask_BT = jnp.array([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
-    kl_BT = jnp.array([[NAN, 0.5, NAN, -1, NAN], [NAN, NAN, 2, NAN, NAN], [1.0, 2, 3, 4, 5], [NAN] * 5])
+    kl_BT = jnp.array(
+        [[NAN, 0.5, NAN, -1, NAN], [NAN, NAN, 2, NAN, NAN], [1.0, 2, 3, 4, 5], [NAN] * 5]
+    )
     end_B = jnp.array([10.0, 4.0, -1.0, NAN])
     rewards = wrap(advantages.token_rewards)
-    expected_BT = [[0, -0.05, 0, 10.1, 0], [0, 0, 3.8, 0, 0], [-0.1, -0.2, -0.3, -0.4, -1.5], [0, 0, 0, 0, 0]]
+    expected_BT = [
+        [0, -0.05, 0, 10.1, 0],
+        [0, 0, 3.8, 0, 0],
+        [-0.1, -0.2, -0.3, -0.4, -1.5],
+        [0, 0, 0, 0, 0],
+    ]
     np.testing.assert_allclose(rewards(end_B, kl_BT, mask_BT, 0.1), expected_BT, rtol=1e-6)
     # An integer score is not rounded, nor is its share.
-    assert advantages.token_rewards(jnp.array([1]), jnp.zeros((1, 1)), jnp.ones((1, 1), bool), 0.1).dtype == jnp.float32
+    assert (
+        advantages.token_rewards(
+            jnp.array([1]), jnp.zeros((1, 1)), jnp.ones((1, 1), bool), 0.1
+        ).dtype
+        == jnp.float32
+    )
 
 
 def test_token_rewards_add_up_to_the_terminal_return(wrap):

@@ -1,4 +1,6 @@
-"""The table of policy gradients: settings, and advantages of two prompts on hand-computed numbers."""
+"""The table of policy gradients: settings, and advantages of two prompts on hand-computed
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_one_advantage_a_response(name, fields, each_B):
     config = AlgorithmConfig(name, **fields)
     found = outcomes(greedy_P=np.array([0.5, 4.0], np.float32) if name == "remax" else None)
     advantage_BT, target_BT = jax.jit(lambda x: algorithms.advantages(config, x))(found)
-    np.testing.assert_allclose(advantage_BT, np.where(MASK_BT, np.array(each_B)[:, None], 0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        advantage_BT, np.where(MASK_BT, np.array(each_B)[:, None], 0), rtol=1e-6, atol=1e-7
+    )
     assert target_BT is None
 
 
@@ -65,22 +69,29 @@ def test_reinforce_reads_its_baseline_when_it_updates():
     assert advantage_BT is None
     np.testing.assert_array_equal(target_BT, outside(0, [1, 1], [3], [2], [2, 2]))
     values_BT = outside(NAN, [0.5, 2], [3], [-1], [0, 4])
-    difference = jax.jit(lambda z, v: algorithms.critic_advantages(z, v, MASK_BT))(target_BT, values_BT)
+    difference = jax.jit(lambda z, v: algorithms.critic_advantages(z, v, MASK_BT))(
+        target_BT, values_BT
+    )
     np.testing.assert_array_equal(difference, outside(0, [0.5, -1], [0], [3], [2, -2]))
 
 
 def test_ppo_by_hand():
     # gamma 0.5, lambda 0.25; the first row, rewards 0, 1 and values 2, 4: delta_2 = 1 - 4 = -3,
-    # delta_1 = 0 + 0.5 * 4 - 2 = 0, A_1 = 0.125 * -3. The last, values 1, 0: delta_2 = 2, delta_1 = -1.
+    # delta_1 = 0 + 0.5 * 4 - 2 = 0, A_1 = 0.125 * -3. The last, values 1, 0: delta_2 = 2, delta_1 =
+    # -1.
     config = AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25, whiten=False)
     found = outcomes(values_BT=outside(NAN, [2, 4], [1], [5], [1, 0]))
     advantage_BT, target_BT = jax.jit(lambda x: algorithms.advantages(config, x))(found)
     np.testing.assert_array_equal(advantage_BT, outside(0, [-0.375, -3], [2], [-3], [-0.75, 2]))
     np.testing.assert_array_equal(target_BT, outside(0, [1.625, 1], [3], [2], [0.25, 2]))
     # Whitened, the advantages' mean and deviation over the six tokens: not the values' targets.
-    whitened_BT, same_BT = jax.jit(lambda x: algorithms.advantages(AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25), x))(found)
+    whitened_BT, same_BT = jax.jit(
+        lambda x: algorithms.advantages(AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25), x)
+    )(found)
     raw = np.array([-0.375, -3, 2, -3, -0.75, 2])
-    np.testing.assert_allclose(whitened_BT, outside(0, (raw - raw.mean()) / raw.std(ddof=1)), rtol=1e-5)
+    np.testing.assert_allclose(
+        whitened_BT, outside(0, (raw - raw.mean()) / raw.std(ddof=1)), rtol=1e-5
+    )
     np.testing.assert_array_equal(same_BT, target_BT)
 
 
@@ -100,8 +111,15 @@ def test_filler_rows_change_nothing(name):
     config = AlgorithmConfig(name, samples=2)
     values_BT = outside(0.25, [2, 4], [1], [5], [1, 0])
     plain = outcomes(values_BT=values_BT, greedy_P=np.array([0.5, 4.0], np.float32))
-    padded = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x[: len(x) // 2], NAN if x.dtype != bool else False)]), plain)
-    for filled, alone in zip(algorithms.advantages(config, padded), algorithms.advantages(config, plain), strict=True):
+    padded = jax.tree.map(
+        lambda x: np.concatenate(
+            [x, np.full_like(x[: len(x) // 2], NAN if x.dtype != bool else False)]
+        ),
+        plain,
+    )
+    for filled, alone in zip(
+        algorithms.advantages(config, padded), algorithms.advantages(config, plain), strict=True
+    ):
         assert (filled is None) == (alone is None)
         if filled is not None:
             np.testing.assert_allclose(filled[:4], alone, rtol=1e-6)
@@ -117,9 +135,16 @@ def test_no_gradient_flows_into_what_rollouts_were_worth(name):
         advantage_BT, target_BT = algorithms.advantages(config, found)
         if advantage_BT is None:
             advantage_BT = algorithms.critic_advantages(target_BT, found.values_BT, MASK_BT)
-        return jnp.sum(jnp.square(advantage_BT)) + (0 if target_BT is None else jnp.sum(jnp.square(target_BT)))
+        return jnp.sum(jnp.square(advantage_BT)) + (
+            0 if target_BT is None else jnp.sum(jnp.square(target_BT))
+        )
 
-    numbers = (RETURN_B, outside(0, [0, 1], [3], [2], [0, 2]), outside(0, [2, 4], [1], [5], [1, 0]), np.array([0.5, 4.0], np.float32))
+    numbers = (
+        RETURN_B,
+        outside(0, [0, 1], [3], [2], [0, 2]),
+        outside(0, [2, 4], [1], [5], [1, 0]),
+        np.array([0.5, 4.0], np.float32),
+    )
     assert total(numbers) > 1
     for gradient in jax.grad(total)(numbers):
         np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
@@ -127,13 +152,19 @@ def test_no_gradient_flows_into_what_rollouts_were_worth(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loss_has_the_algorithms_ratio_bounds_and_mean(name):
-    """Ratios 2 and 1/4 in a row of two tokens: their product 1/2, their geometric mean sqrt(1/2)."""
+    """Ratios 2 and 1/4 in a row of two tokens: their product 1/2, their geometric mean
+    sqrt(1/2).
+    """
     mask_BT = np.array([[0, 1, 1], [0, 0, 1]], bool)
     old_BT = np.array([[NAN, -1, -1], [NAN, NAN, -1]], np.float32)
     logp_BT = old_BT + np.log([[1, 2, 1 / 4], [1, 1, 1]])
     advantage_BT = np.array([[NAN, 2, -1], [NAN, NAN, 3]], np.float32)
-    config = AlgorithmConfig(name, **({"clip": 0.6, "clip_high": 0.7} if ALGORITHMS[name].ratio else {"max_ratio": 1.5}))
-    loss = jax.jit(lambda *a: algorithms.policy_loss(config, *a, mask_BT, 8))(logp_BT, old_BT, advantage_BT)
+    config = AlgorithmConfig(
+        name, **({"clip": 0.6, "clip_high": 0.7} if ALGORITHMS[name].ratio else {"max_ratio": 1.5})
+    )
+    loss = jax.jit(lambda *a: algorithms.policy_loss(config, *a, mask_BT, 8))(
+        logp_BT, old_BT, advantage_BT
+    )
     first, second = np.log(2) - 1, np.log(1 / 4) - 1
     weighed = -(1.5 * 2 * first - 1 / 4 * second + 3 * -1)
     row, other = 2 * 1.7 - 0.4, 3  # 2 min(2, 1.7) - max(1/4, 0.4), and 3 times a ratio of 1
@@ -158,7 +189,9 @@ def test_a_single_bound_holds_on_both_sides():
         config = AlgorithmConfig("ppo", clip=0.2, clip_high=clip_high)
         mask_BT = np.ones((1, 2), bool)
         advantage_BT = np.array([[-1.0, 1.0]], np.float32)
-        loss = algorithms.policy_loss(config, np.log(ratio_B)[None], np.zeros((1, 2)), advantage_BT, mask_BT, 8)
+        loss = algorithms.policy_loss(
+            config, np.log(ratio_B)[None], np.zeros((1, 2)), advantage_BT, mask_BT, 8
+        )
         np.testing.assert_allclose(loss.total, -gain, rtol=1e-6)
 
 
@@ -179,23 +212,46 @@ def test_defaults_of_each_algorithm(name):
     assert config.group == (4 if name in ("rloo", "grpo", "dr-grpo", "gspo") else 1)
     assert config.updates == 1
     assert config.whitened == (name == "ppo")
-    by_name = {"rloo": "sequence-mean", "grpo": "sequence-mean", "gspo": "sequence-mean", "dr-grpo": "constant", "ppo": "token"}
+    by_name = {
+        "rloo": "sequence-mean",
+        "grpo": "sequence-mean",
+        "gspo": "sequence-mean",
+        "dr-grpo": "constant",
+        "ppo": "token",
+    }
     assert config.reduction == by_name.get(name, "sequence")
     assert config.length(77) == (77 if name == "dr-grpo" else None)
 
 
 def test_settings_replace_the_algorithms_own():
-    config = AlgorithmConfig("ppo", samples=3, epochs=2, minibatches=5, normalise="constant", whiten=False)
-    assert (config.group, config.updates, config.reduction, config.whitened, config.length(9)) == (3, 10, "constant", False, 9)
+    config = AlgorithmConfig(
+        "ppo", samples=3, epochs=2, minibatches=5, normalise="constant", whiten=False
+    )
+    assert (config.group, config.updates, config.reduction, config.whitened, config.length(9)) == (
+        3,
+        10,
+        "constant",
+        False,
+        9,
+    )
     config = AlgorithmConfig("dr-grpo", samples=2, normalise="token", whiten=True)
-    assert (config.group, config.reduction, config.whitened, config.length(9)) == (2, "token", True, None)
+    assert (config.group, config.reduction, config.whitened, config.length(9)) == (
+        2,
+        "token",
+        True,
+        None,
+    )
     assert config.rule is ALGORITHMS["dr-grpo"]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "sarsa"}, "algorithm.name is 'sarsa'; it must be one of reinforce, reinforce-mean, rloo, remax, grpo, dr-grpo, gspo, ppo."),
+        (
+            {"name": "sarsa"},
+            "algorithm.name is 'sarsa'; it must be one of reinforce, reinforce-mean, rloo, remax, "
+            "grpo, dr-grpo, gspo, ppo.",
+        ),
         ({"epochs": 0}, "algorithm.epochs is 0"),
         ({"minibatches": 1.5}, "algorithm.minibatches is 1.5"),
         ({"samples": 0}, "algorithm.samples is 0"),
@@ -203,11 +259,25 @@ def test_settings_replace_the_algorithms_own():
         ({"clip": 0.0}, "algorithm.clip is 0.0; it must lie in (0, 1)."),
         ({"clip_high": 0.0}, "algorithm.clip_high is 0.0"),
         # A value that is wrong for every algorithm is said to be so first.
-        ({"value_clip": -0.2}, "algorithm.value_clip is -0.2; it must be a finite number greater than 0."),
+        (
+            {"value_clip": -0.2},
+            "algorithm.value_clip is -0.2; it must be a finite number greater than 0.",
+        ),
         ({"max_ratio": NAN}, "algorithm.max_ratio is nan"),
-        ({"normalise": "mean"}, "algorithm.normalise is 'mean'; it must be one of token, sequence, sequence-mean, constant."),
-        ({"name": "rloo", "normalise": "sequence"}, "rloo has one ratio a sequence, which needs sequence-mean."),
-        ({"whiten": True}, "algorithm.whiten needs advantages that are known before the update; those of reinforce are not."),
+        (
+            {"normalise": "mean"},
+            "algorithm.normalise is 'mean'; it must be one of token, sequence, sequence-mean, "
+            "constant.",
+        ),
+        (
+            {"name": "rloo", "normalise": "sequence"},
+            "rloo has one ratio a sequence, which needs sequence-mean.",
+        ),
+        (
+            {"whiten": True},
+            "algorithm.whiten needs advantages that are known before the update; those of "
+            "reinforce are not.",
+        ),
         ({"gamma": -0.1}, "algorithm.gamma is -0.1"),
         ({"gae_lambda": NAN}, "algorithm.gae_lambda is nan"),
     ],
@@ -218,7 +288,8 @@ def test_wrong_settings_are_refused_by_name(fields, message):
     assert message in str(error.value)
 
 
-# Which options an algorithm reads: written down here, tried on numbers, and what the config refuses.
+# Which options an algorithm reads: written down here, tried on numbers, and what the config
+# refuses.
 
 CLIPPED = ("rloo", "grpo", "dr-grpo", "gspo", "ppo")
 READERS = {
@@ -230,8 +301,17 @@ READERS = {
     "gae_lambda": ("ppo",),
     "value_clip": ("ppo",),
 }
-OTHER = {"clip": 0.6, "clip_high": 0.9, "max_ratio": 1.25, "std_epsilon": 0.5, "gamma": 0.5, "gae_lambda": 0.25, "value_clip": 0.7}
-# Read by every algorithm: which one, how many responses and updates, and the two of `test_settings_replace_the_algorithms_own`.
+OTHER = {
+    "clip": 0.6,
+    "clip_high": 0.9,
+    "max_ratio": 1.25,
+    "std_epsilon": 0.5,
+    "gamma": 0.5,
+    "gae_lambda": 0.25,
+    "value_clip": 0.7,
+}
+# Read by every algorithm: which one, how many responses and updates, and the two of
+# `test_settings_replace_the_algorithms_own`.
 EVERY = {"name", "samples", "epochs", "minibatches", "normalise", "whiten"}
 
 
@@ -244,15 +324,20 @@ def changed(config: AlgorithmConfig, **fields) -> AlgorithmConfig:
 
 
 def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
-    """Advantages, targets, and the objective's losses after the policy and the value model have moved."""
+    """Advantages, targets, and the objective's losses after the policy and the value model have
+    moved.
+    """
     old_values_BT = outside(0, [2, 4], [1], [5], [1, 0])
     found = outcomes(values_BT=old_values_BT, greedy_P=np.array([0.5, 4.0], np.float32))
     advantage_BT, target_BT = algorithms.advantages(config, found)
-    # Ratios from 1/4 to 4 in one response, and in others sequences' ratios of 3/2 and 2/3: out of bounds by both signs.
+    # Ratios from 1/4 to 4 in one response, and in others sequences' ratios of 3/2 and 2/3: out of
+    # bounds by both signs.
     old_BT = outside(NAN, [-2, -2], [-2], [-2], [-2, -2])
     logp_BT = old_BT + np.log(outside(1, [1 / 4, 3], [3 / 2], [2 / 3], [4, 1 / 2]))
     values_BT = old_values_BT + outside(0, [0.3, -0.5], [1], [-1], [0.4, -0.6])
-    monkeypatch.setattr(policy_gradient, "token_logprobs", lambda *_, **__: (logp_BT, np.zeros_like(logp_BT)))
+    monkeypatch.setattr(
+        policy_gradient, "token_logprobs", lambda *_, **__: (logp_BT, np.zeros_like(logp_BT))
+    )
     monkeypatch.setattr(policy_gradient, "values", lambda *_: values_BT)
     batch = policy_gradient.Experience(
         types.SimpleNamespace(response_BT=MASK_BT), old_BT, advantage_BT, target_BT,
@@ -260,16 +345,34 @@ def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
         old_value_BT=old_values_BT if config.rule.advantage == "gae" and config.value_clip is not None else None,
     )  # fmt: skip
     roles = {"policy": None, "value": None}
-    loss, logs = policy_gradient.policy_gradient_objective(None, config, 1.0, "k3", 8, roles, None, batch, None)
-    parts = [advantage_BT, target_BT, loss.total, *(logs[name].total for name in ("policy/loss", "value/loss", "policy/clip_fraction") if name in logs)]
+    loss, logs = policy_gradient.policy_gradient_objective(
+        None, config, 1.0, "k3", 8, roles, None, batch, None
+    )
+    parts = [
+        advantage_BT,
+        target_BT,
+        loss.total,
+        *(
+            logs[name].total
+            for name in ("policy/loss", "value/loss", "policy/clip_fraction")
+            if name in logs
+        ),
+    ]
     return np.concatenate([np.ravel(part) for part in parts if part is not None])
 
 
 def test_every_option_is_read_by_all_or_said_to_be_read_by_some():
     assert {field.name for field in dataclasses.fields(AlgorithmConfig)} == EVERY | set(READERS)
-    mine = {option: {name for name, rule in ALGORITHMS.items() if reads(rule)} for option, reads in algorithms.READ.items()}
+    mine = {
+        option: {name for name, rule in ALGORITHMS.items() if reads(rule)}
+        for option, reads in algorithms.READ.items()
+    }
     critic = {"reinforce", "ppo"}
-    outer = {"value_head": critic, "value_learning_rate": critic, "optimizer.head_learning_rate": critic}
+    outer = {
+        "value_head": critic,
+        "value_learning_rate": critic,
+        "optimizer.head_learning_rate": critic,
+    }
     assert mine == {f"algorithm.{field}": set(names) for field, names in READERS.items()} | outer
 
 
@@ -291,6 +394,11 @@ def test_an_option_changes_the_numbers_or_is_refused(name, monkeypatch):
             AlgorithmConfig(name, **{field: OTHER[field]})
         do = "reads" if len(names) == 1 else "read"
         # In the table's order.
-        assert str(error.value) == f"algorithm.{field} is {OTHER[field]}, which {name} does not read; leave it out ({', '.join(n for n in ALGORITHMS if n in names)} {do} it)."
+        assert str(error.value) == (
+            f"algorithm.{field} is {OTHER[field]}, which {name} does not read; leave it out "
+            f"({', '.join(n for n in ALGORITHMS if n in names)} {do} it)."
+        )
         # Its default is no setting.
-        assert AlgorithmConfig(name, **{field: getattr(AlgorithmConfig, field)}) == AlgorithmConfig(name)
+        assert AlgorithmConfig(name, **{field: getattr(AlgorithmConfig, field)}) == AlgorithmConfig(
+            name
+        )

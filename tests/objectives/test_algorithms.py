@@ -1,7 +1,7 @@
 """Every policy gradient of the table: the expectation of its gradient over all batches there are.
 
-A batch is drawn from the 27 sequences of `tests.objectives.enumeration`, all of one prompt: with two rows
-there are 729 batches, with three 19683, and each goes through `algorithms.advantages` and
+A batch is drawn from the 27 sequences of `tests.objectives.enumeration`, all of one prompt: with
+two rows there are 729 batches, with three 19683, and each goes through `algorithms.advantages` and
 `algorithms.policy_loss` as in a run. What is unbiased is compared with the slopes of its objective;
 what is not with its paper's formula, worked out in NumPy here. A counts sequences, N batches.
 """
@@ -59,14 +59,24 @@ def library_logprobs(table: jax.Array) -> jax.Array:
 
 @functools.cache
 def sampled(stale: bool) -> tuple[jax.Array, jax.Array]:
-    """log p of what a rollout is made of: under the policy that sampled, and under the reference."""
+    """log p of what a rollout is made of: under the policy that sampled, and under the
+    reference.
+    """
     with jax.enable_x64(True):
-        return tuple(library_logprobs(jnp.asarray(table)) for table in (OLD if stale else THETA, REFERENCE))
+        return tuple(
+            library_logprobs(jnp.asarray(table)) for table in (OLD if stale else THETA, REFERENCE)
+        )
 
 
 @functools.cache
 def library_gradient(
-    config: AlgorithmConfig, size: int, *, stale: bool = False, beta: float = 0.0, read: str = "mean", estimator: str | None = None
+    config: AlgorithmConfig,
+    size: int,
+    *,
+    stale: bool = False,
+    beta: float = 0.0,
+    read: str = "mean",
+    estimator: str | None = None,
 ) -> np.ndarray:
     """-d/d theta at THETA of the expected loss over batches: an ascent direction.
 
@@ -82,7 +92,9 @@ def library_gradient(
         """All sequences, as if they were one batch."""
         old_AT, reference_AT = sampled(stale)
         kl_AT = kl.kl_in_reward(old_AT, reference_AT)
-        return_A = advantages.terminal_return(jnp.asarray(SCORE_A), kl.sequence_kl(kl_AT, MASK_AT), in_return)
+        return_A = advantages.terminal_return(
+            jnp.asarray(SCORE_A), kl.sequence_kl(kl_AT, MASK_AT), in_return
+        )
         rewards_AT = advantages.token_rewards((1 - in_return) * SCORE_A, kl_AT, MASK_AT, in_return)
         values_AT = logprobs.shift_right(jnp.asarray(VALUE_OF_ROW[ROWS_AT]))
         return Outcomes(return_A, rewards_AT, jnp.asarray(MASK_AT), values_AT), old_AT, reference_AT
@@ -98,7 +110,15 @@ def library_gradient(
         value = loss.mean if read == "mean" else loss.total / size
         if estimator is not None:
             length, weight_B = config.length(ROOM), jnp.full(size, in_loss)
-            value += losses.kl_loss(logp_BT, reference_BT, mask_BT, estimator, config.kl_reduction, length=length, weight_B=weight_B).mean
+            value += losses.kl_loss(
+                logp_BT,
+                reference_BT,
+                mask_BT,
+                estimator,
+                config.kl_reduction,
+                length=length,
+                weight_B=weight_B,
+            ).mean
         return value
 
     def expected_loss(logp_NBT, batches, weight_N):
@@ -120,24 +140,38 @@ def logprobs_AT(table: np.ndarray) -> np.ndarray:
     out = np.zeros(MASK_AT.shape)
     for a, sequence in enumerate(SEQUENCES):
         for t in range(STEPS):
-            out[a, START + t] = np.log(enumeration.softmax(table[enumeration.ROW[sequence[:t]]])[sequence[t]])
+            out[a, START + t] = np.log(
+                enumeration.softmax(table[enumeration.ROW[sequence[:t]]])[sequence[t]]
+            )
     return out
 
 
 @functools.cache
 def token_slopes() -> np.ndarray:
-    """[A, T, rows, V]: d log p(token) / d theta at THETA = (one-hot - p) / temperature in its prefix's row."""
+    """[A, T, rows, V]: d log p(token) / d theta at THETA = (one-hot - p) / temperature in its
+    prefix's row.
+    """
     out = np.zeros((*MASK_AT.shape, len(PREFIXES), VOCABULARY))
     for a, sequence in enumerate(SEQUENCES):
         for t in range(STEPS):
             row = enumeration.ROW[sequence[:t]]
-            out[a, START + t, row] = (np.eye(VOCABULARY)[sequence[t]] - enumeration.softmax(THETA[row])) / TEMPERATURE
+            out[a, START + t, row] = (
+                np.eye(VOCABULARY)[sequence[t]] - enumeration.softmax(THETA[row])
+            ) / TEMPERATURE
     return out
 
 
 def values_AT() -> np.ndarray:
     """V of the state before each token."""
-    return np.array([[VALUE_OF_ROW[ROWS_AT[a, t - 1]] if MASK_AT[a, t] else 0.0 for t in range(MASK_AT.shape[1])] for a in range(len(SEQUENCES))])
+    return np.array(
+        [
+            [
+                VALUE_OF_ROW[ROWS_AT[a, t - 1]] if MASK_AT[a, t] else 0.0
+                for t in range(MASK_AT.shape[1])
+            ]
+            for a in range(len(SEQUENCES))
+        ]
+    )
 
 
 def token_rewards_AT(policy: np.ndarray, beta: float) -> np.ndarray:
@@ -148,17 +182,25 @@ def token_rewards_AT(policy: np.ndarray, beta: float) -> np.ndarray:
 
 
 def gae_AT(rewards_AT: np.ndarray, gamma: float, lam: float) -> np.ndarray:
-    """sum_k (gamma lambda)^(k - t) (r_k + gamma V_(k + 1) - V_k), V = 0 behind the end: plain loops."""
+    """sum_k (gamma lambda)^(k - t) (r_k + gamma V_(k + 1) - V_k), V = 0 behind the end: plain
+    loops.
+    """
     out, value_AT = np.zeros(rewards_AT.shape), values_AT()
     for a, length in enumerate(LENGTH_A):
         for t in range(START, START + length):
             for k in range(t, START + length):
-                out[a, t] += (gamma * lam) ** (k - t) * (rewards_AT[a, k] + gamma * value_AT[a, k + 1] - value_AT[a, k])
+                out[a, t] += (gamma * lam) ** (k - t) * (
+                    rewards_AT[a, k] + gamma * value_AT[a, k + 1] - value_AT[a, k]
+                )
     return out
 
 
-def paper_advantages(config: AlgorithmConfig, index_NB: np.ndarray, old: np.ndarray, beta: float) -> np.ndarray:
-    """[N, B, T]: A of each token of each batch by the papers' formulas; all rows are of one group."""
+def paper_advantages(
+    config: AlgorithmConfig, index_NB: np.ndarray, old: np.ndarray, beta: float
+) -> np.ndarray:
+    """[N, B, T]: A of each token of each batch by the papers' formulas; all rows are of one
+    group.
+    """
     rewards_AT, mask_NBT = token_rewards_AT(old, beta), MASK_AT[index_NB]
     return_NB, size = rewards_AT.sum(1)[index_NB], index_NB.shape[1]
     if config.name == "ppo":
@@ -188,7 +230,9 @@ def paper_advantages(config: AlgorithmConfig, index_NB: np.ndarray, old: np.ndar
 
 
 def paper_ratios(config: AlgorithmConfig, index_NB: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """[N, B, T]: pi / pi_old of a token (also of REINFORCE), a sequence, or a sequence's geometric mean."""
+    """[N, B, T]: pi / pi_old of a token (also of REINFORCE), a sequence, or a sequence's geometric
+    mean.
+    """
     l_AT = (logprobs_AT(THETA) - logprobs_AT(old)) * MASK_AT
     if config.name == "rloo":
         l_AT = np.repeat(l_AT.sum(1, keepdims=True), l_AT.shape[1], axis=1)
@@ -197,7 +241,9 @@ def paper_ratios(config: AlgorithmConfig, index_NB: np.ndarray, old: np.ndarray)
     return np.exp(l_AT)[index_NB]
 
 
-def clipped_away(config: AlgorithmConfig, ratio_NBT: np.ndarray, advantage_NBT: np.ndarray) -> np.ndarray:
+def clipped_away(
+    config: AlgorithmConfig, ratio_NBT: np.ndarray, advantage_NBT: np.ndarray
+) -> np.ndarray:
     """Where min(r A, clip(r) A) is the constant one."""
     high = config.clip if config.clip_high is None else config.clip_high
     above_NBT = (advantage_NBT > 0) & (ratio_NBT > 1 + high)
@@ -205,8 +251,12 @@ def clipped_away(config: AlgorithmConfig, ratio_NBT: np.ndarray, advantage_NBT: 
 
 
 @functools.cache
-def paper_gradient(config: AlgorithmConfig, size: int, *, stale: bool = False, beta: float = 0.0) -> np.ndarray:
-    """E of sum_i sum_t w_it A_it d log p_it / divisor / B over all batches, by the papers' formulas."""
+def paper_gradient(
+    config: AlgorithmConfig, size: int, *, stale: bool = False, beta: float = 0.0
+) -> np.ndarray:
+    """E of sum_i sum_t w_it A_it d log p_it / divisor / B over all batches, by the papers'
+    formulas.
+    """
     old, index_NB = OLD if stale else THETA, batches(size)
     advantage_NBT = paper_advantages(config, index_NB, old, beta)
     ratio_NBT = paper_ratios(config, index_NB, old)
@@ -220,7 +270,11 @@ def paper_gradient(config: AlgorithmConfig, size: int, *, stale: bool = False, b
         "sequence-mean": length_NB,
         "constant": np.full(index_NB.shape, ROOM),
         "token": np.repeat(length_NB.sum(1, keepdims=True) / size, size, axis=1),
-    }["sequence" if config.name == "rloo" else config.normalise or ALGORITHMS[config.name].normalise]
+    }[
+        "sequence"
+        if config.name == "rloo"
+        else config.normalise or ALGORITHMS[config.name].normalise
+    ]
     weight_NB = enumeration.sequence_probability(old)[index_NB].prod(1)[:, None] / divisor_NB / size
     coefficient_AT = np.zeros(MASK_AT.shape)
     np.add.at(coefficient_AT, index_NB, weight_NB[..., None] * factor_NBT * advantage_NBT)
@@ -329,7 +383,9 @@ def test_groups_of_equal_returns_are_among_the_batches_and_give_nothing():
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("name", ["reinforce-mean", "rloo", "grpo", "dr-grpo", "gspo"])
 def test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl(name, estimator):
-    """Of each state, the visits held fixed; divided by the stated length, or weighed like the tokens."""
+    """Of each state, the visits held fixed; divided by the stated length, or weighed like the
+    tokens.
+    """
     config = AlgorithmConfig(name, samples=2)
     without = library_gradient(config, 2)
     added = library_gradient(config, 2, beta=BETA, estimator=estimator) - without
@@ -340,14 +396,19 @@ def test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl(name, estimator)
         return assert_same(added, exact)
     if name == "dr-grpo":
         return assert_same(added, exact / ROOM)
-    # A mean over a response's tokens weighs a state by the lengths that follow: k2's gradient d log p'.
+    # A mean over a response's tokens weighs a state by the lengths that follow: k2's gradient d log
+    # p'.
     d_AT = (logprobs_AT(THETA) - logprobs_AT(REFERENCE)) * MASK_AT
-    coefficient_AT = -BETA * enumeration.sequence_probability(THETA)[:, None] * d_AT / LENGTH_A[:, None]
+    coefficient_AT = (
+        -BETA * enumeration.sequence_probability(THETA)[:, None] * d_AT / LENGTH_A[:, None]
+    )
     assert_same(added, np.einsum("at,atrv->rv", coefficient_AT, token_slopes()))
     assert np.abs(added - exact).max() > 0.01
     if name == "grpo":
         summed = AlgorithmConfig("grpo", samples=2, normalise="sequence")
-        added = library_gradient(summed, 2, beta=BETA, estimator=estimator) - library_gradient(summed, 2)
+        added = library_gradient(summed, 2, beta=BETA, estimator=estimator) - library_gradient(
+            summed, 2
+        )
         assert_same(added, exact)
 
 
@@ -357,12 +418,18 @@ def test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl(name, estimator)
 def fixed_return_gradient(beta: float) -> np.ndarray:
     """Slopes at THETA of E_theta[R], R what the responses were worth when OLD sampled them."""
     return_A = token_rewards_AT(OLD, beta).sum(1)
-    return enumeration.slopes(lambda x: np.sum(enumeration.sequence_probability(x) * return_A), THETA)
+    return enumeration.slopes(
+        lambda x: np.sum(enumeration.sequence_probability(x) * return_A), THETA
+    )
 
 
 def surrogate_gradient(beta: float) -> np.ndarray:
     """Slopes at THETA of E_old[sum_t pi(a_t) / pi_old(a_t) R]: each state visited as OLD does."""
-    return_A, old_AT, p_A = token_rewards_AT(OLD, beta).sum(1), logprobs_AT(OLD), enumeration.sequence_probability(OLD)
+    return_A, old_AT, p_A = (
+        token_rewards_AT(OLD, beta).sum(1),
+        logprobs_AT(OLD),
+        enumeration.sequence_probability(OLD),
+    )
 
     def surrogate(x):
         return np.sum(p_A * return_A * np.sum(np.exp(logprobs_AT(x) - old_AT) * MASK_AT, axis=1))
@@ -408,7 +475,12 @@ def test_bounds_on_the_ratios_of_stale_samples_follow_the_formula(name):
     gradient = library_gradient(config, size, stale=True, beta=beta)
     assert_same(gradient, paper_gradient(config, size, stale=True, beta=beta))
     # Not what it is without bounds.
-    assert np.abs(gradient - paper_gradient(unbounded(name, **fields), size, stale=True, beta=beta)).max() > 1e-3
+    assert (
+        np.abs(
+            gradient - paper_gradient(unbounded(name, **fields), size, stale=True, beta=beta)
+        ).max()
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, rule in ALGORITHMS.items() if rule.ratio])

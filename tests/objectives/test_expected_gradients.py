@@ -1,4 +1,6 @@
-"""Exact expectations: every sequence of a small policy is enumerated (`tests.objectives.enumeration`)."""
+"""Exact expectations: every sequence of a small policy is enumerated
+(`tests.objectives.enumeration`).
+"""
 
 from __future__ import annotations
 

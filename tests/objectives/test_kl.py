@@ -34,7 +34,12 @@ def test_the_estimators_by_hand(wrap):
 
 def test_the_same_logprobs_give_exactly_zero_everywhere(wrap):
     logp_BT = jnp.asarray(np.random.default_rng(0).normal(-3, 2, (4, 5)), jnp.float32)
-    for name, estimator in {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3, "st": kl.k3_straight_through}.items():
+    for name, estimator in {
+        "k1": kl.k1,
+        "k2": kl.k2,
+        "k3": kl.k3,
+        "st": kl.k3_straight_through,
+    }.items():
         assert np.all(wrap(estimator)(logp_BT, logp_BT) == 0), name
 
 
@@ -154,12 +159,17 @@ def test_in_a_reward_k1_alone_pulls_towards_the_reference():
         forward_V = slopes(lambda x: divergence(ref_V, softmax(x)), theta_V)
         with jax.enable_x64(True):
             # d log p(a) / d theta = e_a - p.
-            estimates = {e: np.asarray(e(jnp.log(p_V)[None], jnp.log(ref_V)[None]))[0] for e in (kl.k1, kl.k2, kl.k3)}
+            estimates = {
+                e: np.asarray(e(jnp.log(p_V)[None], jnp.log(ref_V)[None]))[0]
+                for e in (kl.k1, kl.k2, kl.k3)
+            }
         k1_V, k2_V, k3_V = ((p_V * k_V) @ (np.eye(5) - p_V) for k_V in estimates.values())
         np.testing.assert_allclose(k1_V, reverse_V, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(k3_V, reverse_V - forward_V, rtol=1e-6, atol=1e-9)
         if distance == 0.01:
-            assert all(np.linalg.norm(k_V) < 0.05 * np.linalg.norm(reverse_V) for k_V in (k2_V, k3_V))
+            assert all(
+                np.linalg.norm(k_V) < 0.05 * np.linalg.norm(reverse_V) for k_V in (k2_V, k3_V)
+            )
 
 
 def test_adaptive_beta_by_hand(wrap):

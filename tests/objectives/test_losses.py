@@ -62,8 +62,15 @@ def test_reduce_tokens_by_hand(wrap, normalise, length, total, weight, slopes):
 
 
 def test_a_length_belongs_to_the_constant_normalisation():
-    for normalise, length in (("constant", None), ("sequence", 5), ("token", 5), ("sequence-mean", 5)):
-        with pytest.raises(ValueError, match="a length belongs to the normalisation 'constant', and to no other"):
+    for normalise, length in (
+        ("constant", None),
+        ("sequence", 5),
+        ("token", 5),
+        ("sequence-mean", 5),
+    ):
+        with pytest.raises(
+            ValueError, match="a length belongs to the normalisation 'constant', and to no other"
+        ):
             losses.reduce_tokens(-LOGP_BT, MASK_BT, normalise, length)
 
 
@@ -104,7 +111,8 @@ def test_bradley_terry_of_raters_who_disagree(wrap):
     first = -3 / 4 * np.log(3 / 4) - 1 / 4 * np.log(1 / 4)
     compute = wrap(lambda c, r, p: losses.bradley_terry(c, r, weight_B, probability=p))
     check(compute(chosen_B, rejected_B, share_B), first - 0.5 * np.log(1 / 3), 1.5)
-    # One number for all rows: nobody preferred the first. sigmoid(-log 3) = 1/4, sigmoid(log 2) = 2/3.
+    # One number for all rows: nobody preferred the first. sigmoid(-log 3) = 1/4, sigmoid(log 2) =
+    # 2/3.
     check(compute(chosen_B, rejected_B, 0.0), -np.log(1 / 4) - 0.5 * np.log(2 / 3), 1.5)
     slope = lambda c: losses.bradley_terry(c, rejected_B, weight_B, probability=share_B).total  # noqa: E731
     np.testing.assert_allclose(wrap(jax.grad(slope))(chosen_B), [0, -1 / 3, 0], atol=1e-7)
@@ -117,7 +125,10 @@ def test_centring_keeps_a_pair_around_zero(wrap):
     total = lambda c, r, centring: losses.bradley_terry(c, r, weight_B, centring=centring).total  # noqa: E731
     compute = wrap(jax.value_and_grad(lambda c, r: total(c, r, 0.1), (0, 1)))
     plain = wrap(jax.value_and_grad(lambda c, r: total(c, r, 0.0), (0, 1)))
-    (value, slopes), (bare, bare_slopes) = compute(chosen_B, rejected_B), plain(chosen_B, rejected_B)
+    (value, slopes), (bare, bare_slopes) = (
+        compute(chosen_B, rejected_B),
+        plain(chosen_B, rejected_B),
+    )
     np.testing.assert_allclose(value - bare, 1.6 + 0.05, rtol=1e-6)
     # 2 * 0.1 * (4, and half of -1) on either side.
     for slope_B, bare_B in zip(slopes, bare_slopes, strict=True):
@@ -129,21 +140,32 @@ def test_a_margin_and_a_probability_a_row(wrap):
     # d = 2 - log 2 - (2 - log 3) = log 3/2, and 1 - 1 - (log 2 - log 3), the same: sigmoid 3/5.
     margin_B, share_B = jnp.array([2 - LOG3, LOG2 - LOG3, NAN]), jnp.array([0.25, 1.0, NAN])
     chosen_B, rejected_B = jnp.array([2.0, 1.0, NAN]), jnp.array([LOG2, 1.0, NAN])
-    compute = wrap(lambda m, p: losses.bradley_terry(chosen_B, rejected_B, jnp.array([1.0, 1.0, 0.0]), m, probability=p))
+    compute = wrap(
+        lambda m, p: losses.bradley_terry(
+            chosen_B, rejected_B, jnp.array([1.0, 1.0, 0.0]), m, probability=p
+        )
+    )
     expected = -0.25 * np.log(3 / 5) - 0.75 * np.log(2 / 5) - np.log(3 / 5)
     check(compute(margin_B, share_B), expected, 2)
 
 
 def test_squared_error_by_hand(wrap):
     # (3 - 1)^2 + 0.5 (1 - 2)^2; slopes twice the error times the weight.
-    score_B, label_B, weight_B = jnp.array([3.0, 1.0, NAN]), jnp.array([1.0, 2.0, NAN]), jnp.array([1.0, 0.5, 0.0])
+    score_B, label_B, weight_B = (
+        jnp.array([3.0, 1.0, NAN]),
+        jnp.array([1.0, 2.0, NAN]),
+        jnp.array([1.0, 0.5, 0.0]),
+    )
     check(wrap(losses.squared_error)(score_B, label_B, weight_B), 4.5, 1.5)
     slope = wrap(jax.grad(lambda s: losses.squared_error(s, label_B, weight_B).total))
     np.testing.assert_allclose(slope(score_B), [4, -1, 0], rtol=1e-6)
 
 
 # Differences of log-ratios h = 2 log 3 and -2 log 2, the third row filler.
-PREFERENCE = tuple(np.array(values, np.float32) for values in ([2 * LOG3 - 1, -LOG2, NAN], [-1.0, LOG2, NAN], [1.0, 0.5, 0.0]))
+PREFERENCE = tuple(
+    np.array(values, np.float32)
+    for values in ([2 * LOG3 - 1, -LOG2, NAN], [-1.0, LOG2, NAN], [1.0, 0.5, 0.0])
+)
 
 
 @pytest.mark.parametrize(
@@ -154,17 +176,25 @@ PREFERENCE = tuple(np.array(values, np.float32) for values in ([2 * LOG3 - 1, -L
         # A tenth of the labels wrong. Slopes -beta (0.9 - sigmoid).
         (
             {"label_smoothing": 0.1},
-            -0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4) - 0.5 * (0.9 * np.log(1 / 3) + 0.1 * np.log(2 / 3)),
+            -0.9 * np.log(3 / 4)
+            - 0.1 * np.log(1 / 4)
+            - 0.5 * (0.9 * np.log(1 / 3) + 0.1 * np.log(2 / 3)),
             (-0.5 * (0.9 - 3 / 4), -0.25 * (0.9 - 1 / 3)),
         ),
         # A rater's probabilities 0.9 and 0.2, a row each.
         (
             {"label_smoothing": np.array([0.1, 0.8, 0.0], np.float32)},
-            -0.9 * np.log(3 / 4) - 0.1 * np.log(1 / 4) - 0.5 * (0.2 * np.log(1 / 3) + 0.8 * np.log(2 / 3)),
+            -0.9 * np.log(3 / 4)
+            - 0.1 * np.log(1 / 4)
+            - 0.5 * (0.2 * np.log(1 / 3) + 0.8 * np.log(2 / 3)),
             (-0.5 * (0.9 - 3 / 4), -0.25 * (0.2 - 1 / 3)),
         ),
         # 1 / (2 beta) = 1. Slopes 2 (h - 1).
-        ({"kind": "ipo"}, (2 * LOG3 - 1) ** 2 + 0.5 * (-2 * LOG2 - 1) ** 2, (2 * (2 * LOG3 - 1), -2 * LOG2 - 1)),
+        (
+            {"kind": "ipo"},
+            (2 * LOG3 - 1) ** 2 + 0.5 * (-2 * LOG2 - 1) ** 2,
+            (2 * (2 * LOG3 - 1), -2 * LOG2 - 1),
+        ),
     ],
     ids=["dpo", "smoothed", "soft", "ipo"],
 )
@@ -183,7 +213,10 @@ def test_preference_refuses_what_it_does_not_know():
         ({"beta": NAN}, "beta nan must be above 0"),
         ({"beta": 0.1, "label_smoothing": 0.5}, r"label smoothing 0.5 in \[0, 1/2\)"),
         ({"beta": 0.1, "label_smoothing": -0.1}, "label smoothing -0.1"),
-        ({"beta": 0.1, "kind": "hinge"}, "unknown preference loss 'hinge'.*known: dpo, and ipo without smoothing"),
+        (
+            {"beta": 0.1, "kind": "hinge"},
+            "unknown preference loss 'hinge'.*known: dpo, and ipo without smoothing",
+        ),
         ({"beta": 0.1, "kind": "ipo", "label_smoothing": 0.1}, r"'ipo' \(smoothing 0.1\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,9 +306,13 @@ def test_kl_loss_by_hand(wrap):
     weight_B = jnp.array([0.5, 2.0, NAN])
     weighed = wrap(lambda *a: losses.kl_loss(*a, weight_B=weight_B))
     check(weighed(LOGP_BT, ref_BT, MASK_BT), (LOG2**2 + LOG3**2) / 4, 2)
-    slope = wrap(jax.grad(lambda p, w: losses.kl_loss(p, ref_BT, MASK_BT, weight_B=w).total, (0, 1)))
+    slope = wrap(
+        jax.grad(lambda p, w: losses.kl_loss(p, ref_BT, MASK_BT, weight_B=w).total, (0, 1))
+    )
     to_logp_BT, to_weight_B = slope(LOGP_BT, weight_B)
-    np.testing.assert_allclose(to_logp_BT, [[0, LOG2 / 2, -LOG3 / 2], [0, 0, 0], [0, 0, 0]], rtol=1e-5)
+    np.testing.assert_allclose(
+        to_logp_BT, [[0, LOG2 / 2, -LOG3 / 2], [0, 0, 0], [0, 0, 0]], rtol=1e-5
+    )
     np.testing.assert_array_equal(to_weight_B, np.zeros(3))
     for name in ("k2", "k3"):
         total = lambda p, n=name: losses.kl_loss(p, ref_BT, MASK_BT, n).total  # noqa: E731

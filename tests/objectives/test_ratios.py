@@ -32,10 +32,15 @@ def older(first: float, second: float, third: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("level", "rows", "slopes"),
     [
-        # Ratios 2, 1/3 and 4. Slopes of the sum over tokens: a row's ratio counts for each of its tokens.
+        # Ratios 2, 1/3 and 4. Slopes of the sum over tokens: a row's ratio counts for each of its
+        # tokens.
         ("token", [[1, 2, 1, 1 / 3], [1, 1, 4, 1]], [2, 1 / 3, 4]),
         ("product", [[1, 2 / 3, 1, 2 / 3], [1, 1, 4, 1]], [4 / 3, 4 / 3, 4]),
-        ("sequence", [[1, np.sqrt(2 / 3), 1, np.sqrt(2 / 3)], [1, 1, 4, 1]], [np.sqrt(2 / 3), np.sqrt(2 / 3), 4]),
+        (
+            "sequence",
+            [[1, np.sqrt(2 / 3), 1, np.sqrt(2 / 3)], [1, 1, 4, 1]],
+            [np.sqrt(2 / 3), np.sqrt(2 / 3), 4],
+        ),
     ],
 )
 def test_importance_ratio_by_hand(wrap, level, rows, slopes):
@@ -43,7 +48,9 @@ def test_importance_ratio_by_hand(wrap, level, rows, slopes):
     ratio = wrap(lambda p, o: losses.importance_ratio(p, o, MASK_BT, level))
     np.testing.assert_allclose(ratio(LOGP_BT, old_BT), [*rows, [1, 1, 1, 1]], rtol=1e-6)
     # Masked columns hold NaN, and give none.
-    gradient_BT = wrap(jax.grad(lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level).sum()))(LOGP_BT)
+    gradient_BT = wrap(
+        jax.grad(lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level).sum())
+    )(LOGP_BT)
     expected_BT = np.zeros(MASK_BT.shape)
     expected_BT[MASK_BT] = slopes
     np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-6)
@@ -100,14 +107,19 @@ def test_clipped_in_every_corner(wrap):
     mask_BT = np.arange(len(CORNERS) + 1)[None] > 0
     loss = lambda r, a: losses.clipped(r, a, mask_BT, low=0.2, high=0.3, normalise="token")  # noqa: E731
     found = wrap(loss)(pad(ratio_T), pad(advantage_T))
-    np.testing.assert_allclose(found.total, np.sum([-2.6, -2.5, -2.2, -1, 1.6, 1.6, 1.8, 3, -5, 0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.total, np.sum([-2.6, -2.5, -2.2, -1, 1.6, 1.6, 1.8, 3, -5, 0]), rtol=1e-6
+    )
     assert found.weight == 10
     compute = wrap(jax.grad(lambda r, a: loss(r, a).total, (0, 1)))
     to_ratio_BT, to_advantage_BT = compute(pad(ratio_T), pad(advantage_T))
     np.testing.assert_allclose(to_ratio_BT[0], [0, *slope_T], rtol=1e-6)
     np.testing.assert_array_equal(to_advantage_BT, np.zeros(mask_BT.shape))
     for t, (ratio, advantage, value, _) in enumerate(CORNERS):
-        alone = loss(pad(np.full(len(CORNERS), ratio)), np.where(np.arange(len(CORNERS) + 1) == t + 1, advantage, 0)[None])
+        alone = loss(
+            pad(np.full(len(CORNERS), ratio)),
+            np.where(np.arange(len(CORNERS) + 1) == t + 1, advantage, 0)[None],
+        )
         np.testing.assert_allclose(alone.total, value, rtol=1e-6)
 
 
@@ -116,8 +128,12 @@ def test_a_ratio_of_sequences_gives_one_term_a_sequence(wrap):
     advantage_BT = np.where(MASK_BT, np.array([[3], [-1], [5]], np.float32), NAN)
 
     def loss(logp_BT):
-        ratio_BT = losses.importance_ratio(logp_BT, older(LOG2, -LOG3, 2 * LOG2), MASK_BT, "product")
-        return losses.clipped(ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.3, normalise="sequence-mean")
+        ratio_BT = losses.importance_ratio(
+            logp_BT, older(LOG2, -LOG3, 2 * LOG2), MASK_BT, "product"
+        )
+        return losses.clipped(
+            ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.3, normalise="sequence-mean"
+        )
 
     found = wrap(loss)(LOGP_BT)
     np.testing.assert_allclose(found.total, -2 + 4, rtol=1e-6)
@@ -127,13 +143,18 @@ def test_a_ratio_of_sequences_gives_one_term_a_sequence(wrap):
     np.testing.assert_allclose(gradient_BT, [[0, -2, 0, -2], [0, 0, 4, 0], [0, 0, 0, 0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("normalise", "length"), [("token", None), ("sequence", None), ("sequence-mean", None), ("constant", 9)])
+@pytest.mark.parametrize(
+    ("normalise", "length"),
+    [("token", None), ("sequence", None), ("sequence-mean", None), ("constant", 9)],
+)
 def test_at_the_sampling_policy_clipping_is_reinforce(wrap, normalise, length):
     advantage_BT = np.where(MASK_BT, np.array([[3], [-1], [5]], np.float32), NAN)
 
     def clipped(logp_BT):
         ratio_BT = losses.importance_ratio(logp_BT, LOGP_BT, MASK_BT, "token")
-        return losses.clipped(ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.2, normalise=normalise, length=length).mean
+        return losses.clipped(
+            ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.2, normalise=normalise, length=length
+        ).mean
 
     reinforce = lambda p: losses.reinforce(p, advantage_BT, MASK_BT, normalise, length=length).mean  # noqa: E731
     gradient_BT = wrap(jax.grad(clipped))(LOGP_BT)
@@ -160,19 +181,27 @@ def test_stale_samples_weigh_their_truncated_ratio(wrap):
     compute = wrap(jax.grad(lambda *arrays_BT: loss(*arrays_BT).total, (0, 1, 2)))
     to_logp_BT, *others = compute(LOGP_BT, old_BT, advantage_BT)
     # The weight is a number: its own slope is not in the gradient, also where it is not truncated.
-    np.testing.assert_allclose(to_logp_BT, [[0, -9, 0, -0.25], [0, 0, 1.5, 0], [0, 0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        to_logp_BT, [[0, -9, 0, -0.25], [0, 0, 1.5, 0], [0, 0, 0, 0]], rtol=1e-6
+    )
     for gradient_BT in others:
         np.testing.assert_array_equal(gradient_BT, np.zeros(MASK_BT.shape))
     # Another mean of the same tokens: (9 + 0.25) / 2 in the first row.
-    averaged = losses.reinforce(LOGP_BT, advantage_BT, MASK_BT, "sequence-mean", old_BT=old_BT, most=1.5)
+    averaged = losses.reinforce(
+        LOGP_BT, advantage_BT, MASK_BT, "sequence-mean", old_BT=old_BT, most=1.5
+    )
     np.testing.assert_allclose(averaged.total, 9.25 - 3, rtol=1e-6)
-    constant = losses.reinforce(LOGP_BT, advantage_BT, MASK_BT, "constant", length=4, old_BT=old_BT, most=1.5)
+    constant = losses.reinforce(
+        LOGP_BT, advantage_BT, MASK_BT, "constant", length=4, old_BT=old_BT, most=1.5
+    )
     np.testing.assert_allclose(constant.total, 15.5 / 4, rtol=1e-6)
 
 
 def test_fresh_samples_weigh_one(wrap):
     advantage_BT = np.where(MASK_BT, np.float32(3), NAN)
-    fresh = wrap(lambda p, o: losses.reinforce(p, advantage_BT, MASK_BT, old_BT=o, most=1.0))(LOGP_BT, LOGP_BT)
+    fresh = wrap(lambda p, o: losses.reinforce(p, advantage_BT, MASK_BT, old_BT=o, most=1.0))(
+        LOGP_BT, LOGP_BT
+    )
     assert fresh.total == losses.reinforce(LOGP_BT, advantage_BT, MASK_BT).total == 18
     for options in ({"old_BT": LOGP_BT}, {"most": 2.0}):
         with pytest.raises(ValueError, match="belong together"):

@@ -1,4 +1,5 @@
-"""Losses and advantages against TRL's own, in torch (`tests/trl_reference.py`): values, and gradients in the logits.
+"""Losses and advantages against TRL's own, in torch (`tests/trl_reference.py`): values, and
+gradients in the logits.
 
 Both sides get the same logits, ragged masks, rewards, and log-probabilities of another policy and
 of a reference; the chain goes from rewards and logits to the loss. Ours also gets NaN outside the
@@ -54,7 +55,9 @@ class Batch:
 
 
 def make_batch(level: str = "token") -> Batch:
-    """A batch whose ratios of that level (`losses.RATIOS`) are those of DRIFT_B, or lie around them."""
+    """A batch whose ratios of that level (`losses.RATIOS`) are those of DRIFT_B, or lie around
+    them.
+    """
     rng = np.random.default_rng(0)
     logits_BTV = (2 * rng.normal(size=(len(SPANS), COLUMNS, VOCABULARY))).astype(np.float32)
     tokens_BT = rng.integers(VOCABULARY, size=logits_BTV.shape[:2])
@@ -63,7 +66,9 @@ def make_batch(level: str = "token") -> Batch:
         mask_T[slice(*span)] = True
     mask_BT[GAP] = False
     logp_BT = trl_reference.logprobs(logits_BTV, tokens_BT, TEMPERATURE)
-    noise_BT, apart_BT = rng.normal(size=(2, *tokens_BT.shape)) * np.array([0.3, 0.8])[:, None, None]
+    noise_BT, apart_BT = (
+        rng.normal(size=(2, *tokens_BT.shape)) * np.array([0.3, 0.8])[:, None, None]
+    )
     length_B1 = mask_BT.sum(axis=1, keepdims=True)
     noise_BT -= np.sum(noise_BT, axis=1, keepdims=True, where=mask_BT) / length_B1
     drift_BT = DRIFT_B[:, None] / (length_B1 if level == "product" else 1) + noise_BT
@@ -72,17 +77,25 @@ def make_batch(level: str = "token") -> Batch:
 
 
 def our_advantages(config: AlgorithmConfig, return_B: np.ndarray, mask_BT: np.ndarray) -> jax.Array:
-    advantage_BT, target_BT = algorithms.advantages(config, Outcomes(jnp.asarray(return_B), jnp.zeros(mask_BT.shape), mask_BT))
+    advantage_BT, target_BT = algorithms.advantages(
+        config, Outcomes(jnp.asarray(return_B), jnp.zeros(mask_BT.shape), mask_BT)
+    )
     assert target_BT is None
     return advantage_BT
 
 
-def our_policy_loss(config: AlgorithmConfig, given: Batch, advantage_BT: jax.Array, logits_BTV: jax.Array) -> jax.Array:
+def our_policy_loss(
+    config: AlgorithmConfig, given: Batch, advantage_BT: jax.Array, logits_BTV: jax.Array
+) -> jax.Array:
     logp_BT = next_token_logprobs(logits_BTV, given.tokens_BT, TEMPERATURE)
-    return algorithms.policy_loss(config, logp_BT, given.old_BT, advantage_BT, given.mask_BT, ROOM).mean
+    return algorithms.policy_loss(
+        config, logp_BT, given.old_BT, advantage_BT, given.mask_BT, ROOM
+    ).mean
 
 
-def differentiate(loss: Callable[[jax.Array], jax.Array], logits_BTV: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def differentiate(
+    loss: Callable[[jax.Array], jax.Array], logits_BTV: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
     """Value and gradient. Not compiled, which would take longer than all else here."""
     return jax.value_and_grad(loss)(jnp.asarray(logits_BTV))
 
@@ -95,7 +108,9 @@ def assert_close(ours: jax.Array, theirs: np.ndarray | float) -> None:
 
 
 def assert_clipped(config: AlgorithmConfig, given: Batch, advantage_BT: jax.Array) -> None:
-    """Ratios lie beyond both bounds, with advantages of both signs, and between; none is near one."""
+    """Ratios lie beyond both bounds, with advantages of both signs, and between; none is near
+    one.
+    """
     logp_BT = trl_reference.logprobs(given.logits_BTV, given.tokens_BT, TEMPERATURE)
     ratio_BT = losses.importance_ratio(logp_BT, given.old_BT, given.mask_BT, config.rule.ratio)
     r, a = np.asarray(ratio_BT)[given.mask_BT], np.asarray(advantage_BT)[given.mask_BT]
@@ -109,15 +124,29 @@ def test_logprobs():
     given = make_batch()
     for temperature in (1.0, TEMPERATURE):
         expected_BT = trl_reference.logprobs(given.logits_BTV, given.tokens_BT, temperature)
-        assert_close(next_token_logprobs(given.logits_BTV, given.tokens_BT, temperature), expected_BT)
+        assert_close(
+            next_token_logprobs(given.logits_BTV, given.tokens_BT, temperature), expected_BT
+        )
 
 
 # Ours, and TRL's settings of the same loss.
 POLICY_LOSSES = {
-    "grpo": (AlgorithmConfig("grpo", std_epsilon=EPSILON, clip=LOW, clip_high=HIGH), {"loss_type": "grpo"}),
-    "grpo, one epsilon": (AlgorithmConfig("grpo", std_epsilon=EPSILON, clip=HIGH), {"loss_type": "grpo"}),
-    "bnpo": (AlgorithmConfig("grpo", std_epsilon=EPSILON, normalise="token", clip=LOW, clip_high=HIGH), {"loss_type": "bnpo"}),
-    "dapo": (AlgorithmConfig("grpo", std_epsilon=EPSILON, normalise="token", clip=LOW, clip_high=HIGH), {"loss_type": "dapo"}),
+    "grpo": (
+        AlgorithmConfig("grpo", std_epsilon=EPSILON, clip=LOW, clip_high=HIGH),
+        {"loss_type": "grpo"},
+    ),
+    "grpo, one epsilon": (
+        AlgorithmConfig("grpo", std_epsilon=EPSILON, clip=HIGH),
+        {"loss_type": "grpo"},
+    ),
+    "bnpo": (
+        AlgorithmConfig("grpo", std_epsilon=EPSILON, normalise="token", clip=LOW, clip_high=HIGH),
+        {"loss_type": "bnpo"},
+    ),
+    "dapo": (
+        AlgorithmConfig("grpo", std_epsilon=EPSILON, normalise="token", clip=LOW, clip_high=HIGH),
+        {"loss_type": "dapo"},
+    ),
     "dr-grpo": (
         AlgorithmConfig("dr-grpo", clip=LOW, clip_high=HIGH),
         {"loss_type": "dr_grpo", "max_completion_length": ROOM},
@@ -130,9 +159,16 @@ POLICY_LOSSES = {
 
 
 def case(name: str) -> tuple[AlgorithmConfig, dict, Batch, jax.Array, np.ndarray]:
-    """(our config, TRL's settings, the batch, our advantages, TRL's) of an entry of POLICY_LOSSES."""
+    """(our config, TRL's settings, the batch, our advantages, TRL's) of an entry of
+    POLICY_LOSSES.
+    """
     config, theirs = POLICY_LOSSES[name]
-    theirs = {"epsilon": config.clip, "epsilon_high": config.clip_high, "temperature": TEMPERATURE, **theirs}
+    theirs = {
+        "epsilon": config.clip,
+        "epsilon_high": config.clip_high,
+        "temperature": TEMPERATURE,
+        **theirs,
+    }
     given = make_batch(config.rule.ratio)
     scale = "group" if config.rule.advantage == "group-std" else "none"
     expected_B = trl_reference.grpo_advantages(REWARD_B, SAMPLES, scale)
@@ -145,7 +181,9 @@ def test_clipped_losses_of_groups(name):
     assert_clipped(config, given, advantage_BT)
     arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.old_BT, None, advantage_B)
     expected, expected_BTV = trl_reference.grpo(*arrays, **theirs)
-    value, gradient_BTV = differentiate(functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV)
+    value, gradient_BTV = differentiate(
+        functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV
+    )
     assert_close(value, expected)
     assert_close(gradient_BTV, expected_BTV)
 
@@ -153,7 +191,16 @@ def test_clipped_losses_of_groups(name):
 class GivenLogits:
     """A language model whose logits are its policy."""
 
-    def logprobs(self, base: None, policy: jax.Array, tokens_BT: jax.Array, valid_BT: jax.Array, temperature: float, *_: object, start: int):
+    def logprobs(
+        self,
+        base: None,
+        policy: jax.Array,
+        tokens_BT: jax.Array,
+        valid_BT: jax.Array,
+        temperature: float,
+        *_: object,
+        start: int,
+    ):
         return next_token_logprobs(policy, tokens_BT, temperature), jnp.zeros(tokens_BT.shape)
 
 
@@ -162,19 +209,32 @@ def test_the_kl_in_the_loss(name):
     # Far enough from 1 to show a coefficient that is left out, or put in twice.
     beta = 0.7
     config, theirs, given, advantage_BT, advantage_B = case(name)
-    arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.old_BT, given.ref_BT, advantage_B)
-    expected, expected_BTV = trl_reference.grpo(*arrays, beta=beta, use_bias_correction_kl=False, **theirs)
+    arrays = (
+        given.logits_BTV,
+        given.tokens_BT,
+        given.mask_BT,
+        given.old_BT,
+        given.ref_BT,
+        advantage_B,
+    )
+    expected, expected_BTV = trl_reference.grpo(
+        *arrays, beta=beta, use_bias_correction_kl=False, **theirs
+    )
     without, without_BTV = trl_reference.grpo(*arrays, **theirs)
     assert expected - without > 0.05
     kl_size = np.max(np.abs(expected_BTV - without_BTV))
 
     sequences = Tokens(given.tokens_BT, np.ones_like(given.mask_BT), given.mask_BT)
     weight_B = jnp.full(len(REWARD_B), beta)
-    experience = policy_gradient.Experience(sequences, given.old_BT, advantage_BT, reference_BT=given.ref_BT, kl_weight_B=weight_B)
+    experience = policy_gradient.Experience(
+        sequences, given.old_BT, advantage_BT, reference_BT=given.ref_BT, kl_weight_B=weight_B
+    )
 
     def objective(logits_BTV):
         roles = {"policy": logits_BTV}
-        loss, _ = policy_gradient.policy_gradient_objective(GivenLogits(), config, TEMPERATURE, "k3", ROOM, roles, None, experience, None)
+        loss, _ = policy_gradient.policy_gradient_objective(
+            GivenLogits(), config, TEMPERATURE, "k3", ROOM, roles, None, experience, None
+        )
         return loss.mean
 
     value, gradient_BTV = differentiate(objective, given.logits_BTV)
@@ -184,7 +244,10 @@ def test_the_kl_in_the_loss(name):
         logp_BT = next_token_logprobs(logits_BTV, given.tokens_BT, TEMPERATURE)
         kl_BT = beta * kl.k3(logp_BT, np.nan_to_num(given.ref_BT))
         policy = our_policy_loss(config, given, advantage_BT, logits_BTV)
-        return policy + losses.reduce_tokens(kl_BT, given.mask_BT, config.reduction, config.length(ROOM)).mean
+        return (
+            policy
+            + losses.reduce_tokens(kl_BT, given.mask_BT, config.reduction, config.length(ROOM)).mean
+        )
 
     # TRL differentiates k3 itself; the objective has k2's gradient, which is another one.
     assert_close(differentiate(plain, given.logits_BTV)[1], expected_BTV)
@@ -197,12 +260,25 @@ def test_reinforce_of_stale_samples_is_cispo(most):
     config = AlgorithmConfig("reinforce-mean", normalise="token", max_ratio=most)
     given = make_batch()
     advantage_BT = our_advantages(config, REWARD_B, given.mask_BT)
-    ratio = np.exp(trl_reference.logprobs(given.logits_BTV, given.tokens_BT, TEMPERATURE) - given.old_BT)[given.mask_BT]
+    ratio = np.exp(
+        trl_reference.logprobs(given.logits_BTV, given.tokens_BT, TEMPERATURE) - given.old_BT
+    )[given.mask_BT]
     assert np.any(ratio > most + 0.1) and np.any(ratio < most - 0.1)
     assert np.min(np.abs(ratio - most)) > 1e-3
-    arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.old_BT, None, REWARD_B - REWARD_B.mean())
-    expected, expected_BTV = trl_reference.grpo(*arrays, loss_type="cispo", epsilon_high=most, temperature=TEMPERATURE)
-    value, gradient_BTV = differentiate(functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV)
+    arrays = (
+        given.logits_BTV,
+        given.tokens_BT,
+        given.mask_BT,
+        given.old_BT,
+        None,
+        REWARD_B - REWARD_B.mean(),
+    )
+    expected, expected_BTV = trl_reference.grpo(
+        *arrays, loss_type="cispo", epsilon_high=most, temperature=TEMPERATURE
+    )
+    value, gradient_BTV = differentiate(
+        functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV
+    )
     assert_close(value, expected)
     assert_close(gradient_BTV, expected_BTV)
 
@@ -212,7 +288,9 @@ def test_group_advantages(scale, size):
     # A third prompt, whose rewards are equal. Rewards of 1e-3 are near the epsilon of the division.
     reward_B = size * np.concatenate([REWARD_B, np.ones(SAMPLES, np.float32)])
     expected_B = trl_reference.grpo_advantages(reward_B, SAMPLES, scale)
-    advantage_PG = advantages.group_advantages(reward_B.reshape(-1, SAMPLES), normalise_std=scale == "group")
+    advantage_PG = advantages.group_advantages(
+        reward_B.reshape(-1, SAMPLES), normalise_std=scale == "group"
+    )
     assert_close(advantage_PG.reshape(-1), expected_B)
     np.testing.assert_array_equal(advantage_PG[2], np.zeros(SAMPLES))
 
@@ -243,8 +321,12 @@ def test_rloo(beta, clip, high):
         assert np.max(REWARD_B) > clip + 0.05 and np.min(REWARD_B) < -clip - 0.05
 
     arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.old_BT, expected_B)
-    expected, expected_BTV = trl_reference.rloo(*arrays, epsilon=LOW, epsilon_high=high, temperature=TEMPERATURE)
-    value, gradient_BTV = differentiate(functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV)
+    expected, expected_BTV = trl_reference.rloo(
+        *arrays, epsilon=LOW, epsilon_high=high, temperature=TEMPERATURE
+    )
+    value, gradient_BTV = differentiate(
+        functools.partial(our_policy_loss, config, given, advantage_BT), given.logits_BTV
+    )
     assert_close(value, expected)
     assert_close(gradient_BTV, expected_BTV)
 
@@ -252,9 +334,13 @@ def test_rloo(beta, clip, high):
 def our_preference(given: Batch, logits_BTV: jax.Array, kind: str, **options: float) -> jax.Array:
     """Of pairs: the first half of the rows is chosen, the second half rejected."""
     logp_BT = next_token_logprobs(logits_BTV, given.tokens_BT)
-    ratio_B = preference.response_log_ratio(logp_BT, given.ref_BT, given.mask_BT, mean=kind == "ipo")
+    ratio_B = preference.response_log_ratio(
+        logp_BT, given.ref_BT, given.mask_BT, mean=kind == "ipo"
+    )
     chosen_B, rejected_B = jnp.split(ratio_B, 2)
-    return losses.preference(chosen_B, rejected_B, jnp.ones(chosen_B.shape), kind=kind, **options).mean
+    return losses.preference(
+        chosen_B, rejected_B, jnp.ones(chosen_B.shape), kind=kind, **options
+    ).mean
 
 
 # Our kind by TRL's name of it. TRL's IPO is on means over tokens.
@@ -264,7 +350,9 @@ def test_preference_losses(theirs, kind, beta):
     given = make_batch()
     arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.ref_BT)
     expected, expected_BTV = trl_reference.dpo(*arrays, beta=beta, loss_type=theirs)
-    value, gradient_BTV = differentiate(functools.partial(our_preference, given, kind=kind, beta=beta), given.logits_BTV)
+    value, gradient_BTV = differentiate(
+        functools.partial(our_preference, given, kind=kind, beta=beta), given.logits_BTV
+    )
     assert_close(value, expected)
     assert_close(gradient_BTV, expected_BTV)
 
@@ -277,13 +365,17 @@ def test_conservative_dpo_is_dpo_of_pairs_and_of_swapped_pairs():
     right, right_BTV = trl_reference.dpo(*arrays, beta=beta)
     wrong, wrong_BTV = trl_reference.dpo(*map(swap, arrays), beta=beta)
     assert abs(right - wrong) > 0.02
-    loss = functools.partial(our_preference, given, kind="dpo", beta=beta, label_smoothing=smoothing)
+    loss = functools.partial(
+        our_preference, given, kind="dpo", beta=beta, label_smoothing=smoothing
+    )
     value, gradient_BTV = differentiate(loss, given.logits_BTV)
     assert_close(value, (1 - smoothing) * right + smoothing * wrong)
     assert_close(gradient_BTV, (1 - smoothing) * right_BTV + smoothing * swap(wrong_BTV))
 
 
-def our_reward_loss(chosen_B: jax.Array, rejected_B: jax.Array, **options: np.ndarray | float) -> jax.Array:
+def our_reward_loss(
+    chosen_B: jax.Array, rejected_B: jax.Array, **options: np.ndarray | float
+) -> jax.Array:
     return losses.bradley_terry(chosen_B, rejected_B, jnp.ones(chosen_B.shape), **options).mean
 
 
@@ -297,7 +389,9 @@ def test_reward_loss(margins, centring):
         chosen_B, rejected_B, margin_B if margins else None, centring or None
     )
     options = {"margin": margin_B if margins else 0.0, "centring": centring}
-    value, gradients = jax.value_and_grad(functools.partial(our_reward_loss, **options), (0, 1))(chosen_B, rejected_B)
+    value, gradients = jax.value_and_grad(functools.partial(our_reward_loss, **options), (0, 1))(
+        chosen_B, rejected_B
+    )
     assert_close(value, expected)
     for gradient_B, expected_B in zip(gradients, expected_gradients, strict=True):
         assert_close(gradient_B, expected_B)

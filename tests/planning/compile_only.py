@@ -17,7 +17,9 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices).reshape(2, -1), ("data", "model"))
 
 
-def array(mesh: Mesh, shape: tuple[int, ...], *spec: str | None, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+def array(
+    mesh: Mesh, shape: tuple[int, ...], *spec: str | None, dtype: str = "float32"
+) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
 

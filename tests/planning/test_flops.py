@@ -26,7 +26,9 @@ def test_products():
     assert of(lambda a, b: a @ b, (B, D), (D, F)) == 2 * B * D * F
     assert of(lambda a: jnp.tanh(a) + 1, (B, D)) == 0
     # Batched, and with several contracted dimensions.
-    assert of(lambda a, b: jnp.einsum("hbd,hdf->hbf", a, b), (3, B, D), (3, D, F)) == 3 * 2 * B * D * F
+    assert (
+        of(lambda a, b: jnp.einsum("hbd,hdf->hbf", a, b), (3, B, D), (3, D, F)) == 3 * 2 * B * D * F
+    )
     assert of(lambda a, b: jnp.einsum("bhk,hkd->bd", a, b), (B, 3, 4), (3, 4, D)) == 2 * B * D * 12
     assert of(lambda a, b: jnp.vdot(a, b), (D,), (D,)) == 2 * D
     assert of(jnp.outer, (B,), (D,)) == 0  # no matrix product: elementwise
@@ -39,7 +41,9 @@ def test_convolutions():
     # 10 x 10, window 3 x 3 -> 8 x 8; 4 features to 6.
     assert of(conv, (2, 4, 10, 10), (6, 4, 3, 3)) == 2 * (2 * 6 * 8 * 8) * (4 * 3 * 3)
     # In 2 groups each output feature sees 2 of the 4.
-    assert of(lambda x, w: conv(x, w, 2), (2, 4, 10, 10), (6, 2, 3, 3)) == 2 * (2 * 6 * 8 * 8) * (2 * 3 * 3)
+    assert of(lambda x, w: conv(x, w, 2), (2, 4, 10, 10), (6, 2, 3, 3)) == 2 * (2 * 6 * 8 * 8) * (
+        2 * 3 * 3
+    )
 
 
 def test_a_scan_forwards_and_backwards():
@@ -74,7 +78,9 @@ def test_frozen_weights_under_a_trained_adapter():
     adapter = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((L, D, r), (L, r, D))]
     x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, D), (L, D, D)))
     low = 2 * B * D * r
-    assert flops(jax.jit(jax.grad(loss)).trace(adapter, x, w).jaxpr) == L * (2 * PRODUCT + 3 * 2 * low)
+    assert flops(jax.jit(jax.grad(loss)).trace(adapter, x, w).jaxpr) == L * (
+        2 * PRODUCT + 3 * 2 * low
+    )
 
 
 def test_custom_derivatives():
@@ -121,11 +127,16 @@ def test_every_shard_of_a_shard_map_works():
     doubled = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(a, PartitionSpec()), out_specs=a)
     assert of(doubled, (B, D), (D, F)) == 4 * 2 * B * D * F
     # Axes that stay automatic are split by the compiler: work is counted once.
-    half = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(a, PartitionSpec()), out_specs=a, axis_names={"a"})
+    half = jax.shard_map(
+        jnp.dot, mesh=mesh, in_specs=(a, PartitionSpec()), out_specs=a, axis_names={"a"}
+    )
     assert of(half, (B, D), (D, F)) == 2 * B * D * F
 
 
-@pytest.mark.parametrize("estimate,expected", [(None, 4 * 2 * 2**3), (pl.CostEstimate(flops=99, bytes_accessed=0, transcendentals=0), 99)])
+@pytest.mark.parametrize(
+    "estimate,expected",
+    [(None, 4 * 2 * 2**3), (pl.CostEstimate(flops=99, bytes_accessed=0, transcendentals=0), 99)],
+)
 def test_pallas_kernels(estimate, expected):
     def kernel(x, out):
         out[...] = x[...] @ x[...]
@@ -133,7 +144,14 @@ def test_pallas_kernels(estimate, expected):
     def call(x):
         block = pl.BlockSpec((2, 2), lambda i: (i, 0))
         shape = jax.ShapeDtypeStruct((8, 2), jnp.float32)
-        return pl.pallas_call(kernel, out_shape=shape, grid=(4,), in_specs=[block], out_specs=block, cost_estimate=estimate)(x)
+        return pl.pallas_call(
+            kernel,
+            out_shape=shape,
+            grid=(4,),
+            in_specs=[block],
+            out_specs=block,
+            cost_estimate=estimate,
+        )(x)
 
     assert of(call, (8, 2)) == expected
     assert of(jax.vmap(call), (3, 8, 2)) == 3 * expected

@@ -43,7 +43,8 @@ def test_memory_spaces():
 
 def test_an_instruction():
     line = (
-        '  ROOT %a.1 = ((f32[2]{0}), /*index=1*/bf16[3,4]{1,0:T(8,128)(2,1)S(1)}, u32[]) slice-start(%x.2, %y), slice={[0:2]}, calls=%c, metadata={op_name="(b)"}'
+        "  ROOT %a.1 = ((f32[2]{0}), /*index=1*/bf16[3,4]{1,0:T(8,128)(2,1)S(1)}, u32[]) "
+        'slice-start(%x.2, %y), slice={[0:2]}, calls=%c, metadata={op_name="(b)"}'
     )
     found = hlo_text.parse_instruction(line)
     assert (found.name, found.opcode, found.operands) == ("a.1", "slice-start", ("x.2", "y"))
@@ -67,7 +68,9 @@ def test_an_instruction():
     ],
 )
 def test_group_sizes(groups, size):
-    instruction = hlo_text.parse_instruction(f"  %r = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add")
+    instruction = hlo_text.parse_instruction(
+        f"  %r = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add"
+    )
     assert hlo.group_size(instruction, hlo_text.Module({}, "", 8)) == size
 
 
@@ -138,14 +141,17 @@ def test_trips_from_the_condition(first, step, direction, last, expected):
 
 
 def test_the_counter_may_stand_on_the_right():
-    module = hlo_text.parse_module(LOOP.format(first=1, step=1, direction="GE", last=4, sides="%b.1, %i.1"))
+    module = hlo_text.parse_module(
+        LOOP.format(first=1, step=1, direction="GE", last=4, sides="%b.1, %i.1")
+    )
     frame = hlo_loops.Frame(module, module.computations["main"])
     assert hlo_loops.trips(frame, frame["loop"]) == 4
 
 
 # -- collectives over time -----------------------------------------------------------------------
 
-# As TPU compilers write it, shortened: an all-gather that begins, goes on beside a product, and ends.
+# As TPU compilers write it, shortened: an all-gather that begins, goes on beside a product, and
+# ends.
 SPREAD = """HloModule spread, num_partitions=4
 
 %begin (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024], u32[]) {
@@ -258,12 +264,16 @@ ENTRY %main (x: f32[256]) -> f32[256] {
 def test_started_and_ended_counts_once():
     found = hlo.account(OVERLAPPED)
     kib = 1024
-    assert found.collectives == (Collective("all-gather", 4, 1, 4 * kib, 3 * kib), Collective("all-reduce", 2, 1, kib, kib))
-    # Read: by copy, all-gather, all-reduce, slice, and add twice. The sparse core's cycles do not count.
+    assert found.collectives == (
+        Collective("all-gather", 4, 1, 4 * kib, 3 * kib),
+        Collective("all-reduce", 2, 1, kib, kib),
+    )
+    # Read: by copy, all-gather, all-reduce, slice, and add twice. The sparse core's cycles do not
+    # count.
     assert (found.hbm_read, found.hbm_written, found.cycles) == (6 * kib, (4 + 1 + 1 + 1) * kib, 18)
 
 
-KERNEL_LOOP = '''HloModule kernel, num_partitions=1
+KERNEL_LOOP = """HloModule kernel, num_partitions=1
 
 %body (p: (s32[], f32[256])) -> (s32[], f32[256]) {
   %p = (s32[], f32[256]{0}) parameter(0)
@@ -290,7 +300,7 @@ ENTRY %main (x: f32[256]) -> (s32[], f32[256]) {
   %s = (s32[], f32[256]{0}) tuple(%zero, %x)
   ROOT %w = (s32[], f32[256]{0}) while(%s), condition=%condition, body=%body
 }
-'''
+"""
 
 
 def test_attributes_that_span_lines_belong_to_their_instruction():

@@ -62,20 +62,39 @@ See https://openxla.org/xla/errors/error_1000 for more details. [type.googleapis
 
 def test_a_late_refusal():
     found = parse(LATE)
-    assert (found.space, found.asked, found.available, found.exceeded) == ("hbm", round(227.55 * M), 227 * M, 565 * K)
+    assert (found.space, found.asked, found.available, found.exceeded) == (
+        "hbm",
+        round(227.55 * M),
+        227 * M,
+        565 * K,
+    )
     assert (found.arguments, found.program, found.reserved) == (81 * M, round(130.55 * M), 258 * M)
     assert found.text == LATE and found.buffers == (
-        Buffer(128 * M, "temp", "f32[262144,64]{1,0:T(8,128)}", "jit(f)/while/u", "/home/me/f.py:12"),
+        Buffer(
+            128 * M, "temp", "f32[262144,64]{1,0:T(8,128)}", "jit(f)/while/u", "/home/me/f.py:12"
+        ),
         Buffer(64 * M, "argument", "f32[262144,64]{0,1:T(8,128)}", argument=2),
         Buffer(16 * M, "output", "f32[65536,64]{0,1:T(8,128)}"),
         Buffer(round(2.54 * M), "overlays"),
     )
 
 
-EARLY = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G) exceeds available HBM (15.75G)."
-TWO = "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 34.00G, SparseCore Hbm usage 64.00G, exceeding available bytes: 95.50G"
-VMEM = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 32.50M of 16.00M vmem. Exceeded vmem capacity by 16.50M"
-ABORTED = "RESOURCE_EXHAUSTED: Compilation failure: Aborting compilation early because it's unlikely to have enough device memory. Requires 20.00G, has 15.75G available."
+EARLY = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (32.00G) exceeds available HBM (15.75G)."
+)
+TWO = (
+    "RESOURCE_EXHAUSTED: TPU TensorCore Hbm usage: 34.00G, SparseCore Hbm usage 64.00G, "
+    "exceeding available bytes: 95.50G"
+)
+VMEM = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+    "vmem. Used 32.50M of 16.00M vmem. Exceeded vmem capacity by 16.50M"
+)
+ABORTED = (
+    "RESOURCE_EXHAUSTED: Compilation failure: Aborting compilation early because it's "
+    "unlikely to have enough device memory. Requires 20.00G, has 15.75G available."
+)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +106,14 @@ ABORTED = "RESOURCE_EXHAUSTED: Compilation failure: Aborting compilation early b
         (VMEM, "vmem", round(32.5 * M), 16 * M, round(16.5 * M)),
         (ABORTED, None, 20 * G, round(15.75 * G), round(4.25 * G)),
         # What a device says when it has run out, not the compiler.
-        ("RESOURCE_EXHAUSTED: Attempting to allocate 64.00G. That was not possible. There are 10.51G free.", None, 64 * G, None, None),
+        (
+            "RESOURCE_EXHAUSTED: Attempting to allocate 64.00G. That was not possible. There are "
+            "10.51G free.",
+            None,
+            64 * G,
+            None,
+            None,
+        ),
         ("RESOURCE_EXHAUSTED: Out of memory allocating 1024 bytes.", None, 1024, None, None),
         ("RESOURCE_EXHAUSTED: no room", None, None, None, None),
     ],
@@ -97,10 +123,18 @@ def test_other_wordings(text, space, asked, available, exceeded):
 
 
 def test_one_buffer_larger_than_the_memory():
-    text = "RESOURCE_EXHAUSTED: Allocation (size=18253611008) would exceed memory (size=17179869184) :: %s0 = inlined_call_operand.hbm [shape: f32[4456448,1024], index: 0, kind: input, shape index: {}] /* operand 0 */ :: reduce"
+    text = (
+        "RESOURCE_EXHAUSTED: Allocation (size=18253611008) would exceed memory "
+        "(size=17179869184) :: %s0 = inlined_call_operand.hbm [shape: f32[4456448,1024], "
+        "index: 0, kind: input, shape index: {}] /* operand 0 */ :: reduce"
+    )
     buffer = Buffer(17 * G, "argument", "f32[4456448,1024]", argument=0)
     assert parse(text) == Refusal(text, None, 17 * G, 16 * G, G, buffers=(buffer,))
-    text = "RESOURCE_EXHAUSTED: Allocation (size=21474836480) would exceed memory (size=17179869184) :: #allocation1 [shape = 'f32[320,4096,4096]{1,2,0:T(8,128)}', space=hbm, size = 0x0, tag = 'output of fusion.1'] :: <no-hlo-instruction>"
+    text = (
+        "RESOURCE_EXHAUSTED: Allocation (size=21474836480) would exceed memory "
+        "(size=17179869184) :: #allocation1 [shape = 'f32[320,4096,4096]{1,2,0:T(8,128)}', "
+        "space=hbm, size = 0x0, tag = 'output of fusion.1'] :: <no-hlo-instruction>"
+    )
     assert parse(text).buffers == (Buffer(20 * G, "temp", "f32[320,4096,4096]{1,2,0:T(8,128)}"),)
 
 
@@ -109,10 +143,17 @@ def test_other_errors_pass():
         raise error
 
     assert attempt(lambda: 7) == 7
-    for error in (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"), ValueError("RESOURCE_EXHAUSTED"), KeyError("x")):
+    for error in (
+        jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"),
+        ValueError("RESOURCE_EXHAUSTED"),
+        KeyError("x"),
+    ):
         with pytest.raises(type(error)):
             attempt(lambda: fail(error))
-    assert attempt(lambda: fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"))).asked is None
+    assert (
+        attempt(lambda: fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"))).asked
+        is None
+    )
 
 
 # -- from the compiler ---------------------------------------------------------------------------

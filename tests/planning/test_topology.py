@@ -37,7 +37,22 @@ def test_slices(name, devices, cores):
     assert jax.default_backend() == "cpu"
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:", "v5e:8", "v5e:2x2x2", "v5p:2x2", "v5e:0x2", "v5e:2x-2", "tpu7x:2x2x1", "v9:2x2", "gpu:8", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "v5e",
+        "v5e:",
+        "v5e:8",
+        "v5e:2x2x2",
+        "v5p:2x2",
+        "v5e:0x2",
+        "v5e:2x-2",
+        "tpu7x:2x2x1",
+        "v9:2x2",
+        "gpu:8",
+        "",
+    ],
+)
 def test_names_that_are_none(name):
     with pytest.raises(UserError, match="names no TPU slice; .*v5e:2x4"):
         topology(name)
@@ -51,7 +66,10 @@ def test_a_slice_that_does_not_exist():
 
 def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(UserError, match=r"^perl-jax plan needs libtpu: pip install -c constraints.txt -e '\.\[plan\]'$"):
+    with pytest.raises(
+        UserError,
+        match=r"^perl-jax plan needs libtpu: pip install -c constraints.txt -e '\.\[plan\]'$",
+    ):
         topology("v5e:2x4")
 
 

@@ -35,7 +35,9 @@ def test_terms_of_a_text_and_of_a_file(tmp_path):
     )
     assert read_terms("\n " + json.dumps(values)) == expected
     (tmp_path / "terms.json").write_text(json.dumps(values))
-    assert read_terms(tmp_path / "terms.json") == read_terms(str(tmp_path / "terms.json")) == expected
+    assert (
+        read_terms(tmp_path / "terms.json") == read_terms(str(tmp_path / "terms.json")) == expected
+    )
 
 
 def test_the_table_of_kinds():
@@ -46,22 +48,53 @@ def test_the_table_of_kinds():
     ("values", "expected"),
     [
         ([], "The reward terms must be a JSON list of at least one object."),
-        (["length"], "Reward term 1 is 'length'; it must be an object with a kind, one of length, format, regex, exact_match, words, function, judge."),
-        ([LENGTH, {"weight": 1}], "Reward term 2 has no kind; it must be one of length, format, regex, exact_match, words, function, judge."),
+        (
+            ["length"],
+            "Reward term 1 is 'length'; it must be an object with a kind, one of length, format, "
+            "regex, exact_match, words, function, judge.",
+        ),
+        (
+            [LENGTH, {"weight": 1}],
+            "Reward term 2 has no kind; it must be one of length, format, regex, exact_match, "
+            "words, function, judge.",
+        ),
         ([{"kind": "bleu"}], "Reward term 1: kind is 'bleu'; it must be one of length, format,"),
         ([{"kind": ["length"]}], "Reward term 1: kind is ['length']; it must be one of"),
         (
             [{**LENGTH, "maxmum": 2, "x": 1}],
-            "Reward term 1 (length) has no field maxmum, x; it has minimum, maximum, unit, scale, besides kind, weight, name.",
+            "Reward term 1 (length) has no field maxmum, x; it has minimum, maximum, unit, scale, "
+            "besides kind, weight, name.",
         ),
-        ([{"kind": "function", "function": "json:loads", "worker": 1}], "Reward term 1 (function) has no field worker; it has function, timeout_seconds,"),
-        ([{"kind": "judge", "mode": "number"}], "Reward term 1 (judge) needs the field url, model; it has url, model, template,"),
-        ([{**LENGTH, "maximum": "5"}], "Reward term 1 (length): length.maximum is '5'; it must be a whole number of at least 0."),
-        ([{**LENGTH, "weight": float("nan")}], "Reward term 1 (length): weight is nan; it must be a finite number."),
-        ([{**LENGTH, "weight": True}], "Reward term 1 (length): weight is True; it must be a finite number."),
+        (
+            [{"kind": "function", "function": "json:loads", "worker": 1}],
+            "Reward term 1 (function) has no field worker; it has function, timeout_seconds,",
+        ),
+        (
+            [{"kind": "judge", "mode": "number"}],
+            "Reward term 1 (judge) needs the field url, model; it has url, model, template,",
+        ),
+        (
+            [{**LENGTH, "maximum": "5"}],
+            "Reward term 1 (length): length.maximum is '5'; it must be a whole number of at least "
+            "0.",
+        ),
+        (
+            [{**LENGTH, "weight": float("nan")}],
+            "Reward term 1 (length): weight is nan; it must be a finite number.",
+        ),
+        (
+            [{**LENGTH, "weight": True}],
+            "Reward term 1 (length): weight is True; it must be a finite number.",
+        ),
         ([{**LENGTH, "weight": 10**400}], "Reward term 1 (length): weight is 1000"),
-        ([{**LENGTH, "name": ""}], "Reward term 1 (length): name is ''; it must be a text that is not empty."),
-        ([LENGTH, {"kind": "format"}, LENGTH], "Two reward terms are called length; give each a name of its own by the field name."),
+        (
+            [{**LENGTH, "name": ""}],
+            "Reward term 1 (length): name is ''; it must be a text that is not empty.",
+        ),
+        (
+            [LENGTH, {"kind": "format"}, LENGTH],
+            "Two reward terms are called length; give each a name of its own by the field name.",
+        ),
         ([LENGTH, {"kind": "format", "name": "length"}], "Two reward terms are called length;"),
     ],
 )
@@ -76,13 +109,19 @@ def test_sources_that_cannot_be_read(tmp_path):
         read_terms('[{"kind":\n')
     with pytest.raises(UserError, match=r"^The reward terms: not valid JSON \("):
         read_terms("[" * 100_000)
-    with pytest.raises(UserError, match=r"^The file of reward terms .*gone\.json cannot be read: No such file or directory\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^The file of reward terms .*gone\.json cannot be read: No such file or directory\.$",
+    ):
         read_terms(tmp_path / "gone.json")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_terms(tmp_path)
     path = tmp_path / "terms.json"
     path.write_text('{"kind": "length"}')
-    with pytest.raises(UserError, match=r"^The file of reward terms .*terms\.json must be a JSON list of at least one object\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^The file of reward terms .*terms\.json must be a JSON list of at least one object\.$",
+    ):
         read_terms(path)
     path.write_bytes(b"[\xff]")
     with pytest.raises(UserError, match=r"terms\.json is not UTF-8 text \(byte 1\)\.$"):
@@ -94,10 +133,18 @@ def constant(*values):
 
 
 def test_columns_and_their_weighted_sum():
-    terms = [Term("length", 0.5, Length(maximum=1, scale=4)), Term("json", 2, Format()), Term("given", -1.0, constant(1, 2, 3))]
+    terms = [
+        Term("length", 0.5, Length(maximum=1, scale=4)),
+        Term("json", 2, Format()),
+        Term("given", -1.0, constant(1, 2, 3)),
+    ]
     composite = Composite(terms)
     columns = composite(["p"] * 3, ["1", "a b c", "[]"], [{}] * 3)
-    assert {name: column.tolist() for name, column in columns.items()} == {"length": [0, -0.5, 0], "json": [1, 0, 1], "given": [1, 2, 3]}
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "length": [0, -0.5, 0],
+        "json": [1, 0, 1],
+        "given": [1, 2, 3],
+    }
     assert {column.dtype for column in columns.values()} == {np.dtype(np.float64)}
     # 0.5 * length + 2 * json - given
     total = composite.total(columns)
@@ -106,10 +153,20 @@ def test_columns_and_their_weighted_sum():
 
 
 def test_rows_are_checked_before_there_are_responses():
-    composite = Composite([Term("length", 1, Length(maximum=1)), Term("exact", 1, ExactMatch()), Term("gold", 1, ExactMatch("gold"))])
+    composite = Composite(
+        [
+            Term("length", 1, Length(maximum=1)),
+            Term("exact", 1, ExactMatch()),
+            Term("gold", 1, ExactMatch("gold")),
+        ]
+    )
     composite.check_rows([{"prompt": "p", "answer": "a", "gold": 0}] * 2)
-    with pytest.raises(UserError, match=r"^The reward term gold: Row 1 \('q'\) has no field 'gold' "):
-        composite.check_rows([{"prompt": "p", "answer": "a", "gold": 0}, {"prompt": "q", "answer": "a"}])
+    with pytest.raises(
+        UserError, match=r"^The reward term gold: Row 1 \('q'\) has no field 'gold' "
+    ):
+        composite.check_rows(
+            [{"prompt": "p", "answer": "a", "gold": 0}, {"prompt": "q", "answer": "a"}]
+        )
 
 
 def test_an_empty_batch_asks_nothing():
@@ -118,17 +175,26 @@ def test_an_empty_batch_asks_nothing():
 
     composite = Composite([Term("a", 1, refuse), Term("b", 1, refuse)])
     columns = composite([], [], [])
-    assert {name: (column.shape, column.dtype.name) for name, column in columns.items()} == {"a": ((0,), "float64"), "b": ((0,), "float64")}
+    assert {name: (column.shape, column.dtype.name) for name, column in columns.items()} == {
+        "a": ((0,), "float64"),
+        "b": ((0,), "float64"),
+    }
     assert composite.total(columns).shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ((1.0,), r"The reward term t gave an array of shape \(1,\); it must be \(2,\), one number a response\."),
+        (
+            (1.0,),
+            r"The reward term t gave an array of shape \(1,\); it must be \(2,\), one number a response\.",
+        ),
         (([1.0], [2.0]), r"The reward term t gave an array of shape \(2, 1\); it must be \(2,\)"),
         ((1.0, np.nan), r"The reward term t gave nan at index 1; every reward must be finite\."),
-        ((-np.inf, np.nan), r"The reward term t gave -inf at index 0; every reward must be finite\."),
+        (
+            (-np.inf, np.nan),
+            r"The reward term t gave -inf at index 0; every reward must be finite\.",
+        ),
     ],
 )
 def test_columns_are_checked(values, expected):
@@ -136,12 +202,17 @@ def test_columns_are_checked(values, expected):
     with pytest.raises(UserError, match=expected):
         composite(["p", "p"], ["a", "b"], [{}, {}])
     with pytest.raises(UserError, match=expected):
-        Composite([Term("s", 1, constant()), *composite.terms]).total({"s": np.zeros(2), "t": np.array(values)})
+        Composite([Term("s", 1, constant()), *composite.terms]).total(
+            {"s": np.zeros(2), "t": np.array(values)}
+        )
 
 
 def test_wrong_calls():
     composite = Composite([Term("t", 1, constant(1.0))])
-    with pytest.raises(ValueError, match="prompts, responses and rows have 1, 1, 2 items; they must be equally many"):
+    with pytest.raises(
+        ValueError,
+        match="prompts, responses and rows have 1, 1, 2 items; they must be equally many",
+    ):
         composite(["p"], ["r"], [{}, {}])
     with pytest.raises(ValueError, match="the columns are t, u; they must be those of the terms t"):
         composite.total({"t": np.zeros(1), "u": np.zeros(1)})
@@ -163,7 +234,12 @@ def test_the_context_starts_and_ends_what_the_terms_need(tmp_path, monkeypatch):
     assert worker.process is None
     # The function has started when the judge's key turns out to be missing.
     monkeypatch.delenv("JUDGE_KEY", raising=False)
-    judge = {"kind": "judge", "url": "http://localhost/v1", "model": "m", "api_key_variable": "JUDGE_KEY"}
+    judge = {
+        "kind": "judge",
+        "url": "http://localhost/v1",
+        "model": "m",
+        "api_key_variable": "JUDGE_KEY",
+    }
     composite = Composite(read_terms(json.dumps([function, judge])))
     with pytest.raises(UserError, match="JUDGE_KEY"), composite:
         pass
@@ -172,4 +248,9 @@ def test_the_context_starts_and_ends_what_the_terms_need(tmp_path, monkeypatch):
 
 def test_jax_is_not_needed():
     code = "import sys, perl_jax.rewards.compose; print('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )

@@ -1,4 +1,6 @@
-"""The user's function in a process of its own: what it may return, how it may fail, and how it ends."""
+"""The user's function in a process of its own: what it may return, how it may fail, and how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from perl_jax.errors import UserError
 from perl_jax.rewards.function import FunctionReward
 
 # Does what the first response says.
-SCORE = '''
+SCORE = """
 import os, sys, time
 
 calls = 0
@@ -66,7 +68,7 @@ ACTIONS = {
     "killed": lambda p, r, a: os.kill(os.getpid(), 9),
     "hang": lambda p, r, a: time.sleep(60),
 }
-'''
+"""
 
 
 def file(folder, source, name="mine.py"):
@@ -77,8 +79,12 @@ def file(folder, source, name="mine.py"):
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """One process for the whole file: every error but a time-out or a crash must leave it usable."""
-    with FunctionReward(file(tmp_path_factory.mktemp("function"), SCORE), timeout_seconds=30) as reward:
+    """One process for the whole file: every error but a time-out or a crash must leave it
+    usable.
+    """
+    with FunctionReward(
+        file(tmp_path_factory.mktemp("function"), SCORE), timeout_seconds=30
+    ) as reward:
         yield reward
 
 
@@ -119,16 +125,34 @@ def test_a_large_batch_and_an_empty_one(reward):
 @pytest.mark.parametrize(
     ("responses", "expected"),
     [
-        (("short", "b"), "returned 1 values; it must return a sequence of 2 numbers, one a response."),
+        (
+            ("short", "b"),
+            "returned 1 values; it must return a sequence of 2 numbers, one a response.",
+        ),
         (("number",), "returned a float; it must return a sequence of 1 numbers"),
         (("nothing",), "returned a NoneType; it must return a sequence"),
         (("mapping",), "returned a dict; it must return a sequence"),
         (("text",), "returned a str; it must return a sequence"),
-        (("texts", "b" * 100), f"returned a str at index 1, for the response '{'b' * 80}'; it must be a number."),
-        (("none",), "returned a NoneType at index 0, for the response 'none'; it must be a number."),
-        (("nested",), "returned a ndarray at index 0, for the response 'nested'; it must be a number."),
-        (("vector",), "returned a Vector at index 0, for the response 'vector'; it must be a number."),
-        (("nan", "b" * 100), f"returned nan at index 1, for the response '{'b' * 80}'; it must be a finite number."),
+        (
+            ("texts", "b" * 100),
+            f"returned a str at index 1, for the response '{'b' * 80}'; it must be a number.",
+        ),
+        (
+            ("none",),
+            "returned a NoneType at index 0, for the response 'none'; it must be a number.",
+        ),
+        (
+            ("nested",),
+            "returned a ndarray at index 0, for the response 'nested'; it must be a number.",
+        ),
+        (
+            ("vector",),
+            "returned a Vector at index 0, for the response 'vector'; it must be a number.",
+        ),
+        (
+            ("nan", "b" * 100),
+            f"returned nan at index 1, for the response '{'b' * 80}'; it must be a finite number.",
+        ),
         (("inf",), "returned -inf at index 0, for the response 'inf'; it must be a finite number."),
         (("huge",), "returned inf at index 0"),
     ],
@@ -144,7 +168,10 @@ def test_an_exception_is_told_with_its_place(reward):
     found = message(reward, "zero")
     line = SCORE[: SCORE.index("return 1 / a")].count("\n") + 1
     path = reward.function.removesuffix(":score")
-    assert found == f"The reward function {reward.function} raised ZeroDivisionError: division by zero ({path}, line {line}, in divide)."
+    assert found == (
+        f"The reward function {reward.function} raised ZeroDivisionError: division by zero "
+        f"({path}, line {line}, in divide)."
+    )
     assert "raised SystemExit: enough (" in message(reward, "exit")
     assert ask(reward, "length") == [7]
 
@@ -165,7 +192,10 @@ def test_a_hang_a_crash_and_a_kill_end_the_process_and_the_next_batch_has_a_new_
     with FunctionReward(file(tmp_path, SCORE), timeout_seconds=1.5) as reward:
         ask(reward, "calls")
         process = reward.worker.process
-        assert "took longer than 1.5 s for a batch of 2 (timeout_seconds) and was ended." in message(reward, "hang", "b")
+        assert (
+            "took longer than 1.5 s for a batch of 2 (timeout_seconds) and was ended."
+            in message(reward, "hang", "b")
+        )
         assert reward.worker.process is None
         assert process.returncode == -signal.SIGKILL
         assert ask(reward, "calls") == [1]
@@ -175,7 +205,7 @@ def test_a_hang_a_crash_and_a_kill_end_the_process_and_the_next_batch_has_a_new_
 
 
 # Writes to a named pipe, whose reader sees its end when every process that holds it has ended.
-HOLDS_A_PIPE = '''
+HOLDS_A_PIPE = """
 import subprocess
 
 def score(prompts, responses):
@@ -183,7 +213,7 @@ def score(prompts, responses):
     pipe.write(b"begun ")
     subprocess.run(["sh", "-c", "sleep 8; echo late"], stdout=pipe)
     return [1.0]
-'''
+"""
 
 
 def test_a_time_out_ends_the_programs_that_the_function_started(tmp_path):
@@ -199,8 +229,13 @@ def test_a_time_out_ends_the_programs_that_the_function_started(tmp_path):
 
 def test_a_killed_parent_takes_the_worker_along(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    code = "import sys; from perl_jax.rewards.function import FunctionReward; FunctionReward(sys.argv[1])([sys.argv[2]], ['r'], [{}])"
-    with subprocess.Popen([sys.executable, "-c", code, file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")]) as parent:
+    code = (
+        "import sys; from perl_jax.rewards.function import FunctionReward; "
+        "FunctionReward(sys.argv[1])([sys.argv[2]], ['r'], [{}])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")]
+    ) as parent:
         with open(tmp_path / "pipe", "rb", 0) as pipe:
             assert pipe.read(6) == b"begun "
             parent.send_signal(signal.SIGKILL)
@@ -230,14 +265,22 @@ def test_the_process_imports_neither_the_script_that_trains_nor_what_that_needs(
     # Of the working folder: Python's own is not to be taken from there.
     (tmp_path / "json.py").write_text("raise SystemExit('not this one')\n")
     (tmp_path / "elsewhere").mkdir()
-    command = [sys.executable, "-P", tmp_path / "trains.py", file(tmp_path / "elsewhere", WHAT_IS_THERE)]
+    command = [
+        sys.executable,
+        "-P",
+        tmp_path / "trains.py",
+        file(tmp_path / "elsewhere", WHAT_IS_THERE),
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert ran.stdout == "trains\n[0.0]\n", ran.stderr
 
 
 def test_rows_and_modules(tmp_path, monkeypatch):
     (tmp_path / "neighbour.py").write_text("WORTH = 2\n")
-    source = "import neighbour\n\ndef score(prompts, responses, rows=None):\n    return [row['worth'] * neighbour.WORTH for row in rows]\n"
+    source = (
+        "import neighbour\n\ndef score(prompts, responses, rows=None):\n    return "
+        "[row['worth'] * neighbour.WORTH for row in rows]\n"
+    )
     file(tmp_path, source, "by_rows.py")
     monkeypatch.chdir(tmp_path)
     for target in ("by_rows:score", "by_rows.py:score"):
@@ -248,17 +291,32 @@ def test_rows_and_modules(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import nothing_of_this_name\n", r"cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' \(.*line 1, in <module>\)\.$"),
-        ("def score(:\n", r"cannot be imported: SyntaxError: invalid syntax \(mine.py, line 1\)\.$"),
+        (
+            "import nothing_of_this_name\n",
+            r"cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' \(.*line 1, in <module>\)\.$",
+        ),
+        (
+            "def score(:\n",
+            r"cannot be imported: SyntaxError: invalid syntax \(mine.py, line 1\)\.$",
+        ),
         ("score = 3\n", r"is a int; it must be a function\.$"),
-        ("import os\ndef points(p, r): pass\n", r"mine\.py has no function 'score'; it has points\.$"),
-        ("def score(p): pass\n", r"takes \(p\); it must take \(prompts, responses\) or \(prompts, responses, rows\)\.$"),
+        (
+            "import os\ndef points(p, r): pass\n",
+            r"mine\.py has no function 'score'; it has points\.$",
+        ),
+        (
+            "def score(p): pass\n",
+            r"takes \(p\); it must take \(prompts, responses\) or \(prompts, responses, rows\)\.$",
+        ),
         ("def score(p, r, *, scale): pass\n", r"takes \(p, r, \*, scale\); it must take"),
         ("def score(a, b, c, d): pass\n", r"takes \(a, b, c, d\); it must take"),
         ("raise KeyError\n", r"cannot be imported: KeyError \(.*line 1, in <module>\)\.$"),
         ("raise OSError('No.')\n", r"cannot be imported: OSError: No \("),
         ("raise SystemExit(4)\n", r"cannot be imported: SystemExit: 4 "),
-        ("import os; os._exit(5)\n", r"ended with exit code 5 during starting up \(start_seconds\)\.$"),
+        (
+            "import os; os._exit(5)\n",
+            r"ended with exit code 5 during starting up \(start_seconds\)\.$",
+        ),
     ],
 )
 def test_functions_that_cannot_be_loaded(tmp_path, source, expected):
@@ -275,26 +333,46 @@ def test_a_file_may_have_the_name_of_a_known_module(tmp_path):
 
 
 def test_a_hang_at_import_is_ended(tmp_path):
-    with pytest.raises(UserError, match=r"took longer than 0\.3 s for starting up \(start_seconds\) and was ended"):
+    with pytest.raises(
+        UserError, match=r"took longer than 0\.3 s for starting up \(start_seconds\) and was ended"
+    ):
         FunctionReward(file(tmp_path, "import time; time.sleep(60)"), start_seconds=0.3).start()
 
 
 def test_a_third_parameter_with_a_default_is_not_the_rows(tmp_path):
-    with FunctionReward(file(tmp_path, "def score(p, r, scale=2.0, *more):\n    return [scale for _ in r]\n")) as reward:
+    with FunctionReward(
+        file(tmp_path, "def score(p, r, scale=2.0, *more):\n    return [scale for _ in r]\n")
+    ) as reward:
         assert reward(["p"], ["r"], [{"a": 1}]).tolist() == [2]
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"function": "mine.py"}, "function.function is 'mine.py'; it must be module:function or path/to/file.py:function."),
+        (
+            {"function": "mine.py"},
+            "function.function is 'mine.py'; it must be module:function or "
+            "path/to/file.py:function.",
+        ),
         ({"function": ":score"}, "function.function is ':score'; it must be module:function"),
-        ({"function": "my-module:score"}, "function.function is 'my-module:score'; it must be module:function"),
+        (
+            {"function": "my-module:score"},
+            "function.function is 'my-module:score'; it must be module:function",
+        ),
         ({"function": "module:a b"}, "function.function is 'module:a b'; it must be"),
         ({"function": 3}, "function.function is 3; it must be a text"),
-        ({"function": "nowhere/mine.py:score"}, "There is no file nowhere/mine.py, the source of a reward function."),
-        ({"function": "json:loads", "timeout_seconds": 0}, "function.timeout_seconds is 0; it must be a finite number greater than 0."),
-        ({"function": "json:loads", "start_seconds": "1"}, "function.start_seconds is '1'; it must be a finite number"),
+        (
+            {"function": "nowhere/mine.py:score"},
+            "There is no file nowhere/mine.py, the source of a reward function.",
+        ),
+        (
+            {"function": "json:loads", "timeout_seconds": 0},
+            "function.timeout_seconds is 0; it must be a finite number greater than 0.",
+        ),
+        (
+            {"function": "json:loads", "start_seconds": "1"},
+            "function.start_seconds is '1'; it must be a finite number",
+        ),
     ],
 )
 def test_wrong_settings(settings, expected):

@@ -27,7 +27,11 @@ from tests.xla import xla_flags
 ROOT = pathlib.Path(__file__).parents[2]
 # For two processes to end, on a machine that does other things too.
 PATIENCE = 300
-EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "node0:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
 
 
 # Settings.
@@ -36,14 +40,21 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "
 def test_without_settings_there_is_one_process():
     assert hosts.read_settings({}) is None
     assert hosts.read_settings(dict.fromkeys((*EXPLICIT, "PERL_JAX_HOSTS"), "")) is None
-    assert hosts.read_settings({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    assert (
+        hosts.read_settings({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    )
 
 
 def test_settings_of_several_processes():
     assert hosts.read_settings(EXPLICIT) == Settings("node0:1234", 4, 3, 60, 60)
-    assert hosts.read_settings({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "[::1]:80"}).address == "[::1]:80"
+    assert (
+        hosts.read_settings({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "[::1]:80"}).address
+        == "[::1]:80"
+    )
     seconds = {"PERL_JAX_CONNECT_SECONDS": "7", "PERL_JAX_HEARTBEAT_SECONDS": "9"}
-    assert hosts.read_settings({"PERL_JAX_HOSTS": "auto", **seconds}) == Settings(None, None, None, 7, 9)
+    assert hosts.read_settings({"PERL_JAX_HOSTS": "auto", **seconds}) == Settings(
+        None, None, None, 7, 9
+    )
     assert hosts.read_settings({**EXPLICIT, **seconds}) == Settings("node0:1234", 4, 3, 7, 9)
 
 
@@ -51,15 +62,40 @@ def test_settings_of_several_processes():
     ("change", "message"),
     [
         ({"PERL_JAX_HOSTS": "yes"}, "PERL_JAX_HOSTS is 'yes'; it must be auto"),
-        ({"JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES without JAX_PROCESS_ID: several processes need all three"),
-        ({"JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES, JAX_PROCESS_ID: "),
-        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES is '0'; it must be a whole number at least 1."),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number at least 1."),
+        (
+            {"JAX_PROCESS_ID": ""},
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES without JAX_PROCESS_ID: several processes "
+            "need all three",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": ""},
+            "JAX_COORDINATOR_ADDRESS without JAX_NUM_PROCESSES, JAX_PROCESS_ID: ",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "0"},
+            "JAX_NUM_PROCESSES is '0'; it must be a whole number at least 1.",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "two"},
+            "JAX_NUM_PROCESSES is 'two'; it must be a whole number at least 1.",
+        ),
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID is '4'; it must be a whole number from 0 to 3."),
-        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'; it must be a whole number from 0 to 3."),
-        ({"JAX_COORDINATOR_ADDRESS": "node0"}, "JAX_COORDINATOR_ADDRESS is 'node0'; it must be process 0's host:port."),
-        ({"JAX_COORDINATOR_ADDRESS": "node0:70000"}, "JAX_COORDINATOR_ADDRESS is 'node0:70000'; it must be"),
-        ({"PERL_JAX_HEARTBEAT_SECONDS": "0"}, "PERL_JAX_HEARTBEAT_SECONDS is '0'; it must be a whole number at least 1."),
+        (
+            {"JAX_PROCESS_ID": "-1"},
+            "JAX_PROCESS_ID is '-1'; it must be a whole number from 0 to 3.",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "node0"},
+            "JAX_COORDINATOR_ADDRESS is 'node0'; it must be process 0's host:port.",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "node0:70000"},
+            "JAX_COORDINATOR_ADDRESS is 'node0:70000'; it must be",
+        ),
+        (
+            {"PERL_JAX_HEARTBEAT_SECONDS": "0"},
+            "PERL_JAX_HEARTBEAT_SECONDS is '0'; it must be a whole number at least 1.",
+        ),
     ],
 )
 def test_wrong_settings_are_named(change, message):
@@ -72,9 +108,14 @@ def test_commands_of_one_process_refuse_to_be_several(capsys, monkeypatch):
     for name, value in EXPLICIT.items():
         monkeypatch.setenv(name, value)
     connected = []
-    monkeypatch.setattr(hosts, "connect", lambda name, settings: connected.append(settings) or 1 / 0)
+    monkeypatch.setattr(
+        hosts, "connect", lambda name, settings: connected.append(settings) or 1 / 0
+    )
     assert command.main(["show", "folder"]) == 2
-    said = "perl-jax show: show runs in one process; unset PERL_JAX_HOSTS and JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID for it.\n"
+    said = (
+        "perl-jax show: show runs in one process; unset PERL_JAX_HOSTS and "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID for it.\n"
+    )
     assert capsys.readouterr().err == said and not connected
     # One that can be several comes as far as connecting.
     with pytest.raises(ZeroDivisionError):
@@ -84,7 +125,16 @@ def test_commands_of_one_process_refuse_to_be_several(capsys, monkeypatch):
 
 def test_every_command_is_said_to_be_for_one_or_for_several():
     assert set(command.TOGETHER) <= set(command.COMMANDS)
-    assert set(command.COMMANDS) - set(command.TOGETHER) == {"generate", "score", "report", "export", "import", "average", "show", "plan"}
+    assert set(command.COMMANDS) - set(command.TOGETHER) == {
+        "generate",
+        "score",
+        "report",
+        "export",
+        "import",
+        "average",
+        "show",
+        "plan",
+    }
 
 
 # Shares of a batch.
@@ -104,7 +154,10 @@ class Place:
     def devices_indices_map(self, shape):
         width = shape[0] // (max(self.rows) + 1)
         device = lambda process: type("Device", (), {"process_index": process})()
-        return {device(process): (slice(row * width, (row + 1) * width),) for row, process in zip(self.rows, self.processes)}
+        return {
+            device(process): (slice(row * width, (row + 1) * width),)
+            for row, process in zip(self.rows, self.processes)
+        }
 
 
 @pytest.fixture
@@ -125,11 +178,19 @@ def process(monkeypatch):
     [
         # Two hosts of four devices: rows over all; over pairs of devices; over hosts.
         (range(8), (0, 0, 0, 0, 1, 1, 1, 1), {0: Share(0, 2, (0, 1)), 1: Share(1, 2, (0, 1))}),
-        ((0, 0, 1, 1, 2, 2, 3, 3), (0, 0, 0, 0, 1, 1, 1, 1), {0: Share(0, 2, (0, 1)), 1: Share(1, 2, (0, 1))}),
+        (
+            (0, 0, 1, 1, 2, 2, 3, 3),
+            (0, 0, 0, 0, 1, 1, 1, 1),
+            {0: Share(0, 2, (0, 1)), 1: Share(1, 2, (0, 1))},
+        ),
         # A row on every device of both.
         ((0,) * 8, (0, 0, 0, 0, 1, 1, 1, 1), {0: Share(0, 1, (0,)), 1: Share(0, 1, (0,))}),
         # Four hosts of two devices, a row spread over two hosts.
-        ((0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), {1: Share(0, 2, (0, 2)), 2: Share(1, 2, (0, 2)), 3: Share(1, 2, (0, 2))}),
+        (
+            (0, 0, 0, 0, 1, 1, 1, 1),
+            (0, 0, 1, 1, 2, 2, 3, 3),
+            {1: Share(0, 2, (0, 2)), 2: Share(1, 2, (0, 2)), 3: Share(1, 2, (0, 2))},
+        ),
         # Hosts in another order than their parts.
         (range(4), (1, 1, 0, 0), {0: Share(1, 2, (1, 0)), 1: Share(0, 2, (1, 0))}),
     ],
@@ -141,10 +202,15 @@ def test_shares(rows, processes, expected, process):
         assert found.leads == (index in found.leaders)
 
 
-@pytest.mark.parametrize(("rows", "processes"), [(range(4), (0, 1, 0, 1)), (range(4), (0, 0, 0, 1)), ((0, 0, 1, 1), (0, 1, 1, 1))])
+@pytest.mark.parametrize(
+    ("rows", "processes"),
+    [(range(4), (0, 1, 0, 1)), (range(4), (0, 0, 0, 1)), ((0, 0, 1, 1), (0, 1, 1, 1))],
+)
 def test_rows_that_are_not_one_run_a_process_are_refused(rows, processes, process):
     process(0)
-    with pytest.raises(UserError, match="The mesh does not give every process one run of a batch's rows"):
+    with pytest.raises(
+        UserError, match="The mesh does not give every process one run of a batch's rows"
+    ):
         hosts.share(Place(tuple(rows), processes))
 
 
@@ -177,7 +243,10 @@ def test_alone_everything_is_as_it_was():
 def test_one_of_several_that_was_not_told_is_stopped(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     hosts.share.cache_clear()
-    with pytest.raises(UserError, match="This process is one of 4 on these devices; set PERL_JAX_HOSTS=auto on all of them."):
+    with pytest.raises(
+        UserError,
+        match="This process is one of 4 on these devices; set PERL_JAX_HOSTS=auto on all of them.",
+    ):
         hosts.share(sharding.batch_sharding(sharding.make_mesh(sharding.MeshConfig())))
     hosts.share.cache_clear()
 
@@ -204,7 +273,9 @@ def two_processes() -> None:
     index, mesh = jax.process_index(), sharding.make_mesh(sharding.MeshConfig(fsdp=2))
     assert jax.device_count() == 4 and hosts.several() and hosts.is_writer() == (index == 0)
     exact = np.array([1 / 3, -0.0, np.nan, np.pi]) * (1 + index)
-    np.testing.assert_array_equal(hosts.every(exact), np.array([1 / 3, -0.0, np.nan, np.pi]) * np.array([[1], [2]]))
+    np.testing.assert_array_equal(
+        hosts.every(exact), np.array([1 / 3, -0.0, np.nan, np.pi]) * np.array([[1], [2]])
+    )
     np.testing.assert_array_equal(hosts.every(np.asarray(2**60 + index)), [[2**60], [2**60 + 1]])
     assert hosts.anyone(index == 1) and not hosts.anyone(False)
     assert hosts.agreed(index == 0) and not hosts.agreed(index == 1)
@@ -226,19 +297,32 @@ def two_processes() -> None:
 
 
 def damaged_checkpoints() -> None:
-    """Two processes with two devices each, and three checkpoints of weights that all four devices share.
+    """Two processes with two devices each, and three checkpoints of weights that all four devices
+    share.
 
-    Of step 5 process 1 alone cannot read its part; of step 4 the data cursor is another; step 3 is whole.
+    Of step 5 process 1 alone cannot read its part; of step 4 the data cursor is another; step 3 is
+    whole.
     """
     hosts.connect("test", hosts.read_settings(os.environ))
     folder, mesh = pathlib.Path(sys.argv[2]), sharding.make_mesh(sharding.MeshConfig(fsdp=4))
     whole, parts = sharding.replicated(mesh), jax.NamedSharding(mesh, jax.P("fsdp"))
-    place = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    place = lambda array, sharding: jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
     kernel = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
 
     def state(step: int) -> TrainState:
-        roles = {"policy": Adapter(weights={"kernel": place(kernel + step, parts), "scale": place(kernel[0] + step, whole)})}
-        return TrainState(place(np.int32(step), whole), roles, {}, {}, place(np.zeros(2, np.uint32), whole))
+        roles = {
+            "policy": Adapter(
+                weights={
+                    "kernel": place(kernel + step, parts),
+                    "scale": place(kernel[0] + step, whole),
+                }
+            )
+        }
+        return TrainState(
+            place(np.int32(step), whole), roles, {}, {}, place(np.zeros(2, np.uint32), whole)
+        )
 
     checkpoints = Checkpoints(folder, keep=3)
     for step in (3, 4, 5):
@@ -246,13 +330,19 @@ def damaged_checkpoints() -> None:
     checkpoints.close()
     if hosts.is_writer():
         (folder / "4" / "host" / "metadata").write_text('{"cursor": 9}')
-        written = [path for path in (folder / "5" / "state" / "ocdbt.process_1" / "d").iterdir() if path.stat().st_size > kernel.nbytes // 4]
+        written = [
+            path
+            for path in (folder / "5" / "state" / "ocdbt.process_1" / "d").iterdir()
+            if path.stat().st_size > kernel.nbytes // 4
+        ]
         assert written
         for path in written:
             path.unlink()
     hosts.barrier("damaged")
     again = Checkpoints(folder, keep=3)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0)
+    )
     found, host = again.restore_newest(abstract)
     assert int(found.step) == 3 and host == {"cursor": 3}
     np.testing.assert_array_equal(hosts.whole(found.roles["policy"].weights["kernel"]), kernel + 3)
@@ -267,7 +357,12 @@ def damaged_checkpoints() -> None:
 def slurm(index: int) -> dict[str, str]:
     """What Slurm says to each of two tasks of a step."""
     own = {"SLURM_PROCID": index, "SLURM_LOCALID": index}
-    step = {"SLURM_JOB_ID": 7, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_STEP_NUM_NODES": 1}
+    step = {
+        "SLURM_JOB_ID": 7,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": 2,
+        "SLURM_STEP_NUM_NODES": 1,
+    }
     return {name: str(value) for name, value in {**own, **step}.items()}
 
 
@@ -280,11 +375,21 @@ def run_two(part: Callable[[], None], folder: pathlib.Path, cluster: str = "expl
     processes, printed = [], []
     try:
         for index in range(2):
-            explicit = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-            chosen = explicit if cluster == "explicit" else {"PERL_JAX_HOSTS": "auto", "JAX_COORDINATOR_PORT": port, **slurm(index)}
+            explicit = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+            }
+            chosen = (
+                explicit
+                if cluster == "explicit"
+                else {"PERL_JAX_HOSTS": "auto", "JAX_COORDINATOR_PORT": port, **slurm(index)}
+            )
             line = [sys.executable, "-m", "tests.runtime.test_hosts", part.__name__, str(folder)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            processes.append(subprocess.Popen(line, cwd=ROOT, env={**os.environ, **flags, **chosen}, **pipes))
+            processes.append(
+                subprocess.Popen(line, cwd=ROOT, env={**os.environ, **flags, **chosen}, **pipes)
+            )
         for process in processes:
             printed.append(process.communicate(timeout=PATIENCE)[0])
             assert process.returncode == 0, printed[-1][-3000:]
@@ -295,7 +400,9 @@ def run_two(part: Callable[[], None], folder: pathlib.Path, cluster: str = "expl
     return printed
 
 
-@pytest.mark.parametrize("cluster", [pytest.param("explicit"), pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cluster", [pytest.param("explicit"), pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_two_processes_meet(cluster, tmp_path):
     run_two(two_processes, tmp_path / "made", cluster)
 
@@ -305,9 +412,15 @@ def test_two_processes_go_on_from_the_same_whole_checkpoint(tmp_path):
     """One alone cannot read the newest; that of both is what both leave, and one says so."""
     first, second = run_two(damaged_checkpoints, tmp_path / "checkpoints")
     said = [line for line in first.splitlines() if "It is removed" in line]
-    assert [line.partition(" in ")[0] for line in said] == ["The checkpoint of step 5", "The checkpoint of step 4"]
+    assert [line.partition(" in ")[0] for line in said] == [
+        "The checkpoint of step 5",
+        "The checkpoint of step 4",
+    ]
     assert "(another process cannot read its part)" in said[0] and "(its data cursor)" in said[1]
-    assert all(line.endswith("and the run goes on from step 3.") for line in said) and "It is removed" not in second
+    assert (
+        all(line.endswith("and the run goes on from step 3.") for line in said)
+        and "It is removed" not in second
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ EMPTY_BT = np.zeros_like(MASK_BT)
 @pytest.fixture(params=["eager", "jit"])
 def run(request):
     """Calls a function of arrays as it is, or compiled."""
-    return (lambda f, *arrays: f(*arrays)) if request.param == "eager" else (
-        lambda f, *arrays: jax.jit(f)(*arrays)
+    return (
+        (lambda f, *arrays: f(*arrays))
+        if request.param == "eager"
+        else (lambda f, *arrays: jax.jit(f)(*arrays))
     )
 
 

@@ -1,4 +1,6 @@
-"""Float32 means float32: what each product of a float32 model says of its precision, and that bfloat16 ones say nothing."""
+"""Float32 means float32: what each product of a float32 model says of its precision, and that
+bfloat16 ones say nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,29 @@ def precisions(function, *arguments) -> set[tuple[str, bool]]:
             continue
         stated = equation.params["precision"]
         assert stated in (None, (HIGHEST, HIGHEST))
-        found.add((str(jnp.result_type(*(variable.aval for variable in equation.invars))), stated is not None))
+        found.add(
+            (
+                str(jnp.result_type(*(variable.aval for variable in equation.invars))),
+                stated is not None,
+            )
+        )
     return found
 
 
 def model(dtype: str, attention: str = "plain") -> LanguageModel:
-    return LanguageModel(dataclasses.replace(small.CONFIG, dtype=dtype, param_dtype=dtype, attention=attention))
+    return LanguageModel(
+        dataclasses.replace(small.CONFIG, dtype=dtype, param_dtype=dtype, attention=attention)
+    )
 
 
 def shapes(lm: LanguageModel, lora: LoRAConfig = small.LORA, *, head: bool) -> tuple:
     base = lm.abstract_base()
     pairs = lm.abstract_lora(lora)
-    return base, Adapter(lora=pairs, head=jax.eval_shape(lambda: lora_lib.init_head(None, lm.config.width)) if head else None, config=lora)
+    return base, Adapter(
+        lora=pairs,
+        head=jax.eval_shape(lambda: lora_lib.init_head(None, lm.config.width)) if head else None,
+        config=lora,
+    )
 
 
 def loss(lm, adapter, base, tokens: Tokens):
@@ -56,19 +69,24 @@ def step(lm, parts, base, adapter, tokens: Tokens):
     return lm.decode(base, adapter, tokens.tokens_BT[:, 0], cache)[0]
 
 
-@pytest.mark.parametrize(("dtype", "found"), [("float32", {("float32", True)}), ("bfloat16", {("bfloat16", False)})])
+@pytest.mark.parametrize(
+    ("dtype", "found"), [("float32", {("float32", True)}), ("bfloat16", {("bfloat16", False)})]
+)
 @pytest.mark.parametrize("attention", ["plain", "blocked"])
 def test_every_product_of_a_model_states_its_precision(dtype, found, attention):
     lm = model(dtype, attention)
     base, adapter = shapes(lm, head=False)
     assert precisions(functools.partial(loss, lm), adapter, base, TOKENS) == found
     backward = precisions(jax.grad(functools.partial(loss, lm)), adapter, base, TOKENS)
-    # In a bfloat16 model's backward pass float32 sums meet bfloat16 numbers: nothing is forced there either.
+    # In a bfloat16 model's backward pass float32 sums meet bfloat16 numbers: nothing is forced
+    # there either.
     assert backward == found or dtype == "bfloat16" and not any(highest for _, highest in backward)
     if attention == "plain":
         for parts in (False, True):
             assert precisions(functools.partial(step, lm, parts), base, adapter, TOKENS) == found
-    scored = precisions(lambda *a: lm.score(*a, TOKENS.tokens_BT, TOKENS.valid_BT), *shapes(lm, head=True))
+    scored = precisions(
+        lambda *a: lm.score(*a, TOKENS.tokens_BT, TOKENS.valid_BT), *shapes(lm, head=True)
+    )
     # The scalar head is float32 in every model.
     assert scored == found | {("float32", True)}
 
@@ -80,15 +98,28 @@ def test_merging_and_norms_are_float32(dtype):
     assert precisions(lora_lib.merge, base, adapter) == {("float32", True)}
     adapted = precisions(functools.partial(loss, lm), adapter, base, TOKENS)
     # The norms of W + s A B, and the rest of the model.
-    assert adapted == {("float32", True)} | ({("bfloat16", False)} if dtype == "bfloat16" else set())
+    assert adapted == {("float32", True)} | (
+        {("bfloat16", False)} if dtype == "bfloat16" else set()
+    )
 
 
-@pytest.mark.parametrize(("dtype", "found"), [("float32", {("float32", True)}), ("bfloat16", {("bfloat16", False), ("float32", False)})])
+@pytest.mark.parametrize(
+    ("dtype", "found"),
+    [("float32", {("float32", True)}), ("bfloat16", {("bfloat16", False), ("float32", False)})],
+)
 def test_products_inside_the_kernel_for_tpus(dtype, found):
-    total = lambda *qkv: jnp.sum(kernels.splash(*qkv, jnp.ones((1, 5), bool), window=None, scale=1.0, cap=2.0, mesh=None, interpret=True).astype(jnp.float32))
+    total = lambda *qkv: jnp.sum(
+        kernels.splash(
+            *qkv, jnp.ones((1, 5), bool), window=None, scale=1.0, cap=2.0, mesh=None, interpret=True
+        ).astype(jnp.float32)
+    )
     q = jax.ShapeDtypeStruct((1, 5, 2, 8), dtype)
     stated = precisions(jax.grad(total, argnums=(0, 1, 2)), q, q, q)
-    assert stated == found if dtype == "float32" else stated and not any(highest for _, highest in stated)
+    assert (
+        stated == found
+        if dtype == "float32"
+        else stated and not any(highest for _, highest in stated)
+    )
 
 
 @pytest.mark.slow
@@ -98,7 +129,9 @@ def test_on_this_platform_the_numbers_are_the_same_bit_for_bit(monkeypatch):
 
     def found():
         jax.clear_caches()
-        forward = jax.jit(lambda *a: small.LM.logits(*a, TOKENS.tokens_BT, TOKENS.valid_BT))(base, adapter)
+        forward = jax.jit(lambda *a: small.LM.logits(*a, TOKENS.tokens_BT, TOKENS.valid_BT))(
+            base, adapter
+        )
         return forward, jax.jit(jax.grad(functools.partial(loss, small.LM)))(adapter, base, TOKENS)
 
     stated = found()

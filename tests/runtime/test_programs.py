@@ -34,8 +34,12 @@ def test_one_compilation_a_shape():
     assert program.compilations == 4
 
 
-@pytest.mark.parametrize(("backend", "devices", "ends"), [("cpu", 8, 1), ("cpu", 1, 0), ("tpu", 8, 0)])
-def test_on_several_cpu_devices_a_program_ends_before_the_next_begins(backend, devices, ends, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "devices", "ends"), [("cpu", 8, 1), ("cpu", 1, 0), ("tpu", 8, 0)]
+)
+def test_on_several_cpu_devices_a_program_ends_before_the_next_begins(
+    backend, devices, ends, monkeypatch
+):
     waited = []
     program = Program("one", lambda x: x + 1)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -89,7 +93,10 @@ def test_donated_arguments_are_taken_over_and_others_are_not():
 def test_outputs_go_where_they_are_told():
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
-    whole = jax.device_put(np.arange(16.0, dtype=np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    whole = jax.device_put(
+        np.arange(16.0, dtype=np.float32),
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )
     result = Program("spread", lambda x: x + 1, out_shardings=place)(whole)
     assert result.sharding == place
     np.testing.assert_array_equal(result, np.arange(16) + 1)
@@ -105,11 +112,14 @@ def test_compiler_options_reach_the_compiler():
 def test_freed_memory_goes_back_to_the_system():
     libc, size, number = ctypes.CDLL(None), 2**16, 2000
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: (
+        int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    )
     pieces = [libc.malloc(ctypes.c_size_t(size)) for _ in range(number)]
     for piece in pieces:
         ctypes.memset(piece, 1, size)
-    # The last one stays: what is freed below it is not the end of the heap, which would go back by itself.
+    # The last one stays: what is freed below it is not the end of the heap, which would go back by
+    # itself.
     for piece in pieces[:-1]:
         libc.free(piece)
     before = resident()

@@ -36,7 +36,10 @@ MESHES = {
     "fsdp and tensor": (MeshConfig(data=1, fsdp=4, tensor=2), DEVICES),
     "all three": (MeshConfig(data=2, fsdp=2, tensor=2), DEVICES),
     "four": (MeshConfig(data=2, fsdp=2), DEVICES[:4]),
-    "permuted": (MeshConfig(data=2, fsdp=2, tensor=2), [DEVICES[i] for i in (3, 0, 6, 1, 7, 4, 2, 5)]),
+    "permuted": (
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        [DEVICES[i] for i in (3, 0, 6, 1, 7, 4, 2, 5)],
+    ),
 }
 slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
 # float32: a device adds its own part first, so sums differ in their last bits, about 1e-7 of the
@@ -76,7 +79,9 @@ def test_two_dimensions_cannot_have_one_mesh_axis():
     with pytest.raises(ValueError, match="map two dimensions to one mesh axis"):
         sharding.partition(("heads", "mlp"), (8, 8), mesh(2, 2, 2))
     # One of the two is not divided, so that only one is split.
-    assert sharding.partition(("heads", "mlp"), (8, 7), mesh(2, 2, 2)) == PartitionSpec("tensor", None)
+    assert sharding.partition(("heads", "mlp"), (8, 7), mesh(2, 2, 2)) == PartitionSpec(
+        "tensor", None
+    )
 
 
 def test_unknown_axis_is_an_error():
@@ -106,7 +111,10 @@ def test_every_leaf_of_the_base_has_a_place():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": 0}, "mesh.data is 0; it must be greater than 0, or -1 for all remaining devices."),
+        (
+            {"data": 0},
+            "mesh.data is 0; it must be greater than 0, or -1 for all remaining devices.",
+        ),
         ({"fsdp": 0}, "mesh.fsdp is 0; it must be a finite number greater than 0."),
         ({"tensor": -1}, "mesh.tensor is -1"),
     ],
@@ -136,13 +144,18 @@ def test_a_batch_is_split_over_rows():
     for leaf in jax.tree.leaves(placed):
         assert leaf.sharding.spec == PartitionSpec(("data", "fsdp"))
         # Two rows on a device, the two devices of the tensor axis holding the same ones.
-        starts = [(shard.index[0].start or 0, shard.data.shape[0]) for shard in leaf.addressable_shards]
+        starts = [
+            (shard.index[0].start or 0, shard.data.shape[0]) for shard in leaf.addressable_shards
+        ]
         assert sorted(starts) == sorted([(row, 2) for row in (0, 2, 4, 6)] * 2)
 
 
 def test_rows_that_do_not_divide_are_refused():
     batch = jax.tree.map(lambda leaf: leaf[:6], small.make_tokens())
-    message = "A batch of 6 rows does not divide over the mesh's data x fsdp = 4 parts; change batch_size or mesh."
+    message = (
+        "A batch of 6 rows does not divide over the mesh's data x fsdp = 4 parts; change "
+        "batch_size or mesh."
+    )
     with pytest.raises(UserError) as error:
         sharding.put_batch(batch, mesh(2, 2, 2))
     assert str(error.value) == message
@@ -161,7 +174,11 @@ def test_full_weights_and_their_moments_are_placed_like_the_base(name):
     state = model.place(init_state({"policy": role}, optimizers, jax.random.key(0)))
     seen = {leaf: 0 for leaf in model.lm.base_shardings()}
     for path, leaf in trees.named_leaves(state).items():
-        mirrored = [n for n, w in trees.named_leaves(model.base).items() if path.endswith("weights/" + n) and w.shape == leaf.shape]
+        mirrored = [
+            n
+            for n, w in trees.named_leaves(model.base).items()
+            if path.endswith("weights/" + n) and w.shape == leaf.shape
+        ]
         if mirrored:
             seen[mirrored[0]] += 1
             assert leaf.sharding == model.lm.base_shardings()[mirrored[0]], path
@@ -176,8 +193,13 @@ def test_full_weights_and_their_moments_are_placed_like_the_base(name):
 def test_adapters_are_replicated():
     model = placed_model(LM, BASE, *MESHES["all three"])
     optimizers = {"policy": make_optimizer(OPTIMIZER, 10)}
-    state = model.place(init_state({"policy": small.make_adapter(LM)}, optimizers, jax.random.key(0)))
-    assert all(leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state))
+    state = model.place(
+        init_state({"policy": small.make_adapter(LM)}, optimizers, jax.random.key(0))
+    )
+    assert all(
+        leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 8
+        for leaf in jax.tree.leaves(state)
+    )
 
 
 # One update, on one device and on eight.
@@ -189,16 +211,26 @@ def supervised(objective: str, tuning: str, where: str | None) -> tuple[Any, dic
     chosen, rejected = small.make_tokens(), small.make_tokens(small.ROWS[::-1], seed=5)
     name, function, batch = {
         "sft": ("policy", supervised_lib.sft_objective, chosen),
-        "pairwise": ("reward", supervised_lib.pairwise_objective, Pairs(chosen, rejected, np.ones(8, np.float32))),
+        "pairwise": (
+            "reward",
+            supervised_lib.pairwise_objective,
+            Pairs(chosen, rejected, np.ones(8, np.float32)),
+        ),
     }[objective]
-    config = SFTConfig(run="-", model="-", tuning=tuning, batch_size=8, optimizer=OPTIMIZER, microbatches=2)
+    config = SFTConfig(
+        run="-", model="-", tuning=tuning, batch_size=8, optimizer=OPTIMIZER, microbatches=2
+    )
     role = small.make_adapter(LM) if tuning == "lora" else small.make_full(BASE, LM)
     optimizers = {name: make_optimizer(config.optimizer, 10, tuning)}
     state = initial_state(model, config, {name: role}, optimizers)
-    update = functools.partial(step.train_step, functools.partial(function, LM), optimizers, config.microbatches)
+    update = functools.partial(
+        step.train_step, functools.partial(function, LM), optimizers, config.microbatches
+    )
     program = step_program(model, update, state)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    state, metrics = program(state, None if tuning == "full" else model.base, sharding.put_batch(batch, model.mesh))
+    state, metrics = program(
+        state, None if tuning == "full" else model.base, sharding.put_batch(batch, model.mesh)
+    )
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
     return jax.device_get(state), jax.device_get(metrics)
 
@@ -212,12 +244,23 @@ def assert_near(left: Any, right: Any, least: float = 1e-3) -> None:
     """Every leaf, relative to the size of its largest number (or `least`, if that is larger)."""
     for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right), strict=True):
         scale = max(float(np.abs(b).max()), least)
-        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=0, atol=TOLERANCE * scale, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64),
+            np.asarray(b, np.float64),
+            rtol=0,
+            atol=TOLERANCE * scale,
+            err_msg=name,
+        )
 
 
 def supervised_cases() -> list:
     quick = {("sft", "full", "all three")}
-    cases = [(objective, tuning, where) for objective in ("sft", "pairwise") for tuning in ("lora", "full") for where in MESHES]
+    cases = [
+        (objective, tuning, where)
+        for objective in ("sft", "pairwise")
+        for tuning in ("lora", "full")
+        for where in MESHES
+    ]
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
@@ -235,8 +278,12 @@ def test_supervised_update_is_the_same_on_any_mesh(objective, tuning, where):
 def reinforce_update(where: str | None) -> tuple[Any, dict, Any]:
     """Samples, scores and learns once; also returns the rollout."""
     model = placed_model(LM, BASE, *([] if where is None else MESHES[where]))
-    config = rl_config(temperature=1.0, shaping=ShapingConfig(missing_eos_penalty=0.5), microbatches=2)
-    run = Rehearsal(model, small.make_adapter(LM, head=False), small.make_adapter(LM, seed=7), config)
+    config = rl_config(
+        temperature=1.0, shaping=ShapingConfig(missing_eos_penalty=0.5), microbatches=2
+    )
+    run = Rehearsal(
+        model, small.make_adapter(LM, head=False), small.make_adapter(LM, seed=7), config
+    )
     # The programs are replaced on this one object, so that the rollout can be looked at.
     kept, sample = [], run.programs.sample
     run.programs.sample = lambda *arguments: kept.append(sample(*arguments)) or kept[0]
@@ -249,9 +296,15 @@ def reinforce_on_one_device() -> tuple[Any, dict, Any]:
     return reinforce_update(None)
 
 
-@pytest.mark.parametrize("where", [slow("data"), slow("fsdp and tensor"), slow("permuted"), slow("all three"), slow("four")])
+@pytest.mark.parametrize(
+    "where",
+    [slow("data"), slow("fsdp and tensor"), slow("permuted"), slow("all three"), slow("four")],
+)
 def test_reinforce_update_is_the_same_on_any_mesh(where):
-    (state, metrics, rollout), (expected, expected_metrics, expected_rollout) = reinforce_update(where), reinforce_on_one_device()
+    (state, metrics, rollout), (expected, expected_metrics, expected_rollout) = (
+        reinforce_update(where),
+        reinforce_on_one_device(),
+    )
     # The draws are functions of the key and the row alone. Logits differ by rounding, about 1e-6,
     # and would change a token only where two sums of logit and noise are as close as that.
     small.assert_same(rollout.sequences, expected_rollout.sequences)
@@ -261,13 +314,17 @@ def test_reinforce_update_is_the_same_on_any_mesh(where):
     # These two are rounding itself: ratios of numbers that are equal but for it.
     metrics, expected_metrics = dict(metrics), dict(expected_metrics)
     for values in (metrics, expected_metrics):
-        assert values.pop("policy/ratio_deviation") < 1e-5 and abs(values.pop("sampler/mismatch") - 1) < 1e-5
+        assert (
+            values.pop("policy/ratio_deviation") < 1e-5
+            and abs(values.pop("sampler/mismatch") - 1) < 1e-5
+        )
     assert_near(metrics, expected_metrics, least=1.0)
     assert_near(state.roles, expected.roles)
 
 
 def test_programs_follow_their_arguments_to_another_mesh():
-    # One program, two meshes: arrays of the second are not forced into what was compiled for the first.
+    # One program, two meshes: arrays of the second are not forced into what was compiled for the
+    # first.
     program = Program("double", lambda x: 2 * x)
     for made in (mesh(8, 1, 1), mesh(1, 4, 2)):
         for _ in range(2):

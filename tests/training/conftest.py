@@ -18,7 +18,9 @@ from tests.training import tiny
 def one_device() -> Iterator[None]:
     """The jobs' mesh, left to itself, would fill the eight devices that tests have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        patch.setattr(
+            sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        )
         yield
 
 
@@ -36,7 +38,9 @@ def compiled_by_jobs() -> Compiled:
 
 
 @pytest.fixture(scope="package")
-def jobs(base: str, compiled_by_jobs: Compiled, tmp_path_factory: pytest.TempPathFactory) -> tiny.Jobs:
+def jobs(
+    base: str, compiled_by_jobs: Compiled, tmp_path_factory: pytest.TempPathFactory
+) -> tiny.Jobs:
     """SFT, a pairwise reward, RL and evaluation with adapters, one after the other."""
     with compiled_by_jobs:
         return tiny.run_jobs(tmp_path_factory.mktemp("lora"), base, "lora")

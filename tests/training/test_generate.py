@@ -29,7 +29,10 @@ def model(base):
 def texts() -> list[dict[str, str]]:
     """Prompts and responses of many lengths, in the words of the task."""
     source = "add 2 large latte oat ; add 1 small tea none ; here".split()
-    return [{"prompt": " ".join(source[:n]), "response": " ".join(source[-m:])} for n, m in ((1, 1), (3, 5), (8, 2), (2, 9), (11, 4))]
+    return [
+        {"prompt": " ".join(source[:n]), "response": " ".join(source[-m:])}
+        for n, m in ((1, 1), (3, 5), (8, 2), (2, 9), (11, 4))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +43,57 @@ def file(texts, tmp_path_factory) -> pathlib.Path:
 
 
 def config(base: str, file: pathlib.Path, **fields) -> ScoreConfig:
-    return ScoreConfig(**{"model": base, "input": str(file), "batch_size": 4, "max_prompt_length": 24, "max_response_length": 24, **fields})
+    return ScoreConfig(
+        **{
+            "model": base,
+            "input": str(file),
+            "batch_size": 4,
+            "max_prompt_length": 24,
+            "max_response_length": 24,
+            **fields,
+        }
+    )
 
 
 def one_row(model, row: dict[str, str]) -> tuple[Tokens, int]:
     """A row alone, without padding, and where its response begins."""
     prompt = model.tokenizer.prompt_ids(row["prompt"])
     ids = np.asarray([prompt + model.tokenizer.response_ids(row["response"])], np.int32)
-    return Tokens(ids, np.ones_like(ids, bool), np.arange(ids.shape[1])[None] >= len(prompt)), len(prompt)
+    return Tokens(ids, np.ones_like(ids, bool), np.arange(ids.shape[1])[None] >= len(prompt)), len(
+        prompt
+    )
 
 
 def expected_logprobs(model, adapter, row: dict[str, str], temperature: float) -> np.ndarray:
     tokens, start = one_row(model, row)
-    logits_TV = np.asarray(small.logits(model.lm, model.base, adapter, tokens), np.float64)[0] / temperature
+    logits_TV = (
+        np.asarray(small.logits(model.lm, model.base, adapter, tokens), np.float64)[0] / temperature
+    )
     logp_TV = logits_TV - np.log(np.sum(np.exp(logits_TV), axis=-1, keepdims=True))
-    return np.asarray([logp_TV[t - 1, tokens.tokens_BT[0, t]] for t in range(start, tokens.tokens_BT.shape[1])])
+    return np.asarray(
+        [logp_TV[t - 1, tokens.tokens_BT[0, t]] for t in range(start, tokens.tokens_BT.shape[1])]
+    )
 
 
-@pytest.mark.parametrize("role", ["base", "reward", *(pytest.param(role, marks=pytest.mark.slow) for role in ("policy", "value"))])
+@pytest.mark.parametrize(
+    "role",
+    [
+        "base",
+        "reward",
+        *(pytest.param(role, marks=pytest.mark.slow) for role in ("policy", "value")),
+    ],
+)
 def test_scores_are_those_of_a_row_alone(role, jobs, model, texts, file):
-    folder = {"base": None, "policy": jobs.tuned, "reward": jobs.reward, "value": jobs.tuned.with_name("value")}[role]
+    folder = {
+        "base": None,
+        "policy": jobs.tuned,
+        "reward": jobs.reward,
+        "value": jobs.tuned.with_name("value"),
+    }[role]
     adapter, record = (None, None) if folder is None else tiny.load(folder, model)
-    rows = score(config(jobs.base, file, adapter=None if folder is None else str(folder), temperature=0.5))
+    rows = score(
+        config(jobs.base, file, adapter=None if folder is None else str(folder), temperature=0.5)
+    )
     assert [{name: row[name] for name in ("prompt", "response")} for row in rows] == texts
     for row in rows:
         expected = expected_logprobs(model, adapter, row, 0.5)
@@ -79,7 +111,9 @@ def test_scores_are_those_of_a_row_alone(role, jobs, model, texts, file):
 
 def test_scores_do_not_depend_on_the_batch(jobs, file):
     # A row beside others is padded to their length, in a batch filled up with rows of nothing.
-    alone, together = (score(config(jobs.base, file, adapter=str(jobs.reward), batch_size=size)) for size in (1, 4))
+    alone, together = (
+        score(config(jobs.base, file, adapter=str(jobs.reward), batch_size=size)) for size in (1, 4)
+    )
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(a["token_logprobs"], b["token_logprobs"], atol=1e-6)
         # The score is divided by the reference's standard deviation.
@@ -91,14 +125,22 @@ def test_scored_rows_are_written_or_printed(jobs, file, tmp_path, capsys):
     printed = capsys.readouterr().out
     run_score(config(jobs.base, file, output=str(tmp_path / "out.jsonl")))
     assert (tmp_path / "out.jsonl").read_text() == printed
-    assert [set(json.loads(line)) for line in printed.splitlines()] == [{"prompt", "response", "token_logprobs", "logprob"}] * 5
+    assert [set(json.loads(line)) for line in printed.splitlines()] == [
+        {"prompt", "response", "token_logprobs", "logprob"}
+    ] * 5
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_response_length": 8}, r"the response of row \d has (\d+) tokens; max_response_length is 8\."),
-        ({"max_prompt_length": 11}, r"the prompt of row \d has (\d+) tokens; max_prompt_length is 11\."),
+        (
+            {"max_response_length": 8},
+            r"the response of row \d has (\d+) tokens; max_response_length is 8\.",
+        ),
+        (
+            {"max_prompt_length": 11},
+            r"the prompt of row \d has (\d+) tokens; max_prompt_length is 11\.",
+        ),
     ],
 )
 def test_rows_too_long_are_refused(base, file, fields, message):
@@ -109,32 +151,55 @@ def test_rows_too_long_are_refused(base, file, fields, message):
 
 
 def test_rows_beyond_the_models_positions_are_refused(base, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "add " * 60, "response": "here " * 20}) + "\n")
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"prompt": "add " * 60, "response": "here " * 20}) + "\n"
+    )
     with pytest.raises(UserError, match="has a row of 82 tokens; .* has 64 positions."):
         score(config(base, tmp_path / "long.jsonl", max_prompt_length=100, max_response_length=100))
 
 
 def test_generate_at_temperature_0_takes_the_likeliest_tokens(jobs, model):
-    made = generate(GenerateConfig(model=jobs.base, adapter=str(jobs.tuned), prompt=PROMPT, max_new_tokens=5, temperature=0.0, samples=2))
+    made = generate(
+        GenerateConfig(
+            model=jobs.base,
+            adapter=str(jobs.tuned),
+            prompt=PROMPT,
+            max_new_tokens=5,
+            temperature=0.0,
+            samples=2,
+        )
+    )
     adapter, _ = tiny.load(jobs.tuned, model)
     prompt = model.tokenizer.prompt_ids(PROMPT)
     ids = list(prompt)
     while len(ids) < len(prompt) + 5 and ids[-1] not in model.tokenizer.stop_ids:
         row = np.asarray([ids + [0] * (16 - len(ids))], np.int32)
-        logits_BTV = small.logits(model.lm, model.base, adapter, Tokens(row, np.arange(16)[None] < len(ids), row > 0))
+        logits_BTV = small.logits(
+            model.lm, model.base, adapter, Tokens(row, np.arange(16)[None] < len(ids), row > 0)
+        )
         ids.append(int(np.argmax(logits_BTV[0, len(ids) - 1])))
-    response = model.tokenizer.text(i for i in ids[len(prompt) :] if i not in model.tokenizer.stop_ids)
+    response = model.tokenizer.text(
+        i for i in ids[len(prompt) :] if i not in model.tokenizer.stop_ids
+    )
     assert made == [made[0]] * 2 and made[0].strip() == response.strip() != ""
 
 
 def test_samples_differ_and_the_seed_decides(base):
-    settings = GenerateConfig(model=base, prompt=PROMPT, max_new_tokens=6, temperature=1.0, samples=4)
-    first, again, other = generate(settings), generate(settings), generate(dataclasses.replace(settings, seed=1))
+    settings = GenerateConfig(
+        model=base, prompt=PROMPT, max_new_tokens=6, temperature=1.0, samples=4
+    )
+    first, again, other = (
+        generate(settings),
+        generate(settings),
+        generate(dataclasses.replace(settings, seed=1)),
+    )
     assert first == again != other and len(set(first)) > 1 and len(first) == 4
 
 
 def test_prompts_too_long_are_refused(base):
-    with pytest.raises(UserError, match="The prompt has 4 tokens and max_new_tokens is 61; .* has 64 positions."):
+    with pytest.raises(
+        UserError, match="The prompt has 4 tokens and max_new_tokens is 61; .* has 64 positions."
+    ):
         generate(GenerateConfig(model=base, prompt=PROMPT, max_new_tokens=61))
 
 
@@ -143,7 +208,10 @@ def test_prompts_too_long_are_refused(base):
     [
         (lambda: GenerateConfig(model="m", prompt="p", samples=0), "samples is 0"),
         (lambda: ScoreConfig(model="m", input="i", batch_size=0), "batch_size is 0"),
-        (lambda: ScoreConfig(model="m", input="i", temperature=0.0), "temperature is 0.0; it must be a finite number greater than 0."),
+        (
+            lambda: ScoreConfig(model="m", input="i", temperature=0.0),
+            "temperature is 0.0; it must be a finite number greater than 0.",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_name(make, message):

@@ -1,4 +1,5 @@
-"""Jobs as several processes on one machine: the numbers of one, ends of every kind, other layouts on resuming.
+"""Jobs as several processes on one machine: the numbers of one, ends of every kind, other layouts
+on resuming.
 
 Tolerances: partial sums of a gradient are added within a process in one order, between processes by
 gloo in another, so that numbers differ in their last bits, and grow apart as training goes on.
@@ -36,7 +37,8 @@ SETTINGS = (
     "--lora.rank", "5", "--lora.dropout", "0.2", "--optimizer.name", "adamw", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine",
     "--batch-size", str(BATCH), "--microbatches", "2", "--steps", str(STEPS), "--evaluate-every", "4", "--checkpoint-every", "3",
 )  # fmt: skip
-# What goes on from the jobs' policy has its dropout, which is none; a later option takes the place of an earlier one.
+# What goes on from the jobs' policy has its dropout, which is none; a later option takes the place
+# of an earlier one.
 UNDROPPED = ("--lora.dropout", "0")
 # And there is no adapter in full tuning.
 FULL = ("--tuning", "full", "--lora.rank", "8", "--lora.dropout", "0")
@@ -45,7 +47,10 @@ HEARTBEAT = 10
 BOUND = 9 * HEARTBEAT
 # Longer than any run takes, on a machine that does other things too.
 PATIENCE = 300
-RULE = '[{"kind": "length", "maximum": 3, "scale": 4}, {"kind": "regex", "pattern": "coffee|tea", "weight": 0.5}]'
+RULE = (
+    '[{"kind": "length", "maximum": 3, "scale": 4}, {"kind": "regex", "pattern": "coffee|tea", '
+    '"weight": 0.5}]'
+)
 LOST = "another process of this run was killed, failed or cannot be reached any more"
 
 
@@ -56,22 +61,51 @@ def free_port() -> int:
 
 
 class Started:
-    """The processes of one run; what they print goes to files beside the run. arguments: of all, or of each."""
+    """The processes of one run; what they print goes to files beside the run. arguments: of all, or
+    of each.
+    """
 
-    def __init__(self, run: pathlib.Path, arguments: Sequence[str] | list[tuple[str, ...]], count: int, devices: int) -> None:
+    def __init__(
+        self,
+        run: pathlib.Path,
+        arguments: Sequence[str] | list[tuple[str, ...]],
+        count: int,
+        devices: int,
+    ) -> None:
         shared = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROCESS"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROCESS"))
+            },
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": xla_flags(devices),
         }
         address = f"localhost:{free_port()}"
-        together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "PERL_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT)}
-        self.run, self.logs, self.processes = run, [pathlib.Path(f"{run}.{index}.log") for index in range(count)], []
+        together = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(count),
+            "PERL_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT),
+        }
+        self.run, self.logs, self.processes = (
+            run,
+            [pathlib.Path(f"{run}.{index}.log") for index in range(count)],
+            [],
+        )
         for index, log in enumerate(self.logs):
-            environment = shared if count == 1 else {**shared, **together, "JAX_PROCESS_ID": str(index)}
+            environment = (
+                shared if count == 1 else {**shared, **together, "JAX_PROCESS_ID": str(index)}
+            )
             with open(log, "wb") as file:
-                line = [sys.executable, "-m", "perl_jax", *(arguments[index] if isinstance(arguments, list) else arguments)]
-                self.processes.append(subprocess.Popen(line, env=environment, stdout=file, stderr=file, cwd=ROOT))
+                line = [
+                    sys.executable,
+                    "-m",
+                    "perl_jax",
+                    *(arguments[index] if isinstance(arguments, list) else arguments),
+                ]
+                self.processes.append(
+                    subprocess.Popen(line, env=environment, stdout=file, stderr=file, cwd=ROOT)
+                )
 
     def printed(self, index: int = 0) -> str:
         return self.logs[index].read_text(errors="replace")
@@ -80,18 +114,24 @@ class Started:
         """What the command itself said; libraries say more."""
         return re.findall(r"^perl-jax \w.*$", self.printed(index), re.MULTILINE)
 
-    def wait(self, status: int = 0, indices: Sequence[int] | None = None, seconds: float = PATIENCE) -> None:
+    def wait(
+        self, status: int = 0, indices: Sequence[int] | None = None, seconds: float = PATIENCE
+    ) -> None:
         """Until these (all) have ended with the status."""
         end = time.monotonic() + seconds
         for index in range(len(self.processes)) if indices is None else indices:
             found = self.processes[index].wait(timeout=max(end - time.monotonic(), 0.01))
-            assert found == status, f"process {index}: status {found}\n{self.printed(index)[-4000:]}"
+            assert found == status, (
+                f"process {index}: status {found}\n{self.printed(index)[-4000:]}"
+            )
 
     def wait_for_step(self, step: int) -> None:
         """Until the row of a step is written."""
         end = time.monotonic() + PATIENCE
         while steps_done(self.run) < step:
-            assert time.monotonic() < end and self.processes[0].poll() is None, self.printed()[-4000:]
+            assert time.monotonic() < end and self.processes[0].poll() is None, self.printed()[
+                -4000:
+            ]
             time.sleep(0.005)
 
     def end(self) -> None:
@@ -110,7 +150,9 @@ def running(processes: Started) -> Iterator[Started]:
         processes.end()
 
 
-def started(job: str, run: pathlib.Path, arguments: Sequence[str], *, count: int = 2, devices: int = 4):
+def started(
+    job: str, run: pathlib.Path, arguments: Sequence[str], *, count: int = 2, devices: int = 4
+):
     """`perl-jax JOB --run RUN ...` as so many processes with so many devices each, as a block."""
     return running(Started(run, (job, "--run", str(run), *arguments), count, devices))
 
@@ -126,15 +168,35 @@ def steps_done(run: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def assert_close_runs(left: pathlib.Path, right: pathlib.Path, *, relative: float, absolute: float, aside: Sequence[str] = ()) -> None:
+def assert_close_runs(
+    left: pathlib.Path,
+    right: pathlib.Path,
+    *,
+    relative: float,
+    absolute: float,
+    aside: Sequence[str] = (),
+) -> None:
     """Metrics of every step, and the last checkpoint's leaves, each against its largest element."""
     rows = [tiny.timeless(run) for run in (left, right)]
     assert [list(row) for row in rows[0]] == [list(row) for row in rows[1]]
-    states = [{name: leaf for name, leaf in saved_state(run).items() if not name.endswith(tuple(aside))} for run in (left, right)]
+    states = [
+        {name: leaf for name, leaf in saved_state(run).items() if not name.endswith(tuple(aside))}
+        for run in (left, right)
+    ]
     assert states[0].keys() == states[1].keys()
-    metrics = {(row["step"], name): abs(row[name] - other[name]) / (absolute + relative * abs(row[name])) for row, other in zip(*rows) for name in row}
-    away = lambda one, other: float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-30)) if one.dtype.kind == "f" else float(np.any(one != other))
-    leaves = {name: away(leaf, states[1][name]) / (10 * relative) for name, leaf in states[0].items()}
+    metrics = {
+        (row["step"], name): abs(row[name] - other[name]) / (absolute + relative * abs(row[name]))
+        for row, other in zip(*rows)
+        for name in row
+    }
+    away = lambda one, other: (
+        float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-30))
+        if one.dtype.kind == "f"
+        else float(np.any(one != other))
+    )
+    leaves = {
+        name: away(leaf, states[1][name]) / (10 * relative) for name, leaf in states[0].items()
+    }
     for kind, found in (("metric", metrics), ("leaf", leaves)):
         # Shown when a test fails, or by -rP: how much of what is allowed is used.
         worst = max(found, key=found.get)
@@ -147,18 +209,28 @@ def assert_close_runs(left: pathlib.Path, right: pathlib.Path, *, relative: floa
 
 @pytest.fixture
 def counting(tmp_path) -> tuple[str, pathlib.Path]:
-    """Terms of a reward, one of them a function of the user's, and the file in which it counts what it scored."""
+    """Terms of a reward, one of them a function of the user's, and the file in which it counts what
+    it scored.
+    """
     counts, source = tmp_path / "counts", tmp_path / "mine.py"
     source.write_text(
         "def score(prompts, responses):\n"
         f"    open({str(counts)!r}, 'a').write('x' * len(responses))\n"
-        "    return [len(response.split()) / 10 + len(prompt) % 7 / 30 for prompt, response in zip(prompts, responses)]\n"
+        "    return [len(response.split()) / 10 + len(prompt) % 7 / 30 for prompt, response in "
+        "zip(prompts, responses)]\n"
     )
-    return json.dumps([{"kind": "length", "maximum": 3, "scale": 4}, {"kind": "function", "function": f"{source}:score"}]), counts
+    return json.dumps(
+        [
+            {"kind": "length", "maximum": 3, "scale": 4},
+            {"kind": "function", "function": f"{source}:score"},
+        ]
+    ), counts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["sft", "full", "reward", "dpo", "grpo", "slots", "reinforce", "spread"])
+@pytest.mark.parametrize(
+    "job", ["sft", "full", "reward", "dpo", "grpo", "slots", "reinforce", "spread"]
+)
 def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     terms, counts = counting
     rl = ("--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10")
@@ -166,32 +238,93 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     name, more = {
         "full": ("sft", (*FULL, "--mesh.fsdp", "8")),
         "grpo": ("rl", (*rl, "--algorithm.name", "grpo", "--terms", terms)),
-        # Two prompts at a time of four; slots, packed rows and their microbatches divide over two devices, and so do minibatches.
-        "slots": ("rl", (*rl, *two, "--algorithm.name", "grpo", "--terms", terms, "--rollout.slots", "8", "--algorithm.minibatches", "2")),
+        # Two prompts at a time of four; slots, packed rows and their microbatches divide over two
+        # devices, and so do minibatches.
+        "slots": (
+            "rl",
+            (
+                *rl,
+                *two,
+                "--algorithm.name",
+                "grpo",
+                "--terms",
+                terms,
+                "--rollout.slots",
+                "8",
+                "--algorithm.minibatches",
+                "2",
+            ),
+        ),
         "reinforce": ("rl", (*rl, "--reward", str(jobs.reward))),
         # Every row is on every device, and still its terms are computed once.
-        "spread": ("rl", (*rl, "--algorithm.name", "ppo", "--reward", str(jobs.reward), "--terms", terms, "--mesh.tensor", "8", "--algorithm.minibatches", "2")),
+        "spread": (
+            "rl",
+            (
+                *rl,
+                "--algorithm.name",
+                "ppo",
+                "--reward",
+                str(jobs.reward),
+                "--terms",
+                terms,
+                "--mesh.tensor",
+                "8",
+                "--algorithm.minibatches",
+                "2",
+            ),
+        ),
     }.get(job, (job, ()))
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
         counts.unlink(missing_ok=True)
         whole(name, tmp_path / run, ("--model", jobs.base, *SETTINGS, *more), **layout)
-        # Each response once: those that are learned from, and those to the 16 held-out prompts at steps 4 and 8.
+        # Each response once: those that are learned from, and those to the 16 held-out prompts at
+        # steps 4 and 8.
         validated = 2 * 16 * (4 if "grpo" in more else 1)
         assert terms not in more or len(counts.read_text()) == STEPS * BATCH + validated
     # Comparisons leave the head's bias a gradient of rounding errors alone, which Adam blows up.
     aside = ("head/bias",) if job == "reward" else ()
     assert_close_runs(tmp_path / "one", tmp_path / "two", relative=1e-5, absolute=2e-6, aside=aside)
     memory = tiny.read(tmp_path / "two" / "cost.json")
-    assert len(memory["peak_bytes_measured_by_process"]) == 2 and memory["peak_bytes_measured"] == max(memory["peak_bytes_measured_by_process"])
+    assert len(memory["peak_bytes_measured_by_process"]) == 2 and memory[
+        "peak_bytes_measured"
+    ] == max(memory["peak_bytes_measured_by_process"])
 
 
 @pytest.mark.slow
 def test_evaluation_and_best_of_n_see_all_rows(jobs, tmp_path):
-    data = ("--data.train-size", "32", "--data.evaluation-size", "19", "--data.max-prompt-length", "8", "--data.max-response-length", "8")
-    common = ("--model", jobs.base, "--batch-size", "16", "--policy", str(jobs.tuned), "--reward", str(jobs.reward), *data)
+    data = (
+        "--data.train-size",
+        "32",
+        "--data.evaluation-size",
+        "19",
+        "--data.max-prompt-length",
+        "8",
+        "--data.max-response-length",
+        "8",
+    )
+    common = (
+        "--model",
+        jobs.base,
+        "--batch-size",
+        "16",
+        "--policy",
+        str(jobs.tuned),
+        "--reward",
+        str(jobs.reward),
+        *data,
+    )
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
         whole("evaluate", tmp_path / run, common, **layout)
-        arguments = ("best-of", *common, "--n", "4", "--terms", RULE, "--output", str(tmp_path / f"{run}.jsonl"))
+        arguments = (
+            "best-of",
+            *common,
+            "--n",
+            "4",
+            "--terms",
+            RULE,
+            "--output",
+            str(tmp_path / f"{run}.jsonl"),
+        )
         with running(Started(tmp_path / f"best-{run}", arguments, **layout)) as processes:
             processes.wait()
     # No sum goes over processes here: they are the same to the last bit.
@@ -205,7 +338,11 @@ def test_evaluation_and_best_of_n_see_all_rows(jobs, tmp_path):
 # Other layouts on resuming.
 
 
-LAYOUTS = {"8": {"count": 1, "devices": 8}, "2": {"count": 1, "devices": 2}, "2x4": {"count": 2, "devices": 4}}
+LAYOUTS = {
+    "8": {"count": 1, "devices": 8},
+    "2": {"count": 1, "devices": 2},
+    "2x4": {"count": 2, "devices": 4},
+}
 
 
 @pytest.mark.slow
@@ -214,7 +351,9 @@ def test_a_run_goes_on_in_another_layout(before, after, base, tmp_path):
     arguments = ("--model", base, *SETTINGS, *FULL, "--mesh.fsdp")
     width = {"8": "8", "2": "2", "2x4": "4"}
     whole("sft", tmp_path / "whole", (*arguments, width[before]), **LAYOUTS[before])
-    with started("sft", tmp_path / "moved", (*arguments, width[before]), **LAYOUTS[before]) as processes:
+    with started(
+        "sft", tmp_path / "moved", (*arguments, width[before]), **LAYOUTS[before]
+    ) as processes:
         processes.wait_for_step(4)
         processes.processes[-1].send_signal(signal.SIGTERM)
         processes.wait(143)
@@ -231,7 +370,9 @@ def last_checkpoint(run: pathlib.Path) -> int:
 
 def cursor(run: pathlib.Path) -> dict:
     """The data cursor of the last checkpoint."""
-    return tiny.read(run / "checkpoints" / str(last_checkpoint(run)) / "host" / "metadata")["cursor"]
+    return tiny.read(run / "checkpoints" / str(last_checkpoint(run)) / "host" / "metadata")[
+        "cursor"
+    ]
 
 
 # Killed.
@@ -242,14 +383,29 @@ def cursor(run: pathlib.Path) -> dict:
 def test_a_killed_process_ends_the_others_and_leaves_no_trace(job, victim, jobs, tmp_path):
     arguments = ("--model", jobs.base, *SETTINGS)
     if job == "rl":
-        arguments += ("--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10", "--terms", RULE, "--algorithm.name", "ppo", "--algorithm.epochs", "2")
+        arguments += (
+            "--policy",
+            str(jobs.policy),
+            *UNDROPPED,
+            "--max-mismatch",
+            "10",
+            "--terms",
+            RULE,
+            "--algorithm.name",
+            "ppo",
+            "--algorithm.epochs",
+            "2",
+        )
     whole(job, tmp_path / "whole", arguments, **LAYOUTS["2x4"])
     with started(job, tmp_path / "killed", arguments) as processes:
         processes.wait_for_step(4)
         processes.processes[victim].kill()
         processes.wait(1, [1 - victim], seconds=BOUND)
         assert [LOST in said for said in processes.sentences(1 - victim)] == [True]
-    assert not (tmp_path / "killed" / "cost.json").exists() and last_checkpoint(tmp_path / "killed") < STEPS
+    assert (
+        not (tmp_path / "killed" / "cost.json").exists()
+        and last_checkpoint(tmp_path / "killed") < STEPS
+    )
     whole(job, tmp_path / "killed", arguments, **LAYOUTS["2x4"])
     roles = {"reward": ("reward",), "rl": ("policy", "value")}[job]
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", roles, tiny.open_model(jobs.base))
@@ -277,7 +433,10 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, tmp_path):
         processes.processes[1].send_signal(signal.SIGTERM)
         processes.wait(143)
         step = last_checkpoint(tmp_path / "run")
-        said = f"perl-jax sft: stopped by SIGTERM after step {step}, which is saved; the same command resumes from there."
+        said = (
+            f"perl-jax sft: stopped by SIGTERM after step {step}, which is saved; the same "
+            "command resumes from there."
+        )
         assert processes.sentences(0) == processes.sentences(1) == [said]
     assert steps_done(tmp_path / "run") == step < STEPS
     whole("sft", tmp_path / "run", arguments, **LAYOUTS["8"])
@@ -287,7 +446,18 @@ def test_sigterm_saves_the_step_and_the_same_command_goes_on(base, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_all_leaves_no_trace(jobs, tmp_path):
-    arguments = ("--model", jobs.base, *SETTINGS, "--policy", str(jobs.policy), *UNDROPPED, "--max-mismatch", "10", "--reward", str(jobs.reward))
+    arguments = (
+        "--model",
+        jobs.base,
+        *SETTINGS,
+        "--policy",
+        str(jobs.policy),
+        *UNDROPPED,
+        "--max-mismatch",
+        "10",
+        "--reward",
+        str(jobs.reward),
+    )
     whole("rl", tmp_path / "whole", arguments, **LAYOUTS["2x4"])
     with started("rl", tmp_path / "parts", arguments) as processes:
         processes.wait_for_step(4)
@@ -295,7 +465,9 @@ def test_sigterm_to_all_leaves_no_trace(jobs, tmp_path):
             process.send_signal(signal.SIGTERM)
         processes.wait(143)
     whole("rl", tmp_path / "parts", arguments, **LAYOUTS["2x4"])
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("policy", "value"), tiny.open_model(jobs.base))
+    assert_same_runs(
+        tmp_path / "whole", tmp_path / "parts", ("policy", "value"), tiny.open_model(jobs.base)
+    )
 
 
 def signal_at(patch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
@@ -319,7 +491,8 @@ def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
         patch.setitem(command.COMMANDS, "report", (lambda _: sft.run_sft(config), ""))
         assert command.main(["report", "x"]) == 143
     assert capsys.readouterr().err.endswith(
-        "perl-jax report: stopped by SIGTERM after step 3, which is saved; the same command resumes from there.\n"
+        "perl-jax report: stopped by SIGTERM after step 3, which is saved; the same command "
+        "resumes from there.\n"
     )
     # Step 3 is no multiple of checkpoint_every.
     assert last_checkpoint(tmp_path / "parts") == 3 and signal.getsignal(signal.SIGTERM) == handler
@@ -328,14 +501,21 @@ def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
 
 
 def test_a_second_signal(base, tmp_path, monkeypatch):
-    """Another SIGTERM changes nothing, because clusters send several; SIGINT ends the run at once."""
+    """Another SIGTERM changes nothing, because clusters send several; SIGINT ends the run at
+    once.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    for second, error, saved in ((signal.SIGTERM, Stopped, [1]), (signal.SIGINT, KeyboardInterrupt, [])):
+    for second, error, saved in (
+        (signal.SIGTERM, Stopped, [1]),
+        (signal.SIGINT, KeyboardInterrupt, []),
+    ):
         with monkeypatch.context() as patch, pytest.raises(error):
             signal_at(patch, 1, signal.SIGTERM, second)
             sft.run_sft(tiny.sft_config(tmp_path / str(second), base))
         assert signal.getsignal(signal.SIGTERM) == before
-        assert [int(path.name) for path in (tmp_path / str(second) / "checkpoints").glob("[0-9]*")] == saved
+        assert [
+            int(path.name) for path in (tmp_path / str(second) / "checkpoints").glob("[0-9]*")
+        ] == saved
 
 
 # Refused.
@@ -343,11 +523,15 @@ def test_a_second_signal(base, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_with_different_settings_are_refused(base, tmp_path):
-    settings = [("sft", "--run", str(tmp_path / "run"), "--model", base, *SETTINGS, "--seed", seed) for seed in ("0", "1")]
+    settings = [
+        ("sft", "--run", str(tmp_path / "run"), "--model", base, *SETTINGS, "--seed", seed)
+        for seed in ("0", "1")
+    ]
     with running(Started(tmp_path / "run", settings, 2, 4)) as processes:
         processes.wait(2, [1])
         assert processes.sentences(1) == [
-            f"perl-jax sft: {tmp_path / 'run'} holds a run with other settings (seed was 0, is now 1); use the same ones, or another --run."
+            f"perl-jax sft: {tmp_path / 'run'} holds a run with other settings (seed was 0, is "
+            "now 1); use the same ones, or another --run."
         ]
         processes.wait(1, [0], seconds=BOUND)
         assert [LOST in said for said in processes.sentences(0)] == [True]
@@ -361,7 +545,13 @@ def test_a_process_whose_fellows_do_not_come_says_so(index, tmp_path):
         "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index),
     }  # fmt: skip
     line = [sys.executable, "-m", "perl_jax", "sft", "--run", str(tmp_path / "run"), "--model", "m"]
-    done = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
     address = environment["JAX_COORDINATOR_ADDRESS"]
-    assert done.returncode == 1 and f"perl-jax sft: the processes of this run did not all meet at {address} within 3 s.\n" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"perl-jax sft: the processes of this run did not all meet at {address} within 3 s.\n"
+        in done.stderr
+    )
     assert not (tmp_path / "run").exists()

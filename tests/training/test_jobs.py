@@ -44,16 +44,28 @@ def reference_scores(model, artefact: pathlib.Path, kind: str) -> np.ndarray:
             ids = [ids[0], *ids[-7:]] if len(ids) > 8 else ids
             ids += model.tokenizer.response_ids(row[field])[:8]
             tokens_BT = np.asarray([ids + [0] * (16 - len(ids))], np.int32)
-            scores.append(small.score(model.lm, model.base, adapter, small.Tokens(tokens_BT, np.arange(16)[None] < len(ids), tokens_BT > 0)).item())
+            scores.append(
+                small.score(
+                    model.lm,
+                    model.base,
+                    adapter,
+                    small.Tokens(tokens_BT, np.arange(16)[None] < len(ids), tokens_BT > 0),
+                ).item()
+            )
     return np.asarray(scores)
 
 
 def check_artefact(folder: pathlib.Path, model, role: str, tuning: str, head: bool) -> None:
     adapter, record = tiny.load(folder, model)
     assert (record.role, record.tuning, record.has_head) == (role, tuning, head)
-    assert (record.base_fingerprint, record.tokenizer_fingerprint) == (model.fingerprint, model.tokenizer.fingerprint)
+    assert (record.base_fingerprint, record.tokenizer_fingerprint) == (
+        model.fingerprint,
+        model.tokenizer.fingerprint,
+    )
     assert record.base_name == model.name and (adapter.head is not None) == head
-    assert (adapter.weights is not None, adapter.lora is not None) == ((True, False) if tuning == "full" else (False, True))
+    assert (adapter.weights is not None, adapter.lora is not None) == (
+        (True, False) if tuning == "full" else (False, True)
+    )
     assert record.lora == (None if tuning == "full" else tiny.COMMON["lora"]) == adapter.config
     assert (record.score_mean is not None) == (record.score_std is not None) == (role == "reward")
     assert trees.all_finite(adapter)
@@ -68,12 +80,21 @@ def test_artefacts_say_what_they_are(jobs, model):
     check_artefact(jobs.tuned, model, "policy", "lora", False)
     check_artefact(jobs.tuned.with_name("value"), model, "value", "lora", True)
     # The best of the validated steps, with what was measured there.
-    validated = {row["step"]: row for row in tiny.rows(jobs.root / "rl") if "validation/reward" in row}
+    validated = {
+        row["step"]: row for row in tiny.rows(jobs.root / "rl") if "validation/reward" in row
+    }
     best = max(validated, key=lambda step: validated[step]["validation/reward"])
     record = tiny.load(jobs.tuned, model)[1]
-    assert sorted(validated) == [2, 4] and record.step == best == tiny.load(jobs.tuned.with_name("value"), model)[1].step
-    assert record.metrics == {name: value for name, value in validated[best].items() if name.startswith("validation/")}
-    assert set(record.metrics) == {f"validation/{name}" for name in ("reward", "gold", "kl", "length", "eos_rate")}
+    assert (
+        sorted(validated) == [2, 4]
+        and record.step == best == tiny.load(jobs.tuned.with_name("value"), model)[1].step
+    )
+    assert record.metrics == {
+        name: value for name, value in validated[best].items() if name.startswith("validation/")
+    }
+    assert set(record.metrics) == {
+        f"validation/{name}" for name in ("reward", "gold", "kl", "length", "eos_rate")
+    }
 
 
 def test_training_has_moved_every_adapter(jobs, model):
@@ -84,7 +105,9 @@ def test_training_has_moved_every_adapter(jobs, model):
 
 
 @pytest.mark.parametrize("kind", ["comparisons", "labels"])
-def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(kind, jobs, pointwise, model):
+def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(
+    kind, jobs, pointwise, model
+):
     artefact = jobs.reward if kind == "comparisons" else pointwise
     normalised = tiny.load(artefact, model)[1].normalise(reference_scores(model, artefact, kind))
     assert len(normalised) == (64 if kind == "comparisons" else 32)
@@ -96,28 +119,65 @@ def test_normalised_reward_has_mean_0_and_variance_1_on_the_training_split(kind,
 
 
 # Of the test split's 16 pairs, at 8 tokens a prompt and 8 a response.
-COUNTS = {"rows": 16, "cut": 16, "cut_prompts": 16, "cut_chosen": 10, "cut_rejected": 7, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 0, "equal_after_cutting": 2}
+COUNTS = {
+    "rows": 16,
+    "cut": 16,
+    "cut_prompts": 16,
+    "cut_chosen": 10,
+    "cut_rejected": 7,
+    "cut_prompts_template_whole": 0,
+    "rendered": 0,
+    "equal_pairs": 0,
+    "equal_after_cutting": 2,
+}
 
 
 def test_evaluation_of_a_pairwise_reward(jobs, model):
     found = tiny.read(jobs.root / "reward" / "evaluation.json")
-    assert set(found) == {"n", "groups", "pairwise_accuracy", "noise_ceiling", "ece", "brier", "reliability", "data"}
+    assert set(found) == {
+        "n",
+        "groups",
+        "pairwise_accuracy",
+        "noise_ceiling",
+        "ece",
+        "brier",
+        "reliability",
+        "data",
+    }
     accuracy = found["pairwise_accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
-    # Two of the 16 pairs are equal once they are cut to 8 tokens: neither right nor wrong, they count nowhere.
+    # Two of the 16 pairs are equal once they are cut to 8 tokens: neither right nor wrong, they
+    # count nowhere.
     rows = list(get_task("orders").open("comparisons", "test", data_options(tiny.DATA)))
     cut = lambda text: model.tokenizer.response_ids(text)[:8]
     counted = [row["probability"] for row in rows if cut(row["chosen"]) != cut(row["rejected"])]
     assert (len(rows), accuracy["n"]) == (16, 14) and len(counted) == 14
-    assert found["n"] == 16 and found["groups"] == len({row["prompt"] for row in rows}) >= accuracy["groups"]
+    assert (
+        found["n"] == 16
+        and found["groups"] == len({row["prompt"] for row in rows}) >= accuracy["groups"]
+    )
     assert found["data"] == {f"data/test/{name}": number for name, number in COUNTS.items()}
     assert found["noise_ceiling"] == pytest.approx(np.mean([max(p, 1 - p) for p in counted]))
-    assert sum(row["n"] for row in found["reliability"]) > 0 and 0 <= found["ece"] <= 1 and 0 <= found["brier"] <= 1
+    assert (
+        sum(row["n"] for row in found["reliability"]) > 0
+        and 0 <= found["ece"] <= 1
+        and 0 <= found["brier"] <= 1
+    )
 
 
 def test_evaluation_of_a_pointwise_reward(pointwise):
     found = tiny.read(pointwise.parents[1] / "evaluation.json")
-    assert set(found) == {"auc", "balanced_accuracy", "accuracy", "n", "groups", "ece", "brier", "reliability", "data"}
+    assert set(found) == {
+        "auc",
+        "balanced_accuracy",
+        "accuracy",
+        "n",
+        "groups",
+        "ece",
+        "brier",
+        "reliability",
+        "data",
+    }
     assert found["n"] == found["auc"]["n"] == 16 and 0 <= found["ece"] <= 1
     assert all(0 <= found[name]["value"] <= 1 for name in ("auc", "balanced_accuracy", "accuracy"))
 
@@ -125,13 +185,25 @@ def test_evaluation_of_a_pointwise_reward(pointwise):
 def test_evaluation_of_a_policy(jobs):
     found = tiny.read(jobs.root / "rl" / "evaluation.json")
     assert set(found) == {"policies", "win_rate", "gold_gain", "config", "stands", "prompts"}
-    measures = {"proxy_reward", "kl", "length", "eos_rate", "distinct_1", "distinct_2", "gold_reward"}
-    assert set(found["policies"]) == {"sft", "rl"} and all(set(column) == measures for column in found["policies"].values())
+    measures = {
+        "proxy_reward",
+        "kl",
+        "length",
+        "eos_rate",
+        "distinct_1",
+        "distinct_2",
+        "gold_reward",
+    }
+    assert set(found["policies"]) == {"sft", "rl"} and all(
+        set(column) == measures for column in found["policies"].values()
+    )
     # The baseline is measured against itself.
     assert found["policies"]["sft"]["kl"]["value"] == 0.0 != found["policies"]["rl"]["kl"]["value"]
     rate = found["win_rate"]
     assert rate["judge"] == "gold" and rate["wins"] + rate["ties"] + rate["losses"] == 16
-    gold = {side: [row[side]["gold"] for row in samples(jobs.root / "rl")] for side in ("sft", "rl")}
+    gold = {
+        side: [row[side]["gold"] for row in samples(jobs.root / "rl")] for side in ("sft", "rl")
+    }
     assert found["policies"]["rl"]["gold_reward"]["value"] == pytest.approx(np.mean(gold["rl"]))
     assert found["gold_gain"]["value"] == pytest.approx(np.mean(gold["rl"]) - np.mean(gold["sft"]))
     assert rate["wins"] == sum(a > b for a, b in zip(gold["rl"], gold["sft"], strict=True))
@@ -142,7 +214,9 @@ def samples(run: pathlib.Path) -> list[dict]:
 
 
 def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
-    prompts = [row["prompt"] for row in get_task("orders").open("prompts", "test", data_options(tiny.DATA))]
+    prompts = [
+        row["prompt"] for row in get_task("orders").open("prompts", "test", data_options(tiny.DATA))
+    ]
     found = samples(jobs.root / "rl")
     assert [row["prompt"] for row in found] == prompts
     for row in found:
@@ -155,7 +229,15 @@ def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
 def test_greedy_evaluation_against_the_base_itself(jobs, tmp_path):
     # No baseline: the base. Greedy, so that both columns would be equal for equal policies.
     data = dataclasses.replace(tiny.DATA, evaluation_size=8)
-    config = tiny.evaluate_config(tmp_path, jobs.base, policy=str(jobs.policy), reward=(str(jobs.reward),), judge=(str(jobs.reward),), temperature=0.0, data=data)
+    config = tiny.evaluate_config(
+        tmp_path,
+        jobs.base,
+        policy=str(jobs.policy),
+        reward=(str(jobs.reward),),
+        judge=(str(jobs.reward),),
+        temperature=0.0,
+        data=data,
+    )
     found = tiny.read(compare.run_evaluate(config) / "evaluation.json")
     assert found["policies"]["rl"]["kl"]["value"] != 0.0 == found["policies"]["sft"]["kl"]["value"]
     # The judge is the proxy here.
@@ -169,10 +251,17 @@ def test_metrics_have_a_row_a_step(jobs):
             assert all(math.isfinite(value) for value in row.values()), row
             assert "train/loss" in row and "time/step" in row and "finite" not in row
         # What rows lost to fit is written once.
-        first, *others = ({name: value for name, value in row.items() if name.startswith("data/")} for row in tiny.rows(jobs.root / job))
-        assert (first["data/train/rows"], first["data/validation/rows"]) == (32, 16) and not any(others)
+        first, *others = (
+            {name: value for name, value in row.items() if name.startswith("data/")}
+            for row in tiny.rows(jobs.root / job)
+        )
+        assert (first["data/train/rows"], first["data/validation/rows"]) == (32, 16) and not any(
+            others
+        )
         assert 0 < first["data/train/cut_prompts"] <= first["data/train/cut"] <= 32
-    validated = [row["step"] for row in tiny.rows(jobs.root / "reward") if "validation/accuracy" in row]
+    validated = [
+        row["step"] for row in tiny.rows(jobs.root / "reward") if "validation/accuracy" in row
+    ]
     assert validated == [2, 4]
 
 
@@ -183,7 +272,9 @@ def test_first_step_of_rl_is_on_policy(jobs):
     for row in rows:
         assert row["policy/gradient_norm"] > 0 and row["value/gradient_norm"] > 0
         # One update a rollout: each is made by the policy that sampled it.
-        assert row["policy/ratio_deviation"] < 1e-5 and row["sampler/mismatch"] == pytest.approx(1, abs=1e-5)
+        assert row["policy/ratio_deviation"] < 1e-5 and row["sampler/mismatch"] == pytest.approx(
+            1, abs=1e-5
+        )
         assert 1 <= row["response/length"] <= 8 and 0 <= row["response/eos_rate"] <= 1
         assert row["time/sample"] + row["time/score"] + row["time/learn"] <= row["time/step"]
 
@@ -191,17 +282,33 @@ def test_first_step_of_rl_is_on_policy(jobs):
 def test_cost_counts_what_is_trained(jobs, model):
     for job, roles in (("sft", ["policy"]), ("reward", ["reward"]), ("rl", ["policy", "value"])):
         cost = tiny.read(jobs.root / job / "cost.json")
-        trained = sum(trees.count(tiny.load(jobs.root / job / "adapters" / role, model)[0]) for role in roles)
+        trained = sum(
+            trees.count(tiny.load(jobs.root / job / "adapters" / role, model)[0]) for role in roles
+        )
         assert cost["parameters_trainable"] == trained
         assert cost["parameters_total"] == trained + trees.count(model.base)
         assert cost["base_bytes"] == trees.size_bytes(model.base)
         assert cost["checkpoint_bytes"] > 0 and cost["peak_bytes_measured"] > 0
-        assert cost["peak_bytes_compiled"] == max(cost["peak_bytes_by_program"].values()) > cost["base_bytes"] + cost["state_bytes"]
+        assert (
+            cost["peak_bytes_compiled"]
+            == max(cost["peak_bytes_by_program"].values())
+            > cost["base_bytes"] + cost["state_bytes"]
+        )
         assert cost["seconds_per_step"] > 0
-        assert cost["attention"]["training"] == "blocked (on one CPU device pieces stay in its caches)"
-        assert cost["attention"]["sampling"].startswith("prompts blocked, then plain over the cache")
+        assert (
+            cost["attention"]["training"] == "blocked (on one CPU device pieces stay in its caches)"
+        )
+        assert cost["attention"]["sampling"].startswith(
+            "prompts blocked, then plain over the cache"
+        )
     assert set(cost["phases"]) == {"sample", "score", "learn"}
-    assert set(cost["peak_bytes_by_program"]) == {"sample", "reward", "logprobs", "assemble", "learn"}
+    assert set(cost["peak_bytes_by_program"]) == {
+        "sample",
+        "reward",
+        "logprobs",
+        "assemble",
+        "learn",
+    }
     # One padded length: one compilation of each.
     assert cost["compilations"] == 5
 
@@ -237,7 +344,9 @@ def test_no_checkpoint_holds_the_base(jobs, model):
             assert shape not in matrices, name
     # The same look at a base in training does find one.
     found = checkpoint_leaves(pathlib.Path(jobs.base).parent / "run")
-    assert any(name.endswith("outer/embedding") for name in found) and matrices & set(found.values())
+    assert any(name.endswith("outer/embedding") for name in found) and matrices & set(
+        found.values()
+    )
 
 
 # Full tuning.
@@ -252,7 +361,9 @@ def test_the_chain_with_full_tuning(jobs, model, tmp_path):
     check_artefact(done.tuned.with_name("value"), model, "value", "full", True)
     assert tiny.rows(tmp_path / "rl")[0]["kl/sequence"] == 0.0
     cost = tiny.read(tmp_path / "rl" / "cost.json")
-    assert cost["parameters_total"] == cost["parameters_trainable"] == 2 * trees.count(model.base) + 17
+    assert (
+        cost["parameters_total"] == cost["parameters_trainable"] == 2 * trees.count(model.base) + 17
+    )
     write_report(tmp_path / "rl")
     # The tuned weights are others than the base's, every one of them.
     weights = tiny.load(done.tuned, model)[0].weights
@@ -263,7 +374,9 @@ def test_the_chain_with_full_tuning(jobs, model, tmp_path):
 @pytest.mark.slow
 def test_full_tuning_goes_on_from_an_adapter_against_an_adapter_reward(jobs, model, tmp_path):
     # Mixed as in the paper's comparison: one reward model for both tunings.
-    artefact = rl.run_rl(tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, tuning="full", steps=2))
+    artefact = rl.run_rl(
+        tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, tuning="full", steps=2)
+    )
     check_artefact(artefact, model, "policy", "full", False)
     assert tiny.rows(tmp_path)[0]["kl/sequence"] == 0.0
     # Full weights that begin as base plus adapter give the adapter's own log-probabilities.

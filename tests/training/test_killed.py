@@ -74,7 +74,12 @@ def test_three_kills_leave_no_trace(job, jobs, tmp_path):
     print(f"{job}, seed {seed}: killed at {moments}")
     assert not (killed / "cost.json").exists() and all(rows < STEPS for *_, rows in moments)
     finish(start(job, killed, arguments), killed)
-    assert_same_runs(whole, killed, {"sft": ("policy",), "reward": ("reward",), "rl": ("policy", "value")}[job], model)
+    assert_same_runs(
+        whole,
+        killed,
+        {"sft": ("policy",), "reward": ("reward",), "rl": ("policy", "value")}[job],
+        model,
+    )
     assert [row["step"] for row in tiny.timeless(killed)] == list(range(1, STEPS + 1))
     if job == "reward":
         assert tiny.read(whole / "evaluation.json") == tiny.read(killed / "evaluation.json")

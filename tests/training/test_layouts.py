@@ -25,7 +25,9 @@ def model() -> Model:
     return placed_model(small.LM, small.make_base())
 
 
-@pytest.mark.parametrize(("parts", "microbatches"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (1, 16)])
+@pytest.mark.parametrize(
+    ("parts", "microbatches"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (1, 16)]
+)
 def test_ragged_rows_are_dealt_out_evenly(parts, microbatches):
     counts = np.random.default_rng(0).integers(20, 400, 64)
     order = balanced(counts, parts, microbatches)
@@ -44,12 +46,18 @@ def test_the_fullest_part_of_a_dealt_batch():
     counts = np.array([5, 1, 1, 1, 9, 1, 2, 2])
     assert fullest(counts, parts=1) == 22 and fullest(counts, parts=2) == 14
     # Rows 0, 2, 4, 6 and 1, 3, 5, 7; then by groups of two: rows 0, 1, 4, 5 and 2, 3, 6, 7.
-    assert fullest(counts, 1, microbatches=2) == 17 and fullest(counts, 1, microbatches=2, group=2) == 16
+    assert (
+        fullest(counts, 1, microbatches=2) == 17
+        and fullest(counts, 1, microbatches=2, group=2) == 16
+    )
     assert fullest(counts, 2, microbatches=2) == 11
 
 
 def test_packing_that_saves_little_or_does_not_divide_is_left():
-    assert packed_slots(np.full(8, 100), 1, 1, 200) == 800 and packed_slots(np.full(8, 101), 1, 1, 200) == 816
+    assert (
+        packed_slots(np.full(8, 100), 1, 1, 200) == 800
+        and packed_slots(np.full(8, 101), 1, 1, 200) == 816
+    )
     assert packed_slots(np.full(8, 100), 1, 1, 104) is None
     assert packed_slots(np.full(6, 10), 4, 1, 200) is None
 
@@ -66,7 +74,13 @@ def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
     lengths = np.random.default_rng(rows).integers(8, 120, rows)
     spec = BatchSpec(16, 64, 64, packed=True, microbatches=microbatches)
     ragged = lambda lengths: Ragged.of([np.ones(n, np.int32) for n in lengths])
-    batches = Batches(TokenRows("demonstrations", ragged(lengths // 2), (ragged(lengths - lengths // 2),), {}, {}), spec, 0)
+    batches = Batches(
+        TokenRows(
+            "demonstrations", ragged(lengths // 2), (ragged(lengths - lengths // 2),), {}, {}
+        ),
+        spec,
+        0,
+    )
     padded, shapes = [], set()
     for step in range(6 * batches.steps_per_epoch):
         batch = batches.batch(step)
@@ -75,7 +89,11 @@ def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
         if batch.layout is None:
             padded.append(count / 16 / columns)
             continue
-        assert fullest(batch.valid_BT.sum(axis=1), 1, microbatches) <= batch.layout.slots <= 0.95 * 16 / microbatches * columns
+        assert (
+            fullest(batch.valid_BT.sum(axis=1), 1, microbatches)
+            <= batch.layout.slots
+            <= 0.95 * 16 / microbatches * columns
+        )
         assert batch.layout.microbatches == microbatches
     # Those that packing would shorten by less than what two levels are apart.
     assert all(share > 0.8 for share in padded) and len(padded) < 1.5 * batches.steps_per_epoch
@@ -89,9 +107,12 @@ def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> 
     return rollout_layout(model(), config, np.full(8, prompt), response_B, columns, microbatches)
 
 
-@pytest.mark.parametrize(("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)])
+@pytest.mark.parametrize(
+    ("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)]
+)
 def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
-    # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the room is 64 tokens, and padded rows have 320.
+    # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the room is 64 tokens,
+    # and padded rows have 320.
     assert layout(response) == (Layout(slots, 1, 4) if slots <= 0.95 * 320 else None)
     assert len({layout(n) for n in range(33)}) <= LEVELS + 1
 
@@ -102,23 +123,33 @@ def test_groups_that_microbatches_would_part_share_nothing():
 
 
 def test_updates_have_the_layout_of_the_fullest():
-    # Rows of 4 prompt tokens; the second update gets the two long responses, 74 tokens with what is beside them.
+    # Rows of 4 prompt tokens; the second update gets the two long responses, 74 tokens with what is
+    # beside them.
     config = rl_config(room=32, algorithm=AlgorithmConfig(name="rloo", samples=2, minibatches=2))
     response_B = np.array([1, 1, 32, 32, 1, 1, 1, 1])
     orders = lambda *rows: np.array(rows)
-    of = lambda orders_XY: rollout_layout(model(), config, np.full(8, 4), response_B, 8, 1, orders_XY)
+    of = lambda orders_XY: rollout_layout(
+        model(), config, np.full(8, 4), response_B, 8, 1, orders_XY
+    )
     assert of(orders([0, 1, 4, 5], [2, 3, 6, 7])) == Layout(128, 1, 2)
     assert of(orders([0, 1, 4, 5], [6, 7, 0, 1])) == Layout(64, 1, 2)
 
 
-@pytest.mark.parametrize(("samples", "minibatches", "whole"), [(1, 2, True), (4, 2, True), (2, 4, True), (4, 4, False)])
+@pytest.mark.parametrize(
+    ("samples", "minibatches", "whole"), [(1, 2, True), (4, 2, True), (2, 4, True), (4, 4, False)]
+)
 def test_every_epoch_deals_every_row_to_one_update(samples, minibatches, whole):
-    algorithm = AlgorithmConfig(name="reinforce", samples=samples, epochs=3, minibatches=minibatches)
+    algorithm = AlgorithmConfig(
+        name="reinforce", samples=samples, epochs=3, minibatches=minibatches
+    )
     of = lambda **fields: updates_rows(rl_config(algorithm=algorithm, **fields), jax.random.key(0))
     orders_XY = of()
     assert orders_XY.shape == (3 * minibatches, 8 // minibatches)
     epochs = orders_XY.reshape(3, 8)
-    assert all(sorted(rows) == list(range(8)) for rows in epochs) and len(np.unique(epochs, axis=0)) > 1
+    assert (
+        all(sorted(rows) == list(range(8)) for rows in epochs)
+        and len(np.unique(epochs, axis=0)) > 1
+    )
     # A prompt's samples follow each other, unless minibatches would part them.
     together = orders_XY.reshape(-1, samples) // samples
     assert (together == together[:, :1]).all() == whole
@@ -139,6 +170,8 @@ def test_rows_that_do_not_divide_over_minibatches_are_refused():
 
 def test_packing_can_be_switched_off():
     config = rl_config(room=32)
-    off = rl_config(room=32, data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off"))
+    off = rl_config(
+        room=32, data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off")
+    )
     assert rollout_layout(model(), off, np.full(8, 4), np.full(8, 1), 8, 1) is None
     assert rollout_layout(model(), config, np.full(8, 4), np.full(8, 1), 8, 1) is not None

@@ -1,4 +1,5 @@
-"""Which split each number comes from, and that no number is upside down: the errors that flatter a result.
+"""Which split each number comes from, and that no number is upside down: the errors that flatter a
+result.
 
 Each test has numbers that the error would change: a threshold chosen on the test split, a model
 selected on what it was trained on, RL on test prompts, a KL or an accuracy of the wrong sign.
@@ -33,13 +34,26 @@ def model(base):
 
 
 def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
-    """A threshold chosen on the test rows would classify them perfectly; the one chosen on validation rows calls every test row positive."""
+    """A threshold chosen on the test rows would classify them perfectly; the one chosen on
+    validation rows calls every test row positive.
+    """
     scores = {"validation": [0.0, 1.0, 2.0, 3.0], "test": [1.6, 1.7, 5.0, 6.0]}
     rows = [{"prompt": f"p{i}", "label": label} for i, label in enumerate((0.0, 0.0, 1.0, 1.0))]
-    values = lambda results: tuple(results[name]["value"] for name in ("auc", "balanced_accuracy", "accuracy"))
+    values = lambda results: tuple(
+        results[name]["value"] for name in ("auc", "balanced_accuracy", "accuracy")
+    )
     encoded = TokenRows("labels", Ragged.of([]), (), {}, {})
-    monkeypatch.setattr(reward, "load_batches", lambda model, config, kind, split, *_: (types.SimpleNamespace(split=split, rows=encoded), rows))
-    monkeypatch.setattr(reward, "score_batches", lambda model, adapter, batches: (np.array(scores[batches.split]),))
+    monkeypatch.setattr(
+        reward,
+        "load_batches",
+        lambda model, config, kind, split, *_: (
+            types.SimpleNamespace(split=split, rows=encoded),
+            rows,
+        ),
+    )
+    monkeypatch.setattr(
+        reward, "score_batches", lambda model, adapter, batches: (np.array(scores[batches.split]),)
+    )
     config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
     results, _ = reward.evaluate_reward(None, config, None, "labels")
     assert values(results) == (1.0, 0.5, 0.5)
@@ -50,36 +64,81 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
 
 
 def test_intervals_are_over_the_groups_of_rows(monkeypatch):
-    """Twelve turns of three dialogues, and twelve comparisons in three rankings: what each row alone would give is narrower."""
+    """Twelve turns of three dialogues, and twelve comparisons in three rankings: what each row
+    alone would give is narrower.
+    """
     noise = np.random.default_rng(0)
-    groups, labels, scores = np.repeat(["a", "b", "c"], 4), np.tile([0.0, 1.0, 1.0, 0.0], 3), noise.normal(size=(2, 12))
-    turns = [{"prompt": f"p{i}", "group": str(group), "label": label} for i, (group, label) in enumerate(zip(groups, labels))]
-    ranked = [{"prompt": f"{group} ", "group": "", "chosen": "a", "rejected": "b", "probability": np.nan, "weight": 0.25} for group in groups]
+    groups, labels, scores = (
+        np.repeat(["a", "b", "c"], 4),
+        np.tile([0.0, 1.0, 1.0, 0.0], 3),
+        noise.normal(size=(2, 12)),
+    )
+    turns = [
+        {"prompt": f"p{i}", "group": str(group), "label": label}
+        for i, (group, label) in enumerate(zip(groups, labels))
+    ]
+    ranked = [
+        {
+            "prompt": f"{group} ",
+            "group": "",
+            "chosen": "a",
+            "rejected": "b",
+            "probability": np.nan,
+            "weight": 0.25,
+        }
+        for group in groups
+    ]
     config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
 
     def evaluated(kind, rows, scores):
-        encoded = TokenRows(kind, Ragged.of([]), (), {}, {}, equal=np.zeros(12, bool) if kind == "comparisons" else None)
-        monkeypatch.setattr(reward, "load_batches", lambda *_: (types.SimpleNamespace(rows=encoded), rows))
+        encoded = TokenRows(
+            kind,
+            Ragged.of([]),
+            (),
+            {},
+            {},
+            equal=np.zeros(12, bool) if kind == "comparisons" else None,
+        )
+        monkeypatch.setattr(
+            reward, "load_batches", lambda *_: (types.SimpleNamespace(rows=encoded), rows)
+        )
         monkeypatch.setattr(reward, "score_batches", lambda *_: scores)
         return reward.evaluate_reward(None, config, None, kind)[0]
 
     found = evaluated("labels", turns, (scores[0],))
     assert (found["n"], found["groups"]) == (12, 3)
-    assert found["auc"] == dataclasses.asdict(statistics.auc_estimate(scores[0], labels, groups)) != dataclasses.asdict(statistics.auc_estimate(scores[0], labels))
+    assert (
+        found["auc"]
+        == dataclasses.asdict(statistics.auc_estimate(scores[0], labels, groups))
+        != dataclasses.asdict(statistics.auc_estimate(scores[0], labels))
+    )
     assert [found[name]["groups"] for name in ("balanced_accuracy", "accuracy")] == [3, 3]
     expected = statistics.reliability(statistics.sigmoid(scores[0]), labels, groups=groups)
     assert found["reliability"] == [dataclasses.asdict(row) for row in expected]
     found = evaluated("comparisons", ranked, tuple(scores))
-    assert (found["n"], found["groups"], found["pairwise_accuracy"]["n"], found["pairwise_accuracy"]["groups"]) == (12, 3, 12, 3)
-    assert found["pairwise_accuracy"] == dataclasses.asdict(statistics.pairwise_accuracy(*scores, np.ones(12), groups))
+    assert (
+        found["n"],
+        found["groups"],
+        found["pairwise_accuracy"]["n"],
+        found["pairwise_accuracy"]["groups"],
+    ) == (12, 3, 12, 3)
+    assert found["pairwise_accuracy"] == dataclasses.asdict(
+        statistics.pairwise_accuracy(*scores, np.ones(12), groups)
+    )
     assert max(row["groups"] for row in found["reliability"]) <= 3
 
-    side = lambda scores: compare.Responses([""] * 12, [[1]] * 12, np.ones(12, bool), scores, {"proxy": scores}, scores, list(groups))
+    side = lambda scores: compare.Responses(
+        [""] * 12, [[1]] * 12, np.ones(12, bool), scores, {"proxy": scores}, scores, list(groups)
+    )
     ours, theirs = map(side, scores)
-    assert compare.describe(ours)["proxy_reward"] == dataclasses.asdict(intervals.mean_ci(scores[0], groups))
+    assert compare.describe(ours)["proxy_reward"] == dataclasses.asdict(
+        intervals.mean_ci(scores[0], groups)
+    )
     against = compare.compare(ours, theirs, "gold")
     assert against["gold_gain"] == dataclasses.asdict(intervals.paired_bootstrap(*scores, groups))
-    assert against["win_rate"] == dataclasses.asdict(statistics.win_rate(*scores, groups=groups)) | {"judge": "gold"}
+    assert against["win_rate"] == dataclasses.asdict(
+        statistics.win_rate(*scores, groups=groups)
+    ) | {"judge": "gold"}
 
 
 def write_conflict(folder, swapped: dict[str, float]) -> None:
@@ -93,23 +152,33 @@ def write_conflict(folder, swapped: dict[str, float]) -> None:
 
 
 def test_the_best_step_is_best_on_validation_rows(jobs, model, tmp_path):
-    """Validation rows prefer what train rows reject: one is all right when the other is all wrong."""
+    """Validation rows prefer what train rows reject: one is all right when the other is all
+    wrong.
+    """
     write_conflict(tmp_path, {"train": 0.0, "validation": 1.0, "test": 0.25})
     data = dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
-    artefact = reward.run_reward(tiny.reward_config(tmp_path / "run", jobs.base, data=data, steps=6))
+    artefact = reward.run_reward(
+        tiny.reward_config(tmp_path / "run", jobs.base, data=data, steps=6)
+    )
     adapter, record = model.load_role(artefact, "reward")
 
     def accuracy(split: str) -> float:
         batches, _ = loading.load_batches(model, data, "comparisons", split, 8, None)
         return statistics.pairwise_accuracy(*reward.score_batches(model, adapter, batches)).value
 
-    validated = {row["step"]: row for row in tiny.rows(tmp_path / "run") if "validation/accuracy" in row}
-    assert validated[record.step]["validation/accuracy"] == max(row["validation/accuracy"] for row in validated.values())
+    validated = {
+        row["step"]: row for row in tiny.rows(tmp_path / "run") if "validation/accuracy" in row
+    }
+    assert validated[record.step]["validation/accuracy"] == max(
+        row["validation/accuracy"] for row in validated.values()
+    )
     assert validated[record.step]["validation/accuracy"] == pytest.approx(accuracy("validation"))
     assert validated[6]["validation/accuracy"] == 0.0 and validated[6]["train/accuracy"] == 1.0
     # log 2 before training; worse after it.
     assert validated[6]["validation/loss"] > np.log(2) > validated[6]["train/loss"]
-    assert tiny.read(tmp_path / "run" / "evaluation.json")["pairwise_accuracy"]["value"] == pytest.approx(accuracy("test"))
+    assert tiny.read(tmp_path / "run" / "evaluation.json")["pairwise_accuracy"][
+        "value"
+    ] == pytest.approx(accuracy("test"))
 
 
 class Reached(Exception):
@@ -130,8 +199,23 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
     start = {
         "sft": ("demonstrations", lambda: sft.run_sft(tiny.sft_config(run, jobs.base))),
         "reward": ("comparisons", lambda: reward.run_reward(tiny.reward_config(run, jobs.base))),
-        "dpo": ("comparisons", lambda: dpo.run_dpo(DPOConfig(**{**tiny.COMMON, "run": str(run), "model": jobs.base, "policy": str(jobs.policy)}))),
-        "rl": ("prompts", lambda: rl.run_rl(tiny.rl_config(run, jobs.base, jobs.policy, jobs.reward))),
+        "dpo": (
+            "comparisons",
+            lambda: dpo.run_dpo(
+                DPOConfig(
+                    **{
+                        **tiny.COMMON,
+                        "run": str(run),
+                        "model": jobs.base,
+                        "policy": str(jobs.policy),
+                    }
+                )
+            ),
+        ),
+        "rl": (
+            "prompts",
+            lambda: rl.run_rl(tiny.rl_config(run, jobs.base, jobs.policy, jobs.reward)),
+        ),
     }
     kind, begin = start[job]
     with pytest.raises(Reached):
@@ -145,7 +229,9 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
         if kind == "prompts":
             found, valid = batch.tokens_BP, batch.valid_BP
         else:
-            field, tokens = ("response", batch) if kind == "demonstrations" else ("chosen", batch.chosen)
+            field, tokens = (
+                ("response", batch) if kind == "demonstrations" else ("chosen", batch.chosen)
+            )
             ids += clip_response(tokenizer.response_ids(row[field]), 8)
             found, valid = tokens.tokens_BT, tokens.valid_BT
         assert found[place][valid[place]].tolist() == ids
@@ -167,10 +253,17 @@ def response_logprob(model, adapter, prompt: list[int], response: list[int]) -> 
 
 
 def test_kl_of_an_evaluation_is_policy_over_baseline(jobs, model):
-    """log pi(y | x) - log pi_baseline(y | x) of what the policy sampled, which is positive on average."""
+    """log pi(y | x) - log pi_baseline(y | x) of what the policy sampled, which is positive on
+    average.
+    """
     baseline = model.load_role(jobs.policy, "policy")[0]
     noise = np.random.default_rng(0)
-    policy = baseline.replace(lora=trees.map_named(lambda name, leaf: leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32), baseline.lora))
+    policy = baseline.replace(
+        lora=trees.map_named(
+            lambda name, leaf: leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32),
+            baseline.lora,
+        )
+    )
     batches, rows = loading.load_batches(model, tiny.DATA, "prompts", "test", 8, None)
     scorer = lambda models, rollout, row_B: (np.zeros(len(row_B), np.float32), {})
     job = compare.Evaluation(
@@ -181,7 +274,10 @@ def test_kl_of_an_evaluation_is_policy_over_baseline(jobs, model):
     expected = []
     for prompt, response in zip(prompts, responses.tokens, strict=True):
         ids = clip_prompt(model.tokenizer.prompt_ids(prompt), 8, model.tokenizer.bos_id)
-        expected.append(response_logprob(model, policy, ids, response) - response_logprob(model, baseline, ids, response))
+        expected.append(
+            response_logprob(model, policy, ids, response)
+            - response_logprob(model, baseline, ids, response)
+        )
     np.testing.assert_allclose(responses.kl, expected, atol=1e-3)
     assert np.mean(expected) > 0.1
     assert compare.describe(responses)["kl"]["value"] == pytest.approx(np.mean(expected), abs=1e-3)
@@ -191,18 +287,35 @@ def test_accuracy_of_dpo_counts_what_is_chosen(jobs, model):
     """The implicit reward's order of every test pair, from logits."""
     reference = model.load_role(jobs.policy, "policy")[0]
     noise = np.random.default_rng(1)
-    policy = reference.replace(lora=trees.map_named(lambda name, leaf: leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32), reference.lora))
-    config = DPOConfig(**{**tiny.COMMON, "run": "-", "model": jobs.base, "policy": str(jobs.policy)})
+    policy = reference.replace(
+        lora=trees.map_named(
+            lambda name, leaf: leaf + 0.3 * noise.standard_normal(leaf.shape).astype(np.float32),
+            reference.lora,
+        )
+    )
+    config = DPOConfig(
+        **{**tiny.COMMON, "run": "-", "model": jobs.base, "policy": str(jobs.policy)}
+    )
     state = types.SimpleNamespace(roles={"policy": policy}, frozen={"reference": reference})
     results = dpo.evaluate_dpo(model, config, dpo.job_of(config), state)
     right = []
     for row in get_task("orders").open("comparisons", "test", data_options(tiny.DATA)):
         prompt = clip_prompt(model.tokenizer.prompt_ids(row["prompt"]), 8, model.tokenizer.bos_id)
-        sides = [clip_response(model.tokenizer.response_ids(row[side]), 8) for side in ("chosen", "rejected")]
-        good, bad = (response_logprob(model, policy, prompt, side) - response_logprob(model, reference, prompt, side) for side in sides)
+        sides = [
+            clip_response(model.tokenizer.response_ids(row[side]), 8)
+            for side in ("chosen", "rejected")
+        ]
+        good, bad = (
+            response_logprob(model, policy, prompt, side)
+            - response_logprob(model, reference, prompt, side)
+            for side in sides
+        )
         # Responses that are equal once they are cut are in no order: they do not count.
         if sides[0] != sides[1]:
             right.append(float(good > bad))
     found = results["pairwise_accuracy"]
     assert (len(right), sum(right)) == (14, 5) and found["n"] == 14
-    assert found["value"] == pytest.approx(5 / 14) and results["data"]["data/test/equal_after_cutting"] == 2
+    assert (
+        found["value"] == pytest.approx(5 / 14)
+        and results["data"]["data/test/equal_after_cutting"] == 2
+    )

@@ -44,13 +44,22 @@ def rollout() -> Rollout:
     response_BT = np.array([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], bool)
     valid_BT = response_BT | np.array([[1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
     tokens = Tokens(np.arange(15, dtype=np.int32).reshape(3, 5), valid_BT, response_BT)
-    return Rollout(tokens, np.where(response_BT, -1.0, 0.0).astype(np.float32), np.array([True, False, False]), np.int32(3))
+    return Rollout(
+        tokens,
+        np.where(response_BT, -1.0, 0.0).astype(np.float32),
+        np.array([True, False, False]),
+        np.int32(3),
+    )
 
 
 def assembled(score_B, policy_BT, reference_BT, beta: float, penalty: float = 0.0, **fields):
     """What `assemble` makes of the rollout above, by REINFORCE unless an algorithm is given."""
-    config = rl_config(shaping=ShapingConfig(missing_eos_penalty=penalty), room=3, batch_size=4, **fields)
-    return assemble(config, 1, False, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT))
+    config = rl_config(
+        shaping=ShapingConfig(missing_eos_penalty=penalty), room=3, batch_size=4, **fields
+    )
+    return assemble(
+        config, 1, False, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT)
+    )
 
 
 def test_return_by_hand():
@@ -77,7 +86,9 @@ def test_return_by_hand():
     # The sampler said -1; the trainer -1, -1.75, and then -0.5, 0.5, 1.5.
     mismatch = np.mean(np.exp([0, 0.75, 0.5, 1.5, 2.5]))
     assert float(values.pop("sampler/mismatch")) == pytest.approx(mismatch, rel=1e-6)
-    assert {name: float(value) for name, value in values.items()} == pytest.approx(expected, rel=1e-6)
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(
+        expected, rel=1e-6
+    )
     assert bool(statistics.finite)
     np.testing.assert_array_equal(experience.old_logp_BT, reference_BT + d_BT)
 
@@ -86,7 +97,9 @@ def test_a_kl_in_the_loss_leaves_the_return_alone():
     reference_BT = np.full((3, 5), -1.5, np.float32)
     policy_BT = reference_BT + np.float32(0.5)
     score_B = np.array([2.0, 4.0, 0.0], np.float32)
-    experience, statistics = assembled(score_B, policy_BT, reference_BT, 0.25, 1.5, kl=KLConfig(beta=0.25, place="loss"))
+    experience, statistics = assembled(
+        score_B, policy_BT, reference_BT, 0.25, 1.5, kl=KLConfig(beta=0.25, place="loss")
+    )
     np.testing.assert_allclose(experience.target_BT[:2, 2], [2.0, 2.5])
     np.testing.assert_array_equal(experience.reference_BT, reference_BT)
     np.testing.assert_array_equal(experience.kl_weight_B, np.float32(0.25))
@@ -96,7 +109,9 @@ def test_a_kl_in_the_loss_leaves_the_return_alone():
 def test_a_whole_score_is_not_weighed():
     logp_BT = np.full((3, 5), -1.0, np.float32)
     score_B = np.array([2.0, 4.0, 0.0], np.float32)
-    target_BT = assembled(score_B, logp_BT + np.float32(0.5), logp_BT, 0.25, kl=KLConfig(whole_score=True))[0].target_BT
+    target_BT = assembled(
+        score_B, logp_BT + np.float32(0.5), logp_BT, 0.25, kl=KLConfig(whole_score=True)
+    )[0].target_BT
     # Two and three tokens of 0.5 each.
     np.testing.assert_allclose(target_BT[:2, 2], [2.0 - 0.25 * 1.0, 4.0 - 0.25 * 1.5], rtol=1e-6)
 
@@ -114,12 +129,18 @@ def test_scores_are_clipped_whitened_and_then_penalised():
     score_B = np.array([2.0, 9.0, 77.0], np.float32)
     # Clipped: 2, 5. Whitened over the two rows that are real: mean 3.5, deviation 1.5 * sqrt 2. The
     # second row has 3 of 3 tokens, both of the buffer's.
-    shaping = ShapingConfig(clip=5.0, whiten=True, missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer=2)
+    shaping = ShapingConfig(
+        clip=5.0, whiten=True, missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer=2
+    )
     config = rl_config(shaping=shaping, room=3, batch_size=4)
-    target_BT = assemble(config, 1, False, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT))[0].target_BT
+    target_BT = assemble(
+        config, 1, False, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT)
+    )[0].target_BT
     spread = 1.5 / (1.5 * np.sqrt(2))
     # The first has 2 tokens: one of the buffer's.
-    np.testing.assert_allclose(target_BT[:2, 2], [3.5 - spread - 1.0, 3.5 + spread - 0.5 - 2.0], rtol=1e-5)
+    np.testing.assert_allclose(
+        target_BT[:2, 2], [3.5 - spread - 1.0, 3.5 + spread - 0.5 - 2.0], rtol=1e-5
+    )
 
 
 def test_equal_log_probabilities_leave_the_score_alone():
@@ -170,7 +191,9 @@ def test_step_zero(name):
     assert np.any(after.roles["value"].head["kernel"] != before.roles["value"].head["kernel"])
     if name == "fresh":
         for path, leaf in trees.named_leaves(after.roles["policy"]).items():
-            assert np.any(leaf != trees.named_leaves(before.roles["policy"])[path]) == path.endswith("lora_b"), path
+            assert np.any(
+                leaf != trees.named_leaves(before.roles["policy"])[path]
+            ) == path.endswith("lora_b"), path
     # What is not trained is as it was, the very same buffers; what is was given away.
     small.assert_same(after.frozen, before.frozen)
     small.assert_same(jax.device_get(base), copy)
@@ -204,10 +227,18 @@ ONE_PASS = {
 }
 
 
-@pytest.mark.parametrize("case", [case if case in ("rloo", "grpo") else pytest.param(case, marks=pytest.mark.slow) for case in ONE_PASS])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("rloo", "grpo") else pytest.param(case, marks=pytest.mark.slow)
+        for case in ONE_PASS
+    ],
+)
 def test_one_pass_is_the_update_of_two(case, monkeypatch):
     settings = dict(ONE_PASS[case])
-    data = DataConfig(max_prompt_length=8, max_response_length=6, packing=settings.pop("packing", "auto"))
+    data = DataConfig(
+        max_prompt_length=8, max_response_length=6, packing=settings.pop("packing", "auto")
+    )
     algorithm = AlgorithmConfig(name=case.partition(",")[0], samples=settings.pop("samples", None))
     config = rl_config(algorithm=algorithm, **settings)
     config = dataclasses.replace(config, data=data)
@@ -218,7 +249,9 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
         run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
         assert run.programs.one_pass == one
         # The second step's policy is not the reference.
-        batch = lambda seed: jax.tree.map(lambda leaf: leaf[: 8 // config.algorithm.group], prompts(LM, seed))
+        batch = lambda seed: jax.tree.map(
+            lambda leaf: leaf[: 8 // config.algorithm.group], prompts(LM, seed)
+        )
         found[one] = [run.step(batch(seed)) for seed in range(2)], jax.device_get(run.state.roles)
     (steps_of_one, roles_of_one), (steps_of_two, roles_of_two) = found[True], found[False]
     assert steps_of_one[0]["kl/sequence"] == 0.0 if config.kl.reference == "start" else True
@@ -228,7 +261,9 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
         for name in one:
             assert one[name] == pytest.approx(two[name], rel=2e-4, abs=2e-5), name
     for name, leaf in trees.named_leaves(roles_of_one).items():
-        np.testing.assert_allclose(leaf, trees.named_leaves(roles_of_two)[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            leaf, trees.named_leaves(roles_of_two)[name], atol=1e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -264,11 +299,20 @@ def test_step_zero_of_a_reward_reaches_its_head():
     chosen, rejected = small.make_tokens(), small.make_tokens(small.ROWS[::-1], seed=5)
     batch = Pairs(chosen, rejected, np.ones(8, np.float32))
     role = FRESH.replace(head=small.make_head(LM))
-    grads = jax.jit(lambda role: step_lib.gradients(lambda *a: supervised.pairwise_objective(LM, *a), {"reward": role}, BASE, batch, None, 1)[2])(role)
-    norms = {name: float(np.linalg.norm(leaf)) for name, leaf in trees.named_leaves(grads["reward"]).items()}
+    grads = jax.jit(
+        lambda role: step_lib.gradients(
+            lambda *a: supervised.pairwise_objective(LM, *a), {"reward": role}, BASE, batch, None, 1
+        )[2]
+    )(role)
+    norms = {
+        name: float(np.linalg.norm(leaf))
+        for name, leaf in trees.named_leaves(grads["reward"]).items()
+    }
     assert norms["head/kernel"] > 0.01
     # B is 0, so nothing reaches A yet.
-    assert all((norm > 0) == name.endswith("lora_b") for name, norm in norms.items() if "lora" in name)
+    assert all(
+        (norm > 0) == name.endswith("lora_b") for name, norm in norms.items() if "lora" in name
+    )
 
 
 def test_a_value_head_that_begins_at_zero_predicts_zero():
@@ -292,7 +336,12 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     def note(what: str, key: jax.Array) -> None:
         # Of a batch of keys every one counts.
         data = jax.random.key_data(key)
-        jax.debug.callback(lambda data: seen.extend((what, *one) for one in np.asarray(data).reshape(-1, data.shape[-1]).tolist()), data)
+        jax.debug.callback(
+            lambda data: seen.extend(
+                (what, *one) for one in np.asarray(data).reshape(-1, data.shape[-1]).tolist()
+            ),
+            data,
+        )
 
     def noting(owner, name: str, position: int) -> None:
         original = getattr(owner, name)
@@ -303,7 +352,8 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
 
         monkeypatch.setattr(owner, name, noted)
 
-    # (self, base, adapter, tokens, valid, temperature, key); (self, base, adapter, tokens, valid, key); ...
+    # (self, base, adapter, tokens, valid, temperature, key); (self, base, adapter, tokens, valid,
+    # key); ...
     noting(LanguageModel, "logprobs", 6)
     noting(LanguageModel, "values", 5)
     noting(sampling, "choose", 0)
@@ -311,19 +361,37 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     noting(jax.random, "bernoulli", 0)
     original = sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda *a: note("sample", a[5]) or original(*a))
-    monkeypatch.setattr(passes, "sequence_logprobs", lambda lm, base, adapter, tokens, **_: jnp.zeros(tokens.tokens_BT.shape))
+    monkeypatch.setattr(
+        passes,
+        "sequence_logprobs",
+        lambda lm, base, adapter, tokens, **_: jnp.zeros(tokens.tokens_BT.shape),
+    )
     # A shape and dropout of its own: what other tests have traced knows nothing of the notes.
     lora = LoRAConfig(rank=2, dropout=0.25, targets="q,v")
     policy = LM.init_adapter(jax.random.key(0), lora)
-    run = Rehearsal(placed_model(LM, BASE), policy, REWARD, rl_config(room=4 + microbatches, microbatches=microbatches, max_mismatch=1e9))
+    run = Rehearsal(
+        placed_model(LM, BASE),
+        policy,
+        REWARD,
+        rl_config(room=4 + microbatches, microbatches=microbatches, max_mismatch=1e9),
+    )
     for seed in range(2):
         run.step(prompts(LM, seed))
     jax.effects_barrier()
     counts = {what: sum(name == what for name, *_ in seen) for what in {name for name, *_ in seen}}
-    # Two roles, two layers, two projections; the sampler draws once for each row and token of the room.
+    # Two roles, two layers, two projections; the sampler draws once for each row and token of the
+    # room.
     rows = run.config.batch_size
-    whole = {"gradients": 2, "sample": 2, "logprobs": 2 * microbatches, "values": 2 * microbatches, "bernoulli": 2 * microbatches * 8}
-    assert counts == whole | {"choose": counts["choose"]} and 2 * rows <= counts["choose"] <= 2 * rows * (4 + microbatches)
+    whole = {
+        "gradients": 2,
+        "sample": 2,
+        "logprobs": 2 * microbatches,
+        "values": 2 * microbatches,
+        "bernoulli": 2 * microbatches * 8,
+    }
+    assert counts == whole | {"choose": counts["choose"]} and 2 * rows <= counts[
+        "choose"
+    ] <= 2 * rows * (4 + microbatches)
     keys = [tuple(key) for _, *key in seen]
     assert len(set(keys)) == len(keys)
 
@@ -341,7 +409,9 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
     monkeypatch.setattr(sampling, "sample_prompts", biased)
     # exp 0.5 = 1.6487.
     run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, rl_config(max_mismatch=1.6))
-    with pytest.raises(TrainingError, match=r"Step 1: .* = 1\.6487, above max_mismatch = 1\.6; the run stopped"):
+    with pytest.raises(
+        TrainingError, match=r"Step 1: .* = 1\.6487, above max_mismatch = 1\.6; the run stopped"
+    ):
         run.step(prompts(LM))
 
 
@@ -349,10 +419,15 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
 
 
 def talkative() -> tuple[Tree, Adapter]:
-    """A base and a policy whose responses have all lengths within a few dozen steps, short ones and ones that fill their room."""
+    """A base and a policy whose responses have all lengths within a few dozen steps, short ones and
+    ones that fill their room.
+    """
     noise = np.random.default_rng(0)
     move = lambda share, leaf: leaf + share * noise.standard_normal(leaf.shape).astype(leaf.dtype)
-    base = trees.map_named(lambda name, leaf: move(0.2, leaf) if name.endswith("scale") else leaf, jax.jit(LM.init_base)(jax.random.key(0)))
+    base = trees.map_named(
+        lambda name, leaf: move(0.2, leaf) if name.endswith("scale") else leaf,
+        jax.jit(LM.init_base)(jax.random.key(0)),
+    )
     noise = np.random.default_rng(1)
     fresh = LM.init_adapter(jax.random.key(1), small.LORA)
     return base, fresh.replace(lora=jax.tree.map(lambda leaf: move(0.1, leaf), fresh.lora))
@@ -362,21 +437,48 @@ def talkative() -> tuple[Tree, Adapter]:
 @pytest.mark.parametrize(("slots", "minibatches"), [(None, 1), (4, 1), (None, 2)])
 def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots, minibatches):
     # Prompts of two padded lengths and responses of any length; packed to one of a few sizes.
-    config = rl_config(algorithm=AlgorithmConfig(name="rloo", samples=4, minibatches=minibatches), rollout=RolloutConfig(slots=slots), room=16, temperature=1.3)
+    config = rl_config(
+        algorithm=AlgorithmConfig(name="rloo", samples=4, minibatches=minibatches),
+        rollout=RolloutConfig(slots=slots),
+        room=16,
+        temperature=1.3,
+    )
     base, policy = talkative()
     run = Rehearsal(placed_model(LM, base), policy, REWARD, config)
     rng, counts, responses = np.random.default_rng(0), [], set()
     for step in range(200):
         columns = (8, 16)[step % 2]
         valid_PS = np.arange(columns)[None, :] >= columns - rng.integers(1, columns + 1, 2)[:, None]
-        metrics = run.step(Prompts(rng.integers(3, LM.config.vocab_size, (2, columns), dtype=np.int32), valid_PS, np.arange(2, dtype=np.int32)))
+        metrics = run.step(
+            Prompts(
+                rng.integers(3, LM.config.vocab_size, (2, columns), dtype=np.int32),
+                valid_PS,
+                np.arange(2, dtype=np.int32),
+            )
+        )
         # A rare number of rows that go on may turn up late: slots have a bound of their own, below.
-        counts.append(sum(program.compilations for name, program in run.programs.by_name().items() if slots is None or name != "sample"))
+        counts.append(
+            sum(
+                program.compilations
+                for name, program in run.programs.by_name().items()
+                if slots is None or name != "sample"
+            )
+        )
         responses.add(metrics["response/length"])
     assert len(responses) > 20
-    # Sizes turn up as responses of their length do: no more of them than there are, and none in the second half.
+    # Sizes turn up as responses of their length do: no more of them than there are, and none in the
+    # second half.
     most = 2 * (LEVELS + 1)
-    reading = [run.programs.reward, run.programs.logprobs, run.programs.assemble, run.programs.learn]
+    reading = [
+        run.programs.reward,
+        run.programs.logprobs,
+        run.programs.assemble,
+        run.programs.learn,
+    ]
     assert all(program.compilations <= most for program in reading)
-    assert run.programs.sample.compilations == 2 if slots is None else run.programs.sample.compilations <= 20
+    assert (
+        run.programs.sample.compilations == 2
+        if slots is None
+        else run.programs.sample.compilations <= 20
+    )
     assert counts[-1] == counts[99]

@@ -69,7 +69,11 @@ def cache_settings():
 def test_compiled_programs_are_kept(base, tmp_path, cache_settings):
     folder = tmp_path / "programs"
     run_sft(tiny.sft_config(tmp_path / "first", base, compile_cache=str(folder)))
-    updates = lambda: sorted(path.name for path in folder.iterdir() if "learn" in path.name and path.name.endswith("-cache"))
+    updates = lambda: sorted(
+        path.name
+        for path in folder.iterdir()
+        if "learn" in path.name and path.name.endswith("-cache")
+    )
     kept = updates()
     assert kept
     run_sft(tiny.sft_config(tmp_path / "second", base, compile_cache=str(folder)))
@@ -79,5 +83,10 @@ def test_compiled_programs_are_kept(base, tmp_path, cache_settings):
 
 def test_a_folder_that_cannot_be_is_named(base, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="compile_cache is .*file/programs, which cannot be made a folder: Not a directory."):
-        run_sft(tiny.sft_config(tmp_path / "run", base, compile_cache=str(tmp_path / "file/programs")))
+    with pytest.raises(
+        UserError,
+        match="compile_cache is .*file/programs, which cannot be made a folder: Not a directory.",
+    ):
+        run_sft(
+            tiny.sft_config(tmp_path / "run", base, compile_cache=str(tmp_path / "file/programs"))
+        )

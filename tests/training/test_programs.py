@@ -1,4 +1,6 @@
-"""What commands compile is in the planner's table: a new program has to be planned before it can be run."""
+"""What commands compile is in the planner's table: a new program has to be planned before it can be
+run.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,26 @@ BATCH = 2 * 8 * 16
 
 def check(compiled: Compiled, command: str) -> None:
     names = unknown(compiled.sizes, command)
-    assert not names, f"{command} runs programs that perl_jax/planning/known.py does not have: {', '.join(sorted(names))}"
-    large = {name: size for name, size in compiled.sizes.items() if APART.get(name) == "rows" and size > BATCH}
+    assert not names, (
+        f"{command} runs programs that perl_jax/planning/known.py does not have: "
+        f"{', '.join(sorted(names))}"
+    )
+    large = {
+        name: size
+        for name, size in compiled.sizes.items()
+        if APART.get(name) == "rows" and size > BATCH
+    }
     assert not large, f"operations outside a program on more than a batch's numbers: {large}"
 
 
 def test_the_chain_of_jobs_runs_known_programs(jobs, compiled_by_jobs):
-    """SFT, reward, RL and evaluation together, as far as this process had not compiled the same before."""
-    known, found = {name for group in (PLANNED, APART) for name in group}, set(compiled_by_jobs.sizes)
+    """SFT, reward, RL and evaluation together, as far as this process had not compiled the same
+    before.
+    """
+    known, found = (
+        {name for group in (PLANNED, APART) for name in group},
+        set(compiled_by_jobs.sizes),
+    )
     assert found <= known, f"not in perl_jax/planning/known.py: {sorted(found - known)}"
     assert {"learn", "validate", "sample", "logprobs", "begin"} <= found
 
@@ -54,14 +68,42 @@ def runs(jobs: tiny.Jobs, folder: pathlib.Path) -> dict[str, Callable[[], Any]]:
         "sft": lambda: run_sft(tiny.sft_config(folder / "sft", base, steps=1)),
         "reward": lambda: run_reward(tiny.reward_config(folder / "reward", base, steps=1)),
         "rl": lambda: run_rl(tiny.rl_config(folder / "rl", base, policy, reward, steps=1)),
-        "dpo": lambda: run_dpo(DPOConfig(**{**tiny.COMMON, "run": str(folder / "dpo"), "model": base, "policy": policy, "steps": 1})),
-        "evaluate": lambda: run_evaluate(tiny.evaluate_config(folder / "evaluate", base, policy=policy, reward=(reward,))),
-        "best-of": lambda: run_best_of(BestOfConfig(**rewarded, policy=policy, n=2, output=str(folder / "best.jsonl"))),
-        "generate": lambda: generate(GenerateConfig(model=base, adapter=policy, prompt="a tea", max_new_tokens=4)),
-        "score": lambda: score(ScoreConfig(model=base, adapter=reward, input=str(rows), max_prompt_length=16, max_response_length=16)),
+        "dpo": lambda: run_dpo(
+            DPOConfig(
+                **{
+                    **tiny.COMMON,
+                    "run": str(folder / "dpo"),
+                    "model": base,
+                    "policy": policy,
+                    "steps": 1,
+                }
+            )
+        ),
+        "evaluate": lambda: run_evaluate(
+            tiny.evaluate_config(folder / "evaluate", base, policy=policy, reward=(reward,))
+        ),
+        "best-of": lambda: run_best_of(
+            BestOfConfig(**rewarded, policy=policy, n=2, output=str(folder / "best.jsonl"))
+        ),
+        "generate": lambda: generate(
+            GenerateConfig(model=base, adapter=policy, prompt="a tea", max_new_tokens=4)
+        ),
+        "score": lambda: score(
+            ScoreConfig(
+                model=base,
+                adapter=reward,
+                input=str(rows),
+                max_prompt_length=16,
+                max_response_length=16,
+            )
+        ),
         "export": lambda: [
-            export(ExportConfig(model=base, adapter=reward, format="peft", to=str(folder / "peft"))),
-            export(ExportConfig(model=base, adapter=policy, format="merged", to=str(folder / "merged"))),
+            export(
+                ExportConfig(model=base, adapter=reward, format="peft", to=str(folder / "peft"))
+            ),
+            export(
+                ExportConfig(model=base, adapter=policy, format="merged", to=str(folder / "merged"))
+            ),
         ],
     }
 
@@ -89,7 +131,9 @@ class Began(Exception):
 
 @pytest.mark.parametrize("job", ["sft", "reward", "dpo", "rl"])
 def test_full_tuning_has_its_weights_on_the_devices_once(jobs, tmp_path, monkeypatch, job):
-    """When training begins there are the weights, two moments of each, and roles at rest; nothing of what they were made of."""
+    """When training begins there are the weights, two moments of each, and roles at rest; nothing
+    of what they were made of.
+    """
     shape = (2, 16, 24)
     alive = lambda: sum(array.shape == shape for array in jax.live_arrays())
     matrices = lambda adapter: sum(leaf.shape == shape for leaf in jax.tree.leaves(adapter))
@@ -107,20 +151,34 @@ def test_full_tuning_has_its_weights_on_the_devices_once(jobs, tmp_path, monkeyp
     run = {
         "sft": lambda: run_sft(tiny.sft_config(tmp_path / "run", jobs.base, **common)),
         "reward": lambda: run_reward(tiny.reward_config(tmp_path / "run", jobs.base, **common)),
-        "dpo": lambda: run_dpo(DPOConfig(**tiny.common(run=str(tmp_path / "run"), model=jobs.base, **common))),
-        "rl": lambda: run_rl(tiny.rl_config(tmp_path / "run", jobs.base, None, jobs.reward, **common)),
+        "dpo": lambda: run_dpo(
+            DPOConfig(**tiny.common(run=str(tmp_path / "run"), model=jobs.base, **common))
+        ),
+        "rl": lambda: run_rl(
+            tiny.rl_config(tmp_path / "run", jobs.base, None, jobs.reward, **common)
+        ),
     }[job]
     with pytest.raises(Began):
         run()
-    # Gate and up have this shape. In rl there are two trained roles and a reference, and the adapter that rewards reads the base.
+    # Gate and up have this shape. In rl there are two trained roles and a reference, and the
+    # adapter that rewards reads the base.
     weights = {"sft": 3, "reward": 3, "dpo": 4, "rl": 7}[job]
     base = 1 if job == "rl" else 0
     assert found == [(2 * (weights + base), 2 * weights)]
 
 
 def test_a_state_that_gives_way_leaves_nothing_on_the_devices():
-    state = TrainState(jax.numpy.int32(3), {}, {}, {}, jax.random.key_data(jax.random.key(0)), {"beta": jax.numpy.float32(0.5)})
+    state = TrainState(
+        jax.numpy.int32(3),
+        {},
+        {},
+        {},
+        jax.random.key_data(jax.random.key(0)),
+        {"beta": jax.numpy.float32(0.5)},
+    )
     leaves = jax.tree.leaves(state)
     kept = loop_lib._given_up(state)
     assert all(leaf.is_deleted() for leaf in leaves)
-    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(kept)] == [(leaf.shape, leaf.dtype) for leaf in leaves]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(kept)] == [
+        (leaf.shape, leaf.dtype) for leaf in leaves
+    ]

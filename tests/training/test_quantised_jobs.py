@@ -30,19 +30,51 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     assert all(row["sampler/mismatch"] == pytest.approx(1, abs=1e-4) for row in rows)
     cost = tiny.read(tmp_path / "sft" / "cost.json")
     assert cost["base_bytes"] < 4 * (cost["parameters_total"] - cost["parameters_trainable"])
-    assert len(generate(GenerateConfig(model=base, adapter=str(tuned), quantise=LOW, prompt="latte", max_new_tokens=4, samples=2))) == 2
+    assert (
+        len(
+            generate(
+                GenerateConfig(
+                    model=base,
+                    adapter=str(tuned),
+                    quantise=LOW,
+                    prompt="latte",
+                    max_new_tokens=4,
+                    samples=2,
+                )
+            )
+        )
+        == 2
+    )
     # The artefact belongs to the true base, and says how the base was held.
     assert read_record(tuned).quantise == LOW
     assert "base held in   int8, block 4" in exchange.show(exchange.ShowConfig(str(tuned)))
     model = load_model(ModelOptions(model=base))
     low = load_model(ModelOptions(model=base, quantise=LOW))
-    assert model.fingerprint == low.fingerprint and any(map(is_quantised, jax.tree.leaves(low.base, is_leaf=is_quantised)))
-    leaves = [np.asarray(leaf) for m in (model, low) for leaf in jax.tree.leaves(m.load_role(tuned, "policy")[0])]
+    assert model.fingerprint == low.fingerprint and any(
+        map(is_quantised, jax.tree.leaves(low.base, is_leaf=is_quantised))
+    )
+    leaves = [
+        np.asarray(leaf)
+        for m in (model, low)
+        for leaf in jax.tree.leaves(m.load_role(tuned, "policy")[0])
+    ]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
-    with pytest.raises(UserError, match="made of the base's own weights; leave --quantise.kind out"):
-        exchange.export(exchange.ExportConfig(model=base, adapter=str(policy), format="merged", to=str(tmp_path / "to"), quantise=LOW))
+    with pytest.raises(
+        UserError, match="made of the base's own weights; leave --quantise.kind out"
+    ):
+        exchange.export(
+            exchange.ExportConfig(
+                model=base,
+                adapter=str(policy),
+                format="merged",
+                to=str(tmp_path / "to"),
+                quantise=LOW,
+            )
+        )
 
 
 def test_full_tuning_of_a_quantised_base_is_refused(base, tmp_path):
-    with pytest.raises(UserError, match="Full tuning trains the base's weights; quantise.kind must be none"):
+    with pytest.raises(
+        UserError, match="Full tuning trains the base's weights; quantise.kind must be none"
+    ):
         sft.run_sft(tiny.sft_config(tmp_path / "sft", base, tuning="full", quantise=LOW))

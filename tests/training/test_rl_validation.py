@@ -1,4 +1,6 @@
-"""Validation in RL: means over held-out prompts against a measurement of each response by itself, and the step that is kept."""
+"""Validation in RL: means over held-out prompts against a measurement of each response by itself,
+and the step that is kept.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,25 @@ def model(base):
 
 
 def samples(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "validation_samples.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run / "validation_samples.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
 def ran(jobs, tmp_path_factory):
     """Six prompts, whose second batch is half filled up; every step is validated."""
     folder = tmp_path_factory.mktemp("validated")
-    config = tiny.rl_config(folder, jobs.base, jobs.policy, jobs.reward, algorithm=RLOO, evaluate_every=1, steps=3, validation_prompts=6)
+    config = tiny.rl_config(
+        folder,
+        jobs.base,
+        jobs.policy,
+        jobs.reward,
+        algorithm=RLOO,
+        evaluate_every=1,
+        steps=3,
+        validation_prompts=6,
+    )
     rl.run_rl(config)
     return folder, config
 
@@ -45,7 +58,9 @@ def ran(jobs, tmp_path_factory):
 def test_samples_are_of_held_out_prompts_with_their_own_rewards(ran):
     folder, config = ran
     task = get_task("orders")
-    held_out = [row["prompt"] for row in task.open("prompts", "validation", data_options(config.data))][:6]
+    held_out = [
+        row["prompt"] for row in task.open("prompts", "validation", data_options(config.data))
+    ][:6]
     found = samples(folder)
     assert [row["step"] for row in found] == [1] * 6 + [2] * 6 + [3] * 6
     assert {row["prompt"] for row in found} == set(held_out) and len(held_out) == 6
@@ -58,12 +73,19 @@ def test_the_page_says_which_step_was_kept(ran):
     (run,) = read_experiment(folder).runs
     rewards = {row["step"]: row["validation/reward"] for row in tiny.rows(folder)}
     best = max(rewards, key=rewards.get)
-    assert kept_sentence(run).startswith(f"RL, LoRA: the policy is that of {'the last step, 3' if best == 3 else f'step {best} of 3'}, where")
-    assert kept_sentence(run).endswith(f"the validation reward was {formats.significant(rewards[best])}.")
+    assert kept_sentence(run).startswith(
+        "RL, LoRA: the policy is that of "
+        f"{'the last step, 3' if best == 3 else f'step {best} of 3'}, where"
+    )
+    assert kept_sentence(run).endswith(
+        f"the validation reward was {formats.significant(rewards[best])}."
+    )
 
 
 def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypatch):
-    """Every response's score by a forward pass of its own, and its KL by log-probabilities of its own; filler counts nothing."""
+    """Every response's score by a forward pass of its own, and its KL by log-probabilities of its
+    own; filler counts nothing.
+    """
     kept = {}
 
     def remember(job, batches, state):
@@ -76,7 +98,9 @@ def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypat
         job.programs.sample = sampling
         kept["means"], _ = validate(job, batches, state)
         job.programs.sample = sample
-        kept["roles"] = jax.tree.map(np.array, (state.roles["policy"], state.frozen["reference"], state.frozen["reward"]))
+        kept["roles"] = jax.tree.map(
+            np.array, (state.roles["policy"], state.frozen["reference"], state.frozen["reward"])
+        )
         kept["rollouts"] = jax.device_get(rollouts)
         return kept["means"], []
 
@@ -84,25 +108,53 @@ def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypat
     monkeypatch.setattr(rl, "validate", remember)
     record = tiny.load(jobs.reward, model)[1]
     folder = jobs.root / "measured"
-    rl.run_rl(tiny.rl_config(folder, jobs.base, jobs.policy, jobs.reward, algorithm=RLOO, steps=1, validation_prompts=6))
+    rl.run_rl(
+        tiny.rl_config(
+            folder,
+            jobs.base,
+            jobs.policy,
+            jobs.reward,
+            algorithm=RLOO,
+            steps=1,
+            validation_prompts=6,
+        )
+    )
     policy, reference, reward = kept["roles"]
     scores, kls, lengths, ended = [], [], [], []
     for rollout in kept["rollouts"]:
         tokens = rollout.sequences
         rows = np.flatnonzero(tokens.valid_BT.any(axis=1))
-        scores.append(record.normalise(np.asarray(small.score(model.lm, model.base, reward, tokens)))[rows])
-        logps = [np.asarray(jax.nn.log_softmax(np.asarray(small.logits(model.lm, model.base, role, tokens)) / 0.7)) for role in (policy, reference)]
+        scores.append(
+            record.normalise(np.asarray(small.score(model.lm, model.base, reward, tokens)))[rows]
+        )
+        logps = [
+            np.asarray(
+                jax.nn.log_softmax(
+                    np.asarray(small.logits(model.lm, model.base, role, tokens)) / 0.7
+                )
+            )
+            for role in (policy, reference)
+        ]
         for b in rows:
             at = np.flatnonzero(tokens.response_BT[b])
             ids = tokens.tokens_BT[b][at]
-            kls.append(sum(float(logps[0][b, t - 1, i] - logps[1][b, t - 1, i]) for t, i in zip(at, ids)))
+            kls.append(
+                sum(float(logps[0][b, t - 1, i] - logps[1][b, t - 1, i]) for t, i in zip(at, ids))
+            )
             lengths.append(len(at))
             ended.append(ids[-1] in model.tokenizer.stop_ids)
     assert len(lengths) == 12
     means = kept["means"]
-    assert means["validation/reward"] == pytest.approx(np.mean(np.concatenate(scores)), rel=1e-4, abs=1e-5)
-    assert means["validation/kl"] == pytest.approx(np.mean(kls), rel=1e-3, abs=1e-5) and abs(np.mean(kls)) > 1e-4
-    assert means["validation/length"] == np.mean(lengths) and means["validation/eos_rate"] == np.mean(ended)
+    assert means["validation/reward"] == pytest.approx(
+        np.mean(np.concatenate(scores)), rel=1e-4, abs=1e-5
+    )
+    assert (
+        means["validation/kl"] == pytest.approx(np.mean(kls), rel=1e-3, abs=1e-5)
+        and abs(np.mean(kls)) > 1e-4
+    )
+    assert means["validation/length"] == np.mean(lengths) and means[
+        "validation/eos_rate"
+    ] == np.mean(ended)
 
 
 REWARDS = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.1}
@@ -130,29 +182,63 @@ def run_with(monkeypatch, seen: dict, config, stop: int | None = None):
 
 
 @pytest.mark.parametrize(("select", "step"), [("best", 2), ("last", 4)])
-def test_the_selected_step_is_kept_and_said_after_a_resume(select, step, jobs, model, tmp_path, monkeypatch, capsys):
+def test_the_selected_step_is_kept_and_said_after_a_resume(
+    select, step, jobs, model, tmp_path, monkeypatch, capsys
+):
     seen = {}
-    config = tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, evaluate_every=1, checkpoint_every=2, keep=1, select=select)
+    config = tiny.rl_config(
+        tmp_path,
+        jobs.base,
+        jobs.policy,
+        jobs.reward,
+        evaluate_every=1,
+        checkpoint_every=2,
+        keep=1,
+        select=select,
+    )
     with pytest.raises(KeyboardInterrupt):
         run_with(monkeypatch, seen, config, stop=4)
     artefact = run_with(monkeypatch, seen, config)
     adapter, record = tiny.load(artefact, model)
     assert record.step == step and record.metrics == {"validation/reward": REWARDS[step]}
     small.assert_same(jax.tree.map(np.asarray, adapter), seen[step])
-    assert any(np.any(a != b) for a, b in zip(trees.named_leaves(seen[2]).values(), trees.named_leaves(seen[4]).values()))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == sorted({str(step), "4"})
+    assert any(
+        np.any(a != b)
+        for a, b in zip(trees.named_leaves(seen[2]).values(), trees.named_leaves(seen[4]).values())
+    )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == sorted(
+        {str(step), "4"}
+    )
     # Samples after the checkpoint that the run went on from were cut off and made again.
     assert [row["response"] for row in samples(tmp_path)] == ["1", "2", "3", "4"]
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rl: the artefacts are of step")]
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("rl: the artefacts are of step")
+    ]
     assert len(said) == 1 and said[0].startswith(f"rl: the artefacts are of step {step}")
 
 
-def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(jobs, tmp_path, capsys):
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": f"add {n} large latte oat ; here"}) + "\n" for n in "12345678"))
+def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(
+    jobs, tmp_path, capsys
+):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"add {n} large latte oat ; here"}) + "\n" for n in "12345678"
+        )
+    )
     data = dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
-    rl.run_rl(tiny.rl_config(tmp_path / "run", jobs.base, jobs.policy, jobs.reward, data=data, steps=2))
+    rl.run_rl(
+        tiny.rl_config(tmp_path / "run", jobs.base, jobs.policy, jobs.reward, data=data, steps=2)
+    )
     said = capsys.readouterr().out
-    assert said.count("jsonl has no prompts in a validation split: nothing is validated, and the last step is kept.") == 1
+    assert (
+        said.count(
+            "jsonl has no prompts in a validation split: nothing is validated, and the last step "
+            "is kept."
+        )
+        == 1
+    )
     assert tiny.read(tmp_path / "run" / "adapters" / "policy" / "artefact.json")["step"] == 2
     assert not (tmp_path / "run" / "validation_samples.jsonl").exists()
 
@@ -165,5 +251,11 @@ def test_a_reward_that_is_not_finite_stops_the_run(jobs, tmp_path, monkeypatch):
         return np.full_like(values, np.nan) if len(job.rows) == 6 else values
 
     monkeypatch.setattr(rl, "gold_rewards", gold)
-    with pytest.raises(TrainingError, match="The validation of step 1 gave NaN or infinity .validation/gold."):
-        rl.run_rl(tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, steps=1, validation_prompts=6))
+    with pytest.raises(
+        TrainingError, match="The validation of step 1 gave NaN or infinity .validation/gold."
+    ):
+        rl.run_rl(
+            tiny.rl_config(
+                tmp_path, jobs.base, jobs.policy, jobs.reward, steps=1, validation_prompts=6
+            )
+        )

@@ -34,7 +34,9 @@ class Interrupted(Exception):
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Ends the loop in the middle of a step: trained, but with neither its metrics nor a checkpoint."""
+    """Ends the loop in the middle of a step: trained, but with neither its metrics nor a
+    checkpoint.
+    """
     check = loop.check_finite
 
     def interrupted(folder, at, metrics):
@@ -47,15 +49,28 @@ def interrupt_at(patch: pytest.MonkeyPatch, step: int) -> None:
 
 def saved_state(run: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """Every leaf of a run's newest checkpoint (roles, moments, key, step) as it was written."""
-    newest = max((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)) if step is None else run / "checkpoints" / str(step)
+    newest = (
+        max((run / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        if step is None
+        else run / "checkpoints" / str(step)
+    )
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata((newest / "state").absolute()).item_metadata.tree
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
-        return {name: np.asarray(leaf) for name, leaf in trees.named_leaves(checkpointer.restore((newest / "state").absolute(), abstract)).items()}
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+        )
+        return {
+            name: np.asarray(leaf)
+            for name, leaf in trees.named_leaves(
+                checkpointer.restore((newest / "state").absolute(), abstract)
+            ).items()
+        }
 
 
-def assert_same_runs(left: pathlib.Path, right: pathlib.Path, roles: tuple[str, ...], model) -> None:
+def assert_same_runs(
+    left: pathlib.Path, right: pathlib.Path, roles: tuple[str, ...], model
+) -> None:
     """Artefacts, optimizer state, keys and metrics, bit for bit."""
     for role in roles:
         small.assert_same(*(tiny.load(run / "adapters" / role, model)[0] for run in (left, right)))
@@ -72,13 +87,22 @@ def model(base):
 
 HARD = {
     "lora": LoRAConfig(rank=5, dropout=0.2),
-    "optimizer": OptimizerConfig(name="adamw", learning_rate=3e-3, schedule="linear", warmup_steps=2),
+    "optimizer": OptimizerConfig(
+        name="adamw", learning_rate=3e-3, schedule="linear", warmup_steps=2
+    ),
     "microbatches": 2,
     "steps": 6,
 }
 
 
-@pytest.mark.parametrize("job", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("reward", marks=pytest.mark.slow), "rl"])
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param("sft", marks=pytest.mark.slow),
+        pytest.param("reward", marks=pytest.mark.slow),
+        "rl",
+    ],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(job, jobs, model, tmp_path, monkeypatch):
     def start(folder: pathlib.Path) -> pathlib.Path:
         if job == "sft":
@@ -86,7 +110,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(job, jobs, model, tmp
         if job == "reward":
             return reward.run_reward(tiny.reward_config(folder, jobs.base, **HARD))
         # From a fresh adapter: one that goes on from an artefact has the artefact's dropout.
-        return rl.run_rl(tiny.rl_config(folder, jobs.base, None, jobs.reward, max_mismatch=10.0, **HARD))
+        return rl.run_rl(
+            tiny.rl_config(folder, jobs.base, None, jobs.reward, max_mismatch=10.0, **HARD)
+        )
 
     artefact = start(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -96,7 +122,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(job, jobs, model, tmp
     # Step 3 was written after the checkpoint of step 2; it is made again.
     assert [row["step"] for row in tiny.rows(tmp_path / "parts")] == [1, 2, 3]
     assert start(tmp_path / "parts") == tmp_path / "parts" / "adapters" / artefact.name
-    assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("policy", "value") if job == "rl" else (artefact.name,), model)
+    assert_same_runs(
+        tmp_path / "whole",
+        tmp_path / "parts",
+        ("policy", "value") if job == "rl" else (artefact.name,),
+        model,
+    )
 
 
 @pytest.mark.slow
@@ -113,11 +144,17 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(base, model, tmp
 def test_a_run_resumes_with_the_same_settings_only(base, tmp_path):
     config = tiny.sft_config(tmp_path, base, steps=2)
     sft.run_sft(config)
-    other = dataclasses.replace(config, seed=3, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5))
+    other = dataclasses.replace(
+        config, seed=3, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5)
+    )
     with pytest.raises(UserError) as error:
         sft.run_sft(other)
     message = str(error.value)
-    assert str(tmp_path) in message and "optimizer.learning_rate was 0.003, is now 0.5" in message and "seed was 0, is now 3" in message
+    assert (
+        str(tmp_path) in message
+        and "optimizer.learning_rate was 0.003, is now 0.5" in message
+        and "seed was 0, is now 3" in message
+    )
     with pytest.raises(UserError, match="job was 'sft', is now 'reward'"):
         reward.run_reward(tiny.reward_config(tmp_path, base, steps=2))
     # How often to save is no part of what is computed.
@@ -151,8 +188,12 @@ def test_the_best_validation_step_is_kept(base, model, tmp_path, monkeypatch):
         seen[step] = jax.tree.map(np.array, state.roles["reward"])
         return {"validation/accuracy": accuracies[step]}
 
-    monkeypatch.setitem(reward.REWARD, "pairwise", dataclasses.replace(reward.REWARD["pairwise"], validate=validate))
-    config = tiny.reward_config(tmp_path, base, steps=6, evaluate_every=1, checkpoint_every=3, keep=1)
+    monkeypatch.setitem(
+        reward.REWARD, "pairwise", dataclasses.replace(reward.REWARD["pairwise"], validate=validate)
+    )
+    config = tiny.reward_config(
+        tmp_path, base, steps=6, evaluate_every=1, checkpoint_every=3, keep=1
+    )
     with monkeypatch.context() as patch:
         # Interrupted after the peak: what came before the checkpoint counts.
         interrupt_at(patch, 5)
@@ -165,7 +206,9 @@ def test_the_best_validation_step_is_kept(base, model, tmp_path, monkeypatch):
     assert np.any(seen[6].head["kernel"] != seen[2].head["kernel"])
     # The best one and the last one are on disk, and the best one is that step's.
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == ["2", "6"]
-    np.testing.assert_array_equal(saved_state(tmp_path, 2)["roles/reward/head/kernel"], seen[2].head["kernel"])
+    np.testing.assert_array_equal(
+        saved_state(tmp_path, 2)["roles/reward/head/kernel"], seen[2].head["kernel"]
+    )
 
 
 # Compilations.
@@ -185,8 +228,12 @@ def compiled(monkeypatch) -> list[programs.Program]:
     return made
 
 
-def lengths_and_compilations(patch: pytest.MonkeyPatch, compiled: list[programs.Program]) -> list[tuple[int, int]]:
-    """Filled as a job runs: the padded length of each batch and what the steps had compiled after it."""
+def lengths_and_compilations(
+    patch: pytest.MonkeyPatch, compiled: list[programs.Program]
+) -> list[tuple[int, int]]:
+    """Filled as a job runs: the padded length of each batch and what the steps had compiled after
+    it.
+    """
     history, lengths = [], []
     put, write = sharding.put_batch, metrics_lib.MetricsWriter.write
 
@@ -196,7 +243,12 @@ def lengths_and_compilations(patch: pytest.MonkeyPatch, compiled: list[programs.
 
     def writing(self, step, row):
         # The first state is made once, before any step.
-        history.append((lengths[-1], sum(program.compilations for program in compiled if program.name != "begin")))
+        history.append(
+            (
+                lengths[-1],
+                sum(program.compilations for program in compiled if program.name != "begin"),
+            )
+        )
         write(self, step, row)
 
     patch.setattr(sharding, "put_batch", putting)
@@ -214,9 +266,13 @@ def check_growth(history: list[tuple[int, int]], programs_a_length: int) -> None
 
 
 def test_sft_compiles_once_a_bucket(base, tmp_path, compiled, monkeypatch):
-    data = dataclasses.replace(tiny.DATA, train_size=40, max_prompt_length=32, max_response_length=8, packing="off")
+    data = dataclasses.replace(
+        tiny.DATA, train_size=40, max_prompt_length=32, max_response_length=8, packing="off"
+    )
     history = lengths_and_compilations(monkeypatch, compiled)
-    sft.run_sft(tiny.sft_config(tmp_path, base, data=data, steps=15, evaluate_every=100, batch_size=4))
+    sft.run_sft(
+        tiny.sft_config(tmp_path, base, data=data, steps=15, evaluate_every=100, batch_size=4)
+    )
     # The last row comes after the validation, which compiles for itself.
     check_growth(history[:-1], 1)
     assert all(program.compilations <= 4 for program in compiled)
@@ -224,21 +280,33 @@ def test_sft_compiles_once_a_bucket(base, tmp_path, compiled, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward"])
-def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(kind, base, tmp_path, compiled, monkeypatch):
-    data = dataclasses.replace(tiny.DATA, train_size=80, max_prompt_length=40, max_response_length=16, packing="on")
+def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(
+    kind, base, tmp_path, compiled, monkeypatch
+):
+    data = dataclasses.replace(
+        tiny.DATA, train_size=80, max_prompt_length=40, max_response_length=16, packing="on"
+    )
     history = lengths_and_compilations(monkeypatch, compiled)
-    config = {"sft": tiny.sft_config, "reward": tiny.reward_config}[kind](tmp_path, base, data=data, steps=200, evaluate_every=200, checkpoint_every=200)
+    config = {"sft": tiny.sft_config, "reward": tiny.reward_config}[kind](
+        tmp_path, base, data=data, steps=200, evaluate_every=200, checkpoint_every=200
+    )
     {"sft": sft.run_sft, "reward": reward.run_reward}[kind](config)
     # Each padded length as it is and in one size, most of which three epochs have met.
     lengths, counts = zip(*history[:-1])
-    assert len(set(lengths)) > 1 and counts[-1] <= 2 * len(set(lengths)) and counts[-1] == counts[100]
+    assert (
+        len(set(lengths)) > 1 and counts[-1] <= 2 * len(set(lengths)) and counts[-1] == counts[100]
+    )
 
 
 @pytest.mark.slow
 def test_rl_compiles_each_program_once_a_bucket(jobs, tmp_path, compiled, monkeypatch):
     data = dataclasses.replace(tiny.DATA, max_prompt_length=32, max_response_length=4)
     history = lengths_and_compilations(monkeypatch, compiled)
-    rl.run_rl(tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, data=data, steps=12, batch_size=4))
+    rl.run_rl(
+        tiny.rl_config(
+            tmp_path, jobs.base, jobs.policy, jobs.reward, data=data, steps=12, batch_size=4
+        )
+    )
     check_growth(history, 5)
     assert tiny.read(tmp_path / "cost.json")["compilations"] == history[-1][1]
 
@@ -247,13 +315,18 @@ def test_rl_compiles_each_program_once_a_bucket(jobs, tmp_path, compiled, monkey
 
 
 def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(base, tmp_path):
-    config = tiny.sft_config(tmp_path, base, checkpoint_every=1, optimizer=OptimizerConfig(learning_rate=1e30))
+    config = tiny.sft_config(
+        tmp_path, base, checkpoint_every=1, optimizer=OptimizerConfig(learning_rate=1e30)
+    )
     for _ in range(2):
         # Step 1 moves the weights out of sight, step 2 shows it; and so it does again.
         with pytest.raises(TrainingError) as error:
             sft.run_sft(config)
         message = str(error.value)
-        assert message.startswith("Step 2 gave NaN or infinity (") and str(tmp_path / "checkpoints") in message
+        assert (
+            message.startswith("Step 2 gave NaN or infinity (")
+            and str(tmp_path / "checkpoints") in message
+        )
         assert "train/loss" in message and "lower learning rate" in message
         assert not (tmp_path / "adapters").exists() and not (tmp_path / "cost.json").exists()
     assert [row["step"] for row in tiny.rows(tmp_path)] == [1]
@@ -274,7 +347,9 @@ def other_base(model, tmp_path_factory) -> str:
     folder.mkdir()
     model.tokenizer.save(folder)
     weights = jax.tree.map(lambda leaf: 1.1 * leaf, model.base)
-    hf_checkpoint.save_base(folder, dataclasses.replace(model.lm.config, unroll=1), weights, model.tokenizer.token_ids())
+    hf_checkpoint.save_base(
+        folder, dataclasses.replace(model.lm.config, unroll=1), weights, model.tokenizer.token_ids()
+    )
     return str(folder)
 
 
@@ -282,16 +357,25 @@ def test_another_base_is_refused_by_name(jobs, other_base, tmp_path):
     with pytest.raises(UserError) as error:
         rl.run_rl(tiny.rl_config(tmp_path / "a", other_base, jobs.policy, jobs.reward))
     message = str(error.value)
-    assert f"{jobs.policy} was trained on the base {jobs.base}" in message and f"not on {other_base}" in message
+    assert (
+        f"{jobs.policy} was trained on the base {jobs.base}" in message
+        and f"not on {other_base}" in message
+    )
     with pytest.raises(UserError, match="was trained on the base"):
-        compare.run_evaluate(tiny.evaluate_config(tmp_path / "b", other_base, policy=str(jobs.policy), reward=(str(jobs.reward),)))
+        compare.run_evaluate(
+            tiny.evaluate_config(
+                tmp_path / "b", other_base, policy=str(jobs.policy), reward=(str(jobs.reward),)
+            )
+        )
 
 
 def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
     with pytest.raises(UserError, match="holds a policy adapter; a reward adapter is needed here"):
         rl.run_rl(tiny.rl_config(tmp_path / "a", jobs.base, jobs.policy, jobs.policy))
     with pytest.raises(UserError, match="holds a value adapter; a policy adapter is needed here"):
-        rl.run_rl(tiny.rl_config(tmp_path / "b", jobs.base, jobs.tuned.with_name("value"), jobs.reward))
+        rl.run_rl(
+            tiny.rl_config(tmp_path / "b", jobs.base, jobs.tuned.with_name("value"), jobs.reward)
+        )
     with pytest.raises(UserError, match="is not an artefact: there is no artefact.json in it"):
         rl.run_rl(tiny.rl_config(tmp_path / "c", jobs.base, tmp_path, jobs.reward))
 
@@ -299,9 +383,18 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": dataclasses.replace(tiny.DATA, max_prompt_length=4000)}, "max_prompt_length + max_response_length is 4008;"),
-        ({"data": dataclasses.replace(tiny.DATA, task="chess")}, "task is 'chess'; it must be one of orders"),
-        ({"data": dataclasses.replace(tiny.DATA, train_size=5)}, "There are 5 demonstrations rows, fewer than batch.batch_size, which is 8."),
+        (
+            {"data": dataclasses.replace(tiny.DATA, max_prompt_length=4000)},
+            "max_prompt_length + max_response_length is 4008;",
+        ),
+        (
+            {"data": dataclasses.replace(tiny.DATA, task="chess")},
+            "task is 'chess'; it must be one of orders",
+        ),
+        (
+            {"data": dataclasses.replace(tiny.DATA, train_size=5)},
+            "There are 5 demonstrations rows, fewer than batch.batch_size, which is 8.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(base, tmp_path, fields, message):
@@ -333,57 +426,204 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
     ("settings", "message"),
     [
         (lambda: {"kl": KLConfig(beta=1.0)}, "kl.beta is 1.0; it must lie in [0, 1)."),
-        (lambda: {"kl": KLConfig(reference="none")}, "kl.reference is none; kl.beta must be 0 then, it is 0.05"),
-        (lambda: {"kl": KLConfig(reference="base", refresh=2)}, "kl.refresh needs kl.reference start, it is 'base'"),
-        (lambda: {"kl": KLConfig(place="loss", estimator="k1")}, "kl.estimator is 'k1'; in the loss it must be k2 or k3."),
-        (lambda: {"kl": KLConfig(estimator="k3")}, "kl.estimator is 'k3'; in the reward it must be k1."),
-        (lambda: {"kl": KLConfig(estimator="k2", place="reward"), "algorithm": AlgorithmConfig("grpo")}, "kl.estimator is 'k2'; in the reward it must be k1."),
-        (lambda: {"kl": KLConfig(target=6.0, horizon=1)}, "kl.horizon is 1 episodes; it must be more than a fifth of batch_size, 8."),
-        (lambda: {"data": dataclasses.replace(tiny.DATA, bucket_count=17)}, "bucket_count is 17; it must be at most 16: each length is a program to compile."),
+        (
+            lambda: {"kl": KLConfig(reference="none")},
+            "kl.reference is none; kl.beta must be 0 then, it is 0.05",
+        ),
+        (
+            lambda: {"kl": KLConfig(reference="base", refresh=2)},
+            "kl.refresh needs kl.reference start, it is 'base'",
+        ),
+        (
+            lambda: {"kl": KLConfig(place="loss", estimator="k1")},
+            "kl.estimator is 'k1'; in the loss it must be k2 or k3.",
+        ),
+        (
+            lambda: {"kl": KLConfig(estimator="k3")},
+            "kl.estimator is 'k3'; in the reward it must be k1.",
+        ),
+        (
+            lambda: {
+                "kl": KLConfig(estimator="k2", place="reward"),
+                "algorithm": AlgorithmConfig("grpo"),
+            },
+            "kl.estimator is 'k2'; in the reward it must be k1.",
+        ),
+        (
+            lambda: {"kl": KLConfig(target=6.0, horizon=1)},
+            "kl.horizon is 1 episodes; it must be more than a fifth of batch_size, 8.",
+        ),
+        (
+            lambda: {"data": dataclasses.replace(tiny.DATA, bucket_count=17)},
+            "bucket_count is 17; it must be at most 16: each length is a program to compile.",
+        ),
         (lambda: {"kl": KLConfig(target=-1.0)}, "kl.target is -1.0"),
-        (lambda: {"temperature": 0.0}, "temperature is 0.0; it must be a finite number greater than 0."),
-        (lambda: {"rollout": RolloutConfig(top_k=5)}, "rollout.top_k is 5; RL learns from the whole distribution: leave it out"),
-        (lambda: {"rollout": RolloutConfig(top_p=0.9)}, "rollout.top_p is 0.9; RL learns from the whole distribution: leave it out"),
-        (lambda: {"rollout": RolloutConfig(top_p=1.5)}, "rollout.top_p is 1.5; it must lie in (0, 1]."),
+        (
+            lambda: {"temperature": 0.0},
+            "temperature is 0.0; it must be a finite number greater than 0.",
+        ),
+        (
+            lambda: {"rollout": RolloutConfig(top_k=5)},
+            "rollout.top_k is 5; RL learns from the whole distribution: leave it out",
+        ),
+        (
+            lambda: {"rollout": RolloutConfig(top_p=0.9)},
+            "rollout.top_p is 0.9; RL learns from the whole distribution: leave it out",
+        ),
+        (
+            lambda: {"rollout": RolloutConfig(top_p=1.5)},
+            "rollout.top_p is 1.5; it must lie in (0, 1].",
+        ),
         (lambda: {"validation_prompts": -1}, "validation_prompts is -1"),
         (lambda: {"select": "first"}, "select is 'first'; it must be one of best, last."),
         (lambda: {"max_mismatch": 1.0}, "max_mismatch is 1.0; it must be greater than 1."),
-        (lambda: {"value_head": "policy"}, "value_head is 'policy'; it must be one of zero, reward."),
-        (lambda: {"value_head": "reward", "reward": (), "terms": "[]"}, "value_head reward begins with a reward artefact's head"),
+        (
+            lambda: {"value_head": "policy"},
+            "value_head is 'policy'; it must be one of zero, reward.",
+        ),
+        (
+            lambda: {"value_head": "reward", "reward": (), "terms": "[]"},
+            "value_head reward begins with a reward artefact's head",
+        ),
         (lambda: {"reward": ()}, "There is no reward: give reward artefacts, or terms."),
         (lambda: {"combine": "max"}, "combine is 'max'; it must be one of mean, min."),
-        (lambda: {"reward_weight": float("inf")}, "reward_weight is inf; it must be a finite number."),
-        (lambda: {"shaping": ShapingConfig(missing_eos_penalty=-1.0)}, "shaping.missing_eos_penalty is -1.0"),
-        (lambda: {"shaping": ShapingConfig(overlong_buffer=9)}, "shaping.overlong_buffer is 9; a response has room for 8 tokens"),
-        (lambda: {"shaping": ShapingConfig(whiten=True), "algorithm": AlgorithmConfig("remax")}, "shaping.whiten is over the batch's samples"),
+        (
+            lambda: {"reward_weight": float("inf")},
+            "reward_weight is inf; it must be a finite number.",
+        ),
+        (
+            lambda: {"shaping": ShapingConfig(missing_eos_penalty=-1.0)},
+            "shaping.missing_eos_penalty is -1.0",
+        ),
+        (
+            lambda: {"shaping": ShapingConfig(overlong_buffer=9)},
+            "shaping.overlong_buffer is 9; a response has room for 8 tokens",
+        ),
+        (
+            lambda: {"shaping": ShapingConfig(whiten=True), "algorithm": AlgorithmConfig("remax")},
+            "shaping.whiten is over the batch's samples",
+        ),
         (lambda: {"value_learning_rate": 0.0}, "value_learning_rate is 0.0"),
-        (lambda: {"algorithm": AlgorithmConfig("sarsa")}, "algorithm.name is 'sarsa'; it must be one of reinforce,"),
-        (lambda: {"algorithm": AlgorithmConfig("grpo", samples=1)}, "algorithm.samples is 1; grpo compares a prompt's samples and needs 2 or more."),
-        (lambda: {"algorithm": AlgorithmConfig("grpo", samples=3)}, "batch_size is 8 episodes; it must be a multiple of algorithm.samples, 3."),
-        (lambda: {"algorithm": AlgorithmConfig("ppo", minibatches=3)}, "it must be a multiple of algorithm.minibatches times microbatches, 3."),
-        (lambda: {"algorithm": AlgorithmConfig("gspo", normalise="token")}, "gspo has one ratio a sequence, which needs sequence-mean."),
+        (
+            lambda: {"algorithm": AlgorithmConfig("sarsa")},
+            "algorithm.name is 'sarsa'; it must be one of reinforce,",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig("grpo", samples=1)},
+            "algorithm.samples is 1; grpo compares a prompt's samples and needs 2 or more.",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig("grpo", samples=3)},
+            "batch_size is 8 episodes; it must be a multiple of algorithm.samples, 3.",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig("ppo", minibatches=3)},
+            "it must be a multiple of algorithm.minibatches times microbatches, 3.",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig("gspo", normalise="token")},
+            "gspo has one ratio a sequence, which needs sequence-mean.",
+        ),
         (lambda: {"algorithm": AlgorithmConfig(normalise="row")}, "algorithm.normalise is 'row'"),
-        (lambda: {"algorithm": AlgorithmConfig("reinforce-mean"), "batch_size": 1}, "reinforce-mean compares the batch's episodes"),
-        (lambda: {"algorithm": AlgorithmConfig(whiten=True)}, "algorithm.whiten needs advantages that are known before the update"),
-        (lambda: {"algorithm": AlgorithmConfig(clip=1.0)}, "algorithm.clip is 1.0; it must lie in (0, 1)."),
-        (lambda: {"algorithm": AlgorithmConfig(max_ratio=0.5)}, "algorithm.max_ratio is 0.5; it must be 1 or more."),
-        (lambda: {"algorithm": AlgorithmConfig(gae_lambda=1.5)}, "algorithm.gae_lambda is 1.5; it must lie in [0, 1]."),
+        (
+            lambda: {"algorithm": AlgorithmConfig("reinforce-mean"), "batch_size": 1},
+            "reinforce-mean compares the batch's episodes",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig(whiten=True)},
+            "algorithm.whiten needs advantages that are known before the update",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig(clip=1.0)},
+            "algorithm.clip is 1.0; it must lie in (0, 1).",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig(max_ratio=0.5)},
+            "algorithm.max_ratio is 0.5; it must be 1 or more.",
+        ),
+        (
+            lambda: {"algorithm": AlgorithmConfig(gae_lambda=1.5)},
+            "algorithm.gae_lambda is 1.5; it must lie in [0, 1].",
+        ),
         # What would do nothing.
-        *((lambda name=name: {"value_head": "reward", "algorithm": AlgorithmConfig(name)}, f"value_head is 'reward', which {name} does not read; leave it out (reinforce, ppo read it).") for name in CRITICLESS),
-        *((lambda name=name: {"value_learning_rate": 0.1, "algorithm": AlgorithmConfig(name)}, f"value_learning_rate is 0.1, which {name} does not read; leave it out (reinforce, ppo read it).") for name in CRITICLESS),
-        (lambda: {"optimizer": OptimizerConfig(head_learning_rate=0.1), "algorithm": AlgorithmConfig("rloo")}, "optimizer.head_learning_rate is 0.1, which rloo does not read; leave it out (reinforce, ppo read it)."),
-        (lambda: {"optimizer": OptimizerConfig(lora_b_ratio=16.0), "tuning": "full"}, "optimizer.lora_b_ratio is 16.0, which tuning full does not read; leave it out (tuning lora reads it)."),
-        (lambda: {"kl": KLConfig(horizon=640)}, "kl.horizon is 640, which nothing reads where kl.beta stays; leave it out, or give kl.target."),
-        (lambda: {"kl": KLConfig(beta=0.0, reference="none", place="loss")}, "kl.place is 'loss', which nothing reads without a KL; leave it out, or give kl.reference."),
-        (lambda: {"kl": KLConfig(beta=0.0, reference="none", estimator="k1")}, "kl.estimator is 'k1', which nothing reads without a KL"),
-        (lambda: {"kl": KLConfig(beta=0.0, reference="none", whole_score=True)}, "kl.whole_score is True, which nothing reads without a KL"),
-        (lambda: {"kl": KLConfig(whole_score=True), "algorithm": AlgorithmConfig("grpo")}, "kl.whole_score is for a KL in the reward; this one is in the loss"),
-        (lambda: {"shaping": ShapingConfig(overlong_penalty=2.0)}, "shaping.overlong_penalty is 2.0, which nothing reads while shaping.overlong_buffer is 0; leave it out, or give shaping.overlong_buffer."),
-        (lambda: {"data": DataConfig(task="jsonl", data_dir="d", data_seed=1)}, "data.data_seed is 1, which the task jsonl does not read; leave it out (the task orders reads it)."),
-        (lambda: {"data": DataConfig(data_dir="d")}, "data.data_dir is 'd', which the task orders (embedded) does not read; leave it out, or give data.task."),
-        (lambda: {"combine": "min"}, "combine is 'min' over 1 reward artefacts; leave it out, or give two or more."),
-        (lambda: {"reward": (), "terms": "[]", "combine": "min"}, "combine is 'min' over 0 reward artefacts"),
-        (lambda: {"reward": (), "terms": "[]", "reward_weight": 2.0}, "reward_weight is 2.0 without a reward artefact; leave it out, or give reward"),
+        *(
+            (
+                lambda name=name: {"value_head": "reward", "algorithm": AlgorithmConfig(name)},
+                f"value_head is 'reward', which {name} does not read; leave it out (reinforce, "
+                "ppo read it).",
+            )
+            for name in CRITICLESS
+        ),
+        *(
+            (
+                lambda name=name: {"value_learning_rate": 0.1, "algorithm": AlgorithmConfig(name)},
+                f"value_learning_rate is 0.1, which {name} does not read; leave it out "
+                "(reinforce, ppo read it).",
+            )
+            for name in CRITICLESS
+        ),
+        (
+            lambda: {
+                "optimizer": OptimizerConfig(head_learning_rate=0.1),
+                "algorithm": AlgorithmConfig("rloo"),
+            },
+            "optimizer.head_learning_rate is 0.1, which rloo does not read; leave it out "
+            "(reinforce, ppo read it).",
+        ),
+        (
+            lambda: {"optimizer": OptimizerConfig(lora_b_ratio=16.0), "tuning": "full"},
+            "optimizer.lora_b_ratio is 16.0, which tuning full does not read; leave it out "
+            "(tuning lora reads it).",
+        ),
+        (
+            lambda: {"kl": KLConfig(horizon=640)},
+            "kl.horizon is 640, which nothing reads where kl.beta stays; leave it out, or give "
+            "kl.target.",
+        ),
+        (
+            lambda: {"kl": KLConfig(beta=0.0, reference="none", place="loss")},
+            "kl.place is 'loss', which nothing reads without a KL; leave it out, or give "
+            "kl.reference.",
+        ),
+        (
+            lambda: {"kl": KLConfig(beta=0.0, reference="none", estimator="k1")},
+            "kl.estimator is 'k1', which nothing reads without a KL",
+        ),
+        (
+            lambda: {"kl": KLConfig(beta=0.0, reference="none", whole_score=True)},
+            "kl.whole_score is True, which nothing reads without a KL",
+        ),
+        (
+            lambda: {"kl": KLConfig(whole_score=True), "algorithm": AlgorithmConfig("grpo")},
+            "kl.whole_score is for a KL in the reward; this one is in the loss",
+        ),
+        (
+            lambda: {"shaping": ShapingConfig(overlong_penalty=2.0)},
+            "shaping.overlong_penalty is 2.0, which nothing reads while shaping.overlong_buffer "
+            "is 0; leave it out, or give shaping.overlong_buffer.",
+        ),
+        (
+            lambda: {"data": DataConfig(task="jsonl", data_dir="d", data_seed=1)},
+            "data.data_seed is 1, which the task jsonl does not read; leave it out (the task "
+            "orders reads it).",
+        ),
+        (
+            lambda: {"data": DataConfig(data_dir="d")},
+            "data.data_dir is 'd', which the task orders (embedded) does not read; leave it out, "
+            "or give data.task.",
+        ),
+        (
+            lambda: {"combine": "min"},
+            "combine is 'min' over 1 reward artefacts; leave it out, or give two or more.",
+        ),
+        (
+            lambda: {"reward": (), "terms": "[]", "combine": "min"},
+            "combine is 'min' over 0 reward artefacts",
+        ),
+        (
+            lambda: {"reward": (), "terms": "[]", "reward_weight": 2.0},
+            "reward_weight is 2.0 without a reward artefact; leave it out, or give reward",
+        ),
     ],
 )
 def test_settings_of_rl_are_checked(settings, message):
@@ -395,10 +635,22 @@ def test_settings_of_rl_are_checked(settings, message):
 @pytest.mark.parametrize(
     "settings",
     [
-        lambda: {"value_head": "reward", "value_learning_rate": 0.1, "optimizer": OptimizerConfig(head_learning_rate=0.1), "algorithm": AlgorithmConfig("ppo")},
-        lambda: {"value_head": "reward", "value_learning_rate": 0.1, "optimizer": OptimizerConfig(head_learning_rate=0.1, lora_b_ratio=16.0)},
+        lambda: {
+            "value_head": "reward",
+            "value_learning_rate": 0.1,
+            "optimizer": OptimizerConfig(head_learning_rate=0.1),
+            "algorithm": AlgorithmConfig("ppo"),
+        },
+        lambda: {
+            "value_head": "reward",
+            "value_learning_rate": 0.1,
+            "optimizer": OptimizerConfig(head_learning_rate=0.1, lora_b_ratio=16.0),
+        },
         lambda: {"kl": KLConfig(target=6.0, horizon=640, whole_score=True)},
-        lambda: {"kl": KLConfig(place="reward", whole_score=True), "algorithm": AlgorithmConfig("grpo")},
+        lambda: {
+            "kl": KLConfig(place="reward", whole_score=True),
+            "algorithm": AlgorithmConfig("grpo"),
+        },
         lambda: {"shaping": ShapingConfig(overlong_penalty=2.0, overlong_buffer=2)},
         lambda: {"reward": ("x", "y"), "combine": "min", "reward_weight": 2.0},
     ],
@@ -409,15 +661,24 @@ def test_settings_of_rl_that_are_read_are_taken(settings):
     assert all(getattr(config, name) == value for name, value in fields.items())
 
 
-@pytest.mark.parametrize(("make", "job"), [(SFTConfig, "sft"), (DPOConfig, "dpo"), (base_lib.BaseConfig, "base")])
+@pytest.mark.parametrize(
+    ("make", "job"), [(SFTConfig, "sft"), (DPOConfig, "dpo"), (base_lib.BaseConfig, "base")]
+)
 def test_a_rate_of_the_head_needs_a_head(make, job):
     with pytest.raises(UserError) as error:
         make(run="r", model="m", optimizer=OptimizerConfig(head_learning_rate=0.1))
-    assert str(error.value) == f"optimizer.head_learning_rate is 0.1, which {job} does not read; leave it out (reward, rl with a value model read it)."
+    assert str(error.value) == (
+        f"optimizer.head_learning_rate is 0.1, which {job} does not read; leave it out "
+        "(reward, rl with a value model read it)."
+    )
 
 
 def test_a_broken_config_of_a_run_is_named(base, tmp_path):
-    for text, message in (("{", "config.json is not valid JSON"), ("{}", "config.json does not say which settings the run began with"), ("[]", "config.json does not say which settings")):
+    for text, message in (
+        ("{", "config.json is not valid JSON"),
+        ("{}", "config.json does not say which settings the run began with"),
+        ("[]", "config.json does not say which settings"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             sft.run_sft(tiny.sft_config(tmp_path, base))

@@ -1,4 +1,6 @@
-"""Splits are looked at before a model is even loaded: missing ones, unfit ones, prompts that two of them share."""
+"""Splits are looked at before a model is even loaded: missing ones, unfit ones, prompts that two of
+them share.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,24 @@ def folder_of(folder: pathlib.Path, **splits: Sequence[Mapping[str, Any]]) -> Da
 
 
 def pairs(name: str, weight: float = 1.0, number: int = 2) -> list[dict]:
-    return [{"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no", "weight": weight} for i in range(number)]
+    return [
+        {"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no", "weight": weight}
+        for i in range(number)
+    ]
 
 
 def labels(name: str, *values: float) -> list[dict]:
-    return [{"prompt": f"{name} {i}", "response": "yes", "label": value} for i, value in enumerate(values)]
+    return [
+        {"prompt": f"{name} {i}", "response": "yes", "label": value}
+        for i, value in enumerate(values)
+    ]
 
 
 def ratings(name: str, *values: float) -> list[dict]:
-    return [{"prompt": f"{name} {i}", "response": "yes", "rating": value} for i, value in enumerate(values)]
+    return [
+        {"prompt": f"{name} {i}", "response": "yes", "rating": value}
+        for i, value in enumerate(values)
+    ]
 
 
 def answers(name: str) -> list[dict]:
@@ -56,28 +67,92 @@ def without(rows: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 
 REFUSED = {
-    "reward without test": (RewardConfig, {}, without(PAIRS, "test"), "no comparisons rows in its test split"),
-    "reward without validation": (RewardConfig, {}, without(PAIRS, "validation"), "no comparisons rows in its validation split"),
-    "reward, test of weight 0": (RewardConfig, {}, PAIRS | {"test": pairs("test", 0.0)}, "Every comparison of the test split of jsonl has weight 0"),
-    "reward, train of weight 0": (RewardConfig, {}, PAIRS | {"train": pairs("train", 0.0)}, "Every comparison of the train split of jsonl has weight 0"),
-    "labels, test of one class": (RewardConfig, POINTWISE, LABELS | {"test": labels("test", 1, 1)}, "The test split of jsonl has labels of one class"),
-    "labels, train of one class": (RewardConfig, POINTWISE, LABELS | {"train": labels("train", 0, 0)}, "The train split of jsonl has labels of one class"),
-    "ratings, one test row": (RewardConfig, REGRESSION, RATINGS | {"test": ratings("test", 3)}, "The test split of jsonl has one rating only, 3"),
-    "dpo without test": (DPOConfig, {}, without(PAIRS, "test"), "no comparisons rows in its test split"),
-    "dpo, test of weight 0": (DPOConfig, {}, PAIRS | {"test": pairs("test", 0.0)}, "Every comparison of the test split of jsonl has weight 0"),
-    "sft without validation": (SFTConfig, {}, {"train": answers("train"), "test": answers("test")}, "no demonstrations rows in its validation split"),
-    "rl without train": (RLConfig, {"reward": ("-",)}, {"test": answers("test")}, "no prompts rows in its train split"),
+    "reward without test": (
+        RewardConfig,
+        {},
+        without(PAIRS, "test"),
+        "no comparisons rows in its test split",
+    ),
+    "reward without validation": (
+        RewardConfig,
+        {},
+        without(PAIRS, "validation"),
+        "no comparisons rows in its validation split",
+    ),
+    "reward, test of weight 0": (
+        RewardConfig,
+        {},
+        PAIRS | {"test": pairs("test", 0.0)},
+        "Every comparison of the test split of jsonl has weight 0",
+    ),
+    "reward, train of weight 0": (
+        RewardConfig,
+        {},
+        PAIRS | {"train": pairs("train", 0.0)},
+        "Every comparison of the train split of jsonl has weight 0",
+    ),
+    "labels, test of one class": (
+        RewardConfig,
+        POINTWISE,
+        LABELS | {"test": labels("test", 1, 1)},
+        "The test split of jsonl has labels of one class",
+    ),
+    "labels, train of one class": (
+        RewardConfig,
+        POINTWISE,
+        LABELS | {"train": labels("train", 0, 0)},
+        "The train split of jsonl has labels of one class",
+    ),
+    "ratings, one test row": (
+        RewardConfig,
+        REGRESSION,
+        RATINGS | {"test": ratings("test", 3)},
+        "The test split of jsonl has one rating only, 3",
+    ),
+    "dpo without test": (
+        DPOConfig,
+        {},
+        without(PAIRS, "test"),
+        "no comparisons rows in its test split",
+    ),
+    "dpo, test of weight 0": (
+        DPOConfig,
+        {},
+        PAIRS | {"test": pairs("test", 0.0)},
+        "Every comparison of the test split of jsonl has weight 0",
+    ),
+    "sft without validation": (
+        SFTConfig,
+        {},
+        {"train": answers("train"), "test": answers("test")},
+        "no demonstrations rows in its validation split",
+    ),
+    "rl without train": (
+        RLConfig,
+        {"reward": ("-",)},
+        {"test": answers("test")},
+        "no prompts rows in its train split",
+    ),
 }
-RUN = {RewardConfig: reward.run_reward, DPOConfig: dpo.run_dpo, SFTConfig: sft.run_sft, RLConfig: rl.run_rl}
+RUN = {
+    RewardConfig: reward.run_reward,
+    DPOConfig: dpo.run_dpo,
+    SFTConfig: sft.run_sft,
+    RLConfig: rl.run_rl,
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_split_that_a_job_could_not_use_is_refused_before_the_model_is_loaded(case, tmp_path, monkeypatch):
+def test_a_split_that_a_job_could_not_use_is_refused_before_the_model_is_loaded(
+    case, tmp_path, monkeypatch
+):
     make, fields, splits, message = REFUSED[case]
     for module in (sft, reward, dpo, rl):
         monkeypatch.setattr(module, "load_model", None)
     with pytest.raises(UserError) as error:
-        RUN[make](make(run=str(tmp_path / "run"), model="-", data=folder_of(tmp_path, **splits), **fields))
+        RUN[make](
+            make(run=str(tmp_path / "run"), model="-", data=folder_of(tmp_path, **splits), **fields)
+        )
     assert message in str(error.value)
 
 
@@ -85,37 +160,65 @@ def test_a_base_without_validation_is_refused_before_a_tokenizer_is_trained(tmp_
     monkeypatch.setattr(base_lib, "_tokenizer", None)
     data = folder_of(tmp_path, train=[{"text": "one two"}])
     with pytest.raises(UserError, match="no corpus rows in its validation split"):
-        base_lib.train_base(base_lib.BaseConfig(run=str(tmp_path / "run"), model=str(tmp_path / "model"), data=data))
+        base_lib.train_base(
+            base_lib.BaseConfig(run=str(tmp_path / "run"), model=str(tmp_path / "model"), data=data)
+        )
 
 
 def test_prompts_that_two_splits_share_are_said_with_their_number(tmp_path, capsys):
     twice = [{"prompt": "a", "response": "1"}, {"prompt": "b", "response": "2"}]
     # Several answers to a prompt count once, and so does a space at its end.
-    data = folder_of(tmp_path, train=[*twice, {"prompt": "c", "response": "3"}], validation=[{"prompt": "b ", "response": "4"}, {"prompt": "b", "response": "5"}], test=[*twice, {"prompt": "d", "response": "6"}])
-    assert check_splits(data, "demonstrations", ("train", "validation")) == ("train", "validation", "test")
+    data = folder_of(
+        tmp_path,
+        train=[*twice, {"prompt": "c", "response": "3"}],
+        validation=[{"prompt": "b ", "response": "4"}, {"prompt": "b", "response": "5"}],
+        test=[*twice, {"prompt": "d", "response": "6"}],
+    )
+    assert check_splits(data, "demonstrations", ("train", "validation")) == (
+        "train",
+        "validation",
+        "test",
+    )
     assert capsys.readouterr().out.splitlines() == [
-        "jsonl: the splits train and validation share 1 of the latter's 1 prompts, such as 'b'; neither is held out from the other there.",
-        "jsonl: the splits train and test share 2 of the latter's 3 prompts, such as 'a'; neither is held out from the other there.",
-        "jsonl: the splits validation and test share 1 of the latter's 3 prompts, such as 'b'; neither is held out from the other there.",
+        "jsonl: the splits train and validation share 1 of the latter's 1 prompts, such as 'b'; "
+        "neither is held out from the other there.",
+        "jsonl: the splits train and test share 2 of the latter's 3 prompts, such as 'a'; neither "
+        "is held out from the other there.",
+        "jsonl: the splits validation and test share 1 of the latter's 3 prompts, such as 'b'; "
+        "neither is held out from the other there.",
     ]
 
 
 def test_groups_that_two_splits_share_are_said_too(tmp_path, capsys):
     """Two turns of one dialogue have different prompts."""
     row = lambda prompt, **group: {"prompt": prompt, **group}
-    data = folder_of(tmp_path, train=[row("a", group=7), row("b")], test=[row("c", group="7"), row("d", group="8"), row("e")])
+    data = folder_of(
+        tmp_path,
+        train=[row("a", group=7), row("b")],
+        test=[row("c", group="7"), row("d", group="8"), row("e")],
+    )
     check_splits(data, "prompts", ("train",))
     assert capsys.readouterr().out.splitlines() == [
-        "jsonl: the splits train and test share 1 of the latter's 2 groups, such as '7'; neither is held out from the other there.",
+        "jsonl: the splits train and test share 1 of the latter's 2 groups, such as '7'; neither "
+        "is held out from the other there.",
     ]
 
 
 def test_splits_apart_are_not_mentioned_and_one_that_nobody_needs_may_be_missing(tmp_path, capsys):
-    assert check_splits(folder_of(tmp_path, train=answers("train")), "prompts", ("train",)) == ("train",)
-    assert check_splits(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)) == ("train", "validation", "test")
+    assert check_splits(folder_of(tmp_path, train=answers("train")), "prompts", ("train",)) == (
+        "train",
+    )
+    assert check_splits(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)) == (
+        "train",
+        "validation",
+        "test",
+    )
     assert capsys.readouterr().out == ""
 
 
 def test_a_long_prompt_is_shown_by_its_beginning():
     prompt = "x" * 200
-    assert f"'{'x' * 80}…'" in shared("t", "prompts", {"train": {prompt: None}, "test": {prompt: None}})[0]
+    assert (
+        f"'{'x' * 80}…'"
+        in shared("t", "prompts", {"train": {prompt: None}, "test": {prompt: None}})[0]
+    )

@@ -36,12 +36,19 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
     for folder in (sft, reward, tuned):
         adapter, record = model.load_role(folder)
         assert record.under == {name: 5 for name in ("q", "k", "v", "o")} and record.lora == TOP
-        small.assert_same(jax.device_get(adapter.under), jax.device_get(lora.frozen_pairs(below, 2)))
+        small.assert_same(
+            jax.device_get(adapter.under), jax.device_get(lora.frozen_pairs(below, 2))
+        )
         # The top has moved, and what is served is the sum.
         assert np.abs(adapter.lora["layers"]["attention"]["q"]["lora_b"]).max() > 0
         alone = merged(model, adapter.replace(under=None))
         for name, leaf in merged(model, adapter).items():
-            np.testing.assert_allclose(leaf - alone[name], merged(model, below)[name] - trees.named_leaves(model.base)[name], atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                leaf - alone[name],
+                merged(model, below)[name] - trees.named_leaves(model.base)[name],
+                atol=1e-5,
+                err_msg=name,
+            )
     # RL is anchored to what lies beneath, where the fresh adapter starts.
     assert tiny.rows(tmp_path / "rl")[0]["kl/sequence"] == 0.0
     cost = tiny.read(tmp_path / "sft" / "cost.json")
@@ -59,9 +66,13 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
 )
 def test_stacks_that_cannot_be(jobs, tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
-        sft_lib.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, stack_on=str(jobs.policy), **fields))
+        sft_lib.run_sft(
+            tiny.sft_config(tmp_path / "sft", jobs.base, stack_on=str(jobs.policy), **fields)
+        )
 
 
 def test_rl_trains_on_an_adapter_or_on_top_of_it(jobs, tmp_path):
     with pytest.raises(UserError, match="Give policy .* or stack_on .*, not both"):
-        tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, jobs.reward, stack_on=str(jobs.policy))
+        tiny.rl_config(
+            tmp_path / "rl", jobs.base, jobs.policy, jobs.reward, stack_on=str(jobs.policy)
+        )

@@ -1,4 +1,6 @@
-"""What a run stands on: every change under the same paths is noticed, and named; what is the same is not."""
+"""What a run stands on: every change under the same paths is noticed, and named; what is the same
+is not.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,18 @@ FUNCTION = "def score(prompts, responses):\n    return [len(r) for r in response
 @pytest.fixture
 def config(jobs, tmp_path) -> RLConfig:
     """RL with all that a run can be given, in folders of its own."""
-    for name, source in {"base": jobs.base, "policy": jobs.policy, "reward": jobs.reward, "reference": jobs.policy}.items():
+    for name, source in {
+        "base": jobs.base,
+        "policy": jobs.policy,
+        "reward": jobs.reward,
+        "reference": jobs.policy,
+    }.items():
         shutil.copytree(source, tmp_path / name)
     (tmp_path / "score.py").write_text(FUNCTION)
-    terms = [{"kind": "length", "maximum": 5}, {"kind": "function", "function": f"{tmp_path}/score.py:score"}]
+    terms = [
+        {"kind": "length", "maximum": 5},
+        {"kind": "function", "function": f"{tmp_path}/score.py:score"},
+    ]
     (tmp_path / "terms.json").write_text(json.dumps(terms))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tiny.rl_config(
@@ -64,7 +74,11 @@ def other_weights(folder: pathlib.Path) -> None:
     """One matrix of the base is another."""
     tensors = load_file(folder / "base" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file(tensors | {name: np.ascontiguousarray(tensors[name] * 1.01)}, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {name: np.ascontiguousarray(tensors[name] * 1.01)},
+        folder / "base" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def other_setting(**fields) -> Callable[[pathlib.Path], None]:
@@ -84,7 +98,11 @@ def other_record(role: str, **fields) -> Callable[[pathlib.Path], None]:
 def first_format(folder: pathlib.Path) -> None:
     """The policy as an older version wrote it."""
     path = folder / "policy" / artefacts.RECORD
-    values = {name: value for name, value in files.read_json(path).items() if name not in ("digests", "checksum")}
+    values = {
+        name: value
+        for name, value in files.read_json(path).items()
+        if name not in ("digests", "checksum")
+    }
     files.write_json(path, values | {"format": 1})
 
 
@@ -99,7 +117,12 @@ def exchange_rows(folder: pathlib.Path) -> None:
         (other_weights, "the base under {0}/base"),
         (other_setting(rope_theta=20_000.0), "the base under {0}/base"),
         (other_setting(rms_norm_eps=1e-3), "the base under {0}/base"),
-        (replace("base/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "Lowercase"}'), "the tokenizer or its template under {0}/base"),
+        (
+            replace(
+                "base/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "Lowercase"}'
+            ),
+            "the tokenizer or its template under {0}/base",
+        ),
         (other_setting(eos_token_id=[2, 5]), "the tokenizer or its template under {0}/base"),
         (other_record("policy", step=99), "the policy artefact {0}/policy"),
         (other_record("reward", score_std=9.0), "the reward artefact {0}/reward"),
@@ -108,7 +131,10 @@ def exchange_rows(folder: pathlib.Path) -> None:
         (replace("terms.json", "5", "6"), "the file of terms {0}/terms.json"),
         (replace("score.py", "len(r)", "-len(r)"), "the function {0}/score.py:score"),
         (exchange_rows, "the rows of --data.task jsonl in {0}/train.jsonl"),
-        (replace("train.jsonl", '"answer": "7"', '"answer": "8"'), "the rows of --data.task jsonl in {0}/train.jsonl"),
+        (
+            replace("train.jsonl", '"answer": "7"', '"answer": "8"'),
+            "the rows of --data.task jsonl in {0}/train.jsonl",
+        ),
     ],
 )
 def test_what_changed_is_named(config, tmp_path, change, said):
@@ -118,7 +144,8 @@ def test_what_changed_is_named(config, tmp_path, change, said):
     with pytest.raises(UserError) as error:
         folder_lib.open_run("rl", config)
     assert str(error.value) == (
-        f"{tmp_path}/run holds a run that began with something else: changed since has {said.format(tmp_path)}; "
+        f"{tmp_path}/run holds a run that began with something else: changed since has "
+        f"{said.format(tmp_path)}; "
         "put back what was there, or use another --run."
     )
 
@@ -141,7 +168,12 @@ def test_runs_of_an_earlier_version_go_on_with_a_notice(config, tmp_path, capsys
     (tmp_path / "run" / folder_lib.STANDS).unlink()
     other_weights(tmp_path)
     folder_lib.open_run("rl", config)
-    assert capsys.readouterr().out.count("begun by an earlier version, which did not note what it stands on") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "begun by an earlier version, which did not note what it stands on"
+        )
+        == 1
+    )
 
 
 def test_a_finished_run_is_compared_too(jobs, base):
@@ -150,7 +182,9 @@ def test_a_finished_run_is_compared_too(jobs, base):
     config = tiny.rl_config(jobs.root / "rl", base, jobs.policy, jobs.reward, tuning="lora")
     try:
         other_record(jobs.reward.name, score_mean=7.0)(jobs.reward.parent)
-        with pytest.raises(UserError, match=f"changed since has the reward artefact {jobs.reward};"):
+        with pytest.raises(
+            UserError, match=f"changed since has the reward artefact {jobs.reward};"
+        ):
             folder_lib.open_run("rl", config)
     finally:
         path.write_text(before)
@@ -162,10 +196,16 @@ def test_a_role_of_format_1_needs_the_tokenizer_that_its_version_knew_it_by(jobs
     model = tiny.open_model(base)
     vocabulary = tiny.read(pathlib.Path(base) / "tokenizer.json")["model"]["vocab"]
     listed = sorted(vocabulary.items(), key=lambda item: item[1])
-    first = hashlib.sha256(repr((listed, vocabulary["<s>"], vocabulary["</s>"], None)).encode()).hexdigest()[:16]
+    first = hashlib.sha256(
+        repr((listed, vocabulary["<s>"], vocabulary["</s>"], None)).encode()
+    ).hexdigest()[:16]
     shutil.copytree(jobs.reward, tmp_path / "reward")
     path = tmp_path / "reward" / artefacts.RECORD
-    values = {name: value for name, value in tiny.read(path).items() if name not in ("digests", "checksum", "turn_end")}
+    values = {
+        name: value
+        for name, value in tiny.read(path).items()
+        if name not in ("digests", "checksum", "turn_end")
+    }
     values |= {"format": 1, "base_fingerprint": model.weights_fingerprint}
     files.write_json(path, values | {"tokenizer_fingerprint": first})
     adapter, record = model.load_role(tmp_path / "reward", "reward")
@@ -173,7 +213,11 @@ def test_a_role_of_format_1_needs_the_tokenizer_that_its_version_knew_it_by(jobs
     small.assert_same(adapter, model.load_role(jobs.reward)[0])
     for other in (model.tokenizer.fingerprint, first[::-1]):
         files.write_json(path, values | {"tokenizer_fingerprint": other})
-        with pytest.raises(UserError, match=f"{tmp_path}/reward was trained with another tokenizer or chat template than that of {base};"):
+        with pytest.raises(
+            UserError,
+            match=f"{tmp_path}/reward was trained with another tokenizer or chat template than "
+            f"that of {base};",
+        ):
             model.load_role(tmp_path / "reward")
 
 
@@ -187,7 +231,13 @@ def test_an_evaluation_of_other_weights_is_done_again(jobs, base, monkeypatch, r
         raise Redone
 
     monkeypatch.setattr(compare, "load_model", begin)
-    config = tiny.evaluate_config(jobs.root / "rl", base, policy=str(jobs.tuned), baseline=str(jobs.policy), reward=(str(jobs.reward),))
+    config = tiny.evaluate_config(
+        jobs.root / "rl",
+        base,
+        policy=str(jobs.tuned),
+        baseline=str(jobs.policy),
+        reward=(str(jobs.reward),),
+    )
     compare.run_evaluate(config)
     folder = getattr(jobs, role)
     path = folder / artefacts.RECORD
@@ -215,27 +265,53 @@ def test_functions_are_found_without_importing_them(tmp_path, monkeypatch):
 
 
 def test_every_job_says_what_it_stands_on(config, base, tmp_path):
-    given = {"sft": tiny.sft_config(tmp_path / "r", base), "reward": tiny.reward_config(tmp_path / "r", base, objective="pointwise")}
+    given = {
+        "sft": tiny.sft_config(tmp_path / "r", base),
+        "reward": tiny.reward_config(tmp_path / "r", base, objective="pointwise"),
+    }
     for job, settings in given.items():
         found = provenance.prints(job, settings)
         assert len(found) == 3 and None not in found.values()
-    assert len(provenance.prints("rl", config)) == 8 and None not in provenance.prints("rl", config).values()
+    assert (
+        len(provenance.prints("rl", config)) == 8
+        and None not in provenance.prints("rl", config).values()
+    )
     # A base is trained on rows; its model's folder is what it writes.
-    assert [name.split()[1] for name in provenance.prints("base", tiny.base_config(tmp_path / "r", tmp_path / "m"))] == ["rows"]
+    assert [
+        name.split()[1]
+        for name in provenance.prints("base", tiny.base_config(tmp_path / "r", tmp_path / "m"))
+    ] == ["rows"]
 
 
 # Settings that the policy artefact decides.
 
 
-@pytest.mark.parametrize(("field", "value", "there"), [("rank", 32, 5), ("alpha", 3.0, 10.0), ("targets", "q,v", "attention"), ("dropout", 0.2, 0.0), ("layers", "0", None)])
-def test_settings_that_the_policy_decides_otherwise_are_refused(jobs, base, tmp_path, field, value, there):
+@pytest.mark.parametrize(
+    ("field", "value", "there"),
+    [
+        ("rank", 32, 5),
+        ("alpha", 3.0, 10.0),
+        ("targets", "q,v", "attention"),
+        ("dropout", 0.2, 0.0),
+        ("layers", "0", None),
+    ],
+)
+def test_settings_that_the_policy_decides_otherwise_are_refused(
+    jobs, base, tmp_path, field, value, there
+):
     model = tiny.open_model(base)
     given = dataclasses.replace(tiny.COMMON["lora"], **{field: value})
     settings = tiny.rl_config(tmp_path, base, jobs.policy, jobs.reward, lora=given)
     with pytest.raises(UserError) as error:
         roles.starting_role(model, settings, settings.policy, None)
-    assert f"lora.{field} is {value!r}; {jobs.policy}, which this run goes on from, has {there!r}: leave it out" in str(error.value)
+    assert (
+        f"lora.{field} is {value!r}; {jobs.policy}, which this run goes on from, has {there!r}: "
+        "leave it out"
+    ) in str(error.value)
     # The artefact's own, and what is the default, pass.
     for passing in (tiny.COMMON["lora"], LoRAConfig()):
         settings = dataclasses.replace(settings, lora=passing)
-        assert roles.starting_role(model, settings, settings.policy, None).config == tiny.COMMON["lora"]
+        assert (
+            roles.starting_role(model, settings, settings.policy, None).config
+            == tiny.COMMON["lora"]
+        )

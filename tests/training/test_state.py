@@ -24,7 +24,11 @@ def rates(steps, **fields):
 
 def role(a=1.0, b=0.0, head=0.5):
     """Three leaves: A, B and the head's kernel; its bias is left out to keep the sums short."""
-    return Adapter(lora={"a": jnp.full((2,), a), "b": jnp.full((3,), b)}, head={"kernel": jnp.full((2,), head)}, config=LORA)
+    return Adapter(
+        lora={"a": jnp.full((2,), a), "b": jnp.full((3,), b)},
+        head={"kernel": jnp.full((2,), head)},
+        config=LORA,
+    )
 
 
 def first_update(config, gradients, parameters=None, tuning="lora"):
@@ -43,12 +47,15 @@ def test_constant_without_warmup():
 
 def test_warmup_begins_above_zero_and_ends_at_the_rate():
     # The first of 4 steps of warm-up has a quarter of the rate, the fourth all of it.
-    assert rates(6, schedule="constant", warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1])
+    assert rates(6, schedule="constant", warmup_steps=4) == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 1, 1]
+    )
     assert rates(3, schedule="constant", warmup_steps=1) == pytest.approx([1, 1, 1, 1])
 
 
 def test_linear_decay_after_warmup():
-    # 6 steps are left after the warm-up; step 9, the last, has a sixth of the rate, and 0 is after it.
+    # 6 steps are left after the warm-up; step 9, the last, has a sixth of the rate, and 0 is after
+    # it.
     expected = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
     assert rates(10, schedule="linear", warmup_steps=4) == pytest.approx(expected, abs=1e-7)
     assert rates(4, schedule="linear") == pytest.approx([1, 0.75, 0.5, 0.25, 0])
@@ -89,7 +96,12 @@ def test_first_update_of_adam_is_the_rate(tuning, rate):
 def test_full_weights_have_the_body_rate():
     whole = Adapter(weights={"w": jnp.ones(2)}, head={"kernel": jnp.ones(2)})
     gradients = jax.tree.map(jnp.ones_like, whole)
-    update = first_update(OptimizerConfig(name="adamw", learning_rate=0.1, head_learning_rate=0.7), gradients, whole, "full")
+    update = first_update(
+        OptimizerConfig(name="adamw", learning_rate=0.1, head_learning_rate=0.7),
+        gradients,
+        whole,
+        "full",
+    )
     np.testing.assert_allclose(update.weights["w"], -0.1, rtol=1e-4)
     np.testing.assert_allclose(update.head["kernel"], -0.7, rtol=1e-4)
 
@@ -98,7 +110,9 @@ def test_full_weights_have_the_body_rate():
 def test_head_has_its_own_rate(name):
     gradients = jax.tree.map(jnp.ones_like, role())
     same = first_update(OptimizerConfig(name=name, learning_rate=0.01), gradients)
-    own = first_update(OptimizerConfig(name=name, learning_rate=0.01, head_learning_rate=0.2), gradients)
+    own = first_update(
+        OptimizerConfig(name=name, learning_rate=0.01, head_learning_rate=0.2), gradients
+    )
     np.testing.assert_allclose(same.head["kernel"], -0.01, rtol=1e-4)
     np.testing.assert_allclose(own.head["kernel"], -0.2, rtol=1e-4)
     np.testing.assert_array_equal(own.lora["a"], same.lora["a"])
@@ -107,7 +121,9 @@ def test_head_has_its_own_rate(name):
 
 def test_rate_follows_the_schedule_step_by_step():
     # Steps 0, 1, 2 of 2 steps of warm-up and a linear decay over 2 more: half, all, all, half.
-    config = OptimizerConfig(name="adamw", learning_rate=1.0, schedule="linear", warmup_steps=2, clip_norm=None)
+    config = OptimizerConfig(
+        name="adamw", learning_rate=1.0, schedule="linear", warmup_steps=2, clip_norm=None
+    )
     optimizer = make_optimizer(config, 4, "lora")
     parameters, state, sizes = role(), None, []
     state = optimizer.init(parameters)
@@ -125,7 +141,11 @@ SHOWS_GRADIENT = {"name": "adamw", "learning_rate": 1.0, "epsilon": 1e6}
 @pytest.mark.parametrize(("norm", "factor"), [(1.0, 1 / 13), (26.0, 1.0), (6.5, 0.5), (None, 1.0)])
 def test_clipping_is_by_the_norm_of_lora_and_head_together(norm, factor):
     # sqrt(2 * 2^2 + 3 * 1^2 + 2 * x^2) = 13 for the head's x^2 = 79.
-    gradients = Adapter(lora={"a": jnp.full((2,), 2.0), "b": jnp.full((3,), 1.0)}, head={"kernel": jnp.full((2,), 79**0.5)}, config=LORA)
+    gradients = Adapter(
+        lora={"a": jnp.full((2,), 2.0), "b": jnp.full((3,), 1.0)},
+        head={"kernel": jnp.full((2,), 79**0.5)},
+        config=LORA,
+    )
     update = first_update(OptimizerConfig(clip_norm=norm, **SHOWS_GRADIENT), gradients)
     for leaf, gradient in zip(jax.tree.leaves(update), jax.tree.leaves(gradients)):
         np.testing.assert_allclose(-1e6 * leaf, factor * gradient, rtol=1e-4)
@@ -145,11 +165,14 @@ def test_adafactor_moves_a_zero_matrix():
 
 def test_weight_decay():
     gradients = jax.tree.map(jnp.ones_like, role())
-    adamw = first_update(OptimizerConfig(name="adamw", learning_rate=0.1, weight_decay=0.5), gradients, role(a=4.0))
+    adamw = first_update(
+        OptimizerConfig(name="adamw", learning_rate=0.1, weight_decay=0.5), gradients, role(a=4.0)
+    )
     np.testing.assert_allclose(adamw.lora["a"], -0.1 * (1 + 0.5 * 4), rtol=1e-4)
-    adafactor = first_update(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), gradients, role(a=4.0))
+    adafactor = first_update(
+        OptimizerConfig(learning_rate=0.1, weight_decay=0.5), gradients, role(a=4.0)
+    )
     np.testing.assert_allclose(adafactor.lora["a"], -(0.1 + 0.5 * 4), rtol=1e-4)
-
 
 
 # The state.
@@ -158,7 +181,9 @@ def test_weight_decay():
 def fresh_state():
     one = role()
     optimizers = {name: make_optimizer(OptimizerConfig(), 10) for name in ("policy", "value")}
-    return one, init_state({"policy": one, "value": one}, optimizers, jax.random.key(3), {"reference": one})
+    return one, init_state(
+        {"policy": one, "value": one}, optimizers, jax.random.key(3), {"reference": one}
+    )
 
 
 def test_every_role_is_a_copy():
@@ -186,6 +211,10 @@ def test_step_keys_do_not_meet_their_own_children():
     for step in range(3):
         for use in (UPDATE, SAMPLE):
             key = state.replace(step=jnp.int32(step)).step_key(use)
-            keys += [key, *jax.random.split(key, 4), *(jax.random.fold_in(key, i) for i in range(4, 8))]
+            keys += [
+                key,
+                *jax.random.split(key, 4),
+                *(jax.random.fold_in(key, i) for i in range(4, 8)),
+            ]
     distinct = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}
     assert len(distinct) == len(keys) == 54

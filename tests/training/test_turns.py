@@ -1,4 +1,6 @@
-"""One text, one score: a trainer that renders whole conversations, a row of data, the `score` command and a rollout agree."""
+"""One text, one score: a trainer that renders whole conversations, a row of data, the `score`
+command and a rollout agree.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from tests.paths import SMOLLM
 
 ROWS = [
     {"prompt": "What is it?", "chosen": "A cat, I think.", "rejected": "No."},
-    {"prompt": "Is that one large?", "chosen": "It is.", "rejected": "A very large cat with a hat."},
+    {
+        "prompt": "Is that one large?",
+        "chosen": "It is.",
+        "rejected": "A very large cat with a hat.",
+    },
 ]
 LONGEST = 40
 
@@ -40,7 +46,9 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 def random_classifier(model: Model, folder: pathlib.Path) -> Any:
-    """A base with a LoRA pair and a scalar head, saved by PEFT; its scores are of a size that differs from text to text."""
+    """A base with a LoRA pair and a scalar head, saved by PEFT; its scores are of a size that
+    differs from text to text.
+    """
     torch = pytest.importorskip("torch")
     classifier = write_peft(model, folder, head=True, target_modules=["q_proj", "v_proj"], r=2)
     with torch.no_grad():
@@ -52,7 +60,9 @@ def random_classifier(model: Model, folder: pathlib.Path) -> Any:
 
 
 def trainer_scores(classifier: Any, tokenizer: Tokenizer) -> np.ndarray:
-    """[row, chosen or rejected]: the classifier's logit of each conversation as the tokenizer's own template renders it."""
+    """[row, chosen or rejected]: the classifier's logit of each conversation as the tokenizer's own
+    template renders it.
+    """
     torch = pytest.importorskip("torch")
 
     def one(prompt: str, response: str) -> float:
@@ -61,17 +71,23 @@ def trainer_scores(classifier: Any, tokenizer: Tokenizer) -> np.ndarray:
         with torch.no_grad():
             return classifier(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
 
-    return np.array([[one(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in ROWS])
+    return np.array(
+        [[one(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in ROWS]
+    )
 
 
 def rollout_of(tokenizer: Tokenizer, ended: dict[str, list[int]], room: int = LONGEST) -> Rollout:
-    """Every response of ROWS, sampled with each of the ends, as the sampler lays them out: prompts padded on the left."""
+    """Every response of ROWS, sampled with each of the ends, as the sampler lays them out: prompts
+    padded on the left.
+    """
     prompts, responses = [], []
     for row in ROWS:
         for side in ("chosen", "rejected"):
             for end in ended.values():
                 prompts.append(tokenizer.prompt_ids(row["prompt"]))
-                responses.append((tokenizer.without_end(tokenizer.response_ids(row[side])) + end)[:room])
+                responses.append(
+                    (tokenizer.without_end(tokenizer.response_ids(row[side])) + end)[:room]
+                )
     width = max(map(len, prompts))
     tokens_BT = np.full((len(prompts), width + room), tokenizer.pad_id, np.int32)
     valid_BT, response_BT = np.zeros(tokens_BT.shape, bool), np.zeros(tokens_BT.shape, bool)
@@ -79,40 +95,79 @@ def rollout_of(tokenizer: Tokenizer, ended: dict[str, list[int]], room: int = LO
         tokens_BT[row, width - len(prompt) : width + len(response)] = prompt + response
         valid_BT[row, width - len(prompt) : width + len(response)] = True
         response_BT[row, width : width + len(response)] = True
-    finished_B = np.array([bool(response) and response[-1] in tokenizer.stop_ids for response in responses])
-    return Rollout(Tokens(tokens_BT, valid_BT, response_BT), np.zeros(tokens_BT.shape, np.float32), finished_B, np.int32(room))
+    finished_B = np.array(
+        [bool(response) and response[-1] in tokenizer.stop_ids for response in responses]
+    )
+    return Rollout(
+        Tokens(tokens_BT, valid_BT, response_BT),
+        np.zeros(tokens_BT.shape, np.float32),
+        finished_B,
+        np.int32(room),
+    )
 
 
 def rollout_scores(model: Model, artefact: pathlib.Path, rollout: Rollout) -> np.ndarray:
     """What the RL loop pays, with nothing but the reward model."""
     adapters, records = scoring.load_rewards(model, [str(artefact)])
     scorer = scoring.Scorer(model, scoring.reward_program(model, records, "mean"), (), 1.0, ROWS)
-    return np.array(jax.device_get(scorer(adapters, rollout, np.zeros(len(rollout.finished_B), np.int32))[0]))
+    return np.array(
+        jax.device_get(scorer(adapters, rollout, np.zeros(len(rollout.finished_B), np.int32))[0])
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["chatml", "two stops", pytest.param("gemma", marks=pytest.mark.exhaustive), "smollm2"])
+@pytest.mark.parametrize(
+    "name", ["chatml", "two stops", pytest.param("gemma", marks=pytest.mark.exhaustive), "smollm2"]
+)
 def test_a_trainers_score_is_that_of_rows_of_the_command_and_of_rollouts(name, tmp_path):
     """A random sequence classifier that PEFT saved, imported by `perl-jax import`."""
     tokenizer = tokenizer_of(name)
-    write_random(tmp_path / "base", "llama", vocab_size=-(-len(tokenizer) // 8) * 8, max_position_embeddings=128)
+    write_random(
+        tmp_path / "base",
+        "llama",
+        vocab_size=-(-len(tokenizer) // 8) * 8,
+        max_position_embeddings=128,
+    )
     tokenizer.save(tmp_path / "base")
     model = load(tmp_path / "base")
     classifier = random_classifier(model, tmp_path / "peft")
-    artefact = exchange.run_import(exchange.ImportConfig(model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "reward")))
+    artefact = exchange.run_import(
+        exchange.ImportConfig(
+            model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "reward")
+        )
+    )
     adapter, record = model.load_role(artefact, "reward")
-    assert (record.score_mean, record.score_std, record.turn_end) == (0.0, 1.0, tokenizer.turn_end_ids)
+    assert (record.score_mean, record.score_std, record.turn_end) == (
+        0.0,
+        1.0,
+        tokenizer.turn_end_ids,
+    )
     expected = trainer_scores(classifier, tokenizer)
     assert expected.std() > 0.1
     # Rows of data, in training and in evaluation.
     spec = BatchSpec(2, LONGEST, LONGEST, shuffle_seed=None, epochs=1)
-    scores = reward.score_batches(model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec))
+    scores = reward.score_batches(
+        model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec)
+    )
     np.testing.assert_allclose(np.stack(scores, axis=1), expected, atol=1e-4)
     # The score command.
-    lines = [json.dumps({"prompt": row["prompt"], "response": row[side]}) for row in ROWS for side in ("chosen", "rejected")]
+    lines = [
+        json.dumps({"prompt": row["prompt"], "response": row[side]})
+        for row in ROWS
+        for side in ("chosen", "rejected")
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    by_command = score(ScoreConfig(model=model.name, input=str(tmp_path / "rows.jsonl"), adapter=str(artefact), batch_size=4))
-    np.testing.assert_allclose([row["score"] for row in by_command], expected.reshape(-1), atol=1e-4)
+    by_command = score(
+        ScoreConfig(
+            model=model.name,
+            input=str(tmp_path / "rows.jsonl"),
+            adapter=str(artefact),
+            batch_size=4,
+        )
+    )
+    np.testing.assert_allclose(
+        [row["score"] for row in by_command], expected.reshape(-1), atol=1e-4
+    )
     # Rollouts: ended by the turn's end, by its last token, by eos.
     stop = list(tokenizer.stop_part)
     ended = {"turn": stop, "last": stop[-1:], "eos": [tokenizer.eos_id]}
@@ -120,7 +175,14 @@ def test_a_trainers_score_is_that_of_rows_of_the_command_and_of_rollouts(name, t
     np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, axis=2), atol=1e-4)
     # Unfinished ones, as a row of data that was cut: no end is put in their place.
     spec = BatchSpec(2, LONGEST, 2, shuffle_seed=None, epochs=1)
-    cut = np.stack(reward.score_batches(model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec)), axis=1)
-    unended = rollout_scores(model, artefact, rollout_of(tokenizer, {"none": []}, room=2)).reshape(2, 2)
+    cut = np.stack(
+        reward.score_batches(
+            model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec)
+        ),
+        axis=1,
+    )
+    unended = rollout_scores(model, artefact, rollout_of(tokenizer, {"none": []}, room=2)).reshape(
+        2, 2
+    )
     np.testing.assert_allclose(unended, cut, atol=1e-4)
     assert np.abs(unended - expected).max() > 0.05

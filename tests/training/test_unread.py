@@ -1,4 +1,6 @@
-"""Options that a command would not read are refused by name, and pass where they are read. The table of RL's own is in test_run.py."""
+"""Options that a command would not read are refused by name, and pass where they are read. The
+table of RL's own is in test_run.py.
+"""
 
 from __future__ import annotations
 
@@ -63,20 +65,27 @@ REFUSED: list[tuple[type, Callable[[], dict[str, Any]], str]] = [
     (RLConfig, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full", "reward": (), "terms": "[]"}, "mesh.adapters is 'sharded', which tuning full does not read"),
     (PlanConfig, lambda: {"adapters": "sharded", "tuning": "full"}, "adapters is 'sharded', which tuning full does not read; leave it out (tuning lora, rl read it)."),
     *((make, lambda: {"remat": "full"}, "remat is 'full', which " + name + " does not read; leave it out (training reads it).") for name, make in {"evaluate": EvaluateConfig, "best-of": BestOfConfig, "generate": GenerateConfig, "score": ScoreConfig, "export": ExportConfig, "import": ImportConfig, "average": AverageConfig}.items()),
-    *((make, lambda: {"data": DataConfig(packing="off")}, f"data.packing is 'off', which {name} does not read") for name, make in {"evaluate": EvaluateConfig, "best-of": BestOfConfig}.items()),
+    *((make, lambda: {"data": DataConfig(packing="off")}, f"data.packing is 'off', which {name} "
+                                                          "does not read") for name, make in {"evaluate": EvaluateConfig, "best-of": BestOfConfig}.items()),
     *((EvaluateConfig, lambda field=field, value=value: {"temperature": 0.0, "rollout": RolloutConfig(**{field: value})}, f"rollout.{field} is {value!r}, which temperature 0 (greedy) does not read; leave it out (a temperature above 0 reads it).") for field, value in (("top_k", 5), ("top_p", 0.9))),
-    (EvaluateConfig, lambda: {"temperature": 0.0, "seed": 3}, "seed is 3, which temperature 0 (greedy) does not read"),
+    (EvaluateConfig, lambda: {"temperature": 0.0, "seed": 3}, "seed is 3, which temperature 0 "
+                                                              "(greedy) does not read"),
     *((GenerateConfig, lambda field=field, value=value: {"temperature": 0.0, field: value}, f"{field} is {value!r}, which temperature 0 (greedy) does not read") for field, value in (("top_k", 5), ("top_p", 0.9), ("seed", 3))),
     (BestOfConfig, lambda: {"rollout": RolloutConfig(adapters="merged")}, "rollout.adapters is 'merged', which best-of without a policy does not read"),
-    (BaseConfig, lambda: {"quantise": QuantiseConfig("int8")}, "quantise.kind is 'int8', which base does not read"),
-    (BaseConfig, lambda: {"data": DataConfig(template="none")}, "data.template is 'none', which base does not read"),
+    (BaseConfig, lambda: {"quantise": QuantiseConfig("int8")}, "quantise.kind is 'int8', which "
+                                                               "base does not read"),
+    (BaseConfig, lambda: {"data": DataConfig(template="none")}, "data.template is 'none', which "
+                                                                "base does not read"),
     (BaseConfig, lambda: {"data": DataConfig(template_date="2025-02-01")}, "data.template_date is '2025-02-01', which base does not read"),
-    (BaseConfig, lambda: {"vocab_size": 99}, "vocab_size is 99, which the task orders, whose words are its vocabulary, does not read; leave it out (any other task reads it)."),
+    (BaseConfig, lambda: {"vocab_size": 99}, "vocab_size is 99, which the task orders, whose "
+                                             "words are its vocabulary, does not read; leave it "
+                                             "out (any other task reads it)."),
     (RLConfig, lambda: {"rollout": RolloutConfig(adapters="merged"), "tuning": "full"}, "rollout.adapters is 'merged', which tuning full does not read"),
     (RLConfig, lambda: {"validation_prompts": 0, "evaluate_every": 7}, "evaluate_every is 7, which rl without validation_prompts does not read"),
     (RLConfig, lambda: {"kl": KLConfig(beta=0.0, whole_score=True)}, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta."),
     *((RLConfig, lambda fields=fields: {"algorithm": AlgorithmConfig(**fields)}, f"algorithm.{list(fields)[-1]} is {list(fields.values())[-1]!r}, which nothing reads in one update of each rollout: all ratios are 1 there; leave it out, or give algorithm.epochs or algorithm.minibatches.") for fields in ({"name": "grpo", "clip": 0.1}, {"name": "ppo", "clip_high": 0.3}, {"name": "reinforce", "max_ratio": 3.0}, {"name": "ppo", "value_clip": None})),
-    (Judge, lambda: {"top_logprobs": 5}, "judge.top_logprobs is 5, which mode number does not read; leave it out (mode expected reads it)."),
+    (Judge, lambda: {"top_logprobs": 5}, "judge.top_logprobs is 5, which mode number does not "
+                                         "read; leave it out (mode expected reads it)."),
 ]  # fmt: skip
 READ: list[tuple[type, Callable[[], dict[str, Any]]]] = [
     *((make, lambda: {"tuning": "full", "lora": LoRAConfig()}) for make in (SFTConfig, RewardConfig, DPOConfig, RLConfig, BaseConfig, PlanConfig)),
@@ -89,7 +98,8 @@ READ: list[tuple[type, Callable[[], dict[str, Any]]]] = [
     (BestOfConfig, lambda: {"rollout": RolloutConfig(adapters="merged"), "policy": "p"}),
     (BaseConfig, lambda: {"vocab_size": 99, "data": DataConfig(task="jsonl", data_dir="d")}),
     (RLConfig, lambda: {"validation_prompts": 0}),
-    # Stale samples: by further updates, by dropout, and perhaps by that of the adapter that is gone on from.
+    # Stale samples: by further updates, by dropout, and perhaps by that of the adapter that is gone
+    # on from.
     (RLConfig, lambda: {"algorithm": AlgorithmConfig("grpo", clip=0.1, clip_high=0.3, minibatches=2)}),
     (RLConfig, lambda: {"algorithm": AlgorithmConfig("ppo", clip=0.1, value_clip=None), "lora": LoRAConfig(dropout=0.1)}),
     (RLConfig, lambda: {"algorithm": AlgorithmConfig("reinforce", max_ratio=3.0), "policy": "p"}),

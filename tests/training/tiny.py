@@ -37,14 +37,23 @@ COMMON = {
 
 def common(**fields: Any) -> dict[str, Any]:
     """COMMON and these fields; full tuning has no adapter to give a size."""
-    return {name: value for name, value in COMMON.items() if name != "lora" or fields.get("tuning") != "full"} | fields
+    return {
+        name: value
+        for name, value in COMMON.items()
+        if name != "lora" or fields.get("tuning") != "full"
+    } | fields
 
 
 def base_config(run: pathlib.Path, model: pathlib.Path, **fields: Any) -> BaseConfig:
     # Positions enough for tests with longer rows.
     data = dataclasses.replace(DATA, max_prompt_length=40, max_response_length=24)
     shape = {"width": 16, "ffn_width": 24, "layers": 2, "heads": 2, "kv_heads": 1}
-    return BaseConfig(**common(tuning="full", **{**shape, "data": data, "steps": 2, "run": str(run), "model": str(model), **fields}))
+    return BaseConfig(
+        **common(
+            tuning="full",
+            **{**shape, "data": data, "steps": 2, "run": str(run), "model": str(model), **fields},
+        )
+    )
 
 
 def sft_config(run: pathlib.Path, base: str, **fields: Any) -> SFTConfig:
@@ -55,13 +64,25 @@ def reward_config(run: pathlib.Path, base: str, **fields: Any) -> RewardConfig:
     return RewardConfig(**common(run=str(run), model=base, **fields))
 
 
-def rl_config(run: pathlib.Path, base: str, policy: pathlib.Path | str | None, reward: pathlib.Path | str, **fields: Any) -> RLConfig:
+def rl_config(
+    run: pathlib.Path,
+    base: str,
+    policy: pathlib.Path | str | None,
+    reward: pathlib.Path | str,
+    **fields: Any,
+) -> RLConfig:
     policy = None if policy is None else str(policy)
-    return RLConfig(**common(**{"run": str(run), "model": base, "policy": policy, "reward": (str(reward),), **fields}))
+    return RLConfig(
+        **common(
+            **{"run": str(run), "model": base, "policy": policy, "reward": (str(reward),), **fields}
+        )
+    )
 
 
 def evaluate_config(run: pathlib.Path, base: str, **fields: Any) -> EvaluateConfig:
-    return EvaluateConfig(**{"run": str(run), "model": base, "data": DATA, "batch_size": 8, **fields})
+    return EvaluateConfig(
+        **{"run": str(run), "model": base, "data": DATA, "batch_size": 8, **fields}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +102,11 @@ def run_jobs(root: pathlib.Path, base: str, tuning: str, **fields: Any) -> Jobs:
     policy = run_sft(sft_config(root / "sft", base, **fields))
     reward = run_reward(reward_config(root / "reward", base, **fields))
     tuned = run_rl(rl_config(root / "rl", base, policy, reward, **fields))
-    run_evaluate(evaluate_config(root / "rl", base, policy=str(tuned), baseline=str(policy), reward=(str(reward),)))
+    run_evaluate(
+        evaluate_config(
+            root / "rl", base, policy=str(tuned), baseline=str(policy), reward=(str(reward),)
+        )
+    )
     return Jobs(root, base, policy, reward, tuned)
 
 
@@ -110,4 +135,7 @@ def read(path: pathlib.Path) -> Any:
 def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a folder with its time and content."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in files
+    }

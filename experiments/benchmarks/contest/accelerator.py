@@ -1,20 +1,24 @@
-"""perl_jax alone on an accelerator, at a size beside which no other contender fits: how near it comes to the device's own rates.
+"""perl_jax alone on an accelerator, at a size beside which no other contender fits: how near it
+comes to the device's own rates.
 
-Claim     On one GPU, a Llama of 8B in bfloat16: a reward step runs at more than 45 % of the rate of large products, and decoding reads
+Claim     On one GPU, a Llama of 8B in bfloat16: a reward step runs at more than 45 % of the rate of
+large products, and decoding reads
           weights and caches at more than 60 % of a copy's bandwidth.
-Command   CONTEST_SIZE=8b python experiments/benchmarks/contest/accelerator.py --jobs generate,reward-equal,reward-ragged,rl-function
-Hardware  one NVIDIA H200 (141 GB; 32 GiB are used)
-Time      2 minutes
-Numbers   reward steps 0.172 s (60 %) and 0.186 s ragged (56 %); a decode step of 32 rows 6.0 ms, 2,557 of 4,104 GB/s (62 %); a GRPO step 1.20 s (62 %)
+Command   CONTEST_SIZE=8b python experiments/benchmarks/contest/accelerator.py --jobs
+generate,reward-equal,reward-ragged,rl-function Hardware  one NVIDIA H200 (141 GB; 32 GiB are used)
+Time      2 minutes Numbers   reward steps 0.172 s (60 %) and 0.186 s ragged (56 %); a decode step
+of 32 rows 6.0 ms, 2,557 of 4,104 GB/s (62 %); a GRPO step 1.20 s (62 %)
 
 The work is the contest's (`work.py`), its weights drawn on the device. By job:
 
     reward-equal, reward-ragged   an update of a reward model on 8 pairs
-    generate                      32 samples of 128 tokens; the seconds of a decode step are the difference between those of
+    generate                      32 samples of 128 tokens; the seconds of a decode step are the
+    difference between those of
                                   responses of 128 and of 8 tokens, divided by the 120 steps
     rl-model, rl-function         a whole step
 
-Shares are of a large bfloat16 product's operations a second and of a large copy's bytes, read and written (`ceiling_gpu.py`).
+Shares are of a large bfloat16 product's operations a second and of a large copy's bytes, read and
+written (`ceiling_gpu.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ SHORT = 8
 def config_of(job: str, folder: pathlib.Path, options: argparse.Namespace) -> JobConfig:
     """The contest's, with what the command line says."""
     config = contender_perl_jax.config_of(job, folder, "lora")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=options.packing), remat=options.remat)
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, packing=options.packing), remat=options.remat
+    )
 
 
 def drawn_model(config: JobConfig) -> Model:
@@ -65,7 +71,10 @@ def median_seconds(step: Callable[[int], object], times: int) -> float:
         began = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - began)
-    print(f"  first {seconds[0]:.1f} s, then {', '.join(f'{second:.4f}' for second in seconds[1:])}", flush=True)
+    print(
+        f"  first {seconds[0]:.1f} s, then {', '.join(f'{second:.4f}' for second in seconds[1:])}",
+        flush=True,
+    )
     return statistics.median(seconds[2:])
 
 
@@ -84,15 +93,29 @@ def kernels(step: Callable[[int], object], folder: pathlib.Path, most: int = 40)
                     seconds[event.name] += event.duration_ns / 1e9
                     calls[event.name] += 1
     total = sum(seconds.values())
-    rows = [f"{taken * 1e3:9.2f} ms {calls[name]:6} {name[:110]}" for name, taken in seconds.most_common(most)]
+    rows = [
+        f"{taken * 1e3:9.2f} ms {calls[name]:6} {name[:110]}"
+        for name, taken in seconds.most_common(most)
+    ]
     return "\n".join((f"{total * 1e3:9.2f} ms in all kernels of all streams", *rows))
 
 
-def measured(job: str, model: Model, config: JobConfig, folder: pathlib.Path, options: argparse.Namespace, rates: ceiling.Rates) -> dict[str, float]:
+def measured(
+    job: str,
+    model: Model,
+    config: JobConfig,
+    folder: pathlib.Path,
+    options: argparse.Namespace,
+    rates: ceiling.Rates,
+) -> dict[str, float]:
     """Prints a job's seconds and shares; returns them."""
     rows = contender.read_rows(folder, job)
     batches = contender_perl_jax.batches_of(model, rows, job, config)
-    print(f"\n{job}: packed {batches.spec.packed}, attention {model.lm.config.attention}, remat {model.lm.config.remat}", flush=True)
+    print(
+        f"\n{job}: packed {batches.spec.packed}, attention {model.lm.config.attention}, remat "
+        f"{model.lm.config.remat}",
+        flush=True,
+    )
     found: dict[str, float] = {}
     parts = contender.Parts()
     if job == "generate":
@@ -106,7 +129,10 @@ def measured(job: str, model: Model, config: JobConfig, folder: pathlib.Path, op
     step = lambda number: taken(number, parts)
     found["seconds"] = median_seconds(step, options.steps)
     if parts.seconds:
-        print("  the last step's parts: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.take().items()))
+        print(
+            "  the last step's parts: "
+            + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.take().items())
+        )
     medians = {"perl_jax": found["seconds"]}
     least, alone = (ceiling.phases(job, "lora", shared) for shared in (True, False))
     print(ceiling.text(least, alone, rates, medians))
@@ -115,7 +141,10 @@ def measured(job: str, model: Model, config: JobConfig, folder: pathlib.Path, op
         each = (found["seconds"] - short) / (work.NEW_TOKENS - SHORT)
         read = decoding.bytes / (work.NEW_TOKENS - 1)
         found |= {"decode_seconds": each, "decode_share": read / each / rates.bytes}
-        print(f"A decode step {each * 1e3:.2f} ms, {read / 1e9:.2f} GB: {read / each / 1e9:,.0f} GB/s, {found['decode_share']:.0%} of a copy's.")
+        print(
+            f"A decode step {each * 1e3:.2f} ms, {read / 1e9:.2f} GB: {read / each / 1e9:,.0f} "
+            f"GB/s, {found['decode_share']:.0%} of a copy's."
+        )
     memory = jax.local_devices()[0].memory_stats()
     if memory:
         found["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -126,12 +155,18 @@ def measured(job: str, model: Model, config: JobConfig, folder: pathlib.Path, op
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", default="reward-equal,generate", help="comma-separated")
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each")
     parser.add_argument("--packing", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    parser.add_argument("--profile", type=pathlib.Path, help="trace a step of each job into this folder, and print its kernels")
+    parser.add_argument(
+        "--profile",
+        type=pathlib.Path,
+        help="trace a step of each job into this folder, and print its kernels",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file for all numbers")
     options = parser.parse_args()
     jobs = options.jobs.split(",")
@@ -139,8 +174,15 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"There is no job {', '.join(unknown)}; there are {', '.join(work.JOBS)}.")
     rates, device = ceiling_gpu.rates(), jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {work.NAME}; {ceiling.described_rates(rates)}", flush=True)
-    numbers: dict[str, object] = {"device": device, "size": work.NAME, "rates": dataclasses.asdict(rates)}
+    print(
+        f"{device}, jax {jax.__version__}, {work.NAME}; {ceiling.described_rates(rates)}",
+        flush=True,
+    )
+    numbers: dict[str, object] = {
+        "device": device,
+        "size": work.NAME,
+        "rates": dataclasses.asdict(rates),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "work"
         work.write(folder, weights=False)

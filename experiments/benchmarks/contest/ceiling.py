@@ -1,23 +1,30 @@
 """What a step of the contest asks of the machine, and how fast this machine can be at it.
 
-Counted are the floating point operations of matrix products, 2 for each multiplication with addition:
+Counted are the floating point operations of matrix products, 2 for each multiplication with
+addition:
 
-    a forward pass        2 (W + A) a token, 4 H K L for each pair of a query and a key before or at it, 2 V D for each
+    a forward pass        2 (W + A) a token, 4 H K L for each pair of a query and a key before or at
+    it, 2 V D for each
                           position whose logits are needed
-    a backward pass       the gradients of activations cost what the forward pass did, attention twice that. Of the
-                          frozen weights nothing more is needed, nor anything below the first layer's q, k and v;
-                          adapters' own gradients cost 4 A a token, full tuning's 4 W in the place of 2 W
+    a backward pass       the gradients of activations cost what the forward pass did, attention
+    twice that. Of the
+                          frozen weights nothing more is needed, nor anything below the first
+                          layer's q, k and v; adapters' own gradients cost 4 A a token, full
+                          tuning's 4 W in the place of 2 W
 
-W weights of all layers' matrices, A of the adapters, H K width of queries, L layers, V vocabulary, D width. It is the least
-that the result needs: a prompt that the sides of a pair or several samples share is computed once, adapters are merged for
-sampling, and of the last layer only keys and values are computed where nothing is read. What a trainer computes beyond that
-(padding, a second pass for the log-probabilities of what was just sampled, activations computed again) is not counted.
-`phases(..., shared=False)` is the same for a trainer to which every row stands alone, with a prompt of its own.
+W weights of all layers' matrices, A of the adapters, H K width of queries, L layers, V vocabulary,
+D width. It is the least that the result needs: a prompt that the sides of a pair or several samples
+share is computed once, adapters are merged for sampling, and of the last layer only keys and values
+are computed where nothing is read. What a trainer computes beyond that (padding, a second pass for
+the log-probabilities of what was just sampled, activations computed again) is not counted.
+`phases(..., shared=False)` is the same for a trainer to which every row stands alone, with a prompt
+of its own.
 
-In decoding, all weights and the keys and values so far must come from memory once for every new token of a batch; those of a
-shared prompt once for all its samples.
+In decoding, all weights and the keys and values so far must come from memory once for every new
+token of a batch; those of a shared prompt once for all its samples.
 
-The least time of a step is, part by part, the larger of operations and bytes each divided by the best rate seen here.
+The least time of a step is, part by part, the larger of operations and bytes each divided by the
+best rate seen here.
 """
 
 from __future__ import annotations
@@ -32,9 +39,13 @@ import numpy as np
 import work
 
 LAYERS, WIDTH = work.MODEL["num_hidden_layers"], work.MODEL["hidden_size"]
-QUERIES, KEYS = (work.MODEL[name] * work.MODEL["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+QUERIES, KEYS = (
+    work.MODEL[name] * work.MODEL["head_dim"]
+    for name in ("num_attention_heads", "num_key_value_heads")
+)
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2}[work.SIZE.dtype]
-# Weights of a layer's matrices, of the adapters of q, k, v and o, and of the head: k and v apart from all others.
+# Weights of a layer's matrices, of the adapters of q, k, v and o, and of the head: k and v apart
+# from all others.
 KV = 2 * KEYS * WIDTH
 OTHERS = sum(rows * columns for rows, columns in work.layer_shapes().values()) - KV
 KV_ADAPTERS, OTHER_ADAPTERS = 2 * work.RANK * (KEYS + WIDTH), 2 * work.RANK * (QUERIES + WIDTH)
@@ -60,7 +71,9 @@ class Rates:
     bytes: float
 
     def least_seconds(self, phases: Sequence[Phase]) -> float:
-        return sum(max(phase.operations / self.operations, phase.bytes / self.bytes) for phase in phases)
+        return sum(
+            max(phase.operations / self.operations, phase.bytes / self.bytes) for phase in phases
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +90,16 @@ def alone(groups: Groups) -> Groups:
 
 
 def extent(groups: Groups, last: float = math.inf) -> Extent:
-    """Of prompts and responses, or only of the last so many positions of each row; what lies in a prompt once."""
+    """Of prompts and responses, or only of the last so many positions of each row; what lies in a
+    prompt once.
+    """
     tokens = pairs = 0
     for prompt, responses in groups:
         starts = [max(0, prompt + response - last) for response in responses]
-        spans = [(max(start, prompt), prompt + response) for start, response in zip(starts, responses, strict=True)]
+        spans = [
+            (max(start, prompt), prompt + response)
+            for start, response in zip(starts, responses, strict=True)
+        ]
         for start, end in (*spans, (min(prompt, *starts), prompt)):
             tokens += end - start
             pairs += (end * (end + 1) - start * (start + 1)) // 2
@@ -89,14 +107,19 @@ def extent(groups: Groups, last: float = math.inf) -> Extent:
 
 
 def layers(groups: Groups, last: float, weight: int, adapter: int, pair: int) -> float:
-    """Operations of all layers for each weight of their matrices and of their adapters a token, and for each number of a pair's product.
+    """Operations of all layers for each weight of their matrices and of their adapters a token, and
+    for each number of a pair's product.
 
-    last: of how many positions at a row's end something is read; of the others the last layer has only keys and values.
+    last: of how many positions at a row's end something is read; of the others the last layer has
+    only keys and values.
     """
     whole, read = extent(groups), extent(groups, last)
     kv, others = weight * KV + adapter * KV_ADAPTERS, weight * OTHERS + adapter * OTHER_ADAPTERS
     each = ((LAYERS - 1, whole), (1, read))
-    return sum(number * (kv * whole.tokens + others * there.tokens + pair * QUERIES * there.pairs) for number, there in each)
+    return sum(
+        number * (kv * whole.tokens + others * there.tokens + pair * QUERIES * there.pairs)
+        for number, there in each
+    )
 
 
 def forward(groups: Groups, last: float, head: int = 0, adapters: bool = False) -> float:
@@ -120,9 +143,14 @@ def sampling(groups: Groups, at_once: int) -> list[Phase]:
     whole, start = extent(made), extent(before)
     tokens, pairs = whole.tokens - start.tokens, whole.pairs - start.pairs
     weights = LAYERS * (KV + OTHERS) + HEAD
-    slots = sum(prompt * max(responses) + extent([(0, responses)]).pairs for prompt, responses in made)
+    slots = sum(
+        prompt * max(responses) + extent([(0, responses)]).pairs for prompt, responses in made
+    )
     moved = FLOAT_BYTES * (weights * math.ceil(tokens / at_once) + 2 * KEYS * LAYERS * slots)
-    return [Phase("prompts", forward(before, 1, HEAD)), Phase("decoding", 2 * weights * tokens + 4 * QUERIES * LAYERS * pairs, moved)]
+    return [
+        Phase("prompts", forward(before, 1, HEAD)),
+        Phase("decoding", 2 * weights * tokens + 4 * QUERIES * LAYERS * pairs, moved),
+    ]
 
 
 def phases(job: str, tuning: str, shared: bool = True) -> list[Phase]:
@@ -130,14 +158,26 @@ def phases(job: str, tuning: str, shared: bool = True) -> list[Phase]:
     arranged = list if shared else alone
     if job.startswith("reward"):
         pairs = {"reward-equal": work.EQUAL, "reward-ragged": work.RAGGED}[job]
-        sides = arranged([(work.prompt_tokens(pair), [side - work.prompt_tokens(pair) for side in pair]) for pair in pairs])
-        return [Phase("forward", forward(sides, 1, 0, tuning == "lora")), Phase("backward", backward(sides, 1, 0, tuning))]
+        sides = arranged(
+            [
+                (work.prompt_tokens(pair), [side - work.prompt_tokens(pair) for side in pair])
+                for pair in pairs
+            ]
+        )
+        return [
+            Phase("forward", forward(sides, 1, 0, tuning == "lora")),
+            Phase("backward", backward(sides, 1, 0, tuning)),
+        ]
     responses = arranged([(work.PROMPT_TOKENS, (work.NEW_TOKENS,) * work.SAMPLES)] * work.PROMPTS)
     generation = sampling(responses, work.PROMPTS * work.SAMPLES)
     if job == "generate":
         return generation
     # A response's last token is predicted, and nothing after it.
-    read = arranged([(work.PROMPT_TOKENS, (work.NEW_TOKENS - 1,) * work.SAMPLES)] * work.PROMPTS), work.NEW_TOKENS, HEAD
+    read = (
+        arranged([(work.PROMPT_TOKENS, (work.NEW_TOKENS - 1,) * work.SAMPLES)] * work.PROMPTS),
+        work.NEW_TOKENS,
+        HEAD,
+    )
     score = [Phase("score", forward(responses, 1))] if job == "rl-model" else []
     reference = Phase("reference", forward(*read))
     learn = Phase("learn", forward(*read, tuning == "lora") + backward(*read, tuning))
@@ -155,9 +195,18 @@ def best_rate(amount: float, action: Callable[[], object], times: int = 3) -> fl
 
 
 def measure(size: int = 2048, long: int = 8192) -> Rates:
-    """Of a CPU, by numpy on all cores: float32 products of square matrices, and of a matrix of 256 MiB with a vector."""
-    square, matrix, vector = np.ones((size, size), np.float32), np.ones((long, long), np.float32), np.ones(long, np.float32)
-    return Rates(best_rate(2 * size**3, lambda: square @ square), best_rate(matrix.nbytes, lambda: matrix @ vector))
+    """Of a CPU, by numpy on all cores: float32 products of square matrices, and of a matrix of 256
+    MiB with a vector.
+    """
+    square, matrix, vector = (
+        np.ones((size, size), np.float32),
+        np.ones((long, long), np.float32),
+        np.ones(long, np.float32),
+    )
+    return Rates(
+        best_rate(2 * size**3, lambda: square @ square),
+        best_rate(matrix.nbytes, lambda: matrix @ vector),
+    )
 
 
 def best(rates: Sequence[Rates]) -> Rates:
@@ -165,10 +214,23 @@ def best(rates: Sequence[Rates]) -> Rates:
     return Rates(max(rate.operations for rate in rates), max(rate.bytes for rate in rates))
 
 
-def text(least: Sequence[Phase], alone: Sequence[Phase], rates: Rates, medians: dict[str, float]) -> str:
-    """A step's work, the rates, and what share of the least time's speed each contender reaches; the same with every row alone."""
-    lines = [f"A step is {described(least)}; {described_rates(rates)}.", f"At least {shares(least, rates, medians)}."]
-    return "\n".join((*lines, f"Rows alone, each with a prompt of its own: {described(alone)}; {shares(alone, rates, medians)}."))
+def text(
+    least: Sequence[Phase], alone: Sequence[Phase], rates: Rates, medians: dict[str, float]
+) -> str:
+    """A step's work, the rates, and what share of the least time's speed each contender reaches;
+    the same with every row alone.
+    """
+    lines = [
+        f"A step is {described(least)}; {described_rates(rates)}.",
+        f"At least {shares(least, rates, medians)}.",
+    ]
+    return "\n".join(
+        (
+            *lines,
+            f"Rows alone, each with a prompt of its own: {described(alone)}; "
+            f"{shares(alone, rates, medians)}.",
+        )
+    )
 
 
 def described(phases: Sequence[Phase]) -> str:
@@ -180,9 +242,14 @@ def described(phases: Sequence[Phase]) -> str:
 
 
 def described_rates(rates: Rates) -> str:
-    return f"products of large square matrices here make {rates.operations / 1e9:,.1f} GFLOP/s, memory {rates.bytes / 1e9:,.1f} GB/s"
+    return (
+        f"products of large square matrices here make {rates.operations / 1e9:,.1f} GFLOP/s, "
+        f"memory {rates.bytes / 1e9:,.1f} GB/s"
+    )
 
 
 def shares(phases: Sequence[Phase], rates: Rates, medians: dict[str, float]) -> str:
     seconds = rates.least_seconds(phases)
-    return f"{seconds:.2f} s, of that speed " + ", ".join(f"{name} {seconds / median:.0%}" for name, median in medians.items())
+    return f"{seconds:.2f} s, of that speed " + ", ".join(
+        f"{name} {seconds / median:.0%}" for name, median in medians.items()
+    )

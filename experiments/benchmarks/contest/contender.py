@@ -1,4 +1,5 @@
-"""What contenders share: their command line, their end of the protocol (see `contest.py`), the clock, the reward.
+"""What contenders share: their command line, their end of the protocol (see `contest.py`), the
+clock, the reward.
 
 Imports no array library but what `work.py` needs, so that any contender's environment can use it.
 """
@@ -22,8 +23,12 @@ import work
 
 def parser(description: str | None, jobs: Sequence[str]) -> argparse.ArgumentParser:
     """work, job and tuning of a contender's command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=pathlib.Path, required=True, help="folder written by work.py")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=pathlib.Path, required=True, help="folder written by work.py"
+    )
     parser.add_argument("--job", choices=jobs, required=True)
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     return parser
@@ -79,27 +84,39 @@ def descendants() -> list[pathlib.Path]:
 
 def status(folder: pathlib.Path) -> dict[str, str]:
     """What the kernel says of a process: its memory, its parent."""
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in (folder / "status").read_text().splitlines())}
+    return {
+        name: value.strip()
+        for name, _, value in (
+            line.partition(":") for line in (folder / "status").read_text().splitlines()
+        )
+    }
 
 
 def peak_memory() -> int:
-    """The largest resident bytes of this process so far, and of each living process below it (VmHWM).
+    """The largest resident bytes of this process so far, and of each living process below it
+    (VmHWM).
 
-    The sum is an upper bound: peaks need not have been at one time, and what processes share counts in each.
+    The sum is an upper bound: peaks need not have been at one time, and what processes share counts
+    in each.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for folder in descendants():
         with contextlib.suppress(OSError):
-            peak += int(status(folder).get("VmHWM", "0 kB").split()[0])  # a process that has ended has none
+            peak += int(
+                status(folder).get("VmHWM", "0 kB").split()[0]
+            )  # a process that has ended has none
     return peak * 1024
 
 
 def processor_seconds() -> float:
-    """Of all threads of this process and of those below it, living (to a clock tick, 10 ms) or ended and waited for."""
+    """Of all threads of this process and of those below it, living (to a clock tick, 10 ms) or
+    ended and waited for.
+    """
     seconds = time.process_time() + sum(os.times()[2:4])
     for folder in descendants():
         with contextlib.suppress(OSError):
-            # After the name in brackets: user, system, and those of its own children that have ended.
+            # After the name in brackets: user, system, and those of its own children that have
+            # ended.
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return seconds
@@ -109,8 +126,9 @@ class Protocol:
     """The contender's end: `ready` once, then as long as `wait` is true one step and `report`.
 
     From the first moment on, standard output is the protocol's alone; what libraries print goes to
-    standard error. A step's seconds run from its line's arrival to `report`, and until the device is done (`settle`).
-    peak_bytes: `peak_memory`, that of the process and its children; on a GPU to be set to that of the device.
+    standard error. A step's seconds run from its line's arrival to `report`, and until the device
+    is done (`settle`). peak_bytes: `peak_memory`, that of the process and its children; on a GPU to
+    be set to that of the device.
     """
 
     def __init__(self) -> None:
@@ -120,9 +138,23 @@ class Protocol:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         self._began = self._processor = 0.0
 
-    def ready(self, name: str, versions: dict[str, str], settings: str, compiled_mib: Mapping[str, float] | None = None) -> None:
+    def ready(
+        self,
+        name: str,
+        versions: dict[str, str],
+        settings: str,
+        compiled_mib: Mapping[str, float] | None = None,
+    ) -> None:
         """compiled_mib: memory by program, as the compiler accounts for it."""
-        self._say({"ready": True, "name": name, "versions": versions, "settings": settings, "compiled_mib": compiled_mib or {}})
+        self._say(
+            {
+                "ready": True,
+                "name": name,
+                "versions": versions,
+                "settings": settings,
+                "compiled_mib": compiled_mib or {},
+            }
+        )
 
     def wait(self) -> bool:
         """Blocks until the next step is asked for; False where no more will be."""
@@ -135,11 +167,22 @@ class Protocol:
     def report(self, tokens: int, parts: dict[str, float], rest: str | None = None) -> None:
         """A step's end; seconds that are in none of the parts get the name `rest`."""
         self.settle()
-        seconds, processor = time.perf_counter() - self._began, processor_seconds() - self._processor
+        seconds, processor = (
+            time.perf_counter() - self._began,
+            processor_seconds() - self._processor,
+        )
         if rest is not None:
             parts = parts | {rest: seconds - sum(parts.values())}
         peak_mib = self.peak_bytes() / 2**20
-        self._say({"seconds": seconds, "parts": parts, "tokens": tokens, "peak_mib": peak_mib, "processor_seconds": processor})
+        self._say(
+            {
+                "seconds": seconds,
+                "parts": parts,
+                "tokens": tokens,
+                "peak_mib": peak_mib,
+                "processor_seconds": processor,
+            }
+        )
 
     def _say(self, line: dict[str, Any]) -> None:
         print(json.dumps(line), file=self._output, flush=True)

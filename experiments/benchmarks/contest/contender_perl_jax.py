@@ -1,6 +1,7 @@
-"""perl_jax in the contest, by the functions that its own jobs run; see `contest.py` for the protocol.
+"""perl_jax in the contest, by the functions that its own jobs run; see `contest.py` for the
+protocol.
 
-    python experiments/benchmarks/contest/contender_perl_jax.py --work FOLDER --job JOB [--tuning full]
+python experiments/benchmarks/contest/contender_perl_jax.py --work FOLDER --job JOB [--tuning full]
 """
 
 from __future__ import annotations
@@ -36,15 +37,31 @@ from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import KLConfig, RLConfig
 from perl_jax.training.roles import fresh_role
 
-KINDS = {"reward-equal": "comparisons", "reward-ragged": "comparisons", "rl-model": "prompts", "rl-function": "prompts", "generate": "prompts"}
-# On a CPU as fast as the batch at once, in less memory. Ragged pairs do not deal out evenly among more.
-MICROBATCHES = {"reward-equal": 4, "reward-ragged": 2, "rl-model": 8, "rl-function": 8, "generate": 1}
+KINDS = {
+    "reward-equal": "comparisons",
+    "reward-ragged": "comparisons",
+    "rl-model": "prompts",
+    "rl-function": "prompts",
+    "generate": "prompts",
+}
+# On a CPU as fast as the batch at once, in less memory. Ragged pairs do not deal out evenly among
+# more.
+MICROBATCHES = {
+    "reward-equal": 4,
+    "reward-ragged": 2,
+    "rl-model": 8,
+    "rl-function": 8,
+    "generate": 1,
+}
 ALGORITHMS = {"rl-model": "rloo", "rl-function": "grpo"}
-RECORD = Record("reward", "lora", None, True, "contest", "-", "-", 0, {}, score_mean=0.0, score_std=1.0)
+RECORD = Record(
+    "reward", "lora", None, True, "contest", "-", "-", 0, {}, score_mean=0.0, score_std=1.0
+)
 ROWS = work.PROMPTS * work.SAMPLES
 # Lengths of rows are at most these.
 LONGEST = max(map(max, work.RAGGED))
-# step(number, parts) -> tokens, and the compiler's account of the step's programs in bytes (none of a job without a state).
+# step(number, parts) -> tokens, and the compiler's account of the step's programs in bytes (none of
+# a job without a state).
 Taken = tuple[Callable[[int, contender.Parts], int], Callable[[], dict[str, int]]]
 
 
@@ -64,12 +81,21 @@ def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLC
         "dtype": work.SIZE.dtype,
     }
     if KINDS[job] == "comparisons":
-        data = DataConfig(task="jsonl", max_prompt_length=LONGEST, max_response_length=LONGEST, bucket_count=1)
+        data = DataConfig(
+            task="jsonl", max_prompt_length=LONGEST, max_response_length=LONGEST, bucket_count=1
+        )
         return RewardConfig(**shared, data=data, batch_size=work.PAIRS)
-    function = json.dumps([{"kind": "function", "function": f"{pathlib.Path(contender.__file__)}:even_words"}])
+    function = json.dumps(
+        [{"kind": "function", "function": f"{pathlib.Path(contender.__file__)}:even_words"}]
+    )
     return RLConfig(
         **shared,
-        data=DataConfig(task="jsonl", max_prompt_length=work.PROMPT_TOKENS, max_response_length=work.NEW_TOKENS, bucket_count=1),
+        data=DataConfig(
+            task="jsonl",
+            max_prompt_length=work.PROMPT_TOKENS,
+            max_response_length=work.NEW_TOKENS,
+            bucket_count=1,
+        ),
         batch_size=ROWS,
         algorithm=AlgorithmConfig(name=ALGORITHMS.get(job, "rloo"), samples=work.SAMPLES),
         kl=KLConfig(beta=work.KL_WEIGHT),
@@ -102,8 +128,14 @@ def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: A
 
 def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
     """One update of a reward model."""
-    role = fresh_role(model, config, jax.random.key(0)).replace(head=init_head(jax.random.key(1), model.lm.config.width))
-    optimizers = {"reward": optimizers_lib.make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)}
+    role = fresh_role(model, config, jax.random.key(0)).replace(
+        head=init_head(jax.random.key(1), model.lm.config.width)
+    )
+    optimizers = {
+        "reward": optimizers_lib.make_optimizer(
+            config.optimizer, config.steps, config.tuning, model.lm.config.width
+        )
+    }
     state = fit.initial_state(model, config, {"reward": role}, optimizers)
     job = reward_lib.reward_job(config)
     program = fit.learn_program(model, config, job, state, optimizers)
@@ -111,7 +143,9 @@ def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
 
     def step(number: int, parts: contender.Parts) -> int:
         batch = batches.batch(number % batches.steps_per_epoch)
-        held[0], metrics = jax.block_until_ready(program(held[0], base, job.ready(model, held[0], batch)))
+        held[0], metrics = jax.block_until_ready(
+            program(held[0], base, job.ready(model, held[0], batch))
+        )
         finite(metrics)
         return int(batch.chosen.valid_BT.sum() + batch.rejected.valid_BT.sum())
 
@@ -124,30 +158,47 @@ def moved(role: Adapter, seed: int) -> Adapter:
     return role if role.lora is None else role.replace(lora=jax.tree.map(shift, role.lora))
 
 
-def rl_step(model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]) -> Taken:
+def rl_step(
+    model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]
+) -> Taken:
     """Rollouts, rewards, reference and an update; its tokens are those that were sampled."""
-    dtype, adapters = model.lm.config.dtype, dataclasses.replace(config, tuning="lora", lora=ADAPTERS)
+    dtype, adapters = (
+        model.lm.config.dtype,
+        dataclasses.replace(config, tuning="lora", lora=ADAPTERS),
+    )
     policy = fresh_role(model, config, jax.random.key(0))
-    reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(head=init_head(jax.random.key(1), model.lm.config.width))
+    reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(
+        head=init_head(jax.random.key(1), model.lm.config.width)
+    )
     frozen = {"reference": resting(policy, dtype)} | ({"reward": reward} if config.reward else {})
     roles, records = {"policy": policy}, (RECORD,) if config.reward else ()
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     state = fit.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
     programs = rl.Programs(model, config, records, state, optimizers)
-    scorer = scoring.Scorer(model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows).__enter__()
+    scorer = scoring.Scorer(
+        model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows
+    ).__enter__()
     base = None if config.tuning == "full" else model.base
     job, held = rl.Rollouts(model, base, programs, scorer, get_task("jsonl"), rows, config), [state]
 
     def step(number: int, parts: contender.Parts) -> int:
-        held[0], metrics, seconds = rl.advance(job, held[0], batches.batch(number % batches.steps_per_epoch))
+        held[0], metrics, seconds = rl.advance(
+            job, held[0], batches.batch(number % batches.steps_per_epoch)
+        )
         finite(metrics)
-        parts.seconds = {"generate": seconds["sample"], "score": seconds["score"], "learn": seconds["learn"]}
+        parts.seconds = {
+            "generate": seconds["sample"],
+            "score": seconds["score"],
+            "learn": seconds["learn"],
+        }
         return round(metrics["response/length"] * ROWS)
 
     return step, lambda: cost.peak_compiled(model, held[0], programs.by_name())
 
 
-def generate_step(model: Model, config: RLConfig, batches: Batches, new_tokens: int = work.NEW_TOKENS) -> Taken:
+def generate_step(
+    model: Model, config: RLConfig, batches: Batches, new_tokens: int = work.NEW_TOKENS
+) -> Taken:
     """Sampling alone."""
     policy = moved(fresh_role(model, config, jax.random.key(0)), 3)
     program = programs_lib.sample_program(model, new_tokens, 1.0, RolloutConfig(), work.SAMPLES)
@@ -166,7 +217,10 @@ def finite(metrics: dict[str, Any]) -> None:
 
 
 def run(options: argparse.Namespace, protocol: contender.Protocol) -> None:
-    rows, config = contender.read_rows(options.work, options.job), config_of(options.job, options.work, options.tuning)
+    rows, config = (
+        contender.read_rows(options.work, options.job),
+        config_of(options.job, options.work, options.tuning),
+    )
     model = endless(load_model(config))
     batches = batches_of(model, rows, options.job, config)
     if KINDS[options.job] == "comparisons":
@@ -180,12 +234,24 @@ def run(options: argparse.Namespace, protocol: contender.Protocol) -> None:
         contender.check_tokens(options.job, step(next(numbers), parts))
     parts.take()
     lm = model.lm.config
-    settings = f"{options.tuning}, {config.microbatches} microbatches, {lm.dtype}, attention {lm.attention}, packed {batches.spec.packed}, defaults otherwise"
+    settings = (
+        f"{options.tuning}, {config.microbatches} microbatches, {lm.dtype}, attention "
+        f"{lm.attention}, packed {batches.spec.packed}, defaults otherwise"
+    )
     compiled_mib = {name: count / 2**20 for name, count in compiled().items()}
-    protocol.ready("perl_jax", contender.versions(["perl_jax", "jax", "jaxlib", "flax"]), settings, compiled_mib)
+    protocol.ready(
+        "perl_jax",
+        contender.versions(["perl_jax", "jax", "jaxlib", "flax"]),
+        settings,
+        compiled_mib,
+    )
     for number in steps(protocol, numbers):
         tokens = step(number, parts)
-        protocol.report(contender.check_tokens(options.job, tokens), parts.take(), None if KINDS[options.job] == "comparisons" else "others")
+        protocol.report(
+            contender.check_tokens(options.job, tokens),
+            parts.take(),
+            None if KINDS[options.job] == "comparisons" else "others",
+        )
 
 
 def steps(protocol: contender.Protocol, numbers: Iterator[int]) -> Iterator[int]:

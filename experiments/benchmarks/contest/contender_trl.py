@@ -1,18 +1,22 @@
-"""TRL's trainers with PEFT, and transformers' generate, as contenders (the protocol is in `contest.py`).
+"""TRL's trainers with PEFT, and transformers' generate, as contenders (the protocol is in
+`contest.py`).
 
-Claim     What TRL takes for the steps of the contest at the fastest of its settings, its trainers and their training_step as
+Claim     What TRL takes for the steps of the contest at the fastest of its settings, its trainers
+and their training_step as
           they are: RewardTrainer, RLOOTrainer, GRPOTrainer.
 Command   python experiments/benchmarks/contest/contender_trl.py --work FOLDER --job reward-equal
           (a line when warm, then one for each line "step" that it reads)
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      half a minute to the first line of a reward job, two minutes to that of an RL job
-Numbers   seconds a step: reward-equal 4.86, reward-ragged 6.56, rl-model 34.6, rl-function 28.7, generate 9.8
+Numbers   seconds a step: reward-equal 4.86, reward-ragged 6.56, rl-model 34.6, rl-function 28.7,
+generate 9.8
 
 What was tried is in `BEST`'s comments; what a step takes beyond the work that was counted:
 - A batch of pairs is padded to its longest row; one pair at a time, only to the longer of its two.
 - RLOOTrainer computes the log-probabilities of its own samples again before it learns from them.
 - Without a GPU the logits of all positions are computed, of prompts as well.
-- Padding and eos are kept from being sampled by suppress_tokens, which costs a pass over the logits.
+- Padding and eos are kept from being sampled by suppress_tokens, which costs a pass over the
+  logits.
 """
 
 from __future__ import annotations
@@ -49,10 +53,12 @@ UNSAMPLED = [work.MODEL["pad_token_id"], work.MODEL["eos_token_id"]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """at_once: pairs or responses in one pass of the learner, which adds up the gradients of a step's passes.
+    """at_once: pairs or responses in one pass of the learner, which adds up the gradients of a
+    step's passes.
 
-    attention: transformers' name for it. cache: of keys and values in generation; None is the one that grows.
-    merged: adapters added to the base's weights beforehand (the job generate alone). threads: None is torch's own choice.
+    attention: transformers' name for it. cache: of keys and values in generation; None is the one
+    that grows. merged: adapters added to the base's weights beforehand (the job generate alone).
+    threads: None is torch's own choice.
     """
 
     at_once: int
@@ -64,10 +70,11 @@ class Settings:
 
 DEVICE = work.SIZE.platform
 DTYPE = getattr(torch, work.SIZE.dtype)
-# On a CPU. In seconds of one core, float32: reward-equal 1 pair at a time 8.6, 2 8.8, 4 9.2, 8 10.0; ragged 1 10.5, 2 13.4, 8 26;
-# rl-function 2 responses at a time 41.7, 4 41.2, 8 41.6, 32 48.2. Of no help: eager attention (+2 % in training, +22 % in
-# generation), a static cache (+5 %), torch.compile (training +7 %, generation -2 % after a minute of compiling, with a
-# static cache +40 %), malloc without mmap or with huge pages (within 4 %), continuous batching (5 times as long).
+# On a CPU. In seconds of one core, float32: reward-equal 1 pair at a time 8.6, 2 8.8, 4 9.2, 8
+# 10.0; ragged 1 10.5, 2 13.4, 8 26; rl-function 2 responses at a time 41.7, 4 41.2, 8 41.6, 32
+# 48.2. Of no help: eager attention (+2 % in training, +22 % in generation), a static cache (+5 %),
+# torch.compile (training +7 %, generation -2 % after a minute of compiling, with a static cache +40
+# %), malloc without mmap or with huge pages (within 4 %), continuous batching (5 times as long).
 # Adapters merged: generation -2 %.
 BEST = {
     "reward-equal": Settings(at_once=1),
@@ -77,8 +84,14 @@ BEST = {
     "generate": Settings(at_once=work.PROMPTS * work.SAMPLES),
 }
 if DEVICE == "cuda":
-    # The batch at once: a GPU of 80 GB has room for it, and nine tenths of an RL step are generation.
-    BEST = {job: dataclasses.replace(best, at_once=work.PAIRS if job.startswith("reward") else work.PROMPTS * work.SAMPLES) for job, best in BEST.items()}
+    # The batch at once: a GPU of 80 GB has room for it, and nine tenths of an RL step are
+    # generation.
+    BEST = {
+        job: dataclasses.replace(
+            best, at_once=work.PAIRS if job.startswith("reward") else work.PROMPTS * work.SAMPLES
+        )
+        for job, best in BEST.items()
+    }
 
 
 def settle() -> None:
@@ -88,24 +101,30 @@ def settle() -> None:
 
 
 class Turns(TrainerCallback):
-    """Lets the trainer take its first steps, then one for each that is asked for, and says what it took.
+    """Lets the trainer take its first steps, then one for each that is asked for, and says what it
+    took.
 
-    The trainer waits at the end of a step, so that the next one's rows are read within its own seconds.
-    rest: the part to which seconds belong that are in no other, None where there are no parts.
+    The trainer waits at the end of a step, so that the next one's rows are read within its own
+    seconds. rest: the part to which seconds belong that are in no other, None where there are no
+    parts.
     """
 
     def __init__(self, protocol: Protocol, job: str, settings: Settings, rest: str | None):
         self.protocol, self.job, self.settings, self.rest = protocol, job, settings, rest
         self.parts, self.tokens = Parts(settle), 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: torch.nn.Module, **_: Any
+    ) -> None:
         contender.check_tokens(self.job, self.tokens)
         parts = self.parts.take()
         if state.global_step > WARM_UP:
             self.protocol.report(self.tokens, parts, self.rest)
         self.tokens = 0
         if state.global_step == WARM_UP:
-            self.protocol.ready("trl", contender.versions(PACKAGES), describe(self.job, self.settings, model))
+            self.protocol.ready(
+                "trl", contender.versions(PACKAGES), describe(self.job, self.settings, model)
+            )
         if state.global_step >= WARM_UP:
             control.should_training_stop = not self.protocol.wait()
 
@@ -115,7 +134,9 @@ class CountedReward(RewardTrainer):
 
     turns: Turns
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *values: Any, **named: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], *values: Any, **named: Any
+    ) -> Any:
         self.turns.tokens += int(inputs["attention_mask"].sum())
         return super().compute_loss(model, inputs, *values, **named)
 
@@ -129,7 +150,9 @@ class TimedPolicy:
         with self.turns.parts.part("generate"):
             return super()._generate_single_turn(*values, **named)
 
-    def _calculate_rewards(self, inputs: Any, prompts: list[str], completions: list[str], ids: list[list[int]]) -> torch.Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: list[str], completions: list[str], ids: list[list[int]]
+    ) -> torch.Tensor:
         for row in ids:
             self.turns.tokens += contender.check_tokens(self.turns.job, len(row), work.NEW_TOKENS)
         with self.turns.parts.part("score"):
@@ -138,8 +161,14 @@ class TimedPolicy:
     def _get_per_token_logps_and_entropies(self, model: Any, *values: Any, **named: Any) -> Any:
         if torch.is_grad_enabled():
             return super()._get_per_token_logps_and_entropies(model, *values, **named)
-        without = any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-        with self.turns.parts.part("reference" if without or model is self.ref_model else "policy again"):
+        without = any(
+            module.disable_adapters
+            for module in model.modules()
+            if isinstance(module, BaseTunerLayer)
+        )
+        with self.turns.parts.part(
+            "reference" if without or model is self.ref_model else "policy again"
+        ):
             return super()._get_per_token_logps_and_entropies(model, *values, **named)
 
 
@@ -158,11 +187,20 @@ def describe(job: str, settings: Settings, model: torch.nn.Module) -> str:
     if job == "generate":
         how = f"adapters {'merged' if settings.merged else 'apart'}"
     cache = "" if job.startswith("reward") else f" {settings.cache or 'growing'} cache,"
-    return f"{how}, {settings.attention} attention,{cache} {torch.get_num_threads()} threads, {work.SIZE.dtype} on {DEVICE}"
+    return (
+        f"{how}, {settings.attention} attention,{cache} {torch.get_num_threads()} threads, "
+        f"{work.SIZE.dtype} on {DEVICE}"
+    )
 
 
 def lora(task: str) -> LoraConfig:
-    return LoraConfig(task_type=task, r=work.RANK, lora_alpha=work.ALPHA, lora_dropout=0.0, target_modules=list(work.TARGETS))
+    return LoraConfig(
+        task_type=task,
+        r=work.RANK,
+        lora_alpha=work.ALPHA,
+        lora_dropout=0.0,
+        target_modules=list(work.TARGETS),
+    )
 
 
 def training(settings: Settings, folder: str, batch: int) -> dict[str, Any]:
@@ -185,14 +223,24 @@ def training(settings: Settings, folder: str, batch: int) -> dict[str, Any]:
 
 
 def load(kind: Any, folder: pathlib.Path, settings: Settings, **named: Any) -> PreTrainedModel:
-    return kind.from_pretrained(folder, dtype=DTYPE, attn_implementation=settings.attention, **named)
+    return kind.from_pretrained(
+        folder, dtype=DTYPE, attn_implementation=settings.attention, **named
+    )
 
 
-def train_reward(folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns) -> None:
+def train_reward(
+    folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns
+) -> None:
     with tempfile.TemporaryDirectory() as output:
-        config = RewardConfig(**training(settings, output, work.PAIRS), train_sampling_strategy="sequential", pad_to_multiple_of=None)
+        config = RewardConfig(
+            **training(settings, output, work.PAIRS),
+            train_sampling_strategy="sequential",
+            pad_to_multiple_of=None,
+        )
         trainer = CountedReward(
-            model=load(AutoModelForSequenceClassification, folder / "model", settings, num_labels=1),
+            model=load(
+                AutoModelForSequenceClassification, folder / "model", settings, num_labels=1
+            ),
             args=config,
             train_dataset=Dataset.from_list(contender.read_rows(folder, job)),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
@@ -207,12 +255,19 @@ def even_words(prompts: list[str], completions: list[str], **_: Any) -> list[flo
     return contender.even_words(prompts, completions)
 
 
-def train_policy(folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns) -> None:
-    kind, kind_config = {"rl-model": (TimedRLOO, RLOOConfig), "rl-function": (TimedGRPO, GRPOConfig)}[job]
+def train_policy(
+    folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns
+) -> None:
+    kind, kind_config = {
+        "rl-model": (TimedRLOO, RLOOConfig),
+        "rl-function": (TimedGRPO, GRPOConfig),
+    }[job]
     tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     reward = even_words
     if job == "rl-model":
-        reward = load(AutoModelForSequenceClassification, folder / "model", settings, num_labels=1).eval()
+        reward = load(
+            AutoModelForSequenceClassification, folder / "model", settings, num_labels=1
+        ).eval()
     with tempfile.TemporaryDirectory() as output:
         config = kind_config(
             **training(settings, output, work.PROMPTS * work.SAMPLES),
@@ -239,12 +294,20 @@ def train_policy(folder: pathlib.Path, job: str, settings: Settings, lora_config
         trainer.train()
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]
+) -> Iterator[dict[str, torch.Tensor]]:
     """Prompts of a batch, each as often as it is sampled from, batch after batch without end."""
     while True:
         for start in range(0, len(rows), work.PROMPTS):
-            texts = [row["prompt"] for row in rows[start : start + work.PROMPTS] for _ in range(work.SAMPLES)]
-            yield dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(DEVICE))
+            texts = [
+                row["prompt"]
+                for row in rows[start : start + work.PROMPTS]
+                for _ in range(work.SAMPLES)
+            ]
+            yield dict(
+                tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(DEVICE)
+            )
 
 
 def sample(model: Any, inputs: dict[str, torch.Tensor], config: GenerationConfig) -> int:
@@ -255,7 +318,9 @@ def sample(model: Any, inputs: dict[str, torch.Tensor], config: GenerationConfig
     return contender.check_tokens("generate", ids.numel() - int(ends))
 
 
-def generate(folder: pathlib.Path, settings: Settings, lora_config: LoraConfig | None, protocol: Protocol) -> None:
+def generate(
+    folder: pathlib.Path, settings: Settings, lora_config: LoraConfig | None, protocol: Protocol
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = load(AutoModelForCausalLM, folder / "model", settings).to(DEVICE).eval()
     if lora_config is not None:
@@ -276,14 +341,21 @@ def generate(folder: pathlib.Path, settings: Settings, lora_config: LoraConfig |
         if step + 1 > WARM_UP:
             protocol.report(tokens, {})
         if step + 1 == WARM_UP:
-            protocol.ready("trl", contender.versions(PACKAGES), describe("generate", settings, model))
+            protocol.ready(
+                "trl", contender.versions(PACKAGES), describe("generate", settings, model)
+            )
         if step + 1 >= WARM_UP and not protocol.wait():
             return
 
 
 def main() -> None:
     parser = contender.parser(__doc__, tuple(work.JOBS))
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: fields of Settings in the place of the best ones")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        default={},
+        help="JSON: fields of Settings in the place of the best ones",
+    )
     arguments = parser.parse_args()
     protocol, job, folder = Protocol(), arguments.job, arguments.work
     settings = dataclasses.replace(BEST[job], **arguments.settings)

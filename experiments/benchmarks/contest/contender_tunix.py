@@ -1,13 +1,16 @@
-"""One GRPO step by Google's Tunix (google-tunix 0.1.7), driven line by line over its standard streams.
+"""One GRPO step by Google's Tunix (google-tunix 0.1.7), driven line by line over its standard
+streams.
 
 Claim     What Tunix takes for the step the contest asks of every contender, at the fastest of its
           settings: RLCluster and GRPOLearner as they are, the vanilla rollout, a LoRA made by qwix,
           the reference sharing the policy's base, float32.
 Command   python experiments/benchmarks/contest/contender_tunix.py --work FOLDER --job rl-function
-          (prints a line when warm, then a line for each line "step" it reads; all else goes to stderr)
+          (prints a line when warm, then a line for each line "step" it reads; all else goes to
+          stderr)
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
 Time      a minute to the first line
-Numbers   25.0 s a step (generate 10.4, reference 3.9, learn 10.6), 3,720 MiB; 22.8 and 26.4 s in runs before
+Numbers   25.0 s a step (generate 10.4, reference 3.9, learn 10.6), 3,720 MiB; 22.8 and 26.4 s in
+runs before
 
 Where Tunix departs from the letter of the work, or would without the lines marked below:
 - Its Llama takes rope_theta in its configuration and rotates by 1e6 whatever that says; here the
@@ -55,7 +58,9 @@ MOST_WARM_UP_STEPS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Prompts at a time in each part of a step, and what the backward pass computes again (a name of Tunix's RematConfig)."""
+    """Prompts at a time in each part of a step, and what the backward pass computes again (a name
+    of Tunix's RematConfig).
+    """
 
     rollout: int = 8
     reference: int = 2
@@ -67,19 +72,25 @@ class Settings:
             if getattr(self, name) not in (1, 2, 4, 8):
                 raise ValueError(f"{name} must be 1, 2, 4 or 8 prompts, not {getattr(self, name)}")
         if self.remat not in llama.RematConfig.__members__:
-            raise ValueError(f"remat must be one of {list(llama.RematConfig.__members__)}, not {self.remat}")
+            raise ValueError(
+                f"remat must be one of {list(llama.RematConfig.__members__)}, not {self.remat}"
+            )
 
 
 @dataclasses.dataclass
 class Meter:
-    """What the step under way has taken so far: seconds by part, tokens sampled, programs compiled."""
+    """What the step under way has taken so far: seconds by part, tokens sampled, programs
+    compiled.
+    """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     compilations: int = 0
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its seconds until its result is there added to `part`, the tokens of a rollout counted."""
+        """`function`, its seconds until its result is there added to `part`, the tokens of a
+        rollout counted.
+        """
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -102,8 +113,12 @@ def even_words(prompts: list[str], completions: list[str], **_: Any) -> list[flo
     return contender.even_words(prompts, completions)
 
 
-def load_policy(folder: pathlib.Path, mesh: jax.sharding.Mesh, remat: str) -> tuple[nnx.Module, nnx.Module]:
-    """The folder's model twice over one set of base weights: with a LoRA on q, k, v and o, and without."""
+def load_policy(
+    folder: pathlib.Path, mesh: jax.sharding.Mesh, remat: str
+) -> tuple[nnx.Module, nnx.Module]:
+    """The folder's model twice over one set of base weights: with a LoRA on q, k, v and o, and
+    without.
+    """
     values = json.loads((folder / "config.json").read_text())
     theta = values.get("rope_theta") or values["rope_parameters"]["rope_theta"]
     config = llama.ModelConfig(
@@ -121,14 +136,20 @@ def load_policy(folder: pathlib.Path, mesh: jax.sharding.Mesh, remat: str) -> tu
     )
     # The model ignores the configuration's rope_theta (see above).
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=theta)
-    base = llama_params.create_model_from_safe_tensors(str(folder), config, mesh, dtype=work.SIZE.dtype)
-    provider = qwix.LoraProvider(module_path=r".*(q_proj|k_proj|v_proj|o_proj)", rank=RANK, alpha=ALPHA)
+    base = llama_params.create_model_from_safe_tensors(
+        str(folder), config, mesh, dtype=work.SIZE.dtype
+    )
+    provider = qwix.LoraProvider(
+        module_path=r".*(q_proj|k_proj|v_proj|o_proj)", rank=RANK, alpha=ALPHA
+    )
     policy = qwix.apply_lora_to_model(base, provider, rngs=nnx.Rngs(0), **base.get_model_input())
     return policy, base
 
 
 def build_cluster(folder: pathlib.Path, settings: Settings) -> rl_cluster.RLCluster:
-    """Tunix's cluster: one device in every role, hence one copy of the base for policy, rollout and reference."""
+    """Tunix's cluster: one device in every role, hence one copy of the base for policy, rollout and
+    reference.
+    """
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(auto, auto))
     policy, base = load_policy(folder, mesh, settings.remat)
@@ -188,8 +209,12 @@ def warm_up(meter: Meter) -> Iterator[None]:
     raise RuntimeError(f"still compiling after {MOST_WARM_UP_STEPS} steps")
 
 
-def wanted(cluster: rl_cluster.RLCluster, meter: Meter, protocol: contender.Protocol, settings: Settings) -> Iterator[None]:
-    """A turn a step: first those of the warm-up, then one a line of the protocol, its figures reported when it is over."""
+def wanted(
+    cluster: rl_cluster.RLCluster, meter: Meter, protocol: contender.Protocol, settings: Settings
+) -> Iterator[None]:
+    """A turn a step: first those of the warm-up, then one a line of the protocol, its figures
+    reported when it is over.
+    """
     yield from warm_up(meter)
     protocol.ready("tunix", contender.versions(PACKAGES), describe(settings))
     while protocol.wait():
@@ -201,13 +226,18 @@ def wanted(cluster: rl_cluster.RLCluster, meter: Meter, protocol: contender.Prot
         protocol.report(meter.tokens, meter.seconds)
 
 
-def batches(prompts: list[str], rollout: base_rollout.RolloutConfig, turns: Iterator[None]) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    prompts: list[str], rollout: base_rollout.RolloutConfig, turns: Iterator[None]
+) -> Iterator[dict[str, np.ndarray]]:
     """The data set: a batch a turn, round and round the prompts.
 
-    The learner asks for a batch when it is done with the one before and not sooner (its rollout shares the
-    learner's devices, which keeps it from running ahead): a turn lasts from its batch to the next request.
+    The learner asks for a batch when it is done with the one before and not sooner (its rollout
+    shares the learner's devices, which keeps it from running ahead): a turn lasts from its batch to
+    the next request.
     """
-    groups = itertools.cycle([prompts[i : i + PROMPTS] for i in range(0, len(prompts) - PROMPTS + 1, PROMPTS)])
+    groups = itertools.cycle(
+        [prompts[i : i + PROMPTS] for i in range(0, len(prompts) - PROMPTS + 1, PROMPTS)]
+    )
     for seed, (group, _) in enumerate(zip(groups, turns)):
         rollout.seed = seed  # without it every step would draw from the same key
         yield {"prompts": np.array(group)}
@@ -218,10 +248,14 @@ def run(folder: pathlib.Path, settings: Settings, protocol: contender.Protocol) 
     meter = Meter()
     jax.monitoring.register_event_duration_secs_listener(meter.compiled)
     cluster = build_cluster(folder / "model", settings)
-    algorithm = grpo_learner.GRPOConfig(num_generations=SAMPLES, num_iterations=1, beta=KL_WEIGHT, kl_loss_mode="low_var_kl")
+    algorithm = grpo_learner.GRPOConfig(
+        num_generations=SAMPLES, num_iterations=1, beta=KL_WEIGHT, kl_loss_mode="low_var_kl"
+    )
     learner = grpo_learner.GRPOLearner(cluster, algorithm, reward_fns=even_words)
     if learner.should_sync_weights or learner.can_enable_async_rollout:
-        raise RuntimeError("the rollout was to share the policy's weights and to run in step with it")
+        raise RuntimeError(
+            "the rollout was to share the policy's weights and to run in step with it"
+        )
     cluster.generate = meter.timed("generate", cluster.generate)
     cluster.get_ref_per_token_logps = meter.timed("reference", cluster.get_ref_per_token_logps)
     cluster.update_actor = meter.timed("learn", cluster.update_actor)
@@ -232,14 +266,25 @@ def run(folder: pathlib.Path, settings: Settings, protocol: contender.Protocol) 
 
 def describe(settings: Settings) -> str:
     """The settings in a line."""
-    sizes = f"prompts at a time: {settings.rollout} in the rollout, {settings.reference} in the reference, {settings.learn} in the update"
-    return f"{sizes}; remat {settings.remat}; {work.SIZE.dtype}; vanilla rollout; base shared with the reference"
+    sizes = (
+        f"prompts at a time: {settings.rollout} in the rollout, {settings.reference} in the "
+        f"reference, {settings.learn} in the update"
+    )
+    return (
+        f"{sizes}; remat {settings.remat}; {work.SIZE.dtype}; vanilla rollout; base shared "
+        "with the reference"
+    )
 
 
 def main() -> None:
     """The command line."""
     parser = contender.parser(__doc__, [JOB])
-    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: fields of Settings in the place of the fastest ones")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        default={},
+        help="JSON: fields of Settings in the place of the fastest ones",
+    )
     arguments = parser.parse_args()
     if arguments.tuning != "lora":
         parser.error("Tunix is in the contest with adapters alone")

@@ -1,6 +1,7 @@
 """Sampling from a policy: perl_jax beside transformers with PEFT.
 
-Claim     32 responses of 128 tokens are sampled in less than half of the time that transformers' generate takes with
+Claim     32 responses of 128 tokens are sampled in less than half of the time that transformers'
+generate takes with
           the adapters merged.
 Command   python experiments/benchmarks/contest/generate.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)

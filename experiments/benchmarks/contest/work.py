@@ -1,21 +1,25 @@
-"""The work of the contest: a Llama, its tokenizer and rows of text, the same wherever they are written.
+"""The work of the contest: a Llama, its tokenizer and rows of text, the same wherever they are
+written.
 
     python experiments/benchmarks/contest/work.py FOLDER
 
     FOLDER/model                a Llama of random weights (`MODEL`), with its tokenizer
-    FOLDER/pairs_equal.jsonl    prompt, chosen, rejected: both sides of every pair have 256 tokens, half of them the prompt
-    FOLDER/pairs_ragged.jsonl   the same number of tokens a batch, in rows of 64 to 512 (`RAGGED`)
-    FOLDER/prompts.jsonl        prompt: 64 tokens each
+    FOLDER/pairs_equal.jsonl    prompt, chosen, rejected: both sides of every pair have 256 tokens,
+    half of them the prompt FOLDER/pairs_ragged.jsonl   the same number of tokens a batch, in rows
+    of 64 to 512 (`RAGGED`) FOLDER/prompts.jsonl        prompt: 64 tokens each
 
-Rows that follow each other are a batch: 8 pairs, or 8 prompts. All batches of a file have the same lengths; of
-ragged ones the order differs. A side's length is that of prompt + response + one eos, which every contender adds.
+Rows that follow each other are a batch: 8 pairs, or 8 prompts. All batches of a file have the same
+lengths; of ragged ones the order differs. A side's length is that of prompt + response + one eos,
+which every contender adds.
 
-One word is one token, and a prompt ends in a space: a text can be joined, decoded and encoded again without
-changing its tokens, and neither eos nor padding can grow out of words, or words out of them. A word that is not
-in the vocabulary, such as two that were joined, has no id and is an error. All counts are checked as rows are written.
+One word is one token, and a prompt ends in a space: a text can be joined, decoded and encoded again
+without changing its tokens, and neither eos nor padding can grow out of words, or words out of
+them. A word that is not in the vocabulary, such as two that were joined, has no id and is an error.
+All counts are checked as rows are written.
 
-The environment variable CONTEST_SIZE is a name of `SIZES`, for the driver and, through it, for every contender: 46m (the
-default) for a CPU, 1b and 8b for a GPU, tiny to see that all of it runs. Embeddings are tied in each.
+The environment variable CONTEST_SIZE is a name of `SIZES`, for the driver and, through it, for
+every contender: 46m (the default) for a CPU, 1b and 8b for a GPU, tiny to see that all of it runs.
+Embeddings are tied in each.
 
 Needs numpy, safetensors and tokenizers, and ml_dtypes to write bfloat16.
 """
@@ -44,7 +48,16 @@ RANK, ALPHA, TARGETS = 8, 16, ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # Tokens of chosen and rejected, pair by pair.
 EQUAL = ((256, 256),) * PAIRS
-RAGGED = ((64, 96), (128, 160), (192, 160), (208, 256), (288, 240), (272, 336), (400, 336), (448, 512))
+RAGGED = (
+    (64, 96),
+    (128, 160),
+    (192, 160),
+    (208, 256),
+    (288, 240),
+    (272, 336),
+    (400, 336),
+    (448, 512),
+)
 
 JOBS = {
     "reward-equal": "pairs_equal.jsonl",
@@ -53,7 +66,8 @@ JOBS = {
     "rl-function": "prompts.jsonl",
     "generate": "prompts.jsonl",
 }
-# What a step reports as its tokens: of rewards those of all rows, without padding; elsewhere those that were sampled.
+# What a step reports as its tokens: of rewards those of all rows, without padding; elsewhere those
+# that were sampled.
 TOKENS = {
     "reward-equal": sum(map(sum, EQUAL)),
     "reward-ragged": sum(map(sum, RAGGED)),
@@ -67,7 +81,9 @@ PAD, EOS = "<pad>", "<eos>"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A Llama's shape, the dtype of its weights and activations, and what it is run on: cpu or gpu."""
+    """A Llama's shape, the dtype of its weights and activations, and what it is run on: cpu or
+    gpu.
+    """
 
     layers: int
     width: int
@@ -123,48 +139,77 @@ WORDS = MODEL["vocab_size"] - 2
 
 def layer_shapes() -> dict[str, tuple[int, int]]:
     """(out, in) of a layer's matrices, by their names in the checkpoint."""
-    width, ffn, heads = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["num_attention_heads"]
+    width, ffn, heads = (
+        MODEL["hidden_size"],
+        MODEL["intermediate_size"],
+        MODEL["num_attention_heads"],
+    )
     queries, keys = heads * MODEL["head_dim"], MODEL["num_key_value_heads"] * MODEL["head_dim"]
-    attention = {"q_proj": (queries, width), "k_proj": (keys, width), "v_proj": (keys, width), "o_proj": (width, queries)}
+    attention = {
+        "q_proj": (queries, width),
+        "k_proj": (keys, width),
+        "v_proj": (keys, width),
+        "o_proj": (width, queries),
+    }
     feed_forward = {"gate_proj": (ffn, width), "up_proj": (ffn, width), "down_proj": (width, ffn)}
     named = {f"self_attn.{name}": shape for name, shape in attention.items()}
     return named | {f"mlp.{name}": shape for name, shape in feed_forward.items()}
 
 
 def weights(random: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """What lies around the layers, then layer by layer. Norms are 1, matrices normal with deviation 1 / sqrt(in), and so is
-    the embedding, which is the head as well."""
+    """What lies around the layers, then layer by layer. Norms are 1, matrices normal with deviation
+    1 / sqrt(in), and so is the embedding, which is the head as well.
+    """
     width, dtype = MODEL["hidden_size"], np.float32
     if SIZE.dtype == "bfloat16":
         from ml_dtypes import bfloat16 as dtype  # noqa: PLC0415  contenders read this module too, and need not have it
 
     def matrix(shape: tuple[int, int]) -> np.ndarray:
-        return (random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))).astype(dtype)
+        return (random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))).astype(
+            dtype
+        )
 
     norm = lambda: np.ones(width, dtype)
-    yield {"model.embed_tokens.weight": matrix((MODEL["vocab_size"], width)), "model.norm.weight": norm()}
+    yield {
+        "model.embed_tokens.weight": matrix((MODEL["vocab_size"], width)),
+        "model.norm.weight": norm(),
+    }
     for layer in range(MODEL["num_hidden_layers"]):
-        matrices = {f"model.layers.{layer}.{name}.weight": matrix(shape) for name, shape in layer_shapes().items()}
-        yield matrices | {f"model.layers.{layer}.{name}.weight": norm() for name in ("input_layernorm", "post_attention_layernorm")}
+        matrices = {
+            f"model.layers.{layer}.{name}.weight": matrix(shape)
+            for name, shape in layer_shapes().items()
+        }
+        yield matrices | {
+            f"model.layers.{layer}.{name}.weight": norm()
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
 
 
 def write_weights(folder: pathlib.Path) -> None:
     """One file where they are few, otherwise one for each part and an index."""
     parts = weights(np.random.default_rng(SEED))
     if SIZE.device == "cpu":
-        save_file({name: tensor for part in parts for name, tensor in part.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: tensor for part in parts for name, tensor in part.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         return
     places: dict[str, str] = {}
     for number, part in enumerate(parts):
         file = f"model-{number:05}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
 
 
 def word_tokenizer() -> Tokenizer:
     """<pad> is 0, <eos> 1 and w0, w1, ... from 2 on; no bos, and no token for what is unknown."""
-    vocabulary = {PAD: MODEL["pad_token_id"], EOS: MODEL["eos_token_id"]} | {f"w{word}": word + 2 for word in range(WORDS)}
+    vocabulary = {PAD: MODEL["pad_token_id"], EOS: MODEL["eos_token_id"]} | {
+        f"w{word}": word + 2 for word in range(WORDS)
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(PAD, special=True), AddedToken(EOS, special=True)])
@@ -179,8 +224,15 @@ def write_model(folder: pathlib.Path, tokenizer: Tokenizer, weights: bool) -> No
     ids = {"eos_token_id": MODEL["eos_token_id"], "pad_token_id": MODEL["pad_token_id"]}
     (folder / "generation_config.json").write_text(json.dumps(ids))
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": EOS, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": MODEL["max_position_embeddings"]}))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": MODEL["max_position_embeddings"]})
+    )
 
 
 def prompt_tokens(pair: tuple[int, int]) -> int:
@@ -192,7 +244,9 @@ def text(random: np.random.Generator, tokens: int) -> str:
     return " ".join(f"w{word}" for word in random.integers(0, WORDS, tokens))
 
 
-def pairs(random: np.random.Generator, lengths: Sequence[tuple[int, int]]) -> Iterator[dict[str, str]]:
+def pairs(
+    random: np.random.Generator, lengths: Sequence[tuple[int, int]]
+) -> Iterator[dict[str, str]]:
     """Comparisons of the given lengths, BATCHES times, each time in another order."""
     for _ in range(BATCHES):
         for pair in random.permutation(len(lengths)):
@@ -201,19 +255,30 @@ def pairs(random: np.random.Generator, lengths: Sequence[tuple[int, int]]) -> It
             yield {"prompt": text(random, prompt) + " ", "chosen": chosen, "rejected": rejected}
 
 
-def check_pairs(tokenizer: Tokenizer, rows: Sequence[dict[str, str]], lengths: Sequence[tuple[int, int]]) -> None:
+def check_pairs(
+    tokenizer: Tokenizer, rows: Sequence[dict[str, str]], lengths: Sequence[tuple[int, int]]
+) -> None:
     for start in range(0, len(rows), PAIRS):
         found = []
         for row in rows[start : start + PAIRS]:
-            sides = [encoded(tokenizer, row["prompt"] + row[side] + EOS) for side in ("chosen", "rejected")]
+            sides = [
+                encoded(tokenizer, row["prompt"] + row[side] + EOS)
+                for side in ("chosen", "rejected")
+            ]
             prompt = encoded(tokenizer, row["prompt"])
-            # Joined text and separate texts must have the same ids: contenders differ in which they encode.
-            apart = [prompt + encoded(tokenizer, row[side]) + [MODEL["eos_token_id"]] for side in ("chosen", "rejected")]
+            # Joined text and separate texts must have the same ids: contenders differ in which they
+            # encode.
+            apart = [
+                prompt + encoded(tokenizer, row[side]) + [MODEL["eos_token_id"]]
+                for side in ("chosen", "rejected")
+            ]
             if sides != apart:
                 raise ValueError("A prompt and its response have other tokens together than apart.")
             found.append(tuple(map(len, sides)))
         if sorted(found) != sorted(lengths):
-            raise ValueError(f"A batch has pairs of {sorted(found)} tokens, not of {sorted(lengths)}.")
+            raise ValueError(
+                f"A batch has pairs of {sorted(found)} tokens, not of {sorted(lengths)}."
+            )
 
 
 def check_prompts(tokenizer: Tokenizer, rows: Sequence[dict[str, str]]) -> None:
@@ -232,14 +297,22 @@ def encoded(tokenizer: Tokenizer, words: str) -> list[int]:
 
 
 def write(folder: pathlib.Path, weights: bool = True) -> None:
-    """Writes all of it, unless this very work is there already (`work.json` says which is, and is written last).
+    """Writes all of it, unless this very work is there already (`work.json` says which is, and is
+    written last).
 
     weights: False leaves the model's own out, for who makes them elsewhere.
 
-    Another work's model goes first: loaders would take its weights where its files have other names. A folder `model`
-    without `work.json` beside it is somebody else's: SystemExit.
+    Another work's model goes first: loaders would take its weights where its files have other
+    names. A folder `model` without `work.json` beside it is somebody else's: SystemExit.
     """
-    description = {"seed": SEED, "batches": BATCHES, "model": MODEL, "equal": EQUAL, "ragged": RAGGED, "prompts": (PROMPTS, PROMPT_TOKENS)}
+    description = {
+        "seed": SEED,
+        "batches": BATCHES,
+        "model": MODEL,
+        "equal": EQUAL,
+        "ragged": RAGGED,
+        "prompts": (PROMPTS, PROMPT_TOKENS),
+    }
     description |= {} if weights else {"weights": "none"}
     description, marker = json.dumps(description, indent=1), folder / "work.json"
     if marker.exists() and marker.read_text() == description:
@@ -263,7 +336,9 @@ def write(folder: pathlib.Path, weights: bool = True) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=pathlib.Path)
     write(parser.parse_args().folder)
 

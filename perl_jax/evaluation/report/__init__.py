@@ -15,17 +15,19 @@ does not say), `phases` ({name: seconds of a step}), `compilations`.
 
 `evaluation.json` of a reward run: `n`, `groups`, `pairwise_accuracy`, `noise_ceiling`, `auc`,
 `balanced_accuracy`, `accuracy`, `correlation`, `ece`, `reliability` (bins of
-`perl_jax.evaluation.statistics.reliability`), `baselines` ({name: {"auc", "balanced_accuracy"}}). Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of
-`gold_reward`, `proxy_reward`, `judge_reward`, `kl`, `length`, `eos_rate`, `distinct_1`,
-`distinct_2`; "rl" is the run's policy, of DPO too), `win_rate` (`perl_jax.evaluation.statistics.WinRate` with a
-`judge`: gold, judge or proxy), `gold_gain`, `config` (`EvaluateConfig`); of a DPO run also
-`pairwise_accuracy`. A measure is a number or {"value", "low", "high", "n", "groups"}
-(`perl_jax.evaluation.intervals.Estimate`), in files of older versions without `groups`.
+`perl_jax.evaluation.statistics.reliability`), `baselines` ({name: {"auc", "balanced_accuracy"}}).
+Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of `gold_reward`, `proxy_reward`,
+`judge_reward`, `kl`, `length`, `eos_rate`, `distinct_1`, `distinct_2`; "rl" is the run's policy, of
+DPO too), `win_rate` (`perl_jax.evaluation.statistics.WinRate` with a `judge`: gold, judge or
+proxy), `gold_gain`, `config` (`EvaluateConfig`); of a DPO run also `pairwise_accuracy`. A measure
+is a number or {"value", "low", "high", "n", "groups"} (`perl_jax.evaluation.intervals.Estimate`),
+in files of older versions without `groups`.
 
 `samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line, of both.
 
-The first row of metrics, and `data` and `prompts` of `evaluation.json`, may hold numbers of rows under
-`data/SPLIT/NAME`: all, and those that were cut to fit (`perl_jax.data.tokenise.TokenRows.facts`).
+The first row of metrics, and `data` and `prompts` of `evaluation.json`, may hold numbers of rows
+under `data/SPLIT/NAME`: all, and those that were cut to fit
+(`perl_jax.data.tokenise.TokenRows.facts`).
 
 An RL run's metrics may hold parts of its reward: `reward/model_0` .. and `reward/disagreement` of
 an ensemble, `reward/term/NAME` of a term.

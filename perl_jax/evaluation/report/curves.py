@@ -176,13 +176,21 @@ def learning_curves(experiment: Experiment) -> Html:
 
 
 def kept_sentence(run: Run) -> str:
-    """Which step of an RL run its policy is of, and what was validated there; empty where that is not known."""
-    step, reward = number(run.artefact, "step"), number(run.artefact, "metrics", "validation/reward")
+    """Which step of an RL run its policy is of, and what was validated there; empty where that is
+    not known.
+    """
+    step, reward = (
+        number(run.artefact, "step"),
+        number(run.artefact, "metrics", "validation/reward"),
+    )
     if step is None or reward is None or not run.rows:
         return ""
     last = run.rows[-1]["step"]
     which = f"step {step:.0f} of {last}" if step != last else f"the last step, {last}"
-    return f"RL, {tuning_name(run.tuning)}: the policy is that of {which}, where the validation reward was {formats.significant(reward)}."
+    return (
+        f"RL, {tuning_name(run.tuning)}: the policy is that of {which}, where the validation "
+        f"reward was {formats.significant(reward)}."
+    )
 
 
 def rl_health(experiment: Experiment) -> Html:
@@ -278,7 +286,9 @@ def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
         if 0 <= predicted <= 1 and 0 <= observed <= 1:
             shown = wilson(observed * int(n), int(n))
             if "observed_low" in item:
-                shown = replace(shown, low=number(item, "observed_low"), high=number(item, "observed_high"))
+                shown = replace(
+                    shown, low=number(item, "observed_low"), high=number(item, "observed_high")
+                )
             rows.append((predicted, shown))
     return rows
 
@@ -298,8 +308,7 @@ def calibration(experiment: Experiment) -> Html:
         for label, _, rows in tables
     )
     caption = (
-        "Bars: 95 % intervals of the observed share in each bin. "
-        "Error: expected calibration error."
+        "Bars: 95 % intervals of the observed share in each bin. Error: expected calibration error."
     )
     picture = figure(plots.calibration_plot(tables), caption, alt)
     return section(

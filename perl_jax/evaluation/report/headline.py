@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats
-from perl_jax.evaluation.report.load import Experiment, JOB_NAMES, POLICY_JOBS, Run, entry, estimate, number, text, tuning_name
+from perl_jax.evaluation.report.load import (
+    Experiment,
+    JOB_NAMES,
+    POLICY_JOBS,
+    Run,
+    entry,
+    estimate,
+    number,
+    text,
+    tuning_name,
+)
 from perl_jax.evaluation.report.markup import Html, table, tag, with_interval
 
 DASH = "\u2013"
@@ -84,12 +94,23 @@ def win_estimate(run: Run) -> Estimate | None:
     if rate is None:
         return None
     block = run.evaluation["win_rate"]
-    n, groups = sum(number(block, key) or 0 for key in ("wins", "ties", "losses")), number(block, "groups")
-    return Estimate(rate, number(block, "low"), number(block, "high"), int(n), None if groups is None else int(groups))
+    n, groups = (
+        sum(number(block, key) or 0 for key in ("wins", "ties", "losses")),
+        number(block, "groups"),
+    )
+    return Estimate(
+        rate,
+        number(block, "low"),
+        number(block, "high"),
+        int(n),
+        None if groups is None else int(groups),
+    )
 
 
 def rows_text(*measures: Estimate | None) -> str | None:
-    """`2,048 (512)`: the rows and, where an evaluation says so, the groups of the first measure that has rows."""
+    """`2,048 (512)`: the rows and, where an evaluation says so, the groups of the first measure
+    that has rows.
+    """
     found = next((measure for measure in measures if measure is not None and measure.n), None)
     if found is None:
         return None
@@ -216,10 +237,19 @@ def headline_table(experiment: Experiment) -> Html:
     if not lines:
         return Html("")
     header = ["", *map(tuning_name, tunings)] + (["LoRA against full"] if both else [])
-    grouped = any(entry(run.evaluation, key, "groups") is not None for run in experiment.runs for key in ("pairwise_accuracy", "auc", "correlation", "win_rate"))
-    over = ", over groups of rows: those of one prompt, or of one dialogue or topic where rows name it" if grouped else ""
+    grouped = any(
+        entry(run.evaluation, key, "groups") is not None
+        for run in experiment.runs
+        for key in ("pairwise_accuracy", "auc", "correlation", "win_rate")
+    )
+    over = (
+        ", over groups of rows: those of one prompt, or of one dialogue or topic where rows name it"
+        if grouped
+        else ""
+    )
     caption = (
-        f"In brackets: 95 % confidence intervals{over}. Compiled memory is the compiler's own account of "
+        f"In brackets: 95 % confidence intervals{over}. Compiled memory is the compiler's own "
+        "account of "
         "the step's peak on one device; measured is what the device reported."
     )
     return table(caption, header, lines)

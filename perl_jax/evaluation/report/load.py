@@ -108,7 +108,9 @@ def number(tree: object, *keys: str) -> float | None:
 
 
 def estimate(tree: object, *keys: str) -> Estimate | None:
-    """A number or a {"value", "low", "high", "n", "groups"} of a nested mapping; older ones have no groups."""
+    """A number or a {"value", "low", "high", "n", "groups"} of a nested mapping; older ones have no
+    groups.
+    """
     bare = number(tree, *keys)
     if bare is not None:
         return Estimate(bare, None, None, 0)
@@ -117,7 +119,13 @@ def estimate(tree: object, *keys: str) -> Estimate | None:
     if value is None:
         return None
     n, groups = number(found, "n"), number(found, "groups")
-    return Estimate(value, number(found, "low"), number(found, "high"), int(n or 0), None if groups is None else int(groups))
+    return Estimate(
+        value,
+        number(found, "low"),
+        number(found, "high"),
+        int(n or 0),
+        None if groups is None else int(groups),
+    )
 
 
 def text(tree: object, *keys: str) -> str:
@@ -228,7 +236,11 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
         evaluation=read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json"),
         cost=read_object(folder / "cost.json", notes, f"{shown}cost.json"),
         samples=read_samples(folder / "samples.jsonl", notes, f"{shown}samples.jsonl"),
-        artefact=read_object(folder / "adapters" / "policy" / "artefact.json", notes, f"{shown}adapters/policy/artefact.json"),
+        artefact=read_object(
+            folder / "adapters" / "policy" / "artefact.json",
+            notes,
+            f"{shown}adapters/policy/artefact.json",
+        ),
     )
 
 

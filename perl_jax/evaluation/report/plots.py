@@ -140,7 +140,9 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
-    """Labels, few ticks (steps have whole numbers), a legend where there is more than one thing to tell apart."""
+    """Labels, few ticks (steps have whole numbers), a legend where there is more than one thing to
+    tell apart.
+    """
     axes.set_xlabel(xlabel)
     if xlabel == "step":
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
@@ -168,9 +170,7 @@ def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -
         return render(figure)
 
 
-def stacked_plot(
-    title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str
-) -> bytes:
+def stacked_plot(title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str) -> bytes:
     """Panels one above the other on one x axis; each has its own scale, as its unit is its own."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(5.4, 2.3 * len(panels) + 0.6), layout="constrained")
@@ -186,7 +186,8 @@ def stacked_plot(
 def calibration_plot(
     tables: Sequence[tuple[str, str, Sequence[tuple[float, Estimate]]]],
 ) -> bytes:
-    """Observed against predicted shares with bars for their intervals; the diagonal is perfect calibration.
+    """Observed against predicted shares with bars for their intervals; the diagonal is perfect
+    calibration.
 
     tables: label, tuning, and rows of (predicted, observed), for each model.
     """

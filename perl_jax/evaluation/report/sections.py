@@ -10,7 +10,16 @@ from perl_jax.data.counts import said_of
 from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats, plots
 from perl_jax.evaluation.report.headline import DASH, judge_text
-from perl_jax.evaluation.report.load import Experiment, JOB_NAMES, Run, entry, estimate, number, series, tuning_name
+from perl_jax.evaluation.report.load import (
+    Experiment,
+    JOB_NAMES,
+    Run,
+    entry,
+    estimate,
+    number,
+    series,
+    tuning_name,
+)
 from perl_jax.evaluation.report.markup import Html, figure, join, section, table, tag, with_interval
 from perl_jax.runs import metrics
 from perl_jax.runs.metrics import TIMING_PREFIX
@@ -170,7 +179,11 @@ def samples(experiment: Experiment) -> Html:
 
 def split_facts(run: Run) -> dict[str, dict[str, float]]:
     """Numbers of rows by split: those written with a run's first step, and with its evaluation."""
-    tables = [run.rows[0] if run.rows else {}, entry(run.evaluation, "data"), entry(run.evaluation, "prompts")]
+    tables = [
+        run.rows[0] if run.rows else {},
+        entry(run.evaluation, "data"),
+        entry(run.evaluation, "prompts"),
+    ]
     found: dict[str, dict[str, float]] = {}
     for table_of in tables:
         for key in table_of if isinstance(table_of, Mapping) else ():
@@ -186,11 +199,22 @@ def rows_used(experiment: Experiment) -> Html:
     items = []
     for run in experiment.runs:
         data = entry(run.settings, "data")
-        limits = [int(number(data, name) or 0) for name in ("max_prompt_length", "max_response_length")]
-        whose = " ".join(filter(None, (JOB_NAMES.get(run.job, run.job), tuning_name(run.tuning) if run.tuning else "")))
+        limits = [
+            int(number(data, name) or 0) for name in ("max_prompt_length", "max_response_length")
+        ]
+        whose = " ".join(
+            filter(
+                None,
+                (JOB_NAMES.get(run.job, run.job), tuning_name(run.tuning) if run.tuning else ""),
+            )
+        )
         for split, facts in split_facts(run).items():
             rows = int(facts.get("rows", 0))
-            said = said_of(facts, *limits) if facts.get("cut") else [f"none of {rows} rows was cut to fit.", *said_of(facts, *limits)]
+            said = (
+                said_of(facts, *limits)
+                if facts.get("cut")
+                else [f"none of {rows} rows was cut to fit.", *said_of(facts, *limits)]
+            )
             items.append(tag("li", f"{whose}, {split}: {' '.join(said)}"))
     return section("rows", "Rows", tag("ul", *items) if items else "")
 
