@@ -41,11 +41,44 @@ OPENINGS = (
     "A {kind} named {name} found a box.",
 )
 KINDS = ("little girl", "little boy", "small dog", "big cat")
-CHEERFUL = (
-    "happy happily smile smiled smiles laugh laughed laughing love loved loves fun joy "
-    "friend friends kind hug hugged proud play played"
-).split()
-SAD = "sad cry cried crying scared afraid hurt angry mad lost alone sorry bad".split()
+CHEERFUL = [
+    "happy",
+    "happily",
+    "smile",
+    "smiled",
+    "smiles",
+    "laugh",
+    "laughed",
+    "laughing",
+    "love",
+    "loved",
+    "loves",
+    "fun",
+    "joy",
+    "friend",
+    "friends",
+    "kind",
+    "hug",
+    "hugged",
+    "proud",
+    "play",
+    "played",
+]
+SAD = [
+    "sad",
+    "cry",
+    "cried",
+    "crying",
+    "scared",
+    "afraid",
+    "hurt",
+    "angry",
+    "mad",
+    "lost",
+    "alone",
+    "sorry",
+    "bad",
+]
 TERMS = [
     {"kind": "words", "name": "cheerful", "words": CHEERFUL, "most": 6},
     {"kind": "words", "name": "sad", "words": SAD, "most": 6, "weight": -1.0},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
-from typing import Mapping, Sequence
 
 
 class UserError(Exception):

@@ -36,11 +36,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As a shell starts what runs in its background; tests send it, and what they start inherits it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from xdist.scheduler import loadscope  # noqa: E402
+import jax
+import pytest
+from xdist.scheduler import loadscope
 
-from tests.tiers import QUICK, TIERS, tier_of  # noqa: E402
+from tests.tiers import QUICK, TIERS, tier_of
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _TESTS = pathlib.Path(__file__).parent

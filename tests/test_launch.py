@@ -22,10 +22,31 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "tpu_vm.sh", "on_worker.sh", "gke.sh", "slurm.sh")
 # Everything that the scripts may use besides the tools that they are for.
-SMALL_TOOLS = (
-    "bash cat chmod cp date dirname env flock git grep gzip head hostname mkdir mkfifo "
-    "mktemp rm sed seq setsid sleep tail tar"
-).split()
+SMALL_TOOLS = [
+    "bash",
+    "cat",
+    "chmod",
+    "cp",
+    "date",
+    "dirname",
+    "env",
+    "flock",
+    "git",
+    "grep",
+    "gzip",
+    "head",
+    "hostname",
+    "mkdir",
+    "mkfifo",
+    "mktemp",
+    "rm",
+    "sed",
+    "seq",
+    "setsid",
+    "sleep",
+    "tail",
+    "tar",
+]
 # A bound for what should take a second or two.
 PATIENCE = 60
 
@@ -611,10 +632,14 @@ NUMBER = "import os, signal, sys, time; number = os.environ['JAX_PROCESS_ID']; "
 
 
 def test_local_gives_each_process_its_environment(tools):
-    names = (
-        "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID XLA_FLAGS JAX_PLATFORMS "
-        "PERL_JAX_HOSTS"
-    ).split()
+    names = [
+        "JAX_COORDINATOR_ADDRESS",
+        "JAX_NUM_PROCESSES",
+        "JAX_PROCESS_ID",
+        "XLA_FLAGS",
+        "JAX_PLATFORMS",
+        "PERL_JAX_HOSTS",
+    ]
     code = (
         f"import json, os, sys; print(json.dumps([[os.environ.get(n) for n in {names}], "
         "sys.argv[1:]]))"

@@ -39,9 +39,9 @@ from perl_jax.runtime import sharding
 from perl_jax.types import Prompts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "contest"))
-import ceiling  # noqa: E402
-import ceiling_gpu  # noqa: E402
-import work  # noqa: E402
+import ceiling
+import ceiling_gpu
+import work
 
 MODEL = ModelConfig(
     vocab_size=work.SIZE.vocabulary, width=work.SIZE.width, ffn_width=work.SIZE.ffn, layers=work.SIZE.layers, heads=work.SIZE.heads,

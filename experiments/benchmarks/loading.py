@@ -94,8 +94,8 @@ def load(folder: pathlib.Path) -> None:
     """Loads the checkpoint in this process and prints what it took."""
     import jax
 
-    from perl_jax.runtime import trees
     from perl_jax.hub import families, weights
+    from perl_jax.runtime import trees
 
     # Libraries are imported as they are first used; what they take is the process's, not the
     # loading's.

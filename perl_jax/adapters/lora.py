@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Literal, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import flax.struct
 import jax
@@ -31,7 +31,6 @@ from perl_jax.adapters.quantise import dense, is_quantised
 from perl_jax.errors import require
 from perl_jax.runtime import precision, trees
 from perl_jax.types import Tree
-
 
 TUNINGS = ("lora", "full")
 

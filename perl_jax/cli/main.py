@@ -9,7 +9,8 @@ import pathlib
 import sys
 import traceback
 import warnings
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 # Orbax and absl speak on standard error at import and on every save; warnings of the package itself
 # still show.
@@ -17,12 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Transformers says at import that it has no torch, which is how it should be here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
-from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
-from perl_jax.runtime import platforms  # noqa: E402
+from perl_jax.errors import Stopped, TrainingError, UserError, require
+from perl_jax.runtime import platforms
 
 platforms.without_absent_chips()
 
-import tyro  # noqa: E402
+import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +143,8 @@ def _plan(config: Any) -> None:
 
     # On a TPU host the chips are left to whoever uses them.
     jax.config.update("jax_platforms", "cpu")
-    from perl_jax.runtime import files
     from perl_jax.planning import command, search, text
+    from perl_jax.runtime import files
 
     if config.search:
         plans = search.search(config, say=lambda line: print(line, file=sys.stderr))
@@ -163,8 +164,8 @@ def _config(name: str) -> type:
     from perl_jax.evaluation import best_of, compare, score
     from perl_jax.generation import text as text_lib
     from perl_jax.hub import exchange
-    from perl_jax.training import base, configs, rl_config
     from perl_jax.planning.config import PlanConfig
+    from perl_jax.training import base, configs, rl_config
 
     return {
         "sft": configs.SFTConfig,

@@ -16,13 +16,13 @@ import numpy as np
 
 from perl_jax.data.store import (
     DEFAULTS,
-    DataOptions,
     KINDS,
     NUMBERS,
     OPEN,
-    RowsBuilder,
     SPLITS,
     TENTHS,
+    DataOptions,
+    RowsBuilder,
     named_group,
     part_of,
 )
@@ -225,7 +225,7 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
-        return {kind: SPLITS for kind in KINDS}
+        return dict.fromkeys(KINDS, SPLITS)
 
     @classmethod
     def content(cls, kind: str, options: DataOptions) -> object:

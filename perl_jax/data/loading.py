@@ -7,7 +7,7 @@ from typing import Any
 from perl_jax import errors
 from perl_jax.data.config import DataConfig
 from perl_jax.data.counts import said_of
-from perl_jax.data.pipeline import BatchSpec, Batches, make_batches
+from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.store import DataOptions
 from perl_jax.data.tasks import get_task
 from perl_jax.data.tokenise import RowError

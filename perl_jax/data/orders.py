@@ -18,13 +18,13 @@ import numpy as np
 from perl_jax.data.orders_language import (
     DRINKS,
     END_OF_TURN,
-    Item,
     MILKS,
     MISTAKES,
-    Order,
     PLACES,
     QUANTITIES,
     SIZES,
+    Item,
+    Order,
     answer,
     call,
     parse_request,
@@ -33,7 +33,7 @@ from perl_jax.data.orders_language import (
     spoken_order,
     vocabulary,
 )
-from perl_jax.data.store import DataOptions, RowsBuilder, SPLITS, TENTHS, part_of
+from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
 
 __all__ = ["clerk", "gold_reward", "gold_rewards", "grade", "noise_ceiling", "rows", "vocabulary"]
 
@@ -374,7 +374,7 @@ class OrdersBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
-        return {kind: SPLITS for kind in SIZES_OF_SPLITS}
+        return dict.fromkeys(SIZES_OF_SPLITS, SPLITS)
 
     @classmethod
     def content(cls, kind: str, options: DataOptions) -> object:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from perl_jax.data import dialogue, store
-from perl_jax.data.store import DataOptions, RowsBuilder, SPLITS
+from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder
 from perl_jax.data.upstream import fetch, local_files, read_lists
 from perl_jax.errors import UserError, require
 from perl_jax.runtime.files import file_hash

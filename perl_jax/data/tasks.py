@@ -12,7 +12,7 @@ import numpy as np
 
 from perl_jax.data.jsonl import JsonlBuilder
 from perl_jax.data.orders import OrdersBuilder, gold_rewards
-from perl_jax.data.store import DataOptions, RowSource, RowsBuilder, open_rows
+from perl_jax.data.store import DataOptions, RowsBuilder, RowSource, open_rows
 from perl_jax.data.taskmaster import BothBuilder, CoffeeBuilder, TicketingBuilder
 from perl_jax.errors import one_of
 

@@ -10,8 +10,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -38,7 +37,7 @@ from perl_jax.runs import provenance
 from perl_jax.runs.metrics import environment
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from perl_jax.evaluation.intervals import (
+    SAMPLES,
     Estimate,
     Groups,
-    SAMPLES,
     bootstrap,
     group_numbers,
     paired,

@@ -44,7 +44,6 @@ from perl_jax.runtime.platforms import decoding_options
 from perl_jax.runtime.programs import LENGTHS, Program
 from perl_jax.types import Array, Prompts, Tree
 
-
 # Sizes of a batch whose prompts have run out: all slots, and so many halvings. Each is a program to
 # compile.
 HALVINGS = 4

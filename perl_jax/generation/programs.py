@@ -12,8 +12,7 @@ from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.sampling import SamplingConfig
 from perl_jax.hub.model import Model
 from perl_jax.runtime.platforms import decoding_options, platform_of
-from perl_jax.runtime.programs import Program, SHAPES
-
+from perl_jax.runtime.programs import SHAPES, Program
 
 # Layers of a model that are inlined in sampling: further ones would be minutes to compile.
 _INLINED = 16

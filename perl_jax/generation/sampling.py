@@ -26,7 +26,6 @@ from perl_jax.models.logprobs import token_logprobs
 from perl_jax.runtime import trees
 from perl_jax.types import Array, Prompts, Tokens, Tree
 
-
 ADAPTERS = ("auto", "applied", "merged")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from typing import Any, Literal, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,9 +19,9 @@ from perl_jax.adapters.quantise import QuantiseConfig
 from perl_jax.errors import UserError
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files as files_lib, hosts, trees
+from perl_jax.runtime import files as files_lib
+from perl_jax.runtime import hosts, trees
 from perl_jax.runtime.storage import changed_leaves, first_line, say_once
-
 
 RECORD = "artefact.json"
 

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
 from perl_jax.errors import UserError, require
-from perl_jax.hub import artefacts, classifier, families, peft, weights as hf_checkpoint
+from perl_jax.hub import artefacts, classifier, families, peft
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.models.language_model import LanguageModel

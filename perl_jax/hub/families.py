@@ -332,7 +332,7 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     for field, allowed in _ONLY.items():
         found = raw.get(field, allowed)
         require(
-            found == allowed or not found and not allowed,
+            found == allowed or (not found and not allowed),
             f"{source} has {field} {found!r}; only {allowed!r} is supported.",
         )
     read = _SHARED | _ROPE | set(_ONLY) | family.reads

@@ -6,8 +6,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterable
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -17,19 +16,19 @@ from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.errors import require
-from perl_jax.hub import artefacts, families, weights as hf_checkpoint
+from perl_jax.hub import artefacts, families
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.chat import DATE
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import config, kernels
-from perl_jax.models.config import ATTENTION, ModelConfig, REMAT
+from perl_jax.models.config import ATTENTION, REMAT, ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.platforms import platform_of
 from perl_jax.runtime.programs import Program, keep_compiled
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.types import Tree
-
 
 _SHALLOW = 8
 
@@ -91,7 +90,7 @@ class Model:
 
     def packs(self, packing: str) -> bool:
         """Whether batches are packed (`DataConfig.packing`)."""
-        return packing == "on" or packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu")
+        return packing == "on" or (packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu"))
 
     def record(
         self,

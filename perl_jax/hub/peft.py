@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import Adapter, LINEAR, LoRAConfig
+from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.errors import require
 from perl_jax.hub import families
 from perl_jax.models.config import ModelConfig

@@ -113,7 +113,7 @@ class _Generation(ext.Extension):
     alone.
     """
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

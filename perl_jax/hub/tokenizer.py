@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from perl_jax import errors
 from perl_jax.errors import UserError
-from perl_jax.hub.chat import Chat, DATE, template_of
+from perl_jax.hub.chat import DATE, Chat, template_of
 from perl_jax.runtime import files
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")

@@ -25,7 +25,8 @@ from perl_jax.errors import UserError
 from perl_jax.hub import families
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files as files_lib, trees
+from perl_jax.runtime import files as files_lib
+from perl_jax.runtime import trees
 from perl_jax.types import Tree
 
 # Weights are read from disk in pieces of at most so many bytes (one row at least).
@@ -54,7 +55,7 @@ def find_model(model: str) -> pathlib.Path:
         "safetensors, or a hub name.",
     )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from perl_jax import errors
 from perl_jax.adapters.lora import LINEAR
 
-
 DTYPES = ("float32", "bfloat16")
 
 

@@ -28,7 +28,6 @@ from perl_jax.models.stacks import columns, is_turned, rows
 from perl_jax.runtime import precision, sharding
 from perl_jax.types import Array, Tree
 
-
 # (q_BTHK, k_BTNK, v_BTNK) -> out_BTHK over whole sequences, its mask inside.
 Attend = Callable[[Array, Array, Array], Array]
 

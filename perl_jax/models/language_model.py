@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import Adapter, LINEAR, LoRAConfig
+from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import attention, kernels
 from perl_jax.models.cache import (

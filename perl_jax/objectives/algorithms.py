@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from perl_jax import errors
 from perl_jax.errors import require
-from perl_jax.objectives import advantages as advantages_lib, losses
+from perl_jax.objectives import advantages as advantages_lib
+from perl_jax.objectives import losses
 from perl_jax.objectives.losses import LossSum
 from perl_jax.runtime.masked import masked_mean, masked_whiten
 from perl_jax.types import Array

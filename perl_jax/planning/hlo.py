@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from perl_jax.planning.hlo_loops import Frame, trips
 from perl_jax.planning.hlo_text import Computation, Instruction, Module, leaves, parse_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from typing import Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from perl_jax.planning.hlo_text import Computation, Instruction, Module
 

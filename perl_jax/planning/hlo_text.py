@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Iterator, Mapping, Union
+from collections.abc import Iterator, Mapping
+from typing import Union
 
 BITS: Mapping[str, int] = {
     **dict.fromkeys(("token", "opaque"), 0),

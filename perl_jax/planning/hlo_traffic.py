@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 from perl_jax.planning.hlo_text import Array, Computation, Instruction, Module, Shape, leaves
 
@@ -215,7 +215,7 @@ def demand(computation: Computation, module: Module, wanted: int | None = None) 
         need[root.name] = elements(root.shape) if wanted is None else wanted
     for instruction in reversed(of.values()):
         count = min(need[instruction.name], elements(instruction.shape))
-        if instruction is root and root.opcode == "tuple" or not count:
+        if (instruction is root and root.opcode == "tuple") or not count:
             continue
         for index, name in enumerate(instruction.operands):
             need[name] += _wants(instruction, index, count, computation, module)

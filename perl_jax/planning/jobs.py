@@ -37,12 +37,18 @@ from perl_jax.runtime import sharding, trees
 from perl_jax.training import (
     dpo,
     fit,
-    optimizers as optimizers_lib,
-    reward as reward_lib,
     rl,
     sft,
-    state as state_lib,
     step,
+)
+from perl_jax.training import (
+    optimizers as optimizers_lib,
+)
+from perl_jax.training import (
+    reward as reward_lib,
+)
+from perl_jax.training import (
+    state as state_lib,
 )
 from perl_jax.training.configs import DPOConfig, JobConfig, PolicyConfig, RewardConfig, SFTConfig
 from perl_jax.training.experience import Judged

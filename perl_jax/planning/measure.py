@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import jax
 
-from perl_jax.planning import flops as flops_lib, hlo, refusal
+from perl_jax.planning import flops as flops_lib
+from perl_jax.planning import hlo, refusal
 from perl_jax.planning.hlo import Account
 from perl_jax.planning.pieces import Phase, Piece, Planned, device_bytes
 from perl_jax.planning.refusal import Refusal

@@ -24,7 +24,7 @@ from perl_jax.generation.sampling import (
 from perl_jax.generation.text import GenerateConfig
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
-from perl_jax.hub.exchange import ExportConfig, PROBE
+from perl_jax.hub.exchange import PROBE, ExportConfig
 from perl_jax.hub.model import Model, ModelOptions
 from perl_jax.models.language_model import resting
 from perl_jax.planning import starting

@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax.adapters import lora as lora_lib, quantise as quantise_lib
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import quantise as quantise_lib
 from perl_jax.adapters.lora import Adapter, LoRAConfig
-from perl_jax.hub import families, weights as hf_checkpoint
+from perl_jax.hub import families
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import Model, merge_program, weights_program
 from perl_jax.planning.pieces import Jitted, Piece, in_place, key_data, placed, result
 from perl_jax.runtime import sharding, trees
-from perl_jax.training import optimizers as optimizers_lib, state as state_lib
+from perl_jax.training import optimizers as optimizers_lib
+from perl_jax.training import state as state_lib
 from perl_jax.training.fit import begin_program
 from perl_jax.types import Tree
 

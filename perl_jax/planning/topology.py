@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental import topologies
@@ -83,7 +83,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     """
     generation, shape = _split(name)
     try:
-        import libtpu  # noqa: F401
+        import libtpu
     except ImportError as error:
         raise UserError(
             "perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'"

@@ -18,7 +18,7 @@ from perl_jax.errors import UserError, one_of, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
-from perl_jax.rewards.rules import ExactMatch, RULES, Row
+from perl_jax.rewards.rules import RULES, ExactMatch, Row
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,14 @@ from perl_jax.generation.sampling import Rollout
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model
 from perl_jax.hub.tokenizer import Tokenizer
-from perl_jax.models import microbatches as microbatches_lib, passes
+from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.rewards import compose
 from perl_jax.rewards.compose import Composite, Term
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import Share, to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.types import Array, Tokens, Tree
 
 COMBINE = {"mean": jnp.mean, "min": jnp.min}

@@ -8,7 +8,8 @@ import json
 import os
 import pathlib
 import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from perl_jax.errors import UserError, require
 

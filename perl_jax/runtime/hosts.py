@@ -32,7 +32,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from perl_jax.errors import UserError, require
 from perl_jax.types import Tree
 
-
 CLUSTER = "PERL_JAX_HOSTS"
 
 
@@ -220,7 +219,7 @@ def disconnect() -> None:
         jax.distributed.shutdown()
 
 
-def leave(status: int) -> int | NoReturn:
+def leave(status: int) -> int:
     """Ends this process without waiting for the others; alone, it only returns the status.
 
     JAX's own way out waits for the others, who may be in a collective with this one.

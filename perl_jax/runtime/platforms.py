@@ -39,7 +39,7 @@ def platform_of(mesh: Mesh | None) -> str:
     """cpu, gpu or tpu: of the mesh's devices, or without one of those that JAX would use."""
     if mesh is not None:
         return mesh.devices.flat[0].platform
-    import jax  # noqa: PLC0415  not before `without_absent_chips`
+    import jax
 
     return jax.devices()[0].platform
 

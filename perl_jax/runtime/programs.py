@@ -7,15 +7,14 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
-from typing import Any, Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from perl_jax.errors import UserError
 from perl_jax.runtime import trees
-
 
 # Padded lengths that a run's data may have, and shapes of a program that reads batches: each length
 # padded or packed in a few sizes, for a model with an adapter and without.

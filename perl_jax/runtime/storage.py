@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Mapping
+from collections.abc import Mapping
 
 from perl_jax.runtime import trees
 from perl_jax.types import Tree
-
 
 # Characters of an error of the storage in a message.
 _SAID = 300

@@ -76,7 +76,7 @@ class JobConfig(ModelOptions):
             f"microbatches is {self.microbatches}; it must divide batch_size, {self.batch_size}.",
         )
         traced = self.profiled
-        inside = not traced or 1 <= traced[0] and traced[-1] <= self.steps
+        inside = not traced or (traced[0] >= 1 and traced[-1] <= self.steps)
         errors.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")
         errors.read_by(
             "optimizer.lora_b_ratio",

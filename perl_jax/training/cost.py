@@ -7,7 +7,7 @@ import pathlib
 import resource
 import statistics
 import sys
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np

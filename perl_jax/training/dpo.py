@@ -16,13 +16,14 @@ from perl_jax.data.store import group_of
 from perl_jax.evaluation import statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model, load_model
-from perl_jax.models import microbatches as microbatches_lib, passes
+from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runtime.hosts import to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost, fit
 from perl_jax.training.configs import DPOConfig
 from perl_jax.training.fit import Supervised

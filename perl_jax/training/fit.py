@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +18,17 @@ from perl_jax.hub.model import Model, say_attention
 from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import (
     loop as loop_lib,
+)
+from perl_jax.training import (
     optimizers as optimizers_lib,
+)
+from perl_jax.training import (
     state as state_lib,
+)
+from perl_jax.training import (
     step,
 )
 from perl_jax.training.configs import JobConfig

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from typing import Any, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 

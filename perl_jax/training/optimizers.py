@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import optax
 from perl_jax.adapters.lora import Adapter
 from perl_jax.errors import default_of, one_of, positive, read_by, require
 from perl_jax.runtime import trees
-
 
 OPTIMIZERS = ("adafactor", "adamw")
 

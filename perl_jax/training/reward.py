@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,20 +28,20 @@ from perl_jax.data.targets import (
 from perl_jax.evaluation import intervals, statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model, load_model
-from perl_jax.models import microbatches as microbatches_lib, passes
+from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
 from perl_jax.training.configs import RewardConfig
 from perl_jax.training.fit import HeldOut, Supervised, begin, fit
 from perl_jax.training.roles import fresh_role
 from perl_jax.training.state import TrainState
 from perl_jax.types import Labelled, Pairs, Tree
-
 
 # Rows of the training split whose scores define mean 0 and variance 1.
 _REFERENCE_ROWS = 512

@@ -33,12 +33,20 @@ from perl_jax.runs import folder as folder_lib
 from perl_jax.runs.metrics import FILE_NAME, read_metrics
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
-from perl_jax.runtime.programs import Program, SHAPES
+from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import (
     cost,
+)
+from perl_jax.training import (
     loop as loop_lib,
+)
+from perl_jax.training import (
     optimizers as optimizers_lib,
+)
+from perl_jax.training import (
     state as state_lib,
+)
+from perl_jax.training import (
     step as step_lib,
 )
 from perl_jax.training.experience import Judged, assemble, experience_of, one_pass

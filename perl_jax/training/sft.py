@@ -17,7 +17,6 @@ from perl_jax.training.configs import SFTConfig
 from perl_jax.training.fit import Supervised, begin, fit, validate_policy
 from perl_jax.training.roles import fresh_role
 
-
 SFT = Supervised(
     "sft",
     "policy",

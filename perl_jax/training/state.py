@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import flax.struct
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from perl_jax.adapters.lora import Adapter, trainable
 from perl_jax.training.optimizers import Optimizers
 from perl_jax.types import Array, Tree
-
 
 # Uses of a step's key (`TrainState.step_key`).
 UPDATE, SAMPLE, SHUFFLE = 0, 1, 2

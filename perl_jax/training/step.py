@@ -19,9 +19,8 @@ from perl_jax.models.microbatches import check_divides, group_of, split_microbat
 from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.runtime import trees
 from perl_jax.training.optimizers import Optimizers
-from perl_jax.training.state import TrainState, UPDATE
+from perl_jax.training.state import UPDATE, TrainState
 from perl_jax.types import Array, Tree
-
 
 Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum, Logs]]
 

@@ -17,7 +17,7 @@ from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.runs.metrics import read_metrics
 from tests import small
 
-WORDS = "good bad fine tea coffee please yes no thanks".split()
+WORDS = ["good", "bad", "fine", "tea", "coffee", "please", "yes", "no", "thanks"]
 JOBS = list(command.COMMANDS)
 
 

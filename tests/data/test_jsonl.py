@@ -9,7 +9,7 @@ import math
 import pytest
 
 from perl_jax.data import jsonl
-from perl_jax.data.store import DataOptions, KINDS, group_of
+from perl_jax.data.store import KINDS, DataOptions, group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 

@@ -10,7 +10,8 @@ import random
 import numpy as np
 import pytest
 
-from perl_jax.data import orders, orders_language as language, orders_language
+from perl_jax.data import orders, orders_language
+from perl_jax.data import orders_language as language
 from perl_jax.data.orders_language import (
     END_OF_TURN,
     Item,
@@ -277,7 +278,7 @@ OTHER_KINDS = ("place", "missing", "extra", "no place", "garbled")
 
 
 def test_kinds_of_errors_follow_their_weights():
-    assert orders.ERROR_WEIGHTS == {**dict.fromkeys(SLOT_KINDS, 1), **dict.fromkeys(OTHER_KINDS, 8)}
+    assert {**dict.fromkeys(SLOT_KINDS, 1), **dict.fromkeys(OTHER_KINDS, 8)} == orders.ERROR_WEIGHTS
     assert set(orders.ERROR_WEIGHTS) == {*orders.MISHEARD, *orders.MISWRITTEN}
     rng, n = random.Random(7), 6000
     assert orders.kinds_of_errors(rng, 0) == []

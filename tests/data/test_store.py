@@ -190,7 +190,7 @@ def test_unknown_probability_survives_storage(tmp_path):
         try:
             splits.append(get_task("jsonl").open("comparisons", split, wanted))
         except UserError as error:
-            assert "has no comparisons rows in its" in str(error)  # noqa: PT017
+            assert "has no comparisons rows in its" in str(error)
     (source,) = splits
     assert math.isnan(source[0]["probability"])
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from perl_jax.evaluation import intervals, statistics as statistics_lib
+from perl_jax.evaluation import intervals
+from perl_jax.evaluation import statistics as statistics_lib
 from perl_jax.evaluation.intervals import Estimate
 
 NOISE = np.random.default_rng(7)

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 
 from perl_jax.errors import UserError
 from perl_jax.evaluation.intervals import Estimate
-from perl_jax.evaluation.report import curves, formats, headline, plots
-from perl_jax.evaluation.report import write_report
+from perl_jax.evaluation.report import curves, formats, headline, plots, write_report
 from perl_jax.evaluation.report.load import Run, read_experiment
 from perl_jax.evaluation.report.markup import Html, table, tag
 from tests.synthetic_run import NASTY, make_experiment, make_run

@@ -164,8 +164,7 @@ def test_conversations_as_text_for_a_model():
     assert (
         prompt.startswith("movie: Night Train (1999)\n")
         and response.endswith("Night Train (1999).\n")
-        or "Night Train (1999)?" in response
-    )
+    ) or "Night Train (1999)?" in response
 
 
 def test_a_language_models_text_becomes_a_passage_that_ends_in_the_recommendation():

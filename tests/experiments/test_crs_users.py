@@ -86,7 +86,7 @@ def test_chosen_keeps_the_largest():
 
 
 def made(config):
-    names = {movie: "x" for movie in MOVIES}
+    names = dict.fromkeys(MOVIES, "x")
     rows = [
         tiny_redial.row(
             1, [("s", "scary night please"), ("r", "@1 and @2")], names, liked=("1", "2")

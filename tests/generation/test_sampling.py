@@ -14,7 +14,8 @@ import pytest
 from perl_jax.errors import UserError
 from perl_jax.generation import sampling
 from perl_jax.generation.sampling import SamplingConfig
-from perl_jax.hub import families, weights as hf_checkpoint
+from perl_jax.hub import families
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
@@ -241,7 +242,7 @@ def test_draws_over_several_blocks_follow_the_softmax(vocabulary):
     p_V = weights_V / weights_V.sum()
     logits_BV = jnp.broadcast_to(jnp.log(jnp.asarray(weights_V, jnp.float32)), (n, vocabulary))
     drawn = np.array(jax.jit(sampling.draw)(keys(n), logits_BV))
-    assert 0 <= drawn.min() and drawn.max() < vocabulary
+    assert drawn.min() >= 0 and drawn.max() < vocabulary
     blocks = np.arange(vocabulary) // 128
     # Pearson's statistic over blocks, then over single tokens: its mean is the number of cells - 1,
     # its variance twice that.

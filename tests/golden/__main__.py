@@ -13,7 +13,7 @@ import pathlib
 import sys
 import tempfile
 
-import tests.conftest  # noqa: F401  Sets what JAX reads when it is imported.
+import tests.conftest
 from tests.golden import runs
 
 

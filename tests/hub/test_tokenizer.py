@@ -26,7 +26,7 @@ CHAT = (
 
 
 def words(*more: str, template: str | None = None) -> Tokenizer:
-    tokenizer = tokenizer_lib.word_tokenizer([*"the cat sat user assistant".split(), *more])
+    tokenizer = tokenizer_lib.word_tokenizer([*["the", "cat", "sat", "user", "assistant"], *more])
     tokenizer.inner.chat_template = template
     return Tokenizer(tokenizer.inner)
 

@@ -345,7 +345,7 @@ def test_explicit_nulls_mean_the_default(llama):
     small.change_config(llama, rope_theta=500.0)
     assert families.read_config(llama).rope.theta == 500.0
     small.change_config(
-        llama, **{name: ... for name in nulls}, tie_word_embeddings=..., rms_norm_eps=...
+        llama, **dict.fromkeys(nulls, ...), tie_word_embeddings=..., rms_norm_eps=...
     )
     config = families.read_config(llama)
     assert (config.kv_heads, config.head_dim, config.tied_embeddings, config.norm_epsilon) == (

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora as lora_lib, quantise
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import quantise
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.generation import sampling
 from perl_jax.generation.continuous import ContinuousSampler

@@ -141,7 +141,7 @@ def test_a_confident_token_keeps_its_gradient_in_bfloat16():
     # difference of bfloat16 numbers near 1 (spacing 2^-8) would round to 0.
     logits_BTV = jnp.array([[[8.0, 0.0], [0.0, 0.0]]], jnp.bfloat16)
     tokens_BT = jnp.array([[0, 0]])
-    total = lambda x: jnp.sum(logprobs.next_token_logprobs(x, tokens_BT))  # noqa: E731
+    total = lambda x: jnp.sum(logprobs.next_token_logprobs(x, tokens_BT))
     gradient_BTV = jax.grad(total)(logits_BTV)
     assert gradient_BTV.dtype == jnp.bfloat16
     first_V = gradient_BTV[0, 0].astype(np.float32)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.models import attention, microbatches as microbatches_lib, passes
+from perl_jax.models import attention, passes
+from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models.language_model import full_weights
 from perl_jax.models.packing import pack
 from perl_jax.objectives import policy_gradient, supervised
@@ -54,7 +55,7 @@ LENGTHS = [7, 1, 3, 0, 5, 5, 2, 7]
 
 def real_tokens(tokens: Tokens, group: int) -> int:
     first_B = np.arange(len(tokens.tokens_BT)) % group == 0
-    return int((tokens.response_BT.sum() + (tokens.valid_BT & ~tokens.response_BT)[first_B].sum()))
+    return int(tokens.response_BT.sum() + (tokens.valid_BT & ~tokens.response_BT)[first_B].sum())
 
 
 @pytest.mark.parametrize(("group", "parts"), [(1, 1), (1, 4), (4, 1), (4, 2)])

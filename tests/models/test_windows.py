@@ -15,7 +15,8 @@ import pytest
 from perl_jax.generation import sampling
 from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.sampling import SamplingConfig
-from perl_jax.hub import families, weights as hf_checkpoint
+from perl_jax.hub import families
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import attention_paths, for_devices
 from perl_jax.models import stacks
 from perl_jax.models.config import Rope

@@ -40,7 +40,7 @@ MODULES = (
 
 
 def main() -> None:
-    import tests.conftest  # noqa: F401  Sets what JAX reads when it is imported.
+    import tests.conftest
 
     for name in MODULES:
         importlib.import_module(name)

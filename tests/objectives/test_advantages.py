@@ -65,7 +65,7 @@ def test_overlong_penalty_by_hand(wrap):
 def test_shape_scores_by_hand(wrap):
     real_B = jnp.array([True, True, True, False])
     score_B = jnp.array([1.0, 2.0, 6.0, NAN])
-    shape = lambda **options: wrap(lambda s: advantages.shape_scores(s, real_B, **options))  # noqa: E731
+    shape = lambda **options: wrap(lambda s: advantages.shape_scores(s, real_B, **options))
     np.testing.assert_array_equal(shape()(score_B), score_B)
     np.testing.assert_array_equal(shape(clip=1.5)(-score_B)[:3], [-1, -1.5, -1.5])
     # Mean 3, squares 4, 1, 9 over 3 - 1: the deviations divided by sqrt 7, the mean kept.
@@ -110,7 +110,7 @@ def test_token_rewards_add_up_to_the_terminal_return(wrap):
     rewards_BT = wrap(advantages.token_rewards)(0.7 * score_B, kl_BT, mask_BT, 0.3)
     return_B = advantages.terminal_return(score_B, np.sum(kl_BT * mask_BT, axis=1), 0.3)
     np.testing.assert_allclose(rewards_BT.sum(axis=1), return_B, rtol=1e-5, atol=1e-6)
-    total = lambda s, k: jnp.sum(jnp.square(advantages.token_rewards(s, k, mask_BT, 0.3)))  # noqa: E731
+    total = lambda s, k: jnp.sum(jnp.square(advantages.token_rewards(s, k, mask_BT, 0.3)))
     assert all(np.all(g == 0) for g in wrap(jax.grad(total, (0, 1)))(score_B, kl_BT))
 
 

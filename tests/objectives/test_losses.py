@@ -52,7 +52,7 @@ def test_sums_add_and_divide_once(wrap):
     ],
 )
 def test_reduce_tokens_by_hand(wrap, normalise, length, total, weight, slopes):
-    reduce = lambda x, m: losses.reduce_tokens(x, m, normalise, length)  # noqa: E731
+    reduce = lambda x, m: losses.reduce_tokens(x, m, normalise, length)
     check(wrap(reduce)(-LOGP_BT, MASK_BT), total, weight)
     gradient_BT = wrap(jax.grad(lambda x: reduce(x, MASK_BT).total))(-LOGP_BT)
     one, two = slopes
@@ -94,7 +94,7 @@ def test_bradley_terry_by_hand(wrap):
         expected = -np.log(1 / 2) - 0.5 * np.log(second)
         check(wrap(losses.bradley_terry)(chosen_B, rejected_B, weight_B, margin), expected, 1.5)
     # d/dc = sigmoid(c - r) - 1 times the weight; d/dr its opposite.
-    total = lambda c, r: losses.bradley_terry(c, r, weight_B).total  # noqa: E731
+    total = lambda c, r: losses.bradley_terry(c, r, weight_B).total
     to_chosen_B, to_rejected_B = wrap(jax.grad(total, (0, 1)))(chosen_B, rejected_B)
     np.testing.assert_allclose(to_chosen_B, [-1 / 4, -1 / 3, 0], rtol=1e-6)
     np.testing.assert_allclose(to_rejected_B, [1 / 4, 1 / 3, 0], rtol=1e-6)
@@ -114,7 +114,7 @@ def test_bradley_terry_of_raters_who_disagree(wrap):
     # One number for all rows: nobody preferred the first. sigmoid(-log 3) = 1/4, sigmoid(log 2) =
     # 2/3.
     check(compute(chosen_B, rejected_B, 0.0), -np.log(1 / 4) - 0.5 * np.log(2 / 3), 1.5)
-    slope = lambda c: losses.bradley_terry(c, rejected_B, weight_B, probability=share_B).total  # noqa: E731
+    slope = lambda c: losses.bradley_terry(c, rejected_B, weight_B, probability=share_B).total
     np.testing.assert_allclose(wrap(jax.grad(slope))(chosen_B), [0, -1 / 3, 0], atol=1e-7)
 
 
@@ -122,7 +122,7 @@ def test_centring_keeps_a_pair_around_zero(wrap):
     # 0.1 (chosen + rejected)^2 beside the loss: 0.1 (3 + 1)^2 = 1.6, and 0.5 times 0.1 (-2 + 1)^2.
     chosen_B, rejected_B = jnp.array([3.0, -2.0, NAN]), jnp.array([1.0, 1.0, NAN])
     weight_B = jnp.array([1.0, 0.5, 0.0])
-    total = lambda c, r, centring: losses.bradley_terry(c, r, weight_B, centring=centring).total  # noqa: E731
+    total = lambda c, r, centring: losses.bradley_terry(c, r, weight_B, centring=centring).total
     compute = wrap(jax.value_and_grad(lambda c, r: total(c, r, 0.1), (0, 1)))
     plain = wrap(jax.value_and_grad(lambda c, r: total(c, r, 0.0), (0, 1)))
     (value, slopes), (bare, bare_slopes) = (
@@ -199,7 +199,7 @@ PREFERENCE = tuple(
     ids=["dpo", "smoothed", "soft", "ipo"],
 )
 def test_preference_by_hand(wrap, options, total, slopes):
-    preference = lambda c, r, w: losses.preference(c, r, w, beta=0.5, **options)  # noqa: E731
+    preference = lambda c, r, w: losses.preference(c, r, w, beta=0.5, **options)
     check(wrap(preference)(*PREFERENCE), total, 1.5)
     compute = wrap(jax.grad(lambda c, r: preference(c, r, PREFERENCE[2]).total, (0, 1)))
     to_chosen_B, to_rejected_B = compute(*PREFERENCE[:2])
@@ -230,7 +230,7 @@ def test_binary_cross_entropy_by_hand(wrap):
     expected = 2 * -np.log(3 / 4) + 2 * -np.log(1 / 4)
     check(wrap(losses.binary_cross_entropy)(score_B, label_B, weight_B), expected, 4)
     # d/ds = (sigmoid(s) - y) times the weight.
-    total = lambda s: losses.binary_cross_entropy(s, label_B, weight_B).total  # noqa: E731
+    total = lambda s: losses.binary_cross_entropy(s, label_B, weight_B).total
     np.testing.assert_allclose(wrap(jax.grad(total))(score_B), [-1 / 4, 3 / 4, 1 / 2, 0], rtol=1e-6)
 
 
@@ -257,7 +257,7 @@ def test_reinforce_by_hand(wrap):
     check(wrap(losses.reinforce)(LOGP_BT, advantage_BT, MASK_BT), 3, 2)
     token = wrap(lambda *a: losses.reinforce(*a, normalise="token"))
     check(token(LOGP_BT, advantage_BT, MASK_BT), 3, 3)
-    mean = lambda p, a: losses.reinforce(p, a, MASK_BT).mean  # noqa: E731
+    mean = lambda p, a: losses.reinforce(p, a, MASK_BT).mean
     to_logp_BT, to_advantage_BT = wrap(jax.grad(mean, (0, 1)))(LOGP_BT, advantage_BT)
     np.testing.assert_allclose(to_logp_BT, [[0, -3, -0.25], [0, 0, 0.5], [0, 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(to_advantage_BT, np.zeros((3, 3)))
@@ -270,7 +270,7 @@ def test_value_loss_by_hand(wrap):
     check(wrap(losses.value_loss)(values_BT, returns_BT, MASK_BT), 6, 2)
     token = wrap(lambda *a: losses.value_loss(*a, normalise="token"))
     check(token(values_BT, returns_BT, MASK_BT), 6, 3)
-    total = lambda v, z: losses.value_loss(v, z, MASK_BT).total  # noqa: E731
+    total = lambda v, z: losses.value_loss(v, z, MASK_BT).total
     to_values_BT, to_returns_BT = wrap(jax.grad(total, (0, 1)))(values_BT, returns_BT)
     np.testing.assert_allclose(to_values_BT, [[0, -2, 4], [0, 0, 2], [0, 0, 0]], rtol=1e-6)
     np.testing.assert_array_equal(to_returns_BT, np.zeros((3, 3)))
@@ -283,9 +283,9 @@ def test_value_loss_kept_near_the_old_values(wrap):
     returns_BT = jnp.array([[NAN, 2.0, 2.0, 2.0], [-1.0, NAN, NAN, NAN]])
     values_BT = jnp.array([[NAN, 1.0, 4.0, 5.0], [0.0, NAN, NAN, NAN]])
     old_BT = jnp.array([[NAN, 0.0, 4.25, 3.0], [1.0, NAN, NAN, NAN]])
-    clipped = lambda v, z, o: losses.value_loss(v, z, mask_BT, old_BT=o, clip=0.5)  # noqa: E731
+    clipped = lambda v, z, o: losses.value_loss(v, z, mask_BT, old_BT=o, clip=0.5)
     check(wrap(clipped)(values_BT, returns_BT, old_BT), 2.25 + 4 + 9 + 2.25, 2)
-    total = lambda *arrays_BT: clipped(*arrays_BT).total  # noqa: E731
+    total = lambda *arrays_BT: clipped(*arrays_BT).total
     to_values_BT, *others = wrap(jax.grad(total, (0, 1, 2)))(values_BT, returns_BT, old_BT)
     # Where the bound holds, V moves nothing.
     np.testing.assert_allclose(to_values_BT, [[0, 0, 4, 6], [0, 0, 0, 0]], rtol=1e-6)
@@ -315,7 +315,7 @@ def test_kl_loss_by_hand(wrap):
     )
     np.testing.assert_array_equal(to_weight_B, np.zeros(3))
     for name in ("k2", "k3"):
-        total = lambda p, n=name: losses.kl_loss(p, ref_BT, MASK_BT, n).total  # noqa: E731
+        total = lambda p, n=name: losses.kl_loss(p, ref_BT, MASK_BT, n).total
         gradient_BT = wrap(jax.grad(total))(LOGP_BT)
         expected_BT = [[0, LOG2, -LOG3], [0, 0, 0], [0, 0, 0]]
         np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-5)

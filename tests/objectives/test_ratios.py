@@ -71,7 +71,7 @@ def test_importance_ratio_by_hand(wrap, level, rows, slopes):
 )
 def test_the_log_ratio_is_clamped_where_it_is_used(wrap, level, log_first, log_second):
     old_BT = older(15, 16, -30)
-    compute = lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level)  # noqa: E731
+    compute = lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level)
     expected_BT = np.ones(MASK_BT.shape)
     expected_BT[MASK_BT] = np.exp([*log_first, log_second])
     np.testing.assert_allclose(wrap(compute)(LOGP_BT), expected_BT, rtol=1e-4)
@@ -103,9 +103,9 @@ CORNERS = [
 
 def test_clipped_in_every_corner(wrap):
     ratio_T, advantage_T, loss_T, slope_T = np.array(CORNERS, np.float32).T
-    pad = lambda x_T: np.concatenate([[NAN], x_T]).astype(np.float32)[None]  # noqa: E731
+    pad = lambda x_T: np.concatenate([[NAN], x_T]).astype(np.float32)[None]
     mask_BT = np.arange(len(CORNERS) + 1)[None] > 0
-    loss = lambda r, a: losses.clipped(r, a, mask_BT, low=0.2, high=0.3, normalise="token")  # noqa: E731
+    loss = lambda r, a: losses.clipped(r, a, mask_BT, low=0.2, high=0.3, normalise="token")
     found = wrap(loss)(pad(ratio_T), pad(advantage_T))
     np.testing.assert_allclose(
         found.total, np.sum([-2.6, -2.5, -2.2, -1, 1.6, 1.6, 1.8, 3, -5, 0]), rtol=1e-6
@@ -156,7 +156,7 @@ def test_at_the_sampling_policy_clipping_is_reinforce(wrap, normalise, length):
             ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.2, normalise=normalise, length=length
         ).mean
 
-    reinforce = lambda p: losses.reinforce(p, advantage_BT, MASK_BT, normalise, length=length).mean  # noqa: E731
+    reinforce = lambda p: losses.reinforce(p, advantage_BT, MASK_BT, normalise, length=length).mean
     gradient_BT = wrap(jax.grad(clipped))(LOGP_BT)
     np.testing.assert_allclose(gradient_BT, wrap(jax.grad(reinforce))(LOGP_BT), rtol=1e-6)
     assert np.abs(gradient_BT).max() > 0.1
@@ -174,7 +174,7 @@ def test_stale_samples_weigh_their_truncated_ratio(wrap):
     advantage_BT = np.full(MASK_BT.shape, NAN, np.float32)
     advantage_BT[MASK_BT] = [6, 0.5, -1]
     old_BT = older(LOG3, -LOG2, LOG2)
-    loss = lambda p, o, a: losses.reinforce(p, a, MASK_BT, old_BT=o, most=1.5)  # noqa: E731
+    loss = lambda p, o, a: losses.reinforce(p, a, MASK_BT, old_BT=o, most=1.5)
     found = wrap(loss)(LOGP_BT, old_BT, advantage_BT)
     np.testing.assert_allclose(found.total, 2 * (9 + 0.25 - 1.5), rtol=1e-6)
     assert found.weight == 2

@@ -7,7 +7,6 @@ import pytest
 from perl_jax.planning import hlo, hlo_loops, hlo_text
 from perl_jax.planning.hlo import Collective
 
-
 # -- the text ------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from perl_jax.hub.presets import model_config
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.planning import starting
-from perl_jax.planning.config import JOBS, PlanConfig, READING
+from perl_jax.planning.config import JOBS, READING, PlanConfig
 from perl_jax.planning.jobs import plan_job, planned_model
 from perl_jax.planning.known import COMMANDS, planned_for
 from perl_jax.planning.measure import measure

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.rewards.compose import Composite, KINDS, Term, read_terms
+from perl_jax.rewards.compose import KINDS, Composite, Term, read_terms
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
-from perl_jax.rewards.rules import ExactMatch, Format, Length, RULES, Words
+from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Words
 
 LENGTH = {"kind": "length", "maximum": 1}
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.rewards.judge import Judge, TEMPLATE, chat_url, read_number
+from perl_jax.rewards.judge import TEMPLATE, Judge, chat_url, read_number
 
 SHORT = "{prompt}|{response}"
 

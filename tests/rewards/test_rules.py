@@ -8,7 +8,7 @@ import pytest
 from perl_jax.data.store import DataOptions
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
-from perl_jax.rewards.rules import ExactMatch, Format, Length, RULES, Regex, Words
+from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Regex, Words
 
 
 def rewards(rule, *responses, rows=None):
@@ -179,13 +179,13 @@ def test_an_empty_batch_is_an_empty_column(rule):
 
 
 def test_the_table_names_every_rule():
-    assert RULES == {
+    assert {
         "length": Length,
         "format": Format,
         "regex": Regex,
         "exact_match": ExactMatch,
         "words": Words,
-    }
+    } == RULES
 
 
 @pytest.mark.parametrize(

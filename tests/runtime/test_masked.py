@@ -48,7 +48,7 @@ def test_variance_by_hand(run):
 
 def test_whitening_by_hand(run):
     # Unbiased variance 7, so deviations -2, -1, 3 divided by sqrt(7); the mean is 3.
-    whiten = lambda shift: lambda x, m: masked.masked_whiten(x, m, shift_mean=shift)  # noqa: E731
+    whiten = lambda shift: lambda x, m: masked.masked_whiten(x, m, shift_mean=shift)
     root = np.sqrt(7.0)
     shifted_BT = run(whiten(True), X_BT, MASK_BT)
     np.testing.assert_allclose(shifted_BT, [[-2 / root, -1 / root, 0], [3 / root, 0, 0]], rtol=1e-6)

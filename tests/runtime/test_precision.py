@@ -80,7 +80,9 @@ def test_every_product_of_a_model_states_its_precision(dtype, found, attention):
     backward = precisions(jax.grad(functools.partial(loss, lm)), adapter, base, TOKENS)
     # In a bfloat16 model's backward pass float32 sums meet bfloat16 numbers: nothing is forced
     # there either.
-    assert backward == found or dtype == "bfloat16" and not any(highest for _, highest in backward)
+    assert backward == found or (
+        dtype == "bfloat16" and not any(highest for _, highest in backward)
+    )
     if attention == "plain":
         for parts in (False, True):
             assert precisions(functools.partial(step, lm, parts), base, adapter, TOKENS) == found

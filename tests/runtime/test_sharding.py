@@ -172,7 +172,7 @@ def test_full_weights_and_their_moments_are_placed_like_the_base(name):
     optimizers = {"policy": make_optimizer(OptimizerConfig(name=name), 10, "full")}
     role = full_weights(model.base).replace(head=small.make_head(lm))
     state = model.place(init_state({"policy": role}, optimizers, jax.random.key(0)))
-    seen = {leaf: 0 for leaf in model.lm.base_shardings()}
+    seen = dict.fromkeys(model.lm.base_shardings(), 0)
     for path, leaf in trees.named_leaves(state).items():
         mirrored = [
             n

@@ -25,8 +25,8 @@ from perl_jax.training import layouts, reward, rl
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.types import Layout
 from tests import small
-from tests.training import tiny
 from tests.rollouts import EOS, RECORD, Rehearsal, placed_model, prompts, rl_config
+from tests.training import tiny
 
 LM = small.changed(layers=2)
 BASE = small.make_base(LM)

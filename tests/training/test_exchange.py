@@ -18,7 +18,8 @@ from safetensors import numpy as safetensors
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.hub import artefacts, exchange, weights as hf_checkpoint
+from perl_jax.hub import artefacts, exchange
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import Model, ModelOptions, TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer, word_tokenizer
 from perl_jax.runtime import trees
@@ -76,7 +77,9 @@ def model(request, models) -> Model:
 
 def write_base(folder: pathlib.Path, kind: str = "llama", **settings: Any) -> pathlib.Path:
     write_random(folder, kind, **settings)
-    word_tokenizer("good bad fine tea coffee please yes no thanks".split()).save(folder)
+    word_tokenizer(["good", "bad", "fine", "tea", "coffee", "please", "yes", "no", "thanks"]).save(
+        folder
+    )
     return folder
 
 

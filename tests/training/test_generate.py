@@ -28,7 +28,21 @@ def model(base):
 @pytest.fixture(scope="module")
 def texts() -> list[dict[str, str]]:
     """Prompts and responses of many lengths, in the words of the task."""
-    source = "add 2 large latte oat ; add 1 small tea none ; here".split()
+    source = [
+        "add",
+        "2",
+        "large",
+        "latte",
+        "oat",
+        ";",
+        "add",
+        "1",
+        "small",
+        "tea",
+        "none",
+        ";",
+        "here",
+    ]
     return [
         {"prompt": " ".join(source[:n]), "response": " ".join(source[-m:])}
         for n, m in ((1, 1), (3, 5), (8, 2), (2, 9), (11, 4))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slots
-from perl_jax.data.pipeline import BatchSpec, Batches
+from perl_jax.data.pipeline import Batches, BatchSpec
 from perl_jax.data.tokenise import Ragged, TokenRows
 from perl_jax.hub.model import Model
 from perl_jax.objectives.algorithms import AlgorithmConfig

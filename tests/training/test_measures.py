@@ -21,10 +21,12 @@ from perl_jax.generation.sampling import Rollout
 from perl_jax.models import passes
 from perl_jax.objectives.losses import LossSum
 from perl_jax.rewards import scoring
-from perl_jax.runs import folder as folder_lib, provenance
+from perl_jax.runs import folder as folder_lib
+from perl_jax.runs import provenance
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import Share
-from perl_jax.training import configs, cost, dpo, fit, loop as loop_lib, reward, rl
+from perl_jax.training import configs, cost, dpo, fit, reward, rl
+from perl_jax.training import loop as loop_lib
 from perl_jax.training.configs import DPOConfig
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.training.state import TrainState

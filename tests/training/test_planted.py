@@ -22,7 +22,8 @@ from perl_jax.evaluation import compare, intervals, statistics
 from perl_jax.generation import programs
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.runtime import trees
-from perl_jax.training import dpo, loop as loop_lib, reward, rl, sft
+from perl_jax.training import dpo, reward, rl, sft
+from perl_jax.training import loop as loop_lib
 from perl_jax.training.configs import DPOConfig
 from tests import small
 from tests.training import tiny

@@ -21,7 +21,8 @@ from perl_jax.objectives import supervised
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runtime import trees
-from perl_jax.training import rl, step as step_lib
+from perl_jax.training import rl
+from perl_jax.training import step as step_lib
 from perl_jax.training.experience import Judged, assemble, one_pass
 from perl_jax.training.layouts import LEVELS
 from perl_jax.training.rl_config import KLConfig

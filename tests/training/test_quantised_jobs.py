@@ -13,7 +13,8 @@ from perl_jax.generation.text import GenerateConfig, generate
 from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
 from perl_jax.hub.model import ModelOptions, load_model
-from perl_jax.training import reward as reward_lib, rl, sft
+from perl_jax.training import reward as reward_lib
+from perl_jax.training import rl, sft
 from tests.training import tiny
 
 LOW = QuantiseConfig("int8", 4)

@@ -21,7 +21,8 @@ from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs import metrics as metrics_lib
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import programs, sharding, trees
-from perl_jax.training import base as base_lib, loop, reward, rl, sft
+from perl_jax.training import base as base_lib
+from perl_jax.training import loop, reward, rl, sft
 from perl_jax.training.configs import DPOConfig, SFTConfig
 from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import KLConfig, RLConfig

@@ -14,7 +14,8 @@ import pytest
 from perl_jax.data.config import DataConfig
 from perl_jax.data.splits import check_splits, shared
 from perl_jax.errors import UserError
-from perl_jax.training import base as base_lib, dpo, reward, rl, sft
+from perl_jax.training import base as base_lib
+from perl_jax.training import dpo, reward, rl, sft
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
 from perl_jax.training.rl_config import RLConfig
 

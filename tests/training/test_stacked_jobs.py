@@ -14,7 +14,9 @@ from perl_jax.errors import UserError
 from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
 from perl_jax.runtime import trees
-from perl_jax.training import reward as reward_lib, rl, sft as sft_lib
+from perl_jax.training import reward as reward_lib
+from perl_jax.training import rl
+from perl_jax.training import sft as sft_lib
 from tests import small
 from tests.training import tiny
 
@@ -35,7 +37,7 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
     tuned = rl.run_rl(tiny.rl_config(tmp_path / "rl", jobs.base, None, reward, **fields))
     for folder in (sft, reward, tuned):
         adapter, record = model.load_role(folder)
-        assert record.under == {name: 5 for name in ("q", "k", "v", "o")} and record.lora == TOP
+        assert record.under == dict.fromkeys(("q", "k", "v", "o"), 5) and record.lora == TOP
         small.assert_same(
             jax.device_get(adapter.under), jax.device_get(lora.frozen_pairs(below, 2))
         )

@@ -19,7 +19,8 @@ from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.errors import UserError
 from perl_jax.evaluation import compare
 from perl_jax.hub import artefacts
-from perl_jax.runs import folder as folder_lib, provenance
+from perl_jax.runs import folder as folder_lib
+from perl_jax.runs import provenance
 from perl_jax.runs.provenance import source_of
 from perl_jax.runtime import files
 from perl_jax.training import roles

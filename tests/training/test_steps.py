@@ -19,7 +19,8 @@ import optax
 import pytest
 
 from perl_jax.adapters.lora import Adapter, LoRAConfig
-from perl_jax.models import microbatches as microbatches_lib, passes
+from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import policy_gradient, preference, supervised
 from perl_jax.objectives.algorithms import AlgorithmConfig

@@ -23,8 +23,8 @@ from perl_jax.training import reward
 from perl_jax.types import Tokens
 from tests.hub.test_chat import CHATML, GEMMAS, LINE, byte_tokenizer
 from tests.hub.test_families import write_random
-from tests.training.test_exchange import load, write_peft
 from tests.paths import SMOLLM
+from tests.training.test_exchange import load, write_peft
 
 ROWS = [
     {"prompt": "What is it?", "chosen": "A cat, I think.", "rejected": "No."},

@@ -35,7 +35,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
 import work
 
 LAYERS, WIDTH = work.MODEL["num_hidden_layers"], work.MODEL["hidden_size"]

@@ -21,7 +21,7 @@ import work
 
 from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
 from perl_jax.data.config import DataConfig
-from perl_jax.data.pipeline import BatchSpec, Batches, make_batches
+from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
 from perl_jax.data.tasks import get_task
 from perl_jax.generation import programs as programs_lib
 from perl_jax.generation.config import RolloutConfig
@@ -31,7 +31,9 @@ from perl_jax.models.language_model import resting
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding
-from perl_jax.training import cost, fit, optimizers as optimizers_lib, reward as reward_lib, rl
+from perl_jax.training import cost, fit, rl
+from perl_jax.training import optimizers as optimizers_lib
+from perl_jax.training import reward as reward_lib
 from perl_jax.training.configs import RewardConfig
 from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import KLConfig, RLConfig

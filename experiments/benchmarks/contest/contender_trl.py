@@ -208,7 +208,7 @@ def training(settings: Settings, folder: str, batch: int) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "use_cpu": DEVICE == "cpu",
-        "bf16": DTYPE == torch.bfloat16,
+        "bf16": torch.bfloat16 == DTYPE,
         "per_device_train_batch_size": settings.at_once,
         "gradient_accumulation_steps": batch // settings.at_once,
         "max_steps": 10**6,

@@ -39,13 +39,13 @@ import numpy as np
 import optax
 import qwix
 import transformers
+import work
 from flax import nnx
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as llama_params
 from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
-import work
 from work import ALPHA, KL_WEIGHT, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, RANK, SAMPLES
 
 JOB = "rl-function"

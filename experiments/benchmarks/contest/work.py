@@ -162,7 +162,7 @@ def weights(random: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
     """
     width, dtype = MODEL["hidden_size"], np.float32
     if SIZE.dtype == "bfloat16":
-        from ml_dtypes import bfloat16 as dtype  # noqa: PLC0415  contenders read this module too, and need not have it
+        from ml_dtypes import bfloat16 as dtype
 
     def matrix(shape: tuple[int, int]) -> np.ndarray:
         return (random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))).astype(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats
 from perl_jax.evaluation.report.load import (
-    Experiment,
     JOB_NAMES,
     POLICY_JOBS,
+    Experiment,
     Run,
     entry,
     estimate,

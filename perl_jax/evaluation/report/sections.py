@@ -11,8 +11,8 @@ from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats, plots
 from perl_jax.evaluation.report.headline import DASH, judge_text
 from perl_jax.evaluation.report.load import (
-    Experiment,
     JOB_NAMES,
+    Experiment,
     Run,
     entry,
     estimate,
