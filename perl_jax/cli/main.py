@@ -18,12 +18,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Transformers says at import that it has no torch, which is how it should be here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
-from perl_jax.errors import Stopped, TrainingError, UserError, require
-from perl_jax.runtime import platforms
+from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
+from perl_jax.runtime import platforms  # noqa: E402
 
 platforms.without_absent_chips()
 
-import tyro
+import tyro  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

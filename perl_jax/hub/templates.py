@@ -113,7 +113,7 @@ class _Generation(ext.Extension):
     alone.
     """
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  jinja2 reads this attribute of the class
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

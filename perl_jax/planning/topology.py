@@ -83,7 +83,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     """
     generation, shape = _split(name)
     try:
-        import libtpu
+        import libtpu  # noqa: F401  only whether it is there
     except ImportError as error:
         raise UserError(
             "perl-jax plan needs libtpu: pip install -c constraints.txt -e '.[plan]'"

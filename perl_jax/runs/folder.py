@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -12,7 +13,6 @@ from perl_jax import errors
 from perl_jax.runs import provenance
 from perl_jax.runs.metrics import environment
 from perl_jax.runtime import files, hosts
-
 
 # What a run stands on, beside its config.json.
 STANDS = "stands.json"
@@ -26,9 +26,10 @@ def open_run(job: str, config: Any) -> pathlib.Path:
     """Makes the run's folder, or checks that the one there belongs to the same command.
 
     Raises UserError naming every setting that differs: a resumed run with another learning rate
-    would be neither the old run nor a new one. So are processes with different settings refused, and
-    a folder that is not the same one on all of them. Refused in the same way is a run, finished or not,
-    of which anything that it stands on has changed since it began (`stands`, noted in stands.json).
+    would be neither the old run nor a new one. So are processes with different settings refused,
+    and a folder that is not the same one on all of them. Refused in the same way is a run, finished
+    or not, of which anything that it stands on has changed since it began (`stands`, noted in
+    stands.json).
     """
     folder = pathlib.Path(config.run)
     path = folder / "config.json"
@@ -38,15 +39,25 @@ def open_run(job: str, config: Any) -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         # Before the config, whose presence says that the run has begun.
         files.write_json(folder / STANDS, now)
-        files.write_json(path, {"config": values, "environment": environment(), "command": sys.argv})
+        files.write_json(
+            path, {"config": values, "environment": environment(), "command": sys.argv}
+        )
     hosts.barrier("run opened")
-    errors.require(path.exists(), f"There is no {path} on process {jax.process_index()}; --run must be a folder that all hosts share.")
+    errors.require(
+        path.exists(),
+        f"There is no {path} on process {jax.process_index()}; --run must be a folder that all "
+        "hosts share.",
+    )
     found = files.read_json(path)
     whole = isinstance(found, dict) and isinstance(found.get("config"), dict)
-    errors.require(whole, f"{path} does not say which settings the run began with; use another --run.")
+    errors.require(
+        whole, f"{path} does not say which settings the run began with; use another --run."
+    )
     differing = _differences(found["config"], values)
     errors.require(
-        not differing, f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same ones, or another --run."
+        not differing,
+        f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same ones, "
+        "or another --run.",
     )
     _check_stands(folder, now)
     return folder
@@ -56,13 +67,23 @@ def _check_stands(folder: pathlib.Path, now: provenance.Prints) -> None:
     """UserError naming what a run stands on that is not what it was."""
     if not hosts.agreed((folder / STANDS).exists()):
         if hosts.is_writer():
-            print(f"{folder} was begun by an earlier version, which did not note what it stands on: whether that has changed is not known.", flush=True)
+            print(
+                f"{folder} was begun by an earlier version, which did not note what it stands on: "
+                "whether that has changed is not known.",
+                flush=True,
+            )
         return
     before = files.read_json(folder / STANDS)
-    errors.require(isinstance(before, dict), f"{folder / STANDS} does not hold a JSON object; use another --run.")
+    errors.require(
+        isinstance(before, dict),
+        f"{folder / STANDS} does not hold a JSON object; use another --run.",
+    )
     other = provenance.changed(before, now)
     errors.require(
-        not other, f"{folder} holds a run that began with something else: changed since {'has' if len(other) == 1 else 'have'} {', '.join(other)}; put back what was there, or use another --run."
+        not other,
+        f"{folder} holds a run that began with something else: changed since "
+        f"{'has' if len(other) == 1 else 'have'} {', '.join(other)}; put back what was there, or "
+        "use another --run.",
     )
 
 
@@ -78,7 +99,9 @@ def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
             files.write_json(folder / name, value)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     out = []
     for name in sorted({*found, *wanted} - {"run", *_FREE}):
         a, b = found.get(name), wanted.get(name)

@@ -230,10 +230,11 @@ class MetricsWriter:
 
 
 class SamplesWriter:
-    """Appends the samples of a validation to `folder/validation_samples.jsonl`: objects whose first key is `step`.
+    """Appends the samples of a validation to `folder/validation_samples.jsonl`: objects whose first
+    key is `step`.
 
-    A resumed writer drops, as `MetricsWriter` does, what was written after the checkpoint it resumes from. The file
-    is made with its first row.
+    A resumed writer drops, as `MetricsWriter` does, what was written after the checkpoint it
+    resumes from. The file is made with its first row.
     """
 
     def __init__(self, folder: Path, resume_step: int | None):

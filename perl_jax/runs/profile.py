@@ -12,12 +12,15 @@ import jax
 class Profile:
     """While entered, `step` traces the steps that were asked for: devices, host and Python.
 
-    A run of consecutive steps is one trace, `folder/plugins/profile/TIME/HOST.xplane.pb`. Processes of
-    one run trace into folders of their own, process-N, because those on one host would have one name.
+    A run of consecutive steps is one trace, `folder/plugins/profile/TIME/HOST.xplane.pb`. Processes
+    of one run trace into folders of their own, process-N, because those on one host would have one
+    name.
     """
 
     def __init__(self, folder: pathlib.Path, steps: tuple[int, ...]) -> None:
-        self.folder = folder / f"process-{jax.process_index()}" if jax.process_count() > 1 else folder
+        self.folder = (
+            folder / f"process-{jax.process_index()}" if jax.process_count() > 1 else folder
+        )
         self._steps = frozenset(steps)
         self._open = False
 

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np

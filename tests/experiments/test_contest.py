@@ -16,10 +16,10 @@ CONTEST = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks" / "co
 # Behind everything else: other experiments have modules of the same names.
 sys.path.append(str(CONTEST))
 os.environ.pop("CONTEST_SIZE", None)  # figures below are of the default
-import ceiling
-import contender
-import report
-import work
+import ceiling  # noqa: E402
+import contender  # noqa: E402
+import report  # noqa: E402
+import work  # noqa: E402
 
 GROUPS = [(5, (3, 7)), (2, (1, 1, 4))]
 

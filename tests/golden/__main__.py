@@ -13,7 +13,7 @@ import pathlib
 import sys
 import tempfile
 
-import tests.conftest
+import tests.conftest  # noqa: F401  sets what JAX reads when it is imported
 from tests.golden import runs
 
 

@@ -40,7 +40,7 @@ MODULES = (
 
 
 def main() -> None:
-    import tests.conftest
+    import tests.conftest  # noqa: F401  sets what JAX reads when it is imported
 
     for name in MODULES:
         importlib.import_module(name)

@@ -19,7 +19,8 @@ import pytest
 
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.hub import artefacts, weights as hf_checkpoint
+from perl_jax.hub import artefacts
+from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.artefacts import Record
 from perl_jax.models.config import Rope
 from perl_jax.runs import checkpoints as checkpoints_lib
@@ -31,7 +32,9 @@ from tests import small
 
 BASE = small.make_base()
 OPTIMIZERS = {
-    "policy": make_optimizer(OptimizerConfig(name="adamw", learning_rate=1e-3, warmup_steps=2, schedule="cosine"), 10),
+    "policy": make_optimizer(
+        OptimizerConfig(name="adamw", learning_rate=1e-3, warmup_steps=2, schedule="cosine"), 10
+    ),
     "reward": make_optimizer(OptimizerConfig(name="adafactor", head_learning_rate=1e-2), 10),
 }
 
@@ -47,8 +50,16 @@ def fingerprint() -> str:
 
 def make_state(seed: int = 0, lora: LoRAConfig = small.LORA) -> TrainState:
     """Two roles with unlike optimizers and a frozen one; no leaf is zero or like another."""
-    roles = {name: small.make_adapter(lora=lora, seed=seed + i, head=name == "reward") for i, name in enumerate(OPTIMIZERS)}
-    state = init_state(roles, OPTIMIZERS, jax.random.key(seed), frozen={"reference": small.make_adapter(lora=lora, seed=9, head=False)})
+    roles = {
+        name: small.make_adapter(lora=lora, seed=seed + i, head=name == "reward")
+        for i, name in enumerate(OPTIMIZERS)
+    }
+    state = init_state(
+        roles,
+        OPTIMIZERS,
+        jax.random.key(seed),
+        frozen={"reference": small.make_adapter(lora=lora, seed=9, head=False)},
+    )
     noise = np.random.default_rng(seed)
     fill = lambda leaf: jnp.asarray(9 * noise.random(leaf.shape) + 1, leaf.dtype)
     return state.replace(step=jnp.int32(2), optimizers=jax.tree.map(fill, state.optimizers))
@@ -68,7 +79,9 @@ def at_step(step: int) -> TrainState:
 
 def abstract(state: TrainState) -> TrainState:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state
+    )
 
 
 @pytest.fixture
@@ -93,7 +106,10 @@ def test_a_state_comes_back_bit_for_bit(folder):
     small.assert_same(jax.tree.map(np.array, restored), saved)
     assert restored_host == host and again.latest_step() == 2
     names = set(trees.named_leaves(restored))
-    assert "roles/reward/head/kernel" in names and "frozen/reference/lora/layers/mlp/up/lora_b" in names
+    assert (
+        "roles/reward/head/kernel" in names
+        and "frozen/reference/lora/layers/mlp/up/lora_b" in names
+    )
     assert any(name.startswith("optimizers/policy") and "mu" in name for name in names)
     assert any(name.startswith("optimizers/reward") and "head" in name for name in names)
 
@@ -103,7 +119,9 @@ def test_a_restored_state_lies_where_it_is_asked_to(folder):
     checkpoints.save(the_state(), {})
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), the_state())
+    specs = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), the_state()
+    )
     restored, _ = checkpoints.restore(specs)
     checkpoints.close()
     assert {leaf.sharding for leaf in jax.tree.leaves(restored)} == {place}
@@ -112,7 +130,12 @@ def test_a_restored_state_lies_where_it_is_asked_to(folder):
 def stored_leaves(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what lies in a checkpoint's state, by its own metadata."""
     tree = json.loads((folder / "_METADATA").read_text())["tree_metadata"]
-    return {"/".join(part["key"] for part in entry["key_metadata"]): tuple(entry["value_metadata"].get("write_shape") or ()) for entry in tree.values()}
+    return {
+        "/".join(part["key"] for part in entry["key_metadata"]): tuple(
+            entry["value_metadata"].get("write_shape") or ()
+        )
+        for entry in tree.values()
+    }
 
 
 def test_no_base_leaf_is_saved(folder):
@@ -133,8 +156,18 @@ def test_no_base_leaf_is_saved(folder):
 
 def test_the_last_and_the_best_are_kept(folder):
     checkpoints = Checkpoints(folder, keep=2, best="accuracy")
-    for step, accuracy in ((1, 0.6), (2, 0.9), (3, None), (4, 0.7), (5, None), (6, 0.9 - 1e-9), (7, 0.8)):
-        checkpoints.save(at_step(step), {"step": step}, None if accuracy is None else {"accuracy": accuracy})
+    for step, accuracy in (
+        (1, 0.6),
+        (2, 0.9),
+        (3, None),
+        (4, 0.7),
+        (5, None),
+        (6, 0.9 - 1e-9),
+        (7, 0.8),
+    ):
+        checkpoints.save(
+            at_step(step), {"step": step}, None if accuracy is None else {"accuracy": accuracy}
+        )
     kept = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     assert kept == [2, 6, 7] and checkpoints.best_step() == 2 and checkpoints.latest_step() == 7
     for step in kept:
@@ -182,7 +215,9 @@ def test_a_checkpoint_of_another_job_is_refused(folder):
     checkpoints.save(the_state(), {})
     for lora in (LoRAConfig(rank=3, targets="all-linear"), LoRAConfig(rank=5, targets="q")):
         other = jax.eval_shape(functools.partial(make_state, lora=lora))
-        with pytest.raises(UserError, match=f"The checkpoint of step 2 in {folder} does not fit this job"):
+        with pytest.raises(
+            UserError, match=f"The checkpoint of step 2 in {folder} does not fit this job"
+        ):
             checkpoints.restore(abstract(other))
     checkpoints.close()
 
@@ -200,14 +235,22 @@ def flip(path: pathlib.Path, draw: random.Random) -> str:
 
 
 def files_below(folder: pathlib.Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
 
 
 @functools.cache
 def few_leaves() -> TrainState:
     """A state that is quick to save."""
     lora = LoRAConfig(rank=2, targets="q")
-    state = init_state({"policy": small.make_adapter(lora=lora, head=False)}, {"policy": OPTIMIZERS["policy"]}, jax.random.key(0))
+    state = init_state(
+        {"policy": small.make_adapter(lora=lora, head=False)},
+        {"policy": OPTIMIZERS["policy"]},
+        jax.random.key(0),
+    )
     return state.replace(step=jnp.int32(3))
 
 
@@ -238,7 +281,9 @@ def test_one_flipped_bit_in_a_checkpoint_never_passes(tmp_path, times):
         else:
             # The one before it, or the very same.
             step = int(state.step)
-            small.assert_same(jax.tree.map(np.array, state), jax.tree.map(np.array, {3: older, 4: newer}[step]))
+            small.assert_same(
+                jax.tree.map(np.array, state), jax.tree.map(np.array, {3: older, 4: newer}[step])
+            )
             assert host == {"cursor": step} and best == 3, where
             seen["older" if step == 3 else "newer"] += 1
         shutil.rmtree(folder)
@@ -259,7 +304,10 @@ def test_a_damaged_array_is_named_and_the_checkpoint_before_it_taken(folder, cap
         kernel["lora_b"] = kernel["lora_b"].at[0, 1, 3].mul(-1)
         checkpointer.save(folder / "4" / "state", moved)
     again = Checkpoints(folder)
-    with pytest.raises(UserError, match=r"The checkpoint of step 4 in .* is damaged \(roles/policy/lora/layers/attention/q/lora_b\)"):
+    with pytest.raises(
+        UserError,
+        match=r"The checkpoint of step 4 in .* is damaged \(roles/policy/lora/layers/attention/q/lora_b\)",
+    ):
         again.restore(abstract(older))
     state, host = again.restore_newest(abstract(older))
     assert int(state.step) == 3 and host == {"cursor": 3}
@@ -278,14 +326,19 @@ def test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused(folder):
     assert json.loads(path.read_text()) == {"cursor": 3}
     path.write_text(json.dumps({"cursor": 4}))
     again = Checkpoints(folder, best="accuracy")
-    with pytest.raises(UserError, match=r"The checkpoint of step 3 in .* is damaged \(its data cursor\)"):
+    with pytest.raises(
+        UserError, match=r"The checkpoint of step 3 in .* is damaged \(its data cursor\)"
+    ):
         again.restore(abstract(few_leaves()))
     again.close()
     path.write_text(json.dumps({"cursor": 3}))
     measured = folder / "3" / "metrics" / "metrics"
     assert json.loads(measured.read_text()) == {"accuracy": 0.5}
     measured.write_text(json.dumps({"accuracy": 0.75}))
-    with pytest.raises(UserError, match=r"The checkpoint of step 3 in .* is damaged \(its checksums or its metrics\)"):
+    with pytest.raises(
+        UserError,
+        match=r"The checkpoint of step 3 in .* is damaged \(its checksums or its metrics\)",
+    ):
         Checkpoints(folder, best="accuracy")
 
 
@@ -299,7 +352,9 @@ def test_a_checkpoint_of_which_a_part_is_gone_gives_way_to_the_one_before_it(fol
     again = Checkpoints(folder, keep=3)
     state, host = again.restore_newest(abstract(few_leaves()))
     again.close()
-    assert (int(state.step), host) == (3, {"cursor": 3}) and capsys.readouterr().out.count("It is removed, and the run goes on from step 3.") == 2
+    assert (int(state.step), host) == (3, {"cursor": 3}) and capsys.readouterr().out.count(
+        "It is removed, and the run goes on from step 3."
+    ) == 2
 
 
 def test_a_checkpoint_without_checksums_is_read_as_before(folder):
@@ -318,13 +373,27 @@ def test_a_checkpoint_without_checksums_is_read_as_before(folder):
 
 
 def record(role: str = "reward", **fields) -> Record:
-    values = {"tuning": "lora", "lora": small.LORA, "has_head": True, "base_name": "tiny", "base_fingerprint": fingerprint()}
-    values |= {"tokenizer_fingerprint": "f" * 16, "step": 12, "metrics": {"accuracy": 0.75}, "score_mean": 0.5, "score_std": 2.0}
+    values = {
+        "tuning": "lora",
+        "lora": small.LORA,
+        "has_head": True,
+        "base_name": "tiny",
+        "base_fingerprint": fingerprint(),
+    }
+    values |= {
+        "tokenizer_fingerprint": "f" * 16,
+        "step": 12,
+        "metrics": {"accuracy": 0.75},
+        "score_mean": 0.5,
+        "score_std": 2.0,
+    }
     return Record(role=role, **values | fields)
 
 
 def load(folder, role: str = "reward", **options):
-    return artefacts.load_artefact(folder, small.LM, weights=weights(), base_name="tiny", role=role, **options)
+    return artefacts.load_artefact(
+        folder, small.LM, weights=weights(), base_name="tiny", role=role, **options
+    )
 
 
 @pytest.fixture
@@ -340,9 +409,18 @@ def change_record(folder: pathlib.Path, **fields) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "lora without head", "full"])
 def test_artefacts_come_back_bit_for_bit(tmp_path, kind):
-    adapter = {"lora": small.make_adapter(), "lora without head": small.make_adapter(head=False), "full": small.make_full(BASE)}[kind]
+    adapter = {
+        "lora": small.make_adapter(),
+        "lora without head": small.make_adapter(head=False),
+        "full": small.make_full(BASE),
+    }[kind]
     role = "policy" if adapter.head is None else "reward"
-    written = record(role, has_head=adapter.head is not None, tuning="full" if kind == "full" else "lora", lora=adapter.config)
+    written = record(
+        role,
+        has_head=adapter.head is not None,
+        tuning="full" if kind == "full" else "lora",
+        lora=adapter.config,
+    )
     artefacts.save_artefact(tmp_path / "a", adapter, written)
     loaded, read = load(tmp_path / "a", role)
     assert read == written and loaded.config == adapter.config
@@ -375,7 +453,11 @@ def test_a_fresh_process_scores_identically(tmp_path, artefact):
     tokens = small.make_tokens()
     hf_checkpoint.save_base(tmp_path / "model", small.CONFIG, BASE, small.TOKEN_IDS)
     np.savez(tmp_path / "batch.npz", tokens=tokens.tokens_BT, valid=tokens.valid_BT)
-    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path)],
+        check=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
     score_B, normalised_B = np.load(tmp_path / "scores.npy")
     expected_B = small.score(small.LM, BASE, small.make_adapter(), tokens)
     np.testing.assert_array_equal(score_B, expected_B)
@@ -419,7 +501,11 @@ def test_another_base_is_refused_and_both_are_named(artefact):
     other = trees.fingerprint(jax.tree.map(lambda leaf: 1.5 * np.array(leaf), BASE))
     with pytest.raises(UserError) as error:
         artefacts.load_artefact(artefact, small.LM, weights=other, base_name="other", role="reward")
-    for text in (str(artefact), f"tiny ({fingerprint()})", f"other ({artefacts.base_fingerprint(small.CONFIG, other)})"):
+    for text in (
+        str(artefact),
+        f"tiny ({fingerprint()})",
+        f"other ({artefacts.base_fingerprint(small.CONFIG, other)})",
+    ):
         assert text in str(error.value)
 
 
@@ -430,8 +516,12 @@ def test_another_role_is_refused(artefact):
 
 @pytest.mark.parametrize("role", ["reward", "value"])
 def test_a_scoring_artefact_without_its_head_is_refused(tmp_path, role):
-    artefacts.save_artefact(tmp_path / "a", small.make_adapter(head=False), record(role, has_head=False))
-    with pytest.raises(UserError, match=f"{tmp_path}/a is a {role} artefact without its scalar head"):
+    artefacts.save_artefact(
+        tmp_path / "a", small.make_adapter(head=False), record(role, has_head=False)
+    )
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/a is a {role} artefact without its scalar head"
+    ):
         load(tmp_path / "a", role)
 
 
@@ -464,7 +554,9 @@ def test_a_missing_tree_is_refused(artefact):
 
 def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=f"{path} is not an artefact: there is no artefact.json in it"):
+        with pytest.raises(
+            UserError, match=f"{path} is not an artefact: there is no artefact.json in it"
+        ):
             load(path)
     change_record(artefact, format=3, surprise=True)
     with pytest.raises(UserError, match="has format 3; this version reads formats 1 and 2"):
@@ -485,7 +577,10 @@ def test_the_newest_checkpoint_is_none_that_was_set_aside_or_is_half_written(tmp
     for name, size in {"9": 3, "10": 5, "11.damaged": 7, "12.orbax-checkpoint-tmp-1": 11}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_bytes(b"x" * size)
-    assert checkpoints_lib.saved_steps(tmp_path) == [9, 10] and checkpoints_lib.newest_bytes(tmp_path) == 5
+    assert (
+        checkpoints_lib.saved_steps(tmp_path) == [9, 10]
+        and checkpoints_lib.newest_bytes(tmp_path) == 5
+    )
 
 
 def test_bytes_of_a_folder(tmp_path):
@@ -499,13 +594,18 @@ def test_an_abstract_adapter_has_the_trees_shapes():
     for adapter, tuning in ((small.make_adapter(), "lora"), (small.make_full(BASE), "full")):
         specs = artefacts.abstract_adapter(small.LM, tuning, adapter.config, True)
         assert isinstance(specs, Adapter)
-        shapes = lambda tree: {name: (leaf.shape, leaf.dtype) for name, leaf in trees.named_leaves(tree).items()}
+        shapes = lambda tree: {
+            name: (leaf.shape, leaf.dtype) for name, leaf in trees.named_leaves(tree).items()
+        }
         assert shapes(specs) == shapes(adapter)
 
 
 @pytest.mark.parametrize("times", FLIPS)
 def test_one_flipped_bit_in_an_artefact_never_passes(tmp_path, times):
-    adapter, written = small.make_adapter(lora=LoRAConfig(rank=2, targets="q")), record(lora=LoRAConfig(rank=2, targets="q"))
+    adapter, written = (
+        small.make_adapter(lora=LoRAConfig(rank=2, targets="q")),
+        record(lora=LoRAConfig(rank=2, targets="q")),
+    )
     artefacts.save_artefact(tmp_path / "whole", adapter, written)
     caught, draw = [], random.Random(0)
     for name in times * files_below(tmp_path / "whole"):
@@ -526,15 +626,22 @@ def test_one_flipped_bit_in_an_artefact_never_passes(tmp_path, times):
 def test_an_array_that_is_not_the_saved_one_is_refused(artefact):
     values = json.loads((artefact / artefacts.RECORD).read_text())
     name, text = next(iter(values["digests"].items()))
-    change_record(artefact, digests=values["digests"] | {name: text[:-1] + ("0" if text[-1] != "0" else "1")})
-    with pytest.raises(UserError, match=f"The tree in {artefact} is damaged: {name} is not what was saved"):
+    change_record(
+        artefact, digests=values["digests"] | {name: text[:-1] + ("0" if text[-1] != "0" else "1")}
+    )
+    with pytest.raises(
+        UserError, match=f"The tree in {artefact} is damaged: {name} is not what was saved"
+    ):
         load(artefact)
 
 
 def test_a_record_edited_by_hand_is_refused(artefact):
     path = artefact / artefacts.RECORD
     path.write_text(path.read_text().replace('"score_std": 2.0', '"score_std": 3.0'))
-    with pytest.raises(UserError, match="artefact.json is damaged: it does not have the checksum that it was written with"):
+    with pytest.raises(
+        UserError,
+        match="artefact.json is damaged: it does not have the checksum that it was written with",
+    ):
         load(artefact)
 
 
@@ -549,9 +656,14 @@ def test_artefacts_of_format_1_are_read(artefact):
     # Nothing but their fields can be compared: one that is broken is named.
     broken = {
         "was trained on the base": values | {"base_fingerprint": fingerprint()},
-        "Record needs the field role": {name: value for name, value in values.items() if name != "role"},
-        "Record has no field rolf": {"rolf" if name == "role" else name: value for name, value in values.items()},
-        "artefact.role is 'rewarf'; it must be one of policy, reward, value": values | {"role": "rewarf"},
+        "Record needs the field role": {
+            name: value for name, value in values.items() if name != "role"
+        },
+        "Record has no field rolf": {
+            "rolf" if name == "role" else name: value for name, value in values.items()
+        },
+        "artefact.role is 'rewarf'; it must be one of policy, reward, value": values
+        | {"role": "rewarf"},
         "artefact.tuning is 'mora'; it must be one of lora, full": values | {"tuning": "mora"},
         "artefact.json says nothing of its adapter's size": values | {"lora": None},
     }
@@ -573,14 +685,26 @@ def test_artefacts_of_format_1_are_read(artefact):
         ({"attention_cap": 50.0}, False),
         ({"activation": "gelu_tanh"}, False),
         ({"query_scale": 0.5}, False),
-        ({"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "unroll": 3, "attention": "blocked", "max_positions": 128}, True),
+        (
+            {
+                "dtype": "bfloat16",
+                "param_dtype": "bfloat16",
+                "remat": "full",
+                "unroll": 3,
+                "attention": "blocked",
+                "max_positions": 128,
+            },
+            True,
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
 def test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for(artefact, fields, same):
     lm = small.changed(**fields)
     assert (artefacts.base_fingerprint(lm.config, weights()) == fingerprint()) is same
-    read = lambda: artefacts.load_artefact(artefact, lm, weights=weights(), base_name="tiny", role="reward")
+    read = lambda: artefacts.load_artefact(
+        artefact, lm, weights=weights(), base_name="tiny", role="reward"
+    )
     if same:
         small.assert_same(read()[0], small.make_adapter())
     else:
