@@ -72,9 +72,13 @@ def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) 
 
 
 def baseline(
-    train: Sequence[str], train_labels: Sequence[float], validation: Sequence[str], validation_labels: Sequence[float],
-    test: Sequence[str], test_labels: Sequence[float],
-) -> tuple[dict[str, float], np.ndarray]:  # fmt: skip
+    train: Sequence[str],
+    train_labels: Sequence[float],
+    validation: Sequence[str],
+    validation_labels: Sequence[float],
+    test: Sequence[str],
+    test_labels: Sequence[float],
+) -> tuple[dict[str, float], np.ndarray]:
     """AUC and balanced accuracy on test rows, and the rows' scores; C and the threshold are chosen
     on validation rows."""
     vectors = TfIdf(train)

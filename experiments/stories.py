@@ -125,9 +125,17 @@ def main() -> int:
     )
     terms = json.dumps(TERMS)
     job = RLConfig(
-        model=arguments.model, run=str(root / "rl"), data=data, terms=terms, steps=arguments.steps, batch_size=64, checkpoint_every=20,
-        temperature=0.7, algorithm=AlgorithmConfig("rloo"), kl=KLConfig(target=TARGET, horizon=640),
-    )  # fmt: skip
+        model=arguments.model,
+        run=str(root / "rl"),
+        data=data,
+        terms=terms,
+        steps=arguments.steps,
+        batch_size=64,
+        checkpoint_every=20,
+        temperature=0.7,
+        algorithm=AlgorithmConfig("rloo"),
+        kl=KLConfig(target=TARGET, horizon=640),
+    )
     policy = run_rl(job)
     measured = {}
     for name, adapter in (("pretrained", None), ("after RL", str(policy))):
@@ -137,10 +145,16 @@ def main() -> int:
         # and an end.
         measured[name] = run_best_of(
             BestOfConfig(
-                model=arguments.model, policy=adapter, terms=terms, n=8, data=data, split="test", output=str(path),
+                model=arguments.model,
+                policy=adapter,
+                terms=terms,
+                n=8,
+                data=data,
+                split="test",
+                output=str(path),
                 shaping=ShapingConfig(missing_eos_penalty=0.0),
             )
-        )  # fmt: skip
+        )
     rows = read_metrics(root / "rl" / "metrics.jsonl")
     measured["KL of the last 10 steps"] = float(np.mean([row["kl/sequence"] for row in rows[-10:]]))
     files.write_json(root / "measured.json", measured)

@@ -44,9 +44,16 @@ import ceiling_gpu
 import work
 
 MODEL = ModelConfig(
-    vocab_size=work.SIZE.vocabulary, width=work.SIZE.width, ffn_width=work.SIZE.ffn, layers=work.SIZE.layers, heads=work.SIZE.heads,
-    kv_heads=work.SIZE.kv_heads, head_dim=work.SIZE.head_dim, dtype=work.SIZE.dtype, param_dtype=work.SIZE.dtype,
-)  # fmt: skip
+    vocab_size=work.SIZE.vocabulary,
+    width=work.SIZE.width,
+    ffn_width=work.SIZE.ffn,
+    layers=work.SIZE.layers,
+    heads=work.SIZE.heads,
+    kv_heads=work.SIZE.kv_heads,
+    head_dim=work.SIZE.head_dim,
+    dtype=work.SIZE.dtype,
+    param_dtype=work.SIZE.dtype,
+)
 PROMPT = 64
 
 

@@ -116,10 +116,18 @@ def run(options: argparse.Namespace) -> None:
     )
     run_best_of(
         BestOfConfig(
-            model=model, policy=adapter, terms=json.dumps(TERMS), n=options.samples, batch_size=128, data=lengths, split="test", output=str(output),
-            temperature=options.temperature, seed=options.seed,
+            model=model,
+            policy=adapter,
+            terms=json.dumps(TERMS),
+            n=options.samples,
+            batch_size=128,
+            data=lengths,
+            split="test",
+            output=str(output),
+            temperature=options.temperature,
+            seed=options.seed,
         )
-    )  # fmt: skip
+    )
     # Prompts with an empty response have no line.
     found = {
         row["row"]: row["response"]

@@ -233,11 +233,22 @@ def run(options: argparse.Namespace) -> None:
         bucket_count=1,
     )
     job = RLConfig(
-        model=model, run=str(root / "rl"), policy=start, data=data, terms=TERMS, steps=steps(options.steps),
-        batch_size=SAMPLES * min(PROMPTS, len(train)), checkpoint_every=20, temperature=0.7, seed=options.seed,
-        algorithm=AlgorithmConfig("rloo", samples=SAMPLES), kl=KLConfig(beta=0.005),
-        optimizer=OptimizerConfig(name="adamw", learning_rate=options.rate, schedule="linear", warmup_steps=5),
-    )  # fmt: skip
+        model=model,
+        run=str(root / "rl"),
+        policy=start,
+        data=data,
+        terms=TERMS,
+        steps=steps(options.steps),
+        batch_size=SAMPLES * min(PROMPTS, len(train)),
+        checkpoint_every=20,
+        temperature=0.7,
+        seed=options.seed,
+        algorithm=AlgorithmConfig("rloo", samples=SAMPLES),
+        kl=KLConfig(beta=0.005),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=options.rate, schedule="linear", warmup_steps=5
+        ),
+    )
     trained = str(run_rl(job))
     genres = genres_of(redial.movies)
     whole = [query_tokens(case, settings.query, index.tokenizer) for case in test_cases]

@@ -94,9 +94,22 @@ def small_base(
     )
     model = root / "base" / "model"
     job = BaseConfig(
-        run=str(root / "base"), model=str(model), data=data, steps=steps, batch_size=16, evaluate_every=200, checkpoint_every=100,
-        width=128, ffn_width=384, layers=3, heads=4, kv_heads=2, vocab_size=2048, optimizer=OPTIMIZER, seed=seed,
-    )  # fmt: skip
+        run=str(root / "base"),
+        model=str(model),
+        data=data,
+        steps=steps,
+        batch_size=16,
+        evaluate_every=200,
+        checkpoint_every=100,
+        width=128,
+        ffn_width=384,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        vocab_size=2048,
+        optimizer=OPTIMIZER,
+        seed=seed,
+    )
     return str(train_base(job))
 
 
@@ -119,7 +132,13 @@ def adapter_of(
         max_response_length=lengths[1],
     )
     job = SFTConfig(
-        run=str(root / name), model=model, data=data, steps=steps, batch_size=min(32, len(parts["train"])),
-        evaluate_every=max(1, steps // 2), optimizer=OPTIMIZER, seed=seed,
-    )  # fmt: skip
+        run=str(root / name),
+        model=model,
+        data=data,
+        steps=steps,
+        batch_size=min(32, len(parts["train"])),
+        evaluate_every=max(1, steps // 2),
+        optimizer=OPTIMIZER,
+        seed=seed,
+    )
     return str(run_sft(job))

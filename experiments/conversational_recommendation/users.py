@@ -152,8 +152,13 @@ class UserRetriever:
     """A retriever whose scores similar seekers' conversations add to."""
 
     def __init__(
-        self, documents: Retriever, dialogues: Sequence[Dialogue], movies: Mapping[str, Movie], bm25: BM25Config, config: UserConfig,
-    ) -> None:  # fmt: skip
+        self,
+        documents: Retriever,
+        dialogues: Sequence[Dialogue],
+        movies: Mapping[str, Movie],
+        bm25: BM25Config,
+        config: UserConfig,
+    ) -> None:
         require(bool(dialogues), "There are no training conversations to choose from.")
         self.documents, self.config = documents, config
         tokenizer: Tokenizer = documents.tokenizer

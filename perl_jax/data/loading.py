@@ -40,9 +40,17 @@ def check_context(model: Model, config: DataConfig) -> None:
 
 
 def load_batches(
-    model: Model, config: DataConfig, kind: str, split: str, batch_size: int, seed: int | None, microbatches: int = 1,
-    *, most: int | None = None, lengths: tuple[int, ...] | None = None,
-) -> tuple[Batches, Any]:  # fmt: skip
+    model: Model,
+    config: DataConfig,
+    kind: str,
+    split: str,
+    batch_size: int,
+    seed: int | None,
+    microbatches: int = 1,
+    *,
+    most: int | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> tuple[Batches, Any]:
     """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up.
 
     most: the first so many rows only. lengths: padded lengths to take where they hold the rows, so

@@ -390,9 +390,18 @@ def _placed(lm: LanguageModel, state: Slots) -> Slots:
 
 
 def _admit(
-    lm: LanguageModel, config: SamplingConfig, place, base: Tree, adapter: Adapter | None, state: Slots,
-    tokens_AS: Array, valid_AS: Array, slot_AG: Array, row_AG: Array, key: Array,
-) -> Slots:  # fmt: skip
+    lm: LanguageModel,
+    config: SamplingConfig,
+    place,
+    base: Tree,
+    adapter: Adapter | None,
+    state: Slots,
+    tokens_AS: Array,
+    valid_AS: Array,
+    slot_AG: Array,
+    row_AG: Array,
+    key: Array,
+) -> Slots:
     """Reads prompts and puts each one's keys and values into the slots of its samples, with the
     first token of each.
     """

@@ -167,10 +167,15 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 
 def sampled_from(
-    lm: LanguageModel, base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int,
-    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge, fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
+    lm: LanguageModel,
+    base: Tree,
+    adapter: Adapter | None,
+    config: SamplingConfig,
+    tokens: int,
+    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge,
+    fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
     part: Callable[[Tree], stacks.Apart] = stacks.apart,
-) -> tuple[Tree, Adapter | None]:  # fmt: skip
+) -> tuple[Tree, Adapter | None]:
     """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a
     copy; full tuning's weights in the activations' dtype, to which each token's products would
     round them again; attention's projections fused, and layers apart, where the config says so.

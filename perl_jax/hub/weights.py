@@ -81,9 +81,12 @@ class Stored:
 
 
 def load_base(
-    folder: pathlib.Path, config: ModelConfig, shardings: Mapping[str, Sharding] | None = None, ignore: Collection[str] = (),
+    folder: pathlib.Path,
+    config: ModelConfig,
+    shardings: Mapping[str, Sharding] | None = None,
+    ignore: Collection[str] = (),
     finish: Callable[[str, jax.Array], Tree] | None = None,
-) -> Tree:  # fmt: skip
+) -> Tree:
     """The base tree of a folder's safetensors, one file or several with an index.
 
     shardings: of each leaf by its name; None: the default device. ignore: tensors that may be there

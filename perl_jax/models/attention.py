@@ -127,9 +127,17 @@ WIDE_BYTES, WIDE_BLOCKS = 2**28, 32
 
 
 def attend_blocked(
-    q_BTHK: Array, k_BTNK: Array, v_BTNK: Array, mask_BTS: Array, scale: float | None = None, cap: float | None = None, *,
-    read_BT: Array | None = None, packing: Packing | None = None, wide: bool = False,
-) -> jax.Array:  # fmt: skip
+    q_BTHK: Array,
+    k_BTNK: Array,
+    v_BTNK: Array,
+    mask_BTS: Array,
+    scale: float | None = None,
+    cap: float | None = None,
+    *,
+    read_BT: Array | None = None,
+    packing: Packing | None = None,
+    wide: bool = False,
+) -> jax.Array:
     """`attend` of a causal mask, row by row, queries in blocks that skip later keys.
 
     read_BT: queries whose output is read; blocks without any are left out, and their outputs are 0.

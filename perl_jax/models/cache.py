@@ -226,9 +226,14 @@ def written(part: Kept, new_B1NK: Array, column: Array, kind: CacheKind) -> Kept
 
 
 def attend_cached(
-    q_B1HK: Array, k_B1NK: Array, v_B1NK: Array, layer: tuple[Kept, Kept, Kept, Kept], visible_BS: Array,
-    scale: float | None = None, cap: float | None = None,
-) -> jax.Array:  # fmt: skip
+    q_B1HK: Array,
+    k_B1NK: Array,
+    v_B1NK: Array,
+    layer: tuple[Kept, Kept, Kept, Kept],
+    visible_BS: Array,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
     """One new token's attention over its prompt, over what its row has decoded, and over itself.
 
     layer: one layer of `Part.by_layer`. visible_BS: over prompt and own columns side by side.

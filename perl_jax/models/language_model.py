@@ -248,9 +248,18 @@ class LanguageModel:
         return self._logits(base, adapter, hidden_BTD, self._place())
 
     def logprobs(
-        self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, temperature: float = 1.0,
-        dropout_key: Array | None = None, *, start: int = 0, packing: Packing | None = None, wanted_BT: Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        self,
+        base: Tree,
+        adapter: Adapter | None,
+        tokens_BT: Array,
+        valid_BT: Array,
+        temperature: float = 1.0,
+        dropout_key: Array | None = None,
+        *,
+        start: int = 0,
+        packing: Packing | None = None,
+        wanted_BT: Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """logp_BT and entropy_BT of every token from column `start` on
         (`perl_jax.models.logprobs`); 0 before.
 
@@ -611,9 +620,16 @@ class LanguageModel:
         return jax.checkpoint(body, prevent_cse=False, policy=kept)
 
     def _scan(
-        self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, per_layer: Tree, place: Placement, backward: bool = False,
+        self,
+        layer: Callable,
+        base: Tree,
+        adapter: Adapter | None,
+        x: jax.Array,
+        per_layer: Tree,
+        place: Placement,
+        backward: bool = False,
         last: Callable | None = None,
-    ):  # fmt: skip
+    ):
         """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked
         outs.
 
@@ -720,9 +736,16 @@ class LanguageModel:
         return weights, under, chosen, block_of
 
     def _by_window(
-        self, layer: Callable, base: Tree, adapter: Adapter | None, x: jax.Array, caches: Mapping[int | None, Tree] | None, per_layer: Tree,
-        place: Placement, backward: bool = False,
-    ) -> tuple[jax.Array, dict[int | None, Tree]]:  # fmt: skip
+        self,
+        layer: Callable,
+        base: Tree,
+        adapter: Adapter | None,
+        x: jax.Array,
+        caches: Mapping[int | None, Tree] | None,
+        per_layer: Tree,
+        place: Placement,
+        backward: bool = False,
+    ) -> tuple[jax.Array, dict[int | None, Tree]]:
         """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window
         static; x, and the outs of the layers with each window.
 

@@ -116,9 +116,15 @@ def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
 
 
 def sequence_logprobs(
-    head: Callable[[jax.Array], jax.Array], hidden_BTD: Array, tokens_BT: Array, temperature: float = 1.0, *, start: int = 0, columns: int,
+    head: Callable[[jax.Array], jax.Array],
+    hidden_BTD: Array,
+    tokens_BT: Array,
+    temperature: float = 1.0,
+    *,
+    start: int = 0,
+    columns: int,
     frozen: bool = False,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """logp_BT and entropy_BT (`next_token_logprobs`, `next_token_entropy`) from hidden states,
     logits by pieces.
 

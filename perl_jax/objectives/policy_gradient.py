@@ -48,9 +48,18 @@ ExperienceOf = Callable[[Tree, jax.Array], tuple[Experience, Logs]]
 
 
 def policy_gradient_objective(
-    lm: LanguageModel, config: AlgorithmConfig, temperature: float, estimator: str, room: int,
-    roles: dict[str, Adapter], base: Tree, batch: Experience | Tree, key: jax.Array | None, *, experience_of: ExperienceOf | None = None,
-) -> tuple[LossSum, Logs]:  # fmt: skip
+    lm: LanguageModel,
+    config: AlgorithmConfig,
+    temperature: float,
+    estimator: str,
+    room: int,
+    roles: dict[str, Adapter],
+    base: Tree,
+    batch: Experience | Tree,
+    key: jax.Array | None,
+    *,
+    experience_of: ExperienceOf | None = None,
+) -> tuple[LossSum, Logs]:
     """The losses of policy and value model (`perl_jax.objectives.algorithms`), added.
 
     The sum is safe: the two share no trained leaf, and each role has its own optimizer. V(x_t) is

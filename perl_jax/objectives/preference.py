@@ -41,9 +41,18 @@ class Preferences:
 
 
 def preference_objective(
-    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Preferences, key: jax.Array | None,
-    *, kind: str, beta: float, label_smoothing: float, mean: bool, soft_labels: bool = False,
-) -> tuple[LossSum, Logs]:  # fmt: skip
+    lm: LanguageModel,
+    roles: dict[str, Adapter],
+    base: Tree,
+    batch: Preferences,
+    key: jax.Array | None,
+    *,
+    kind: str,
+    beta: float,
+    label_smoothing: float,
+    mean: bool,
+    soft_labels: bool = False,
+) -> tuple[LossSum, Logs]:
     """DPO or IPO (`losses.preference`) on log-ratios of whole responses, or of means over tokens.
 
     soft_labels: a row's probability p, where known, makes its label smoothing 1 - p.

@@ -35,9 +35,15 @@ def accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
 
 
 def pairwise_objective(
-    lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Pairs, key: jax.Array | None,
-    *, soft_labels: bool = False, centring: float = 0.0,
-) -> tuple[LossSum, Logs]:  # fmt: skip
+    lm: LanguageModel,
+    roles: dict[str, Adapter],
+    base: Tree,
+    batch: Pairs,
+    key: jax.Array | None,
+    *,
+    soft_labels: bool = False,
+    centring: float = 0.0,
+) -> tuple[LossSum, Logs]:
     """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in
     order, of those that have one.
 

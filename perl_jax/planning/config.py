@@ -128,9 +128,19 @@ class PlanConfig:
             {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
         )
         return JOBS[self.job](
-            run="-", model=self.model, tuning=self.tuning, dtype=self.dtype, remat=self.remat, quantise=self.quantise, lora=self.lora,
-            optimizer=self.optimizer, data=data, batch_size=self.batch, microbatches=self.microbatches, **more,
-        )  # fmt: skip
+            run="-",
+            model=self.model,
+            tuning=self.tuning,
+            dtype=self.dtype,
+            remat=self.remat,
+            quantise=self.quantise,
+            lora=self.lora,
+            optimizer=self.optimizer,
+            data=data,
+            batch_size=self.batch,
+            microbatches=self.microbatches,
+            **more,
+        )
 
     def _reading_config(self) -> ModelOptions:
         base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}

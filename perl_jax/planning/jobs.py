@@ -244,10 +244,16 @@ def _rl(model: Model, config: RLConfig) -> Planned:
         pieces.append(reading(programs.values, reward, state.roles["value"]))
         values_BT = each_BT
     judged = Judged(
-        rollout, numbers(batch), each_BT if before else None, state.controls["beta"],
-        each_BT if config.kl.reference != "none" else None, rows_of(model, jax.ShapeDtypeStruct((), bool)), values_BT,
-        greedy=greedy, greedy_score_P=None if greedy is None else numbers(batch // algorithm.group),
-    )  # fmt: skip
+        rollout,
+        numbers(batch),
+        each_BT if before else None,
+        state.controls["beta"],
+        each_BT if config.kl.reference != "none" else None,
+        rows_of(model, jax.ShapeDtypeStruct((), bool)),
+        values_BT,
+        greedy=greedy,
+        greedy_score_P=None if greedy is None else numbers(batch // algorithm.group),
+    )
     pieces.append(Piece(programs.assemble, (judged,), judged))
     experience = rows_of(model, result(programs.assemble, judged)[0])
     orders = ()

@@ -133,9 +133,15 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
 
 
 def _scores(
-    lm: LanguageModel, records: tuple[Record, ...], combine: str, ends: TurnEnd | None,
-    microbatches: int, base: Tree, rewards: Sequence[Adapter], tokens: Tokens,
-) -> tuple:  # fmt: skip
+    lm: LanguageModel,
+    records: tuple[Record, ...],
+    combine: str,
+    ends: TurnEnd | None,
+    microbatches: int,
+    base: Tree,
+    rewards: Sequence[Adapter],
+    tokens: Tokens,
+) -> tuple:
     tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
     def score(adapter: Adapter, record: Record) -> jax.Array:

@@ -43,9 +43,21 @@ NONFINITE_KEY = "nonfinite"
 RESERVED_KEYS = ("step", NONFINITE_KEY)
 EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
 PACKAGES = (
-    "perl_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "chex", "numpy",
-    "grain", "tensorflow-datasets", "transformers", "tokenizers", "safetensors",
-)  # fmt: skip
+    "perl_jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "chex",
+    "numpy",
+    "grain",
+    "tensorflow-datasets",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+)
 
 
 def scalar(name: str, value: Any) -> float:
@@ -396,8 +408,11 @@ def git_commit(folder: Path | None = None) -> str | None:
         try:
             done = subprocess.run(
                 ["git", "-C", str(folder), *arguments],
-                capture_output=True, text=True, timeout=10, check=True,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         outputs.append(done.stdout.strip())

@@ -98,9 +98,15 @@ class Program:
     """
 
     def __init__(
-        self, name: str, function: Callable, *, donate: tuple[int, ...] = (), limit: int = 8, out_shardings: Any = None,
+        self,
+        name: str,
+        function: Callable,
+        *,
+        donate: tuple[int, ...] = (),
+        limit: int = 8,
+        out_shardings: Any = None,
         compiler_options: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.limit = name, limit
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(

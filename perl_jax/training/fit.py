@@ -55,9 +55,13 @@ def step_program(model: Model, update: Callable, state: TrainState) -> Program:
 
 
 def initial_state(
-    model: Model, config: JobConfig, roles: dict[str, Adapter], optimizers: optimizers_lib.Optimizers, frozen: Mapping[str, Adapter] | None = None,
+    model: Model,
+    config: JobConfig,
+    roles: dict[str, Adapter],
+    optimizers: optimizers_lib.Optimizers,
+    frozen: Mapping[str, Adapter] | None = None,
     controls: Mapping[str, float] | None = None,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """Step 0, placed on the mesh; its arrays are its own."""
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
     given = (
@@ -69,8 +73,13 @@ def initial_state(
 
 
 def begin_program(
-    model: Model, optimizers: optimizers_lib.Optimizers, controls: Mapping[str, float] | None, roles: Tree, frozen: Tree, key: jax.Array | jax.ShapeDtypeStruct
-) -> Program:  # fmt: skip
+    model: Model,
+    optimizers: optimizers_lib.Optimizers,
+    controls: Mapping[str, float] | None,
+    roles: Tree,
+    frozen: Tree,
+    key: jax.Array | jax.ShapeDtypeStruct,
+) -> Program:
     """(roles, frozen roles, key data) -> the state of step 0, for arguments of these shapes."""
 
     def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:

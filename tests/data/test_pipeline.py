@@ -128,9 +128,16 @@ def test_equal_responses_are_counted_before_and_after_cutting():
     encoded = tokenise.tokenise(rows, "comparisons", Numbers(), 4, 3)
     np.testing.assert_array_equal(encoded.equal, [True, True, True, True, False])
     assert encoded.facts == {
-        "rows": 5, "cut": 3, "cut_prompts": 0, "cut_chosen": 2, "cut_rejected": 3, "cut_prompts_template_whole": 0, "rendered": 0, "equal_pairs": 1,
+        "rows": 5,
+        "cut": 3,
+        "cut_prompts": 0,
+        "cut_chosen": 2,
+        "cut_rejected": 3,
+        "cut_prompts_template_whole": 0,
+        "rendered": 0,
+        "equal_pairs": 1,
         "equal_after_cutting": 3,
-    }  # fmt: skip
+    }
     assert counts.said_of(encoded.facts, 4, 3) == [
         "3 of 5 rows were cut to fit: 2 chosen responses lost their end (max_response_length 3), "
         "3 rejected responses lost their end (max_response_length 3).",

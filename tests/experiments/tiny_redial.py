@@ -53,9 +53,14 @@ def message(worker: int, text: str) -> dict:
 
 
 def row(
-    number: int, said: Sequence[tuple[str, str]], names: dict[str, str | None], liked: Sequence[str] = (), seeker: int = SEEKER,
-    recommender: int = RECOMMENDER, suggested: Sequence[str] = (),
-) -> dict:  # fmt: skip
+    number: int,
+    said: Sequence[tuple[str, str]],
+    names: dict[str, str | None],
+    liked: Sequence[str] = (),
+    seeker: int = SEEKER,
+    recommender: int = RECOMMENDER,
+    suggested: Sequence[str] = (),
+) -> dict:
     """A dialogue as upstream writes it; said: (s or r, text) in order."""
     workers = {"s": seeker, "r": recommender}
     form = {

@@ -340,10 +340,15 @@ def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
     )
     monkeypatch.setattr(policy_gradient, "values", lambda *_: values_BT)
     batch = policy_gradient.Experience(
-        types.SimpleNamespace(response_BT=MASK_BT), old_BT, advantage_BT, target_BT,
+        types.SimpleNamespace(response_BT=MASK_BT),
+        old_BT,
+        advantage_BT,
+        target_BT,
         # As `experience_of` has it.
-        old_value_BT=old_values_BT if config.rule.advantage == "gae" and config.value_clip is not None else None,
-    )  # fmt: skip
+        old_value_BT=old_values_BT
+        if config.rule.advantage == "gae" and config.value_clip is not None
+        else None,
+    )
     roles = {"policy": None, "value": None}
     loss, logs = policy_gradient.policy_gradient_objective(
         None, config, 1.0, "k3", 8, roles, None, batch, None

@@ -307,10 +307,18 @@ def test_replies_that_are_no_chat_completion(server, reply):
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
-        ("7", 7), (" 7.", 7), ("8/10", 8), ("Score: **9** of 10", 9), ("I say 2.5, or 3", 2.5), ("v2 gives 4", 4), ("+3", 3), ("Rating-6", 6), ("10", 10),
+        ("7", 7),
+        (" 7.", 7),
+        ("8/10", 8),
+        ("Score: **9** of 10", 9),
+        ("I say 2.5, or 3", 2.5),
+        ("v2 gives 4", 4),
+        ("+3", 3),
+        ("Rating-6", 6),
+        ("10", 10),
         ("８", 8),
     ],
-)  # fmt: skip
+)
 def test_the_first_number_is_read(answer, score):
     assert read_number({"message": {"content": answer}}, 1, 10) == score
 

@@ -33,10 +33,35 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
 BATCH = 16
 SETTINGS = (
-    "--data.train-size", "32", "--data.evaluation-size", "16", "--data.max-prompt-length", "8", "--data.max-response-length", "8",
-    "--lora.rank", "5", "--lora.dropout", "0.2", "--optimizer.name", "adamw", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine",
-    "--batch-size", str(BATCH), "--microbatches", "2", "--steps", str(STEPS), "--evaluate-every", "4", "--checkpoint-every", "3",
-)  # fmt: skip
+    "--data.train-size",
+    "32",
+    "--data.evaluation-size",
+    "16",
+    "--data.max-prompt-length",
+    "8",
+    "--data.max-response-length",
+    "8",
+    "--lora.rank",
+    "5",
+    "--lora.dropout",
+    "0.2",
+    "--optimizer.name",
+    "adamw",
+    "--optimizer.learning-rate",
+    "3e-3",
+    "--optimizer.schedule",
+    "cosine",
+    "--batch-size",
+    str(BATCH),
+    "--microbatches",
+    "2",
+    "--steps",
+    str(STEPS),
+    "--evaluate-every",
+    "4",
+    "--checkpoint-every",
+    "3",
+)
 # What goes on from the jobs' policy has its dropout, which is none; a later option takes the place
 # of an earlier one.
 UNDROPPED = ("--lora.dropout", "0")
@@ -541,9 +566,13 @@ def test_processes_with_different_settings_are_refused(base, tmp_path):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_whose_fellows_do_not_come_says_so(index, tmp_path):
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PERL_JAX_CONNECT_SECONDS": "3", "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
-        "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index),
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PERL_JAX_CONNECT_SECONDS": "3",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+    }
     line = [sys.executable, "-m", "perl_jax", "sft", "--run", str(tmp_path / "run"), "--model", "m"]
     done = subprocess.run(
         line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE

@@ -18,10 +18,33 @@ from tests.xla import xla_flags
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 SETTINGS = (
-    "--data.train-size", "32", "--data.evaluation-size", "16", "--data.max-prompt-length", "8", "--data.max-response-length", "8",
-    "--lora.rank", "5", "--lora.dropout", "0.2", "--optimizer.learning-rate", "3e-3", "--optimizer.schedule", "cosine",
-    "--batch-size", "8", "--microbatches", "2", "--steps", str(STEPS), "--evaluate-every", "4", "--checkpoint-every", "2",
-)  # fmt: skip
+    "--data.train-size",
+    "32",
+    "--data.evaluation-size",
+    "16",
+    "--data.max-prompt-length",
+    "8",
+    "--data.max-response-length",
+    "8",
+    "--lora.rank",
+    "5",
+    "--lora.dropout",
+    "0.2",
+    "--optimizer.learning-rate",
+    "3e-3",
+    "--optimizer.schedule",
+    "cosine",
+    "--batch-size",
+    "8",
+    "--microbatches",
+    "2",
+    "--steps",
+    str(STEPS),
+    "--evaluate-every",
+    "4",
+    "--checkpoint-every",
+    "2",
+)
 
 pytestmark = pytest.mark.slow
 

@@ -268,9 +268,15 @@ def test_kl_of_an_evaluation_is_policy_over_baseline(jobs, model):
     batches, rows = loading.load_batches(model, tiny.DATA, "prompts", "test", 8, None)
     scorer = lambda models, rollout, row_B: (np.zeros(len(row_B), np.float32), {})
     job = compare.Evaluation(
-        model, programs.sample_program(model, 8, 1.0, RolloutConfig()), compare.logprob_program(model, 1.0, 8), {"proxy": (scorer, {})}, batches, rows,
-        get_task("orders"), 3,
-    )  # fmt: skip
+        model,
+        programs.sample_program(model, 8, 1.0, RolloutConfig()),
+        compare.logprob_program(model, 1.0, 8),
+        {"proxy": (scorer, {})},
+        batches,
+        rows,
+        get_task("orders"),
+        3,
+    )
     responses, prompts = compare.respond(job, policy, baseline)
     expected = []
     for prompt, response in zip(prompts, responses.tokens, strict=True):

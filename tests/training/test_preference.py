@@ -444,9 +444,14 @@ def test_the_best_is_the_one_that_rl_pays_most():
         "finished": np.asarray([False, True, True]),
     }
     assert chosen(texts_G, columns) == {
-        "response": "ended", "score": 0.5, "mean_score": pytest.approx(0.6), "reward": 0.5, "mean_reward": pytest.approx(0.8 / 3),
-        "finished": True, "mean_finished": pytest.approx(2 / 3),
-    }  # fmt: skip
+        "response": "ended",
+        "score": 0.5,
+        "mean_score": pytest.approx(0.6),
+        "reward": 0.5,
+        "mean_reward": pytest.approx(0.8 / 3),
+        "finished": True,
+        "mean_finished": pytest.approx(2 / 3),
+    }
 
 
 # So hot that tokens are nearly equally likely, eos the first of them now and then; the rule likes

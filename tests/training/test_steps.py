@@ -106,9 +106,12 @@ def group_experience() -> Experience:
     known, noise = experience(), np.random.default_rng(8)
     advantage_B = noise.standard_normal(8, np.float32)
     return Experience(
-        known.sequences, known.old_logp_BT, np.where(known.sequences.response_BT, advantage_B[:, None], 0).astype(np.float32),
-        reference_BT=known.old_logp_BT - 0.5, kl_weight_B=np.full(8, 0.3, np.float32),
-    )  # fmt: skip
+        known.sequences,
+        known.old_logp_BT,
+        np.where(known.sequences.response_BT, advantage_B[:, None], 0).astype(np.float32),
+        reference_BT=known.old_logp_BT - 0.5,
+        kl_weight_B=np.full(8, 0.3, np.float32),
+    )
 
 
 def reinforce(normalise: str) -> Callable:
@@ -177,10 +180,19 @@ EACH = [*list(CASES)[:-2], slow("reinforce by a length"), slow("reinforce a toke
 @pytest.mark.parametrize(
     ("name", "microbatches"),
     [
-        ("sft", 4), ("pairwise", 2), ("reinforce", 4), ("grpo", 4), slow("pointwise", 4), slow("reinforce a token", 2),
-        slow("sft", 2), slow("pairwise", 4), slow("pointwise", 2), slow("reinforce", 2), slow("reinforce a token", 4),
+        ("sft", 4),
+        ("pairwise", 2),
+        ("reinforce", 4),
+        ("grpo", 4),
+        slow("pointwise", 4),
+        slow("reinforce a token", 2),
+        slow("sft", 2),
+        slow("pairwise", 4),
+        slow("pointwise", 2),
+        slow("reinforce", 2),
+        slow("reinforce a token", 4),
     ],
-)  # fmt: skip
+)
 def test_microbatches_give_the_gradient_of_the_whole_batch(name, microbatches):
     whole = gradients(name, CASES[name].batch)
     assert trees.global_norm(whole[2]) > 0.01

@@ -171,8 +171,12 @@ def learning_curves(experiment: Experiment) -> Html:
     shown = grid(panels)
     kept = [tag("p", s) for run in experiment.runs_of("rl") if (s := kept_sentence(run))]
     return section(
-        "curves", "Learning curves", shown and tag("p", note, class_="note"), shown, *(kept if shown else ()),
-    )  # fmt: skip
+        "curves",
+        "Learning curves",
+        shown and tag("p", note, class_="note"),
+        shown,
+        *(kept if shown else ()),
+    )
 
 
 def kept_sentence(run: Run) -> str:
@@ -267,9 +271,12 @@ def gold_against_proxy(experiment: Experiment) -> Html:
         "proxy stands for. When the proxy rises and the gold reward falls, RL has gone too far."
     )
     return section(
-        "gold", "Gold reward against its proxy",
-        shown and tag("p", note, class_="note"), shown, *(sentences if shown else ()),
-    )  # fmt: skip
+        "gold",
+        "Gold reward against its proxy",
+        shown and tag("p", note, class_="note"),
+        shown,
+        *(sentences if shown else ()),
+    )
 
 
 def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:

@@ -144,21 +144,51 @@ COST_ROWS = (
         lambda r: bytes_text(r, "peak_bytes_measured"), "share", always=True),
 )  # fmt: skip
 REWARD_ROWS = (
-    Row("Held-out rows (groups)", lambda r: None,
-        lambda r: rows_text(*(reward_measure(r, name) for name in ("pairwise_accuracy", "auc", "correlation"))), "none"),
-    Row("Pairwise accuracy", lambda r: value_of(reward_measure(r, "pairwise_accuracy")),
-        lambda r: share_text(reward_measure(r, "pairwise_accuracy")), "points"),
-    Row("Noise ceiling of the labels", lambda r: number(r.evaluation, "noise_ceiling"),
-        lambda r: share_text(reward_measure(r, "noise_ceiling")), "none"),
-    Row("AUC", lambda r: value_of(reward_measure(r, "auc")),
-        lambda r: interval_text(reward_measure(r, "auc")), "difference"),
-    Row("Correlation with ratings", lambda r: value_of(reward_measure(r, "correlation")),
-        lambda r: interval_text(reward_measure(r, "correlation")), "difference"),
-    Row("Balanced accuracy", lambda r: value_of(reward_measure(r, "balanced_accuracy")),
-        lambda r: share_text(reward_measure(r, "balanced_accuracy")), "points"),
-    Row("Calibration error (ECE)", lambda r: value_of(reward_measure(r, "ece")),
-        lambda r: share_text(reward_measure(r, "ece")), "points"),
-)  # fmt: skip
+    Row(
+        "Held-out rows (groups)",
+        lambda r: None,
+        lambda r: rows_text(
+            *(reward_measure(r, name) for name in ("pairwise_accuracy", "auc", "correlation"))
+        ),
+        "none",
+    ),
+    Row(
+        "Pairwise accuracy",
+        lambda r: value_of(reward_measure(r, "pairwise_accuracy")),
+        lambda r: share_text(reward_measure(r, "pairwise_accuracy")),
+        "points",
+    ),
+    Row(
+        "Noise ceiling of the labels",
+        lambda r: number(r.evaluation, "noise_ceiling"),
+        lambda r: share_text(reward_measure(r, "noise_ceiling")),
+        "none",
+    ),
+    Row(
+        "AUC",
+        lambda r: value_of(reward_measure(r, "auc")),
+        lambda r: interval_text(reward_measure(r, "auc")),
+        "difference",
+    ),
+    Row(
+        "Correlation with ratings",
+        lambda r: value_of(reward_measure(r, "correlation")),
+        lambda r: interval_text(reward_measure(r, "correlation")),
+        "difference",
+    ),
+    Row(
+        "Balanced accuracy",
+        lambda r: value_of(reward_measure(r, "balanced_accuracy")),
+        lambda r: share_text(reward_measure(r, "balanced_accuracy")),
+        "points",
+    ),
+    Row(
+        "Calibration error (ECE)",
+        lambda r: value_of(reward_measure(r, "ece")),
+        lambda r: share_text(reward_measure(r, "ece")),
+        "points",
+    ),
+)
 DPO_ROWS = (
     Row("Held-out pairs (groups)", lambda r: None,
         lambda r: rows_text(estimate(r.evaluation, "pairwise_accuracy")), "none"),
@@ -171,20 +201,43 @@ DPO_ROWS = (
 def policy_rows(name: str) -> tuple[Row, ...]:
     """The lines of a job that makes policies, by its name on the page."""
     return (
-        Row("Prompts (groups)", lambda r: None,
-            lambda r: rows_text(win_estimate(r), policy_measure(r, "rl", "kl")), "none"),
-        Row("Gold reward, SFT", lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
-            lambda r: interval_text(policy_measure(r, "sft", "gold_reward")), "difference"),
-        Row(f"Gold reward, after {name}",
+        Row(
+            "Prompts (groups)",
+            lambda r: None,
+            lambda r: rows_text(win_estimate(r), policy_measure(r, "rl", "kl")),
+            "none",
+        ),
+        Row(
+            "Gold reward, SFT",
+            lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
+            lambda r: interval_text(policy_measure(r, "sft", "gold_reward")),
+            "difference",
+        ),
+        Row(
+            f"Gold reward, after {name}",
             lambda r: value_of(policy_measure(r, "rl", "gold_reward")),
-            lambda r: interval_text(policy_measure(r, "rl", "gold_reward")), "difference"),
-        Row("Gain in gold reward", lambda r: value_of(estimate(r.evaluation, "gold_gain")),
-            gain_text, "difference"),
-        Row(f"Win rate of {name} over SFT, ties half", lambda r: value_of(win_estimate(r)),
-            lambda r: share_text(win_estimate(r)), "points"),
-        Row("KL from the SFT policy (nats)", lambda r: value_of(policy_measure(r, "rl", "kl")),
-            lambda r: interval_text(policy_measure(r, "rl", "kl")), "difference"),
-    )  # fmt: skip
+            lambda r: interval_text(policy_measure(r, "rl", "gold_reward")),
+            "difference",
+        ),
+        Row(
+            "Gain in gold reward",
+            lambda r: value_of(estimate(r.evaluation, "gold_gain")),
+            gain_text,
+            "difference",
+        ),
+        Row(
+            f"Win rate of {name} over SFT, ties half",
+            lambda r: value_of(win_estimate(r)),
+            lambda r: share_text(win_estimate(r)),
+            "points",
+        ),
+        Row(
+            "KL from the SFT policy (nats)",
+            lambda r: value_of(policy_measure(r, "rl", "kl")),
+            lambda r: interval_text(policy_measure(r, "rl", "kl")),
+            "difference",
+        ),
+    )
 
 
 JOB_ROWS = {"reward": REWARD_ROWS, "rl": policy_rows(JOB_NAMES["rl"]),

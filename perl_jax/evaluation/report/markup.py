@@ -66,10 +66,13 @@ def table(
     The first `text_columns` columns are left-aligned text and the first names its row; the others
     are right-aligned numbers. A row of one cell is a heading across the table.
     """
-    head = tag("tr", *(
-        tag("th", cell, scope="col", class_=None if i < text_columns else "number")
-        for i, cell in enumerate(header)
-    ))  # fmt: skip
+    head = tag(
+        "tr",
+        *(
+            tag("th", cell, scope="col", class_=None if i < text_columns else "number")
+            for i, cell in enumerate(header)
+        ),
+    )
     body = []
     for row in rows:
         if len(row) == 1:

@@ -20,8 +20,12 @@ from matplotlib.ticker import MaxNLocator
 from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report.formats import label as printed
 
-STYLES = {"lora": ("#0072B2", "-"), "full": ("#D55E00", "--"), "": ("#0072B2", "-"),
-          "base": ("#374151", "-")}  # fmt: skip
+STYLES = {
+    "lora": ("#0072B2", "-"),
+    "full": ("#D55E00", "--"),
+    "": ("#0072B2", "-"),
+    "base": ("#374151", "-"),
+}
 OTHER_STYLES = (("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "-"), ("#E69F00", "--"))
 PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 PART_LINES = ("-", "--", "-.", ":")
@@ -134,9 +138,14 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
             smoothed = smooth(curve.y, smoothing_window(curve.y.size))
         marker = "o" if curve.x.size <= 12 else None
         axes.plot(
-            *thin(curve.x, smoothed), color=colour, linestyle=line, linewidth=1.9,
-            marker=marker, markersize=3.5, label=printed(curve.label),
-        )  # fmt: skip
+            *thin(curve.x, smoothed),
+            color=colour,
+            linestyle=line,
+            linewidth=1.9,
+            marker=marker,
+            markersize=3.5,
+            label=printed(curve.label),
+        )
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
@@ -203,10 +212,18 @@ def calibration_plot(
             below = observed - np.array([row[1].low for row in rows], dtype=np.float64)
             above = np.array([row[1].high for row in rows], dtype=np.float64) - observed
             axes.errorbar(
-                predicted, observed, yerr=np.maximum(0, [below, above]), color=colour,
-                linestyle=line, linewidth=1.7, marker="o", markersize=4, elinewidth=0.9,
-                capsize=2, label=printed(label),
-            )  # fmt: skip
+                predicted,
+                observed,
+                yerr=np.maximum(0, [below, above]),
+                color=colour,
+                linestyle=line,
+                linewidth=1.7,
+                marker="o",
+                markersize=4,
+                elinewidth=0.9,
+                capsize=2,
+                label=printed(label),
+            )
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
         axes.set_aspect("equal")
@@ -225,10 +242,15 @@ def phases_plot(bars: Mapping[str, Mapping[str, float]]) -> bytes:
         for i, phase in enumerate(phases):
             widths = np.array([bar.get(phase, 0.0) for bar in bars.values()])
             axes.barh(
-                list(range(len(bars))), widths, left=left, height=0.6, label=printed(phase),
-                color=PHASE_COLOURS[i % len(PHASE_COLOURS)], edgecolor="white",
+                list(range(len(bars))),
+                widths,
+                left=left,
+                height=0.6,
+                label=printed(phase),
+                color=PHASE_COLOURS[i % len(PHASE_COLOURS)],
+                edgecolor="white",
                 hatch="///" if i >= len(PHASE_COLOURS) else None,
-            )  # fmt: skip
+            )
             left += widths
         axes.set_yticks(range(len(bars)), [printed(name) for name in bars])
         axes.invert_yaxis()
