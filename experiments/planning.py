@@ -1,15 +1,15 @@
 """What adapters save on TPU slices, by the TPU compiler's own account.
 
 Claim     For reward and RL on Gemma 2 2B, 9B, 27B and Llama 3.1 8B, 70B at a batch of 128, on v5e,
-v5p and v6e: the peak memory
-          a chip with adapters and with full tuning on the smallest slice where full tuning fits,
-          and the smallest slice on which adapters fit. And: at constant work a chip, the bytes a
-          chip sends do not grow from 8 to 256 chips.
+          v5p and v6e: the peak memory a chip with adapters and with full tuning on the smallest
+          slice where full tuning fits, and the smallest slice on which adapters fit. And: at
+          constant work a chip, the bytes a chip sends do not grow from 8 to 256 chips.
 Command   python experiments/planning.py --table memory     (and --table scaling); resumes, a file a
-plan Hardware  2 CPU cores, no TPU; libtpu (pip install -c constraints.txt -e '.[plan]') Time
-the memory table about an hour, the scaling table 3 minutes Numbers   README.md has the memory
-table: adapters need 20 to 55 % of full tuning's memory for reward, 16 to 39 % for RL. Sent a chip:
-          7.149 GB on 8 chips, 7.173 on 256
+          plan
+Hardware  2 CPU cores, no TPU; libtpu (pip install -c constraints.txt -e '.[plan]')
+Time      the memory table about an hour, the scaling table 3 minutes
+Numbers   docs/planning.md has the memory table: adapters need 20 to 55 % of full tuning's memory
+          for reward, 16 to 39 % for RL. Sent a chip: 7.149 GB on 8 chips, 7.173 on 256
 
 Both sides: bfloat16 frozen weights and activations, Adafactor, float32 trained weights, every layer
 recomputed in the backward pass, weights split over all chips (fsdp), four rows a chip at a time, or

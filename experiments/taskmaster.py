@@ -17,7 +17,7 @@ bag of
           0.608 with other seeds), win rate 0.524 (0.488 to 0.561); with --members 3 (RL of seeds
           0, 1, 2) 0.548 (0.511 to 0.584), 0.514 (0.477 to 0.550), 0.542 (0.505 to 0.578).
           (The intervals of win rates took contexts for independent; this version's are over
-          dialogues, and wider.) See experiments/LOG.md.
+          dialogues, and wider.) See docs/log/taskmaster.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Claim     Where the lengths of responses spread ten to one, sampling through slots makes more than
           twice the tokens a second of sampling batch by batch, and the very same tokens.
 Command   python experiments/benchmarks/continuous.py
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      6 minutes
 Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times, and 198, 91, 2.17 on a
 slower host; lengths 2 to 122 from the

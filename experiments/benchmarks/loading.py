@@ -3,7 +3,7 @@
 Claim     Weights go from disk to their place in pieces: on a CPU, where the device's memory is the
           host's, the process's peak exceeds the loaded base by less than its largest tensor.
 Command   python experiments/benchmarks/loading.py --gigabytes 2.2
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/models.md)
 Time      1 minute
 Numbers   base 2,103 MiB, largest tensor 125 MiB, 117 MiB beyond base and process; 14.5 to 15.6 s
 """

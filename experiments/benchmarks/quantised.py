@@ -1,10 +1,12 @@
 """A base in 8 and 4 bits: memory, and how far its outputs move.
 
 Claim     Weight-only int8 changes next to nothing, 4 bits a little; blocks hardly help a base so
-narrow. Command   python experiments/benchmarks/quantised.py --model MODEL --text FILE [--block 64]
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md) Time      1 minute
+          narrow.
+Command   python experiments/benchmarks/quantised.py --model MODEL --text FILE [--block 64]
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/models.md)
+Time      1 minute
 Numbers   coffee base, nats a token: float32 1.4494 (7.69 MiB), int8 1.4475 (3.08), int4 1.4831, in
-blocks 1.4696, nf4 1.4679, 1.4708 (2.31, 2.38)
+          blocks 1.4696, nf4 1.4679, 1.4708 (2.31, 2.38)
 """
 
 from __future__ import annotations

@@ -188,8 +188,8 @@ class DPOConfig(PolicyConfig):
     Attributes:
         loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023).
         beta: How strongly the policy is held to where it starts; None: 0.5 for dpo (its paper's for
-            summaries: at 0.1 short, noisily labelled responses drift, experiments/LOG.md), 0.1 for
-                ipo.
+            summaries: at 0.1 short, noisily labelled responses drift, docs/log/algorithms.md), 0.1
+            for ipo.
         label_smoothing: Share of comparisons taken to be the wrong way round; dpo only.
         soft_labels: A comparison's probability, where known, is its label; dpo only.
         token_mean: Compare log-ratios a token instead of those of whole responses.

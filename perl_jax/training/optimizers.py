@@ -82,7 +82,8 @@ Optimizers = Mapping[str, optax.GradientTransformation]
 
 # The paper's best reward-model rates (arXiv 2403.10704): adapters 1e-4, full tuning 1e-5. The
 # factor of ten is the field's rule too. Bases narrower than WIDTH take more, in proportion to
-# (WIDTH / width)^POWER: found on the small bases that are trained on the spot (experiments/LOG.md).
+# (WIDTH / width)^POWER: found on the small bases that are trained on the spot
+# (docs/log/hyperparameters.md).
 DEFAULT_RATES = {"lora": 1e-4, "full": 1e-5}
 
 

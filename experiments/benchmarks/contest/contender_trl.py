@@ -6,7 +6,7 @@ and their training_step as
           they are: RewardTrainer, RLOOTrainer, GRPOTrainer.
 Command   python experiments/benchmarks/contest/contender_trl.py --work FOLDER --job reward-equal
           (a line when warm, then one for each line "step" that it reads)
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      half a minute to the first line of a reward job, two minutes to that of an RL job
 Numbers   seconds a step: reward-equal 4.86, reward-ragged 6.56, rl-model 34.6, rl-function 28.7,
 generate 9.8

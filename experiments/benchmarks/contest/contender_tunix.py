@@ -7,7 +7,7 @@ Claim     What Tunix takes for the step the contest asks of every contender, at 
 Command   python experiments/benchmarks/contest/contender_tunix.py --work FOLDER --job rl-function
           (prints a line when warm, then a line for each line "step" it reads; all else goes to
           stderr)
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      a minute to the first line
 Numbers   25.0 s a step (generate 10.4, reference 3.9, learn 10.6), 3,720 MiB; 22.8 and 26.4 s in
 runs before

@@ -4,7 +4,7 @@ Claim     32 responses of 128 tokens are sampled in less than half of the time t
 generate takes with
           the adapters merged.
 Command   python experiments/benchmarks/contest/generate.py
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      6 minutes, and once a few more to install TRL (a gigabyte)
 Numbers   4.3 s, transformers 9.8 (2.28 times); 954 and 872 MiB
 """

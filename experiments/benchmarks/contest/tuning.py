@@ -6,7 +6,7 @@ and little more than half of
           its memory; an RL step, of which only the update differs, four fifths of the time and half
           of the memory.
 Command   python experiments/benchmarks/contest/tuning.py
-Hardware  2 CPU cores, 24 GiB, partly shared with other work (experiments/LOG.md)
+Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      12 minutes
 Numbers   reward, equal pairs 3.25 s, full tuning 5.17 (1.59 times), 1,062 and 1,896 MiB; ragged
 3.93 s, 5.59 (1.42), 1,325 and 2,301
