@@ -154,7 +154,9 @@ def run_stages(
         command = ["perl-jax", stage.job, "--run", str(root / stage.name), *stage.arguments]
         print(f"\n[{index}/{len(stages)}] {shlex.join(command)}", flush=True)
         began = time.perf_counter()
-        status = subprocess.run([sys.executable, "-m", "perl_jax", *command[1:]]).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "perl_jax", *command[1:]], check=False
+        ).returncode
         if status:
             print(
                 f"{stage.job} of {stage.name} stopped with status {status}; the same command "

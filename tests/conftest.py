@@ -128,7 +128,7 @@ jax.monitoring.register_event_duration_secs_listener(_compiled)
 
 def pytest_collection_finish() -> None:
     """Refuses test modules that compute with JAX when they are imported."""
-    global _collecting
+    global _collecting  # noqa: PLW0603  one state for the whole process
     _collecting = False
     if _compiled_early:
         raise pytest.UsageError(

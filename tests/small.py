@@ -169,7 +169,7 @@ def make_tokens(
     rank_BT = np.cumsum(valid_BT, axis=1) - 1
     response_BT = valid_BT & (rank_BT >= (valid_BT.sum(axis=1, keepdims=True) + 1) // 2)
     tokens_BT = np.random.default_rng(seed).integers(vocab, size=valid_BT.shape, dtype=np.int32)
-    for tokens_T, valid_T, (_, n) in zip(tokens_BT, valid_BT, rows):
+    for tokens_T, valid_T, (_, n) in zip(tokens_BT, valid_BT, rows, strict=True):
         tokens_T[valid_T] = np.random.default_rng((seed, n)).integers(vocab, size=n)
     return Tokens(tokens_BT, valid_BT, response_BT)
 
@@ -274,6 +274,6 @@ def change_config(folder: pathlib.Path, **fields: Any) -> None:
 def assert_same(left: Tree, right: Tree) -> None:
     """Bit for bit, dtypes and structure included."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right)):
+    for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right), strict=True):
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)

@@ -87,8 +87,8 @@ def test_configs_survive_json():
 def test_unknown_fields_are_refused_wherever_they_are(values):
     with pytest.raises(
         UserError,
-        match="(Outer has no field speed; it has inner, lora, path|Inner has no field speed; it "
-        "has size, names)",
+        match=r"(Outer has no field speed; it has inner, lora, path|Inner has no field speed; it "
+        r"has size, names)",
     ):
         files.from_dict(Outer, values)
 
@@ -99,7 +99,7 @@ def test_fields_that_are_missing_are_named():
 
 
 def test_values_are_checked_when_restored():
-    with pytest.raises(UserError, match="lora.rank is -1"):
+    with pytest.raises(UserError, match=r"lora\.rank is -1"):
         files.from_dict(Outer, {"inner": {}, "lora": {"rank": -1}})
 
 

@@ -226,7 +226,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "path,source,message", [(p, s, m) for p, cases in BAD.items() for s, m in cases]
+    ("path", "source", "message"), [(p, s, m) for p, cases in BAD.items() for s, m in cases]
 )
 def test_the_detector_sees(path, source, message):
     root = Path("perl_jax")

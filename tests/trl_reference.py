@@ -304,7 +304,7 @@ def rloo_advantages(
         logp_BT = ref_logp_BT if model is reference else old_logp_BT
         responses = [
             torch.tensor(logp_T[mask_T])
-            for logp_T, mask_T in zip(np.asarray(logp_BT), np.asarray(mask_BT))
+            for logp_T, mask_T in zip(np.asarray(logp_BT), np.asarray(mask_BT), strict=True)
         ]
         return torch.nn.utils.rnn.pad_sequence(responses, batch_first=True), None, None
 

@@ -62,7 +62,9 @@ def made(rollouts: list[Rollout]) -> list[list[int]]:
     return [
         ids[mask].tolist()
         for r in rollouts
-        for ids, mask in zip(np.array(r.sequences.tokens_BT), np.array(r.sequences.response_BT))
+        for ids, mask in zip(
+            np.array(r.sequences.tokens_BT), np.array(r.sequences.response_BT), strict=True
+        )
     ]
 
 
@@ -105,7 +107,7 @@ def main() -> None:
         batches = [given(slice(i * options.rows, (i + 1) * options.rows)) for i in range(len(keys))]
         return [
             jax.block_until_ready(waits(base, adapter, b, jax.random.key_data(k)))
-            for b, k in zip(batches, keys)
+            for b, k in zip(batches, keys, strict=True)
         ]
 
     def through_slots() -> list[Rollout]:
@@ -141,10 +143,8 @@ def main() -> None:
         )
         least = ceiling.sampling([(PROMPT, (length,)) for length in lengths.tolist()], options.rows)
         print(f"{ceiling.described(least)}; {ceiling.described_rates(best)}.")
-        print(
-            "At least "
-            f"{ceiling.shares(least, best, {name: lengths.sum() / statistics.median(speeds[name])})}."
-        )
+        rate = lengths.sum() / statistics.median(speeds[name])
+        print(f"At least {ceiling.shares(least, best, {name: rate})}.")
     same = responses["slots"][: options.rows] == responses["waiting"][: options.rows]
     print(
         "slots over waiting: "

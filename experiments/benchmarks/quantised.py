@@ -67,7 +67,8 @@ def main() -> int:
         error_BTV = np.abs(np.asarray(logits_BTV) - exact_BTV)
         name = kind if block is None else f"{kind}, block {block}"
         print(
-            f"{name:<16}{size / 2**20:>9.2f}{size / whole:>8.1%}{error_BTV.mean():>14.4f}{error_BTV.max():>10.3f}{loss:>14.4f}"
+            f"{name:<16}{size / 2**20:>9.2f}{size / whole:>8.1%}"
+            f"{error_BTV.mean():>14.4f}{error_BTV.max():>10.3f}{loss:>14.4f}"
         )
     return 0
 

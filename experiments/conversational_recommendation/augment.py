@@ -78,7 +78,7 @@ class AugmentConfig:
 
 def cold_movies(movies: Mapping[str, Movie], mentions: np.ndarray, below: int) -> list[Movie]:
     """Movies in fewer than `below` training conversations; mentions: how many each is in."""
-    return [movie for movie, count in zip(movies.values(), mentions) if count < below]
+    return [movie for movie, count in zip(movies.values(), mentions, strict=True) if count < below]
 
 
 def neighbours_of(

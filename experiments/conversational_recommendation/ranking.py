@@ -133,7 +133,7 @@ def summarise(values: np.ndarray, dialogues: Sequence[Hashable], draws: int = SA
         raise ValueError("there is nothing to summarise")
     found = [bootstrap_mean(column, dialogues, draws) for column in values.T]
     named = lambda field: {
-        measure: getattr(estimate, field) for measure, estimate in zip(MEASURES, found)
+        measure: getattr(estimate, field) for measure, estimate in zip(MEASURES, found, strict=True)
     }
     return Summary(named("value"), named("low"), named("high"), len(values), found[0].groups)
 

@@ -242,7 +242,7 @@ def bucket_table(
     counts = [len(selected(targets, view, bucket)) for bucket in buckets]
     out = [
         f"| {view}: recall@10, recall@50 | "
-        + " | ".join(f"{b} ({n})" for b, n in zip(buckets, counts))
+        + " | ".join(f"{b} ({n})" for b, n in zip(buckets, counts, strict=True))
         + " |",
         "|---|" + "---|" * len(buckets),
     ]

@@ -62,12 +62,11 @@ def corpus(dialogues: Sequence[Dialogue], movies: Mapping[str, Movie]) -> list[d
     linker, genres = Linker(movies), genres_of(movies)
     mentions = mention_counts(dialogues, {movie: i for i, movie in enumerate(movies)})
     cases = [case for dialogue in dialogues for case in cases_of(dialogue) if case.context]
-    for passage in template_conversations(
-        movies, mentions, AugmentConfig(below=10**9, copies=1, seed=1)
-    ):
-        cases.append(
-            Case(passage.dialogue, passage.at, passage.turns[: passage.at], (passage.movie,))
-        )
+    config = AugmentConfig(below=10**9, copies=1, seed=1)
+    cases += [
+        Case(passage.dialogue, passage.at, passage.turns[: passage.at], (passage.movie,))
+        for passage in template_conversations(movies, mentions, config)
+    ]
     texts = [query_prompt(case, linker) + heuristic_query(case, genres) for case in cases]
     examples = [
         writer_example(p, movies, linker)

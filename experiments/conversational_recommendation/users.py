@@ -72,7 +72,7 @@ def likes(context: Sequence[Turn]) -> list[str]:
     """
     found: dict[str, None] = {}
     against: set[str] = set()
-    for before, turn in zip((None, *context), context):
+    for before, turn in zip((None, *context), context, strict=False):
         if not turn.seeker:
             continue
         sentences = [sentence for sentence in SENTENCE.split(turn.text.lower()) if sentence.strip()]

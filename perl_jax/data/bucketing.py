@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def bucket_edges(lengths: Sequence[int], count: int, maximum: int) -> tuple[int,
 def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
     """Explicit buckets, checked against the data. UserError unless increasing and long enough."""
     edges = tuple(edges)
-    increasing = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+    increasing = all(a < b for a, b in itertools.pairwise(edges))
     require(
         bool(edges) and edges[0] > 0 and increasing,
         f"batch.buckets is {edges}; it must increase from above 0.",

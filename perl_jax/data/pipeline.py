@@ -211,7 +211,7 @@ class Batches:
         epochs = 1 if spec.shuffle_seed is None else -(-_PLANNED // self.steps_per_epoch)
         # The first epoch last: it stays in the cache of plans.
         for plan in map(self.plan, reversed(range(epochs))):
-            for rows, length in zip(plan.rows, plan.lengths.tolist()):
+            for rows, length in zip(plan.rows, plan.lengths.tolist(), strict=True):
                 most[length] = max(most[length], self._slots(self._arranged(rows), length) or 0)
         padded = lambda length: (
             spec.batch_size // (spec.parts * spec.microbatches) * length * self._group

@@ -166,7 +166,7 @@ def respond(
             columns[name].append(to_host(scorer(models, rollout, np.maximum(batch.row_B, 0))[0]))
         texts += response_texts(model.tokenizer, rollout)
         ids_BT, mask_BT = to_host(sequences.tokens_BT), to_host(sequences.response_BT)
-        tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT)]
+        tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
     merged = {name: np.concatenate(parts) for name, parts in columns.items()}
     order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
     prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]

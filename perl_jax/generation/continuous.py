@@ -354,7 +354,9 @@ def rearranged(
         return part.replace(
             **{
                 name: jax.tree.map(layers, leaves)
-                for name, leaves in zip(("prompt_k", "prompt_v", "own_k", "own_v"), part.by_layer)
+                for name, leaves in zip(
+                    ("prompt_k", "prompt_v", "own_k", "own_v"), part.by_layer, strict=True
+                )
             },
             prompt_visible_PS=rows(part.prompt_visible_PS),
             prompt_position_PS=rows(part.prompt_position_PS),

@@ -193,7 +193,7 @@ def sampled_from(
             trees.insert(moved, name, kernel)
         merged = trees.named_leaves(merge(moved, adapter))
         # A value head is not read in sampling.
-        base, adapter = trees.map_named(lambda name, leaf: merged.get(name, leaf), base), None
+        base, adapter = trees.map_named(merged.get, base), None
     if config.fused and fused.fusible(base, adapter):
         attention = fuse(base["layers"]["attention"], adapter)
         base, adapter = (

@@ -76,7 +76,7 @@ def generate(config: GenerateConfig) -> list[str]:
     sequences = to_host(rollout.sequences)
     # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []
-    for ids_T, mask_T in zip(sequences.tokens_BT, sequences.response_BT):
+    for ids_T, mask_T in zip(sequences.tokens_BT, sequences.response_BT, strict=True):
         response = model.tokenizer.without_end(ids_T[mask_T])
         whole, prompt = model.tokenizer.text(ids + response), model.tokenizer.text(ids)
         texts.append(

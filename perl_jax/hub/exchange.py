@@ -579,7 +579,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
     )
     with new_folder(config.to) as written:
         model = load_model(config)
-        adapters, records = zip(*map(model.load_role, config.adapters))
+        adapters, records = zip(*map(model.load_role, config.adapters), strict=True)
         roles = sorted({record.role for record in records})
         require(
             len(roles) == 1, f"Adapters of different roles ({', '.join(roles)}) cannot be averaged."
@@ -590,7 +590,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
             # moments.
             mean, std = (
                 float(np.dot(weights, part))
-                for part in zip(*((r.score_mean, r.score_std) for r in records))
+                for part in zip(*((r.score_mean, r.score_std) for r in records), strict=True)
             )
             require(
                 std > 0,

@@ -279,7 +279,8 @@ def _pairs(
     head, unknown = None, []
     for name, array in tensors.items():
         match = re.fullmatch(
-            rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.([a-z_.]+?)\.({'|'.join(map(re.escape, parts))})",
+            rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.([a-z_.]+?)"
+            rf"\.({'|'.join(map(re.escape, parts))})",
             name,
         )
         if name == _HEAD and array.shape == (1, config.width):

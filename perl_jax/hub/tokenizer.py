@@ -216,7 +216,7 @@ class Tokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of free text: bos + text + eos."""
-        return self._begun(self._plain(self._without_end(text))) + [self.eos_id]
+        return [*self._begun(self._plain(self._without_end(text))), self.eos_id]
 
     def _without_end(self, text: str) -> str:
         ends = [self.inner.decode([i]) for i in self.stop_ids] + (

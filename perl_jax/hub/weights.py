@@ -287,7 +287,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  the handle cannot be iterated over
                 part = handle.get_slice(name)
                 found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
     except SafetensorError as error:

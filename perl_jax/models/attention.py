@@ -278,7 +278,7 @@ def _row(
         )
         for start, stop, either in _blocks(read_T, wide)
     ]
-    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks))
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True))
 
 
 def _row_gradients(

@@ -138,14 +138,14 @@ class LanguageModel:
         """
         return self.mesh is None or self.config.kv_heads % self.mesh.shape["tensor"] == 0
 
-    @functools.cache
+    @functools.cache  # noqa: B019  models are few, and live as long as the process
     def base_shardings(self) -> dict[str, NamedSharding]:
         """Of every base leaf, by path name."""
         return sharding.leaf_shardings(
             self.base_axes(), self.abstract_base(), self.mesh, self._pieces
         )
 
-    @functools.cache
+    @functools.cache  # noqa: B019  as above
     def lora_shardings(self) -> dict[str, NamedSharding]:
         """Of adapters that are split like the weights they sit on, for every projection, by path
         name.
@@ -417,7 +417,10 @@ class LanguageModel:
                 # would return all of it.
                 prompt, own = part[:2], part[2:]
                 own = (
-                    tuple(written(kept, new, column, kind) for kept, new in zip(own, (k, v)))
+                    tuple(
+                        written(kept, new, column, kind)
+                        for kept, new in zip(own, (k, v), strict=True)
+                    )
                     if inlined
                     else own
                 )
@@ -820,7 +823,7 @@ class LanguageModel:
 
             x, made = jax.lax.scan(turn, x, (jnp.arange(start, stop, period), lora))
             for window in dict.fromkeys(alike):
-                mine = [out for out, other in zip(made, alike) if other == window]
+                mine = [out for out, other in zip(made, alike, strict=True) if other == window]
                 outs[window].append(
                     jax.tree.map(
                         lambda *leaves: jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]),

@@ -79,7 +79,7 @@ class LayerKinds:
         ]
         different = list(dict.fromkeys(ropes))
         tables = [_rotary_table(positions_BT, config.head_dim, rope) for rope in different]
-        cos_J, sin_J = zip(*tables)
+        cos_J, sin_J = zip(*tables, strict=True)
         if len(different) == 1 and len(windowed) in (0, config.layers):
             return cls(cos_J, sin_J, None, config.window if windowed else None)
         # Further back than any position: no window.

@@ -9,7 +9,6 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Union
 
 BITS: Mapping[str, int] = {
     **dict.fromkeys(("token", "opaque"), 0),
@@ -68,7 +67,7 @@ class Array:
         return self.bytes if self.space == 0 else 0
 
 
-Shape = Union[Array, tuple["Shape", ...]]
+Shape = Array | tuple["Shape", ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,14 +132,14 @@ def part(shape: Shape, count: int) -> int:
 def _scattered(operands: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
     """(buffer, update) pairs of a scatter: n buffers, the indices, n updates."""
     n = len(operands) // 2
-    return zip(operands[:n], operands[n + 1 :])
+    return zip(operands[:n], operands[n + 1 :], strict=True)
 
 
 def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
     inner = module.computations[fusion.called["calls"]]
     wanted = demand(inner, module)
     operands = [computation.instructions[name].shape for name in fusion.operands]
-    read = sum(part(shape, count) for shape, count in zip(operands, wanted))
+    read = sum(part(shape, count) for shape, count in zip(operands, wanted, strict=True))
     return read, _written(fusion, inner, module)
 
 
@@ -153,7 +153,10 @@ def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
         return sum(hbm(shape) for i, shape in enumerate(fusion.shape) if i not in handed_on)
     if root.opcode != "tuple":
         return _output_bytes(fusion.shape, root, inner, module)
-    made = [(inner.instructions[name], shape) for name, shape in zip(root.operands, fusion.shape)]
+    made = [
+        (inner.instructions[name], shape)
+        for name, shape in zip(root.operands, fusion.shape, strict=True)
+    ]
     return sum(
         _output_bytes(shape, value, inner, module)
         for value, shape in made

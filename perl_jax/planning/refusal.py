@@ -19,11 +19,13 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SIZE = r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B?"
 LATE = re.compile(rf"memory space (\w+)\. Used {SIZE} of {SIZE}")
 EARLY = re.compile(
-    rf"Ran out of memory on (\w+), the total memory required for [^(]*\({SIZE}\) exceeds available \w+ \({SIZE}\)"
+    rf"Ran out of memory on (\w+), the total memory required for [^(]*\({SIZE}\) "
+    rf"exceeds available \w+ \({SIZE}\)"
 )
 # Programs with a part on the sparse cores: the two usages, and what there is for both.
 TWO_CORES = re.compile(
-    rf"TensorCore (\w+) usage:? {SIZE}, SparseCore \w+ usage:? {SIZE}, exceeding available bytes:? {SIZE}"
+    rf"TensorCore (\w+) usage:? {SIZE}, SparseCore \w+ usage:? {SIZE}, "
+    rf"exceeding available bytes:? {SIZE}"
 )
 ABORTED = re.compile(rf"Requires {SIZE}, has {SIZE} available")
 # One buffer larger than all there is.

@@ -18,11 +18,11 @@ def gib(size: int | None) -> str:
 
 def table(rows: list[list[str]]) -> list[str]:
     """Columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
@@ -48,7 +48,7 @@ def describe(found: Plan) -> str:
             "which most is there",
         ]
         lines += table(_starts(found.of("start")))
-    lines += ["", "A step, and what measures it"] + table(_work(found, running))
+    lines += ["", "A step, and what measures it", *table(_work(found, running))]
     lines += [f"  {line}" for program in running for line in _collectives(program)]
     for program in found.programs:
         lines += _refusal(program)
@@ -96,16 +96,13 @@ def _starts(programs: list[Measured]) -> list[list[str]]:
 def _memory(programs: list[Measured]) -> list[list[str]]:
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
-    for name in components:
-        rows.append(
-            [
-                name,
-                *(
-                    gib(program.memory[name]) if name in program.memory else "-"
-                    for program in programs
-                ),
-            ]
-        )
+    rows += [
+        [
+            name,
+            *(gib(program.memory[name]) if name in program.memory else "-" for program in programs),
+        ]
+        for name in components
+    ]
     return [*rows, ["peak", *(gib(program.peak) for program in programs)]]
 
 
@@ -165,7 +162,10 @@ def _refusal(program: Measured) -> list[str]:
     largest = sorted(program.memory.items(), key=lambda item: -item[1])[:_BUFFERS]
     lines += [f"  {gib(size)} GiB  {name}" for name, size in largest if size]
     lines += [
-        f"  {gib(buffer.bytes)} GiB  {buffer.kind} {buffer.shape or ''} {buffer.operation or ''}".rstrip()
+        (
+            f"  {gib(buffer.bytes)} GiB  {buffer.kind} {buffer.shape or ''} "
+            f"{buffer.operation or ''}"
+        ).rstrip()
         for buffer in refused.buffers[:_BUFFERS]
     ]
     return lines

@@ -29,7 +29,8 @@ import numpy as np
 from perl_jax.errors import UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
 
-TEMPLATE = """Rate how good the response to the request below is: helpful, correct, and to the point.
+TEMPLATE = """\
+Rate how good the response to the request below is: helpful, correct, and to the point.
 
 <request>
 {prompt}

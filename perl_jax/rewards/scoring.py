@@ -252,5 +252,6 @@ def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None =
         part(to_host(rollout.sequences.response_BT)),
     )
     return [
-        tokenizer.text(tokenizer.without_end(ids[mask])) for ids, mask in zip(tokens_BT, mask_BT)
+        tokenizer.text(tokenizer.without_end(ids[mask]))
+        for ids, mask in zip(tokens_BT, mask_BT, strict=True)
     ]

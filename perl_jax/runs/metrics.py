@@ -189,7 +189,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
         self._last_step = prepare_file(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  `close` closes it
         self._tensorboard = None
         self._wandb = None
         if tensorboard_module is not None:

@@ -188,7 +188,7 @@ def _end_on_abort(sentence: str, status: int = 1) -> None:
     Through C: Python would run a handler of its own in the main thread, which may be waiting in a
     collective for ever, and an abort does not wait for it.
     """
-    global _handler
+    global _handler  # noqa: PLW0603  C calls the newest one: it must not be collected
     text = f"{sentence}\n".encode() if sentence else b""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -102,7 +102,7 @@ def partition(
     counts = [(pieces or {}).get(axis, size) for axis, size in zip(axes, shape, strict=True)]
     entries = [
         e if e is not None and count % mesh.shape[e] == 0 else None
-        for e, count in zip(entries, counts)
+        for e, count in zip(entries, counts, strict=True)
     ]
     used = [entry for entry in entries if entry is not None]
     if len(used) != len(set(used)):
@@ -136,7 +136,7 @@ def state_shardings(abstract_state: Tree, placed: Mapping[str, NamedSharding], m
         for end, sharding in placed.items():
             if name.endswith(end) and len(sharding.spec) == len(spec.shape):
                 sizes = [mesh.shape[axis] if axis else 1 for axis in sharding.spec]
-                if all(size % parts == 0 for size, parts in zip(spec.shape, sizes)):
+                if all(size % parts == 0 for size, parts in zip(spec.shape, sizes, strict=True)):
                     return sharding
         return NamedSharding(mesh, PartitionSpec())
 

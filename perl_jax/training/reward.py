@@ -113,7 +113,7 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     for index, batch in enumerate(batches):
         order.append(batches.rows_of(index))
         for out, score_B in zip(
-            sides, program(base, adapter, sharding.put_batch(batch, model.mesh))
+            sides, program(base, adapter, sharding.put_batch(batch, model.mesh)), strict=True
         ):
             out.append(to_host(score_B))
     rows = np.concatenate(order)

@@ -237,7 +237,8 @@ def test_logits_and_gradients_equal_peft(tmp_path):
         _, part, projection, kind = name.split("/")
         for index in range(small.CONFIG.layers):
             matrix = {"lora_a": "lora_A", "lora_b": "lora_B"}[kind]
-            place = f"base_model.model.model.layers.{index}.{TORCH_NAMES[part]}.{projection}_proj.{matrix}.default.weight"
+            layer = f"base_model.model.model.layers.{index}.{TORCH_NAMES[part]}"
+            place = f"{layer}.{projection}_proj.{matrix}.default.weight"
             places[name, index] = parameters[place]
             with torch.no_grad():
                 parameters[place].copy_(torch.tensor(np.array(leaf[index]).T))

@@ -107,7 +107,7 @@ def test_wrong_settings_are_refused_by_name(fields, message):
 
 
 def test_layers_that_the_model_does_not_have():
-    with pytest.raises(UserError, match="lora.layers is '1-7'; the model has layers 0 to 2"):
+    with pytest.raises(UserError, match=r"lora\.layers is '1-7'; the model has layers 0 to 2"):
         small.LM.abstract_lora(LoRAConfig(layers="1-7"))
 
 
@@ -260,7 +260,9 @@ def test_an_adapter_computes_what_its_formula_says(config):
 
     expected = trees.map_named(by_hand, BASE)
     for (name, a), b in zip(
-        trees.named_leaves(lora_lib.merge(BASE, role)).items(), jax.tree.leaves(expected)
+        trees.named_leaves(lora_lib.merge(BASE, role)).items(),
+        jax.tree.leaves(expected),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=2e-6, err_msg=name)
     np.testing.assert_allclose(logits(role), logits(None, expected), atol=5e-5)
@@ -457,7 +459,7 @@ def test_merging_into_a_quantised_base_is_refused():
     )
     with pytest.raises(
         UserError,
-        match="cannot be merged into a quantised base; load the base without --quantise.kind",
+        match=r"cannot be merged into a quantised base; load the base without --quantise\.kind",
     ):
         lora_lib.merge(low, moved(LoRAConfig(rank=2)))
 
@@ -466,7 +468,7 @@ def test_pissa_has_no_more_singular_values_than_the_narrower_side():
     # k is 32 x 12.
     small.LM.init_adapter(jax.random.key(0), LoRAConfig(rank=12, init="pissa", targets="k"), BASE)
     with pytest.raises(
-        UserError, match="The lora.rank of k is 13; with lora.init pissa it can be 12 at most"
+        UserError, match=r"The lora\.rank of k is 13; with lora\.init pissa it can be 12 at most"
     ):
         small.LM.init_adapter(
             jax.random.key(0), LoRAConfig(rank=13, init="pissa", targets="q,k"), BASE

@@ -149,7 +149,7 @@ def test_wrong_settings_are_refused_by_name(fields, message):
 def test_a_block_that_does_not_divide_is_refused():
     with pytest.raises(
         UserError,
-        match="quantise.block is 5; it must divide the 32 inputs of layers/attention/k/kernel",
+        match=r"quantise\.block is 5; it must divide the 32 inputs of layers/attention/k/kernel",
     ):
         trees.map_named(
             lambda name, leaf: quantise_leaf(name, leaf, QuantiseConfig("int4", 5)), BASE

@@ -293,7 +293,8 @@ def help_of(name: str, capsys, monkeypatch) -> dict[str, str]:
     for line in capsys.readouterr().out.splitlines():
         line = re.sub("[\u2500-\u257f]", " ", line).strip()
         start = re.match(
-            r"(?:--)?(\S+?)(?:, --\S*no-\S+)?(?: (?:STR|INT|FLOAT|\[STR \[STR \.\.\.\]\]|\{\S+|\{.*\}))?(?:  +(.*)|$)",
+            r"(?:--)?(\S+?)(?:, --\S*no-\S+)?"
+            r"(?: (?:STR|INT|FLOAT|\[STR \[STR \.\.\.\]\]|\{\S+|\{.*\}))?(?:  +(.*)|$)",
             line,
         )
         if not line or line.startswith("-----"):

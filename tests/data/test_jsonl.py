@@ -204,7 +204,8 @@ def test_a_group_is_a_text_or_a_number(tmp_path, group, kind):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "ranked": ["a", "b"], "group": group})
     with pytest.raises(
         UserError,
-        match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or a number\.$",
+        match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or "
+        r"a number\.$",
     ):
         opened(path, kind, "train", tmp_path / "c")
 
@@ -222,17 +223,18 @@ def test_an_answer_is_a_text_or_a_number(tmp_path, answer):
     path = write(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer})
     with pytest.raises(
         UserError,
-        match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or a number\.$",
+        match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or "
+        r"a number\.$",
     ):
         opened(path, "prompts", "train", tmp_path / "c")
 
 
 def test_errors_through_the_task(tmp_path):
     with pytest.raises(
-        UserError, match="The task jsonl needs --data.data-dir: a .jsonl file, or a folder"
+        UserError, match=r"The task jsonl needs --data\.data-dir: a \.jsonl file, or a folder"
     ):
         get_task("jsonl").open("prompts", "train", DataOptions(cache_dir=str(tmp_path)))
-    with pytest.raises(UserError, match="There is no file or folder .*nowhere"):
+    with pytest.raises(UserError, match=r"There is no file or folder .*nowhere"):
         opened(tmp_path / "nowhere", "prompts", "train", tmp_path / "c")
     (tmp_path / "hollow").mkdir()
     with pytest.raises(

@@ -267,7 +267,8 @@ def test_missing_copy_is_named(tmp_path):
     options = DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
     with pytest.raises(
         UserError,
-        match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream folder\.$",
+        match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream "
+        r"folder\.$",
     ):
         get_task("taskmaster_coffee").open("labels", "train", options)
     write_json(tmp_path / "TM-4-2024" / "reward" / "reward_00.json", {"not": "a list"})
@@ -317,14 +318,15 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, tmp_path):
     folder, base, _ = server
     with pytest.raises(
         UserError,
-        match=r"Could not download .*gone\.json \(File not found\); give a local copy \(data_dir\)\.$",
+        match=r"Could not download .*gone\.json \(File not found\); give a local copy "
+        r"\(data_dir\)\.$",
     ):
         upstream.fetch(base, "gone.json", tmp_path / "cache")
     (folder / "half.json").write_text("[{")
     with pytest.raises(UserError, match=r"half\.json did not give valid JSON"):
         upstream.fetch(base, "half.json", tmp_path / "cache")
     with pytest.raises(
-        UserError, match="Could not download http://127.0.0.1:9/x.json .*Connection refused"
+        UserError, match=r"Could not download http://127\.0\.0\.1:9/x\.json .*Connection refused"
     ):
         upstream.fetch("http://127.0.0.1:9", "x.json", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

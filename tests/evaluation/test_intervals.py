@@ -342,7 +342,7 @@ IN_ORDER = 0.5 + (math.asin(0.95) + math.asin(0.1)) / (2 * math.pi)
 STUDIES = {
     "pairs of rankings": Study(rankings, lambda a, b, w, groups: statistics_lib.pairwise_accuracy(a, b, groups=groups), IN_ORDER, 0.85),
     # Weights that add up to 1 a ranking are worth fewer rows by themselves.
-    "weighted pairs": Study(rankings, lambda a, b, w, groups: statistics_lib.pairwise_accuracy(a, b, w, groups), IN_ORDER, 0.93),
+    "weighted pairs": Study(rankings, statistics_lib.pairwise_accuracy, IN_ORDER, 0.93),
     "win rate": Study(outcomes, win_rate, (PHI(-0.2 / math.sqrt(3)) + PHI(0.8 / math.sqrt(3))) / 2, 0.75),
     "gain": Study(outcomes, lambda a, b, groups: intervals.paired_bootstrap(a, b, groups, SAMPLES), 0.3, 0.75),
     "mean": Study(outcomes, lambda a, b, groups: intervals.mean_ci(a, groups), 0.3, 0.6),

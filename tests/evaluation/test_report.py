@@ -511,7 +511,7 @@ class TestMissing:
     def test_no_folder_and_no_run(self, tmp_path):
         with pytest.raises(UserError, match="no run's folder at"):
             write_report(tmp_path / "absent")
-        with pytest.raises(UserError, match="neither experiment.json"):
+        with pytest.raises(UserError, match=r"neither experiment\.json"):
             write_report(tmp_path)
 
 

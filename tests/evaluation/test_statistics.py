@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ class TestEstimates:
     """
 
     GROUPS = np.arange(301) // 7
-    MEASURES = {
+    MEASURES: ClassVar = {
         "auc": (statistics.auc, statistics.auc_estimate),
         "balanced accuracy": (
             lambda s, y: statistics.balanced_accuracy(s, y, 0.3),

@@ -92,7 +92,7 @@ def test_a_query_without_a_known_word_is_paid_nothing(index, query):
     ["", "[]", "{}", '{"targets": [], "mentioned": []}', '{"targets": 3, "mentioned": []}', "ten"],
 )
 def test_an_answer_that_is_none_is_named(index, answer):
-    with pytest.raises(UserError, match="A row's answer is .*targets"):
+    with pytest.raises(UserError, match=r"A row's answer is .*targets"):
         index.reward("horror", answer)
 
 

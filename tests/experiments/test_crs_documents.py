@@ -52,7 +52,7 @@ TALK = dialogue(
 
 def document(config, movie="1", dialogues=(TALK,), augmented=(), tokenizer=PLAIN):
     texts = documents_of(MOVIES, config, Tokenizer(tokenizer, MOVIES), dialogues, augmented)
-    return dict(zip(MOVIES, texts))[movie]
+    return dict(zip(MOVIES, texts, strict=True))[movie]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_top_is_the_same_ranking(k):
 
 def test_measures_by_hand():
     # Relevant items at 2 and 12.
-    values = dict(zip(ranking.MEASURES, ranking.measures([2, 12])))
+    values = dict(zip(ranking.MEASURES, ranking.measures([2, 12]), strict=True))
     ideal = 1 + 1 / math.log2(3)
     assert values == pytest.approx(
         {

@@ -165,13 +165,13 @@ def test_validation_is_later_and_shares_no_worker_with_fit():
 
 
 def test_what_is_missing_or_broken_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="There is no folder .*nowhere"):
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere"):
         redial.read_redial(str(tmp_path / "nowhere"))
     folder = tiny_redial.write(
         tmp_path / "data", [tiny_redial.row(1, SAID, NAMES)], [tiny_redial.row(2, SAID[:3], NAMES)]
     )
     (folder / "id2info.json").rename(folder / "kept.json")
-    with pytest.raises(UserError, match="There is no id2info.json in"):
+    with pytest.raises(UserError, match=r"There is no id2info\.json in"):
         redial.read_redial(str(folder))
     (folder / "id2info.json").write_text('{"10": {"genre": []}}')
     with pytest.raises(UserError, match="the movie 10 has no name"):
@@ -196,7 +196,7 @@ def test_what_is_missing_or_broken_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="There are no train dialogues"):
         redial.read_redial(str(folder))
     tiny_redial.write_lines(folder / "valid_data.jsonl", [tiny_redial.row(2, SAID, NAMES)])
-    with pytest.raises(UserError, match="Every train dialogue .* is in test_data.jsonl too"):
+    with pytest.raises(UserError, match=r"Every train dialogue .* is in test_data\.jsonl too"):
         redial.read_redial(str(folder))
 
 
@@ -233,7 +233,7 @@ def test_downloads_the_archive_once_and_refuses_a_broken_one(served, tmp_path):
         archive.write(source / "test_data.jsonl", "test_data.jsonl")
     (folder / redial.ARCHIVE).write_bytes(packed.getvalue()[:-30])
     target = tmp_path / "cache"
-    with pytest.raises(UserError, match="redial_dataset.zip did not give valid ZIP"):
+    with pytest.raises(UserError, match=r"redial_dataset\.zip did not give valid ZIP"):
         redial.download(target, url, url)
     assert not (target / redial.ARCHIVE).exists()
     (folder / redial.ARCHIVE).write_bytes(packed.getvalue())

@@ -57,7 +57,9 @@ def sample(
 def responses(rollout: sampling.Rollout) -> list[list[int]]:
     """Sampled ids of each row."""
     tokens = jax.tree.map(np.array, rollout.sequences)
-    return [row[mask].tolist() for row, mask in zip(tokens.tokens_BT, tokens.response_BT)]
+    return [
+        row[mask].tolist() for row, mask in zip(tokens.tokens_BT, tokens.response_BT, strict=True)
+    ]
 
 
 def check_layout(rollout: sampling.Rollout, config: SamplingConfig, prompts=PROMPTS) -> None:
@@ -278,7 +280,7 @@ def test_the_key_alone_decides_the_draws():
     first = sample(config, key=1)
     small.assert_same(first, sample(config, key=1))
     other = sample(config, key=2)
-    assert all(a != b for a, b in zip(responses(first)[:-1], responses(other)[:-1]))
+    assert all(a != b for a, b in zip(responses(first)[:-1], responses(other)[:-1], strict=True))
     # Every step draws anew, and so does every row: equal prompts get different responses.
     ids = responses(
         sample(config, prompts=jax.tree.map(lambda x: np.repeat(x[:1], ROWS, axis=0), PROMPTS))
@@ -405,7 +407,7 @@ def test_a_row_ends_with_the_first_of_several_stop_ids():
     config = SamplingConfig(C, temperature=0.0, stop_ids=stops, pad_id=PAD)
     rollout = sample(config)
     check_layout(rollout, config)
-    for ids, whole in zip(responses(rollout), full):
+    for ids, whole in zip(responses(rollout), full, strict=True):
         ends = [i for i, token in enumerate(whole) if token in stops]
         assert ids == (whole[: ends[0] + 1] if ends else whole)
     assert rollout.finished_B[0] and rollout.finished_B[1] and not rollout.finished_B[4]

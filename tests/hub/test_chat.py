@@ -317,7 +317,7 @@ def test_a_rollout_is_scored_as_the_row_that_it_is(template):
     sampled = [
         said + stop,
         said + stop[-1:],
-        said + [tokenizer.eos_id],
+        [*said, tokenizer.eos_id],
         said + ids(tokenizer, "\n") + [tokenizer.eos_id],
         stop,
         stop[-1:],
@@ -374,10 +374,12 @@ def test_a_reward_with_another_end_of_a_turn_is_refused(role, stated, template, 
         role, "lora", None, role == "reward", "base", "-", "-", 0, {}, turn_end=turn_end
     )
     if not refused:
-        return check_turn_end("reward/here", record, tokenizer)
+        check_turn_end("reward/here", record, tokenizer)
+        return
     with pytest.raises(
         UserError,
-        match=r"^reward/here learned its scores where a turn ends with '</s>'; .* a turn ends with '<\|im_end\|>\\n': give",
+        match=r"^reward/here learned its scores where a turn ends with '</s>'; .* a turn ends "
+        r"with '<\|im_end\|>\\n': give",
     ):
         check_turn_end("reward/here", record, tokenizer)
 
@@ -513,7 +515,8 @@ def test_a_template_that_does_not_end_for_one_prompt_names_it(loop, monkeypatch)
     rows = [{"prompt": "Hi"}, {"prompt": "Hi"}, {"prompt": "Now loop"}]
     with pytest.raises(
         UserError,
-        match=r"^Row 3: The chat template of .* does not end within 10,000 steps for the prompt 'Now loop'\.$",
+        match=r"^Row 3: The chat template of .* does not end within 10,000 steps for the prompt "
+        r"'Now loop'\.$",
     ):
         tokenise(rows, "prompts", tokenizer, 64, 8)
     # Each rendering has its own steps.
@@ -576,8 +579,8 @@ FINE = {
     "refuses answers": (
         LOOP
         + (
-            "{% if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}{{ m['content'] "
-            "}}{% endfor %}"
+            "{% if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+            "{{ m['content'] }}{% endfor %}"
         ),
         "</s>",
         "",
@@ -629,7 +632,7 @@ def test_templates_by_name(tmp_path):
     assert list(mine.turn_end_ids) == ids(mine, "<end_of_turn>\n")
     assert len({plain.fingerprint, mine.fingerprint, Tokenizer.load(tmp_path).fingerprint}) == 3
     with pytest.raises(
-        UserError, match="template is 'absent.jinja'; it must be auto, none, or a file"
+        UserError, match=r"template is 'absent\.jinja'; it must be auto, none, or a file"
     ):
         Tokenizer.load(tmp_path, template="absent.jinja")
 

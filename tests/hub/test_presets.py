@@ -249,7 +249,7 @@ def test_overrides_change_fields_of_the_config(tmp_path):
         config = presets.model_config(model, **changed)
         assert {field: getattr(config, field) for field in changed} == changed
         assert config.width == 5120
-    with pytest.raises(UserError, match="model.dtype is 'float8'"):
+    with pytest.raises(UserError, match=r"model\.dtype is 'float8'"):
         presets.preset("qwen3-8b", dtype="float8")
 
 
@@ -264,5 +264,5 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path):
     assert "absent'; it must be a folder with a config.json or one of gemma2-2b, gemma2-9b," in str(
         error.value
     )
-    with pytest.raises(UserError, match="There is no file .*config.json"):
+    with pytest.raises(UserError, match=r"There is no file .*config\.json"):
         presets.model_config(str(tmp_path))

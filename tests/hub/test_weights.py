@@ -279,7 +279,8 @@ def test_a_config_of_another_size_is_refused(llama):
     small.change_config(llama, num_hidden_layers=2, intermediate_size=45)
     with pytest.raises(
         UserError,
-        match=r"unexpected model.layers.2.*down_proj.weight has shape \(32, 44\), config.json asks for \(32, 45\)",
+        match=r"unexpected model.layers.2.*down_proj.weight has shape \(32, 44\), config.json "
+        r"asks for \(32, 45\)",
     ):
         load(llama)
 
@@ -288,7 +289,7 @@ def test_a_config_of_another_size_is_refused(llama):
 def test_truncated_weights_are_refused(llama, keep):
     path = llama / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="model.safetensors is not a complete safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file"):
         load(llama)
 
 
@@ -296,16 +297,16 @@ def test_missing_files_are_refused(llama):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     with pytest.raises(
         UserError,
-        match="There is no file .*model.safetensors; weights are read from safetensors only",
+        match=r"There is no file .*model\.safetensors; weights are read from safetensors only",
     ):
         load(llama)
     (llama / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "model-00001.safetensors"}})
     )
-    with pytest.raises(UserError, match="There is no file .*model-00001.safetensors"):
+    with pytest.raises(UserError, match=r"There is no file .*model-00001\.safetensors"):
         load(llama)
     (llama / "config.json").unlink()
-    with pytest.raises(UserError, match="There is no file .*config.json"):
+    with pytest.raises(UserError, match=r"There is no file .*config\.json"):
         load(llama)
 
 

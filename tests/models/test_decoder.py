@@ -165,7 +165,9 @@ def test_remat_changes_nothing_but_memory(kind):
         small.gradient(small.sft_loss, lm, role, BASE, tokens) for lm in (plain, remat)
     )
     np.testing.assert_allclose(loss, loss2, rtol=1e-6)
-    for (name, a), b in zip(trees.named_leaves(grads).items(), jax.tree.leaves(grads2)):
+    for (name, a), b in zip(
+        trees.named_leaves(grads).items(), jax.tree.leaves(grads2), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
     count = lambda lm: str(
         jax.make_jaxpr(functools.partial(small.gradient, small.sft_loss, lm))(role, BASE, tokens)
@@ -330,7 +332,9 @@ def test_full_weights_are_a_float32_copy():
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), BASE)
     weights = full_weights(low).weights
     assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
-    for mine, base in zip(jax.tree.leaves(full_weights(BASE).weights), jax.tree.leaves(BASE)):
+    for mine, base in zip(
+        jax.tree.leaves(full_weights(BASE).weights), jax.tree.leaves(BASE), strict=True
+    ):
         assert mine.unsafe_buffer_pointer() != base.unsafe_buffer_pointer()
         np.testing.assert_array_equal(mine, base)
 

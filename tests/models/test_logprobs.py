@@ -254,9 +254,9 @@ def test_an_id_outside_the_vocabulary_is_not_silent():
 @pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan"), float("inf")])
 def test_a_temperature_without_logprobs_is_refused(temperature):
     logits_BTV, tokens_BT = batch()
-    with pytest.raises(ValueError, match="temperature .* above 0"):
+    with pytest.raises(ValueError, match=r"temperature .* above 0"):
         logprobs.next_token_logprobs(logits_BTV, tokens_BT, temperature)
-    with pytest.raises(ValueError, match="temperature .* above 0"):
+    with pytest.raises(ValueError, match=r"temperature .* above 0"):
         logprobs.next_token_entropy(logits_BTV, temperature)
 
 

@@ -68,7 +68,7 @@ def test_every_real_token_has_a_slot_and_copies_share_one(group, parts):
     np.testing.assert_array_equal(back_BT[tokens.valid_BT], tokens.tokens_BT[tokens.valid_BT])
     # No slot is two different tokens'.
     slot_BT, part_B = np.array(packing.slot_BT), np.arange(8) // (8 // parts)
-    places = {(part_B[b], slot_BT[b, t]) for b, t in zip(*np.nonzero(tokens.valid_BT))}
+    places = {(part_B[b], slot_BT[b, t]) for b, t in zip(*np.nonzero(tokens.valid_BT), strict=True)}
     assert len(places) == real_tokens(tokens, group)
 
 

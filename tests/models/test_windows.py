@@ -75,7 +75,7 @@ def decoded(lm: LanguageModel, parts: bool, rooms: tuple[int, ...], base, adapte
         return cache, logits_BV
 
     out = [jnp.repeat(first_PV, SAMPLES, axis=0)[None]]
-    for start, stop in zip((0, *rooms), rooms):
+    for start, stop in zip((0, *rooms), rooms, strict=False):
         cache = cache.grown(stop)
         cache, logits_CBV = jax.lax.scan(step, cache, new_BC.T[start:stop])
         out.append(logits_CBV)

@@ -160,7 +160,7 @@ def reference_gae(rewards_BT, values_BT, mask_BT, gamma, lam):
     return out_BT
 
 
-@pytest.mark.parametrize("gamma,lam", [(1, 1), (1, 0.95), (0.9, 0), (0, 0.5), (0.97, 0.8)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1, 1), (1, 0.95), (0.9, 0), (0, 0.5), (0.97, 0.8)])
 def test_gae_and_returns_against_the_definition(wrap, gamma, lam):
     rng = np.random.default_rng(5)
     rewards_BT, values_BT = rng.normal(size=(2, 6, 9)).astype(np.float32)

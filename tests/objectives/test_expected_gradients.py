@@ -117,7 +117,7 @@ def test_kl_in_the_loss_has_the_expected_gradient_it_is_documented_to_have(name,
 def test_the_best_baseline_is_what_the_value_loss_converges_to():
     """The value loss's expected gradient is 0 at V(prefix) = E[R | prefix], and only there."""
     theta, _ = tables()
-    tokens_BT, mask_BT, score_B, rows_BT = everything(True)
+    _tokens_BT, mask_BT, score_B, rows_BT = everything(True)
     p_B = sequence_probability(theta)
     # E[score | prefix] by walking the tree below each prefix.
     best = np.zeros(len(PREFIXES))

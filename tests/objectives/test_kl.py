@@ -87,7 +87,7 @@ def test_bfloat16_logprobs_are_subtracted_in_float32():
 
 def test_unknown_names_list_the_known_ones():
     one_BT = jnp.zeros((1, 1))
-    with pytest.raises(ValueError, match="'k1'.*loss.*known: k2, k3$"):
+    with pytest.raises(ValueError, match=r"'k1'.*loss.*known: k2, k3$"):
         kl.kl_in_loss("k1", one_BT, one_BT)
     with pytest.raises(AssertionError):
         kl.k1(jnp.zeros((1, 2)), jnp.zeros((2, 1)))

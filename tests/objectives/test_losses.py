@@ -401,7 +401,7 @@ def test_gradients_against_finite_differences(name):
 
 
 def test_an_unknown_normalisation_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'mean'.*token, sequence, sequence-mean, constant$"):
+    with pytest.raises(ValueError, match=r"'mean'.*token, sequence, sequence-mean, constant$"):
         losses.sft_loss(LOGP_BT, MASK_BT, normalise="mean")
 
 

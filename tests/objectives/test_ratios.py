@@ -102,7 +102,7 @@ CORNERS = [
 
 
 def test_clipped_in_every_corner(wrap):
-    ratio_T, advantage_T, loss_T, slope_T = np.array(CORNERS, np.float32).T
+    ratio_T, advantage_T, _, slope_T = np.array(CORNERS, np.float32).T
     pad = lambda x_T: np.concatenate([[NAN], x_T]).astype(np.float32)[None]
     mask_BT = np.arange(len(CORNERS) + 1)[None] > 0
     loss = lambda r, a: losses.clipped(r, a, mask_BT, low=0.2, high=0.3, normalise="token")

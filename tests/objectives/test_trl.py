@@ -283,7 +283,7 @@ def test_reinforce_of_stale_samples_is_cispo(most):
     assert_close(gradient_BTV, expected_BTV)
 
 
-@pytest.mark.parametrize("scale,size", [("group", 1.0), ("group", 1e-3), ("none", 1.0)])
+@pytest.mark.parametrize(("scale", "size"), [("group", 1.0), ("group", 1e-3), ("none", 1.0)])
 def test_group_advantages(scale, size):
     # A third prompt, whose rewards are equal. Rewards of 1e-3 are near the epsilon of the division.
     reward_B = size * np.concatenate([REWARD_B, np.ones(SAMPLES, np.float32)])
@@ -295,7 +295,9 @@ def test_group_advantages(scale, size):
     np.testing.assert_array_equal(advantage_PG[2], np.zeros(SAMPLES))
 
 
-@pytest.mark.parametrize("beta,clip,high", [(0.0, None, None), (0.1, None, HIGH), (0.1, 1.1, HIGH)])
+@pytest.mark.parametrize(
+    ("beta", "clip", "high"), [(0.0, None, None), (0.1, None, HIGH), (0.1, 1.1, HIGH)]
+)
 def test_rloo(beta, clip, high):
     config = AlgorithmConfig("rloo", clip=LOW, clip_high=high)
     given = make_batch("product")
@@ -345,7 +347,7 @@ def our_preference(given: Batch, logits_BTV: jax.Array, kind: str, **options: fl
 
 # Our kind by TRL's name of it. TRL's IPO is on means over tokens.
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("theirs,kind", [("sigmoid", "dpo"), ("ipo", "ipo")])
+@pytest.mark.parametrize(("theirs", "kind"), [("sigmoid", "dpo"), ("ipo", "ipo")])
 def test_preference_losses(theirs, kind, beta):
     given = make_batch()
     arrays = (given.logits_BTV, given.tokens_BT, given.mask_BT, given.ref_BT)

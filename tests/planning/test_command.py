@@ -181,10 +181,10 @@ def test_what_is_planned_is_what_runs(minibatches):
     pieces = [piece for piece in plan_job(model, settings).pieces if piece.name in ran]
     assert [piece.name for piece in pieces] == ["sample", "reward", "logprobs", "assemble", "learn"]
     for piece in pieces:
-        ((structure, leaves),) = ran[piece.name].signatures
-        planned, planned_structure = jax.tree.flatten(piece.args)
+        ((_structure, leaves),) = ran[piece.name].signatures
+        planned, _planned_structure = jax.tree.flatten(piece.args)
         assert len(planned) == len(leaves), piece.name
-        for mine, (shape, dtype, place) in zip(planned, leaves):
+        for mine, (shape, dtype, place) in zip(planned, leaves, strict=True):
             assert (mine.shape, mine.dtype) == (shape, dtype), piece.name
             assert place is None or mine.sharding.is_equivalent_to(place, len(shape)), (
                 piece.name,

@@ -30,7 +30,7 @@ def test_products():
         of(lambda a, b: jnp.einsum("hbd,hdf->hbf", a, b), (3, B, D), (3, D, F)) == 3 * 2 * B * D * F
     )
     assert of(lambda a, b: jnp.einsum("bhk,hkd->bd", a, b), (B, 3, 4), (3, 4, D)) == 2 * B * D * 12
-    assert of(lambda a, b: jnp.vdot(a, b), (D,), (D,)) == 2 * D
+    assert of(jnp.vdot, (D,), (D,)) == 2 * D
     assert of(jnp.outer, (B,), (D,)) == 0  # no matrix product: elementwise
 
 
@@ -110,7 +110,7 @@ def test_branches_and_loops():
     def loop(x):
         return jax.lax.while_loop(lambda x: (x @ x)[0, 0] < 1, lambda x: x @ x @ x, x)
 
-    with pytest.raises(ValueError, match="while loop.*unknown_trips"):
+    with pytest.raises(ValueError, match=r"while loop.*unknown_trips"):
         of(loop, (D, D))
     # 7 bodies of two products, 8 conditions of one.
     assert of(loop, (D, D), unknown_trips=7) == (7 * 2 + 8) * 2 * D**3
@@ -134,7 +134,7 @@ def test_every_shard_of_a_shard_map_works():
 
 
 @pytest.mark.parametrize(
-    "estimate,expected",
+    ("estimate", "expected"),
     [(None, 4 * 2 * 2**3), (pl.CostEstimate(flops=99, bytes_accessed=0, transcendentals=0), 99)],
 )
 def test_pallas_kernels(estimate, expected):

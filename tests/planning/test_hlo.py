@@ -126,7 +126,7 @@ def test_a_loop_of_unknown_length(mesh):
         programs.array(mesh, (HIDDEN, WIDTH), "model"),
     )
     text = programs.compiled(until_large, *args).as_text()
-    with pytest.raises(ValueError, match="until_large.*unknown_trips"):
+    with pytest.raises(ValueError, match=r"until_large.*unknown_trips"):
         hlo.account(text)
     none, one, ten = (hlo.account(text, unknown_trips=n) for n in (0, 1, 10))
     assert len(ten.unknown_loops) == 1 and ten.unknown_loops[0].endswith("while")

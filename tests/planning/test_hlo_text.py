@@ -11,7 +11,7 @@ from perl_jax.planning.hlo import Collective
 
 
 @pytest.mark.parametrize(
-    "text,expected",
+    ("text", "expected"),
     [
         ("f32[]", 4),
         ("f32[]{:T(128)}", 4),  # scalars are not padded
@@ -54,7 +54,7 @@ def test_an_instruction():
 
 
 @pytest.mark.parametrize(
-    "groups,size",
+    ("groups", "size"),
     [
         ("replica_groups={{0,1,2},{3,4,5}}", 3),
         ("replica_groups={}", 8),
@@ -113,7 +113,7 @@ ENTRY %main (x: f32[]) -> f32[] {{
 
 
 @pytest.mark.parametrize(
-    "first,step,direction,last,expected",
+    ("first", "step", "direction", "last", "expected"),
     [
         (0, 1, "LT", 6, 6),
         (0, 1, "LE", 6, 7),

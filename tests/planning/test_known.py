@@ -167,9 +167,7 @@ def test_70b_is_loaded_piece_by_piece(axes):
 def test_first_values_of_dora_take_a_layer_of_70b():
     pytest.importorskip("libtpu")
     model = llama_70b()
-    pieces = [
-        piece for piece in starting.first_values(model, LoRAConfig(targets="gate", dora=True))
-    ]
+    pieces = list(starting.first_values(model, LoRAConfig(targets="gate", dora=True)))
     assert [piece.of for piece in pieces] == ["layers/mlp/gate"]
     layer = math.prod(GATE[1:]) * 4 // 16
     assert beside(pieces[0]) < 2 * layer

@@ -98,7 +98,7 @@ ABORTED = (
 
 
 @pytest.mark.parametrize(
-    "text,space,asked,available,exceeded",
+    ("text", "space", "asked", "available", "exceeded"),
     [
         (EARLY, "hbm", 32 * G, round(15.75 * G), round(16.25 * G)),
         (EARLY.replace("15.75G", "1000.00M"), "hbm", 32 * G, 1000 * M, 32 * G - 1000 * M),

@@ -12,7 +12,7 @@ from perl_jax.planning.topology import CHIPS, chip, topology, wraps
 
 
 @pytest.mark.parametrize(
-    "name,devices,cores",
+    ("name", "devices", "cores"),
     [
         ("v4:2x2x1", 4, 2),  # one device a chip, as on a real v4
         ("v5e:1x1", 1, 1),
@@ -54,13 +54,13 @@ def test_slices(name, devices, cores):
     ],
 )
 def test_names_that_are_none(name):
-    with pytest.raises(UserError, match="names no TPU slice; .*v5e:2x4"):
+    with pytest.raises(UserError, match=r"names no TPU slice; .*v5e:2x4"):
         topology(name)
 
 
 def test_a_slice_that_does_not_exist():
     pytest.importorskip("libtpu")
-    with pytest.raises(UserError, match="There is no TPU slice v5e:3x3: .*not divisible"):
+    with pytest.raises(UserError, match=r"There is no TPU slice v5e:3x3: .*not divisible"):
         topology("v5e:3x3")
 
 

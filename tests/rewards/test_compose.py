@@ -111,7 +111,8 @@ def test_sources_that_cannot_be_read(tmp_path):
         read_terms("[" * 100_000)
     with pytest.raises(
         UserError,
-        match=r"^The file of reward terms .*gone\.json cannot be read: No such file or directory\.$",
+        match=r"^The file of reward terms .*gone\.json cannot be read: No such file or "
+        r"directory\.$",
     ):
         read_terms(tmp_path / "gone.json")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
@@ -120,7 +121,8 @@ def test_sources_that_cannot_be_read(tmp_path):
     path.write_text('{"kind": "length"}')
     with pytest.raises(
         UserError,
-        match=r"^The file of reward terms .*terms\.json must be a JSON list of at least one object\.$",
+        match=r"^The file of reward terms .*terms\.json must be a JSON list of at least one "
+        r"object\.$",
     ):
         read_terms(path)
     path.write_bytes(b"[\xff]")
@@ -187,7 +189,8 @@ def test_an_empty_batch_asks_nothing():
     [
         (
             (1.0,),
-            r"The reward term t gave an array of shape \(1,\); it must be \(2,\), one number a response\.",
+            r"The reward term t gave an array of shape \(1,\); it must be \(2,\), one number a "
+            r"response\.",
         ),
         (([1.0], [2.0]), r"The reward term t gave an array of shape \(2, 1\); it must be \(2,\)"),
         ((1.0, np.nan), r"The reward term t gave nan at index 1; every reward must be finite\."),

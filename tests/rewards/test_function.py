@@ -220,9 +220,11 @@ def test_a_time_out_ends_the_programs_that_the_function_started(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(reader, True)
-    with FunctionReward(file(tmp_path, HOLDS_A_PIPE), timeout_seconds=1.5) as reward:
-        with pytest.raises(UserError, match="took longer than 1.5 s"):
-            reward([str(tmp_path / "pipe")], ["r"], [{}])
+    with (
+        FunctionReward(file(tmp_path, HOLDS_A_PIPE), timeout_seconds=1.5) as reward,
+        pytest.raises(UserError, match=r"took longer than 1\.5 s"),
+    ):
+        reward([str(tmp_path / "pipe")], ["r"], [{}])
     with os.fdopen(reader, "rb") as pipe:
         assert pipe.read() == b"begun "
 
@@ -233,13 +235,15 @@ def test_a_killed_parent_takes_the_worker_along(tmp_path):
         "import sys; from perl_jax.rewards.function import FunctionReward; "
         "FunctionReward(sys.argv[1])([sys.argv[2]], ['r'], [{}])"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")]
-    ) as parent:
-        with open(tmp_path / "pipe", "rb", 0) as pipe:
-            assert pipe.read(6) == b"begun "
-            parent.send_signal(signal.SIGKILL)
-            assert pipe.read() == b""
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", code, file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")]
+        ) as parent,
+        open(tmp_path / "pipe", "rb", 0) as pipe,
+    ):
+        assert pipe.read(6) == b"begun "
+        parent.send_signal(signal.SIGKILL)
+        assert pipe.read() == b""
 
 
 # Without `if __name__ == "__main__":`, and with much imported.
@@ -256,7 +260,8 @@ WHAT_IS_THERE = """
 import sys
 
 def score(prompts, responses):
-    return [sum(name in sys.modules for name in ("jax", "numpy", "transformers", "orbax", "perl_jax.rewards.function"))]
+    names = ("jax", "numpy", "transformers", "orbax", "perl_jax.rewards.function")
+    return [sum(name in sys.modules for name in names)]
 """
 
 
@@ -293,7 +298,8 @@ def test_rows_and_modules(tmp_path, monkeypatch):
     [
         (
             "import nothing_of_this_name\n",
-            r"cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' \(.*line 1, in <module>\)\.$",
+            r"cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name' "
+            r"\(.*line 1, in <module>\)\.$",
         ),
         (
             "def score(:\n",

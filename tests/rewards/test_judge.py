@@ -151,9 +151,9 @@ def test_braces_and_backslashes_stay_what_they_are(server):
     judge = server.judge(template='{"p": {prompt}, "r": {response}, {other} {{}} {0} %s}')
     ask(judge, r"{prompt} {response} {} {x \1 \g<0>", prompt="{response}{lowest}")
     said = server.requests[0][2]["messages"][0]["content"]
-    assert (
-        said
-        == r'{"p": {response}{lowest}, "r": {prompt} {response} {} {x \1 \g<0>, {other} {{}} {0} %s}'
+    assert said == (
+        r'{"p": {response}{lowest}, "r": {prompt} {response} {} {x \1 \g<0>, '
+        r"{other} {{}} {0} %s}"
     )
 
 
@@ -447,7 +447,8 @@ def test_the_key_is_checked_before_the_first_batch(monkeypatch):
         with (
             pytest.raises(
                 UserError,
-                match=r"The environment variable JUDGE_KEY \(judge\.api_key_variable\) is not set\.",
+                match=r"The environment variable JUDGE_KEY \(judge\.api_key_variable\) is not "
+                r"set\.",
             ),
             judge,
         ):

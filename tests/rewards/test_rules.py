@@ -191,7 +191,7 @@ def test_the_table_names_every_rule():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Length(), "length has neither minimum nor maximum"),
+        (Length, "length has neither minimum nor maximum"),
         (
             lambda: Length(minimum=-1),
             "length.minimum is -1; it must be a whole number of at least 0.",

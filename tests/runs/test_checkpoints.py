@@ -276,7 +276,7 @@ def test_one_flipped_bit_in_a_checkpoint_never_passes(tmp_path, times):
             best = again.best_step()
             again.close()
         except UserError as error:
-            assert str(folder) in str(error)
+            assert str(folder) in str(error)  # noqa: PT017  refused, or unharmed
             seen["refused"] += 1
         else:
             # The one before it, or the very same.
@@ -306,7 +306,8 @@ def test_a_damaged_array_is_named_and_the_checkpoint_before_it_taken(folder, cap
     again = Checkpoints(folder)
     with pytest.raises(
         UserError,
-        match=r"The checkpoint of step 4 in .* is damaged \(roles/policy/lora/layers/attention/q/lora_b\)",
+        match=r"The checkpoint of step 4 in .* is damaged "
+        r"\(roles/policy/lora/layers/attention/q/lora_b\)",
     ):
         again.restore(abstract(older))
     state, host = again.restore_newest(abstract(older))
@@ -536,19 +537,19 @@ def test_a_scoring_artefact_without_its_head_is_refused(tmp_path, role):
 )
 def test_a_tree_that_does_not_fit_its_record_is_refused(artefact, change):
     change_record(artefact, **change)
-    with pytest.raises(UserError, match="does not fit its artefact.json"):
+    with pytest.raises(UserError, match=r"does not fit its artefact\.json"):
         load(artefact)
 
 
 def test_a_record_that_claims_a_head_the_tree_lacks_is_refused(tmp_path):
     artefacts.save_artefact(tmp_path / "a", small.make_adapter(head=False), record())
-    with pytest.raises(UserError, match="does not fit its artefact.json"):
+    with pytest.raises(UserError, match=r"does not fit its artefact\.json"):
         load(tmp_path / "a")
 
 
 def test_a_missing_tree_is_refused(artefact):
     shutil.rmtree(artefact / "tree")
-    with pytest.raises(UserError, match="does not fit its artefact.json"):
+    with pytest.raises(UserError, match=r"does not fit its artefact\.json"):
         load(artefact)
 
 
@@ -614,7 +615,7 @@ def test_one_flipped_bit_in_an_artefact_never_passes(tmp_path, times):
         try:
             loaded, read = load(tmp_path / "flipped")
         except UserError as error:
-            assert str(tmp_path / "flipped") in str(error)
+            assert str(tmp_path / "flipped") in str(error)  # noqa: PT017  refused, or unharmed
             caught.append(name)
         else:
             small.assert_same(loaded, adapter)
@@ -640,7 +641,7 @@ def test_a_record_edited_by_hand_is_refused(artefact):
     path.write_text(path.read_text().replace('"score_std": 2.0', '"score_std": 3.0'))
     with pytest.raises(
         UserError,
-        match="artefact.json is damaged: it does not have the checksum that it was written with",
+        match=r"artefact\.json is damaged: it does not have the checksum that it was written with",
     ):
         load(artefact)
 

@@ -156,7 +156,7 @@ class Place:
         device = lambda process: type("Device", (), {"process_index": process})()
         return {
             device(process): (slice(row * width, (row + 1) * width),)
-            for row, process in zip(self.rows, self.processes)
+            for row, process in zip(self.rows, self.processes, strict=True)
         }
 
 
@@ -245,7 +245,8 @@ def test_one_of_several_that_was_not_told_is_stopped(monkeypatch):
     hosts.share.cache_clear()
     with pytest.raises(
         UserError,
-        match="This process is one of 4 on these devices; set PERL_JAX_HOSTS=auto on all of them.",
+        match=r"This process is one of 4 on these devices; set PERL_JAX_HOSTS=auto on all of "
+        r"them\.",
     ):
         hosts.share(sharding.batch_sharding(sharding.make_mesh(sharding.MeshConfig())))
     hosts.share.cache_clear()

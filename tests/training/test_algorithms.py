@@ -87,7 +87,9 @@ def test_step_zero_of_every_algorithm(name):
     assert ("kl/loss" in metrics) == (ALGORITHMS[name].kl == "loss")
     assert any(
         np.any(a != b)
-        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(run.state.roles)))
+        for a, b in zip(
+            jax.tree.leaves(before), jax.tree.leaves(jax.device_get(run.state.roles)), strict=True
+        )
     )
     second = run.step(some_prompts(run, seed=1))
     assert second["kl/sequence"] != 0.0 and int(run.state.step) == 2
@@ -307,7 +309,7 @@ def test_explained_variance_and_spreads_by_hand():
     values = {
         f"{name}/{kind}": float(x)
         for name, pair in sums.items()
-        for kind, x in zip(("mean", "square"), pair)
+        for kind, x in zip(("mean", "square"), pair, strict=True)
     }
     assert rl._derived(values) == {"advantage/std": 2.0, "value/explained_variance": 0.75}
     # Returns that do not vary have nothing to explain.
@@ -383,7 +385,7 @@ def test_an_evaluation_reports_the_reward_that_rl_was_paid(jobs, second, tmp_pat
     alone, _, found = proxies("alone", terms=terms)
     assert np.allclose(both, 2 * np.minimum(a, b) + alone, atol=1e-5)
     assert "judge_reward" not in found["policies"]["rl"]
-    with pytest.raises(UserError, match="There is no reward: give reward artefacts, or terms."):
+    with pytest.raises(UserError, match=r"There is no reward: give reward artefacts, or terms\."):
         tiny.evaluate_config(tmp_path / "none", jobs.base, policy=str(jobs.policy))
 
 

@@ -286,7 +286,8 @@ def test_float32_weights_keep_what_bfloat16_rounds_away(tmp_path, low, head):
     settings = {"model": low.name, "adapter": str(artefact), "format": "merged"}
     with pytest.raises(
         UserError,
-        match=r"Only \d+% of the adapter's effect survived .*; give --weights float32\. Nothing was kept",
+        match=r"Only \d+% of the adapter's effect survived .*; give --weights float32\. Nothing "
+        r"was kept",
     ):
         exchange.export(exchange.ExportConfig(**settings, to=str(tmp_path / "stored")))
     done = exchange.export(
@@ -480,7 +481,7 @@ def test_peft_tensors_that_do_not_fit_are_named(tmp_path, model):
             exchange.read_peft(tmp_path / "peft", model)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(
-        UserError, match="adapter_model.safetensors is not a complete safetensors file"
+        UserError, match=r"adapter_model\.safetensors is not a complete safetensors file"
     ):
         exchange.read_peft(tmp_path / "peft", model)
 
@@ -514,7 +515,7 @@ def test_an_export_that_reads_back_differently_is_not_kept(monkeypatch, tmp_path
         ),
     )
     with pytest.raises(
-        UserError, match="does not give the same logits: they differ by .* Nothing was kept"
+        UserError, match=r"does not give the same logits: they differ by .* Nothing was kept"
     ):
         export(model, artefact, form, tmp_path / "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
@@ -605,8 +606,8 @@ def test_the_template_is_named_to_export_and_what_is_written_is_read_back(
     }
     with pytest.raises(
         UserError,
-        match="artefact was trained with another tokenizer or chat template than that of .*; give "
-        "the folder, the template",
+        match=r"artefact was trained with another tokenizer or chat template than that of .*; give "
+        r"the folder, the template",
     ):
         exchange.export(exchange.ExportConfig(**settings))
     with monkeypatch.context() as patch:
@@ -617,8 +618,9 @@ def test_the_template_is_named_to_export_and_what_is_written_is_read_back(
         )
         with pytest.raises(
             UserError,
-            match="The tokenizer that was written does not encode as the model's own. Nothing was "
-            "kept.",
+            match=r"The tokenizer that was written does not encode as the model's own\. Nothing "
+            r"was "
+            r"kept\.",
         ):
             exchange.export(exchange.ExportConfig(**settings, template=given))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
@@ -654,17 +656,21 @@ def test_an_average_is_the_weighted_sum_of_updates(tmp_path, model):
     assert (record.score_mean, record.score_std) == (0.4, 2.5)
     merged = [lora_lib.merge(model.base, role) for role in roles]
     expected = jax.tree.map(
-        lambda base, *others: base + sum(w * (o - base) for w, o in zip(weights, others)),
+        lambda base, *others: (
+            base + sum(w * (o - base) for w, o in zip(weights, others, strict=True))
+        ),
         model.base,
         *merged,
     )
     for (name, a), b in zip(
-        trees.named_leaves(lora_lib.merge(model.base, mean)).items(), jax.tree.leaves(expected)
+        trees.named_leaves(lora_lib.merge(model.base, mean)).items(),
+        jax.tree.leaves(expected),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
     heads = [np.asarray(role.head["kernel"]) for role in roles]
     np.testing.assert_allclose(
-        mean.head["kernel"], sum(w * h for w, h in zip(weights, heads)), atol=1e-6
+        mean.head["kernel"], sum(w * h for w, h in zip(weights, heads, strict=True)), atol=1e-6
     )
 
 
@@ -793,14 +799,20 @@ def test_a_classifier_that_would_read_another_token_is_not_kept(
     eos, written = model.tokenizer.eos_id, exchange.classifier.save_tokenizer
     if where == "both":
         monkeypatch.setattr(exchange.classifier, "pad_id_of", lambda tokenizer: eos)
-        message = r"at token 4 \('yes'\).* at its last token 5 \('</s>'\): the tokenizer pads with id 2, the classifier's pad_token_id is 2"
+        message = (
+            r"at token 4 \('yes'\).* at its last token 5 \('</s>'\): the tokenizer pads "
+            r"with id 2, the classifier's pad_token_id is 2"
+        )
     else:
         monkeypatch.setattr(
             exchange.classifier,
             "save_tokenizer",
             lambda folder, tokenizer, pad_id: written(folder, tokenizer, eos),
         )
-        message = r"at token \d+ \('</s>'\).* at its last token 5 \('</s>'\): the tokenizer pads with id 2, the classifier's pad_token_id is 3"
+        message = (
+            r"at token \d+ \('</s>'\).* at its last token 5 \('</s>'\): the tokenizer pads "
+            r"with id 2, the classifier's pad_token_id is 3"
+        )
     with pytest.raises(UserError, match=message):
         export(model, artefact, form, tmp_path / "to")
     assert not list(tmp_path.iterdir())
@@ -830,7 +842,7 @@ def test_padding_is_a_token_that_no_turn_ends_with():
     )
     inner = words().inner
     inner.pad_token = inner.unk_token = inner.bos_token = None
-    with pytest.raises(UserError, match="Every special token of .* ends a turn"):
+    with pytest.raises(UserError, match=r"Every special token of .* ends a turn"):
         exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
 
 

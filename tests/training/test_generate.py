@@ -168,7 +168,7 @@ def test_rows_beyond_the_models_positions_are_refused(base, tmp_path):
     (tmp_path / "long.jsonl").write_text(
         json.dumps({"prompt": "add " * 60, "response": "here " * 20}) + "\n"
     )
-    with pytest.raises(UserError, match="has a row of 82 tokens; .* has 64 positions."):
+    with pytest.raises(UserError, match=r"has a row of 82 tokens; .* has 64 positions\."):
         score(config(base, tmp_path / "long.jsonl", max_prompt_length=100, max_response_length=100))
 
 
@@ -212,7 +212,7 @@ def test_samples_differ_and_the_seed_decides(base):
 
 def test_prompts_too_long_are_refused(base):
     with pytest.raises(
-        UserError, match="The prompt has 4 tokens and max_new_tokens is 61; .* has 64 positions."
+        UserError, match=r"The prompt has 4 tokens and max_new_tokens is 61; .* has 64 positions\."
     ):
         generate(GenerateConfig(model=base, prompt=PROMPT, max_new_tokens=61))
 

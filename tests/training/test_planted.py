@@ -76,7 +76,7 @@ def test_intervals_are_over_the_groups_of_rows(monkeypatch):
     )
     turns = [
         {"prompt": f"p{i}", "group": str(group), "label": label}
-        for i, (group, label) in enumerate(zip(groups, labels))
+        for i, (group, label) in enumerate(zip(groups, labels, strict=True))
     ]
     ranked = [
         {

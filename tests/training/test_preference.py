@@ -128,7 +128,9 @@ def test_soft_labels_margins_and_weights_reach_the_losses():
     )
     ratios = [
         np.sum((own - reference) * side.response_BT, axis=1)
-        for own, reference, side in zip((both[0::2], both[1::2]), logps, (chosen, rejected))
+        for own, reference, side in zip(
+            (both[0::2], both[1::2]), logps, (chosen, rejected), strict=True
+        )
     ]
     h_B = 0.3 * (ratios[0] - ratios[1])
     for soft in (False, True):
@@ -510,7 +512,8 @@ def test_no_file_is_written_where_every_best_response_is_empty(jobs, tmp_path, m
     )
     with pytest.raises(
         UserError,
-        match=r"^The best response is empty for all of the 16 prompts; there is nothing to write to .*best\.jsonl\.$",
+        match=r"^The best response is empty for all of the 16 prompts; there is nothing to write "
+        r"to .*best\.jsonl\.$",
     ):
         run_best_of(BestOfConfig(model=jobs.base, output=str(tmp_path / "best.jsonl"), **EMPTY))
     assert not (tmp_path / "best.jsonl").exists()

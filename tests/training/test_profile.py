@@ -28,7 +28,10 @@ def test_chosen_steps_are_traced_and_change_nothing(base, tmp_path):
 
 
 def test_a_step_that_fails_leaves_what_was_traced(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Profile(tmp_path / "profile", (2, 3, 5)) as profile:
+    with (  # noqa: PT012  it ends within a step
+        pytest.raises(KeyboardInterrupt),
+        Profile(tmp_path / "profile", (2, 3, 5)) as profile,
+    ):
         for step in (1, 2, 3):
             with profile.step(step):
                 jax.block_until_ready(jax.numpy.ones(3) + step)
@@ -85,7 +88,7 @@ def test_a_folder_that_cannot_be_is_named(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         UserError,
-        match="compile_cache is .*file/programs, which cannot be made a folder: Not a directory.",
+        match=r"compile_cache is .*file/programs, which cannot be made a folder: Not a directory\.",
     ):
         run_sft(
             tiny.sft_config(tmp_path / "run", base, compile_cache=str(tmp_path / "file/programs"))

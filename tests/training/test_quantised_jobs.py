@@ -61,7 +61,7 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     ]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     with pytest.raises(
-        UserError, match="made of the base's own weights; leave --quantise.kind out"
+        UserError, match=r"made of the base's own weights; leave --quantise\.kind out"
     ):
         exchange.export(
             exchange.ExportConfig(
@@ -76,6 +76,6 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
 
 def test_full_tuning_of_a_quantised_base_is_refused(base, tmp_path):
     with pytest.raises(
-        UserError, match="Full tuning trains the base's weights; quantise.kind must be none"
+        UserError, match=r"Full tuning trains the base's weights; quantise\.kind must be none"
     ):
         sft.run_sft(tiny.sft_config(tmp_path / "sft", base, tuning="full", quantise=LOW))

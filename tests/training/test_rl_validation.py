@@ -139,7 +139,10 @@ def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypat
             at = np.flatnonzero(tokens.response_BT[b])
             ids = tokens.tokens_BT[b][at]
             kls.append(
-                sum(float(logps[0][b, t - 1, i] - logps[1][b, t - 1, i]) for t, i in zip(at, ids))
+                sum(
+                    float(logps[0][b, t - 1, i] - logps[1][b, t - 1, i])
+                    for t, i in zip(at, ids, strict=True)
+                )
             )
             lengths.append(len(at))
             ended.append(ids[-1] in model.tokenizer.stop_ids)
@@ -204,7 +207,9 @@ def test_the_selected_step_is_kept_and_said_after_a_resume(
     small.assert_same(jax.tree.map(np.asarray, adapter), seen[step])
     assert any(
         np.any(a != b)
-        for a, b in zip(trees.named_leaves(seen[2]).values(), trees.named_leaves(seen[4]).values())
+        for a, b in zip(
+            trees.named_leaves(seen[2]).values(), trees.named_leaves(seen[4]).values(), strict=True
+        )
     )
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == sorted(
         {str(step), "4"}
@@ -252,7 +257,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(jobs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rl, "gold_rewards", gold)
     with pytest.raises(
-        TrainingError, match="The validation of step 1 gave NaN or infinity .validation/gold."
+        TrainingError, match=r"The validation of step 1 gave NaN or infinity .validation/gold."
     ):
         rl.run_rl(
             tiny.rl_config(

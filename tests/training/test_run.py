@@ -293,7 +293,7 @@ def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(
     )
     {"sft": sft.run_sft, "reward": reward.run_reward}[kind](config)
     # Each padded length as it is and in one size, most of which three epochs have met.
-    lengths, counts = zip(*history[:-1])
+    lengths, counts = zip(*history[:-1], strict=True)
     assert (
         len(set(lengths)) > 1 and counts[-1] <= 2 * len(set(lengths)) and counts[-1] == counts[100]
     )
@@ -377,7 +377,7 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
         rl.run_rl(
             tiny.rl_config(tmp_path / "b", jobs.base, jobs.tuned.with_name("value"), jobs.reward)
         )
-    with pytest.raises(UserError, match="is not an artefact: there is no artefact.json in it"):
+    with pytest.raises(UserError, match=r"is not an artefact: there is no artefact\.json in it"):
         rl.run_rl(tiny.rl_config(tmp_path / "c", jobs.base, tmp_path, jobs.reward))
 
 

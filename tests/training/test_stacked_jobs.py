@@ -74,7 +74,7 @@ def test_stacks_that_cannot_be(jobs, tmp_path, fields, message):
 
 
 def test_rl_trains_on_an_adapter_or_on_top_of_it(jobs, tmp_path):
-    with pytest.raises(UserError, match="Give policy .* or stack_on .*, not both"):
+    with pytest.raises(UserError, match=r"Give policy .* or stack_on .*, not both"):
         tiny.rl_config(
             tmp_path / "rl", jobs.base, jobs.policy, jobs.reward, stack_on=str(jobs.policy)
         )

@@ -147,7 +147,7 @@ def test_clipping_is_by_the_norm_of_lora_and_head_together(norm, factor):
         config=LORA,
     )
     update = first_update(OptimizerConfig(clip_norm=norm, **SHOWS_GRADIENT), gradients)
-    for leaf, gradient in zip(jax.tree.leaves(update), jax.tree.leaves(gradients)):
+    for leaf, gradient in zip(jax.tree.leaves(update), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(-1e6 * leaf, factor * gradient, rtol=1e-4)
 
 
@@ -193,7 +193,7 @@ def test_every_role_is_a_copy():
     pointers = [leaf.unsafe_buffer_pointer() for tree in trees for leaf in jax.tree.leaves(tree)]
     assert len(set(pointers)) == len(pointers) == 12
     for tree in trees[1:]:
-        for leaf, original in zip(jax.tree.leaves(tree), jax.tree.leaves(one)):
+        for leaf, original in zip(jax.tree.leaves(tree), jax.tree.leaves(one), strict=True):
             np.testing.assert_array_equal(leaf, original)
 
 

@@ -164,7 +164,7 @@ def assert_close(left: Tree, right: Tree, atol: float) -> None:
     terms.
     """
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right)):
+    for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(
             a, b, rtol=0, atol=atol * max(1.0, float(np.max(np.abs(b)))), err_msg=name
         )
@@ -270,7 +270,7 @@ def test_what_padding_holds_changes_nothing(name):
         )
     changed = [
         not np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(case.batch))
+        for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(case.batch), strict=True)
     ]
     assert any(changed)
     # Bit for bit: the program is the same, and masked terms are exactly 0.
@@ -319,7 +319,8 @@ def check_leaves(
             lambda n, x: noise.standard_normal(x.shape) * (n == name), point
         )
         slope = sum(
-            np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction))
+            np.sum(g * d)
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
         )
         assert (abs(slope) > 1e-6) == (name not in without), name
         assert directional(function, point, direction) == pytest.approx(

@@ -238,7 +238,7 @@ def batches(
     groups = itertools.cycle(
         [prompts[i : i + PROMPTS] for i in range(0, len(prompts) - PROMPTS + 1, PROMPTS)]
     )
-    for seed, (group, _) in enumerate(zip(groups, turns)):
+    for seed, (group, _) in enumerate(zip(groups, turns, strict=False)):
         rollout.seed = seed  # without it every step would draw from the same key
         yield {"prompts": np.array(group)}
 

@@ -139,14 +139,13 @@ def compiled(contenders: dict[str, Any]) -> str:
 def text(contest: dict[str, Any]) -> str:
     contenders = contest["contenders"]
     rounds = len(next(iter(contenders.values()))["steps"])
-    said = [
-        (
-            f"{name}: "
-            f"{', '.join(f'{package} {version}' for package, version in one['ready']['versions'].items())}; "
-            f"{one['ready']['settings']}"
+    said = []
+    for name, one in contenders.items():
+        ready = one["ready"]
+        versions = ", ".join(
+            f"{package} {version}" for package, version in ready["versions"].items()
         )
-        for name, one in contenders.items()
-    ]
+        said.append(f"{name}: {versions}; {ready['settings']}")
     medians = {
         name: statistics.median(step["seconds"] for step in one["steps"])
         for name, one in contenders.items()

@@ -287,11 +287,11 @@ def read_experiment(folder: Path) -> Experiment:
             f"{folder} is no run's folder: it holds neither experiment.json, config.json nor "
             f"{FILE_NAME}."
         )
-    for run in runs:
-        if nonfinite_steps(run.rows):
-            notes.append(
-                f"{run.name}: {nonfinite_steps(run.rows)} steps had NaN or infinite metrics."
-            )
+    notes += [
+        f"{run.name}: {nonfinite_steps(run.rows)} steps had NaN or infinite metrics."
+        for run in runs
+        if nonfinite_steps(run.rows)
+    ]
     return Experiment(
         title=text(about, "title") or folder.resolve().name,
         summary=text(about, "summary"),
