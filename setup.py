@@ -1,14 +1,19 @@
 """Installs perl_jax and the `perl-jax` command."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
+# Read, not imported: an import would need what is only about to be installed.
+version = re.search(
+    r'^__version__ = "(.+)"$', (here / "perl_jax/__init__.py").read_text(encoding="utf-8"), re.M
+)[1]
 
 setup(
     name="perl_jax",
-    version="0.1.0",
+    version=version,
     description="Parameter-efficient reinforcement learning from human feedback in JAX: adapters "
     "over one frozen base.",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
@@ -16,6 +21,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["perl_jax", "perl_jax.*"]),
+    # Says to type checkers that the annotations are meant.
+    package_data={"perl_jax": ["py.typed"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.8,<0.13",
@@ -60,6 +67,13 @@ setup(
             "PyStemmer>=3",
             "scipy>=1.13",
             "pytrec_eval-terrier>=0.5.10",
+        ],
+        # For `make lint`. Another version of ruff formats in another way, so it is pinned.
+        "lint": [
+            "ruff==0.17.6",
+            "pyright[nodejs]==1.1.414",
+            "mkdocs-material==9.8.2",
+            "mkdocstrings[python]>=1.0",
         ],
     },
     entry_points={"console_scripts": ["perl-jax=perl_jax.cli.main:main"]},

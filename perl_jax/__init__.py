@@ -1,1 +1,3 @@
 """Parameter-efficient RLHF in JAX."""
+
+__version__ = "0.1.0"

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Transformers says at import that it has no torch, which is how it should be here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
+from perl_jax import __version__  # noqa: E402
 from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
 from perl_jax.runtime import platforms  # noqa: E402
 
@@ -250,6 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"perl-jax {__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(

@@ -10,6 +10,7 @@ import typing
 
 import pytest
 
+import perl_jax
 from perl_jax.cli import main as command
 from perl_jax.errors import TrainingError
 from perl_jax.hub import weights as hf_checkpoint
@@ -54,6 +55,12 @@ def test_no_command_prints_the_commands(capsys):
     usage = capsys.readouterr().out
     for name, (_, text) in command.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(text)}$", usage, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_printed(flag, capsys):
+    assert command.main([flag]) == 0
+    assert capsys.readouterr().out == f"perl-jax {perl_jax.__version__}\n"
 
 
 def test_unknown_command(capsys):

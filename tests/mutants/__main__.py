@@ -57,7 +57,7 @@ class Outcome:
 def copy_tracked(folder: pathlib.Path) -> None:
     """Copies the files that git tracks, as they are in the checkout now."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "perl_jax", "tests", "experiments", "launch", "setup.cfg"],
+        ["git", "ls-files", "-z", "perl_jax", "tests", "experiments", "launch", "pyproject.toml"],
         cwd=CHECKOUT,
         capture_output=True,
         check=True,
