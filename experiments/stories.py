@@ -26,8 +26,8 @@ from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs.metrics import read_metrics
 from perl_jax.runtime import files, platforms
-from perl_jax.training.rl import run_rl
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.commands import RLCommand, run_rl
+from perl_jax.training.rl_config import KLConfig
 
 NAMES = ("Lily", "Tom", "Anna", "Ben", "Mia", "Sam", "Sue", "Max", "Amy", "Tim")
 OPENINGS = (
@@ -124,7 +124,7 @@ def main() -> int:
         bucket_count=1,
     )
     terms = json.dumps(TERMS)
-    job = RLConfig(
+    job = RLCommand(
         model=arguments.model,
         run=str(root / "rl"),
         data=data,

@@ -20,9 +20,9 @@ from perl_jax.rewards.scoring import Scorer
 from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training import rl
+from perl_jax.training.commands import RLCommand
 from perl_jax.training.fit import initial_state
 from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
-from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.state import TrainState
 from perl_jax.types import Prompts, Tree
 from tests import small
@@ -77,9 +77,9 @@ def even_base(lm: LanguageModel, seed: int = 0) -> Tree:
     return trees.map_named(leaf, lm.abstract_base())
 
 
-def rl_config(**fields: Any) -> RLConfig:
+def rl_config(**fields: Any) -> RLCommand:
     data = DataConfig(max_prompt_length=8, max_response_length=fields.pop("room", 6))
-    return RLConfig(
+    return RLCommand(
         **{
             "run": "-",
             "model": "-",
@@ -103,7 +103,7 @@ def prompts(lm: LanguageModel = small.LM, seed: int = 0) -> Prompts:
 class Rehearsal:
     """The RL job's own programs and update on given roles; `step()` makes one update."""
 
-    def __init__(self, model: Model, policy: Adapter, reward: Adapter, config: RLConfig):
+    def __init__(self, model: Model, policy: Adapter, reward: Adapter, config: RLCommand):
         self.model, self.config = model, config
         roles = {"policy": policy}
         if config.algorithm.rule.critic:

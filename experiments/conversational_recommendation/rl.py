@@ -44,9 +44,9 @@ from perl_jax.evaluation.report import formats
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runs.metrics import read_metrics
 from perl_jax.runtime import files, platforms
+from perl_jax.training.commands import RLCommand, run_rl
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.rl import run_rl
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.rl_config import KLConfig
 
 FUNCTION = f"{pathlib.Path(__file__).resolve().with_name('reward.py')}:score"
 # Times ten: rewards are around 0.1, and the penalty of a response without an end and the KL's
@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> None:
         max_response_length=RESPONSE,
         bucket_count=1,
     )
-    job = RLConfig(
+    job = RLCommand(
         model=model,
         run=str(root / "rl"),
         policy=start,

@@ -18,9 +18,8 @@ from texts import heuristic_query, query_prompt, writer_example
 from perl_jax.data.config import DataConfig
 from perl_jax.runtime import files
 from perl_jax.training.base import BaseConfig, train_base
-from perl_jax.training.configs import SFTConfig
+from perl_jax.training.commands import SFTCommand, run_sft
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.sft import run_sft
 
 VALIDATION = 20  # every so many rows, one is for validation
 OPTIMIZER = OptimizerConfig(
@@ -130,7 +129,7 @@ def adapter_of(
         max_prompt_length=lengths[0],
         max_response_length=lengths[1],
     )
-    job = SFTConfig(
+    job = SFTCommand(
         run=str(root / name),
         model=model,
         data=data,

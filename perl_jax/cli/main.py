@@ -46,19 +46,19 @@ def _done(what: str, path: pathlib.Path) -> None:
 
 
 def _sft(config: Any) -> None:
-    from perl_jax.training.sft import run_sft
+    from perl_jax.training.commands import run_sft
 
     _done("policy", run_sft(config))
 
 
 def _reward(config: Any) -> None:
-    from perl_jax.training.reward import run_reward
+    from perl_jax.training.commands import run_reward
 
     _done("reward", run_reward(config))
 
 
 def _rl(config: Any) -> None:
-    from perl_jax.training.rl import run_rl
+    from perl_jax.training.commands import run_rl
 
     _done("policy", run_rl(config))
 
@@ -118,7 +118,7 @@ def _show(config: Any) -> None:
 
 
 def _dpo(config: Any) -> None:
-    from perl_jax.training.dpo import run_dpo
+    from perl_jax.training.commands import run_dpo
 
     _done("policy", run_dpo(config))
 
@@ -166,13 +166,13 @@ def _config(name: str) -> type:
     from perl_jax.generation import text as text_lib
     from perl_jax.hub import exchange
     from perl_jax.planning.config import PlanConfig
-    from perl_jax.training import base, configs, rl_config
+    from perl_jax.training import base, commands
 
     return {
-        "sft": configs.SFTConfig,
-        "reward": configs.RewardConfig,
-        "rl": rl_config.RLConfig,
-        "dpo": configs.DPOConfig,
+        "sft": commands.SFTCommand,
+        "reward": commands.RewardCommand,
+        "rl": commands.RLCommand,
+        "dpo": commands.DPOCommand,
         "best-of": best_of.BestOfConfig,
         "base": base.BaseConfig,
         "evaluate": compare.EvaluateConfig,

@@ -58,9 +58,10 @@ class DataConfig:
             f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a "
             "program to compile.",
         )
-        errors.read_by(
-            "data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",)
-        )
+        if ":" not in self.task:
+            errors.read_by(
+                "data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",)
+            )
         embedded = self.task == "orders" and self.data_dir is not None
         errors.require(
             not embedded,

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -90,11 +90,22 @@ def parse_line(
         raise UserError(f"{where}: not valid JSON (nested too deeply).") from error
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{where}: not valid JSON ({error}).") from error
+    return checked_rows(value, fields, where, others)
+
+
+def checked_rows(
+    value: Any, fields: Sequence[str], where: str, others: bool = False
+) -> list[dict[str, Any]]:
+    """Returns the row that an object is, or the rows of its ranked responses (`read_jsonl`).
+
+    where: begins the message of any UserError.
+    """
     require(
-        isinstance(value, dict),
+        isinstance(value, Mapping),
         f"{where}: must be a JSON object with "
         f"{', '.join(field for field in fields if field not in DEFAULTS)}.",
     )
+    value = dict(value)
     _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}

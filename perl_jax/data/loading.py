@@ -1,33 +1,19 @@
-"""A job's batches: its rows opened, tokenised and packed for a model."""
+"""A job's batches: the rows of a split, tokenised and packed for a model."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from perl_jax import errors
 from perl_jax.data.config import DataConfig
 from perl_jax.data.counts import said_of
+from perl_jax.data.dataset import Dataset
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
-from perl_jax.data.store import DataOptions
-from perl_jax.data.tasks import get_task
 from perl_jax.data.tokenise import RowError
-from perl_jax.errors import require
+from perl_jax.errors import UserError, require
 from perl_jax.hub.model import Model
 from perl_jax.runtime import hosts, sharding
 
 
-def data_options(config: DataConfig) -> DataOptions:
-    """The data layer's options of a job."""
-    return DataOptions(
-        data_dir=config.data_dir,
-        seed=config.data_seed,
-        train_size=config.train_size,
-        evaluation_size=config.evaluation_size,
-    )
-
-
 def check_context(model: Model, config: DataConfig) -> None:
-    """Refuses lengths that the model has no positions for."""
+    """Raises UserError for lengths that the model has no positions for."""
     room = model.lm.config.max_positions
     tail = len(model.tokenizer.tail_ids)
     total = config.max_prompt_length + config.max_response_length + tail
@@ -41,23 +27,35 @@ def check_context(model: Model, config: DataConfig) -> None:
 
 def load_batches(
     model: Model,
-    config: DataConfig,
-    kind: str,
+    dataset: Dataset,
     split: str,
+    config: DataConfig,
     batch_size: int,
     seed: int | None,
     microbatches: int = 1,
     *,
     most: int | None = None,
     lengths: tuple[int, ...] | None = None,
-) -> tuple[Batches, Any]:
-    """Batches of a task's rows and the rows; seed None: in order, once, the last batch filled up.
+) -> Batches:
+    """Returns the batches of a split, this process's share of each.
 
-    most: the first so many rows only. lengths: padded lengths to take where they hold the rows, so
-    that programs compiled for them are used again.
+    Args:
+        model: Gives the tokenizer, the mesh, and whether rows are packed.
+        dataset: The rows.
+        split: Which of its splits.
+        config: How rows are cut, padded and packed.
+        batch_size: Rows of a whole batch, over all devices.
+        seed: Of the order of rows, which are repeated for ever. None: in order, once, the last
+            batch filled up.
+        microbatches: Of the update that reads the batches.
+        most: Read the first so many rows only.
+        lengths: Padded lengths to use where they hold the rows, so that programs that were compiled
+            for them are used again.
+
+    Raises:
+        UserError: For a row that cannot be encoded.
     """
-    task = get_task(config.task)
-    rows = hosts.in_turn(lambda: task.open(kind, split, data_options(config)))
+    rows = dataset.rows(split)
     if most is not None:
         rows = [rows[index] for index in range(min(most, len(rows)))]
     share = sharding.row_share(model.mesh)
@@ -76,26 +74,23 @@ def load_batches(
         microbatches=microbatches,
     )
     try:
-        return make_batches(rows, kind, model.tokenizer, spec), rows
+        return make_batches(rows, dataset.kind, model.tokenizer, spec)
     except RowError as error:
-        raise errors.UserError(
-            f"{task.place(kind, split, data_options(config), error.index)}: {error.reason}"
-        ) from error
+        raise UserError(f"{dataset.place(split, error.index)}: {error.reason}") from error
 
 
-def noted(config: DataConfig, split: str, batches: Batches) -> dict[str, float]:
-    """Says what a split's rows lost to fit (`tokenise.said_of`); returns its numbers as metrics,
-    written with a run's first step.
+def noted(dataset: Dataset, split: str, config: DataConfig, batches: Batches) -> dict[str, float]:
+    """Prints what a split's rows lost to fit; returns the numbers as metrics of a run's first step.
 
-    UserError where no two responses of any comparison differ.
+    Raises UserError where no two responses of any comparison differ.
     """
     rows = batches.rows
-    apart = (
-        f"Every comparison of the {split} split of {config.task} has two equal responses, cut "
-        f"to max_response_length {config.max_response_length} as they are; some must differ."
+    require(
+        rows.equal is None or not rows.equal.all(),
+        f"Every comparison of the {split} split of {dataset.name} has two equal responses, cut to "
+        f"max_response_length {config.max_response_length} as they are; some must differ.",
     )
-    errors.require(rows.equal is None or not rows.equal.all(), apart)
     if hosts.is_writer():
         for sentence in said_of(rows.facts, config.max_prompt_length, config.max_response_length):
-            print(f"{config.task}, {split}: {sentence}", flush=True)
+            print(f"{dataset.name}, {split}: {sentence}", flush=True)
     return {f"data/{split}/{name}": number for name, number in rows.facts.items()}

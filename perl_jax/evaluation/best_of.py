@@ -14,9 +14,9 @@ import numpy as np
 
 from perl_jax import errors
 from perl_jax.data.config import DataConfig
+from perl_jax.data.dataset import of_split
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.store import named_group
-from perl_jax.data.tasks import get_task
 from perl_jax.errors import require
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.programs import sample_program
@@ -135,11 +135,10 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
     rewards, records = scoring.load_rewards(model, config.reward)
-    batches, rows = load_batches(
-        model, config.data, "prompts", config.split, config.batch_size // config.n, None
-    )
-    noted(config.data, config.split, batches)
-    task = get_task(config.data.task)
+    dataset = of_split(config.data, "prompts", config.split)
+    rows, number = dataset.rows(config.split), config.batch_size // config.n
+    batches = load_batches(model, dataset, config.split, config.data, number, None)
+    noted(dataset, config.split, config.data, batches)
     shared = model.shared_prompts(config.batch_size, config.n)
     sample = sample_program(
         model, config.data.max_response_length, config.temperature, config.rollout, shared
@@ -175,8 +174,8 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
                     # A demonstration is of its prompt's group.
                     prompt, group = source["prompt"], named_group(source)
                     measured = {name: column_PG[place] for name, column_PG in columns.items()}
-                    if task.gold is not None:
-                        measured["gold"] = task.gold([prompt] * config.n, list(texts_G))
+                    if dataset.gold is not None:
+                        measured["gold"] = dataset.gold([prompt] * config.n, list(texts_G))
                     made[row] = {
                         "row": row,
                         "prompt": prompt,

@@ -18,10 +18,11 @@ import numpy as np
 from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.config import DataConfig
+from perl_jax.data.dataset import of_split
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.store import group_of
-from perl_jax.data.tasks import Task, get_task
+from perl_jax.data.tasks import Gold
 from perl_jax.evaluation import intervals, statistics
 from perl_jax.generation.config import GREEDY, RolloutConfig
 from perl_jax.generation.continuous import ContinuousSampler
@@ -125,7 +126,7 @@ class Evaluation:
     raters: Mapping[str, tuple[Scorer, Mapping[str, Adapter]]]
     batches: Batches
     rows: Any
-    task: Task
+    gold: Gold | None
     seed: int
 
 
@@ -171,9 +172,7 @@ def respond(
     order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
     prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]
     ordered = [texts[i] for i in order]
-    gold = (
-        None if job.task.gold is None else np.asarray(job.task.gold(prompts, ordered), np.float64)
-    )
+    gold = None if job.gold is None else np.asarray(job.gold(prompts, ordered), np.float64)
     responses = Responses(
         texts=ordered,
         tokens=[tokens[i] for i in order],
@@ -261,15 +260,14 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
-    task = get_task(config.data.task)
+    dataset = of_split(config.data, "prompts", config.split)
     policy, _ = model.load_role(config.policy, "policy")
     baseline = (
         model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
     )
-    batches, rows = load_batches(
-        model, config.data, "prompts", config.split, config.batch_size, None
-    )
-    facts = noted(config.data, config.split, batches)
+    rows = dataset.rows(config.split)
+    batches = load_batches(model, dataset, config.split, config.data, config.batch_size, None)
+    facts = noted(dataset, config.split, config.data, batches)
     with contextlib.ExitStack() as stack:
 
         def rater(
@@ -291,13 +289,13 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
             raters=raters,
             batches=batches,
             rows=rows,
-            task=task,
+            gold=dataset.gold,
             seed=config.seed,
         )
         say_attention("evaluate", model.lm)
         ours, prompts = respond(job, policy, baseline)
         theirs, _ = respond(job, baseline, baseline)
-    judge = "gold" if task.gold is not None else "judge" if config.judge else "proxy"
+    judge = "gold" if dataset.gold is not None else "judge" if config.judge else "proxy"
     results = {
         "policies": {"sft": describe(theirs), "rl": describe(ours)},
         **compare(ours, theirs, judge),

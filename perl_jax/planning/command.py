@@ -20,7 +20,7 @@ from perl_jax.planning.measure import Measured, measure
 from perl_jax.planning.pieces import Phase, Planned
 from perl_jax.planning.reading import Role, plan_command
 from perl_jax.runtime import files, sharding
-from perl_jax.training.configs import JobConfig
+from perl_jax.training.commands import TrainingCommand
 
 # A caveat that goes wherever the estimate goes.
 CAVEAT = (
@@ -125,7 +125,7 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
     lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
     model = planned_model(lm, config.model, config.quantise, config.adapters == "sharded")
     job = config.job_config()
-    if isinstance(job, JobConfig):
+    if isinstance(job, TrainingCommand):
         return plan_job(model, job), mesh
     return plan_command(model, job, Role(config.lora if config.tuning == "lora" else None)), mesh
 

@@ -19,15 +19,20 @@ from perl_jax.hub.model import ModelOptions
 from perl_jax.models.config import REMAT
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training.configs import DPOConfig, JobConfig, RewardConfig, SFTConfig
+from perl_jax.training.commands import (
+    DPOCommand,
+    RewardCommand,
+    RLCommand,
+    SFTCommand,
+    TrainingCommand,
+)
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.rl_config import RLConfig
 
-JOBS: dict[str, type[JobConfig]] = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "dpo": DPOConfig,
-    "rl": RLConfig,
+JOBS: dict[str, type[TrainingCommand]] = {
+    "sft": SFTCommand,
+    "reward": RewardCommand,
+    "dpo": DPOCommand,
+    "rl": RLCommand,
 }
 # Commands that train nothing, and whose artefacts are of the given tuning and size.
 READING: dict[str, type[ModelOptions]] = {

@@ -50,9 +50,15 @@ from perl_jax.training import (
 from perl_jax.training import (
     state as state_lib,
 )
-from perl_jax.training.configs import DPOConfig, JobConfig, PolicyConfig, RewardConfig, SFTConfig
+from perl_jax.training.commands import (
+    DPOCommand,
+    PolicyCommand,
+    RewardCommand,
+    RLCommand,
+    SFTCommand,
+    TrainingCommand,
+)
 from perl_jax.training.experience import Judged
-from perl_jax.training.rl_config import RLConfig
 from perl_jax.types import Labelled, Pairs, Tokens, Tree
 
 # No program's size depends on which ids these are.
@@ -76,26 +82,26 @@ def planned_model(
     return Model(name, lm, base, _TOKENIZER, "-", quantise, shard_adapters)
 
 
-def plan_job(model: Model, config: JobConfig) -> Planned:
+def plan_job(model: Model, config: TrainingCommand) -> Planned:
     """The job's programs at its longest batch: a step's, those of measuring, then those of its
     start.
     """
-    return {SFTConfig: _sft, RewardConfig: _reward, DPOConfig: _dpo, RLConfig: _rl}[type(config)](
-        model, config
-    )
+    return {SFTCommand: _sft, RewardCommand: _reward, DPOCommand: _dpo, RLCommand: _rl}[
+        type(config)
+    ](model, config)
 
 
-def _sft(model: Model, config: SFTConfig) -> Planned:
+def _sft(model: Model, config: SFTCommand) -> Planned:
     return _supervised(model, config, sft.SFT, {"policy": _role(model, config, head=False)})
 
 
-def _reward(model: Model, config: RewardConfig) -> Planned:
+def _reward(model: Model, config: RewardCommand) -> Planned:
     return _supervised(
         model, config, reward_lib.reward_job(config), {"reward": _role(model, config, head=True)}
     )
 
 
-def _dpo(model: Model, config: DPOConfig) -> Planned:
+def _dpo(model: Model, config: DPOCommand) -> Planned:
     role = _role(model, config, head=False)
     return _supervised(
         model, config, dpo.job_of(config), {"policy": role}, {"reference": _resting(model, role)}
@@ -104,7 +110,7 @@ def _dpo(model: Model, config: DPOConfig) -> Planned:
 
 def _supervised(
     model: Model,
-    config: JobConfig,
+    config: TrainingCommand,
     job: fit.Supervised,
     roles: dict[str, Adapter],
     frozen: dict[str, Adapter] | None = None,
@@ -169,7 +175,7 @@ def _supervised(
 
 
 def _start(
-    model: Model, config: JobConfig, begin: Piece, state: state_lib.TrainState
+    model: Model, config: TrainingCommand, begin: Piece, state: state_lib.TrainState
 ) -> list[Piece]:
     """Loading, first values, and checksums of what is saved and read."""
     own = (
@@ -177,7 +183,7 @@ def _start(
         if config.tuning == "full"
         else list(starting.first_values(model, config.lora))
     )
-    if config.tuning == "full" and isinstance(config, PolicyConfig) and config.policy is not None:
+    if config.tuning == "full" and isinstance(config, PolicyCommand) and config.policy is not None:
         # It may be an adapter, whose size only its artefact says.
         own.insert(
             0,
@@ -188,7 +194,7 @@ def _start(
     return [*starting.loading(model), *own, begin, *starting.digests(state)]
 
 
-def _rl(model: Model, config: RLConfig) -> Planned:
+def _rl(model: Model, config: RLCommand) -> Planned:
     """Returns the plan of an RL job: every program it runs, and what it keeps on the devices.
 
     Reward models are planned as roles of the same tuning and size as the job's own.
@@ -213,7 +219,11 @@ def _rl(model: Model, config: RLConfig) -> Planned:
         (policy, frozen),
         base=reads_base,
     )
-    programs = rl.Programs(model, config, (RECORD,) * len(rewards), state, optimizers)
+    scores = None
+    if rewards:
+        records = (RECORD,) * len(rewards)
+        scores = scoring.reward_program(model, records, config.combine, config.microbatches)
+    programs = rl.Programs(model, config, scores, state, optimizers)
     base, batch = _base(model, config), config.batch_size
     prompt, room = config.data.max_prompt_length, config.data.max_response_length
     sampled = lambda program, rows, samples: sampling(
@@ -278,7 +288,7 @@ def _rl(model: Model, config: RLConfig) -> Planned:
 # Shapes.
 
 
-def _batch(config: JobConfig, kind: str) -> Tree:
+def _batch(config: TrainingCommand, kind: str) -> Tree:
     """The longest batch of a kind of rows."""
     rows, columns = (
         config.batch_size,
@@ -295,7 +305,7 @@ def _batch(config: JobConfig, kind: str) -> Tree:
     )
 
 
-def _role(model: Model, config: JobConfig, head: bool) -> Adapter:
+def _role(model: Model, config: TrainingCommand, head: bool) -> Adapter:
     return artefacts.abstract_adapter(
         model.lm, config.tuning, config.lora if config.tuning == "lora" else None, head
     )
@@ -305,7 +315,7 @@ def _resting(model: Model, role: Adapter) -> Adapter:
     return jax.eval_shape(lambda role: resting(role, model.lm.config.dtype), role)
 
 
-def _base(model: Model, config: JobConfig) -> Tree | None:
+def _base(model: Model, config: TrainingCommand) -> Tree | None:
     return None if config.tuning == "full" else model.base
 
 

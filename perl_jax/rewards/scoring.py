@@ -32,6 +32,13 @@ from perl_jax.types import Array, Tokens, Tree
 COMBINE = {"mean": jnp.mean, "min": jnp.min}
 
 
+def combined(scores_MB: Array, combine: str | tuple[float, ...]) -> jax.Array:
+    """Returns the mean, the least, or the weighted sum of the members' scores, [B]."""
+    if isinstance(combine, str):
+        return COMBINE[combine](scores_MB, axis=0)
+    return jnp.tensordot(jnp.asarray(combine, scores_MB.dtype), scores_MB, axes=1)
+
+
 def role_name(index: int) -> str:
     """The name of a reward model among the state's frozen roles."""
     return "reward" if index == 0 else f"reward_{index}"
@@ -155,7 +162,7 @@ def _scores(
     scores_MB = jnp.stack(
         [score(adapter, record) for adapter, record in zip(rewards, records, strict=True)]
     )
-    return COMBINE[combine](scores_MB, axis=0), scores_MB
+    return combined(scores_MB, combine), scores_MB
 
 
 class Scorer:

@@ -22,8 +22,16 @@ STANDS = "stands.json"
 _FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh", "profile", "compile_cache")
 
 
-def open_run(job: str, config: Any) -> pathlib.Path:
+def open_run(
+    job: str,
+    config: Any,
+    run: str | pathlib.Path | None = None,
+    now: provenance.Prints | None = None,
+) -> pathlib.Path:
     """Makes the run's folder, or checks that the one there belongs to the same command.
+
+    run: the folder; None: `config.run`. now: digests of what the run depends on (`provenance`);
+    None: those of what the paths in the config hold.
 
     Raises UserError naming every setting that differs: a resumed run with another learning rate
     would be neither the old run nor a new one. So are processes with different settings refused,
@@ -31,10 +39,10 @@ def open_run(job: str, config: Any) -> pathlib.Path:
     or not, of which anything that it stands on has changed since it began (`stands`, noted in
     stands.json).
     """
-    folder = pathlib.Path(config.run)
+    folder = pathlib.Path(config.run if run is None else run)
     path = folder / "config.json"
     values = {"job": job, **files.to_dict(config)}
-    now = provenance.prints(job, config)
+    now = provenance.prints(job, config) if now is None else now
     if hosts.is_writer() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Before the config, whose presence says that the run has begun.

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.loading import data_options
-from perl_jax.data.tasks import get_task
+from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, families
 from perl_jax.hub import weights as hf_checkpoint

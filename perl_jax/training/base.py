@@ -13,9 +13,8 @@ import jax
 
 from perl_jax import errors
 from perl_jax.data import orders_language
-from perl_jax.data.loading import check_context, data_options
-from perl_jax.data.splits import check_splits
-from perl_jax.data.tasks import get_task
+from perl_jax.data.dataset import Dataset, of_task
+from perl_jax.data.loading import check_context
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import Model, for_devices, weights_program
 from perl_jax.hub.tokenizer import Tokenizer, train_bpe, word_tokenizer
@@ -23,15 +22,16 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import keep_compiled
 from perl_jax.training import cost
-from perl_jax.training.configs import JobConfig
+from perl_jax.training.commands import TrainingCommand
 from perl_jax.training.fit import Supervised, begin, fit, validate_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseConfig(JobConfig):
+class BaseConfig(TrainingCommand):
     """A decoder's shape and how long to train it.
 
     Attributes:
@@ -93,11 +93,11 @@ CORPUS = Supervised(
 )
 
 
-def _tokenizer(config: BaseConfig) -> Tokenizer:
+def _tokenizer(config: BaseConfig, dataset: Dataset) -> Tokenizer:
+    """Returns the words of `orders`, whose vocabulary is closed; otherwise a BPE of the corpus."""
     if config.data.task == "orders":
         return word_tokenizer(orders_language.vocabulary())
-    rows = get_task(config.data.task).open("corpus", "train", data_options(config.data))
-    return train_bpe((row["text"] for row in rows), config.vocab_size)
+    return train_bpe((row["text"] for row in dataset.rows("train")), config.vocab_size)
 
 
 def train_base(config: BaseConfig) -> pathlib.Path:
@@ -113,9 +113,9 @@ def train_base(config: BaseConfig) -> pathlib.Path:
             f"{target} already holds a model that this run did not train; give another --model "
             "folder.",
         )
-    check_splits(config.data, CORPUS.kind, ("train", "validation"))
+    dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
     keep_compiled(config.compile_cache)
-    tokenizer = _tokenizer(config)
+    tokenizer = _tokenizer(config, dataset)
     shape = ModelConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         width=config.width,
@@ -138,12 +138,12 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     role = weights_program(lm)(base)
     state, optimizers = begin(model, config, CORPUS, role)
     del initial, base, role
-    state, timings, program = fit(folder, config, model, state, optimizers, CORPUS, "train")
-    weights = hosts.whole(state.roles["policy"].weights)
+    fitted = fit(model, dataset, "train", config, CORPUS, state, optimizers, Run(folder))
+    weights = hosts.whole(fitted.state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)
     hosts.barrier("base written")
-    cost.write_cost(folder, model, state, {"learn": program}, timings)
+    cost.write_cost(folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
     return target
 
 

@@ -1,4 +1,4 @@
-"""What each job can be told: frozen configs from which the command line is made."""
+"""Settings of SFT, reward and DPO training: frozen dataclasses, checked when they are made."""
 
 from __future__ import annotations
 
@@ -9,38 +9,34 @@ from perl_jax import errors
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.data.config import DataConfig
-from perl_jax.hub.model import ModelOptions
 from perl_jax.training.optimizers import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JobConfig(ModelOptions):
-    """What every training job has.
+class TrainingConfig:
+    """Settings that every training job has.
 
     Attributes:
-        run: The run's folder; the same command again resumes it.
-        tuning: Train adapters, or every weight.
-        lora: The adapter's size and place.
-        stack_on: An adapter that stays frozen beneath the fresh one; None: the base alone.
+        tuning: Train a LoRA adapter, or every weight of the model.
+        lora: Rank, scaling and place of the adapter.
         optimizer: How the trained weights are updated.
-        data: The rows to train on.
-        steps: Number of updates.
-        batch_size: Rows (RL: episodes) an update, over all devices.
-        microbatches: The batch in so many parts, one after the other, with the same gradient.
-        evaluate_every: Steps between validations.
-        checkpoint_every: Steps between checkpoints.
-        keep: Last checkpoints to keep.
-        seed: Of initial values, the order of rows, dropout and sampling.
-        tensorboard: Write metrics for TensorBoard too.
-        wandb: Send metrics to Weights & Biases too.
-        profile: Trace these steps, such as 20-22 or 5,20, with jax.profiler into the run's folder
-            `profile`.
+        data: Which rows to train on, and how long they may be.
+        steps: Number of steps.
+        batch_size: Rows of a step (RL: responses), over all devices.
+        microbatches: Split each batch into so many parts that are computed one after the other;
+            the gradient stays the same and needs less memory.
+        evaluate_every: Steps from one validation to the next.
+        checkpoint_every: Steps from one checkpoint to the next.
+        keep: Number of newest checkpoints to keep.
+        seed: Seed of initial weights, the order of rows, dropout and sampling.
+        tensorboard: Write metrics for TensorBoard, too.
+        wandb: Send metrics to Weights & Biases, too.
+        profile: Steps to trace with jax.profiler, such as 20-22 or 5,20; traces go into the run's
+            folder `profile`.
     """
 
-    run: str
     tuning: Literal["lora", "full"] = "lora"
     lora: LoRAConfig = LoRAConfig()
-    stack_on: str | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     steps: int = 1000
@@ -55,12 +51,7 @@ class JobConfig(ModelOptions):
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         errors.one_of("tuning", self.tuning, lora_lib.TUNINGS)
-        stackable = self.stack_on is None or self.tuning == "lora"
-        errors.require(
-            stackable, "stack_on needs tuning lora: full tuning has no adapter to put on top."
-        )
         for field in (
             "steps",
             "batch_size",
@@ -94,21 +85,14 @@ class JobConfig(ModelOptions):
             )
         else:
             self.lora.check_read()
-        if not self.has_adapters:
-            errors.unread(self, ("mesh.adapters",), "tuning full", ("tuning lora",))
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether a role of the job is, or may be, an adapter."""
-        return self.tuning == "lora"
 
     @property
     def profiled(self) -> tuple[int, ...]:
-        """Numbers of the steps to trace."""
+        """The numbers of the steps to trace."""
         return errors.numbers("profile", self.profile, "20-22 or 5,20")
 
     def check_headless(self, job: str) -> None:
-        """UserError for a rate of the scalar head in a job whose model has none."""
+        """Raises UserError for a learning rate of the scalar head in a job whose model has none."""
         errors.read_by(
             "optimizer.head_learning_rate",
             self.optimizer.head_learning_rate,
@@ -119,31 +103,7 @@ class JobConfig(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyConfig(JobConfig):
-    """What jobs that improve on a policy have.
-
-    Attributes:
-        policy: The policy artefact to start from; None: the base.
-    """
-
-    policy: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one = self.policy is None or self.stack_on is None
-        errors.require(
-            one,
-            "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh "
-            "adapter), not both.",
-        )
-
-    @property
-    def has_adapters(self) -> bool:
-        return super().has_adapters or self.policy is not None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(JobConfig):
+class SFTConfig(TrainingConfig):
     """Fit a policy to demonstrations, the loss on response tokens only."""
 
     def __post_init__(self) -> None:
@@ -152,7 +112,7 @@ class SFTConfig(JobConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig(JobConfig):
+class RewardConfig(TrainingConfig):
     """Fit a scalar reward; the best validation step is kept (accuracy of pairs, AUC of labels,
     correlation with ratings).
 
@@ -181,7 +141,7 @@ class RewardConfig(JobConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(PolicyConfig):
+class DPOConfig(TrainingConfig):
     """Fit a policy to comparisons directly, without a reward model; it is compared with where it
     starts.
 

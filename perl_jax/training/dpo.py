@@ -1,34 +1,39 @@
-"""The DPO job: a policy fitted to comparisons, held to the policy it starts from."""
+"""Direct preference optimisation: a policy fitted to comparisons, held to the policy it starts from."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
-from perl_jax.data import loading, targets
-from perl_jax.data.loading import check_context
-from perl_jax.data.splits import check_splits
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data import targets
+from perl_jax.data.dataset import Dataset, Row, of_rows
+from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.store import group_of
 from perl_jax.evaluation import statistics
 from perl_jax.hub import artefacts
-from perl_jax.hub.model import Model, load_model
+from perl_jax.hub.model import Model
 from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel, resting
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
-from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.folder import write_results
+from perl_jax.runs.run import Run
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
-from perl_jax.training import cost, fit
+from perl_jax.training import cost
 from perl_jax.training.configs import DPOConfig
-from perl_jax.training.fit import Supervised
+from perl_jax.training.fit import Supervised, begin, fit, validate_policy
+from perl_jax.training.loop import OnStep
 from perl_jax.training.roles import starting_role
 from perl_jax.training.state import TrainState
+from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 from perl_jax.types import Pairs
 
 
@@ -68,56 +73,88 @@ def job_of(config: DPOConfig) -> Supervised:
         "policy",
         "comparisons",
         objective,
-        fit.validate_policy,
+        validate_policy,
         None,
         shown,
         functools.partial(with_reference, config.microbatches),
     )
 
 
-def run_dpo(config: DPOConfig) -> pathlib.Path:
-    """The DPO job; returns the policy artefact's folder. A finished run is left as it is."""
-    folder = folder_lib.open_run("dpo", config)
-    artefact = folder / "adapters" / "policy"
-    if folder_lib.finished(artefact, folder / "evaluation.json"):
-        return artefact
-    check_splits(
-        config.data,
-        "comparisons",
-        ("train", "validation", "test"),
-        functools.partial(targets.check_pairs, "train" if config.soft_labels else None),
+def train_dpo(
+    model: Model,
+    rows: Iterable[Row] | Dataset,
+    config: DPOConfig | None = None,
+    *,
+    policy: Adapter | str | pathlib.Path | None = None,
+    validation: Iterable[Row] = (),
+    test: Iterable[Row] = (),
+    frozen: Adapter | None = None,
+    run: str | pathlib.Path | Run | None = None,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Trains a policy on comparisons without a reward model (DPO or IPO).
+
+    The reference is the policy that training starts from.
+
+    Args:
+        model: The base (`load_model`).
+        rows: Rows with `prompt`, `chosen`, `rejected`.
+        config: Settings; None: the defaults.
+        policy: A policy, or the folder of a policy artefact, to start from. None: the base.
+        validation: Rows whose loss and accuracy are measured every `config.evaluate_every` steps.
+        test: Rows that the policy is evaluated on at the end.
+        frozen: An adapter that stays as it is beneath a fresh one.
+        run: A folder for checkpoints, metrics, evaluation and artefact; the same call goes on from
+            the last checkpoint, bit for bit. None: nothing is written.
+        on_step: Is called with each step's metrics.
+
+    Raises:
+        UserError: For rows, settings or a policy that do not fit.
+        TrainingError: For NaN or infinity.
+    """
+    config = config or DPOConfig()
+    dataset = of_rows("comparisons", rows, validation, test)
+    start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
+    begins = (
+        {"the policy": content_of(start)} if run is not None and not isinstance(run, Run) else {}
     )
-    model = load_model(config)
+    run = open_library_run("dpo", config, run, model, dataset, begins)
+    if done := load_finished(run, model, "policy", "evaluation.json"):
+        return done
     check_context(model, config.data)
-    start = starting_role(model, config, config.policy, jax.random.key(config.seed))
     job, model = job_of(config), model.relieved((start,))
-    state, optimizers = fit.begin(
+    state, optimizers = begin(
         model, config, job, start, {"reference": resting(start, model.lm.config.dtype)}
     )
     del start
-    state, timings, program = fit.fit(folder, config, model, state, optimizers, job, "train")
-    policy = state.roles["policy"]
-    results = evaluate_dpo(model, config, job, state)
-    record = model.record(
-        "policy",
-        policy,
-        step=int(state.step),
-        metrics={"pairwise_accuracy": results["pairwise_accuracy"]["value"]},
-    )
+    fitted = fit(model, dataset, "train", config, job, state, optimizers, run, on_step)
+    policy = fitted.state.roles["policy"]
+    results, measured = {}, {}
+    if "test" in dataset.splits:
+        results = evaluate_dpo(model, dataset, config, job, fitted.state)
+        measured = {"pairwise_accuracy": results["pairwise_accuracy"]["value"]}
+    record = model.record("policy", policy, step=int(fitted.state.step), metrics=measured)
+    if run is None:
+        return Trained(policy, record, fitted.metrics, results)
+    artefact = run.artefact("policy")
     artefacts.save_artefact(artefact, policy, record)
-    cost.write_cost(folder, model, state, {"learn": program}, timings)
-    folder_lib.write_results(folder, {"evaluation.json": results})
-    return artefact
+    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    write_results(run.folder, {"evaluation.json": results})
+    return Trained(policy, record, fitted.metrics, results, folder=artefact)
 
 
-def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainState) -> dict:
-    """How often the implicit reward, beta log(pi / pi_ref), orders the test split's comparisons;
-    those of equal responses do not count.
+def evaluate_dpo(
+    model: Model, dataset: Dataset, config: DPOConfig, job: Supervised, state: TrainState
+) -> dict:
+    """Returns how often the implicit reward, beta log(pi / pi_ref), orders the test comparisons.
+
+    Comparisons of equal responses do not count.
     """
-    batches, rows = loading.load_batches(
-        model, config.data, "comparisons", "test", config.batch_size, None, config.microbatches
+    rows = dataset.rows("test")
+    batches = load_batches(
+        model, dataset, "test", config.data, config.batch_size, None, config.microbatches
     )
-    facts = loading.noted(config.data, "test", batches)
+    facts = noted(dataset, "test", config.data, batches)
     program = implicit_program(model, config)
     base = model.base if state.roles["policy"].weights is None else None
     order, chosen, rejected = [], [], []
@@ -129,7 +166,7 @@ def evaluate_dpo(model: Model, config: DPOConfig, job: Supervised, state: TrainS
         )
         chosen += (config.strength * chosen_B[real_B]).tolist()
         rejected += (config.strength * rejected_B[real_B]).tolist()
-    weights = targets.differing_weights(rows, config.data.task, "test", batches)[order]
+    weights = targets.differing_weights(rows, dataset.name, "test", batches)[order]
     counted = weights > 0
     groups = [group_of(rows[row]) for row, counts in zip(order, counted, strict=True) if counts]
     accuracy = statistics.pairwise_accuracy(

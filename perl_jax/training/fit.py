@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,37 +11,23 @@ import jax
 import numpy as np
 
 from perl_jax.adapters.lora import Adapter
+from perl_jax.data.dataset import Dataset
 from perl_jax.data.loading import load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.hub.model import Model, say_attention
 from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.runs.run import Run
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
-from perl_jax.training import (
-    loop as loop_lib,
-)
-from perl_jax.training import (
-    optimizers as optimizers_lib,
-)
-from perl_jax.training import (
-    state as state_lib,
-)
-from perl_jax.training import (
-    step,
-)
-from perl_jax.training.configs import JobConfig
+from perl_jax.training import optimizers as optimizers_lib
+from perl_jax.training import state as state_lib
+from perl_jax.training import step
+from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.cost import Timings
-from perl_jax.training.loop import Loop
+from perl_jax.training.loop import Loop, OnStep, train
 from perl_jax.training.state import TrainState
 from perl_jax.types import Tree
-
-
-def training_batches(
-    model: Model, config: JobConfig, kind: str, split: str, batch_size: int, microbatches: int = 1
-) -> tuple[Batches, Any]:
-    """`load_batches` shuffled, of what a job trains on."""
-    return load_batches(model, config.data, kind, split, batch_size, config.seed, microbatches)
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
@@ -56,7 +41,7 @@ def step_program(model: Model, update: Callable, state: TrainState) -> Program:
 
 def initial_state(
     model: Model,
-    config: JobConfig,
+    config: TrainingConfig,
     roles: dict[str, Adapter],
     optimizers: optimizers_lib.Optimizers,
     frozen: Mapping[str, Adapter] | None = None,
@@ -121,7 +106,7 @@ class Supervised:
 
 def begin(
     model: Model,
-    config: JobConfig,
+    config: TrainingConfig,
     job: Supervised,
     role: Adapter,
     frozen_roles: Mapping[str, Adapter] | None = None,
@@ -139,45 +124,66 @@ def begin(
     return initial_state(model, config, {job.role: role}, optimizers, frozen_roles), optimizers
 
 
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What `fit` leaves: the best or last state, seconds, the update's program, rows of metrics."""
+
+    state: TrainState
+    timings: Timings
+    program: Program
+    metrics: list[dict[str, Any]]
+
+
 def fit(
-    folder: pathlib.Path,
-    config: JobConfig,
     model: Model,
+    dataset: Dataset,
+    split: str,
+    config: TrainingConfig,
+    job: Supervised,
     state: TrainState,
     optimizers: optimizers_lib.Optimizers,
-    job: Supervised,
-    split: str,
-) -> tuple[TrainState, Timings, Program]:
-    """Trains the role of a fresh state, whose arrays are used up; returns its (best or last)
-    state.
+    run: Run | None = None,
+    on_step: OnStep | None = None,
+) -> Fitted:
+    """Trains the role of a fresh state on a split of labelled rows.
+
+    The rows of the validation split, where there are any, are measured every
+    `config.evaluate_every` steps, and the best of these steps is kept where the job has a measure
+    to choose it by.
+
+    Args:
+        state: Of step 0 (`begin`); its arrays are used up.
     """
-    batches, _ = training_batches(
-        model, config, job.kind, split, config.batch_size, config.microbatches
-    )
-    held_out, rows = load_batches(
-        model, config.data, job.kind, "validation", config.batch_size, None, config.microbatches
-    )
+    seed, size, parts = config.seed, config.batch_size, config.microbatches
+    batches = load_batches(model, dataset, split, config.data, size, seed, parts)
     program = learn_program(model, config, job, state, optimizers)
-    measure = held_out_program(model, config, job)
     frozen = None if config.tuning == "full" else model.base
-    truth = None if job.truth is None else job.truth(rows, config.data.task, "validation")
-    facts = noted(config.data, split, batches) | noted(config.data, "validation", held_out)
+    facts = noted(dataset, split, config.data, batches)
 
     def advance(state: TrainState, batch: Tree) -> tuple[TrainState, dict, dict]:
         state, metrics = program(state, frozen, job.ready(model, state, batch))
         return state, {name: value.item() for name, value in to_host(metrics).items()}, {}
 
-    loss = lambda state: held_out_loss(model, job, measure, state, held_out)
-    validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
-    loop = Loop(job.job, advance, iter(batches), validate, job.best, job.shown, facts)
+    validate = best = None
+    if "validation" in dataset.splits:
+        best = job.best
+        held_out = load_batches(model, dataset, "validation", config.data, size, None, parts)
+        facts |= noted(dataset, "validation", config.data, held_out)
+        measure = held_out_program(model, config, job)
+        rows = dataset.rows("validation")
+        truth = None if job.truth is None else job.truth(rows, dataset.name, "validation")
+        loss = lambda state: held_out_loss(model, job, measure, state, held_out)
+        validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
+    loop = Loop(job.job, advance, iter(batches), validate, best, job.shown, facts)
     say_attention(job.job, model.lm)
-    state, timings = loop_lib.train(folder, config, state, loop)
-    return state, timings, program
+    folder = None if run is None else run.folder
+    state, timings, metrics = train(config, state, loop, folder, on_step)
+    return Fitted(state, timings, program, metrics)
 
 
 def learn_program(
     model: Model,
-    config: JobConfig,
+    config: TrainingConfig,
     job: Supervised,
     state: TrainState,
     optimizers: optimizers_lib.Optimizers,
@@ -189,7 +195,7 @@ def learn_program(
     return step_program(model, update, state)
 
 
-def held_out_program(model: Model, config: JobConfig, job: Supervised) -> Program:
+def held_out_program(model: Model, config: TrainingConfig, job: Supervised) -> Program:
     """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's
     microbatches.
     """

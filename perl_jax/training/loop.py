@@ -1,4 +1,4 @@
-"""The training loop that resumes from its checkpoints."""
+"""The training loop: steps, validations, checkpoints, metrics; with a run's folder or without."""
 
 from __future__ import annotations
 
@@ -10,28 +10,43 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from perl_jax.errors import Stopped, TrainingError
+from perl_jax.errors import Stopped, TrainingError, require
 from perl_jax.runs.checkpoints import Checkpoints
-from perl_jax.runs.metrics import MetricsWriter, NoMetrics, Progress, SamplesWriter
+from perl_jax.runs.metrics import (
+    FILE_NAME,
+    MetricsWriter,
+    NoMetrics,
+    Progress,
+    SamplesWriter,
+    encode_row,
+    read_metrics,
+)
 from perl_jax.runs.profile import Profile
 from perl_jax.runtime import hosts
 from perl_jax.runtime.hosts import Termination
-from perl_jax.training.configs import JobConfig
+from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.cost import Timings
 from perl_jax.training.state import TrainState
+
+# Is called with each step's number and metrics.
+OnStep = Callable[[dict[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One job's training loop: what differs between SFT, reward and RL.
+    """What the loops of SFT, reward models, DPO and RL differ in.
 
-    advance(state, batch) -> (state, metrics, seconds by phase): one update; metrics hold `finite`.
-    batches: an iterator with get_state and set_state. validate(state) -> (metrics, samples for
-    `metrics.SamplesWriter`), or None.
-    best: the validation metric whose best step is kept besides the last ones.
-    shown: metric names for the progress line. facts: numbers that stay as they are, written with
-    the first step's metrics.
+    Attributes:
+        job: The name that messages and the progress line begin with.
+        advance: (state, batch) -> (state, metrics, seconds of each phase): one step. The metrics
+            have the key `finite`.
+        batches: An iterator with get_state and set_state.
+        validate: state -> (metrics, rows for `runs.metrics.SamplesWriter`); None: no validation.
+        best: The validation metric whose best step is returned; None: the last step is.
+        shown: Names of the metrics on the progress line.
+        facts: Constant numbers, written with the first step's metrics.
     """
 
     job: str
@@ -43,116 +58,170 @@ class Loop:
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def train(
-    folder: pathlib.Path, config: JobConfig, state: TrainState, loop: Loop
-) -> tuple[TrainState, Timings]:
-    """Runs the loop from the newest checkpoint (or step 0) to `config.steps`.
-
-    A checkpoint is written after the step's metrics and after its finiteness was seen: NaN or
-    infinity raises TrainingError and leaves the last good one in place. On resume the metrics
-    written after the checkpoint are cut off and made again, bit for bit. SIGTERM (to any process)
-    ends the run with Stopped, after the step that is being done and a checkpoint of it.
+class Memory:
+    """Stands in for `Checkpoints` in a run without a folder: holds the best state, if one is asked
+    for, and nothing else.
     """
-    timings = Timings()
-    with contextlib.closing(
-        Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
-    ) as checkpoints:
-        state = _train(folder, config, state, loop, checkpoints, timings)
-    return state, timings
+
+    def __init__(self, best: str | None) -> None:
+        self._best = best
+        self._value = -float("inf")
+        self._state: TrainState | None = None
+
+    def latest_step(self) -> None:
+        """Returns None: there is nothing to resume from."""
+
+    def save(
+        self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
+    ) -> None:
+        """Copies the state when its metric is the best one yet."""
+        if self._best is not None and metrics is not None and metrics[self._best] > self._value:
+            self._value = metrics[self._best]
+            # The arrays of `state` are donated to the next step.
+            self._state = jax.tree.map(jnp.copy, state)
+
+    def best_state(self, state: TrainState) -> TrainState:
+        """Returns the best state; the one that is given where none was validated."""
+        return state if self._state is None else self._state
+
+    def close(self) -> None:
+        """Has nothing to release."""
 
 
-def _train(
-    folder: pathlib.Path,
-    config: JobConfig,
+class Disk(Checkpoints):
+    """The checkpoints of a run's folder."""
+
+    def best_state(self, state: TrainState) -> TrainState:
+        """Returns the saved state with the best metric, in the place of `state`."""
+        return self.restore(_given_up(state), self.best_step())[0]
+
+
+def train(
+    config: TrainingConfig,
     state: TrainState,
     loop: Loop,
-    checkpoints: Checkpoints,
-    timings: Timings,
-) -> TrainState:
-    """The steps from the newest checkpoint on; the best validated state where the loop has one."""
-    start = checkpoints.latest_step()
-    if start is not None:
-        state, saved = checkpoints.restore_newest(_given_up(state))
-        start = int(state.step)
-        loop.batches.set_state(saved["cursor"])
-    begin = int(state.step)
-    writes = hosts.is_writer()
-    writer = (
-        MetricsWriter(folder, start, config.tensorboard, config.wandb) if writes else NoMetrics()
-    )
-    samples = SamplesWriter(folder, start) if writes else NoMetrics()
-    progress = Progress(loop.job, config.steps, begin) if writes else NoMetrics()
-    with (
-        writer,
-        progress,
-        Termination() as termination,
-        Profile(folder / "profile", config.profiled) as profile,
-    ):
-        for step in range(begin + 1, config.steps + 1):
-            clock = time.perf_counter()
-            with profile.step(step):
-                state, metrics, phases = loop.advance(state, next(loop.batches))
-            check_finite(folder, step, metrics)
-            row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
-            row |= loop.facts if step == 1 else {}
-            validated = None
-            if loop.validate is not None and (
-                step % config.evaluate_every == 0 or step == config.steps
-            ):
-                clock = time.perf_counter()
-                validated, shown = loop.validate(state)
-                row |= validated | {"time/validate": time.perf_counter() - clock}
-                samples.write(step, shown)
-            writer.write(step, row)
-            stop = termination.asked()
-            if (
-                stop
-                or step % config.checkpoint_every == 0
-                or step == config.steps
-                or (validated and loop.best)
-            ):
-                writer.sync()
-                checkpoints.save(
-                    state, {"cursor": loop.batches.get_state()}, validated if loop.best else None
-                )
-            progress.update(
-                step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row}
+    folder: pathlib.Path | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[TrainState, Timings, list[dict[str, Any]]]:
+    """Runs the loop to `config.steps`; returns the best or last state, timings, rows of metrics.
+
+    With a folder the loop begins at the newest checkpoint there. A checkpoint is written after the
+    step's metrics, and after the step was found to be finite. A resumed run cuts off the metrics
+    that were written after its checkpoint and makes them again, bit for bit.
+
+    Without a folder nothing is written, and the best state is a copy on the devices.
+
+    Args:
+        config: How long to train, how often to validate and to save.
+        state: Its arrays are used up.
+        loop: The job.
+        folder: Of the run.
+        on_step: Is called after each step with the row {"step": step, metric: number, ...}, on the
+            process that writes.
+
+    Raises:
+        TrainingError: For NaN or infinity; the last good checkpoint stays.
+        Stopped: After SIGTERM to any process of a run with a folder, at the end of the step, which
+            is saved.
+    """
+    if folder is None:
+        for field in ("tensorboard", "wandb", "profile"):
+            require(
+                not getattr(config, field),
+                f"{field} is {getattr(config, field)!r}, which is written into a run's folder; "
+                "give run.",
             )
-            if stop:
-                raise Stopped(
-                    f"stopped by SIGTERM after step {step}, which is saved; the same command "
-                    "resumes from there."
+    timings, rows = Timings(), []
+    keeper = (
+        Memory(loop.best)
+        if folder is None
+        else Disk(folder / "checkpoints", keep=config.keep, best=loop.best)
+    )
+    with contextlib.closing(keeper) as checkpoints:
+        start = checkpoints.latest_step()
+        if start is not None:
+            state, saved = checkpoints.restore_newest(_given_up(state))
+            start = int(state.step)
+            loop.batches.set_state(saved["cursor"])
+        begin, writes = int(state.step), hosts.is_writer()
+        writer = samples = progress = NoMetrics()
+        if writes:
+            progress = Progress(loop.job, config.steps, begin)
+        if folder is not None:
+            if writes:
+                writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
+                samples = SamplesWriter(folder, start)
+        # Without a folder there is nothing to save, and SIGTERM stays what it was.
+        termination = None if folder is None else Termination()
+        profile = Profile(pathlib.Path(folder or ".") / "profile", config.profiled)
+        with writer, progress, termination or contextlib.nullcontext(), profile:
+            for step in range(begin + 1, config.steps + 1):
+                clock = time.perf_counter()
+                with profile.step(step):
+                    state, metrics, phases = loop.advance(state, next(loop.batches))
+                check_finite(folder, step, metrics)
+                row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
+                row |= loop.facts if step == 1 else {}
+                validated, last = None, step == config.steps
+                if loop.validate is not None and (step % config.evaluate_every == 0 or last):
+                    clock = time.perf_counter()
+                    validated, shown = loop.validate(state)
+                    row |= validated | {"time/validate": time.perf_counter() - clock}
+                    samples.write(step, shown)
+                writer.write(step, row)
+                stop = termination is not None and termination.asked()
+                due = stop or last or step % config.checkpoint_every == 0
+                if due or (validated and loop.best):
+                    writer.sync()
+                    cursor = {"cursor": loop.batches.get_state()}
+                    checkpoints.save(state, cursor, validated if loop.best else None)
+                progress.update(
+                    step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row}
                 )
-    if loop.best is not None:
-        state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
-    return state
+                if writes and folder is None:
+                    rows.append(encode_row(step, row))
+                if writes and on_step is not None:
+                    on_step(encode_row(step, row))
+                if stop:
+                    raise Stopped(
+                        f"stopped by SIGTERM after step {step}, which is saved; the same command "
+                        "resumes from there."
+                    )
+        if loop.best is not None:
+            state = checkpoints.best_state(state)
+    if folder is not None and writes:
+        rows = read_metrics(folder / FILE_NAME)
+    return state, timings, rows
 
 
-def check_finite(folder: pathlib.Path, step: int, metrics: dict[str, Any]) -> None:
-    """Stops the run on NaN or infinity in a loss, gradient, updated weight or log-probability."""
+def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]) -> None:
+    """Raises TrainingError where `finite`, which is taken out of the metrics, is False: a loss, a
+    gradient, an updated weight or a log-probability is NaN or infinite.
+    """
     if not bool(metrics.pop("finite")):
         bad = [
             name for name, value in metrics.items() if value != value or abs(value) == float("inf")
         ]
         where = f" ({', '.join(bad)})" if bad else ""
+        kept = (
+            "the run stopped"
+            if folder is None
+            else f"the run stopped, its last good checkpoint is in {folder / 'checkpoints'}"
+        )
         raise TrainingError(
-            f"Step {step} gave NaN or infinity{where}; the run stopped, its last good checkpoint "
-            f"is in {folder / 'checkpoints'}. "
+            f"Step {step} gave NaN or infinity{where}; {kept}. "
             "A lower learning rate or a smaller clip_norm may help."
         )
 
 
 def _given_up(state: TrainState) -> TrainState:
-    """Shapes and places of a state, whose arrays are gone afterwards: another one is read into
-    their place, where not both may fit.
+    """Deletes the arrays of a state; returns their shapes and shardings.
+
+    Another state is then read into their place: the devices may not have room for two.
     """
-    abstract = _abstract(state)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     return abstract
-
-
-def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-    )

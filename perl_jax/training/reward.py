@@ -1,4 +1,4 @@
-"""The reward job: a scalar head fitted to comparisons, labels or ratings."""
+"""Reward models: a scalar head and an adapter fitted to comparisons, labels or ratings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,33 +14,35 @@ import numpy as np
 
 from perl_jax import errors
 from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches
-from perl_jax.data.splits import check_splits
 from perl_jax.data.store import group_of
 from perl_jax.data.targets import (
     both_classes,
-    check_pairs,
     differing_weights,
     pair_weights,
     ratings,
 )
 from perl_jax.evaluation import intervals, statistics
 from perl_jax.hub import artefacts
-from perl_jax.hub.model import Model, load_model
+from perl_jax.hub.model import Model
 from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
-from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.folder import write_results
+from perl_jax.runs.run import Run
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
 from perl_jax.training.configs import RewardConfig
 from perl_jax.training.fit import HeldOut, Supervised, begin, fit
+from perl_jax.training.loop import OnStep
 from perl_jax.training.roles import fresh_role
 from perl_jax.training.state import TrainState
+from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 from perl_jax.types import Labelled, Pairs, Tree
 
 # Rows of the training split whose scores define mean 0 and variance 1.
@@ -162,56 +164,95 @@ def reward_job(config: RewardConfig) -> Supervised:
     return dataclasses.replace(job, objective=objective)
 
 
-def run_reward(config: RewardConfig) -> pathlib.Path:
-    """The reward job: train, keep the best step, normalise, evaluate on the test split."""
-    folder = folder_lib.open_run("reward", config)
-    artefact = folder / "adapters" / "reward"
-    if folder_lib.finished(artefact, folder / "evaluation.json"):
-        return artefact
+def train_reward(
+    model: Model,
+    rows: Iterable[Row] | Dataset,
+    config: RewardConfig | None = None,
+    *,
+    validation: Iterable[Row] = (),
+    test: Iterable[Row] = (),
+    frozen: Adapter | None = None,
+    run: str | pathlib.Path | Run | None = None,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Trains an adapter with a scalar head to score responses.
+
+    With validation rows the best validated step is kept. Raw scores are normalised to mean 0 and
+    variance 1 over responses of the training rows.
+
+    Args:
+        model: The base (`load_model`).
+        rows: Rows of the kind that `config.objective` needs: `prompt`, `chosen`, `rejected`
+            (pairwise); `prompt`, `response`, `label` (pointwise) or `rating` (regression).
+        config: Settings; None: the defaults.
+        validation: Rows to choose the best step by.
+        test: Rows that the model is evaluated on at the end.
+        frozen: An adapter that stays as it is beneath the one that is trained.
+        run: A folder for checkpoints, metrics, evaluation and artefact; the same call goes on from
+            the last checkpoint, bit for bit. None: nothing is written.
+        on_step: Is called with each step's metrics.
+
+    Raises:
+        UserError: For rows or settings that do not fit.
+        TrainingError: For NaN or infinity.
+    """
+    config = config or RewardConfig()
     job = reward_job(config)
-    check = (
-        functools.partial(check_pairs, config.split if config.soft_labels else None)
-        if config.objective == "pairwise"
-        else job.truth
+    dataset = of_rows(job.kind, rows, validation, test)
+    run = open_library_run(
+        "reward", config, run, model, dataset, {"the frozen adapter": content_of(frozen)}
     )
-    check_splits(config.data, job.kind, (config.split, "validation", "test"), check)
-    model = load_model(config)
+    if done := load_finished(run, model, "reward", "evaluation.json"):
+        return done
     check_context(model, config.data)
-    # Not fold 1, which the train state's key is made of.
+    # Fold 1 makes the train state's key.
     body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
-    role = fresh_role(model, config, body_key).replace(
+    role = fresh_role(model, config, body_key, frozen).replace(
         head=init_head(head_key, model.lm.config.width)
     )
     model = model.relieved((role,))
     state, optimizers = begin(model, config, job, role)
     del role
-    state, timings, program = fit(folder, config, model, state, optimizers, job, config.split)
-    adapter = state.roles["reward"]
-    mean, std = reference_moments(model, config, adapter, job.kind)
-    results, rows = evaluate_reward(model, config, adapter, job.kind)
+    fitted = fit(model, dataset, config.split, config, job, state, optimizers, run, on_step)
+    adapter = fitted.state.roles["reward"]
+    mean, std = reference_moments(model, dataset, config, adapter)
+    results, scores = {}, {}
+    if "test" in dataset.splits:
+        results, scores = evaluate_reward(model, dataset, config, adapter)
     record = model.record(
         "reward",
         adapter,
-        step=int(state.step),
+        step=int(fitted.state.step),
         metrics=_headline(results),
         score_mean=mean,
         score_std=std,
     )
+    if run is None:
+        return Trained(adapter, record, fitted.metrics, results)
+    artefact = run.artefact("reward")
     artefacts.save_artefact(artefact, adapter, record)
-    cost.write_cost(folder, model, state, {"learn": program}, timings)
-    folder_lib.write_results(folder, {"scores.json": rows, "evaluation.json": results})
-    return artefact
+    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    write_results(run.folder, {"scores.json": scores, "evaluation.json": results})
+    return Trained(adapter, record, fitted.metrics, results, folder=artefact)
 
 
 def reference_moments(
-    model: Model, config: RewardConfig, adapter: Adapter, kind: str
+    model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[float, float]:
-    """Mean and standard deviation of raw scores over the first responses of the training split."""
-    data = dataclasses.replace(
-        config.data, train_size=min(_REFERENCE_ROWS, config.data.train_size or _REFERENCE_ROWS)
-    )
-    batches, _ = load_batches(
-        model, data, kind, config.split, config.batch_size, None, config.microbatches
+    """Returns mean and standard deviation of raw scores over the first responses that were trained
+    on.
+
+    Raises UserError where all scores are equal.
+    """
+    batches = load_batches(
+        model,
+        dataset,
+        config.split,
+        config.data,
+        config.batch_size,
+        None,
+        config.microbatches,
+        most=_REFERENCE_ROWS,
     )
     scores = np.concatenate(score_batches(model, adapter, batches)).astype(np.float64)[
         : 2 * _REFERENCE_ROWS
@@ -225,24 +266,25 @@ def reference_moments(
 
 
 def evaluate_reward(
-    model: Model, config: RewardConfig, adapter: Adapter, kind: str
+    model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row.
 
     n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are
     over.
     """
-    batches, rows = load_batches(
-        model, config.data, kind, "test", config.batch_size, None, config.microbatches
+    kind, rows = dataset.kind, dataset.rows("test")
+    batches = load_batches(
+        model, dataset, "test", config.data, config.batch_size, None, config.microbatches
     )
-    facts = {"data": noted(config.data, "test", batches)}
+    facts = {"data": noted(dataset, "test", config.data, batches)}
     scores = score_batches(model, adapter, batches)
     names = ("chosen", "rejected") if kind == "comparisons" else ("score",)
     named = {name: side.tolist() for name, side in zip(names, scores, strict=True)}
     groups = [group_of(row) for row in rows]
     results: dict[str, Any] = {"n": len(groups), "groups": len(set(groups))}
     if kind == "ratings":
-        truth = ratings(rows, config.data.task, "test")
+        truth = ratings(rows, dataset.name, "test")
         error = intervals.mean_ci(np.square(scores[0] - truth), groups)
         measures = {
             "correlation": statistics.correlation_estimate(scores[0], truth, groups),
@@ -252,7 +294,7 @@ def evaluate_reward(
             name: dataclasses.asdict(found) for name, found in measures.items()
         }, named
     if kind == "comparisons":
-        weights = differing_weights(rows, config.data.task, "test", batches)
+        weights = differing_weights(rows, dataset.name, "test", batches)
         counted = np.flatnonzero(weights > 0)
         scores, groups = tuple(side[counted] for side in scores), [groups[row] for row in counted]
         results["pairwise_accuracy"] = dataclasses.asdict(
@@ -264,8 +306,8 @@ def evaluate_reward(
         probabilities, labels = statistics.preference_probabilities(*scores)
         groups = [*groups, *groups]
     else:
-        labels = both_classes(rows, config.data.task, "test")
-        threshold, yes = validation_threshold(model, config, adapter), labels > 0.5
+        labels = both_classes(rows, dataset.name, "test")
+        threshold, yes = validation_threshold(model, dataset, config, adapter), labels > 0.5
         measures = {
             "auc": statistics.auc_estimate(scores[0], yes, groups),
             "balanced_accuracy": statistics.balanced_accuracy_estimate(
@@ -284,13 +326,16 @@ def evaluate_reward(
     return results | facts, named
 
 
-def validation_threshold(model: Model, config: RewardConfig, adapter: Adapter) -> float:
-    """The score threshold with the best balanced accuracy on the validation split."""
-    batches, rows = load_batches(
-        model, config.data, "labels", "validation", config.batch_size, None, config.microbatches
+def validation_threshold(
+    model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
+) -> float:
+    """Returns the score threshold with the best balanced accuracy on the validation rows."""
+    batches = load_batches(
+        model, dataset, "validation", config.data, config.batch_size, None, config.microbatches
     )
     (scores,) = score_batches(model, adapter, batches)
-    return statistics.best_threshold(scores, np.asarray([row["label"] for row in rows]) > 0.5)
+    labels = np.asarray([row["label"] for row in dataset.rows("validation")])
+    return statistics.best_threshold(scores, labels > 0.5)
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:

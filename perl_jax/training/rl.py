@@ -1,4 +1,4 @@
-"""The RL job: sample, score, compare with the reference, learn; every phase one program."""
+"""RL: sample, score, compare with the reference, learn; every phase is one compiled program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,48 +14,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches
-from perl_jax.data.splits import check_splits
-from perl_jax.data.tasks import Task, get_task
 from perl_jax.errors import TrainingError
 from perl_jax.generation.programs import sample_program
 from perl_jax.generation.sampling import Rollout
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
-from perl_jax.hub.model import Model, load_model, say_attention
+from perl_jax.hub.model import Model, say_attention
 from perl_jax.models import passes
 from perl_jax.models.language_model import resting
 from perl_jax.objectives import kl, policy_gradient
 from perl_jax.rewards import scoring
-from perl_jax.rewards.scoring import Scorer, response_texts
-from perl_jax.runs import folder as folder_lib
-from perl_jax.runs.metrics import FILE_NAME, read_metrics
+from perl_jax.rewards.models import RewardTotal, total_of
+from perl_jax.rewards.scoring import Scorer, response_texts, role_name
+from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
-from perl_jax.training import (
-    cost,
-)
-from perl_jax.training import (
-    loop as loop_lib,
-)
-from perl_jax.training import (
-    optimizers as optimizers_lib,
-)
-from perl_jax.training import (
-    state as state_lib,
-)
-from perl_jax.training import (
-    step as step_lib,
-)
+from perl_jax.training import cost
+from perl_jax.training import optimizers as optimizers_lib
+from perl_jax.training import state as state_lib
+from perl_jax.training import step as step_lib
 from perl_jax.training.experience import Judged, assemble, experience_of, one_pass
-from perl_jax.training.fit import initial_state, step_program, training_batches
+from perl_jax.training.fit import initial_state, step_program
 from perl_jax.training.layouts import rollout_layout, updates_rows
-from perl_jax.training.loop import Loop
+from perl_jax.training.loop import Loop, OnStep, train
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.roles import starting_role
 from perl_jax.training.state import TrainState
+from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 from perl_jax.types import Layout, Prompts, Tree
 
 # What the artefacts' step is chosen by.
@@ -73,7 +62,7 @@ class Programs:
         self,
         model: Model,
         config: RLConfig,
-        records: tuple[Record, ...],
+        reward: Program | None,
         state: TrainState,
         optimizers: optimizers_lib.Optimizers,
     ):
@@ -104,11 +93,7 @@ class Programs:
         self.greedy = (
             sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
         )
-        self.reward = (
-            scoring.reward_program(model, records, config.combine, config.microbatches)
-            if records
-            else None
-        )
+        self.reward = reward
         self.logprobs = Program(
             "logprobs",
             functools.partial(
@@ -156,15 +141,16 @@ class Programs:
 class Rollouts:
     """What a step needs besides the state: the model, the programs, the rewards, the rows.
 
-    base: None in full tuning, where the state's own weights stand in for it.
+    base: None in full tuning, where the state's own weights stand in for it. rows: those of
+    `dataset` that the batches are made of.
     """
 
     model: Model
     base: Tree | None
     programs: Programs
     scorer: Scorer
-    task: Task
-    rows: Any
+    dataset: Dataset
+    rows: Sequence[Row]
     config: RLConfig
 
 
@@ -226,7 +212,7 @@ def advance(
     values = {name: value.item() for name, value in to_host(metrics).items()} | scores
     values["finite"] = values["finite"] and bool(statistics.finite)
     _check_mismatch(values["sampler/mismatch"], config, int(state.step))
-    if job.task.gold is not None:
+    if job.dataset.gold is not None:
         values["reward/gold"] = float(np.mean(gold_rewards(job, repeated.row_B, rollout)))
     values |= _derived(values)
     seconds = np.diff(clocks)
@@ -321,42 +307,35 @@ def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarr
     """
     share = sharding.row_share(job.model.mesh)
     texts = response_texts(job.model.tokenizer, rollout, share)
-    return share.gather(job.task.gold([job.rows[int(row)]["prompt"] for row in row_B], texts))
+    return share.gather(job.dataset.gold([job.rows[int(row)]["prompt"] for row in row_B], texts))
 
 
-def held_out_prompts(
-    job: Rollouts, lengths: tuple[int, ...], splits: tuple[str, ...]
-) -> tuple[Rollouts, Batches] | None:
-    """Returns what `validate` needs: the job with the first prompts of the validation split, and
-    their batches. None when the run has no validation.
+def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts, Batches] | None:
+    """Returns what `validate` needs: the job with the first validation prompts, and their batches.
+    None when the run has no validation.
 
-    A batch has as many prompts as a training batch, and a length of these (lengths) where that
-    holds the prompts: then no program is compiled that training does not have.
+    A batch has as many prompts as a training batch, and one of the given padded lengths where that
+    holds the prompts: then training and validation share all compiled programs.
     """
-    config = job.config
+    config, dataset = job.config, job.dataset
     if config.validation_prompts == 0:
         return None
-    if "validation" not in splits:
+    if "validation" not in dataset.splits:
         if hosts.is_writer():
             print(
-                f"{config.data.task} has no prompts in a validation split: nothing is validated, "
+                f"{dataset.name} has no prompts in a validation split: nothing is validated, "
                 "and the last step is kept.",
                 flush=True,
             )
         return None
-    longest = config.data.max_prompt_length
+    longest, most = config.data.max_prompt_length, config.validation_prompts
     lengths = lengths if lengths[-1] >= longest else (*lengths, longest)
     number = config.batch_size // config.algorithm.group
-    batches, rows = load_batches(
-        job.model,
-        config.data,
-        "prompts",
-        "validation",
-        number,
-        None,
-        most=config.validation_prompts,
-        lengths=lengths,
+    batches = load_batches(
+        job.model, dataset, "validation", config.data, number, None, most=most, lengths=lengths
     )
+    source = dataset.rows("validation")
+    rows = [source[index] for index in range(min(most, len(source)))]
     return dataclasses.replace(job, rows=rows, scorer=job.scorer.over(rows)), batches
 
 
@@ -403,7 +382,7 @@ def validate(
         measured = {
             name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()
         }
-        if job.task.gold is not None:
+        if job.dataset.gold is not None:
             measured["gold"] = np.asarray(gold_rewards(job, row_B, rollout), np.float64)
         rows_B = np.repeat(batches.rows_of(index), group)
         for name, value_B in measured.items():
@@ -437,19 +416,20 @@ def validate(
 
 
 def kept_step(
-    folder: pathlib.Path, config: RLConfig, step: int, selected: bool
+    folder: pathlib.Path | None,
+    metrics: Sequence[Mapping[str, Any]],
+    config: RLConfig,
+    step: int,
+    selected: bool,
 ) -> dict[str, float]:
-    """Says which step the artefacts are of; returns what its validation measured, for their
-    records.
-    """
-    found = next((row for row in read_metrics(folder / FILE_NAME) if row["step"] == step), {})
+    """Prints which step the artefacts are of; returns what its validation measured."""
+    found = next((row for row in metrics if row["step"] == step), {})
     measured = {name: value for name, value in found.items() if name.startswith("validation/")}
     if selected:
         reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
+        last = "" if folder is None else f"; the last step is in {folder / 'checkpoints'}"
         print(
-            f"rl: the artefacts are of step {step} of {config.steps}, {reason}; the last step is "
-            f"in {folder / 'checkpoints'}.",
-            flush=True,
+            f"rl: the artefacts are of step {step} of {config.steps}, {reason}{last}.", flush=True
         )
     else:
         print(f"rl: the artefacts are of step {step}, the last.", flush=True)
@@ -471,86 +451,135 @@ def make_optimizers(
     return {name: make(rates[name]) for name in roles}
 
 
-def paid_head(config: RLConfig, reward: Adapter, record: Record) -> dict[str, jax.Array]:
-    """A reward model's head in the units of returns: w (s - mean) / std for the score s, w the
-    score's weight beside the KL.
+def paid_head(
+    config: RLConfig, weight: float, reward: Adapter, record: Record
+) -> dict[str, jax.Array]:
+    """Returns a reward model's head in the units of returns: w (s - mean) / std for the raw score s.
+
+    w is `weight`, times 1 - beta where the KL is in the reward.
     """
     whole = config.kl_in_loss or config.kl.whole_score
-    weight = config.reward_weight * (1.0 if whole else 1.0 - config.kl.beta)
+    weight *= 1.0 if whole else 1.0 - config.kl.beta
     return {
         "kernel": weight * reward.head["kernel"] / record.score_std,
         "bias": weight * record.normalise(reward.head["bias"]),
     }
 
 
-def run_rl(config: RLConfig) -> pathlib.Path:
-    """The RL job; returns the policy artefact's folder. A finished run is left as it is."""
-    folder = folder_lib.open_run("rl", config)
-    artefact = folder / "adapters" / "policy"
-    if folder_lib.finished(artefact, folder / "cost.json"):
-        return artefact
-    splits = check_splits(config.data, "prompts", ("train",))
-    terms = scoring.read_terms(config.terms)
-    model = load_model(config)
+def train_rl(
+    model: Model,
+    rows: Iterable[Row] | Dataset,
+    config: RLConfig | None = None,
+    *,
+    rewards: Iterable[Any] | RewardTotal,
+    policy: Adapter | str | pathlib.Path | None = None,
+    validation: Iterable[Row] = (),
+    frozen: Adapter | None = None,
+    run: str | pathlib.Path | Run | None = None,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Improves a policy against rewards by a policy gradient.
+
+    With validation prompts the step with the best mean reward on them is kept
+    (`config.select`).
+
+    Args:
+        model: The base (`load_model`).
+        rows: Rows with `prompt`; rewards see all their columns.
+        config: Settings; None: the defaults.
+        rewards: Reward models (`Trained.reward`), functions (`reward`) and other terms, summed by
+            their weights.
+        policy: A policy, or the folder of a policy artefact, to start from. None: the base.
+        validation: Held-out prompts.
+        frozen: An adapter that stays as it is beneath a fresh one.
+        run: A folder for checkpoints, metrics, samples and artefacts; the same call goes on from the
+            last checkpoint, bit for bit. None: nothing is written.
+        on_step: Is called with each step's metrics.
+
+    Raises:
+        UserError: For rows, settings, rewards or a policy that do not fit.
+        TrainingError: For NaN or infinity, or a sampler that disagrees with the trainer.
+    """
+    config = config or RLConfig()
+    dataset = of_rows("prompts", rows, validation)
+    rewards = total_of(rewards)
+    config.check_value_head(len(rewards.models))
+    start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
+    if run is not None and not isinstance(run, Run):
+        run = open_library_run("rl", config, run, model, dataset, _begins_with(start, rewards))
+    if done := load_finished(run, model, "policy", "cost.json"):
+        return done
     check_context(model, config.data)
-    policy = starting_role(model, config, config.policy, jax.random.key(config.seed))
-    config.check_stale(0.0 if policy.config is None else policy.config.dropout)
-    rewards, records = scoring.load_rewards(model, config.reward)
-    algorithm = config.algorithm
+    config.check_stale(0.0 if start.config is None else start.config.dropout)
+    algorithm, records, terms = config.algorithm, rewards.records, rewards.terms
+    combine, weight = rewards.combine, rewards.weight
     # Policy, reference and critic all begin as the policy that training starts from.
-    roles, frozen = {"policy": policy}, dict(rewards)
+    roles = {"policy": start}
+    fixed = {role_name(index): one.adapter for index, one in enumerate(rewards.models)}
     if algorithm.rule.critic:
-        head = (
-            paid_head(config, rewards[scoring.role_name(0)], records[0])
-            if config.value_head == "reward"
-            else init_head(None, model.lm.config.width)
-        )
-        roles["value"] = policy.replace(head=head)
+        head = init_head(None, model.lm.config.width)
+        if config.value_head == "reward":
+            head = paid_head(config, rewards.first_weight, fixed[role_name(0)], records[0])
+        roles["value"] = start.replace(head=head)
     if config.kl.reference == "start":
-        frozen["reference"] = policy
+        fixed["reference"] = start
     elif config.kl.reference not in ("base", "none"):
-        frozen["reference"] = model.load_role(config.kl.reference, "policy")[0]
-    frozen = {name: resting(role, model.lm.config.dtype) for name, role in frozen.items()}
-    # The float32 weights of fully tuned ones.
+        fixed["reference"] = model.load_role(config.kl.reference, "policy")[0]
+    fixed = {name: resting(role, model.lm.config.dtype) for name, role in fixed.items()}
+    # Its float32 weights, of fully tuned models.
     del rewards
     if config.kl.reference != "base":
-        model = model.relieved((*roles.values(), *frozen.values()))
+        model = model.relieved((*roles.values(), *fixed.values()))
     optimizers = make_optimizers(config, roles, model.lm.config.width)
-    state = initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
+    state = initial_state(model, config, roles, optimizers, fixed, {"beta": config.kl.beta})
     # The state's arrays are its own: these would be on the devices a second time.
-    del policy, roles, frozen
-    data = config.batch_size // algorithm.group
-    batches, rows = training_batches(model, config, "prompts", "train", data)
-    programs = Programs(model, config, records, state, optimizers)
+    del start, roles, fixed
+    prompts = config.batch_size // algorithm.group
+    batches = load_batches(model, dataset, "train", config.data, prompts, config.seed)
+    scores = None
+    if records:
+        scores = scoring.reward_program(model, records, combine, config.microbatches)
+    programs = Programs(model, config, scores, state, optimizers)
     base = None if config.tuning == "full" else model.base
-    with Scorer(model, programs.reward, terms, config.reward_weight, rows) as scorer:
-        job = Rollouts(model, base, programs, scorer, get_task(config.data.task), rows, config)
-        shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate")
-        held_out = held_out_prompts(job, batches.lengths, splits)
-        measure = None if held_out is None else functools.partial(validate, *held_out)
-        best = SELECTED_BY if held_out is not None and config.select == "best" else None
-        facts = noted(config.data, "train", batches) | (
-            {} if held_out is None else noted(config.data, "validation", held_out[1])
-        )
-        loop = Loop(
-            "rl",
-            functools.partial(advance, job),
-            iter(batches),
-            measure,
-            best,
-            (*shown, SELECTED_BY),
-            facts,
-        )
+    with Scorer(model, scores, terms, weight, dataset.rows("train")) as scorer:
+        job = Rollouts(model, base, programs, scorer, dataset, dataset.rows("train"), config)
+        shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate", SELECTED_BY)
+        facts = noted(dataset, "train", config.data, batches)
+        measure = best = None
+        if held_out := held_out_prompts(job, batches.lengths):
+            measure = functools.partial(validate, *held_out)
+            best = SELECTED_BY if config.select == "best" else None
+            facts |= noted(dataset, "validation", config.data, held_out[1])
+        step = functools.partial(advance, job)
+        loop = Loop("rl", step, iter(batches), measure, best, shown, facts)
         say_attention("rl", model.lm)
-        state, timings = loop_lib.train(folder, config, state, loop)
-    measured = (
-        kept_step(folder, config, int(state.step), best is not None) if hosts.is_writer() else {}
-    )
+        folder = None if run is None else run.folder
+        state, timings, metrics = train(config, state, loop, folder, on_step)
+    number, measured = int(state.step), {}
+    if hosts.is_writer():
+        measured = kept_step(folder, metrics, config, number, best is not None)
+    made = {
+        name: model.record(name, adapter, step=number, metrics=measured)
+        for name, adapter in state.roles.items()
+    }
+    others = {name: adapter for name, adapter in state.roles.items() if name != "policy"}
+    if run is None:
+        return Trained(state.roles["policy"], made["policy"], metrics, others=others)
     for name, adapter in state.roles.items():
-        artefacts.save_artefact(
-            folder / "adapters" / name,
-            adapter,
-            model.record(name, adapter, step=int(state.step), metrics=measured),
-        )
-    cost.write_cost(folder, model, state, programs.by_name(), timings)
-    return artefact
+        artefacts.save_artefact(run.artefact(name), adapter, made[name])
+    cost.write_cost(run.folder, model, state, programs.by_name(), timings)
+    folder = run.artefact("policy")
+    return Trained(state.roles["policy"], made["policy"], metrics, others=others, folder=folder)
+
+
+def _begins_with(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
+    """Returns JSON values of what a run depends on besides rows and base, by name."""
+    values = {"the policy": content_of(policy)}
+    for index, model in enumerate(rewards.models):
+        values[f"reward model {index + 1}"] = [content_of(model.adapter), model.weight]
+    for term in rewards.terms:
+        function = getattr(term.reward, "function", None)
+        code = getattr(function, "__code__", None)
+        source = repr(term.reward) if code is None else code.co_code.hex() + repr(code.co_consts)
+        values[f"the reward {term.name}"] = [source, term.weight]
+    return values

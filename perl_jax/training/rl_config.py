@@ -1,4 +1,4 @@
-"""What RL can be told: the KL, the algorithm, the rollouts."""
+"""Settings of RL: the KL, the algorithm, the rollouts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from perl_jax.generation.config import RolloutConfig
 from perl_jax.objectives import algorithms
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.objectives.kl import LOSS_ESTIMATORS
-from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.shaping import ShapingConfig
-from perl_jax.training.configs import PolicyConfig
+from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.optimizers import OptimizerConfig
 
 
@@ -85,11 +84,11 @@ class KLConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RLConfig(RewardOptions, PolicyConfig):
+class RLConfig(TrainingConfig):
     """Policy gradients on rollouts: sample, score, compare with a reference, learn.
 
     Attributes:
-        algorithm: Which policy gradient.
+        algorithm: Which policy gradient. In Python a name such as "rloo" stands for its defaults.
         kl: How the policy is kept near a reference.
         shaping: Clipping, whitening and penalties of scores.
         temperature: Of sampling and of every log-probability.
@@ -117,6 +116,8 @@ class RLConfig(RewardOptions, PolicyConfig):
     select: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
+        if isinstance(self.algorithm, str):
+            object.__setattr__(self, "algorithm", AlgorithmConfig(name=self.algorithm))
         super().__post_init__()
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
@@ -132,10 +133,6 @@ class RLConfig(RewardOptions, PolicyConfig):
         if self.value_learning_rate is not None:
             errors.positive("value_learning_rate", self.value_learning_rate)
         errors.one_of("value_head", self.value_head, ("zero", "reward"))
-        known = self.value_head == "zero" or bool(self.reward)
-        errors.require(
-            known, "value_head reward begins with a reward artefact's head; there is none."
-        )
         if self.validation_prompts == 0:
             errors.unread(
                 self,
@@ -145,8 +142,6 @@ class RLConfig(RewardOptions, PolicyConfig):
             )
         if self.tuning == "full":
             errors.unread(self, ("rollout.adapters",), "tuning full", ("tuning lora",))
-        if self.policy is None:
-            self.check_stale(self.lora.dropout)
         errors.require(
             self.max_mismatch > 1,
             f"max_mismatch is {self.max_mismatch!r}; it must be greater than 1.",
@@ -208,6 +203,15 @@ class RLConfig(RewardOptions, PolicyConfig):
         ):
             algorithms.check_read(option, value, default, self.algorithm.name)
 
+    def check_value_head(self, models: int) -> None:
+        """Raises UserError where the value head is to begin as a reward model's, and there is no
+        reward model.
+        """
+        errors.require(
+            self.value_head == "zero" or models > 0,
+            "value_head reward begins with a reward artefact's head; there is none.",
+        )
+
     def check_stale(self, dropout: float) -> None:
         """UserError for bounds on stale samples where there are none.
 
@@ -224,14 +228,6 @@ class RLConfig(RewardOptions, PolicyConfig):
                 f"algorithm.{field} is {value!r}, which nothing reads in one update of each "
                 f"rollout: all ratios are 1 there; {more}.",
             )
-
-    @property
-    def has_adapters(self) -> bool:
-        return (
-            super().has_adapters
-            or bool(self.reward)
-            or self.kl.reference not in ("start", "base", "none")
-        )
 
     @property
     def kl_in_loss(self) -> bool:

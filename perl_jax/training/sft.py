@@ -1,21 +1,25 @@
-"""The SFT job: a policy fitted to demonstrations."""
+"""Supervised fine-tuning: a policy fitted to demonstrations."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 
 import jax
 
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context
-from perl_jax.data.splits import check_splits
 from perl_jax.hub import artefacts
-from perl_jax.hub.model import load_model
+from perl_jax.hub.model import Model
 from perl_jax.objectives import supervised
-from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.run import Run
 from perl_jax.training import cost
 from perl_jax.training.configs import SFTConfig
 from perl_jax.training.fit import Supervised, begin, fit, validate_policy
+from perl_jax.training.loop import OnStep
 from perl_jax.training.roles import fresh_role
+from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 
 SFT = Supervised(
     "sft",
@@ -28,21 +32,49 @@ SFT = Supervised(
 )
 
 
-def run_sft(config: SFTConfig) -> pathlib.Path:
-    """The SFT job; returns the artefact's folder. A finished run is left as it is."""
-    folder = folder_lib.open_run("sft", config)
-    artefact = folder / "adapters" / "policy"
-    if folder_lib.finished(artefact, folder / "cost.json"):
-        return artefact
-    check_splits(config.data, SFT.kind, ("train", "validation"))
-    model = load_model(config)
+def train_sft(
+    model: Model,
+    rows: Iterable[Row] | Dataset,
+    config: SFTConfig | None = None,
+    *,
+    validation: Iterable[Row] = (),
+    frozen: Adapter | None = None,
+    run: str | pathlib.Path | Run | None = None,
+    on_step: OnStep | None = None,
+) -> Trained:
+    """Trains a policy on demonstrations; the loss is -log p of response tokens, averaged.
+
+    Args:
+        model: The base (`load_model`).
+        rows: Rows with `prompt` and `response`.
+        config: Settings; None: the defaults.
+        validation: Rows whose loss is measured every `config.evaluate_every` steps.
+        frozen: An adapter that stays as it is beneath the one that is trained.
+        run: A folder for checkpoints, metrics and the artefact; the same call goes on from the last
+            checkpoint, bit for bit. None: nothing is written.
+        on_step: Is called with each step's metrics.
+
+    Raises:
+        UserError: For rows or settings that do not fit.
+        TrainingError: For NaN or infinity.
+    """
+    config = config or SFTConfig()
+    dataset = of_rows(SFT.kind, rows, validation)
+    run = open_library_run(
+        "sft", config, run, model, dataset, {"the frozen adapter": content_of(frozen)}
+    )
+    if done := load_finished(run, model, "policy", "cost.json"):
+        return done
     check_context(model, config.data)
-    role = fresh_role(model, config, jax.random.key(config.seed))
+    role = fresh_role(model, config, jax.random.key(config.seed), frozen)
     model = model.relieved((role,))
     state, optimizers = begin(model, config, SFT, role)
     del role
-    state, timings, program = fit(folder, config, model, state, optimizers, SFT, "train")
-    policy = state.roles["policy"]
-    artefacts.save_artefact(artefact, policy, model.record("policy", policy, step=int(state.step)))
-    cost.write_cost(folder, model, state, {"learn": program}, timings)
-    return artefact
+    fitted = fit(model, dataset, "train", config, SFT, state, optimizers, run, on_step)
+    policy = fitted.state.roles["policy"]
+    record = model.record("policy", policy, step=int(fitted.state.step))
+    if run is None:
+        return Trained(policy, record, fitted.metrics)
+    artefacts.save_artefact(run.artefact("policy"), policy, record)
+    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    return Trained(policy, record, fitted.metrics, folder=run.artefact("policy"))

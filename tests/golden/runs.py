@@ -22,13 +22,17 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runs.metrics import read_metrics, without_timing
 from perl_jax.runtime import sharding
-from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
-from perl_jax.training.dpo import run_dpo
+from perl_jax.training.commands import (
+    DPOCommand,
+    RewardCommand,
+    RLCommand,
+    SFTCommand,
+    run_dpo,
+    run_reward,
+    run_rl,
+    run_sft,
+)
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.reward import run_reward
-from perl_jax.training.rl import run_rl
-from perl_jax.training.rl_config import RLConfig
-from perl_jax.training.sft import run_sft
 from tests import small
 
 FILE = pathlib.Path(__file__).with_name("metrics.json")
@@ -84,12 +88,12 @@ def _run_all(root: pathlib.Path) -> Metrics:
         "checkpoint_every": 4,
         "steps": 4,
     }
-    policy = run_sft(SFTConfig(run=str(root / "sft"), **common))
-    reward = run_reward(RewardConfig(run=str(root / "reward"), **common))
-    run_dpo(DPOConfig(run=str(root / "dpo"), policy=str(policy), **common))
+    policy = run_sft(SFTCommand(run=str(root / "sft"), **common))
+    reward = run_reward(RewardCommand(run=str(root / "reward"), **common))
+    run_dpo(DPOCommand(run=str(root / "dpo"), policy=str(policy), **common))
     for name in ("ppo", "rloo"):
         run_rl(
-            RLConfig(
+            RLCommand(
                 run=str(root / name),
                 policy=str(policy),
                 reward=(str(reward),),

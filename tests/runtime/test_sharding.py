@@ -19,7 +19,7 @@ from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.programs import Program
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training import step
-from perl_jax.training.configs import SFTConfig
+from perl_jax.training.commands import SFTCommand
 from perl_jax.training.fit import initial_state, step_program
 from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
 from perl_jax.training.state import init_state
@@ -217,7 +217,7 @@ def supervised(objective: str, tuning: str, where: str | None) -> tuple[Any, dic
             Pairs(chosen, rejected, np.ones(8, np.float32)),
         ),
     }[objective]
-    config = SFTConfig(
+    config = SFTCommand(
         run="-", model="-", tuning=tuning, batch_size=8, optimizer=OPTIMIZER, microbatches=2
     )
     role = small.make_adapter(LM) if tuning == "lora" else small.make_full(BASE, LM)

@@ -21,7 +21,7 @@ from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import trees
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training import layouts, reward, rl
+from perl_jax.training import commands, layouts, rl
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.types import Layout
 from tests import small
@@ -202,7 +202,7 @@ def test_references_none_base_and_refreshed():
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_a_run_by_every_algorithm(name, jobs, tmp_path):
     algorithm = AlgorithmConfig(name, samples=2, epochs=2, minibatches=2)
-    artefact = rl.run_rl(
+    artefact = commands.run_rl(
         tiny.rl_config(
             tmp_path / "rl", jobs.base, jobs.policy, jobs.reward, algorithm=algorithm, steps=2
         )
@@ -226,7 +226,7 @@ def test_a_killed_run_goes_on_bit_for_bit(jobs, tmp_path, monkeypatch):
         "kl": KLConfig(target=1.0, horizon=16, refresh=1),
         "checkpoint_every": 1,
     }
-    whole = rl.run_rl(
+    whole = commands.run_rl(
         tiny.rl_config(tmp_path / "whole", jobs.base, jobs.policy, jobs.reward, **fields)
     )
     save = Checkpoints.save
@@ -239,10 +239,10 @@ def test_a_killed_run_goes_on_bit_for_bit(jobs, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", dies)
     config = tiny.rl_config(tmp_path / "cut", jobs.base, jobs.policy, jobs.reward, **fields)
     with pytest.raises(KeyboardInterrupt):
-        rl.run_rl(config)
+        commands.run_rl(config)
     monkeypatch.undo()
     model = tiny.open_model(jobs.base)
-    again = rl.run_rl(config)
+    again = commands.run_rl(config)
     small.assert_same(
         jax.device_get(tiny.load(again, model)[0]), jax.device_get(tiny.load(whole, model)[0])
     )
@@ -255,7 +255,7 @@ def test_a_killed_run_goes_on_bit_for_bit(jobs, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def second(jobs, tmp_path_factory):
     """Another reward model."""
-    return reward.run_reward(
+    return commands.run_reward(
         tiny.reward_config(
             tmp_path_factory.mktemp("second"), jobs.base, seed=3, lora=LoRAConfig(rank=2)
         )
@@ -342,7 +342,7 @@ def test_an_ensemble_and_terms_add_up(jobs, second, tmp_path):
     config = dataclasses.replace(
         tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, "x"), **fields
     )
-    rl.run_rl(config)
+    commands.run_rl(config)
     for row in tiny.rows(tmp_path / "rl"):
         parts = 0.5 * row["reward/term/length"] + row["reward/term/milk"]
         assert row["reward/score"] == pytest.approx(
@@ -402,7 +402,7 @@ def test_rewards_without_a_model(jobs, tmp_path):
         "algorithm": AlgorithmConfig("rloo", samples=2),
         "steps": 2,
     }
-    rl.run_rl(
+    commands.run_rl(
         dataclasses.replace(tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, "x"), **fields)
     )
     rows = tiny.rows(tmp_path / "rl")
@@ -419,7 +419,7 @@ def test_a_term_that_misbehaves_stops_the_run_with_a_sentence(jobs, tmp_path):
     path.write_text("def bad(prompts, responses):\n    return [float('nan')] * len(responses)\n")
     terms = json.dumps([{"kind": "function", "function": f"{path}:bad"}])
     with pytest.raises(UserError, match="bad"):
-        rl.run_rl(
+        commands.run_rl(
             dataclasses.replace(
                 tiny.rl_config(tmp_path / "rl", jobs.base, jobs.policy, jobs.reward), terms=terms
             )
@@ -429,7 +429,7 @@ def test_a_term_that_misbehaves_stops_the_run_with_a_sentence(jobs, tmp_path):
 @pytest.mark.slow
 def test_penalties_reach_the_return(jobs, tmp_path):
     shaping = ShapingConfig(missing_eos_penalty=50.0)
-    rl.run_rl(
+    commands.run_rl(
         tiny.rl_config(
             tmp_path / "rl",
             jobs.base,

@@ -24,7 +24,7 @@ import pytest
 
 from perl_jax.cli import main as command
 from perl_jax.errors import Stopped
-from perl_jax.training import loop, sft
+from perl_jax.training import commands, loop
 from tests.training import tiny
 from tests.training.test_run import assert_same_runs, saved_state
 from tests.xla import xla_flags
@@ -509,11 +509,11 @@ def signal_at(patch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
 
 def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGTERM)
-    sft.run_sft(tiny.sft_config(tmp_path / "whole", base))
+    commands.run_sft(tiny.sft_config(tmp_path / "whole", base))
     config = tiny.sft_config(tmp_path / "parts", base)
     with monkeypatch.context() as patch:
         signal_at(patch, 3, signal.SIGTERM)
-        patch.setitem(command.COMMANDS, "report", (lambda _: sft.run_sft(config), ""))
+        patch.setitem(command.COMMANDS, "report", (lambda _: commands.run_sft(config), ""))
         assert command.main(["report", "x"]) == 143
     assert capsys.readouterr().err.endswith(
         "perl-jax report: stopped by SIGTERM after step 3, which is saved; the same command "
@@ -521,7 +521,7 @@ def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
     )
     # Step 3 is no multiple of checkpoint_every.
     assert last_checkpoint(tmp_path / "parts") == 3 and signal.getsignal(signal.SIGTERM) == handler
-    sft.run_sft(config)
+    commands.run_sft(config)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("policy",), tiny.open_model(base))
 
 
@@ -537,7 +537,7 @@ def test_a_second_signal(base, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             signal_at(patch, 1, signal.SIGTERM, second)
             with pytest.raises(error):
-                sft.run_sft(tiny.sft_config(tmp_path / str(second), base))
+                commands.run_sft(tiny.sft_config(tmp_path / str(second), base))
         assert signal.getsignal(signal.SIGTERM) == before
         assert [
             int(path.name) for path in (tmp_path / str(second) / "checkpoints").glob("[0-9]*")

@@ -10,13 +10,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from perl_jax.data.loading import data_options
-from perl_jax.data.tasks import get_task
+from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import compare
 from perl_jax.evaluation.report import write_report
 from perl_jax.runtime import trees
-from perl_jax.training import reward, rl, sft
+from perl_jax.training import commands
 from tests import small
 from tests.training import tiny
 
@@ -30,7 +29,7 @@ def model(base):
 def pointwise(jobs, tmp_path_factory):
     """A pointwise reward: its artefact."""
     run = tmp_path_factory.mktemp("pointwise")
-    return reward.run_reward(tiny.reward_config(run, jobs.base, objective="pointwise"))
+    return commands.run_reward(tiny.reward_config(run, jobs.base, objective="pointwise"))
 
 
 def reference_scores(model, artefact: pathlib.Path, kind: str) -> np.ndarray:
@@ -374,7 +373,7 @@ def test_the_chain_with_full_tuning(jobs, model, tmp_path):
 @pytest.mark.slow
 def test_full_tuning_goes_on_from_an_adapter_against_an_adapter_reward(jobs, model, tmp_path):
     # Mixed as in the paper's comparison: one reward model for both tunings.
-    artefact = rl.run_rl(
+    artefact = commands.run_rl(
         tiny.rl_config(tmp_path, jobs.base, jobs.policy, jobs.reward, tuning="full", steps=2)
     )
     check_artefact(artefact, model, "policy", "full", False)
@@ -385,6 +384,6 @@ def test_full_tuning_goes_on_from_an_adapter_against_an_adapter_reward(jobs, mod
 
 
 def test_an_adapter_cannot_go_on_from_full_weights(jobs, tmp_path):
-    full = sft.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, tuning="full", steps=1))
+    full = commands.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, tuning="full", steps=1))
     with pytest.raises(UserError, match="is fully tuned; an adapter needs a frozen base"):
-        rl.run_rl(tiny.rl_config(tmp_path / "rl", jobs.base, full, jobs.reward))
+        commands.run_rl(tiny.rl_config(tmp_path / "rl", jobs.base, full, jobs.reward))

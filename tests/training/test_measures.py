@@ -25,9 +25,9 @@ from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import provenance
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import Share
-from perl_jax.training import configs, cost, dpo, fit, reward, rl
+from perl_jax.training import commands, cost, dpo, fit, reward, rl
 from perl_jax.training import loop as loop_lib
-from perl_jax.training.configs import DPOConfig
+from perl_jax.training.commands import DPOCommand
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.training.state import TrainState
 from perl_jax.types import Labelled, Prompts, Tokens
@@ -212,7 +212,7 @@ def test_a_rewards_scores_are_normalised_by_their_mean_and_deviation(monkeypatch
     monkeypatch.setattr(
         reward, "score_batches", lambda *_: (np.float32([1.0, 3.0]), np.float32([5.0, 7.0]))
     )
-    config = configs.RewardConfig(run="-", model="-")
+    config = commands.RewardCommand(run="-", model="-")
     assert reward.reference_moments(None, config, None, "comparisons") == (
         4.0,
         pytest.approx(5**0.5),
@@ -305,7 +305,7 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     monkeypatch.setattr(
         dpo, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4)
     )
-    config = DPOConfig(run="-", model="-")
+    config = DPOCommand(run="-", model="-")
     job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
     state = types.SimpleNamespace(roles={"policy": types.SimpleNamespace(weights=None)})
     found = dpo.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
@@ -364,7 +364,7 @@ def test_other_weights_under_the_path_of_an_artefact_are_noticed(tmp_path):
     }
     (folder / "artefact.json").write_text(json.dumps(values | {"format": 1}))
     (folder / "tree" / "leaf").write_text("0.25")
-    config = configs.SFTConfig(run="-", model=str(tmp_path / "none"), stack_on=str(folder))
+    config = commands.SFTCommand(run="-", model=str(tmp_path / "none"), stack_on=str(folder))
     before = provenance.prints("sft", config)
     assert provenance.changed(before, provenance.prints("sft", config)) == []
     (folder / "tree" / "leaf").write_text("0.75")
@@ -531,7 +531,7 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
         (),
         truth=lambda rows, task, split: (*rows, split),
     )
-    config = configs.RewardConfig(run="-", model="-")
+    config = commands.RewardCommand(run="-", model="-")
     with pytest.raises(Reached):
         fit.fit(None, config, MODEL, None, {}, job, "judge")
     assert asked == {

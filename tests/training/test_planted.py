@@ -15,16 +15,15 @@ import numpy as np
 import pytest
 
 from perl_jax.data import loading
-from perl_jax.data.loading import data_options
-from perl_jax.data.tasks import get_task
+from perl_jax.data.tasks import data_options, get_task
 from perl_jax.data.tokenise import Ragged, TokenRows, clip_prompt, clip_response
 from perl_jax.evaluation import compare, intervals, statistics
 from perl_jax.generation import programs
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.runtime import trees
-from perl_jax.training import dpo, reward, rl, sft
+from perl_jax.training import commands, dpo, reward
 from perl_jax.training import loop as loop_lib
-from perl_jax.training.configs import DPOConfig
+from perl_jax.training.commands import DPOCommand
 from tests import small
 from tests.training import tiny
 
@@ -158,7 +157,7 @@ def test_the_best_step_is_best_on_validation_rows(jobs, model, tmp_path):
     """
     write_conflict(tmp_path, {"train": 0.0, "validation": 1.0, "test": 0.25})
     data = dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
-    artefact = reward.run_reward(
+    artefact = commands.run_reward(
         tiny.reward_config(tmp_path / "run", jobs.base, data=data, steps=6)
     )
     adapter, record = model.load_role(artefact, "reward")
@@ -198,12 +197,12 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
     monkeypatch.setattr(loop_lib, "train", stop)
     run = tmp_path / "run"
     start = {
-        "sft": ("demonstrations", lambda: sft.run_sft(tiny.sft_config(run, jobs.base))),
-        "reward": ("comparisons", lambda: reward.run_reward(tiny.reward_config(run, jobs.base))),
+        "sft": ("demonstrations", lambda: commands.run_sft(tiny.sft_config(run, jobs.base))),
+        "reward": ("comparisons", lambda: commands.run_reward(tiny.reward_config(run, jobs.base))),
         "dpo": (
             "comparisons",
-            lambda: dpo.run_dpo(
-                DPOConfig(
+            lambda: commands.run_dpo(
+                DPOCommand(
                     **{
                         **tiny.COMMON,
                         "run": str(run),
@@ -215,7 +214,7 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
         ),
         "rl": (
             "prompts",
-            lambda: rl.run_rl(tiny.rl_config(run, jobs.base, jobs.policy, jobs.reward)),
+            lambda: commands.run_rl(tiny.rl_config(run, jobs.base, jobs.policy, jobs.reward)),
         ),
     }
     kind, begin = start[job]
@@ -300,7 +299,7 @@ def test_accuracy_of_dpo_counts_what_is_chosen(jobs, model):
             reference.lora,
         )
     )
-    config = DPOConfig(
+    config = DPOCommand(
         **{**tiny.COMMON, "run": "-", "model": jobs.base, "policy": str(jobs.policy)}
     )
     state = types.SimpleNamespace(roles={"policy": policy}, frozen={"reference": reference})

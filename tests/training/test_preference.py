@@ -19,16 +19,15 @@ from perl_jax.models import passes
 from perl_jax.objectives import preference, supervised
 from perl_jax.objectives.preference import Preferences
 from perl_jax.rewards.shaping import ShapingConfig
-from perl_jax.training import reward, sft
-from perl_jax.training.configs import DPOConfig
-from perl_jax.training.dpo import run_dpo
+from perl_jax.training import commands
+from perl_jax.training.commands import DPOCommand, run_dpo
 from perl_jax.types import Pairs
 from tests import small
 from tests.training import tiny
 
 
-def dpo_config(run, base: str, policy, **fields) -> DPOConfig:
-    return DPOConfig(
+def dpo_config(run, base: str, policy, **fields) -> DPOCommand:
+    return DPOCommand(
         **{**tiny.COMMON, "run": str(run), "model": base, "policy": str(policy), **fields}
     )
 
@@ -175,7 +174,7 @@ def test_labels_that_are_probabilities(jobs, tmp_path):
     for split, part in (("train", rows[:40]), ("validation", rows[40:50]), ("test", rows[50:])):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
-    reward.run_reward(
+    commands.run_reward(
         tiny.reward_config(tmp_path / "reward", jobs.base, data=data, objective="pointwise")
     )
     results, scores = (
@@ -203,7 +202,7 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
     data = tiny.dataclasses.replace(
         tiny.DATA, task="jsonl", data_dir=str(tmp_path), evaluation_size=None, train_size=None
     )
-    reward.run_reward(tiny.reward_config(tmp_path / "reward", jobs.base, data=data))
+    commands.run_reward(tiny.reward_config(tmp_path / "reward", jobs.base, data=data))
     results, scores = (
         tiny.read(tmp_path / "reward" / f"{name}.json") for name in ("evaluation", "scores")
     )
@@ -221,7 +220,7 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
 
 
 def test_what_is_cut_off_is_said_once(jobs, tmp_path, capsys):
-    sft.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, steps=2))
+    commands.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, steps=2))
     lines = [line for line in capsys.readouterr().out.splitlines() if " were cut " in line]
     first = tiny.rows(tmp_path / "sft")[0]
     for line, split, rows in zip(lines, ("train", "validation"), (32, 16), strict=True):
@@ -303,7 +302,7 @@ def test_comparisons_none_of_which_differ_are_refused(jobs, tmp_path):
             )
         data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path / name))
         with pytest.raises(UserError, match=f"^{message}$"):
-            reward.run_reward(tiny.reward_config(tmp_path / f"run {name}", jobs.base, data=data))
+            commands.run_reward(tiny.reward_config(tmp_path / f"run {name}", jobs.base, data=data))
 
 
 def test_a_row_that_cannot_be_encoded_is_named_by_file_and_line(jobs, tmp_path):
@@ -344,7 +343,7 @@ def test_rewards_of_other_objectives(fields, jobs, tmp_path):
                 "".join(json.dumps(row) + "\n" for row in part)
             )
         data = tiny.dataclasses.replace(data, task="jsonl", data_dir=str(tmp_path))
-    artefact = reward.run_reward(
+    artefact = commands.run_reward(
         tiny.reward_config(tmp_path / "reward", jobs.base, data=data, **fields)
     )
     results = tiny.read(tmp_path / "reward" / "evaluation.json")
@@ -358,7 +357,7 @@ def test_rewards_of_other_objectives(fields, jobs, tmp_path):
     else:
         # The objective has the square in it: more than cross-entropy alone.
         assert 0 <= results["pairwise_accuracy"]["value"] <= 1
-        plain = reward.run_reward(tiny.reward_config(tmp_path / "plain", jobs.base))
+        plain = commands.run_reward(tiny.reward_config(tmp_path / "plain", jobs.base))
         assert (
             tiny.rows(tmp_path / "reward")[0]["train/loss"]
             != tiny.rows(tmp_path / "plain")[0]["train/loss"]

@@ -9,7 +9,7 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.runs.profile import Profile
-from perl_jax.training.sft import run_sft
+from perl_jax.training.commands import run_sft
 from tests.training import tiny
 
 

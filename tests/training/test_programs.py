@@ -19,11 +19,7 @@ from perl_jax.generation.text import GenerateConfig, generate
 from perl_jax.hub.exchange import ExportConfig, export
 from perl_jax.planning.known import APART, COMMANDS, PLANNED, unknown
 from perl_jax.training import loop as loop_lib
-from perl_jax.training.configs import DPOConfig
-from perl_jax.training.dpo import run_dpo
-from perl_jax.training.reward import run_reward
-from perl_jax.training.rl import run_rl
-from perl_jax.training.sft import run_sft
+from perl_jax.training.commands import DPOCommand, run_dpo, run_reward, run_rl, run_sft
 from perl_jax.training.state import TrainState
 from tests.compiled import Compiled
 from tests.training import tiny
@@ -69,7 +65,7 @@ def runs(jobs: tiny.Jobs, folder: pathlib.Path) -> dict[str, Callable[[], Any]]:
         "reward": lambda: run_reward(tiny.reward_config(folder / "reward", base, steps=1)),
         "rl": lambda: run_rl(tiny.rl_config(folder / "rl", base, policy, reward, steps=1)),
         "dpo": lambda: run_dpo(
-            DPOConfig(
+            DPOCommand(
                 **{
                     **tiny.COMMON,
                     "run": str(folder / "dpo"),
@@ -152,7 +148,7 @@ def test_full_tuning_has_its_weights_on_the_devices_once(jobs, tmp_path, monkeyp
         "sft": lambda: run_sft(tiny.sft_config(tmp_path / "run", jobs.base, **common)),
         "reward": lambda: run_reward(tiny.reward_config(tmp_path / "run", jobs.base, **common)),
         "dpo": lambda: run_dpo(
-            DPOConfig(**tiny.common(run=str(tmp_path / "run"), model=jobs.base, **common))
+            DPOCommand(**tiny.common(run=str(tmp_path / "run"), model=jobs.base, **common))
         ),
         "rl": lambda: run_rl(
             tiny.rl_config(tmp_path / "run", jobs.base, None, jobs.reward, **common)

@@ -13,8 +13,7 @@ from perl_jax.generation.text import GenerateConfig, generate
 from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
 from perl_jax.hub.model import ModelOptions, load_model
-from perl_jax.training import reward as reward_lib
-from perl_jax.training import rl, sft
+from perl_jax.training import commands
 from tests.training import tiny
 
 LOW = QuantiseConfig("int8", 4)
@@ -23,9 +22,9 @@ LOW = QuantiseConfig("int8", 4)
 @pytest.mark.slow
 def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     fields = {"quantise": LOW, "lora": LoRAConfig(rank=5, dora=True)}
-    policy = sft.run_sft(tiny.sft_config(tmp_path / "sft", base, **fields))
-    reward = reward_lib.run_reward(tiny.reward_config(tmp_path / "reward", base, **fields))
-    tuned = rl.run_rl(tiny.rl_config(tmp_path / "rl", base, policy, reward, **fields))
+    policy = commands.run_sft(tiny.sft_config(tmp_path / "sft", base, **fields))
+    reward = commands.run_reward(tiny.reward_config(tmp_path / "reward", base, **fields))
+    tuned = commands.run_rl(tiny.rl_config(tmp_path / "rl", base, policy, reward, **fields))
     rows = tiny.rows(tmp_path / "rl")
     assert rows[0]["kl/sequence"] == 0.0 and abs(rows[-1]["kl/sequence"]) > 0
     assert all(row["sampler/mismatch"] == pytest.approx(1, abs=1e-4) for row in rows)
@@ -78,4 +77,4 @@ def test_full_tuning_of_a_quantised_base_is_refused(base, tmp_path):
     with pytest.raises(
         UserError, match=r"Full tuning trains the base's weights; quantise\.kind must be none"
     ):
-        sft.run_sft(tiny.sft_config(tmp_path / "sft", base, tuning="full", quantise=LOW))
+        commands.run_sft(tiny.sft_config(tmp_path / "sft", base, tuning="full", quantise=LOW))

@@ -11,15 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.data.loading import data_options
-from perl_jax.data.tasks import get_task
+from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import TrainingError
 from perl_jax.evaluation.report import formats
 from perl_jax.evaluation.report.curves import kept_sentence
 from perl_jax.evaluation.report.load import read_experiment
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runtime import trees
-from perl_jax.training import loop, rl
+from perl_jax.training import commands, loop, rl
 from tests import small
 from tests.training import tiny
 
@@ -51,7 +50,7 @@ def ran(jobs, tmp_path_factory):
         steps=3,
         validation_prompts=6,
     )
-    rl.run_rl(config)
+    commands.run_rl(config)
     return folder, config
 
 
@@ -108,7 +107,7 @@ def test_means_are_those_of_responses_measured_one_by_one(jobs, model, monkeypat
     monkeypatch.setattr(rl, "validate", remember)
     record = tiny.load(jobs.reward, model)[1]
     folder = jobs.root / "measured"
-    rl.run_rl(
+    commands.run_rl(
         tiny.rl_config(
             folder,
             jobs.base,
@@ -181,7 +180,7 @@ def run_with(monkeypatch, seen: dict, config, stop: int | None = None):
     with monkeypatch.context() as patch:
         patch.setattr(rl, "validate", validate)
         patch.setattr(loop, "check_finite", interrupted)
-        return rl.run_rl(config)
+        return commands.run_rl(config)
 
 
 @pytest.mark.parametrize(("select", "step"), [("best", 2), ("last", 4)])
@@ -233,7 +232,7 @@ def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(
         )
     )
     data = dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
-    rl.run_rl(
+    commands.run_rl(
         tiny.rl_config(tmp_path / "run", jobs.base, jobs.policy, jobs.reward, data=data, steps=2)
     )
     said = capsys.readouterr().out
@@ -259,7 +258,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(jobs, tmp_path, monkeypatch):
     with pytest.raises(
         TrainingError, match=r"The validation of step 1 gave NaN or infinity .validation/gold."
     ):
-        rl.run_rl(
+        commands.run_rl(
             tiny.rl_config(
                 tmp_path, jobs.base, jobs.policy, jobs.reward, steps=1, validation_prompts=6
             )

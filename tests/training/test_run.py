@@ -22,10 +22,10 @@ from perl_jax.runs import metrics as metrics_lib
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import programs, sharding, trees
 from perl_jax.training import base as base_lib
-from perl_jax.training import loop, reward, rl, sft
-from perl_jax.training.configs import DPOConfig, SFTConfig
+from perl_jax.training import commands, loop, reward, rl, sft
+from perl_jax.training.commands import DPOCommand, RLCommand, SFTCommand
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.rl_config import KLConfig
 from tests import small
 from tests.training import tiny
 
@@ -107,11 +107,11 @@ HARD = {
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(job, jobs, model, tmp_path, monkeypatch):
     def start(folder: pathlib.Path) -> pathlib.Path:
         if job == "sft":
-            return sft.run_sft(tiny.sft_config(folder, jobs.base, **HARD))
+            return commands.run_sft(tiny.sft_config(folder, jobs.base, **HARD))
         if job == "reward":
-            return reward.run_reward(tiny.reward_config(folder, jobs.base, **HARD))
+            return commands.run_reward(tiny.reward_config(folder, jobs.base, **HARD))
         # From a fresh adapter: one that goes on from an artefact has the artefact's dropout.
-        return rl.run_rl(
+        return commands.run_rl(
             tiny.rl_config(folder, jobs.base, None, jobs.reward, max_mismatch=10.0, **HARD)
         )
 
@@ -136,20 +136,20 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(base, model, tmp
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         with pytest.raises(Interrupted):
-            sft.run_sft(tiny.sft_config(tmp_path / "a", base))
-    sft.run_sft(tiny.sft_config(tmp_path / "a", base))
+            commands.run_sft(tiny.sft_config(tmp_path / "a", base))
+    commands.run_sft(tiny.sft_config(tmp_path / "a", base))
     assert [row["step"] for row in tiny.rows(tmp_path / "a")] == [1, 2, 3, 4]
     assert (tmp_path / "a" / "metrics.previous.jsonl").exists()
 
 
 def test_a_run_resumes_with_the_same_settings_only(base, tmp_path):
     config = tiny.sft_config(tmp_path, base, steps=2)
-    sft.run_sft(config)
+    commands.run_sft(config)
     other = dataclasses.replace(
         config, seed=3, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5)
     )
     with pytest.raises(UserError) as error:
-        sft.run_sft(other)
+        commands.run_sft(other)
     message = str(error.value)
     assert (
         str(tmp_path) in message
@@ -157,9 +157,9 @@ def test_a_run_resumes_with_the_same_settings_only(base, tmp_path):
         and "seed was 0, is now 3" in message
     )
     with pytest.raises(UserError, match="job was 'sft', is now 'reward'"):
-        reward.run_reward(tiny.reward_config(tmp_path, base, steps=2))
+        commands.run_reward(tiny.reward_config(tmp_path, base, steps=2))
     # How often to save is no part of what is computed.
-    sft.run_sft(dataclasses.replace(config, checkpoint_every=7, keep=9))
+    commands.run_sft(dataclasses.replace(config, checkpoint_every=7, keep=9))
 
 
 def test_finished_runs_are_left_as_they_are(jobs, monkeypatch):
@@ -199,8 +199,8 @@ def test_the_best_validation_step_is_kept(base, model, tmp_path, monkeypatch):
         # Interrupted after the peak: what came before the checkpoint counts.
         interrupt_at(patch, 5)
         with pytest.raises(Interrupted):
-            reward.run_reward(config)
-    artefact = reward.run_reward(config)
+            commands.run_reward(config)
+    artefact = commands.run_reward(config)
     adapter, record = tiny.load(artefact, model)
     assert record.step == 2 and sorted(seen) == [1, 2, 3, 4, 5, 6]
     small.assert_same(jax.tree.map(np.asarray, adapter), seen[2])
@@ -271,7 +271,7 @@ def test_sft_compiles_once_a_bucket(base, tmp_path, compiled, monkeypatch):
         tiny.DATA, train_size=40, max_prompt_length=32, max_response_length=8, packing="off"
     )
     history = lengths_and_compilations(monkeypatch, compiled)
-    sft.run_sft(
+    commands.run_sft(
         tiny.sft_config(tmp_path, base, data=data, steps=15, evaluate_every=100, batch_size=4)
     )
     # The last row comes after the validation, which compiles for itself.
@@ -291,7 +291,7 @@ def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(
     config = {"sft": tiny.sft_config, "reward": tiny.reward_config}[kind](
         tmp_path, base, data=data, steps=200, evaluate_every=200, checkpoint_every=200
     )
-    {"sft": sft.run_sft, "reward": reward.run_reward}[kind](config)
+    {"sft": commands.run_sft, "reward": commands.run_reward}[kind](config)
     # Each padded length as it is and in one size, most of which three epochs have met.
     lengths, counts = zip(*history[:-1], strict=True)
     assert (
@@ -303,7 +303,7 @@ def test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few(
 def test_rl_compiles_each_program_once_a_bucket(jobs, tmp_path, compiled, monkeypatch):
     data = dataclasses.replace(tiny.DATA, max_prompt_length=32, max_response_length=4)
     history = lengths_and_compilations(monkeypatch, compiled)
-    rl.run_rl(
+    commands.run_rl(
         tiny.rl_config(
             tmp_path, jobs.base, jobs.policy, jobs.reward, data=data, steps=12, batch_size=4
         )
@@ -322,7 +322,7 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(base, tmp_path):
     for _ in range(2):
         # Step 1 moves the weights out of sight, step 2 shows it; and so it does again.
         with pytest.raises(TrainingError) as error:
-            sft.run_sft(config)
+            commands.run_sft(config)
         message = str(error.value)
         assert (
             message.startswith("Step 2 gave NaN or infinity (")
@@ -356,7 +356,7 @@ def other_base(model, tmp_path_factory) -> str:
 
 def test_another_base_is_refused_by_name(jobs, other_base, tmp_path):
     with pytest.raises(UserError) as error:
-        rl.run_rl(tiny.rl_config(tmp_path / "a", other_base, jobs.policy, jobs.reward))
+        commands.run_rl(tiny.rl_config(tmp_path / "a", other_base, jobs.policy, jobs.reward))
     message = str(error.value)
     assert (
         f"{jobs.policy} was trained on the base {jobs.base}" in message
@@ -372,13 +372,13 @@ def test_another_base_is_refused_by_name(jobs, other_base, tmp_path):
 
 def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
     with pytest.raises(UserError, match="holds a policy adapter; a reward adapter is needed here"):
-        rl.run_rl(tiny.rl_config(tmp_path / "a", jobs.base, jobs.policy, jobs.policy))
+        commands.run_rl(tiny.rl_config(tmp_path / "a", jobs.base, jobs.policy, jobs.policy))
     with pytest.raises(UserError, match="holds a value adapter; a policy adapter is needed here"):
-        rl.run_rl(
+        commands.run_rl(
             tiny.rl_config(tmp_path / "b", jobs.base, jobs.tuned.with_name("value"), jobs.reward)
         )
     with pytest.raises(UserError, match=r"is not an artefact: there is no artefact\.json in it"):
-        rl.run_rl(tiny.rl_config(tmp_path / "c", jobs.base, tmp_path, jobs.reward))
+        commands.run_rl(tiny.rl_config(tmp_path / "c", jobs.base, tmp_path, jobs.reward))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_training(base, tmp_path, fields, message):
     with pytest.raises(UserError) as error:
-        sft.run_sft(tiny.sft_config(tmp_path, base, **fields))
+        commands.run_sft(tiny.sft_config(tmp_path, base, **fields))
     assert message in str(error.value)
 
 
@@ -416,7 +416,7 @@ def test_what_does_not_fit_is_refused_before_training(base, tmp_path, fields, me
 )
 def test_wrong_settings_are_refused_by_name(fields, message):
     with pytest.raises(UserError) as error:
-        SFTConfig(**{"run": "r", "model": "m", "batch_size": 8, **fields})
+        SFTCommand(**{"run": "r", "model": "m", "batch_size": 8, **fields})
     assert message in str(error.value)
 
 
@@ -629,7 +629,7 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
 )
 def test_settings_of_rl_are_checked(settings, message):
     with pytest.raises(UserError) as error:
-        RLConfig(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **settings()})
+        RLCommand(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **settings()})
     assert message in str(error.value)
 
 
@@ -658,12 +658,12 @@ def test_settings_of_rl_are_checked(settings, message):
 )
 def test_settings_of_rl_that_are_read_are_taken(settings):
     fields = settings()
-    config = RLConfig(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **fields})
+    config = RLCommand(**{**tiny.COMMON, "run": "r", "model": "m", "reward": ("x",), **fields})
     assert all(getattr(config, name) == value for name, value in fields.items())
 
 
 @pytest.mark.parametrize(
-    ("make", "job"), [(SFTConfig, "sft"), (DPOConfig, "dpo"), (base_lib.BaseConfig, "base")]
+    ("make", "job"), [(SFTCommand, "sft"), (DPOCommand, "dpo"), (base_lib.BaseConfig, "base")]
 )
 def test_a_rate_of_the_head_needs_a_head(make, job):
     with pytest.raises(UserError) as error:
@@ -682,4 +682,4 @@ def test_a_broken_config_of_a_run_is_named(base, tmp_path):
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
-            sft.run_sft(tiny.sft_config(tmp_path, base))
+            commands.run_sft(tiny.sft_config(tmp_path, base))

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.splits import check_splits, shared
+from perl_jax.data.dataset import check_splits, shared
 from perl_jax.errors import UserError
 from perl_jax.training import base as base_lib
-from perl_jax.training import dpo, reward, rl, sft
-from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
-from perl_jax.training.rl_config import RLConfig
+from perl_jax.training import commands, dpo, reward, rl, sft
+from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
 
 
 @pytest.fixture(autouse=True)
@@ -69,77 +68,77 @@ def without(rows: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 REFUSED = {
     "reward without test": (
-        RewardConfig,
+        RewardCommand,
         {},
         without(PAIRS, "test"),
         "no comparisons rows in its test split",
     ),
     "reward without validation": (
-        RewardConfig,
+        RewardCommand,
         {},
         without(PAIRS, "validation"),
         "no comparisons rows in its validation split",
     ),
     "reward, test of weight 0": (
-        RewardConfig,
+        RewardCommand,
         {},
         PAIRS | {"test": pairs("test", 0.0)},
         "Every comparison of the test split of jsonl has weight 0",
     ),
     "reward, train of weight 0": (
-        RewardConfig,
+        RewardCommand,
         {},
         PAIRS | {"train": pairs("train", 0.0)},
         "Every comparison of the train split of jsonl has weight 0",
     ),
     "labels, test of one class": (
-        RewardConfig,
+        RewardCommand,
         POINTWISE,
         LABELS | {"test": labels("test", 1, 1)},
         "The test split of jsonl has labels of one class",
     ),
     "labels, train of one class": (
-        RewardConfig,
+        RewardCommand,
         POINTWISE,
         LABELS | {"train": labels("train", 0, 0)},
         "The train split of jsonl has labels of one class",
     ),
     "ratings, one test row": (
-        RewardConfig,
+        RewardCommand,
         REGRESSION,
         RATINGS | {"test": ratings("test", 3)},
         "The test split of jsonl has one rating only, 3",
     ),
     "dpo without test": (
-        DPOConfig,
+        DPOCommand,
         {},
         without(PAIRS, "test"),
         "no comparisons rows in its test split",
     ),
     "dpo, test of weight 0": (
-        DPOConfig,
+        DPOCommand,
         {},
         PAIRS | {"test": pairs("test", 0.0)},
         "Every comparison of the test split of jsonl has weight 0",
     ),
     "sft without validation": (
-        SFTConfig,
+        SFTCommand,
         {},
         {"train": answers("train"), "test": answers("test")},
         "no demonstrations rows in its validation split",
     ),
     "rl without train": (
-        RLConfig,
+        RLCommand,
         {"reward": ("-",)},
         {"test": answers("test")},
         "no prompts rows in its train split",
     ),
 }
 RUN = {
-    RewardConfig: reward.run_reward,
-    DPOConfig: dpo.run_dpo,
-    SFTConfig: sft.run_sft,
-    RLConfig: rl.run_rl,
+    RewardCommand: commands.run_reward,
+    DPOCommand: commands.run_dpo,
+    SFTCommand: commands.run_sft,
+    RLCommand: commands.run_rl,
 }
 
 

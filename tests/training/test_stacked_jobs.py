@@ -14,9 +14,7 @@ from perl_jax.errors import UserError
 from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
 from perl_jax.runtime import trees
-from perl_jax.training import reward as reward_lib
-from perl_jax.training import rl
-from perl_jax.training import sft as sft_lib
+from perl_jax.training import commands
 from tests import small
 from tests.training import tiny
 
@@ -32,9 +30,9 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
     fields = {"lora": TOP, "stack_on": str(jobs.policy)}
     model = tiny.open_model(jobs.base)
     below, _ = model.load_role(jobs.policy)
-    sft = sft_lib.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, **fields))
-    reward = reward_lib.run_reward(tiny.reward_config(tmp_path / "reward", jobs.base, **fields))
-    tuned = rl.run_rl(tiny.rl_config(tmp_path / "rl", jobs.base, None, reward, **fields))
+    sft = commands.run_sft(tiny.sft_config(tmp_path / "sft", jobs.base, **fields))
+    reward = commands.run_reward(tiny.reward_config(tmp_path / "reward", jobs.base, **fields))
+    tuned = commands.run_rl(tiny.rl_config(tmp_path / "rl", jobs.base, None, reward, **fields))
     for folder in (sft, reward, tuned):
         adapter, record = model.load_role(folder)
         assert record.under == dict.fromkeys(("q", "k", "v", "o"), 5) and record.lora == TOP
@@ -68,7 +66,7 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
 )
 def test_stacks_that_cannot_be(jobs, tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
-        sft_lib.run_sft(
+        commands.run_sft(
             tiny.sft_config(tmp_path / "sft", jobs.base, stack_on=str(jobs.policy), **fields)
         )
 

@@ -24,7 +24,8 @@ from perl_jax.runs import provenance
 from perl_jax.runs.provenance import source_of
 from perl_jax.runtime import files
 from perl_jax.training import roles
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.commands import RLCommand
+from perl_jax.training.rl_config import KLConfig
 from tests import small
 from tests.training import tiny
 
@@ -33,7 +34,7 @@ FUNCTION = "def score(prompts, responses):\n    return [len(r) for r in response
 
 
 @pytest.fixture
-def config(jobs, tmp_path) -> RLConfig:
+def config(jobs, tmp_path) -> RLCommand:
     """RL with all that a run can be given, in folders of its own."""
     for name, source in {
         "base": jobs.base,

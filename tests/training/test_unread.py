@@ -25,8 +25,8 @@ from perl_jax.planning.config import PlanConfig
 from perl_jax.rewards.judge import Judge
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training.base import BaseConfig
-from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
+from perl_jax.training.rl_config import KLConfig
 
 # A value of each LoRA option that is not its default.
 LORA = {
@@ -34,10 +34,10 @@ LORA = {
     "dora": True, "init": "pissa", "dropout": 0.1,
 }  # fmt: skip
 NEEDED: dict[type, dict[str, Any]] = {
-    SFTConfig: {"run": "r", "model": "m"},
-    RewardConfig: {"run": "r", "model": "m"},
-    DPOConfig: {"run": "r", "model": "m"},
-    RLConfig: {"run": "r", "model": "m", "reward": ("x",)},
+    SFTCommand: {"run": "r", "model": "m"},
+    RewardCommand: {"run": "r", "model": "m"},
+    DPOCommand: {"run": "r", "model": "m"},
+    RLCommand: {"run": "r", "model": "m", "reward": ("x",)},
     BaseConfig: {"run": "r", "model": "m"},
     EvaluateConfig: {"run": "r", "model": "m", "policy": "p", "reward": ("x",)},
     BestOfConfig: {"model": "m", "output": "o", "reward": ("x",)},
@@ -55,14 +55,14 @@ def test_every_lora_option_has_a_value_here():
     assert set(LORA) == {field.name for field in dataclasses.fields(LoRAConfig)} - {"dtype"}
 
 
-FULL = [(make, lambda name=name, value=value: {"lora": LoRAConfig(**{name: value}), "tuning": "full"}, f"lora.{name} is {value!r}, which tuning full does not read; leave it out (tuning lora reads it).") for name, value in LORA.items() for make in (SFTConfig, BaseConfig)]  # fmt: skip
+FULL = [(make, lambda name=name, value=value: {"lora": LoRAConfig(**{name: value}), "tuning": "full"}, f"lora.{name} is {value!r}, which tuning full does not read; leave it out (tuning lora reads it).") for name, value in LORA.items() for make in (SFTCommand, BaseConfig)]  # fmt: skip
 REFUSED: list[tuple[type, Callable[[], dict[str, Any]], str]] = [
     *FULL,
-    *((make, lambda: {"lora": LoRAConfig(rank=3), "tuning": "full"}, "lora.rank is 3, which tuning full does not read") for make in (RewardConfig, DPOConfig, RLConfig, PlanConfig)),
-    (SFTConfig, lambda: {"lora": LoRAConfig(rank=32, targets="q,v", ranks="q=4,v=2")}, "lora.rank is 32, which no target has: lora.ranks names them all; leave it out."),
-    (SFTConfig, lambda: {"lora": LoRAConfig(alpha=3.0, targets="q", alphas="q=4")}, "lora.alpha is 3.0, which no target has: lora.alphas names them all; leave it out."),
-    *((make, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full"}, "mesh.adapters is 'sharded', which tuning full does not read") for make in (SFTConfig, RewardConfig, DPOConfig, BaseConfig)),
-    (RLConfig, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full", "reward": (), "terms": "[]"}, "mesh.adapters is 'sharded', which tuning full does not read"),
+    *((make, lambda: {"lora": LoRAConfig(rank=3), "tuning": "full"}, "lora.rank is 3, which tuning full does not read") for make in (RewardCommand, DPOCommand, RLCommand, PlanConfig)),
+    (SFTCommand, lambda: {"lora": LoRAConfig(rank=32, targets="q,v", ranks="q=4,v=2")}, "lora.rank is 32, which no target has: lora.ranks names them all; leave it out."),
+    (SFTCommand, lambda: {"lora": LoRAConfig(alpha=3.0, targets="q", alphas="q=4")}, "lora.alpha is 3.0, which no target has: lora.alphas names them all; leave it out."),
+    *((make, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full"}, "mesh.adapters is 'sharded', which tuning full does not read") for make in (SFTCommand, RewardCommand, DPOCommand, BaseConfig)),
+    (RLCommand, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full", "reward": (), "terms": "[]"}, "mesh.adapters is 'sharded', which tuning full does not read"),
     (PlanConfig, lambda: {"adapters": "sharded", "tuning": "full"}, "adapters is 'sharded', which tuning full does not read; leave it out (tuning lora, rl read it)."),
     *((make, lambda: {"remat": "full"}, "remat is 'full', which " + name + " does not read; leave it out (training reads it).") for name, make in {"evaluate": EvaluateConfig, "best-of": BestOfConfig, "generate": GenerateConfig, "score": ScoreConfig, "export": ExportConfig, "import": ImportConfig, "average": AverageConfig}.items()),
     *((make, lambda: {"data": DataConfig(packing="off")}, f"data.packing is 'off', which {name} "
@@ -80,29 +80,29 @@ REFUSED: list[tuple[type, Callable[[], dict[str, Any]], str]] = [
     (BaseConfig, lambda: {"vocab_size": 99}, "vocab_size is 99, which the task orders, whose "
                                              "words are its vocabulary, does not read; leave it "
                                              "out (any other task reads it)."),
-    (RLConfig, lambda: {"rollout": RolloutConfig(adapters="merged"), "tuning": "full"}, "rollout.adapters is 'merged', which tuning full does not read"),
-    (RLConfig, lambda: {"validation_prompts": 0, "evaluate_every": 7}, "evaluate_every is 7, which rl without validation_prompts does not read"),
-    (RLConfig, lambda: {"kl": KLConfig(beta=0.0, whole_score=True)}, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta."),
-    *((RLConfig, lambda fields=fields: {"algorithm": AlgorithmConfig(**fields)}, f"algorithm.{list(fields)[-1]} is {list(fields.values())[-1]!r}, which nothing reads in one update of each rollout: all ratios are 1 there; leave it out, or give algorithm.epochs or algorithm.minibatches.") for fields in ({"name": "grpo", "clip": 0.1}, {"name": "ppo", "clip_high": 0.3}, {"name": "reinforce", "max_ratio": 3.0}, {"name": "ppo", "value_clip": None})),
+    (RLCommand, lambda: {"rollout": RolloutConfig(adapters="merged"), "tuning": "full"}, "rollout.adapters is 'merged', which tuning full does not read"),
+    (RLCommand, lambda: {"validation_prompts": 0, "evaluate_every": 7}, "evaluate_every is 7, which rl without validation_prompts does not read"),
+    (RLCommand, lambda: {"kl": KLConfig(beta=0.0, whole_score=True)}, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta."),
+    *((RLCommand, lambda fields=fields: {"algorithm": AlgorithmConfig(**fields)}, f"algorithm.{list(fields)[-1]} is {list(fields.values())[-1]!r}, which nothing reads in one update of each rollout: all ratios are 1 there; leave it out, or give algorithm.epochs or algorithm.minibatches.") for fields in ({"name": "grpo", "clip": 0.1}, {"name": "ppo", "clip_high": 0.3}, {"name": "reinforce", "max_ratio": 3.0}, {"name": "ppo", "value_clip": None})),
     (Judge, lambda: {"top_logprobs": 5}, "judge.top_logprobs is 5, which mode number does not "
                                          "read; leave it out (mode expected reads it)."),
 ]  # fmt: skip
 READ: list[tuple[type, Callable[[], dict[str, Any]]]] = [
-    *((make, lambda: {"tuning": "full", "lora": LoRAConfig()}) for make in (SFTConfig, RewardConfig, DPOConfig, RLConfig, BaseConfig, PlanConfig)),
-    (SFTConfig, lambda: {"lora": LoRAConfig(**{**LORA, "dora": False, "layers": "0"}), "remat": "full", "mesh": MeshConfig(adapters="sharded")}),
-    (RLConfig, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full"}),
-    (DPOConfig, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full", "policy": "p"}),
+    *((make, lambda: {"tuning": "full", "lora": LoRAConfig()}) for make in (SFTCommand, RewardCommand, DPOCommand, RLCommand, BaseConfig, PlanConfig)),
+    (SFTCommand, lambda: {"lora": LoRAConfig(**{**LORA, "dora": False, "layers": "0"}), "remat": "full", "mesh": MeshConfig(adapters="sharded")}),
+    (RLCommand, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full"}),
+    (DPOCommand, lambda: {"mesh": MeshConfig(adapters="sharded"), "tuning": "full", "policy": "p"}),
     (EvaluateConfig, lambda: {"seed": 3, "rollout": RolloutConfig(top_k=5, top_p=0.9, adapters="merged"), "data": DataConfig(template="none", template_date="2025-02-01")}),
     (EvaluateConfig, lambda: {"temperature": 0.0}),
     (GenerateConfig, lambda: {"seed": 3, "top_k": 5, "top_p": 0.9, "samples": 4}),
     (BestOfConfig, lambda: {"rollout": RolloutConfig(adapters="merged"), "policy": "p"}),
     (BaseConfig, lambda: {"vocab_size": 99, "data": DataConfig(task="jsonl", data_dir="d")}),
-    (RLConfig, lambda: {"validation_prompts": 0}),
+    (RLCommand, lambda: {"validation_prompts": 0}),
     # Stale samples: by further updates, by dropout, and perhaps by that of the adapter that is gone
     # on from.
-    (RLConfig, lambda: {"algorithm": AlgorithmConfig("grpo", clip=0.1, clip_high=0.3, minibatches=2)}),
-    (RLConfig, lambda: {"algorithm": AlgorithmConfig("ppo", clip=0.1, value_clip=None), "lora": LoRAConfig(dropout=0.1)}),
-    (RLConfig, lambda: {"algorithm": AlgorithmConfig("reinforce", max_ratio=3.0), "policy": "p"}),
+    (RLCommand, lambda: {"algorithm": AlgorithmConfig("grpo", clip=0.1, clip_high=0.3, minibatches=2)}),
+    (RLCommand, lambda: {"algorithm": AlgorithmConfig("ppo", clip=0.1, value_clip=None), "lora": LoRAConfig(dropout=0.1)}),
+    (RLCommand, lambda: {"algorithm": AlgorithmConfig("reinforce", max_ratio=3.0), "policy": "p"}),
     (Judge, lambda: {"mode": "expected", "highest": 9.0, "top_logprobs": 5}),
 ]  # fmt: skip
 

@@ -14,12 +14,15 @@ from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, ModelOptions, load_model
 from perl_jax.runs.metrics import read_metrics, without_timing
 from perl_jax.training.base import BaseConfig
-from perl_jax.training.configs import RewardConfig, SFTConfig
+from perl_jax.training.commands import (
+    RewardCommand,
+    RLCommand,
+    SFTCommand,
+    run_reward,
+    run_rl,
+    run_sft,
+)
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.reward import run_reward
-from perl_jax.training.rl import run_rl
-from perl_jax.training.rl_config import RLConfig
-from perl_jax.training.sft import run_sft
 
 # Nearly every prompt is longer than this, so that all batches have one length.
 DATA = DataConfig(train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8)
@@ -56,12 +59,12 @@ def base_config(run: pathlib.Path, model: pathlib.Path, **fields: Any) -> BaseCo
     )
 
 
-def sft_config(run: pathlib.Path, base: str, **fields: Any) -> SFTConfig:
-    return SFTConfig(**common(run=str(run), model=base, **fields))
+def sft_config(run: pathlib.Path, base: str, **fields: Any) -> SFTCommand:
+    return SFTCommand(**common(run=str(run), model=base, **fields))
 
 
-def reward_config(run: pathlib.Path, base: str, **fields: Any) -> RewardConfig:
-    return RewardConfig(**common(run=str(run), model=base, **fields))
+def reward_config(run: pathlib.Path, base: str, **fields: Any) -> RewardCommand:
+    return RewardCommand(**common(run=str(run), model=base, **fields))
 
 
 def rl_config(
@@ -70,9 +73,9 @@ def rl_config(
     policy: pathlib.Path | str | None,
     reward: pathlib.Path | str,
     **fields: Any,
-) -> RLConfig:
+) -> RLCommand:
     policy = None if policy is None else str(policy)
-    return RLConfig(
+    return RLCommand(
         **common(
             **{"run": str(run), "model": base, "policy": policy, "reward": (str(reward),), **fields}
         )

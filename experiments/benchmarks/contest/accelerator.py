@@ -42,13 +42,13 @@ import work
 
 from perl_jax.hub.model import Model, described
 from perl_jax.runtime import trees
-from perl_jax.training.configs import JobConfig
+from perl_jax.training.commands import TrainingCommand
 
 # New tokens of the sampling that the longer one is compared with.
 SHORT = 8
 
 
-def config_of(job: str, folder: pathlib.Path, options: argparse.Namespace) -> JobConfig:
+def config_of(job: str, folder: pathlib.Path, options: argparse.Namespace) -> TrainingCommand:
     """The contest's, with what the command line says."""
     config = contender_perl_jax.config_of(job, folder, "lora")
     return dataclasses.replace(
@@ -56,7 +56,7 @@ def config_of(job: str, folder: pathlib.Path, options: argparse.Namespace) -> Jo
     )
 
 
-def drawn_model(config: JobConfig) -> Model:
+def drawn_model(config: TrainingCommand) -> Model:
     """The model that a job's config names, with weights that are drawn where they live."""
     lm, tokenizer = described(config, pathlib.Path(config.model))
     places = trees.map_named(lambda name, _: lm.base_shardings()[name], lm.abstract_base())
@@ -103,7 +103,7 @@ def kernels(step: Callable[[int], object], folder: pathlib.Path, most: int = 40)
 def measured(
     job: str,
     model: Model,
-    config: JobConfig,
+    config: TrainingCommand,
     folder: pathlib.Path,
     options: argparse.Namespace,
     rates: ceiling.Rates,

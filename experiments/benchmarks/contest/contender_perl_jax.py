@@ -34,9 +34,9 @@ from perl_jax.runtime import sharding
 from perl_jax.training import cost, fit, rl
 from perl_jax.training import optimizers as optimizers_lib
 from perl_jax.training import reward as reward_lib
-from perl_jax.training.configs import RewardConfig
+from perl_jax.training.commands import RewardCommand, RLCommand
 from perl_jax.training.optimizers import OptimizerConfig
-from perl_jax.training.rl_config import KLConfig, RLConfig
+from perl_jax.training.rl_config import KLConfig
 from perl_jax.training.roles import fresh_role
 
 KINDS = {
@@ -70,7 +70,7 @@ Taken = tuple[Callable[[int, contender.Parts], int], Callable[[], dict[str, int]
 ADAPTERS = LoRAConfig(rank=work.RANK, alpha=work.ALPHA)
 
 
-def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLConfig:
+def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardCommand | RLCommand:
     """The job as a user would configure it."""
     shared = {
         "model": str(folder / "model"),
@@ -86,11 +86,11 @@ def config_of(job: str, folder: pathlib.Path, tuning: str) -> RewardConfig | RLC
         data = DataConfig(
             task="jsonl", max_prompt_length=LONGEST, max_response_length=LONGEST, bucket_count=1
         )
-        return RewardConfig(**shared, data=data, batch_size=work.PAIRS)
+        return RewardCommand(**shared, data=data, batch_size=work.PAIRS)
     function = json.dumps(
         [{"kind": "function", "function": f"{pathlib.Path(contender.__file__)}:even_words"}]
     )
-    return RLConfig(
+    return RLCommand(
         **shared,
         data=DataConfig(
             task="jsonl",
@@ -128,7 +128,7 @@ def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: A
     return make_batches(rows, KINDS[job], model.tokenizer, spec)
 
 
-def reward_step(model: Model, config: RewardConfig, batches: Batches) -> Taken:
+def reward_step(model: Model, config: RewardCommand, batches: Batches) -> Taken:
     """One update of a reward model."""
     role = fresh_role(model, config, jax.random.key(0)).replace(
         head=init_head(jax.random.key(1), model.lm.config.width)
@@ -161,7 +161,7 @@ def moved(role: Adapter, seed: int) -> Adapter:
 
 
 def rl_step(
-    model: Model, config: RLConfig, batches: Batches, rows: Sequence[dict[str, str]]
+    model: Model, config: RLCommand, batches: Batches, rows: Sequence[dict[str, str]]
 ) -> Taken:
     """Rollouts, rewards, reference and an update; its tokens are those that were sampled."""
     dtype, adapters = (
@@ -199,7 +199,7 @@ def rl_step(
 
 
 def generate_step(
-    model: Model, config: RLConfig, batches: Batches, new_tokens: int = work.NEW_TOKENS
+    model: Model, config: RLCommand, batches: Batches, new_tokens: int = work.NEW_TOKENS
 ) -> Taken:
     """Sampling alone."""
     policy = moved(fresh_role(model, config, jax.random.key(0)), 3)

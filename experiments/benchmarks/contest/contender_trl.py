@@ -44,7 +44,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardCommand, RewardTrainer, RLOOConfig, RLOOTrainer
 
 PACKAGES = ("trl", "peft", "transformers", "torch")
 WARM_UP = 2
@@ -232,7 +232,7 @@ def train_reward(
     folder: pathlib.Path, job: str, settings: Settings, lora_config: LoraConfig | None, turns: Turns
 ) -> None:
     with tempfile.TemporaryDirectory() as output:
-        config = RewardConfig(
+        config = RewardCommand(
             **training(settings, output, work.PAIRS),
             train_sampling_strategy="sequential",
             pad_to_multiple_of=None,

@@ -1,0 +1,181 @@
+"""The training commands: a config with the model, the task and the folder, and the function that runs
+it. A finished run is left as it is; the same command resumes an unfinished one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+from perl_jax import errors
+from perl_jax.data import targets
+from perl_jax.data.dataset import of_task
+from perl_jax.hub.model import ModelOptions, load_model
+from perl_jax.rewards import scoring
+from perl_jax.rewards.config import RewardOptions
+from perl_jax.rewards.models import load_total
+from perl_jax.runs.folder import finished, open_run
+from perl_jax.runs.run import Run
+from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
+from perl_jax.training.dpo import train_dpo
+from perl_jax.training.reward import reward_job, train_reward
+from perl_jax.training.rl import train_rl
+from perl_jax.training.rl_config import RLConfig
+from perl_jax.training.roles import load_frozen
+from perl_jax.training.sft import train_sft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingCommand(ModelOptions, TrainingConfig):
+    """What every training command has beside the settings of its job.
+
+    Attributes:
+        run: The run's folder; the same command again resumes it.
+        stack_on: Folder of an adapter that stays frozen beneath the fresh one; None: the base alone.
+    """
+
+    run: str
+    stack_on: str | None = None
+
+    def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
+        # The job's own checks come next in the order of the bases.
+        super(ModelOptions, self).__post_init__()
+        errors.require(
+            self.stack_on is None or self.tuning == "lora",
+            "stack_on needs tuning lora: full tuning has no adapter to put on top.",
+        )
+        if not self.has_adapters:
+            errors.unread(self, ("mesh.adapters",), "tuning full", ("tuning lora",))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a role of the job is, or may be, an adapter."""
+        return self.tuning == "lora"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyCommand(TrainingCommand):
+    """What commands that improve a policy have.
+
+    Attributes:
+        policy: Folder of the policy artefact to start from; None: the base.
+    """
+
+    policy: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.require(
+            self.policy is None or self.stack_on is None,
+            "Give policy (an adapter to train on) or stack_on (one to leave frozen under a fresh "
+            "adapter), not both.",
+        )
+
+    @property
+    def has_adapters(self) -> bool:
+        return super().has_adapters or self.policy is not None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTCommand(TrainingCommand, SFTConfig):
+    """Fit a policy to demonstrations, the loss on response tokens only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardCommand(TrainingCommand, RewardConfig):
+    """Fit a scalar reward; the best validation step is kept (accuracy of pairs, AUC of labels,
+    correlation with ratings).
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOCommand(PolicyCommand, DPOConfig):
+    """Fit a policy to comparisons directly, without a reward model; it is compared with where it
+    starts.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RLCommand(RewardOptions, PolicyCommand, RLConfig):
+    """Policy gradients on rollouts: sample, score, compare with a reference, learn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_value_head(len(self.reward))
+        if self.policy is None:
+            self.check_stale(self.lora.dropout)
+
+    @property
+    def has_adapters(self) -> bool:
+        return (
+            super().has_adapters
+            or bool(self.reward)
+            or self.kl.reference not in ("start", "base", "none")
+        )
+
+
+def run_sft(config: SFTCommand) -> pathlib.Path:
+    """Trains a policy on a task's demonstrations; returns the artefact's folder."""
+    folder = open_run("sft", config)
+    artefact = folder / "adapters" / "policy"
+    if not finished(artefact, folder / "cost.json"):
+        rows = of_task(config.data, "demonstrations", ("train", "validation"))
+        model = load_model(config)
+        train_sft(model, rows, config, frozen=load_frozen(model, config.stack_on), run=Run(folder))
+    return artefact
+
+
+def run_reward(config: RewardCommand) -> pathlib.Path:
+    """Trains a reward model on a task's rows; returns the artefact's folder."""
+    folder = open_run("reward", config)
+    artefact = folder / "adapters" / "reward"
+    if not finished(artefact, folder / "evaluation.json"):
+        job = reward_job(config)
+        check = job.truth
+        if config.objective == "pairwise":
+            soft = config.split if config.soft_labels else None
+            check = functools.partial(targets.check_pairs, soft)
+        rows = of_task(config.data, job.kind, (config.split, "validation", "test"), check)
+        model = load_model(config)
+        train_reward(
+            model, rows, config, frozen=load_frozen(model, config.stack_on), run=Run(folder)
+        )
+    return artefact
+
+
+def run_dpo(config: DPOCommand) -> pathlib.Path:
+    """Trains a policy on a task's comparisons; returns the artefact's folder."""
+    folder = open_run("dpo", config)
+    artefact = folder / "adapters" / "policy"
+    if not finished(artefact, folder / "evaluation.json"):
+        check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
+        rows = of_task(config.data, "comparisons", ("train", "validation", "test"), check)
+        model = load_model(config)
+        frozen = load_frozen(model, config.stack_on)
+        train_dpo(model, rows, config, policy=config.policy, frozen=frozen, run=Run(folder))
+    return artefact
+
+
+def run_rl(config: RLCommand) -> pathlib.Path:
+    """Improves a policy on a task's prompts; returns the policy artefact's folder."""
+    folder = open_run("rl", config)
+    artefact = folder / "adapters" / "policy"
+    if not finished(artefact, folder / "cost.json"):
+        rows = of_task(config.data, "prompts", ("train",))
+        terms = scoring.read_terms(config.terms)
+        model = load_model(config)
+        frozen = load_frozen(model, config.stack_on)
+        names, weight = config.reward, config.reward_weight
+        train_rl(
+            model,
+            rows,
+            config,
+            # Held by no name here: fully tuned models would lie in memory twice.
+            rewards=load_total(model, names, config.combine, weight, terms),
+            policy=config.policy,
+            frozen=frozen,
+            run=Run(folder),
+        )
+    return artefact

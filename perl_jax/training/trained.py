@@ -1,0 +1,116 @@
+"""What a training function returns, and how it opens and ends a run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.dataset import Dataset
+from perl_jax.errors import require
+from perl_jax.hub import artefacts
+from perl_jax.hub.artefacts import Record
+from perl_jax.hub.model import Model
+from perl_jax.rewards.models import RewardModel
+from perl_jax.runs.folder import finished, open_run
+from perl_jax.runs.metrics import FILE_NAME, read_metrics
+from perl_jax.runs.run import Run
+from perl_jax.runtime import files, trees
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained role.
+
+    Attributes:
+        adapter: The role's tree: LoRA leaves and head, or all weights after full tuning.
+        record: What an artefact of the role says of itself.
+        metrics: One object a step: `step` and the step's metrics.
+        evaluation: Measures on the test rows; empty where there are none.
+        others: Further trained roles by name, such as RL's `value`.
+        folder: Of the artefact, where the run has a folder.
+    """
+
+    adapter: Adapter
+    record: Record
+    metrics: list[dict[str, Any]]
+    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, Adapter] = dataclasses.field(default_factory=dict)
+    folder: pathlib.Path | None = None
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Writes the role as an artefact, which every command reads; returns the folder.
+
+        Raises UserError for a folder that exists already.
+        """
+        path = pathlib.Path(folder).expanduser()
+        require(not path.exists(), f"{path} exists already; give a folder that does not.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artefacts.save_artefact(path, self.adapter, self.record)
+        return path
+
+    def reward(self, weight: float = 1.0) -> RewardModel:
+        """Returns the role as a reward of RL: weight * (raw score - mean) / deviation.
+
+        Raises UserError for a role that is no reward model.
+        """
+        require(
+            self.record.role == "reward",
+            f"A {self.record.role} cannot score responses; train_reward makes a reward model.",
+        )
+        return RewardModel(self.adapter, self.record, weight)
+
+
+def open_library_run(
+    job: str,
+    config: Any,
+    run: str | pathlib.Path | Run | None,
+    model: Model,
+    dataset: Dataset,
+    depends_on: Mapping[str, Any],
+) -> Run | None:
+    """Returns an opened run, or None for a run without a folder.
+
+    A command has opened its folder already. A folder given to a training function is opened here:
+    the run is the same one when its settings, the base, the tokenizer, the rows and everything in
+    `depends_on` (JSON values by name) are what they were. Raises UserError that names what is not.
+    """
+    if run is None or isinstance(run, Run):
+        return run
+    prints = {
+        f"the base {model.name}": files.digest(model.fingerprint),
+        f"the tokenizer of {model.name}": files.digest(model.tokenizer.fingerprint),
+        f"the rows of {dataset.name}": files.digest(dataset.content()),
+        **{name: files.digest(value) for name, value in depends_on.items()},
+    }
+    return Run(open_run(job, config, run, prints))
+
+
+def content_of(adapter: Adapter | None) -> Any:
+    """Returns a JSON value of a role's leaves and settings, to compare runs by."""
+    if adapter is None:
+        return None
+    settings = None if adapter.config is None else files.to_dict(adapter.config)
+    return [trees.digests(adapter), settings]
+
+
+def load_finished(run: Run | None, model: Model, role: str, last: str) -> Trained | None:
+    """Returns what a finished run left; None for a run that has not finished.
+
+    last: the file that the run writes last.
+    """
+    if run is None or not finished(run.artefact(role), run.folder / last):
+        return None
+    adapter, record = model.load_role(run.artefact(role))
+    others = {
+        path.name: model.load_role(path)[0]
+        for path in sorted(run.artefact(role).parent.iterdir())
+        if path.name != role and (path / artefacts.RECORD).exists()
+    }
+    path = run.folder / "evaluation.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics = read_metrics(run.folder / FILE_NAME)
+    return Trained(adapter, record, metrics, evaluation, others, run.artefact(role))
