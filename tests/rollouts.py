@@ -16,7 +16,7 @@ from perl_jax.data.config import DataConfig
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.rewards.scoring import Scorer
+from perl_jax.rewards.scoring import Scorer, reward_program
 from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training import rl
@@ -115,7 +115,8 @@ class Rehearsal:
         self.state: TrainState = initial_state(
             model, config, roles, optimizers, frozen, {"beta": config.kl.beta}
         )
-        self.programs = rl.Programs(model, config, (RECORD,), self.state, optimizers)
+        scores = reward_program(model, (RECORD,), config.combine, config.microbatches)
+        self.programs = rl.Programs(model, config, scores, self.state, optimizers)
         base = None if config.tuning == "full" else model.base
         scorer = Scorer(model, self.programs.reward, (), 1.0, None)
         task = types.SimpleNamespace(gold=None)

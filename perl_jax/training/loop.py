@@ -59,9 +59,7 @@ class Loop:
 
 
 class Memory:
-    """Stands in for `Checkpoints` in a run without a folder: holds the best state, if one is asked
-    for, and nothing else.
-    """
+    """Takes the place of `Checkpoints` in a run without a folder: holds a copy of the best state."""
 
     def __init__(self, best: str | None) -> None:
         self._best = best
@@ -70,6 +68,10 @@ class Memory:
 
     def latest_step(self) -> None:
         """Returns None: there is nothing to resume from."""
+
+    def best_step(self) -> int:
+        """Returns the step of the best state."""
+        return int(self._state.step)
 
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
@@ -80,20 +82,12 @@ class Memory:
             # The arrays of `state` are donated to the next step.
             self._state = jax.tree.map(jnp.copy, state)
 
-    def best_state(self, state: TrainState) -> TrainState:
-        """Returns the best state; the one that is given where none was validated."""
-        return state if self._state is None else self._state
+    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the best state."""
+        return self._state, {}
 
     def close(self) -> None:
         """Has nothing to release."""
-
-
-class Disk(Checkpoints):
-    """The checkpoints of a run's folder."""
-
-    def best_state(self, state: TrainState) -> TrainState:
-        """Returns the saved state with the best metric, in the place of `state`."""
-        return self.restore(_given_up(state), self.best_step())[0]
 
 
 def train(
@@ -125,17 +119,16 @@ def train(
             is saved.
     """
     if folder is None:
-        for field in ("tensorboard", "wandb", "profile"):
+        written = {name: vars(config)[name] for name in ("tensorboard", "wandb", "profile")}
+        for name, value in written.items():
             require(
-                not getattr(config, field),
-                f"{field} is {getattr(config, field)!r}, which is written into a run's folder; "
-                "give run.",
+                not value, f"{name} is {value!r}, which is written into a run's folder; give run."
             )
     timings, rows = Timings(), []
     keeper = (
         Memory(loop.best)
         if folder is None
-        else Disk(folder / "checkpoints", keep=config.keep, best=loop.best)
+        else Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
     )
     with contextlib.closing(keeper) as checkpoints:
         start = checkpoints.latest_step()
@@ -188,7 +181,7 @@ def train(
                         "resumes from there."
                     )
         if loop.best is not None:
-            state = checkpoints.best_state(state)
+            state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
     if folder is not None and writes:
         rows = read_metrics(folder / FILE_NAME)
     return state, timings, rows

@@ -77,7 +77,7 @@ def test_registry_and_its_errors(tmp_path):
         "jsonl",
     ]
     task = get_task("orders")
-    assert task.kinds == ("corpus", "demonstrations", "comparisons", "labels", "prompts")
+    assert tuple(task.splits) == ("corpus", "demonstrations", "comparisons", "labels", "prompts")
     assert task.gold(["x"], ["y"]).tolist() == [-1.0]
     assert get_task("jsonl").gold is None
     assert "judge" in get_task("taskmaster_coffee").splits["labels"]

@@ -410,13 +410,13 @@ EVALUATION = (
     _of(
         "training/reward.py",
         ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "statistics.pairwise_accuracy(*scores, weights[counted], groups)", "statistics.pairwise_accuracy(*scores, weights[counted])", "training/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
-        ("threshold-of-the-test-split", "the threshold is chosen on the test rows", '"labels", "validation", config.batch_size', '"labels", "test", config.batch_size', "training/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
+        ("threshold-of-the-test-split", "the threshold is chosen on the test rows", 'dataset, "validation", config.data', 'dataset, "test", config.data', "training/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "training/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
         ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "training/test_measures.py::test_a_rewards_scores_are_normalised_by_their_mean_and_deviation"),
     )
     + _of(
         "training/fit.py",
-        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, config.data, job.kind, "validation"', 'load_batches(model, config.data, job.kind, "train"', "training/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
+        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, dataset, "validation", config.data, size, None, parts)', 'load_batches(model, dataset, split, config.data, size, None, parts)', "training/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
         ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "training/test_measures.py::test_a_held_out_loss_is_over_all_rows"),
         ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "training/test_measures.py::test_held_out_rows_are_measured_without_dropout"),
     )
@@ -523,7 +523,7 @@ LOOPS = (
         "training/rl.py",
         ("reference-never-refreshed", "kl.refresh counts from a step that never comes", "int(state.step) % settings.refresh == 0", "int(state.step) % settings.refresh == settings.refresh", "training/test_measures.py::test_the_reference_becomes_the_policy_every_so_many_steps"),
         ("controller-counts-one-episode", "the coefficient changes as if an update had one episode", "episodes=config.batch_size, horizon", "episodes=1, horizon", "training/test_measures.py::test_the_coefficient_rises_where_the_kl_is_above_its_target"),
-        ("rl-on-test-prompts", "RL trains on the test split", '"prompts", "train", data)', '"prompts", "test", data)', "training/test_planted.py::test_every_job_trains_on_the_rows_of_the_train_split[rl]"),
+        ("rl-on-test-prompts", "RL trains on the test split", 'load_batches(model, dataset, "train", config.data', 'load_batches(model, dataset, "test", config.data', "training/test_planted.py::test_every_job_trains_on_the_rows_of_the_train_split[rl]"),
     ),
     *(
     _of(
@@ -542,7 +542,7 @@ LOOPS = (
         ("template-not-noticed", "another chat template in the model's folder is not noticed", '"*.jinja", "chat_template*", "*.model"', '"*.model"', "training/test_measures.py::test_every_file_of_a_tokenizer_is_compared"),
     ),
     *_of(
-        "data/splits.py",
+        "data/dataset.py",
         ("white-space-hides-a-leak", "a prompt with a space more is not found in the other split", "dict.fromkeys(row[field].strip() for row in rows)", "dict.fromkeys(row[field] for row in rows)", "training/test_splits.py::test_prompts_that_two_splits_share_are_said_with_their_number"),
     ),
     *_of(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from perl_jax.adapters.lora import Adapter
-from perl_jax.data import loading
+from perl_jax.data.dataset import Dataset, of_rows
 from perl_jax.evaluation import best_of, compare, intervals
 from perl_jax.evaluation.compare import Evaluation, Responses
 from perl_jax.generation.sampling import Rollout
@@ -25,7 +25,7 @@ from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import provenance
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import Share
-from perl_jax.training import commands, cost, dpo, fit, reward, rl
+from perl_jax.training import commands, dpo, fit, reward, rl
 from perl_jax.training import loop as loop_lib
 from perl_jax.training.commands import DPOCommand
 from perl_jax.training.rl_config import KLConfig
@@ -137,7 +137,7 @@ def test_an_evaluation_keeps_each_prompts_numbers_together():
         {"proxy": (scorer, {})},
         Planned(prompts),
         rows,
-        types.SimpleNamespace(gold=gold),
+        gold,
         5,
     )
     found, asked = compare.respond(job, "tuned", "start")
@@ -207,13 +207,13 @@ def test_a_rewards_scores_are_normalised_by_their_mean_and_deviation(monkeypatch
     monkeypatch.setattr(
         reward,
         "load_batches",
-        lambda model, data, kind, split, *_: (asked.append((split, data.train_size)), None),
+        lambda model, dataset, split, *_, most: asked.append((split, most)),
     )
     monkeypatch.setattr(
         reward, "score_batches", lambda *_: (np.float32([1.0, 3.0]), np.float32([5.0, 7.0]))
     )
     config = commands.RewardCommand(run="-", model="-")
-    assert reward.reference_moments(None, config, None, "comparisons") == (
+    assert reward.reference_moments(None, None, config, None) == (
         4.0,
         pytest.approx(5**0.5),
     )
@@ -285,30 +285,25 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     """Row r's log-ratios are r - 2 and 0.5 - r / 4; rows 3 and 4 are in order, and weigh 4 + 5 of
     15.
     """
-    monkeypatch.setattr(
-        loading,
-        "load_batches",
-        lambda *_, **__: (
-            Planned(lambda rows: rows),
-            [
-                {
-                    "prompt": "p",
-                    "group": str(row // 2),
-                    "weight": 1.0 + row,
-                    "chosen": "a",
-                    "rejected": "b",
-                }
-                for row in range(5)
-            ],
-        ),
-    )
+    monkeypatch.setattr(dpo, "load_batches", lambda *_, **__: Planned(lambda rows: rows))
+    rows = [
+        {
+            "prompt": "p",
+            "group": row // 2 or "0",
+            "weight": 1.0 + row,
+            "chosen": "a",
+            "rejected": "b",
+        }
+        for row in range(5)
+    ]
+    dataset = of_rows("comparisons", rows, test=rows)
     monkeypatch.setattr(
         dpo, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4)
     )
     config = DPOCommand(run="-", model="-")
     job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
     state = types.SimpleNamespace(roles={"policy": types.SimpleNamespace(weights=None)})
-    found = dpo.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
+    found = dpo.evaluate_dpo(MODEL, dataset, config, job, state)["pairwise_accuracy"]
     # Row 2 is a tie.
     assert found["value"] == pytest.approx((4 + 5 + 3 / 2) / 15) and found["n"] == 5
     # The groups are of the same rows: (0, 1), (2, 3), (4).
@@ -320,7 +315,7 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     ]
     # Row 2's responses are equal as they were cut: in no order, it does not count.
     monkeypatch.setattr(Planned, "rows", types.SimpleNamespace(equal=np.arange(5) == 2, facts={}))
-    found = dpo.evaluate_dpo(MODEL, config, job, state)["pairwise_accuracy"]
+    found = dpo.evaluate_dpo(MODEL, dataset, config, job, state)["pairwise_accuracy"]
     assert found["value"] == pytest.approx((4 + 5) / 12) and found["n"] == 4
 
 
@@ -455,6 +450,9 @@ class Kept:
 
     restore_newest = restore
 
+    def close(self):
+        pass
+
 
 class Counted:
     """Batches that are their own numbers."""
@@ -475,8 +473,8 @@ class Counted:
 
 @pytest.mark.parametrize("done", [None, 2])
 @pytest.mark.parametrize(("best", "step"), [("validation/reward", 3), (None, 4)])
-def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp_path):
-    seen, timings = [], cost.Timings()
+def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp_path, monkeypatch):
+    seen = []
     state = TrainState(
         jax.device_put(np.int32(done or 0)), {}, {}, {}, jax.device_put(np.zeros(2, np.uint32))
     )
@@ -489,11 +487,19 @@ def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp
         "rl", advance, Counted(), lambda state: ({"validation/reward": 0.0}, []), best, ()
     )
     config = types.SimpleNamespace(
-        steps=4, evaluate_every=1, checkpoint_every=1, tensorboard=False, wandb=False, profiled=()
+        steps=4,
+        evaluate_every=1,
+        checkpoint_every=1,
+        keep=2,
+        tensorboard=False,
+        wandb=False,
+        profile=None,
+        profiled=(),
     )
-    found = loop_lib._train(
-        tmp_path, config, state, loop, Kept(3, None if done is None else state), timings
-    )
+    kept = Kept(3, None if done is None else state)
+    monkeypatch.setattr(loop_lib, "Checkpoints", lambda *_, **__: kept)
+    found, _, rows = loop_lib.train(config, state, loop, tmp_path)
+    assert [row["step"] for row in rows][-2:] == [3, 4]
     assert int(found.step) == step and seen == ([1, 2, 3, 4] if done is None else [3, 4])
 
 
@@ -504,22 +510,26 @@ class Reached(Exception):
 def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
     asked = {}
 
-    def stop(folder, config, state, loop):
+    def stop(config, state, loop, folder, on_step):
         asked["validated"], _ = loop.validate(state)
         raise Reached
 
     monkeypatch.setattr(
         fit,
         "load_batches",
-        lambda model, data, kind, split, *_, **__: (f"{kind} of {split}", [split]),
-    )
-    monkeypatch.setattr(
-        fit, "training_batches", lambda *a, **__: asked.setdefault("trained", a[2:4]) and ([], None)
+        lambda model, dataset, split, data, size, seed, parts: (split, seed),
     )
     for name in ("learn_program", "held_out_program", "say_attention"):
         monkeypatch.setattr(fit, name, lambda *_: None)
     monkeypatch.setattr(fit, "noted", lambda *_: {})
-    monkeypatch.setattr(loop_lib, "train", stop)
+    monkeypatch.setattr(fit, "train", stop)
+    monkeypatch.setattr(
+        fit,
+        "Loop",
+        lambda job, advance, batches, validate, *_: (
+            asked.setdefault("trained", tuple(batches)) and types.SimpleNamespace(validate=validate)
+        ),
+    )
     validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
     job = fit.Supervised(
         "reward",
@@ -532,9 +542,12 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
         truth=lambda rows, task, split: (*rows, split),
     )
     config = commands.RewardCommand(run="-", model="-")
+    dataset = Dataset(
+        "rows", "labels", {"judge": ["judge"], "validation": ["held out"]}, None, None
+    )
     with pytest.raises(Reached):
-        fit.fit(None, config, MODEL, None, {}, job, "judge")
+        fit.fit(MODEL, dataset, "judge", config, job, None, {})
     assert asked == {
-        "trained": ("labels", "judge"),
-        "validated": {"batches": "labels of validation", "truth": ("validation", "validation")},
+        "trained": ("judge", 0),
+        "validated": {"batches": ("validation", None), "truth": ("held out", "validation")},
     }

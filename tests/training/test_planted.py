@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from perl_jax.data import loading
+from perl_jax.data.dataset import Dataset, of_rows, of_split
 from perl_jax.data.tasks import data_options, get_task
 from perl_jax.data.tokenise import Ragged, TokenRows, clip_prompt, clip_response
 from perl_jax.evaluation import compare, intervals, statistics
 from perl_jax.generation import programs
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.runtime import trees
-from perl_jax.training import commands, dpo, reward
-from perl_jax.training import loop as loop_lib
+from perl_jax.training import commands, dpo, fit, reward, rl
 from perl_jax.training.commands import DPOCommand
 from tests import small
 from tests.training import tiny
@@ -38,7 +38,10 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
     validation rows calls every test row positive.
     """
     scores = {"validation": [0.0, 1.0, 2.0, 3.0], "test": [1.6, 1.7, 5.0, 6.0]}
-    rows = [{"prompt": f"p{i}", "label": label} for i, label in enumerate((0.0, 0.0, 1.0, 1.0))]
+    rows = [
+        {"prompt": f"p{i}", "response": "r", "label": label}
+        for i, label in enumerate((0.0, 0.0, 1.0, 1.0))
+    ]
     values = lambda results: tuple(
         results[name]["value"] for name in ("auc", "balanced_accuracy", "accuracy")
     )
@@ -46,20 +49,18 @@ def test_the_threshold_is_chosen_on_validation_rows(monkeypatch):
     monkeypatch.setattr(
         reward,
         "load_batches",
-        lambda model, config, kind, split, *_: (
-            types.SimpleNamespace(split=split, rows=encoded),
-            rows,
-        ),
+        lambda model, dataset, split, *_: types.SimpleNamespace(split=split, rows=encoded),
     )
     monkeypatch.setattr(
         reward, "score_batches", lambda model, adapter, batches: (np.array(scores[batches.split]),)
     )
     config = types.SimpleNamespace(data=tiny.DATA, batch_size=4, microbatches=1)
-    results, _ = reward.evaluate_reward(None, config, None, "labels")
+    dataset = of_rows("labels", rows, rows, rows)
+    results, _ = reward.evaluate_reward(None, dataset, config, None)
     assert values(results) == (1.0, 0.5, 0.5)
     # By a threshold of its own the test split would get 0.75 here, and 1.0 above.
     scores["test"] = [1.4, 1.7, 1.4, 6.0]
-    results, _ = reward.evaluate_reward(None, config, None, "labels")
+    results, _ = reward.evaluate_reward(None, dataset, config, None)
     assert values(results)[:2] == (2.5 / 4, 0.5)
 
 
@@ -99,11 +100,10 @@ def test_intervals_are_over_the_groups_of_rows(monkeypatch):
             {},
             equal=np.zeros(12, bool) if kind == "comparisons" else None,
         )
-        monkeypatch.setattr(
-            reward, "load_batches", lambda *_: (types.SimpleNamespace(rows=encoded), rows)
-        )
+        monkeypatch.setattr(reward, "load_batches", lambda *_: types.SimpleNamespace(rows=encoded))
         monkeypatch.setattr(reward, "score_batches", lambda *_: scores)
-        return reward.evaluate_reward(None, config, None, kind)[0]
+        dataset = Dataset("rows", kind, {"test": rows, "validation": rows}, None, None)
+        return reward.evaluate_reward(None, dataset, config, None)[0]
 
     found = evaluated("labels", turns, (scores[0],))
     assert (found["n"], found["groups"]) == (12, 3)
@@ -163,7 +163,8 @@ def test_the_best_step_is_best_on_validation_rows(jobs, model, tmp_path):
     adapter, record = model.load_role(artefact, "reward")
 
     def accuracy(split: str) -> float:
-        batches, _ = loading.load_batches(model, data, "comparisons", split, 8, None)
+        rows = of_split(data, "comparisons", split)
+        batches = loading.load_batches(model, rows, split, data, 8, None)
         return statistics.pairwise_accuracy(*reward.score_batches(model, adapter, batches)).value
 
     validated = {
@@ -190,11 +191,12 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
     """The tokens of the first batch, row by row."""
     seen = {}
 
-    def stop(folder, config, state, loop):
+    def stop(config, state, loop, *_):
         seen["iterator"] = loop.batches
         raise Reached
 
-    monkeypatch.setattr(loop_lib, "train", stop)
+    for module in (fit, rl):
+        monkeypatch.setattr(module, "train", stop)
     run = tmp_path / "run"
     start = {
         "sft": ("demonstrations", lambda: commands.run_sft(tiny.sft_config(run, jobs.base))),
@@ -264,7 +266,9 @@ def test_kl_of_an_evaluation_is_policy_over_baseline(jobs, model):
             baseline.lora,
         )
     )
-    batches, rows = loading.load_batches(model, tiny.DATA, "prompts", "test", 8, None)
+    dataset = of_split(tiny.DATA, "prompts", "test")
+    batches = loading.load_batches(model, dataset, "test", tiny.DATA, 8, None)
+    rows = dataset.rows("test")
     scorer = lambda models, rollout, row_B: (np.zeros(len(row_B), np.float32), {})
     job = compare.Evaluation(
         model,
@@ -273,7 +277,7 @@ def test_kl_of_an_evaluation_is_policy_over_baseline(jobs, model):
         {"proxy": (scorer, {})},
         batches,
         rows,
-        get_task("orders"),
+        dataset.gold,
         3,
     )
     responses, prompts = compare.respond(job, policy, baseline)
@@ -303,7 +307,9 @@ def test_accuracy_of_dpo_counts_what_is_chosen(jobs, model):
         **{**tiny.COMMON, "run": "-", "model": jobs.base, "policy": str(jobs.policy)}
     )
     state = types.SimpleNamespace(roles={"policy": policy}, frozen={"reference": reference})
-    results = dpo.evaluate_dpo(model, config, dpo.job_of(config), state)
+    results = dpo.evaluate_dpo(
+        model, of_split(tiny.DATA, "comparisons", "test"), config, dpo.job_of(config), state
+    )
     right = []
     for row in get_task("orders").open("comparisons", "test", data_options(tiny.DATA)):
         prompt = clip_prompt(model.tokenizer.prompt_ids(row["prompt"]), 8, model.tokenizer.bos_id)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from perl_jax.data import loading
-from perl_jax.data.tasks import get_task
+from perl_jax.data.dataset import of_split
+from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import best_of
 from perl_jax.evaluation.best_of import BestOfConfig, chosen, run_best_of
@@ -206,7 +207,7 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
     results, scores = (
         tiny.read(tmp_path / "reward" / f"{name}.json") for name in ("evaluation", "scores")
     )
-    found = get_task("jsonl").open("comparisons", "test", loading.data_options(data))
+    found = get_task("jsonl").open("comparisons", "test", data_options(data))
     weights = [row["weight"] for row in found]
     assert len(weights) == 4 * 6 + 8 and sum(weights) == pytest.approx(12)
     right = np.array(scores["chosen"]) > np.array(scores["rejected"])
@@ -321,7 +322,8 @@ def test_a_row_that_cannot_be_encoded_is_named_by_file_and_line(jobs, tmp_path):
         UserError,
         match=r"train\.jsonl, line 5: A text holds <image>, for which the model has no embedding",
     ):
-        loading.load_batches(model, data, "demonstrations", "train", 4, 0)
+        rows = of_split(data, "demonstrations", "train")
+        loading.load_batches(model, rows, "train", data, 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -473,9 +475,7 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
     # Every second prompt names its dialogue, which its demonstration is of too.
     asked = [
         {"prompt": row["prompt"]} | ({"group": f"talk {i}"} if i % 2 else {})
-        for i, row in enumerate(
-            get_task("orders").open("prompts", "test", loading.data_options(tiny.DATA))
-        )
+        for i, row in enumerate(get_task("orders").open("prompts", "test", data_options(tiny.DATA)))
     ]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     given = EMPTY | {"data": dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(prompts))}
@@ -494,7 +494,7 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
         tiny.open_model(jobs.base),
         tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(output.parent)),
     )
-    _, read = loading.load_batches(model, data, "demonstrations", "train", 4, 0)
+    read = of_split(data, "demonstrations", "train").rows("train")
     assert list(read) == [
         {
             "prompt": row["prompt"],

@@ -22,7 +22,7 @@ from perl_jax.runs import metrics as metrics_lib
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import programs, sharding, trees
 from perl_jax.training import base as base_lib
-from perl_jax.training import commands, loop, reward, rl, sft
+from perl_jax.training import commands, loop, reward
 from perl_jax.training.commands import DPOCommand, RLCommand, SFTCommand
 from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import KLConfig
@@ -165,7 +165,7 @@ def test_a_run_resumes_with_the_same_settings_only(base, tmp_path):
 def test_finished_runs_are_left_as_they_are(jobs, monkeypatch):
     before = tiny.snapshot(jobs.root)
     # Nothing is even loaded.
-    for module in (sft, reward, rl, compare):
+    for module in (commands, compare):
         monkeypatch.setattr(module, "load_model", None)
     again = tiny.run_jobs(jobs.root, jobs.base, "lora")
     assert again == jobs and tiny.snapshot(jobs.root) == before

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.dataset import check_splits, shared
+from perl_jax.data.dataset import of_task, shared
 from perl_jax.errors import UserError
 from perl_jax.training import base as base_lib
-from perl_jax.training import commands, dpo, reward, rl, sft
+from perl_jax.training import commands
 from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
 
 
@@ -147,8 +147,7 @@ def test_a_split_that_a_job_could_not_use_is_refused_before_the_model_is_loaded(
     case, tmp_path, monkeypatch
 ):
     make, fields, splits, message = REFUSED[case]
-    for module in (sft, reward, dpo, rl):
-        monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(commands, "load_model", None)
     with pytest.raises(UserError) as error:
         RUN[make](
             make(run=str(tmp_path / "run"), model="-", data=folder_of(tmp_path, **splits), **fields)
@@ -174,7 +173,7 @@ def test_prompts_that_two_splits_share_are_said_with_their_number(tmp_path, caps
         validation=[{"prompt": "b ", "response": "4"}, {"prompt": "b", "response": "5"}],
         test=[*twice, {"prompt": "d", "response": "6"}],
     )
-    assert check_splits(data, "demonstrations", ("train", "validation")) == (
+    assert tuple(of_task(data, "demonstrations", ("train", "validation")).splits) == (
         "train",
         "validation",
         "test",
@@ -197,7 +196,7 @@ def test_groups_that_two_splits_share_are_said_too(tmp_path, capsys):
         train=[row("a", group=7), row("b")],
         test=[row("c", group="7"), row("d", group="8"), row("e")],
     )
-    check_splits(data, "prompts", ("train",))
+    of_task(data, "prompts", ("train",))
     assert capsys.readouterr().out.splitlines() == [
         "jsonl: the splits train and test share 1 of the latter's 2 groups, such as '7'; neither "
         "is held out from the other there.",
@@ -205,14 +204,10 @@ def test_groups_that_two_splits_share_are_said_too(tmp_path, capsys):
 
 
 def test_splits_apart_are_not_mentioned_and_one_that_nobody_needs_may_be_missing(tmp_path, capsys):
-    assert check_splits(folder_of(tmp_path, train=answers("train")), "prompts", ("train",)) == (
-        "train",
-    )
-    assert check_splits(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)) == (
-        "train",
-        "validation",
-        "test",
-    )
+    one = of_task(folder_of(tmp_path, train=answers("train")), "prompts", ("train",))
+    assert tuple(one.splits) == ("train",)
+    all_splits = of_task(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)).splits
+    assert tuple(all_splits) == ("train", "validation", "test")
     assert capsys.readouterr().out == ""
 
 

@@ -21,8 +21,8 @@ import work
 
 from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
 from perl_jax.data.config import DataConfig
+from perl_jax.data.dataset import of_rows
 from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
-from perl_jax.data.tasks import get_task
 from perl_jax.generation import programs as programs_lib
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.hub.artefacts import Record
@@ -176,12 +176,15 @@ def rl_step(
     roles, records = {"policy": policy}, (RECORD,) if config.reward else ()
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     state = fit.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
-    programs = rl.Programs(model, config, records, state, optimizers)
+    scores = None
+    if records:
+        scores = scoring.reward_program(model, records, config.combine, config.microbatches)
+    programs = rl.Programs(model, config, scores, state, optimizers)
     scorer = scoring.Scorer(
         model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows
     ).__enter__()
     base = None if config.tuning == "full" else model.base
-    job, held = rl.Rollouts(model, base, programs, scorer, get_task("jsonl"), rows, config), [state]
+    job, held = rl.Rollouts(model, base, programs, scorer, of_rows("prompts", rows), rows, config), [state]
 
     def step(number: int, parts: contender.Parts) -> int:
         held[0], metrics, seconds = rl.advance(
