@@ -21,7 +21,7 @@ import numpy as np
 
 from perl_jax.data.config import DataConfig
 from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
-from perl_jax.generation.text import GenerateConfig, generate
+from perl_jax.generation.text import GenerateConfig, run_generate
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs.metrics import read_metrics
@@ -173,7 +173,7 @@ def main() -> int:
         "It was raining, and Tim was at home.",
     ):
         for name, adapter in (("pretrained", None), ("after RL", str(policy))):
-            (text,) = generate(
+            (text,) = run_generate(
                 GenerateConfig(
                     model=arguments.model,
                     adapter=adapter,

@@ -76,9 +76,9 @@ def _evaluate(config: Any) -> None:
 
 
 def _generate(config: Any) -> None:
-    from perl_jax.generation.text import generate
+    from perl_jax.generation.text import run_generate
 
-    for text in generate(config):
+    for text in run_generate(config):
         print(text)
 
 

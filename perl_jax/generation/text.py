@@ -1,17 +1,20 @@
-"""`generate`: a model, perhaps with an adapter, continues a prompt."""
+"""A model, perhaps with an adapter, continues prompts."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from perl_jax import errors
+from perl_jax.adapters.lora import Adapter
+from perl_jax.data.tokenise import fill
 from perl_jax.errors import require
 from perl_jax.generation.config import GREEDY
 from perl_jax.generation.programs import batch_sampler, sampling_config
-from perl_jax.hub.model import TemplateOptions, load_model
+from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime.hosts import to_host
 from perl_jax.types import Prompts
 
@@ -48,38 +51,87 @@ class GenerateConfig(TemplateOptions):
             errors.unread(self, ("seed", "top_k", "top_p"), *GREEDY)
 
 
-def generate(config: GenerateConfig) -> list[str]:
-    """Sampled continuations of the prompt."""
-    model = load_model(config)
-    adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
-    ids = model.tokenizer.prompt_ids(config.prompt)
+def generate(
+    model: Model,
+    adapter: Adapter | None,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[str]:
+    """Returns sampled continuations: `samples` of the first prompt, then those of the next.
+
+    Args:
+        model: The base (`load_model`).
+        adapter: A policy; None: the base itself.
+        prompts: Texts to continue; a chat template makes a user's turn of each.
+        max_new_tokens: Room for a continuation, in tokens.
+        temperature: Divides the logits; 0: greedy.
+        top_k: Sample from the k most likely tokens only; None: from all.
+        top_p: Sample from the fewest tokens with this probability in total; None: from all.
+        samples: Continuations of each prompt.
+        seed: Of sampling.
+
+    Raises:
+        UserError: For a prompt without tokens, or one that leaves no room for a continuation.
+    """
     require(
-        bool(ids),
-        f"The prompt {config.prompt!r} has no tokens, and {model.name} has no bos token to begin "
-        "with; give a text to continue.",
+        not isinstance(prompts, str), "prompts is one text; give a list of texts, such as [text]."
     )
-    room = model.lm.config.max_positions
-    require(
-        len(ids) + config.max_new_tokens <= room,
-        f"The prompt has {len(ids)} tokens and max_new_tokens is {config.max_new_tokens}; "
-        f"{model.name} has {room} positions.",
+    tokenizer, room = model.tokenizer, model.lm.config.max_positions
+    rows = [tokenizer.prompt_ids(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        require(
+            bool(ids),
+            f"The prompt {prompt!r} has no tokens, and {model.name} has no bos token to begin "
+            "with; give a text to continue.",
+        )
+        require(
+            len(ids) + max_new_tokens <= room,
+            f"The prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}; "
+            f"{model.name} has {room} positions.",
+        )
+    if not rows:
+        return []
+    # Prompts lie side by side with their ends in one column.
+    tokens_PS, valid_PS = fill(
+        [(ids,) for ids in rows], max(map(len, rows)), tokenizer.pad_id, left=True
     )
-    sampler = sampling_config(
-        model, config.max_new_tokens, config.temperature, top_k=config.top_k, top_p=config.top_p
-    )
-    prompts = Prompts(
-        np.asarray([ids], np.int32), np.ones((1, len(ids)), bool), np.zeros(1, np.int32)
-    )
-    rollout = batch_sampler(model, sampler, config.samples)(
-        model.base, adapter, prompts, jax.random.key_data(jax.random.key(config.seed))
+    sampler = sampling_config(model, max_new_tokens, temperature, top_k=top_k, top_p=top_p)
+    batch = Prompts(tokens_PS, valid_PS, np.arange(len(rows), dtype=np.int32))
+    rollout = batch_sampler(model, sampler, samples)(
+        model.base, adapter, batch, jax.random.key_data(jax.random.key(seed))
     )
     sequences = to_host(rollout.sequences)
-    # Prompt and response are decoded together: word pieces join differently at a boundary.
     texts = []
-    for ids_T, mask_T in zip(sequences.tokens_BT, sequences.response_BT, strict=True):
-        response = model.tokenizer.without_end(ids_T[mask_T])
-        whole, prompt = model.tokenizer.text(ids + response), model.tokenizer.text(ids)
+    for row, (ids_T, mask_T) in enumerate(
+        zip(sequences.tokens_BT, sequences.response_BT, strict=True)
+    ):
+        ids, response = rows[row // samples], tokenizer.without_end(ids_T[mask_T])
+        # Prompt and response are decoded together: word pieces join differently at a boundary.
+        whole, prompt = tokenizer.text(ids + response), tokenizer.text(ids)
         texts.append(
-            whole[len(prompt) :] if whole.startswith(prompt) else model.tokenizer.text(response)
+            whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.text(response)
         )
     return texts
+
+
+def run_generate(config: GenerateConfig) -> list[str]:
+    """Returns sampled continuations of the command's prompt."""
+    model = load_model(config)
+    adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
+    return generate(
+        model,
+        adapter,
+        [config.prompt],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        samples=config.samples,
+        seed=config.seed,
+    )

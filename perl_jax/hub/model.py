@@ -160,8 +160,28 @@ def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokeni
     )
 
 
-def load_model(options: ModelOptions) -> Model:
-    """Loads a base straight to its place on the mesh."""
+def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Model:
+    """Loads a base straight to its place on the mesh.
+
+        load_model("Qwen/Qwen3-0.6B", dtype="bfloat16")
+
+    Args:
+        model: A local Hugging Face folder or a hub name, or all options at once.
+        options: Fields of `TemplateOptions`, such as dtype, mesh, quantise, template.
+
+    Raises:
+        UserError: For a model that is not there, or that the package cannot run.
+    """
+    if isinstance(model, ModelOptions):
+        options = model if not options else dataclasses.replace(model, **options)
+    else:
+        known = [field.name for field in dataclasses.fields(TemplateOptions) if field.name != "model"]
+        unknown = sorted(set(options) - set(known))
+        require(
+            not unknown,
+            f"load_model has no option {', '.join(unknown)}; it has {', '.join(known)}.",
+        )
+        options = TemplateOptions(model=str(model), **options)
     keep_compiled(options.compile_cache)
     folder = hf_checkpoint.find_model(options.model)
     lm, tokenizer = described(options, folder)

@@ -36,13 +36,14 @@ ADVANTAGES = ("critic", "gae", "batch-mean", "leave-one-out", "greedy", "group",
 class Algorithm:
     """One entry of `ALGORITHMS`.
 
-    advantage: one of ADVANTAGES. ratio: of `losses.RATIOS`, clipped; None: REINFORCE, stale samples
+    advantage: one of ADVANTAGES, or a function from returns [prompts, samples] to advantages of the
+    same shape. ratio: of `losses.RATIOS`, clipped; None: REINFORCE, stale samples
     weighed by a truncated ratio. normalise: of `losses.NORMALISERS`. kl: where the KL to the
     reference goes unless the user says otherwise, the reward or the loss. whiten: whether
     advantages are whitened over the batch unless the user says otherwise.
     """
 
-    advantage: str
+    advantage: str | Callable[[Array], Array]
     ratio: str | None
     normalise: str
     kl: Literal["reward", "loss"]
@@ -56,7 +57,7 @@ class Algorithm:
     @property
     def grouped(self) -> bool:
         """Whether the samples of one prompt are compared: there must be 2 or more."""
-        return self.advantage in ("leave-one-out", "group", "group-std")
+        return callable(self.advantage) or self.advantage in ("leave-one-out", "group", "group-std")
 
     @property
     def greedy(self) -> bool:
@@ -64,28 +65,47 @@ class Algorithm:
         return self.advantage == "greedy"
 
 
-ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
-    {
-        # PERL (arXiv 2403.10704): A_t = R - V(x_t), V learned beside the policy.
-        "reinforce": Algorithm("critic", None, "sequence", "reward"),
-        # A = R - mean of the batch's R; its own R is in the mean: (1 - 1/B) of the exact gradient.
-        "reinforce-mean": Algorithm("batch-mean", None, "sequence", "reward"),
-        # Ahmadian et al. 2024 (arXiv 2402.14740): A = R - mean of the prompt's other samples.
-        "rloo": Algorithm("leave-one-out", "product", "sequence-mean", "reward"),
-        # Li et al. 2023 (arXiv 2310.10505): A = R - R(greedy response).
-        "remax": Algorithm("greedy", None, "sequence", "reward"),
-        # Shao et al. 2024 (arXiv 2402.03300): A = (R - mean) / std of the prompt's samples, tokens
-        # averaged within a response first: biased on both counts.
-        "grpo": Algorithm("group-std", "token", "sequence-mean", "loss"),
-        # Liu et al. 2025 (arXiv 2503.20783), Dr. GRPO: neither division; a constant length.
-        "dr-grpo": Algorithm("group", "token", "constant", "loss"),
-        # Zheng et al. 2025 (arXiv 2507.18071): GRPO with one ratio a sequence.
-        "gspo": Algorithm("group-std", "sequence", "sequence-mean", "loss"),
-        # Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438), KL in each token's
-        # reward and whitened advantages as in Ziegler et al. 2019 (arXiv 1909.08593).
-        "ppo": Algorithm("gae", "token", "token", "reward", whiten=True),
-    }
-)
+_ENTRIES: dict[str, Algorithm] = {
+    # PERL (arXiv 2403.10704): A_t = R - V(x_t), V learned beside the policy.
+    "reinforce": Algorithm("critic", None, "sequence", "reward"),
+    # A = R - mean of the batch's R; its own R is in the mean: (1 - 1/B) of the exact gradient.
+    "reinforce-mean": Algorithm("batch-mean", None, "sequence", "reward"),
+    # Ahmadian et al. 2024 (arXiv 2402.14740): A = R - mean of the prompt's other samples.
+    "rloo": Algorithm("leave-one-out", "product", "sequence-mean", "reward"),
+    # Li et al. 2023 (arXiv 2310.10505): A = R - R(greedy response).
+    "remax": Algorithm("greedy", None, "sequence", "reward"),
+    # Shao et al. 2024 (arXiv 2402.03300): A = (R - mean) / std of the prompt's samples, tokens
+    # averaged within a response first: biased on both counts.
+    "grpo": Algorithm("group-std", "token", "sequence-mean", "loss"),
+    # Liu et al. 2025 (arXiv 2503.20783), Dr. GRPO: neither division; a constant length.
+    "dr-grpo": Algorithm("group", "token", "constant", "loss"),
+    # Zheng et al. 2025 (arXiv 2507.18071): GRPO with one ratio a sequence.
+    "gspo": Algorithm("group-std", "sequence", "sequence-mean", "loss"),
+    # Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438), KL in each token's
+    # reward and whitened advantages as in Ziegler et al. 2019 (arXiv 1909.08593).
+    "ppo": Algorithm("gae", "token", "token", "reward", whiten=True),
+}
+# What `AlgorithmConfig.name` may be; `register_algorithm` adds to it.
+ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(_ENTRIES)
+
+
+def register_algorithm(name: str, algorithm: Algorithm) -> None:
+    """Makes an algorithm known under a name, for `AlgorithmConfig(name=...)` in this process.
+
+    Raises UserError for a name that is taken by another algorithm, and for settings that no
+    algorithm has.
+    """
+    require(
+        _ENTRIES.get(name, algorithm) == algorithm,
+        f"There is another algorithm {name!r}; give yours a name of its own.",
+    )
+    if not callable(algorithm.advantage):
+        errors.one_of("advantage", algorithm.advantage, ADVANTAGES)
+    errors.one_of("ratio", algorithm.ratio, (None, *losses.RATIOS))
+    errors.one_of("normalise", algorithm.normalise, losses.NORMALISERS)
+    errors.one_of("kl", algorithm.kl, ("reward", "loss"))
+    _ENTRIES[name] = algorithm
+
 
 # Options that some entries do not read: of `AlgorithmConfig`, and of RL beside it. Every entry
 # reads the others.
@@ -278,7 +298,9 @@ def advantages(
         )
         target_BT = jnp.where(mask_BT, advantage_BT + outcomes.values_BT, 0)
         return (_whitened(advantage_BT, mask_BT) if config.whitened else advantage_BT), target_BT
-    if kind == "batch-mean":
+    if callable(kind):
+        advantage_B = kind(return_PG).reshape(-1)
+    elif kind == "batch-mean":
         # Filler rows have no token and are no part of the mean.
         advantage_B = return_B - masked_mean(return_B, jnp.any(mask_BT, axis=1))
     elif kind == "greedy":

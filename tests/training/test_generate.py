@@ -12,7 +12,7 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.evaluation.score import ScoreConfig, run_score, score
-from perl_jax.generation.text import GenerateConfig, generate
+from perl_jax.generation.text import GenerateConfig, run_generate
 from perl_jax.types import Tokens
 from tests import small
 from tests.training import tiny
@@ -173,7 +173,7 @@ def test_rows_beyond_the_models_positions_are_refused(base, tmp_path):
 
 
 def test_generate_at_temperature_0_takes_the_likeliest_tokens(jobs, model):
-    made = generate(
+    made = run_generate(
         GenerateConfig(
             model=jobs.base,
             adapter=str(jobs.tuned),
@@ -203,9 +203,9 @@ def test_samples_differ_and_the_seed_decides(base):
         model=base, prompt=PROMPT, max_new_tokens=6, temperature=1.0, samples=4
     )
     first, again, other = (
-        generate(settings),
-        generate(settings),
-        generate(dataclasses.replace(settings, seed=1)),
+        run_generate(settings),
+        run_generate(settings),
+        run_generate(dataclasses.replace(settings, seed=1)),
     )
     assert first == again != other and len(set(first)) > 1 and len(first) == 4
 
@@ -214,7 +214,7 @@ def test_prompts_too_long_are_refused(base):
     with pytest.raises(
         UserError, match=r"The prompt has 4 tokens and max_new_tokens is 61; .* has 64 positions\."
     ):
-        generate(GenerateConfig(model=base, prompt=PROMPT, max_new_tokens=61))
+        run_generate(GenerateConfig(model=base, prompt=PROMPT, max_new_tokens=61))
 
 
 @pytest.mark.parametrize(

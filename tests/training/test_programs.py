@@ -15,7 +15,7 @@ import pytest
 from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
 from perl_jax.evaluation.compare import run_evaluate
 from perl_jax.evaluation.score import ScoreConfig, score
-from perl_jax.generation.text import GenerateConfig, generate
+from perl_jax.generation.text import GenerateConfig, run_generate
 from perl_jax.hub.exchange import ExportConfig, export
 from perl_jax.planning.known import APART, COMMANDS, PLANNED, unknown
 from perl_jax.training import loop as loop_lib
@@ -81,7 +81,7 @@ def runs(jobs: tiny.Jobs, folder: pathlib.Path) -> dict[str, Callable[[], Any]]:
         "best-of": lambda: run_best_of(
             BestOfConfig(**rewarded, policy=policy, n=2, output=str(folder / "best.jsonl"))
         ),
-        "generate": lambda: generate(
+        "generate": lambda: run_generate(
             GenerateConfig(model=base, adapter=policy, prompt="a tea", max_new_tokens=4)
         ),
         "score": lambda: score(

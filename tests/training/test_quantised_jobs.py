@@ -9,7 +9,7 @@ import pytest
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.adapters.quantise import QuantiseConfig, is_quantised
 from perl_jax.errors import UserError
-from perl_jax.generation.text import GenerateConfig, generate
+from perl_jax.generation.text import GenerateConfig, run_generate
 from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
 from perl_jax.hub.model import ModelOptions, load_model
@@ -32,7 +32,7 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     assert cost["base_bytes"] < 4 * (cost["parameters_total"] - cost["parameters_trainable"])
     assert (
         len(
-            generate(
+            run_generate(
                 GenerateConfig(
                     model=base,
                     adapter=str(tuned),
