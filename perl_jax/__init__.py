@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from perl_jax.generation.config import RolloutConfig
     from perl_jax.generation.text import generate
     from perl_jax.hub.model import Model, load_model
-    from perl_jax.hub.peft_export import export_peft
     from perl_jax.objectives.algorithms import Algorithm, AlgorithmConfig, register_algorithm
     from perl_jax.rewards.models import RewardModel, reward
     from perl_jax.rewards.shaping import ShapingConfig
@@ -61,7 +60,6 @@ _HOMES = {
     "Trained": "training.trained",
     "TrainingError": "errors",
     "UserError": "errors",
-    "export_peft": "hub.peft_export",
     "generate": "generation.text",
     "load_model": "hub.model",
     "register_algorithm": "objectives.algorithms",
@@ -95,7 +93,6 @@ __all__ = [
     "TrainingError",
     "UserError",
     "__version__",
-    "export_peft",
     "generate",
     "load_model",
     "register_algorithm",

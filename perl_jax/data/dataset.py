@@ -85,7 +85,7 @@ def of_rows(
         ]
         if found:
             splits[split] = found
-    return Dataset("The given rows", kind, splits, place, lambda: files.digest(splits), gold)
+    return Dataset("the given rows", kind, splits, place, lambda: files.digest(splits), gold)
 
 
 def of_task(

@@ -25,7 +25,7 @@ from perl_jax.models import config, kernels
 from perl_jax.models.config import ATTENTION, REMAT, ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.runtime import hosts, sharding, trees
-from perl_jax.runtime.platforms import platform_of
+from perl_jax.runtime.platforms import platform_of, without_absent_chips
 from perl_jax.runtime.programs import Program, keep_compiled
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.types import Tree
@@ -182,6 +182,7 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
             f"load_model has no option {', '.join(unknown)}; it has {', '.join(known)}.",
         )
         options = TemplateOptions(model=str(model), **options)
+    without_absent_chips()
     keep_compiled(options.compile_cache)
     folder = hf_checkpoint.find_model(options.model)
     lm, tokenizer = described(options, folder)

@@ -323,8 +323,8 @@ def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts,
     if "validation" not in dataset.splits:
         if hosts.is_writer():
             print(
-                f"{dataset.name} has no prompts in a validation split: nothing is validated, "
-                "and the last step is kept.",
+                f"There are no validation prompts in {dataset.name}: nothing is validated, and "
+                "the last step is kept.",
                 flush=True,
             )
         return None

@@ -296,7 +296,7 @@ def test_a_value_head_that_begins_as_the_reward_models_speaks_of_returns(kl, wei
     config = rl_config(kl=kl, reward_weight=2.0)
     tokens = small.make_tokens()
     raw_B = np.asarray(small.score(LM, BASE, REWARD, tokens))
-    role = REWARD.replace(head=rl.paid_head(config, REWARD, RECORD))
+    role = REWARD.replace(head=rl.paid_head(config, config.reward_weight, REWARD, RECORD))
     np.testing.assert_allclose(
         small.score(LM, BASE, role, tokens), weight * (raw_B - 0.25) / 2.0, rtol=1e-4, atol=1e-5
     )

@@ -238,7 +238,7 @@ def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(
     said = capsys.readouterr().out
     assert (
         said.count(
-            "jsonl has no prompts in a validation split: nothing is validated, and the last step "
+            "There are no validation prompts in jsonl: nothing is validated, and the last step "
             "is kept."
         )
         == 1
