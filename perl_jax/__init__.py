@@ -1,4 +1,4 @@
-"""Parameter-efficient RLHF in JAX: a reward model and a policy as LoRA adapters over one frozen base.
+"""Parameter-efficient RLHF in JAX: reward model and policy are LoRA adapters over one frozen base.
 
     import perl_jax as pj
 

@@ -1,4 +1,9 @@
-"""A reward of your own: `perl-jax rl ... --terms '[{"kind": "function", "function": "custom_reward.py:brevity"}]'`."""
+"""A reward of your own, as a term of `perl-jax rl --terms TERMS`, where TERMS is the text
+
+    [{"kind": "function", "function": "custom_reward.py:brevity"}]
+
+or a file with it. In Python: `pj.train_rl(..., rewards=[pj.reward(brevity)])`.
+"""
 
 
 def brevity(prompts, responses, rows):
@@ -6,5 +11,5 @@ def brevity(prompts, responses, rows):
     limits = [row.get("words", 5) for row in rows]
     return [
         min(1.0, limit / max(len(response.split()), 1))
-        for response, limit in zip(responses, limits)
+        for response, limit in zip(responses, limits, strict=True)
     ]

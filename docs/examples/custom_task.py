@@ -19,7 +19,9 @@ def rows(kind, split, options):
 def gold(prompts, responses):
     """1 for the right sum, else 0."""
     sums = [sum(map(int, prompt.strip(" =").split("+"))) for prompt in prompts]
-    return np.array([float(r.strip() == str(s)) for r, s in zip(responses, sums)], np.float32)
+    return np.array(
+        [float(r.strip() == str(s)) for r, s in zip(responses, sums, strict=True)], np.float32
+    )
 
 
 SPLITS = ("train", "validation", "test")

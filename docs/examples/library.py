@@ -7,7 +7,9 @@ import perl_jax as pj
 
 def exact(prompts, responses, rows):
     """1 for a response that begins with the row's answer, else 0."""
-    return [float(r.strip().startswith(row["answer"])) for r, row in zip(responses, rows)]
+    return [
+        float(r.strip().startswith(row["answer"])) for r, row in zip(responses, rows, strict=True)
+    ]
 
 
 model = pj.load_model(sys.argv[1])

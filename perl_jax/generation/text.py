@@ -114,9 +114,7 @@ def generate(
         ids, response = rows[row // samples], tokenizer.without_end(ids_T[mask_T])
         # Prompt and response are decoded together: word pieces join differently at a boundary.
         whole, prompt = tokenizer.text(ids + response), tokenizer.text(ids)
-        texts.append(
-            whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.text(response)
-        )
+        texts.append(whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.text(response))
     return texts
 
 

@@ -175,7 +175,8 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
     if isinstance(model, ModelOptions):
         options = model if not options else dataclasses.replace(model, **options)
     else:
-        known = [field.name for field in dataclasses.fields(TemplateOptions) if field.name != "model"]
+        fields = dataclasses.fields(TemplateOptions)
+        known = [field.name for field in fields if field.name != "model"]
         unknown = sorted(set(options) - set(known))
         require(
             not unknown,

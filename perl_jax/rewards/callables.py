@@ -18,8 +18,8 @@ class CallableReward:
     """function(prompts, responses) -> numbers, one a response, each batch in one call.
 
     A function with a third parameter (one without a default, or called rows) gets the rows, too. An
-    exception of the function ends the training. `rewards.function.FunctionReward` runs a function in
-    a process of its own instead, with a time limit.
+    exception of the function ends the training. `rewards.function.FunctionReward` runs a function
+    in a process of its own instead, with a time limit.
     """
 
     function: Callable[..., Sequence[float]]

@@ -1,5 +1,6 @@
-"""The training commands: a config with the model, the task and the folder, and the function that runs
-it. A finished run is left as it is; the same command resumes an unfinished one.
+"""The training commands: configs with a model, a task and a folder, and the functions that run them.
+
+A finished run is left as it is; the same command resumes an unfinished one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class TrainingCommand(ModelOptions, TrainingConfig):
 
     Attributes:
         run: The run's folder; the same command again resumes it.
-        stack_on: Folder of an adapter that stays frozen beneath the fresh one; None: the base alone.
+        stack_on: Folder of an adapter that stays frozen beneath the fresh one; None: the base
+            alone.
     """
 
     run: str

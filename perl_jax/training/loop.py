@@ -59,7 +59,7 @@ class Loop:
 
 
 class Memory:
-    """Takes the place of `Checkpoints` in a run without a folder: holds a copy of the best state."""
+    """The place of `Checkpoints` in a run without a folder: holds a copy of the best state."""
 
     def __init__(self, best: str | None) -> None:
         self._best = best
@@ -140,10 +140,9 @@ def train(
         writer = samples = progress = NoMetrics()
         if writes:
             progress = Progress(loop.job, config.steps, begin)
-        if folder is not None:
-            if writes:
-                writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
-                samples = SamplesWriter(folder, start)
+        if folder is not None and writes:
+            writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
+            samples = SamplesWriter(folder, start)
         # Without a folder there is nothing to save, and SIGTERM stays what it was.
         termination = None if folder is None else Termination()
         profile = Profile(pathlib.Path(folder or ".") / "profile", config.profiled)

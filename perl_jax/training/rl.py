@@ -454,7 +454,7 @@ def make_optimizers(
 def paid_head(
     config: RLConfig, weight: float, reward: Adapter, record: Record
 ) -> dict[str, jax.Array]:
-    """Returns a reward model's head in the units of returns: w (s - mean) / std for the raw score s.
+    """Returns a reward model's head in the units of returns: w (s - mean) / std for a raw score s.
 
     w is `weight`, times 1 - beta where the KL is in the reward.
     """
@@ -492,8 +492,8 @@ def train_rl(
         policy: A policy, or the folder of a policy artefact, to start from. None: the base.
         validation: Held-out prompts.
         frozen: An adapter that stays as it is beneath a fresh one.
-        run: A folder for checkpoints, metrics, samples and artefacts; the same call goes on from the
-            last checkpoint, bit for bit. None: nothing is written.
+        run: A folder for checkpoints, metrics, samples and artefacts; the same call goes on from
+            the last checkpoint, bit for bit. None: nothing is written.
         on_step: Is called with each step's metrics.
 
     Raises:

@@ -317,13 +317,13 @@ def test_a_row_that_cannot_be_encoded_is_named_by_file_and_line(jobs, tmp_path):
     ]
     (tmp_path / "train.jsonl").write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
     data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
+    given = of_split(data, "demonstrations", "train")
     # The first line is blank.
     with pytest.raises(
         UserError,
         match=r"train\.jsonl, line 5: A text holds <image>, for which the model has no embedding",
     ):
-        rows = of_split(data, "demonstrations", "train")
-        loading.load_batches(model, rows, "train", data, 4, 0)
+        loading.load_batches(model, given, "train", data, 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -490,10 +490,7 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
     assert means["score"] == pytest.approx(sum(row["score"] for row in rows) / 16) and means[
         "score"
     ] > np.mean([row["score"] for row in rows])
-    model, data = (
-        tiny.open_model(jobs.base),
-        tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(output.parent)),
-    )
+    data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(output.parent))
     read = of_split(data, "demonstrations", "train").rows("train")
     assert list(read) == [
         {

@@ -184,7 +184,9 @@ def rl_step(
         model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows
     ).__enter__()
     base = None if config.tuning == "full" else model.base
-    job, held = rl.Rollouts(model, base, programs, scorer, of_rows("prompts", rows), rows, config), [state]
+    dataset = of_rows("prompts", rows)
+    job = rl.Rollouts(model, base, programs, scorer, dataset, rows, config)
+    held = [state]
 
     def step(number: int, parts: contender.Parts) -> int:
         held[0], metrics, seconds = rl.advance(
