@@ -12,29 +12,27 @@ from perl_jax.runtime.programs import LENGTHS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The task and the lengths of its rows, in tokens.
+    """Which rows a job reads, and how they become batches.
 
     Attributes:
         task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (the corpora of
-        both), or jsonl. data_dir: The data set's upstream folder; for jsonl the file or folder.
-        data_seed: Seed of the embedded task's rows. train_size: At most so many rows of the
-        training split; None: all. evaluation_size: At most so many rows of each other split; None:
-        all. max_prompt_length: In tokens, the chat template's among them; the text of longer
-        prompts loses its beginning,
-            and a prompt that came rendered its first turns.
-        bucket_count: Rows are padded to at most so many lengths. A batch holds rows of similar
-            length;
-            1 mixes them all.
-        max_response_length: In tokens; longer responses lose their end, eos included. In sampling,
-            the room for a response.
-        template: How prompts become a chat turn: auto (the tokenizer's chat template; prompts that
-            are
-            rendered already, which end with its cue and begin as it does or hold its special
-            tokens, stay as they are), none, or a file with a Jinja template.
-        template_date: What a template gets that asks for today's date, so that a resumed run has
-        the same tokens. packing: Compute each real token once: no padding, and what rows have in
-        common (a pair's prompt,
-            a prompt's samples) a single time. auto: on a CPU or GPU.
+            both), jsonl (your own files), or PATH.py:NAME or MODULE:NAME for a `perl_jax.Task`.
+        data_dir: The data set's folder; for jsonl the file or the folder.
+        data_seed: Seed of the rows that orders generates.
+        train_size: Read at most so many rows of the training split; None: all.
+        evaluation_size: Read at most so many rows of each other split; None: all.
+        bucket_count: Pad rows to at most so many different lengths. A batch holds rows of similar
+            length; 1 mixes all rows.
+        max_prompt_length: In tokens, with those of the chat template. A longer prompt loses the
+            beginning of its text; a prompt that came rendered loses its first turns.
+        max_response_length: In tokens. A longer response loses its end, eos too. In sampling, the
+            most tokens of a response.
+        template: How prompts become a chat turn: auto (the tokenizer's chat template; a prompt that
+            is rendered already stays as it is), none, or a file with a Jinja template.
+        template_date: The date that a template gets which asks for today's, so that a resumed run
+            has the same tokens.
+        packing: Compute every real token once, without padding; what rows have in common (a pair's
+            prompt, a prompt's samples) is computed a single time. auto: on CPUs and GPUs.
     """
 
     task: str = "orders"

@@ -1,4 +1,4 @@
-"""The training commands: configs with a model, a task and a folder, and the functions that run them.
+"""The training commands: configs with model, task and folder, and the functions that run them.
 
 A finished run is left as it is; the same command resumes an unfinished one.
 """

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy fitted to comparisons, near the policy it starts from."""
+"""Direct preference optimisation: a policy fitted to comparisons, near where it starts."""
 
 from __future__ import annotations
 

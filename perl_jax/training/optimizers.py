@@ -22,21 +22,23 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optax settings of one trainable tree.
+    """How trained weights are updated.
 
     Attributes:
-        name: adafactor (the paper's; Shazeer & Stern 2018, no relative step) or adamw.
-        learning_rate: The largest rate; None: 1e-4 for adapters, 1e-5 for full tuning, more on
-            bases
-            narrower than 2,048: times (2048 / width)^0.75.
+        name: adafactor (the paper's) or adamw.
+        learning_rate: The rate after the warm-up; None: 1e-4 for adapters and 1e-5 for full tuning
+            (the paper's best for reward models), times (2048 / width)^0.75 on bases narrower than
+            2048.
         head_learning_rate: The scalar head's own rate; None: the same as the rest.
         lora_b_ratio: B's rate over A's (LoRA+; its paper uses 16); 1: the same.
         schedule: After the warm-up: constant, or linear or cosine decay to 0.
         warmup_steps: Steps of linear warm-up; 0: none.
-        clip_norm: Largest global norm over the role's trainable leaves; None: no clipping.
-        weight_decay: Share of the weights taken off a step: adamw times the rate, adafactor as it
-        is. b1: AdamW's decay of the mean of gradients. b2: AdamW's decay of the mean of squared
-        gradients. epsilon: AdamW's; 1e-5, not 1e-8, because policy gradients are small and rare.
+        clip_norm: Largest global norm of a role's gradient; None: no clipping.
+        weight_decay: Share of the weights that a step takes off: times the rate with adamw, as it
+            is with adafactor.
+        b1: Decay of AdamW's mean of gradients.
+        b2: Decay of AdamW's mean of squared gradients.
+        epsilon: AdamW's epsilon; 1e-5 instead of 1e-8, because policy gradients are small and rare.
     """
 
     name: typing.Literal["adafactor", "adamw"] = "adafactor"

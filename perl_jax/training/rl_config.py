@@ -20,15 +20,18 @@ class KLConfig:
     """How the policy is kept near a reference.
 
     Attributes:
-        beta: The KL's weight. In the reward, R = (1 - beta) score - beta KL; in the loss, R =
-        score. place: reward or loss; None: where the algorithm has it. estimator: In the reward k1,
-        whose product with grad log pi is the KL's gradient, and no other's;
-            in the loss k2 or k3 (with k2's gradient). None: k1 and k3.
-        reference: start (a frozen copy of the policy as it starts), base, none, or an artefact.
-        refresh: Every so many steps the reference becomes the policy as it is; None: never.
-        target: Adapt beta so that a response's mean KL comes near this; None: beta stays.
-        horizon: Episodes in which beta may change by 20 % at most, where it adapts.
-        whole_score: In the reward, R = score - beta KL: the score is not weighed by 1 - beta.
+        beta: Weight of the KL. In the reward, R = (1 - beta) score - beta KL; in the loss,
+            R = score.
+        place: Put the KL into the reward or into the loss; None: where the algorithm has it.
+        estimator: In the reward only k1, whose product with grad log pi is the KL's gradient; in
+            the loss k2, or k3 with k2's gradient. None: k1 in the reward, k3 in the loss.
+        reference: start (a frozen copy of the policy as it starts), base, none, or the folder of a
+            policy artefact.
+        refresh: Make the current policy the reference every so many steps; None: never.
+        target: Adapt beta so that the mean KL of a response comes near this; None: beta stays.
+        horizon: Number of responses in which an adapted beta may change by 20 % at most.
+        whole_score: With the KL in the reward, R = score - beta KL: the score is not multiplied by
+            1 - beta.
     """
 
     beta: float = 0.05
