@@ -11,7 +11,7 @@ import numpy as np
 
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import checked_rows
-from perl_jax.data.store import KINDS, OPEN, DataOptions, NoRows, named_group
+from perl_jax.data.store import DEFAULTS, KINDS, OPEN, DataOptions, NoRows, named_group
 from perl_jax.data.tasks import TaskLike, data_options, get_task
 from perl_jax.errors import one_of, require
 from perl_jax.runtime import files, hosts
@@ -81,11 +81,28 @@ def of_rows(
         found = [
             checked
             for index, row in enumerate(rows)
-            for checked in checked_rows(row, KINDS[kind], place(split, index), kind in OPEN)
+            for checked in checked_rows(
+                _without_defaults(row), KINDS[kind], place(split, index), kind in OPEN
+            )
         ]
         if found:
             splits[split] = found
     return Dataset("the given rows", kind, splits, place, lambda: files.digest(splits), gold)
+
+
+def _without_defaults(row: Any) -> Any:
+    """Returns a row without the columns that hold their defaults, as the rows of a task do.
+
+    A default stands for a value that is not given, and need not be one that could be given: an
+    unknown probability is NaN, no group is "".
+    """
+    if not isinstance(row, Mapping):
+        return row
+    is_default = lambda name, value: (
+        name in DEFAULTS
+        and (value == DEFAULTS[name] or (value != value and DEFAULTS[name] != DEFAULTS[name]))
+    )
+    return {name: value for name, value in row.items() if not is_default(name, value)}
 
 
 def of_task(

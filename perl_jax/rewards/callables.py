@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class CallableReward:
         if not len(responses):
             return np.zeros(0, np.float64)
         arguments = (prompts, responses, rows) if self.takes_rows else (prompts, responses)
-        return np.asarray(
-            checked_values(self.name, self.function(*arguments), responses), np.float64
-        )
+        found = self.function(*arguments)
+        # An array, a generator, any sequence will do; anything else is refused by its type.
+        apart = isinstance(found, (str, bytes, Mapping, Set)) or not isinstance(found, Iterable)
+        values = found if apart else list(found)
+        return np.asarray(checked_values(self.name, values, responses), np.float64)
