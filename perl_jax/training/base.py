@@ -22,12 +22,12 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs import folder as folder_lib
-from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import keep_compiled
 from perl_jax.training import cost
 from perl_jax.training.commands import TrainingCommand
-from perl_jax.training.fit import Supervised, begin, fit, validate_policy
+from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
+from perl_jax.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,12 +138,13 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     role = weights_program(lm)(base)
     state, optimizers = begin(model, config, CORPUS, role)
     del initial, base, role
-    fitted = fit(model, dataset, "train", config, CORPUS, state, optimizers, Run(folder))
-    weights = hosts.whole(fitted.state.roles["policy"].weights)
+    loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
+    state, timings, _ = train(config, state, loop, folder)
+    weights = hosts.whole(state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)
     hosts.barrier("base written")
-    cost.write_cost(folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    cost.write_cost(folder, model, state, {"learn": program}, timings)
     return target
 
 

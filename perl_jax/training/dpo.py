@@ -29,8 +29,8 @@ from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
 from perl_jax.training.configs import DPOConfig
-from perl_jax.training.fit import Supervised, begin, fit, validate_policy
-from perl_jax.training.loop import OnStep
+from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
+from perl_jax.training.loop import OnStep, train
 from perl_jax.training.roles import starting_role
 from perl_jax.training.state import TrainState
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
@@ -127,20 +127,22 @@ def train_dpo(
         model, config, job, start, {"reference": resting(start, model.lm.config.dtype)}
     )
     del start
-    fitted = fit(model, dataset, "train", config, job, state, optimizers, run, on_step)
-    policy = fitted.state.roles["policy"]
+    loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
+    folder = None if run is None else run.folder
+    state, timings, metrics = train(config, state, loop, folder, on_step)
+    policy = state.roles["policy"]
     results, measured = {}, {}
     if "test" in dataset.splits:
-        results = evaluate_dpo(model, dataset, config, job, fitted.state)
+        results = evaluate_dpo(model, dataset, config, job, state)
         measured = {"pairwise_accuracy": results["pairwise_accuracy"]["value"]}
-    record = model.record("policy", policy, step=int(fitted.state.step), metrics=measured)
+    record = model.record("policy", policy, step=int(state.step), metrics=measured)
     if run is None:
-        return Trained(policy, record, fitted.metrics, results)
+        return Trained(policy, record, metrics, results)
     artefact = run.artefact("policy")
     artefacts.save_artefact(artefact, policy, record)
-    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
     write_results(run.folder, {"evaluation.json": results})
-    return Trained(policy, record, fitted.metrics, results, folder=artefact)
+    return Trained(policy, record, metrics, results, folder=artefact)
 
 
 def evaluate_dpo(

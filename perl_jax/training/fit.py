@@ -16,7 +16,6 @@ from perl_jax.data.loading import load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.hub.model import Model, say_attention
 from perl_jax.models import microbatches as microbatches_lib
-from perl_jax.runs.run import Run
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
@@ -24,8 +23,7 @@ from perl_jax.training import optimizers as optimizers_lib
 from perl_jax.training import state as state_lib
 from perl_jax.training import step
 from perl_jax.training.configs import TrainingConfig
-from perl_jax.training.cost import Timings
-from perl_jax.training.loop import Loop, OnStep, train
+from perl_jax.training.loop import Loop
 from perl_jax.training.state import TrainState
 from perl_jax.types import Tree
 
@@ -124,17 +122,7 @@ def begin(
     return initial_state(model, config, {job.role: role}, optimizers, frozen_roles), optimizers
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """What `fit` leaves: the best or last state, seconds, the update's program, rows of metrics."""
-
-    state: TrainState
-    timings: Timings
-    program: Program
-    metrics: list[dict[str, Any]]
-
-
-def fit(
+def supervised_loop(
     model: Model,
     dataset: Dataset,
     split: str,
@@ -142,17 +130,14 @@ def fit(
     job: Supervised,
     state: TrainState,
     optimizers: optimizers_lib.Optimizers,
-    run: Run | None = None,
-    on_step: OnStep | None = None,
-) -> Fitted:
-    """Trains the role of a fresh state on a split of labelled rows.
+) -> tuple[Loop, Program]:
+    """Returns the loop that trains a role on a split of labelled rows, and the update's program.
 
     The rows of the validation split, where there are any, are measured every
     `config.evaluate_every` steps, and the best of these steps is kept where the job has a measure
     to choose it by.
 
-    Args:
-        state: Of step 0 (`begin`); its arrays are used up.
+    state: of step 0 (`begin`); only shapes and shardings are read.
     """
     seed, size, parts = config.seed, config.batch_size, config.microbatches
     batches = load_batches(model, dataset, split, config.data, size, seed, parts)
@@ -174,11 +159,8 @@ def fit(
         truth = None if job.truth is None else job.truth(rows, dataset.name, "validation")
         loss = lambda state: held_out_loss(model, job, measure, state, held_out)
         validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
-    loop = Loop(job.job, advance, iter(batches), validate, best, job.shown, facts)
     say_attention(job.job, model.lm)
-    folder = None if run is None else run.folder
-    state, timings, metrics = train(config, state, loop, folder, on_step)
-    return Fitted(state, timings, program, metrics)
+    return Loop(job.job, advance, iter(batches), validate, best, job.shown, facts), program
 
 
 def learn_program(

@@ -38,8 +38,8 @@ from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
 from perl_jax.training.configs import RewardConfig
-from perl_jax.training.fit import HeldOut, Supervised, begin, fit
-from perl_jax.training.loop import OnStep
+from perl_jax.training.fit import HeldOut, Supervised, begin, supervised_loop
+from perl_jax.training.loop import OnStep, train
 from perl_jax.training.roles import fresh_role
 from perl_jax.training.state import TrainState
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
@@ -213,8 +213,10 @@ def train_reward(
     model = model.relieved((role,))
     state, optimizers = begin(model, config, job, role)
     del role
-    fitted = fit(model, dataset, config.split, config, job, state, optimizers, run, on_step)
-    adapter = fitted.state.roles["reward"]
+    loop, program = supervised_loop(model, dataset, config.split, config, job, state, optimizers)
+    folder = None if run is None else run.folder
+    state, timings, metrics = train(config, state, loop, folder, on_step)
+    adapter = state.roles["reward"]
     mean, std = reference_moments(model, dataset, config, adapter)
     results, scores = {}, {}
     if "test" in dataset.splits:
@@ -222,18 +224,18 @@ def train_reward(
     record = model.record(
         "reward",
         adapter,
-        step=int(fitted.state.step),
+        step=int(state.step),
         metrics=_headline(results),
         score_mean=mean,
         score_std=std,
     )
     if run is None:
-        return Trained(adapter, record, fitted.metrics, results)
+        return Trained(adapter, record, metrics, results)
     artefact = run.artefact("reward")
     artefacts.save_artefact(artefact, adapter, record)
-    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
+    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
     write_results(run.folder, {"scores.json": scores, "evaluation.json": results})
-    return Trained(adapter, record, fitted.metrics, results, folder=artefact)
+    return Trained(adapter, record, metrics, results, folder=artefact)
 
 
 def reference_moments(

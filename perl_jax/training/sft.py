@@ -16,8 +16,8 @@ from perl_jax.objectives import supervised
 from perl_jax.runs.run import Run
 from perl_jax.training import cost
 from perl_jax.training.configs import SFTConfig
-from perl_jax.training.fit import Supervised, begin, fit, validate_policy
-from perl_jax.training.loop import OnStep
+from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
+from perl_jax.training.loop import OnStep, train
 from perl_jax.training.roles import fresh_role
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 
@@ -70,11 +70,13 @@ def train_sft(
     model = model.relieved((role,))
     state, optimizers = begin(model, config, SFT, role)
     del role
-    fitted = fit(model, dataset, "train", config, SFT, state, optimizers, run, on_step)
-    policy = fitted.state.roles["policy"]
-    record = model.record("policy", policy, step=int(fitted.state.step))
+    loop, program = supervised_loop(model, dataset, "train", config, SFT, state, optimizers)
+    folder = None if run is None else run.folder
+    state, timings, metrics = train(config, state, loop, folder, on_step)
+    policy = state.roles["policy"]
+    record = model.record("policy", policy, step=int(state.step))
     if run is None:
-        return Trained(policy, record, fitted.metrics)
+        return Trained(policy, record, metrics)
     artefacts.save_artefact(run.artefact("policy"), policy, record)
-    cost.write_cost(run.folder, model, fitted.state, {"learn": fitted.program}, fitted.timings)
-    return Trained(policy, record, fitted.metrics, folder=run.artefact("policy"))
+    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
+    return Trained(policy, record, metrics, folder=run.artefact("policy"))

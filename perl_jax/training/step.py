@@ -75,15 +75,34 @@ def train_step(
     state: TrainState,
     frozen: Tree,
     batch: Tree,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of every role. `finite`: no NaN or infinity in loss, gradients or updated roles.
+    """Updates every role once; returns the state of the next step, and the update's metrics.
 
-    Only the trainable leaves are differentiated, so only their gradients exist and have norms.
+    Only trainable leaves are differentiated, so that only their gradients exist and have norms.
+    The metric `finite` is False for NaN or infinity in the loss, a gradient or an updated role.
+
+    Args:
+        objective: What is minimised.
+        optimizers: One for each trained role.
+        microbatches: Parts that the batch is computed in.
+        state: Of step s.
+        frozen: What the objective reads and does not train.
+        batch: Rows.
+        key: Of dropout; None: the state's own key of step s.
     """
-    state, metrics = _update(
-        objective, optimizers, microbatches, state, frozen, batch, state.step_key(UPDATE)
-    )
-    return state.replace(step=state.step + 1), metrics
+    key = state.step_key(UPDATE) if key is None else key
+    loss, logs, grads = gradients(objective, state.roles, frozen, batch, key, microbatches)
+    roles, opt_states = {}, {}
+    metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
+    for name, role in state.roles.items():
+        updates, opt_states[name] = optimizers[name].update(
+            grads[name], state.optimizers[name], trainable(role)
+        )
+        roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
+        metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
+    metrics["finite"] = trees.all_finite((loss, grads, roles))
+    return state.replace(step=state.step + 1, roles=roles, optimizers=opt_states), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
@@ -112,41 +131,21 @@ def train_epochs(
     batch: Tree,
     orders_XY: Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of several updates, each from its own rows of the batch.
+    """Makes several updates from one batch, each from its own rows; they count as one step.
 
-    orders_XY: the rows of each (`dealt`). A packed batch has the layout of one update's rows.
-    Metrics are means over the updates; `finite` is of all.
+    Metrics are means over the updates; `finite` is of all of them.
+
+    Args:
+        orders_XY: The rows of each update (`dealt`). A packed batch has the layout of one update's
+            rows.
     """
     keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
 
     def update(state: TrainState, inputs: tuple) -> tuple[TrainState, dict[str, jax.Array]]:
         order_Y, key = inputs
         part = jax.tree.map(lambda leaf: leaf[order_Y], batch)
-        return _update(objective, optimizers, microbatches, state, frozen, part, key)
+        return train_step(objective, optimizers, microbatches, state, frozen, part, key)
 
-    state, metrics = jax.lax.scan(update, state, (orders_XY, keys_X))
+    last, metrics = jax.lax.scan(update, state, (orders_XY, keys_X))
     finite = jnp.all(metrics.pop("finite"))
-    return state.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics) | {"finite": finite}
-
-
-def _update(
-    objective: Objective,
-    optimizers: Optimizers,
-    microbatches: int,
-    state: TrainState,
-    frozen: Tree,
-    batch: Tree,
-    key: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """New roles and optimizer states, and the update's metrics; the step stays."""
-    loss, logs, grads = gradients(objective, state.roles, frozen, batch, key, microbatches)
-    roles, opt_states = {}, {}
-    metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
-    for name, role in state.roles.items():
-        updates, opt_states[name] = optimizers[name].update(
-            grads[name], state.optimizers[name], trainable(role)
-        )
-        roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
-        metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
-    metrics["finite"] = trees.all_finite((loss, grads, roles))
-    return state.replace(roles=roles, optimizers=opt_states), metrics
+    return last.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics) | {"finite": finite}

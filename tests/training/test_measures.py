@@ -503,17 +503,7 @@ def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp
     assert int(found.step) == step and seen == ([1, 2, 3, 4] if done is None else [3, 4])
 
 
-class Reached(Exception):
-    """Training would begin now."""
-
-
 def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
-    asked = {}
-
-    def stop(config, state, loop, folder, on_step):
-        asked["validated"], _ = loop.validate(state)
-        raise Reached
-
     monkeypatch.setattr(
         fit,
         "load_batches",
@@ -522,14 +512,6 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
     for name in ("learn_program", "held_out_program", "say_attention"):
         monkeypatch.setattr(fit, name, lambda *_: None)
     monkeypatch.setattr(fit, "noted", lambda *_: {})
-    monkeypatch.setattr(fit, "train", stop)
-    monkeypatch.setattr(
-        fit,
-        "Loop",
-        lambda job, advance, batches, validate, *_: (
-            asked.setdefault("trained", tuple(batches)) and types.SimpleNamespace(validate=validate)
-        ),
-    )
     validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
     job = fit.Supervised(
         "reward",
@@ -542,12 +524,15 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
         truth=lambda rows, task, split: (*rows, split),
     )
     config = commands.RewardCommand(run="-", model="-")
-    dataset = Dataset(
-        "rows", "labels", {"judge": ["judge"], "validation": ["held out"]}, None, None
+    splits = {"judge": ["judge"], "validation": ["held out"]}
+    dataset = Dataset("rows", "labels", splits, None, None)
+    loop, _ = fit.supervised_loop(MODEL, dataset, "judge", config, job, None, {})
+    assert tuple(loop.batches) == ("judge", 0) and loop.best == "x"
+    assert loop.validate(None) == (
+        {"batches": ("validation", None), "truth": ("held out", "validation")},
+        [],
     )
-    with pytest.raises(Reached):
-        fit.fit(MODEL, dataset, "judge", config, job, None, {})
-    assert asked == {
-        "trained": ("judge", 0),
-        "validated": {"batches": ("validation", None), "truth": ("held out", "validation")},
-    }
+    # Without such rows nothing is validated, and the last step is kept.
+    apart = Dataset("rows", "labels", {"judge": ["judge"]}, None, None)
+    loop, _ = fit.supervised_loop(MODEL, apart, "judge", config, job, None, {})
+    assert loop.validate is None and loop.best is None

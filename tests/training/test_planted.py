@@ -22,7 +22,7 @@ from perl_jax.evaluation import compare, intervals, statistics
 from perl_jax.generation import programs
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.runtime import trees
-from perl_jax.training import commands, dpo, fit, reward, rl
+from perl_jax.training import commands, dpo, reward, rl, sft
 from perl_jax.training.commands import DPOCommand
 from tests import small
 from tests.training import tiny
@@ -195,7 +195,7 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
         seen["iterator"] = loop.batches
         raise Reached
 
-    for module in (fit, rl):
+    for module in (sft, reward, dpo, rl):
         monkeypatch.setattr(module, "train", stop)
     run = tmp_path / "run"
     start = {
