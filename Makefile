@@ -4,13 +4,23 @@ VENV ?= .venv
 RUN_ARGS ?=
 # Large pages for what a step allocates: a sixth of a step's time on a CPU. Means nothing to other C libraries than glibc.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+# Exact versions; another file for other versions of jax.
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run test test-slow test-all golden mutants clean
+.PHONY: run lint test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
+
+# Format, style, types, and the documentation with its links. Formats and mends by itself: `ruff format . && ruff check --fix .`
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/mkdocs build --quiet --strict
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
@@ -31,13 +41,17 @@ golden: $(VENV)/.installed-test
 mutants: $(VENV)/.installed-test
 	$(VENV)/bin/python -m tests.mutants $(MUTANTS_ARGS)
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(INSTALL) -e '.[lint]'
 	touch $@
 
 clean:
