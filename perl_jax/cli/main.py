@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 import pathlib
@@ -19,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
 from perl_jax import __version__  # noqa: E402
+from perl_jax.cli.help import GROUPS, description  # noqa: E402
 from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
 from perl_jax.runtime import platforms  # noqa: E402
 
@@ -209,13 +211,14 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 def _usage() -> str:
+    """Returns the commands, grouped by what they are for."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return (
-        "usage: perl-jax COMMAND [options]\n\n"
-        + "\n".join(lines)
-        + "\n\nperl-jax COMMAND --help explains every flag."
-    )
+    parts = [
+        f"{title}\n" + "\n".join(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names)
+        for title, names in GROUPS.items()
+    ]
+    usage = "usage: perl-jax COMMAND [options]"
+    return "\n\n".join([usage, *parts, "perl-jax COMMAND --help explains every flag."])
 
 
 def _connect(name: str) -> None:
@@ -264,7 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     run, _ = COMMANDS[name]
     try:
-        config = tyro.cli(_config(name), prog=f"perl-jax {name}", args=rest)
+        config_class = _config(name)
+        summary = (config_class.__doc__ or "").partition("Attributes:")[0]
+        config = tyro.cli(
+            config_class,
+            prog=f"perl-jax {name}",
+            description=description(name, inspect.cleandoc(summary)),
+            args=rest,
+        )
         _connect(name)
         run(config)
     except UserError as error:

@@ -12,6 +12,7 @@ import pytest
 
 import perl_jax
 from perl_jax.cli import main as command
+from perl_jax.cli.help import FIRST, GROUPS, description
 from perl_jax.errors import TrainingError
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import word_tokenizer
@@ -333,3 +334,18 @@ def test_every_flag_is_explained(name, capsys, monkeypatch):
         assert len(texts[flag].split()) >= 2 and texts[flag].endswith("."), (
             f"{flag}: {texts[flag]!r}"
         )
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_flags_that_most_runs_need_come_first_and_exist(name):
+    assert 1 <= len(FIRST[name]) <= 12
+    assert {flag.removeprefix("--") for flag in FIRST[name]} <= set(flags_of(command._config(name)))
+    text = description(name, "What it does.")
+    assert text.startswith("What it does.\n\nMost runs need no more than\n  --")
+
+
+def test_every_command_is_in_one_group_of_the_help(capsys):
+    assert sorted(sum(GROUPS.values(), ())) == sorted(command.COMMANDS)
+    assert command.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in command.COMMANDS)

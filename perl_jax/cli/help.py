@@ -1,0 +1,91 @@
+"""What the help begins with: commands by groups, and the flags that most runs need."""
+
+from __future__ import annotations
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Train": ("sft", "reward", "dpo", "rl", "base"),
+    "Use and measure": ("generate", "score", "evaluate", "best-of", "report"),
+    "Artefacts": ("export", "import", "average", "show"),
+    "Plan": ("plan",),
+}
+
+_MODEL = {"--model": "a Hugging Face folder, or a name on the hub"}
+_ROWS = {
+    "--data.task": "orders, jsonl, ..., or PATH.py:NAME for a task of your own",
+    "--data.data-dir": "the file or folder of the rows",
+}
+_LENGTHS = {
+    "--data.max-prompt-length": "tokens of a prompt",
+    "--data.max-response-length": "tokens of a response",
+}
+_TRAINING = {
+    **_MODEL,
+    "--run": "the run's folder; the same command resumes it",
+    **_ROWS,
+    **_LENGTHS,
+    "--steps": "number of steps",
+    "--batch-size": "rows of a step",
+    "--optimizer.learning-rate": "default: by the tuning and the model's width",
+}
+_ADAPTER = {"--lora.rank": "rank of the adapter"}
+_REWARD = {
+    "--reward": "folders of reward artefacts",
+    "--terms": "other rewards: rules, Python functions, judges",
+}
+FIRST: dict[str, dict[str, str]] = {
+    "sft": {**_TRAINING, **_ADAPTER},
+    "reward": {**_TRAINING, **_ADAPTER, "--objective": "pairwise, pointwise or regression"},
+    "dpo": {**_TRAINING, "--policy": "the policy artefact to start from", "--loss": "dpo or ipo"},
+    "rl": {
+        **_MODEL,
+        "--run": "the run's folder; the same command resumes it",
+        **_ROWS,
+        "--policy": "the policy artefact to start from",
+        **_REWARD,
+        "--algorithm.name": "reinforce, rloo, grpo, ppo, ...",
+        "--steps": "number of steps",
+        "--batch-size": "responses of a step",
+        "--kl.beta": "weight of the KL to the reference",
+    },
+    "evaluate": {
+        **_MODEL,
+        "--run": "the folder that evaluation.json and samples.jsonl go to",
+        "--policy": "the policy artefact",
+        "--baseline": "the artefact to compare with; default: the base",
+        **_ROWS,
+        **_REWARD,
+        "--judge": "reward artefacts that decide wins",
+    },
+    "best-of": {
+        **_MODEL,
+        "--policy": "the policy artefact to sample from",
+        **_REWARD,
+        "--n": "responses to each prompt",
+        "--output": "the file to write",
+        **_ROWS,
+    },
+    "generate": {
+        **_MODEL,
+        "--adapter": "a policy artefact; default: the base",
+        "--prompt": "the text to continue",
+        "--max-new-tokens": "tokens of the continuation",
+        "--temperature": "0: greedy",
+    },
+    "score": {
+        **_MODEL,
+        "--adapter": "an artefact of any role; default: the base",
+        "--input": "a JSON Lines file with prompt and response",
+        "--output": "the file to write; default: standard output",
+    },
+    "base": {**_TRAINING, "--width": "of the hidden states", "--layers": "number of layers"},
+}
+
+
+def description(name: str, summary: str) -> str:
+    """Returns a command's summary and its first flags, one a line."""
+    flags = FIRST.get(name)
+    if flags is None:
+        return summary
+    width = max(map(len, flags))
+    lines = [f"  {flag:<{width}}  {text}" for flag, text in flags.items()]
+    return "\n".join([summary, "", "Most runs need no more than", *lines, "", "All flags:"])
