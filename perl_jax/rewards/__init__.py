@@ -1,1 +1,3 @@
-"""What responses are paid: reward models, rules, Python functions, judges, and their sum."""
+"""Rewards of responses: reward models, rules, Python functions, language-model judges and weighted
+sums.
+"""

@@ -1,4 +1,6 @@
-"""Checks of settings that come from JSON, where every type is possible; messages name the field."""
+"""Checks of settings read from JSON, where a value can have any type. Every message names the
+field.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,20 @@ from perl_jax.errors import is_number, require
 
 
 def number(field: str, value: Any) -> None:
+    """Raises UserError unless `value` is a finite number."""
     require(is_number(value), f"{field} is {value!r}; it must be a finite number.")
 
 
 def count(field: str, value: Any, least: int) -> None:
-    """Checks for a whole number of at least `least`."""
+    """Raises UserError unless `value` is a whole number of at least `least`."""
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(good, f"{field} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def text(field: str, value: Any) -> None:
-    """Checks for a string with something to see in it."""
+    """Raises UserError unless `value` is a string with at least one character that is not white
+    space.
+    """
     require(
         isinstance(value, str) and bool(value.strip()),
         f"{field} is {value!r}; it must be a text that is not empty.",
@@ -27,8 +32,9 @@ def text(field: str, value: Any) -> None:
 
 
 def texts(field: str, value: Any) -> None:
-    """Checks for a list of such strings; a single string is refused, it would be read letter by
-    letter.
+    """Raises UserError unless `value` is a list or tuple of non-empty strings.
+
+    A single string is refused: Python would read it as a sequence of letters.
     """
     good = isinstance(value, (list, tuple)) and all(
         isinstance(item, str) and item.strip() for item in value
@@ -37,12 +43,14 @@ def texts(field: str, value: Any) -> None:
 
 
 def flag(field: str, value: Any) -> None:
+    """Raises UserError unless `value` is true or false."""
     require(isinstance(value, bool), f"{field} is {value!r}; it must be true or false.")
 
 
 def sequences(*columns: Sequence[Any]) -> None:
-    """Checks that prompts, responses and rows are equally many: ValueError, as only code gets that
-    wrong.
+    """Raises ValueError unless all columns have the same length.
+
+    Not a UserError: only calling code can cause the mismatch.
     """
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:

@@ -1,5 +1,6 @@
-"""A reward as a weighted sum of named terms, read from JSON: rules, functions of the user,
-judges.
+"""Reads reward terms from JSON and adds them up: total = sum over terms of weight * reward.
+
+A term is a rule, a Python function of the user, or a language-model judge (`KINDS`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from perl_jax.rewards.rules import RULES, ExactMatch, Row
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 
 KINDS: Mapping[str, type] = MappingProxyType({**RULES, "function": FunctionReward, "judge": Judge})
-COMMON = ("kind", "weight", "name")  # of every term; the rest are the fields of its kind
+# Keys that every term may have; its other keys are the fields of its kind.
+COMMON = ("kind", "weight", "name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """weight * reward(prompts, responses, rows), under a name of its own in the metrics."""
+    """One named, weighted reward.
+
+    Attributes:
+        name: The term's key in the metrics, unique among the terms.
+        weight: The factor of the reward in the total.
+        reward: Maps (prompts, responses, rows) to one number per response, an array [n].
+    """
 
     name: str
     weight: float
@@ -40,13 +48,21 @@ class Term:
 
 
 def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
-    """The terms of a JSON list, given as text that begins with [ or as the path of a file.
+    """Returns the reward terms described by a JSON list.
 
-        [{"kind": "length", "weight": 0.2, "maximum": 50}, {"kind": "function", "function":
-        "my.py:score"}]
+        [{"kind": "length", "weight": 0.2, "maximum": 50},
+         {"kind": "function", "function": "my.py:score"}]
 
-    `weight` is 1 and `name` the kind unless given. Paths inside are relative to where the command
-    runs. UserError naming the term, counted from 1, and the field.
+    `kind` is a key of `KINDS`. `weight` defaults to 1 and `name` to the kind. All other keys are
+    fields of the kind's class. Paths in the list are relative to the working directory of the
+    command.
+
+    Args:
+        source: The JSON text, which must begin with `[`, or the path of a file that holds the list.
+
+    Raises:
+        UserError: The file cannot be read, the JSON is not valid, or a term is wrong. The message
+            gives the term's number, counted from 1, and the field.
     """
     inline = str(source).lstrip().startswith("[")
     where = "The reward terms" if inline else f"The file of reward terms {source}"
@@ -63,7 +79,9 @@ def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
 
 
 def read(path: pathlib.Path) -> str:
-    """The text of a file of terms; UserError naming it if it cannot be read or is not UTF-8."""
+    """Returns the text of a file of reward terms; raises UserError if the file cannot be read or is
+    not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -77,22 +95,24 @@ def read(path: pathlib.Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """The JSON value of a text; UserError, opened by `where`, if it is none."""
+    """Returns the value of a JSON text; raises UserError, beginning with `where`, if the text is
+    not valid JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not valid JSON, line {error.lineno}, column {error.colno}: {error.msg}."
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # an integer of thousands of digits, brackets without end
+    # An integer of thousands of digits, or brackets nested too deep for Python's parser.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from error
 
 
 def to_term(value: Any, where: str) -> Term:
-    """One object as a term; `where` opens the message of any error."""
+    """Returns the `Term` that a JSON object describes; raises UserError, beginning with `where`, if
+    the object is wrong.
+    """
     require(
         isinstance(value, dict),
         f"{where} is {value!r}; it must be an object with a kind, one of {', '.join(KINDS)}.",
@@ -125,7 +145,7 @@ def to_term(value: Any, where: str) -> Term:
 
 
 def check_names(terms: Sequence[Term]) -> None:
-    """UserError naming the terms that have one name."""
+    """Raises UserError if two terms have the same name."""
     names = [term.name for term in terms]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(
@@ -136,10 +156,10 @@ def check_names(terms: Sequence[Term]) -> None:
 
 
 class Composite:
-    """The terms side by side, and their weighted sum.
+    """Evaluates several reward terms on a batch and computes their weighted sum.
 
-    As a context manager it starts what the terms need (processes, keys), so that their errors come
-    before training, and ends it.
+    As a context manager it starts what the terms need (worker processes, API keys) on entry, so
+    that a failure is reported before training, and stops it on exit.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
@@ -149,7 +169,7 @@ class Composite:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Composite:
-        with contextlib.ExitStack() as stack:  # ends those that started if a later one cannot
+        with contextlib.ExitStack() as stack:  # stops the started terms if a later one fails
             for term in self.terms:
                 if isinstance(term.reward, contextlib.AbstractContextManager):
                     stack.enter_context(term.reward)
@@ -162,7 +182,9 @@ class Composite:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> dict[str, np.ndarray]:
-        """One float64 column [n] a term, without its weight; an empty batch asks no term."""
+        """Returns each term's unweighted rewards: {name: float64 [n]}. An empty batch calls no
+        term.
+        """
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return {term.name: np.zeros(0, np.float64) for term in self.terms}
@@ -172,8 +194,10 @@ class Composite:
         }
 
     def check_rows(self, rows: Iterable[Row]) -> None:
-        """UserError naming the term and the row if one lacks what a term compares with: told before
-        training.
+        """Raises UserError, naming the term and the row, if a row lacks the answer that an
+        exact-match term compares with.
+
+        Called before training, because the terms themselves see the rows only batch by batch.
         """
         for term in self.terms:
             if isinstance(term.reward, ExactMatch):
@@ -183,7 +207,7 @@ class Composite:
                     raise UserError(f"The reward term {term.name}: {error}") from error
 
     def total(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """sum over terms of weight * column: float64 [n]."""
+        """Returns the weighted sum of the terms, sum_k weight_k * column_k: float64 [n]."""
         names = [term.name for term in self.terms]
         if sorted(columns) != sorted(names):
             raise ValueError(
@@ -195,13 +219,15 @@ class Composite:
 
 
 def checked_column(term: Term, values: np.ndarray, n: int) -> np.ndarray:
-    """The column as float64; UserError unless it is n finite numbers."""
+    """Returns a term's rewards as float64 [n]; raises UserError unless they are n finite
+    numbers.
+    """
     column = np.asarray(values, np.float64)
-    shape = f"gave an array of shape {column.shape}; it must be ({n},), one number a response"
+    shape = f"returned an array of shape {column.shape}; it must be ({n},), one number a response"
     require(column.shape == (n,), f"The reward term {term.name} {shape}.")
     for index in np.flatnonzero(~np.isfinite(column))[:1]:
         raise UserError(
-            f"The reward term {term.name} gave {column[index]} at index {index}; every reward "
+            f"The reward term {term.name} returned {column[index]} at index {index}; every reward "
             "must be finite."
         )
     return column

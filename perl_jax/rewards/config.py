@@ -1,4 +1,4 @@
-"""What responses are paid: reward artefacts and other terms."""
+"""The flags that say how responses are rewarded: reward models and reward terms."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from perl_jax.hub.model import ModelOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardOptions(ModelOptions):
-    """What responses are paid.
+    """How responses are rewarded: reward_weight * (reward models' score) + (weighted sum of terms).
 
     Attributes:
-        reward: Reward artefacts of this base; several are an ensemble.
-        combine: An ensemble's score: the mean of its members', or the least.
-        reward_weight: What the reward models' score counts beside `terms`.
-        terms: More rewards, as a JSON list or a file of one: rules, a Python function, a judge.
+        reward: Folders of reward artefacts trained on this base model; several form an ensemble.
+        combine: How an ensemble's normalised scores are combined: their mean or their minimum.
+        reward_weight: The factor of the reward models' score when `terms` are added to it.
+        terms: Further rewards (rules, Python functions, judges): a JSON list, or the path of a file
+            that holds one.
     """
 
     reward: tuple[str, ...] = ()

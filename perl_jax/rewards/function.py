@@ -1,5 +1,5 @@
-"""A reward that is a Python function of the user, run in a process of its own so that a hang can be
-ended.
+"""Rewards computed by a user's Python function, which runs in its own process so that a hanging
+call can be stopped.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from perl_jax.rewards import checks
 
 Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prompts, responses, rows
 
-GRACE_SECONDS = 2.0  # for a worker to leave by itself once its pipe is closed
-LOOK_SECONDS = 0.1  # between looks at whether a worker that says nothing is still there
-# A program of its own: multiprocessing would import the user's script again, and with it jax and
-# all that training needs.
-START = (
+GRACE_SECONDS = 2.0  # how long a worker may take to exit once its pipe is closed
+LOOK_SECONDS = 0.1  # interval of the checks that a silent worker still runs
+# The worker's program. multiprocessing would import the user's script again, and with it jax and
+# everything else that training needs.
+WORKER_PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); from perl_jax.rewards import "
     "worker; worker.main()"
 )
@@ -37,42 +37,54 @@ START = (
 
 @dataclasses.dataclass
 class Worker:
-    """The process and the pipe to it; both None while there is no process."""
+    """A worker process and the pipe to it.
+
+    Attributes:
+        process: The process, or None while none runs.
+        pipe: This side's end of the pipe, or None while no process runs.
+        takes_rows: Whether the function has a parameter for the rows.
+    """
 
     process: subprocess.Popen | None = None
     pipe: connection.Connection | None = None
     takes_rows: bool = False
 
     def start(self, target: str, seconds: float) -> None:
-        """Loads the function in a new process; UserError if that fails or takes longer than
-        `seconds`.
+        """Starts a process and loads the function in it.
+
+        Raises UserError if loading fails or takes longer than `seconds`.
         """
         self.pipe, theirs = multiprocessing.Pipe()
         number = theirs.fileno()
-        # -P: a module of the working folder is not taken for one of Python's own before the path is
-        # set.
+        # -P: until sys.path is set, a module in the working directory must not hide a standard one.
         command = [
             sys.executable,
             "-P",
             "-c",
-            START,
+            WORKER_PROGRAM,
             target,
             str(number),
             json.dumps(sys.path, default=str),
         ]
-        # A session of its own: what it starts ends with it. Its input says nothing, but ends when
-        # this process does, even by a kill.
+        # A session of its own, so that the worker's child processes can be killed with it. Nothing
+        # is written to its standard input; the end of that pipe tells the worker that this process
+        # has ended, even by SIGKILL.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, pass_fds=(number,), start_new_session=True
         )
-        theirs.close()  # the worker has its own
+        theirs.close()  # the worker has a copy
         try:
             self.takes_rows = self.receive(target, seconds, "starting up (start_seconds)")
         except BaseException:
-            self.kill()  # one that could not start has nothing to lose
+            self.kill()  # nothing to save: the function is not loaded
             raise
 
     def ask(self, target: str, batch: Batch, seconds: float) -> list[float]:
+        """Returns the function's rewards of a batch, one float per response.
+
+        Raises UserError if the function fails, if the process ends, or if the call takes longer
+        than `seconds`; a process that was too slow is killed.
+        """
         prompts, responses, rows = batch
         what = f"a batch of {len(responses)} (timeout_seconds)"
         message = (
@@ -86,18 +98,25 @@ class Worker:
         except OSError:
             self.ended(target, what)
         except KeyboardInterrupt:
-            self.kill()  # its answer would be taken for that of the next batch
+            self.kill()  # else its late reply would be read as the reply to the next batch
             raise
 
     def receive(self, target: str, seconds: float, what: str) -> Any:
-        """The next reply's content; UserError for an error in it, none within `seconds`, or a
-        worker that has ended.
+        """Returns the content of the worker's next message.
+
+        Args:
+            target: The function's name, for error messages.
+            seconds: The longest time to wait.
+            what: What the worker is doing, for error messages.
+
+        Raises:
+            UserError: The message is an error, none came in time, or the process has ended.
         """
         latest = time.monotonic() + seconds
         try:
             while not self.pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
-                # The process too: a program that it left behind can hold the pipe open. Its last
-                # word may have come meanwhile.
+                # Check the process too: a child process that it left behind can keep the pipe open.
+                # Its last message may have arrived since the poll.
                 if self.process.poll() is not None and not self.pipe.poll():
                     self.ended(target, what)
                 if time.monotonic() >= latest:
@@ -113,7 +132,9 @@ class Worker:
         return content
 
     def ended(self, target: str, what: str) -> NoReturn:
-        """Clears up after a worker that has gone, and says so."""
+        """Cleans up after a process that has ended unexpectedly and raises a UserError with its
+        exit code.
+        """
         code = self.wait()
         self.kill()
         signalled = f" ({signal.strsignal(-code)})" if code is not None and code < 0 else ""
@@ -123,17 +144,19 @@ class Worker:
         )
 
     def wait(self) -> int | None:
-        """The exit code of a process that is about to leave; None if it does not."""
+        """Waits up to `GRACE_SECONDS` for the process to exit; returns its exit code, or None if it
+        still runs.
+        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_SECONDS)
         return self.process.returncode
 
     def kill(self) -> None:
-        """Ends the process at once, and what it started."""
+        """Kills the process and all processes that it started."""
         if self.process is None:
             return
-        if self.process.poll() is None:  # else its number may be another's by now
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile
+        if self.process.poll() is None:  # else another process may have its number by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended since
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdin.close()
@@ -141,8 +164,8 @@ class Worker:
         self.process = self.pipe = None
 
     def close(self) -> None:
-        """Lets an idle process leave by itself, so that the function's own files are closed in
-        order.
+        """Lets an idle process exit by itself, so that the function's open files are closed
+        properly.
         """
         if self.process is None:
             return
@@ -153,18 +176,23 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class FunctionReward:
-    """function(prompts, responses) -> numbers, one a response, each batch in one call.
+    """A reward computed by a Python function: function(prompts, responses) -> one number per
+    response.
 
-    A function with a third parameter (one without a default, or called rows) gets the rows, too.
-    The process starts at the first batch, or on entering the context, and stays: what the function
-    keeps between calls is still there, until a time-out or a crash; the batch after starts anew.
-    It imports what the function's module imports, neither the script that trains nor jax, and ends
-    with the process that trains. It must not use that one's accelerator.
+    Each batch is one call. The function also gets the rows if it has a third parameter that is
+    called `rows` or has no default.
+
+    The function runs in a worker process, which starts on entering the context or at the first
+    batch. The process keeps running, so state that the function keeps between calls persists. After
+    a time-out or a crash the next batch starts a new process. The worker imports the function's
+    module, but neither jax nor the training script, and must not use the accelerator that training
+    uses. It ends when the training process ends.
 
     Attributes:
-        function: module:function, or path/to/file.py:function.
-        timeout_seconds: The longest a batch may take; then the process, and what it started, is
-        killed. start_seconds: The longest the import may take.
+        function: `module:function`, or `path/to/file.py:function`.
+        timeout_seconds: The longest time for a batch, in seconds; after it the worker and its child
+            processes are killed.
+        start_seconds: The longest time for importing the function's module, in seconds.
     """
 
     function: str
@@ -197,6 +225,7 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
+        """Returns the function's rewards: float64 [n]. An empty batch does not call it."""
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
@@ -207,11 +236,14 @@ class FunctionReward:
         )
 
     def start(self) -> None:
-        """Loads the function if no process has it yet, so that its errors come before training."""
+        """Starts the worker process if none runs, so that import errors are reported before
+        training.
+        """
         if self.worker.process is None:
             self.worker.start(self.function, self.start_seconds)
 
     def close(self) -> None:
+        """Stops the worker process."""
         self.worker.close()
 
     def __enter__(self) -> FunctionReward:

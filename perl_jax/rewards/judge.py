@@ -1,9 +1,9 @@
-"""A reward from a language model that is asked for a score: direct RLAIF (Lee et al. 2023, arXiv
+"""Rewards from a language model that is asked for a score: direct RLAIF (Lee et al. 2023, arXiv
 2309.00267).
 
-The model is behind an OpenAI-compatible chat endpoint. The requests are made with the standard
-library, not with huggingface_hub's InferenceClient: that one sends the user's Hugging Face token to
-an endpoint for which no key was given, and refuses a local endpoint when HF_HUB_OFFLINE is set.
+The model is served by an OpenAI-compatible chat endpoint. Requests use Python's standard library.
+huggingface_hub's InferenceClient would send the user's Hugging Face token to an endpoint for which
+no key was given, and would refuse a local endpoint when HF_HUB_OFFLINE is set.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Answer with one number from {lowest} (very bad) to {highest} (excellent), and no
 MODES = ("number", "expected")
 ON_FAILURE = ("error", "neutral")
 NEUTRAL = 0.5  # the middle of the scale
-SHOWN = 120  # characters of an answer in a message
-LONGEST_WAIT = 60.0  # seconds between two attempts
+SHOWN = 120  # characters of an answer that a message quotes
+LONGEST_WAIT = 60.0  # seconds between two attempts at most
 
 HINTS = {401: "check the key", 403: "check the key", 404: "check judge.url and judge.model"}
 
@@ -54,11 +54,11 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)")
 
 
 class Unreadable(Exception):
-    """The judge answered, but not with a score; asking again may help."""
+    """The judge's answer holds no score; another attempt may give one."""
 
 
 class Unavailable(Exception):
-    """The judge did not answer; asking again later may help, not before `seconds`."""
+    """The judge did not answer; another attempt after at least `seconds` may succeed."""
 
     def __init__(self, reason: str, seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -67,31 +67,35 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """(score - lowest) / (highest - lowest), in [0, 1], of each response; one request a response.
+    """A reward from a judge: (score - lowest) / (highest - lowest), in [0, 1]; one request per
+    response.
 
-    Time-outs, lost connections and the statuses 429 and 5xx are tried again after a wait that
-    doubles; an answer without a score is asked for again at once. Any other status is an error.
+    Time-outs, lost connections and the statuses 429 and 5xx are retried after a wait that doubles
+    each time. An answer without a score is retried at once. Any other status is an error.
 
     Attributes:
-        url: The endpoint's base, as OpenAI's client takes it: http://localhost:8000/v1.
-        model: The model's name there.
-        template: What is asked; {prompt}, {response}, {lowest} and {highest} are filled in.
-        lowest: The score that becomes 0.
-        highest: The score that becomes 1.
-        mode: number reads the first number of the answer. expected takes the mean of the whole
-            numbers in [lowest, highest] under their probabilities as the answer's first token (the
-            paper's score), so its model must write every score as one token: where a tokenizer
-            splits 10 into digits, the highest must be 9.
-        api_key_variable: The environment variable that holds the key; None: no key is sent.
-        timeout_seconds: The longest silence of the server, not of the whole answer.
-        retries: Attempts after the first, for each response.
-        backoff_seconds: The first wait; each wait is at most 60 s.
-        concurrency: Requests at the same time.
-        temperature: Of the judge's sampling.
-        max_tokens: The longest answer; a model that thinks aloud needs far more than the default.
-        top_logprobs: Tokens that the server is asked to list, for mode expected.
-        on_failure: What no score after the last attempt means: an error, or 0.5 (neutral) and a
-            warning. A judge that cannot be reached is an error always.
+        url: The base URL of the endpoint, in the form of OpenAI's client: http://localhost:8000/v1.
+        model: The model's name at the endpoint.
+        template: The request's text; {prompt}, {response}, {lowest} and {highest} are filled in.
+        lowest: The score that is mapped to reward 0.
+        highest: The score that is mapped to reward 1.
+        mode: How the score is read. `number` takes the first number of the answer. `expected` takes
+            the mean of the whole numbers in [lowest, highest], weighted by their probabilities as
+            the answer's first token (the paper's score). With `expected` every score must be a
+            single token: where a tokenizer splits 10 into digits, `highest` must be 9.
+        api_key_variable: The environment variable that holds the API key; None sends no key.
+        timeout_seconds: The longest silence of the server in seconds (not the time for the whole
+            answer).
+        retries: Further attempts after the first one, for each response.
+        backoff_seconds: The wait before the first retry, in seconds; no wait is longer than 60 s.
+        concurrency: The number of simultaneous requests.
+        temperature: The judge's sampling temperature.
+        max_tokens: The longest answer in tokens; a model that reasons before it answers needs far
+            more than the default.
+        top_logprobs: How many candidate tokens the server returns for each position; used by mode
+            `expected`.
+        on_failure: What happens when the last attempt gives no score: `error` stops, `neutral`
+            counts 0.5 and warns. A judge that cannot be reached is always an error.
     """
 
     url: str
@@ -157,6 +161,11 @@ class Judge:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
+        """Returns the rewards, float64 [n]; sends up to `concurrency` requests at a time.
+
+        Raises UserError for the first response that gets no score; the remaining requests are
+        cancelled.
+        """
         checks.sequences(prompts, responses, rows)
         key = self.api_key()
         questions = [self.question(*pair) for pair in zip(prompts, responses, strict=True)]
@@ -170,14 +179,16 @@ class Judge:
                 done, _ = concurrent.futures.wait(
                     futures, return_when=concurrent.futures.FIRST_EXCEPTION
                 )
-            finally:  # after the first error, or a Ctrl-C, nobody needs the rest
+            finally:  # after the first error, or Ctrl-C, the other requests are not needed
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         scores = [future.result() for future in futures if future in done]
         return self.rewards(scores)
 
     def rewards(self, scores: Sequence[float | None]) -> np.ndarray:
-        """The scores on [0, 1]; None, no score, is 0.5."""
+        """Returns scores mapped to [0, 1]: float64 [n]. A score of None becomes 0.5, with a
+        warning.
+        """
         unread = sum(score is None for score in scores)
         if unread:
             message = "%d of %d answers of the judge held no score; they count %g."
@@ -188,14 +199,16 @@ class Judge:
         )
 
     def question(self, prompt: str, response: str) -> str:
-        """The template filled in; braces in the texts stay what they are."""
+        """Returns the template with its four fields filled in; braces in the filled-in texts are
+        kept.
+        """
         values = {
             "prompt": prompt,
             "response": response,
             "lowest": f"{self.lowest:g}",
             "highest": f"{self.highest:g}",
         }
-        # In one pass, so that what was filled in is not searched: a response may hold "{prompt}".
+        # One pass, so that filled-in text is not searched again: a response may hold "{prompt}".
         return re.sub(
             r"\{(prompt|response|lowest|highest)\}",
             lambda hole: values[hole.group(1)],
@@ -205,7 +218,11 @@ class Judge:
     def ask(
         self, index: int, question: str, key: str | None, stop: threading.Event
     ) -> float | None:
-        """One response's score, None for none (neutral) or once `stop` is set; an error sets it."""
+        """Returns the score of one response.
+
+        Returns None if the judge gave no score and `on_failure` is neutral, or if `stop` is set
+        because another response failed. Sets `stop` on any error.
+        """
         if stop.is_set():
             return None
         try:
@@ -217,7 +234,10 @@ class Judge:
     def attempts(
         self, index: int, data: bytes, key: str | None, stop: threading.Event
     ) -> float | None:
-        """As `ask`; UserError when the attempts are used up."""
+        """Sends a request up to retries + 1 times and returns the score, or None as `ask` does.
+
+        Raises UserError when all attempts have failed.
+        """
         for attempt in range(self.retries + 1):
             wait = 0.0
             try:
@@ -229,7 +249,7 @@ class Judge:
                 failure = error
                 wait = min(LONGEST_WAIT, max(self.backoff_seconds * 2**attempt, error.seconds))
             if attempt < self.retries and stop.wait(wait):
-                return None  # another response has failed: the batch is lost
+                return None  # another response has failed, and with it the batch
         if isinstance(failure, Unreadable) and self.on_failure == "neutral":
             return None
         attempts = f"{self.retries + 1} attempt{'s' if self.retries else ''}"
@@ -238,6 +258,7 @@ class Judge:
         ) from failure
 
     def body(self, question: str) -> dict[str, Any]:
+        """Returns the JSON body of a chat-completion request."""
         asked = (
             {"logprobs": True, "top_logprobs": self.top_logprobs} if self.mode == "expected" else {}
         )
@@ -250,6 +271,9 @@ class Judge:
         }
 
     def api_key(self) -> str | None:
+        """Returns the API key from the environment, or None if no variable is named; raises
+        UserError if it is missing or malformed.
+        """
         if self.api_key_variable is None:
             return None
         key = os.environ.get(self.api_key_variable, "").strip()
@@ -258,17 +282,17 @@ class Judge:
             f"The environment variable {self.api_key_variable} (judge.api_key_variable) is not "
             "set.",
         )
-        # Here, because the HTTP library would show the key in its message.
+        # Checked here, because the HTTP library would show the key in its error message.
         good = key.isascii() and key.isprintable()
         require(
             good,
-            f"The environment variable {self.api_key_variable} is no key: it holds control or "
+            f"The environment variable {self.api_key_variable} is not a key: it holds control or "
             "non-ASCII characters.",
         )
         return key
 
     def __enter__(self) -> Judge:
-        self.api_key()  # a missing key is told before training, not at the first batch
+        self.api_key()  # reports a missing key before training, not at the first batch
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -276,7 +300,7 @@ class Judge:
 
 
 def check_url(url: Any) -> None:
-    """UserError unless it is an http or https address without a user's name or password in it."""
+    """Raises UserError unless `url` is an http or https address without a user name or password."""
     checks.text("judge.url", url)
     example = "such as http://localhost:8000/v1"
     try:
@@ -293,7 +317,7 @@ def check_url(url: Any) -> None:
 
 
 def chat_url(url: str) -> str:
-    """The address of chat completions; /v1 is what an address without a path means."""
+    """Returns the address of chat completions below `url`; a `url` without a path means /v1."""
     parts = urllib.parse.urlsplit(url)
     path = parts.path.rstrip("/") or "/v1"
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
@@ -301,14 +325,17 @@ def chat_url(url: str) -> str:
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host, and turn the POST into a GET."""
+    """Refuses redirects, which would send the key to another host and turn POST into GET."""
 
     def redirect_request(self, *arguments: Any) -> None:
         return None
 
 
 def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
-    """The body of the reply; Unavailable if asking again may help, else UserError."""
+    """Sends a POST request and returns the body of the reply.
+
+    Raises Unavailable if another attempt may succeed, else UserError.
+    """
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json",
@@ -332,7 +359,9 @@ def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
 
 
 def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoReturn:
-    """Raises for a status that is not a success, with what the server says, the key taken out."""
+    """Raises Unavailable or UserError for an HTTP error status, with the server's message; the key
+    is removed from it.
+    """
     try:
         said = error.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
@@ -351,7 +380,7 @@ def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoRetur
 
 
 def first_choice(reply: bytes) -> dict[str, Any]:
-    """The first choice of a chat completion; UserError if the reply is none."""
+    """Returns the first choice of a chat completion; raises UserError if the reply is not one."""
     try:
         choice = json.loads(reply)["choices"][0]
         choice["message"].get("content")
@@ -365,7 +394,9 @@ def first_choice(reply: bytes) -> dict[str, Any]:
 
 
 def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """The first number of the answer; Unreadable if there is none or it is out of range."""
+    """Returns the first number of the answer; raises Unreadable if there is none or it is out of
+    range.
+    """
     answer = content(choice)
     found = NUMBER.search(answer)
     if found is None or not lowest <= float(found.group()) <= highest:
@@ -382,11 +413,15 @@ def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> flo
 
 
 def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """sum_s s P(s) / sum_s P(s) over the whole numbers s in range among the first token's
-    candidates.
+    """Returns the expected score, sum_s s P(s) / sum_s P(s) (Lee et al. 2023).
 
-    Tokens that differ in white space only are one number. The first token is the first that is not
-    white space; Unreadable if no candidate for it is a number.
+    s runs over the whole numbers in [lowest, highest] among the candidates of the answer's first
+    token that is not white space. Candidates that differ only in white space count as the same
+    number.
+
+    Raises:
+        Unreadable: No candidate is a number in range.
+        UserError: The model writes a score as two tokens.
     """
     tokens = list(itertools.dropwhile(lambda token: not token["token"].strip(), listed(choice)))
     if len(tokens) > 1 and (tokens[0]["token"].strip() + tokens[1]["token"]).isdecimal():
@@ -411,7 +446,9 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
 
 
 def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The answer's tokens, each with its candidates; UserError if the server sends none."""
+    """Returns the answer's tokens with their candidates' log-probabilities; raises UserError if the
+    server sent none.
+    """
     try:
         tokens = choice["logprobs"]["content"]
         for token in tokens:
@@ -429,7 +466,9 @@ def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def content(choice: Mapping[str, Any]) -> str:
-    """The answer's text; a model that ran out of tokens while thinking has none."""
+    """Returns the text of the answer, or "" if there is none (a model that ran out of tokens while
+    reasoning).
+    """
     answer = choice["message"].get("content")
     return answer if isinstance(answer, str) else ""
 

@@ -1,8 +1,8 @@
-"""Rewards that are rules: of the text alone, or of the text and its row; the same text gets the
-same reward.
+"""Rewards computed by rules from a response's text, or from its text and its row; they are
+deterministic.
 
-Each rule is a frozen dataclass called with the batch, `rule(prompts, responses, rows)`, and gives a
-float64 array of shape [n]. `RULES` is the table of their names.
+Each rule is a frozen dataclass. Calling it, `rule(prompts, responses, rows)`, returns float64 [n].
+`RULES` maps names to rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from perl_jax.rewards import checks
 
 Row = Mapping[str, Any]
 
-SHOWN = 80  # characters of a prompt in a message
+SHOWN = 80  # characters of a prompt that a message quotes
 
 UNITS: Mapping[str, Callable[[str], int]] = {
     "words": lambda text: len(text.split()),
@@ -35,14 +35,17 @@ MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """max(-1, -excess / scale), excess = max(minimum - n, n - maximum, 0): 0 inside [minimum,
-    maximum].
+    """max(-1, -excess / scale), where excess = max(minimum - n, n - maximum, 0) and n is the
+    length.
+
+    A length within [minimum, maximum] earns 0.
 
     Attributes:
-        minimum: Least length that costs nothing.
-        maximum: Largest length that costs nothing; None: no bound.
-        unit: n counts words (split at white space) or characters (Unicode code points).
-        scale: The excess, in units, that costs 1, which is also the most it can cost.
+        minimum: The least length without a penalty.
+        maximum: The largest length without a penalty; None sets no bound.
+        unit: What n counts: `words` (separated by white space) or `characters` (Unicode code
+            points).
+        scale: The excess, in units, at which the reward reaches its lowest value, -1.
     """
 
     minimum: int = 0
@@ -66,9 +69,11 @@ class Length:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
+        """Returns the rewards of the responses, float64 [n] in [-1, 0]."""
         return np.array([self.reward(response) for response in responses], np.float64)
 
     def reward(self, response: str) -> float:
+        """Returns the reward of one response."""
         n = UNITS[self.unit](response)
         above = 0 if self.maximum is None else n - self.maximum
         excess = max(self.minimum - n, above, 0)
@@ -77,12 +82,12 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """1 if the response is one JSON value and nothing else but white space around it, else 0.
+    """1 if the response is one JSON value, with nothing else but white space around it; else 0.
 
-    NaN and Infinity are not JSON, and nesting too deep for Python's parser counts as none.
+    NaN and Infinity are not valid JSON. Nesting too deep for Python's parser earns 0.
 
     Attributes:
-        keys: If given, the value must be an object that has these keys.
+        keys: If given, the value must be an object with these keys.
     """
 
     keys: tuple[str, ...] = ()
@@ -93,9 +98,11 @@ class Format:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
+        """Returns the rewards of the responses, float64 [n] of 0 and 1."""
         return np.array([self.fits(response) for response in responses], np.float64)
 
     def fits(self, response: str) -> bool:
+        """Returns whether a response is one JSON value and has the keys."""
         try:
             # Numbers stay text: Python refuses to convert integers of thousands of digits.
             value = json.loads(response, parse_constant=refuse, parse_int=str, parse_float=str)
@@ -105,18 +112,20 @@ class Format:
 
 
 def refuse(constant: str) -> None:
+    """Raises ValueError for NaN and Infinity, which Python's parser accepts."""
     raise ValueError(f"{constant} is not JSON")
 
 
 @dataclasses.dataclass(frozen=True)
 class Regex:
-    """1 if the pattern is found in the response (search) or is all of it (fullmatch), else 0.
+    """1 if the pattern is found in the response (`search`) or matches all of it (`fullmatch`); else
+    0.
 
     Attributes:
-        pattern: In Python's `re` syntax; flags are written inside, such as (?i) or (?s). There is
-            no
-            time-out: nested repetitions such as (a+)+ can take for ever on a long response.
-        mode: search or fullmatch.
+        pattern: A pattern in the syntax of Python's `re`; flags are written inside, such as (?i) or
+            (?s). There is no time-out: nested repetitions such as (a+)+ can run for ever on a long
+            response.
+        mode: `search` or `fullmatch`.
     """
 
     pattern: str
@@ -135,6 +144,7 @@ class Regex:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
+        """Returns the rewards of the responses, float64 [n] of 0 and 1."""
         pattern, match = re.compile(self.pattern), MODES[self.mode]
         return np.array(
             [match(pattern, response) is not None for response in responses], np.float64
@@ -143,14 +153,16 @@ class Regex:
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """1 if the response is the row's answer, else 0; a row's number is compared as it is printed.
+    """1 if the response equals the row's answer, else 0. An answer that is a number is compared as
+    printed.
 
-    A row without an answer, or with an empty one, is an error: else an empty response would be
-    right.
+    A row without an answer, or with an empty one, is an error; otherwise an empty response would be
+    rewarded.
 
     Attributes:
-        field: The row's field that holds the answer: any column of the prompts.
-        strict: Compare as it is; otherwise case and runs of white space make no difference.
+        field: The field of the row that holds the answer; it may be any column of the prompts.
+        strict: Whether to compare exactly; by default case and runs of white space make no
+            difference.
     """
 
     field: str = "answer"
@@ -163,6 +175,9 @@ class ExactMatch:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
+        """Returns the rewards of the responses, float64 [n] of 0 and 1; raises UserError for a row
+        without an answer.
+        """
         answers = [self.answer(row, index) for index, row in enumerate(rows)]
         form = str if self.strict else normalised
         return np.array(
@@ -170,12 +185,15 @@ class ExactMatch:
         )
 
     def check_rows(self, rows: Iterable[Row]) -> None:
-        """UserError naming the first row without an answer."""
+        """Raises UserError naming the first row without an answer."""
         for index, row in enumerate(rows):
             self.answer(row, index)
 
     def answer(self, row: Row, index: int) -> str:
-        # The prompt too: in a batch the index says little.
+        """Returns the row's answer as a string; raises UserError if it is missing, empty or neither
+        a text nor a number.
+        """
+        # Quote the prompt too: an index within a batch says little.
         where = f"Row {index} ({row['prompt'][:SHOWN]!r})" if "prompt" in row else f"Row {index}"
         has = ", ".join(map(str, row)) or "no field at all"
         require(
@@ -194,22 +212,22 @@ class ExactMatch:
 
 
 def normalised(text: str) -> str:
-    """Without case (Unicode case folding), white space at the ends, and with single spaces
-    inside.
+    """Returns the text case-folded (Unicode), stripped, and with runs of white space as single
+    spaces.
     """
     return " ".join(text.casefold().split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """min(occurrences, most) / most, over the occurrences of any of the words, in any case.
+    """min(occurrences, most) / most, over the occurrences of any of the words; case is ignored.
 
-    Whole words only: no letter, digit or underscore may touch them. An item of several words is
-    found as a phrase; where two items begin at the same place, the longer one counts, once.
+    Only whole words count: no letter, digit or underscore may touch a match. An entry of several
+    words is a phrase. Where two entries begin at the same place, only the longer one counts.
 
     Attributes:
-        words: What to look for.
-        most: The number of occurrences that earns 1.
+        words: The words or phrases to look for.
+        most: The number of occurrences that earns the reward 1.
     """
 
     words: tuple[str, ...]
@@ -225,6 +243,7 @@ class Words:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
+        """Returns the rewards of the responses, float64 [n] in [0, 1]."""
         longest_first = sorted((normalised(word) for word in self.words), key=len, reverse=True)
         pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
         found = [sum(1 for _ in pattern.finditer(normalised(response))) for response in responses]

@@ -1,4 +1,4 @@
-"""Scores of rollouts: reward models of this base on the devices, other terms on the host."""
+"""Scores rollouts: reward models of the base run on the devices, reward terms on the host."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from perl_jax.generation.sampling import Rollout
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model
 from perl_jax.hub.tokenizer import Tokenizer
-from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.microbatches import each_microbatch
 from perl_jax.rewards import compose
 from perl_jax.rewards.compose import Composite, Term
 from perl_jax.runtime import hosts, sharding
@@ -40,19 +40,19 @@ def combined(scores_MB: Array, combine: str | tuple[float, ...]) -> jax.Array:
 
 
 def role_name(index: int) -> str:
-    """The name of a reward model among the state's frozen roles."""
+    """Returns the name of the index-th reward model among the frozen roles of the train state."""
     return "reward" if index == 0 else f"reward_{index}"
 
 
 def read_terms(source: str | None) -> tuple[Term, ...]:
-    """The host's terms; UserError for what is wrong with them, before anything is loaded."""
+    """Returns the reward terms of `compose.read_terms`, or none if `source` is None."""
     return () if source is None else compose.read_terms(source)
 
 
 def load_rewards(
     model: Model, folders: Sequence[str]
 ) -> tuple[dict[str, Adapter], tuple[Record, ...]]:
-    """Reward models by their names in the state, and their records."""
+    """Loads reward artefacts; returns their adapters, by role name, and their records."""
     loaded = [model.load_role(folder, "reward") for folder in folders]
     return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(
         record for _, record in loaded
@@ -62,7 +62,16 @@ def load_rewards(
 def reward_program(
     model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1
 ) -> Program:
-    """(base, reward roles, sequences) -> (the combined score_B, the members' scores [M, B])."""
+    """Returns the compiled program (base, reward adapters, sequences) -> (score_B, scores_MB).
+
+    score_B is the combined score and scores_MB holds the normalised score of each of the M reward
+    models.
+
+    Args:
+        records: The records of the reward artefacts, with the moments that normalise their scores.
+        combine: A key of `COMBINE`.
+        microbatches: How many parts the batch is scored in.
+    """
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
     return Program(
@@ -77,10 +86,12 @@ def reward_program(
 
 @dataclasses.dataclass(frozen=True)
 class TurnEnd:
-    """How sampled responses end, and how scored ones do (`Tokenizer`).
+    """The token ids that end responses: as sampled, and in rows of data (see `Tokenizer`).
 
-    stop_part, tail_ids: the ids that end a scored response. stop_ids: those that sampling stops at;
-    the last of the stop part is one of them, eos another.
+    Attributes:
+        stop_part: Ids that end a response in a row of data.
+        tail_ids: Ids that the chat template writes after them.
+        stop_ids: Ids at which sampling stops: the last id of `stop_part`, eos and others.
     """
 
     stop_part: tuple[int, ...]
@@ -89,21 +100,23 @@ class TurnEnd:
 
 
 def ends_of(tokenizer: Tokenizer) -> TurnEnd | None:
-    """What `with_turn_end` writes; None: sampling stops at one id, and a scored response ends with
-    the same.
+    """Returns the tokenizer's turn end, or None if sampled responses already end as rows of data
+    do.
     """
     ends = TurnEnd(tuple(tokenizer.stop_part), tuple(tokenizer.tail_ids), tuple(tokenizer.stop_ids))
     return None if ends.stop_part == ends.stop_ids and not ends.tail_ids else ends
 
 
 def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
-    """Sampled sequences as rows of data are: a response that ended ends as a turn of the chat
-    template does.
+    """Returns sampled sequences with complete responses ended as in rows of data: stop_part +
+    tail_ids.
 
-    The stop token it was sampled with, and what it has of the stop part before that, are replaced
-    by the whole stop part and the tail. A response that did not end stays as it is. The response
-    mask is that of the sampled tokens: nothing is learned from what was written here. So the score
-    of a text does not depend on how its response ended.
+    A complete response ends with a stop token, possibly after a beginning of the stop part; these
+    tokens are replaced. So the score of a text does not depend on which stop token was sampled. An
+    incomplete response is not changed.
+
+    The columns grow by len(stop_part) + len(tail_ids) - 1. The response mask still covers the
+    sampled tokens only, so no loss is taken on the added ones.
     """
     end_ids, extra = (*ends.stop_part, *ends.tail_ids), len(ends.stop_part) + len(ends.tail_ids) - 1
     right = lambda x_BT: jnp.pad(jnp.asarray(x_BT), ((0, 0), (0, extra)))
@@ -118,7 +131,7 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
     ended_B1 = jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(
         response_BT, axis=1, keepdims=True
     )
-    # How many tokens of the stop part there are before the first that is missing, from its end.
+    # How many tokens of the stop part are there, counted from its end up to the first missing one.
     matching_B1, goes_on_B1 = jnp.zeros_like(last_B1), ended_B1
     for places, token in enumerate(reversed(ends.stop_part)):
         goes_on_B1 = (
@@ -149,12 +162,13 @@ def _scores(
     rewards: Sequence[Adapter],
     tokens: Tokens,
 ) -> tuple:
+    """Computes (score_B, scores_MB) of a batch; see `reward_program`."""
     tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
     def score(adapter: Adapter, record: Record) -> jax.Array:
         own = None if adapter.weights is not None else base
         return record.normalise(
-            microbatches_lib.each_microbatch(
+            each_microbatch(
                 lambda part: passes.scores(lm, own, adapter, part), tokens, microbatches
             )
         )
@@ -166,10 +180,16 @@ def _scores(
 
 
 class Scorer:
-    """Rewards of rollouts: weight x the reward models' score + the weighted sum of the host's
-    terms.
+    """Rewards of rollouts: weight * (reward models' score) + (weighted sum of the terms).
 
-    A context manager: leaving it ends what the terms started.
+    As a context manager it starts and stops what the terms need (`Composite`).
+
+    Attributes:
+        model: The base model, its tokenizer and mesh.
+        program: The program of `reward_program`; None without reward models.
+        weight: The factor of the reward models' score.
+        rows: The data rows of the prompts, indexed by `row_B`.
+        terms: The terms as one `Composite`; None without terms.
     """
 
     def __init__(
@@ -181,8 +201,9 @@ class Scorer:
             self.terms.check_rows(rows)
 
     def over(self, rows: Any) -> Scorer:
-        """This scorer for rollouts of other rows; what the terms started is shared, and ends with
-        this one.
+        """Returns a scorer for rollouts of other rows.
+
+        The new scorer shares the running terms with this one, which stops them.
         """
         other = copy.copy(self)
         other.rows = rows
@@ -207,13 +228,19 @@ class Scorer:
     def __call__(
         self, frozen: Mapping[str, Adapter], rollout: Rollout, row_B: np.ndarray
     ) -> tuple[Array, dict[str, float]]:
-        """(score_B, what the log says of its parts), of all rows.
+        """Returns (score_B, metrics) of all rows of the batch, on every process.
 
-        frozen: the state's frozen roles. row_B: rows of `rows`, this process's only.
+        The metrics hold the mean of each term; with several reward models also each model's mean
+        and their disagreement, the mean over rows of the standard deviation over models.
+
+        Args:
+            frozen: The frozen roles of the train state, among them the reward models.
+            rollout: The sampled responses.
+            row_B: Indices into `rows` of this process's part of the batch.
         """
         score_B, logs = None, {}
         if self.program is not None:
-            # By number: the state's own order, by name, has reward_10 before reward_2.
+            # Ordered by number: the state is sorted by name, with reward_10 before reward_2.
             names = (role_name(index) for index in itertools.count())
             rewards = [frozen[name] for name in itertools.takewhile(frozen.__contains__, names)]
             base = self.model.base if any(role.weights is None for role in rewards) else None
@@ -239,7 +266,9 @@ class Scorer:
         return score_B, logs
 
     def _columns(self, rollout: Rollout, row_B: np.ndarray) -> dict[str, np.ndarray]:
-        """The terms of all rows, each computed once: by the process that has the row."""
+        """Returns each term's rewards of all rows. Each row is scored once, by the process that
+        holds it.
+        """
         share = sharding.row_share(self.model.mesh)
         rows = [self.rows[int(row)] for row in row_B]
         texts = response_texts(self.model.tokenizer, rollout, share)
@@ -250,8 +279,10 @@ class Scorer:
 
 
 def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None = None) -> list[str]:
-    """The responses as text, without what ends them (`Tokenizer.without_end`): of all rows, or of
-    one process's share.
+    """Returns the responses as text, without the tokens that end them (`Tokenizer.without_end`).
+
+    Args:
+        share: This process's share of the rows; None decodes all rows.
     """
     part = (lambda rows: rows) if share is None else share.part
     tokens_BT, mask_BT = (

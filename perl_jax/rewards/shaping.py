@@ -1,4 +1,4 @@
-"""What becomes of a score before the KL is taken off: clipping, whitening, penalties."""
+"""Shapes scores before the KL penalty is subtracted: clipping, whitening, length penalties."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from perl_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class ShapingConfig:
-    """What becomes of a score before the KL is taken off.
+    """How scores are shaped before the KL penalty is subtracted; applied in the order of the
+    fields.
 
     Attributes:
-        clip: Scores are kept within +- this; None: as they are.
-        whiten: Divide scores by their deviation over the batch; their mean stays.
-        missing_eos_penalty: Taken off where a response did not end within its room.
-        overlong_penalty: Taken off, in proportion, over the last overlong_buffer tokens of the
-        room. overlong_buffer: In tokens; 0: no such penalty.
+        clip: Clip scores to [-clip, clip]; None does not clip.
+        whiten: Divide scores by their standard deviation over the batch; their mean is kept.
+        missing_eos_penalty: Subtracted from the score of a response that reached max_new_tokens
+            without an end-of-sequence token.
+        overlong_penalty: The largest penalty for length: it grows linearly from 0 to this value
+            over the last `overlong_buffer` tokens before max_new_tokens.
+        overlong_buffer: The length, in tokens, over which the penalty for length grows; 0 turns it
+            off.
     """
 
     clip: float | None = None
@@ -44,7 +48,9 @@ class ShapingConfig:
         errors.require(taken, f"{penalty}; leave it out, or give shaping.overlong_buffer.")
 
     def check_room(self, room: int) -> None:
-        """UserError unless the over-length penalty begins within a response's room, in tokens."""
+        """Raises UserError unless `overlong_buffer` is at most `room`, the longest response in
+        tokens.
+        """
         errors.require(
             self.overlong_buffer <= room,
             f"shaping.overlong_buffer is {self.overlong_buffer}; a response has room for {room} "
@@ -53,8 +59,11 @@ class ShapingConfig:
 
 
 def shaped(shaping: ShapingConfig, room: int, score_B: Array, rollout: Rollout) -> jax.Array:
-    """Scores after clipping, whitening and penalties (`ShapingConfig`), in that order. room: a
-    response's, in tokens.
+    """Returns shaped scores [B]: clipped, whitened, then with penalties subtracted
+    (`ShapingConfig`).
+
+    Args:
+        room: The longest response in tokens (max_new_tokens).
     """
     mask_BT = rollout.sequences.response_BT
     score_B = advantages.shape_scores(

@@ -1,8 +1,8 @@
-"""The worker process of a reward function: loads it, calls it, checks what it returns.
+"""The worker process of a reward function: loads the function, calls it and checks what it returns.
 
-Runs apart from training, so nothing heavy is imported here (a test looks). What the function prints
-goes to standard error: replies travel through a pipe of their own, and standard output is the
-command's.
+The process is separate from training, so this module imports nothing heavy (a test checks). What
+the function prints goes to standard error, because standard output belongs to the command; replies
+travel through a pipe of their own.
 """
 
 from __future__ import annotations
@@ -25,37 +25,41 @@ from typing import Any
 
 from perl_jax.errors import UserError, require
 
-SHOWN = 80  # characters of a response in a message
-LONGEST = 300  # characters of an exception's message in ours
+SHOWN = 80  # characters of a response that a message quotes
+LONGEST = 300  # characters of an exception's message that a message quotes
 
 
 def main() -> None:
-    """The program that `function.Worker` starts: the function's name and the number of its end of
-    the pipe are arguments.
+    """Runs the worker; `function.Worker` starts this program.
 
-    Answers batches until the other end closes: sends ("ready", whether it wants rows) once, then
-    for each (prompts, responses, rows) one of ("values", floats) and ("error", sentence). An error
-    before "ready" is the last message.
+    Arguments of the program: the function's name, and the file descriptor of the worker's end of
+    the pipe.
+
+    First sends ("ready", whether the function takes rows), or ("error", message) and ends. Then
+    answers each (prompts, responses, rows) with ("values", floats) or ("error", message) until the
+    other end of the pipe is closed.
     """
     target, number = sys.argv[1], int(sys.argv[2])
-    os.set_inheritable(number, False)  # programs that the function starts would hold the pipe open
+    os.set_inheritable(number, False)  # the function's child processes would keep the pipe open
     threading.Thread(target=end_with_parent, args=(os.dup(0),), daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    sys.stdout = sys.stderr  # at once, line by line, and not when a buffer is full
-    with contextlib.suppress(EOFError, OSError):  # the other end is closed: nobody is left to tell
+    sys.stdout = sys.stderr  # which is not buffered: prints appear at once
+    with contextlib.suppress(EOFError, OSError):  # the other end is closed
         answer(target, Connection(number))
 
 
 def end_with_parent(watched: int) -> None:
-    """Ends this process and what it started when the input that it began with ends: with its
-    parent, even by a kill.
+    """Kills this process and its children when the parent process ends, even by SIGKILL.
+
+    Waits for the end of `watched`, a copy of the standard input that the parent holds open.
     """
     os.read(watched, 1)
     os.killpg(0, signal.SIGKILL)
 
 
 def answer(target: str, connection: Connection) -> None:
+    """Loads the function and answers batches; `main` describes the messages."""
     try:
         function = load(target)
         takes_rows = wants_rows(target, function)
@@ -75,13 +79,14 @@ def answer(target: str, connection: Connection) -> None:
 
 
 def load(target: str) -> Callable:
-    """The function of `module:function` or `path/to/file.py:function`; UserError if there is
-    none.
+    """Returns the function named by `module:function` or `path/to/file.py:function`.
+
+    Raises UserError if the import fails or there is no such function.
     """
     source, _, name = target.rpartition(":")
     try:
         module = load_file(source) if source.endswith(".py") else load_module(source)
-    except BaseException as error:  # a script may well exit when it is imported
+    except BaseException as error:  # also SystemExit: an imported script may call sys.exit
         traceback.print_exc()
         where = location(error.__traceback__, source)
         raise UserError(
@@ -105,9 +110,12 @@ def load(target: str) -> Callable:
 
 
 def load_file(source: str) -> ModuleType:
+    """Imports a file and returns its module; modules beside the file can be imported, as in a
+    script.
+    """
     path = pathlib.Path(source).expanduser().resolve()
-    sys.path.insert(0, str(path.parent))  # the file's neighbours can be imported, as in a script
-    # Not the file's own name, which may be that of a module others need (json.py, random.py).
+    sys.path.insert(0, str(path.parent))
+    # Not the file's own name, which may be that of a standard module (json.py, random.py).
     spec = importlib.util.spec_from_file_location("_reward_function_file", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -116,14 +124,17 @@ def load_file(source: str) -> ModuleType:
 
 
 def load_module(source: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())  # an installed command, unlike `python -m`, does not look there
+    """Imports a module by name; modules in the working directory are found too."""
+    sys.path.insert(0, os.getcwd())  # unlike `python -m`, an installed command leaves it out
     return importlib.import_module(source)
 
 
 def wants_rows(target: str, function: Callable) -> bool:
-    """Whether it takes (prompts, responses, rows), not (prompts, responses); UserError if neither.
+    """Returns whether the function takes (prompts, responses, rows) rather than (prompts,
+    responses).
 
-    A third parameter with a default is taken for rows only if that is its name.
+    A third parameter with a default counts only if it is called `rows`. Raises UserError if the
+    function takes neither.
     """
     try:
         signature = inspect.signature(function)
@@ -145,14 +156,17 @@ def wants_rows(target: str, function: Callable) -> bool:
 
 
 def call(target: str, function: Callable, arguments: tuple) -> Any:
-    """What the function returns, as a list if it can be gone through."""
+    """Returns what the function returns, with iterables other than texts, mappings and sets as
+    lists.
+
+    Raises UserError if the function raises.
+    """
     try:
         result = function(*arguments)
         kept = isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable)
-        return (
-            result if kept else list(result)
-        )  # here, because a generator runs the function's code
-    except BaseException as error:  # sys.exit too: it would end the worker without a word
+        # Listed here, because a generator runs the function's code.
+        return result if kept else list(result)
+    except BaseException as error:  # also SystemExit, which would end the worker silently
         traceback.print_exc()
         where = location(error.__traceback__, target.rpartition(":")[0])
         raise UserError(
@@ -161,7 +175,10 @@ def call(target: str, function: Callable, arguments: tuple) -> Any:
 
 
 def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[float]:
-    """One finite float a response; True is 1 and False is 0."""
+    """Returns the function's result as one finite float per response; True is 1 and False is 0.
+
+    Raises UserError if the result is anything else.
+    """
     n = len(responses)
     wanted = f"it must return a sequence of {n} numbers, one a response"
     require(
@@ -177,6 +194,9 @@ def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[f
 
 
 def checked_value(target: str, value: Any, index: int, response: str) -> float:
+    """Returns one value of the result as a finite float; raises UserError naming the index and the
+    response.
+    """
     where = f"at index {index}, for the response {response[:SHOWN]!r}"
     number = to_float(value)
     kind = type(value).__name__
@@ -192,7 +212,9 @@ def checked_value(target: str, value: Any, index: int, response: str) -> float:
 
 
 def to_float(value: Any) -> float | None:
-    """The number a value is (also NumPy's, JAX's, or a tensor without axes), None if it is none."""
+    """Returns a number as a float (also one of NumPy or JAX, or a tensor without axes); None if it
+    is not a number.
+    """
     if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
         return None
     try:
@@ -204,16 +226,17 @@ def to_float(value: Any) -> float | None:
 
 
 def described(error: BaseException) -> str:
-    """Type and message on one line, as the last line of a traceback, without the full stop at the
-    end.
-    """
+    """Returns an exception's type and message on one line, without a full stop at its end."""
     message = " ".join(str(error).split())[:LONGEST]
     return f"{type(error).__name__}: {message}".rstrip(": .")
 
 
 def location(trace: TracebackType | None, source: str) -> str:
-    """` (file, line n, in name)`: the deepest frame in the user's module, else the deepest."""
-    # Without those of this file, and of Python's import.
+    """Returns ` (FILE, line N, in NAME)`: the deepest frame in the user's module, or else the
+    deepest of all.
+
+    Frames of this file and of Python's import system do not count.
+    """
     frames = [
         f
         for f in traceback.extract_tb(trace)

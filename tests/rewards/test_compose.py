@@ -189,14 +189,20 @@ def test_an_empty_batch_asks_nothing():
     [
         (
             (1.0,),
-            r"The reward term t gave an array of shape \(1,\); it must be \(2,\), one number a "
+            r"The reward term t returned an array of shape \(1,\); it must be \(2,\), one number a "
             r"response\.",
         ),
-        (([1.0], [2.0]), r"The reward term t gave an array of shape \(2, 1\); it must be \(2,\)"),
-        ((1.0, np.nan), r"The reward term t gave nan at index 1; every reward must be finite\."),
+        (
+            ([1.0], [2.0]),
+            r"The reward term t returned an array of shape \(2, 1\); it must be \(2,\)",
+        ),
+        (
+            (1.0, np.nan),
+            r"The reward term t returned nan at index 1; every reward must be finite\.",
+        ),
         (
             (-np.inf, np.nan),
-            r"The reward term t gave -inf at index 0; every reward must be finite\.",
+            r"The reward term t returned -inf at index 0; every reward must be finite\.",
         ),
     ],
 )
