@@ -238,7 +238,7 @@ def sample_rows(
     ]
 
 
-def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Prints) -> bool:
+def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Fingerprints) -> bool:
     """Whether an evaluation is there, with this config and of what its paths hold now."""
     if not path.exists() or None in now.values():
         return False
@@ -254,7 +254,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     """
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
-    now = provenance.prints("evaluate", config)
+    now = provenance.fingerprints("evaluate", config)
     if hosts.agreed(_is_of(path, files.to_dict(config), now)):
         return folder
     terms = scoring.read_terms(config.terms)

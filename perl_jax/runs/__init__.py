@@ -1,1 +1,3 @@
-"""A run's folder: what it began with, what it stands on, checkpoints, metrics."""
+"""A run's folder on disk: its settings, fingerprints of its inputs, checkpoints, metrics and
+traces.
+"""

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: Orbax, atomic, every role, no base leaf."""
+"""Checkpoints of a run: atomic Orbax directories that hold every role's adapter but no base
+weights.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,19 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from perl_jax.errors import UserError
 from perl_jax.runtime import files, hosts, trees
-from perl_jax.runtime.files import folder_bytes
 from perl_jax.runtime.storage import changed_leaves, first_line, say_once
 from perl_jax.types import Tree
 
-# The item of a checkpoint that holds the checksums of the others; older versions wrote none.
+# The item of a checkpoint that holds checksums of the other items; earlier versions wrote none.
 _SEAL = "digests"
 
 
 class Damaged(UserError):
-    """What was saved is not what is there now; `step`: of the checkpoint."""
+    """A checkpoint on disk differs from what was saved.
+
+    Attributes:
+        step: The checkpoint's step.
+    """
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -30,13 +35,21 @@ class Damaged(UserError):
 
 
 class Checkpoints:
-    """A run's `checkpoints/` folder: the last `keep` steps and, with `best`, the best one.
+    """A run's `checkpoints/` folder: keeps the last `keep` steps and the best one.
 
-    One checkpoint is one atomic Orbax directory: the TrainState (roles, optimizers, key, step) and
-    a JSON object of host state (data cursor, best value so far). Saving waits until it is on disk:
-    the state's buffers are donated to the next step, and a half-written step is never listed.
+    A checkpoint is one atomic Orbax directory with two items: the TrainState (roles, optimizer
+    states, key, step), and a JSON object of host state (data cursor, best value so far). `save`
+    returns only when the checkpoint is on disk, because the state's buffers are donated to the next
+    step. A half-written checkpoint is never listed.
 
-    best: the name of the metric that `save` gets, larger is better; None: none is kept for it.
+    Args:
+        folder: The `checkpoints/` folder.
+        keep: How many of the newest checkpoints to keep.
+        best: The metric, among those given to `save`, whose largest value marks the best step; None
+            keeps the newest steps only.
+
+    Raises:
+        UserError: The checkpoints cannot be read, or a damaged one is needed.
     """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2, best: str | None = None):
@@ -57,7 +70,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.folder = folder.absolute()
-        # Before the manager reads the metrics: it chooses the best step by them.
+        # Before the manager reads the metrics, from which it picks the best step.
         self._check_seals()
         hosts.barrier("checkpoints checked")
         try:
@@ -70,20 +83,24 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step; None when there is none."""
+        """Returns the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the best metric; None when none was saved with one."""
+        """Returns the step with the best metric, or None if no checkpoint was saved with
+        metrics.
+        """
         return self._manager.best_step()
 
     def save(
         self, state: Tree, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Saves the state under its step; `metrics` only where they were measured at this step.
+        """Saves a checkpoint, with checksums of all that it holds.
 
-        Checksums of the state as it is in memory, of `host` and of `metrics` are part of the
-        checkpoint.
+        Args:
+            state: The TrainState; its `step` names the checkpoint.
+            host: The host state, a JSON object.
+            metrics: The validation metrics, if they were measured at this very step; else None.
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
@@ -102,11 +119,15 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """State (on the shardings of `abstract`'s leaves) and host state of a step, default the
-        newest.
+        """Returns (state, host state) of a checkpoint, by default the newest.
 
-        Raises UserError when the checkpoint's tree does not fit the job's, and Damaged when what is
-        read is not what was saved: on all processes, even where one alone cannot read its part.
+        The state's leaves get the shardings of the leaves of `abstract`.
+
+        Raises:
+            UserError: The checkpoint's tree does not fit `abstract`.
+            Damaged: What is read differs from what was saved.
+
+        If one process cannot read its part, all processes raise.
         """
         step = self._manager.latest_step() if step is None else step
         seal = self._seal(step)
@@ -141,10 +162,10 @@ class Checkpoints:
         return restored.state, restored.host
 
     def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
-        """`restore` of the newest whole checkpoint; damaged ones after it are removed, which is
-        said.
+        """Returns `restore` of the newest undamaged checkpoint.
 
-        Raises UserError when all are damaged.
+        Damaged checkpoints that are newer are deleted, with a message. Raises UserError if all are
+        damaged.
         """
         damaged: list[Damaged] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -165,11 +186,11 @@ class Checkpoints:
         )
 
     def _check_seals(self) -> None:
-        """Sets a damaged newest step aside where there are others; UserError for what cannot be
-        done without.
+        """Verifies the checksums of all checkpoints' metrics, which decide which step is the best.
 
-        The best step is chosen among all by their metrics, so that where one is kept all must be
-        whole.
+        A damaged newest checkpoint is renamed to `STEP.damaged` if there are others. Raises Damaged
+        if a best step is kept and another checkpoint is damaged, or if the only checkpoint is
+        damaged.
         """
         steps = saved_steps(self.folder)
         for step in steps:
@@ -186,8 +207,10 @@ class Checkpoints:
                     raise
 
     def _seal(self, step: int) -> dict[str, Any] | None:
-        """The checksums of a step, its metrics' already compared; None: an older version saved
-        it.
+        """Returns a checkpoint's recorded checksums, or None if an earlier version saved it without
+        any.
+
+        Raises Damaged if the checksums themselves or the metrics are damaged.
         """
         folder = self.folder / str(step)
         if not (folder / _SEAL).exists():
@@ -206,6 +229,7 @@ class Checkpoints:
         return seal
 
     def _damage(self, step: int, what: str) -> Damaged:
+        """Returns the error for a damaged checkpoint; `what` names its damaged part."""
         return Damaged(
             f"The checkpoint of step {step} in {self.folder} is damaged ({what}): what is read is "
             "not what was saved.",
@@ -213,15 +237,16 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
+        """Stops Orbax's threads."""
         self._manager.close()
 
 
 def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | None]:
-    """What this process reads of a checkpoint, or the error that it meets.
+    """Reads a checkpoint without waiting for other processes; returns (what was read, error or
+    None).
 
-    Processes do not wait for each other in here, as the manager's own `restore` makes them do: one
-    that cannot read its part would leave the others waiting.
+    The manager's own `restore` synchronises processes: one that cannot read its part would leave
+    the others waiting.
     """
     alone = (
         {
@@ -236,7 +261,7 @@ def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | 
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), **alone) as reader:
             return reader.restore(folder, args=args), None
-    # Storage has errors of many kinds for bytes that it cannot read.
+    # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
         if hosts.lost(error):
             raise
@@ -245,13 +270,13 @@ def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | 
 
 
 def saved_steps(folder: pathlib.Path) -> list[int]:
-    """Steps in a `checkpoints/` folder, in order; what was set aside (`5.damaged`) or is half
-    written is none.
-    """
+    """Returns the steps of complete checkpoints in a `checkpoints/` folder, in ascending order."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
 
 
 def newest_bytes(folder: pathlib.Path) -> int | None:
-    """Bytes of the newest checkpoint in a `checkpoints/` folder; None: there is none."""
+    """Returns the size in bytes of the newest checkpoint in a `checkpoints/` folder, or None if
+    there is none.
+    """
     steps = saved_steps(folder)
-    return folder_bytes(folder / str(steps[-1])) if steps else None
+    return files.folder_bytes(folder / str(steps[-1])) if steps else None

@@ -1,4 +1,4 @@
-"""A run's folder: its config, and what it stands on."""
+"""Opens a run's folder, which records the run's settings and fingerprints of its inputs."""
 
 from __future__ import annotations
 
@@ -14,39 +14,53 @@ from perl_jax.runs import provenance
 from perl_jax.runs.metrics import environment
 from perl_jax.runtime import files, hosts
 
-# What a run stands on, beside its config.json.
-STANDS = "stands.json"
+# The file with fingerprints of a run's inputs, beside its config.json.
+INPUTS_FILE = "stands.json"
 
 
-# What may differ between the command that began a run and the one that resumes it.
-_FREE = ("checkpoint_every", "keep", "tensorboard", "wandb", "mesh", "profile", "compile_cache")
+# Settings that may differ between the command that began a run and the one that resumes it.
+_MAY_DIFFER = (
+    "checkpoint_every",
+    "keep",
+    "tensorboard",
+    "wandb",
+    "mesh",
+    "profile",
+    "compile_cache",
+)
 
 
 def open_run(
     job: str,
     config: Any,
     run: str | pathlib.Path | None = None,
-    now: provenance.Prints | None = None,
+    now: provenance.Fingerprints | None = None,
 ) -> pathlib.Path:
-    """Makes the run's folder, or checks that the one there belongs to the same command.
+    """Creates the run's folder, or checks that an existing one belongs to the same run; returns its
+    path.
 
-    run: the folder; None: `config.run`. now: digests of what the run depends on (`provenance`);
-    None: those of what the paths in the config hold.
+    A run is the same if its settings are equal (a few, such as `checkpoint_every`, may differ) and
+    if its inputs have not changed: base, tokenizer, rows, artefacts and rewards (`provenance`). A
+    finished run is checked too.
 
-    Raises UserError naming every setting that differs: a resumed run with another learning rate
-    would be neither the old run nor a new one. So are processes with different settings refused,
-    and a folder that is not the same one on all of them. Refused in the same way is a run, finished
-    or not, of which anything that it stands on has changed since it began (`stands`, noted in
-    stands.json).
+    Args:
+        job: base, sft, reward, dpo or rl.
+        config: The job's config.
+        run: The folder; None takes `config.run`.
+        now: Fingerprints of the run's inputs; None takes those of the paths in the config.
+
+    Raises:
+        UserError: Settings or inputs differ (the message names each), processes have different
+            settings, or not all processes see the same folder.
     """
     folder = pathlib.Path(config.run if run is None else run)
     path = folder / "config.json"
     values = {"job": job, **files.to_dict(config)}
-    now = provenance.prints(job, config) if now is None else now
+    now = provenance.fingerprints(job, config) if now is None else now
     if hosts.is_writer() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Before the config, whose presence says that the run has begun.
-        files.write_json(folder / STANDS, now)
+        # Before config.json, whose presence marks the run as begun.
+        files.write_json(folder / INPUTS_FILE, now)
         files.write_json(
             path, {"config": values, "environment": environment(), "command": sys.argv}
         )
@@ -59,7 +73,7 @@ def open_run(
     found = files.read_json(path)
     whole = isinstance(found, dict) and isinstance(found.get("config"), dict)
     errors.require(
-        whole, f"{path} does not say which settings the run began with; use another --run."
+        whole, f"{path} does not hold the settings that the run began with; use another --run."
     )
     differing = _differences(found["config"], values)
     errors.require(
@@ -67,41 +81,42 @@ def open_run(
         f"{folder} holds a run with other settings ({'; '.join(differing)}); use the same ones, "
         "or another --run.",
     )
-    _check_stands(folder, now)
+    _check_inputs(folder, now)
     return folder
 
 
-def _check_stands(folder: pathlib.Path, now: provenance.Prints) -> None:
-    """UserError naming what a run stands on that is not what it was."""
-    if not hosts.agreed((folder / STANDS).exists()):
+def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
+    """Raises UserError naming the inputs of a run that have changed since it began."""
+    if not hosts.agreed((folder / INPUTS_FILE).exists()):
         if hosts.is_writer():
             print(
-                f"{folder} was begun by an earlier version, which did not note what it stands on: "
-                "whether that has changed is not known.",
+                f"{folder} was begun by an earlier version, which did not record the run's inputs: "
+                "whether they have changed is not known.",
                 flush=True,
             )
         return
-    before = files.read_json(folder / STANDS)
+    before = files.read_json(folder / INPUTS_FILE)
     errors.require(
         isinstance(before, dict),
-        f"{folder / STANDS} does not hold a JSON object; use another --run.",
+        f"{folder / INPUTS_FILE} does not hold a JSON object; use another --run.",
     )
     other = provenance.changed(before, now)
     errors.require(
         not other,
-        f"{folder} holds a run that began with something else: changed since "
-        f"{'has' if len(other) == 1 else 'have'} {', '.join(other)}; put back what was there, or "
-        "use another --run.",
+        f"{folder} holds a run whose inputs have changed since it began: {', '.join(other)}; "
+        "restore them, or use another --run.",
     )
 
 
 def finished(*paths: pathlib.Path) -> bool:
-    """Whether all of these are there; on several hosts as the first one sees it."""
+    """Returns whether all files exist; with several processes, whether the first one sees them."""
     return hosts.agreed(all(path.exists() for path in paths))
 
 
 def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """JSON files by their names, written once, in this order."""
+    """Writes each value as a JSON file of its name into the folder, in this order; only the first
+    process writes.
+    """
     if hosts.is_writer():
         for name, value in results.items():
             files.write_json(folder / name, value)
@@ -110,8 +125,11 @@ def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
+    """Returns a phrase for each setting that differs; nested configs are compared field by
+    field.
+    """
     out = []
-    for name in sorted({*found, *wanted} - {"run", *_FREE}):
+    for name in sorted({*found, *wanted} - {"run", *_MAY_DIFFER}):
         a, b = found.get(name), wanted.get(name)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             out += _differences(a, b, f"{prefix}{name}.")

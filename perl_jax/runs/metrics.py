@@ -1,15 +1,15 @@
-"""Metrics of a run: one JSON object a step on disk, optional dashboards, a progress line, versions.
+"""Metrics of a run: one JSON object per step on disk, optional dashboards, a progress line.
 
-`metrics.jsonl` holds one flat object a line: `step` (int) first, then keys such as `train/loss` as
-floats. Three rules make it safe to compare and to resume:
+`metrics.jsonl` holds one flat object per line: `step` (int) first, then keys such as `train/loss`
+with floats. Three rules make the file safe to compare and to resume:
 
-  * every number that depends on the wall clock has a key that starts with `time/`; all the others
-    are a function of the configuration and the seed, so two runs agree on `without_timing(rows)`;
-  * JSON has no NaN: a NaN or infinite value is written as null and its name is listed under the
-    key `nonfinite`, so it can neither break a reader nor pass unnoticed;
-  * a resumed writer drops what was written after the checkpoint it resumes from.
+- Every number that depends on the wall clock has a key that starts with `time/`. All others depend
+  only on the configuration and the seed, so two equal runs agree on `without_timing(rows)`.
+- JSON has no NaN: a NaN or infinite value is written as null, and its name is listed under the key
+  `nonfinite`. So it neither breaks a reader nor passes unnoticed.
+- A resumed writer drops the rows written after the checkpoint that it resumes from.
 
-In a run over several hosts only the first process should open a writer.
+In a run with several processes only the first should open a writer.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ PACKAGES = (
 
 
 def scalar(name: str, value: Any) -> float:
-    """A Python float from a number, a numpy scalar or a one-element array of any float type.
+    """Returns a number, NumPy scalar or one-element array of any float type as a Python float.
 
-    Raises ValueError, naming the metric, for anything with more or fewer than one element.
+    Raises ValueError, naming the metric, for an array with more or fewer elements.
     """
     array = np.asarray(value)
     if array.size != 1:
@@ -72,7 +72,11 @@ def scalar(name: str, value: Any) -> float:
 
 
 def encode_row(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The object written for one step: `step`, the metrics in their order, then `nonfinite`."""
+    """Returns the JSON object of one step: `step`, the metrics in their order, then `nonfinite` if
+    needed.
+
+    Raises ValueError for a metric that is named `step` or `nonfinite`.
+    """
     row: dict[str, Any] = {"step": int(step)}
     nonfinite = []
     for name, value in metrics.items():
@@ -88,16 +92,17 @@ def encode_row(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without a torn last line (what a killed run may leave).
+    """Returns the rows of a `metrics.jsonl`, without an incomplete last line (which a killed run
+    may leave).
 
-    Raises UserError when the file is missing or when a line other than the last is not an object
-    with an integer `step`.
+    Raises UserError if the file is missing, or if another line is not an object with an integer
+    `step`.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise UserError(f"there is no metrics file at {path}.") from None
+        raise UserError(f"There is no metrics file at {path}.") from None
     if lines and not lines[-1]:
         lines.pop()
     rows = []
@@ -110,14 +115,14 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             rows.append(row)
         elif index < len(lines) - 1:
             raise UserError(
-                f"line {index + 1} of {path} is not a JSON object with an integer 'step'; "
+                f"Line {index + 1} of {path} is not a JSON object with an integer 'step'; "
                 "restore the file or move it away."
             )
     return rows
 
 
 def without_timing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without what depends on the wall clock: equal for two runs of one configuration.
+    """Returns the rows without `time/` metrics; equal for two runs with the same configuration.
 
     without_timing([{"step": 1, "train/loss": 0.5, "time/step": 0.1}])
         == [{"step": 1, "train/loss": 0.5}]
@@ -135,10 +140,12 @@ def without_timing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def prepare_file(path: Path, resume_step: int | None) -> int | None:
-    """Make `path` ready to append to, and return the last step that stays in it.
+    """Prepares a metrics file for appending; returns the last step that it keeps, or None.
 
-    `resume_step=s` keeps the rows with step <= s. None starts a new file; rows that were there are
-    moved to `metrics.previous.jsonl` (or what `path` is called) rather than lost.
+    Args:
+        path: The file.
+        resume_step: Rows up to this step are kept. None starts a new file; existing rows are moved
+            to `metrics.previous.jsonl`.
     """
     if resume_step is None:
         if path.exists() and path.stat().st_size:
@@ -152,27 +159,36 @@ def prepare_file(path: Path, resume_step: int | None) -> int | None:
 
 
 def import_extra(module: str) -> Any:
-    """Import an optional package, or raise a UserError that says which extra installs it."""
+    """Returns an imported optional package; raises UserError with the installation command if it is
+    missing.
+    """
     extra = EXTRAS[module]
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"writing metrics to {extra} needs the package {module} ({error}); "
+            f"Writing metrics to {extra} needs the package {module} ({error}); "
             f"install it with: pip install -c constraints.txt -e '.[{extra}]'"
         ) from error
 
 
 class MetricsWriter:
-    """Appends one object a step to `folder/metrics.jsonl`, and to TensorBoard and wandb if asked.
+    """Appends one object per step to `folder/metrics.jsonl`, and to TensorBoard and wandb on
+    request.
 
-    Steps must increase: one row a step, so put training and validation metrics of a step in one
-    call. A row reaches the file before `write` returns. Write the row of step s before saving the
-    checkpoint of step s (`sync` puts it on the disk first): then the file of a run that was killed
-    and resumed equals that of one that was not, `time/` keys aside.
+    Steps must increase: one row per step, so pass training and validation metrics of a step in one
+    call. A row is in the file before `write` returns. Write the row of a step and call `sync`
+    before saving the checkpoint of that step. Then the file of a run that was killed and resumed
+    equals that of an uninterrupted run, apart from `time/` keys.
 
-    resume_step: the step of the checkpoint the run goes on from; None for a new run.
-    Raises UserError for a package that is not installed and for a damaged file.
+    Args:
+        folder: The run's folder.
+        resume_step: The step of the checkpoint that the run resumes from; None for a new run.
+        tensorboard: Whether to write TensorBoard events to `folder/tensorboard`.
+        wandb: Whether to log to Weights & Biases.
+
+    Raises:
+        UserError: An optional package is not installed, or the file is damaged.
     """
 
     def __init__(
@@ -183,7 +199,7 @@ class MetricsWriter:
         wandb: bool = False,
     ):
         folder = Path(folder)
-        # Optional packages first: a missing one must not cost rows of an earlier run.
+        # Optional packages first: if one is missing, the rows of an earlier run must stay.
         tensorboard_module = import_extra("tensorboardX") if tensorboard else None
         wandb_module = import_extra("wandb") if wandb else None
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +219,10 @@ class MetricsWriter:
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the row of one step; values are numbers or one-element arrays."""
+        """Writes the row of one step; the values are numbers or one-element arrays.
+
+        Raises ValueError if the step is not larger than the last one.
+        """
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
         row = encode_row(step, metrics)
@@ -218,12 +237,12 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def sync(self) -> None:
-        """Wait until everything written is on the disk; call it before saving a checkpoint."""
+        """Waits until everything written is on disk; call it before saving a checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file and the dashboards; safe to call twice."""
+        """Closes the file and the dashboards; a second call does nothing."""
         if not self._file.closed:
             self.sync()
             self._file.close()
@@ -242,11 +261,11 @@ class MetricsWriter:
 
 
 class SamplesWriter:
-    """Appends the samples of a validation to `folder/validation_samples.jsonl`: objects whose first
-    key is `step`.
+    """Appends validation samples to `folder/validation_samples.jsonl`, as objects with `step`
+    first.
 
-    A resumed writer drops, as `MetricsWriter` does, what was written after the checkpoint it
-    resumes from. The file is made with its first row.
+    A resumed writer drops the samples written after the checkpoint that it resumes from, as
+    `MetricsWriter` does. The file is created with the first sample.
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
@@ -254,7 +273,7 @@ class SamplesWriter:
         prepare_file(self.path, resume_step)
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a step's rows; they are on the disk when it returns."""
+        """Writes the samples of a step; they are on disk when the call returns."""
         if rows:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"step": int(step), **row}) + "\n" for row in rows))
@@ -263,16 +282,16 @@ class SamplesWriter:
 
 
 class NoMetrics:
-    """In place of a writer and of a progress line on the processes that have neither."""
+    """Replaces the metrics writer and the progress line on processes that have neither."""
 
     def write(self, step: int, metrics: Any) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """There is nothing to wait for."""
+        """Does nothing."""
 
     def update(self, step: int, **shown: Any) -> None:
-        """Shows nothing."""
+        """Does nothing."""
 
     def __enter__(self) -> NoMetrics:
         return self
@@ -282,7 +301,9 @@ class NoMetrics:
 
 
 def wandb_id(folder: Path, resume_step: int | None) -> str:
-    """The run's wandb id, kept in `folder/wandb_id.txt` so that a resumed run is the same run."""
+    """Returns the run's wandb id, stored in `folder/wandb_id.txt` so that a resumed run keeps its
+    id.
+    """
     path = folder / "wandb_id.txt"
     if resume_step is not None and path.exists():
         return path.read_text(encoding="utf-8").strip()
@@ -292,7 +313,7 @@ def wandb_id(folder: Path, resume_step: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `6 min 20 s`, `2 h 05 min`."""
+    """Returns a time in words: `45 s`, `6 min 20 s`, `2 h 05 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -302,14 +323,22 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One progress line: stage, steps done of all, rate, time left and a few metrics.
+    """Shows one progress line: stage, steps done, rate, time left and a few metrics.
 
-    On a terminal the line is redrawn in place; elsewhere (a log file) a plain line is printed at
-    most every `interval` seconds, and at the first and the last update. The rate leaves out the
-    first update, which holds compilation. `start` is the step a resumed run goes on from.
+    On a terminal the line is redrawn in place. Elsewhere (a log file) a line is printed at most
+    every `interval` seconds, and at the first and the last update. The rate excludes the first
+    update, which includes compilation.
 
-    with Progress("sft", total=1000) as progress:
-        progress.update(1, loss=2.31)
+        with Progress("sft", total=1000) as progress:
+            progress.update(1, loss=2.31)
+
+    Args:
+        stage: The text at the beginning of the line.
+        total: The number of steps.
+        start: The step that a resumed run continues from.
+        interval: Seconds between two lines where there is no terminal.
+        stream: Where to print; standard error by default.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -353,7 +382,7 @@ class Progress:
             self._print(*self._last_line)
 
     def update(self, step: int, **shown: Any) -> None:
-        """Report that `step` steps are done; `shown` are the metrics to put on the line."""
+        """Reports that `step` steps are done; `shown` are metrics to print on the line."""
         now = self._clock()
         if self._first is None:
             self._first = (step, now)
@@ -370,6 +399,7 @@ class Progress:
             self._print(step, line)
 
     def _details(self, step: int, now: float, shown: Mapping[str, Any]) -> str:
+        """Returns the part of the line after the step count: rate, time left, metrics."""
         parts = []
         first_step, first_time = self._first or (step, now)
         if step > first_step and now > first_time:
@@ -381,12 +411,13 @@ class Progress:
         return "  ".join(parts)
 
     def _print(self, step: int, line: str) -> None:
+        """Prints the line and remembers its step."""
         self._printed_step = step
         print(line, file=self._stream, flush=True)
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that decide a run's numbers."""
+    """Returns {package: version} of the installed packages that can change a run's numbers."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -397,10 +428,12 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """The commit of the checkout that `folder` is part of (`-dirty` when edited), None if none.
+    """Returns the git commit of a folder, with `-dirty` if files are edited, or None without git.
 
-    folder: the package's own by default. A folder that git does not track (installed packages in
-    an environment that lies inside some other repository) has no commit.
+    A folder that git does not track (an environment inside some other repository) has no commit.
+
+    Args:
+        folder: The folder; by default that of this package.
     """
     folder = Path(__file__).parent if folder is None else folder
     outputs = []
@@ -423,9 +456,10 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on, for `config.json`: python, platform, devices, packages, commit.
+    """Returns what a run ran on, for `config.json`: Python, platform, devices, package versions,
+    commit.
 
-    Call it after `jax.distributed.initialize`: it starts JAX's backend.
+    Call it after `jax.distributed.initialize`, because it starts JAX's backend.
     """
     return {
         "python": platform.python_version(),

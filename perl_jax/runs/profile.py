@@ -1,4 +1,4 @@
-"""Traces of chosen steps, for `xprof` (TensorBoard's profile plugin) or Perfetto."""
+"""Traces of selected training steps, for `xprof` (TensorBoard's profile plugin) or Perfetto."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import jax
 
 
 class Profile:
-    """While entered, `step` traces the steps that were asked for: devices, host and Python.
+    """Traces selected steps: devices, host and Python.
 
-    A run of consecutive steps is one trace, `folder/plugins/profile/TIME/HOST.xplane.pb`. Processes
-    of one run trace into folders of their own, process-N, because those on one host would have one
-    name.
+    Consecutive steps form one trace, `folder/plugins/profile/TIME/HOST.xplane.pb`. With several
+    processes each traces into a folder of its own, `process-N`, because processes on one host would
+    write the same file.
+
+    Args:
+        folder: Where traces are written.
+        steps: The numbers of the steps to trace.
     """
 
     def __init__(self, folder: pathlib.Path, steps: tuple[int, ...]) -> None:
@@ -29,7 +33,7 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around one step, whose results are on the host when it ends."""
+        """Context manager around one step; the step's results must be on the host when it ends."""
         if number in self._steps and not self._open:
             jax.profiler.start_trace(self.folder)
             self._open = True
@@ -39,10 +43,11 @@ class Profile:
             self._close()
 
     def _close(self) -> None:
+        """Stops a running trace."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()
 
     def __exit__(self, *error: object) -> None:
-        # A run that ends in the middle leaves what was traced.
+        # A run that fails in the middle of a trace keeps what was traced.
         self._close()

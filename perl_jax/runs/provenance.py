@@ -1,8 +1,7 @@
-"""What a job stands on: digests of the base, the tokenizer, the rows, the artefacts and the rewards
-it is given.
+"""Fingerprints of a job's inputs: base, tokenizer, rows, artefacts and rewards.
 
-They are of files, so that a finished run can be compared without loading anything. Paths are part
-of a job's config; what is compared here is what lies under them.
+A run records them when it begins. When it is resumed or looked up, they show whether the files at
+the same paths still hold the same content. They are computed from files, without loading a model.
 """
 
 from __future__ import annotations
@@ -16,12 +15,10 @@ from typing import Any
 from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import UserError
-from perl_jax.hub import artefacts, families
-from perl_jax.hub import weights as hf_checkpoint
+from perl_jax.hub import artefacts, families, weights
 from perl_jax.runtime import files
-from perl_jax.runtime.files import file_hash
 
-# Kinds of rows by job; a reward's by its objective.
+# The kind of rows that a job reads; that of a reward model depends on its objective.
 _KINDS = {
     "base": "corpus",
     "sft": "demonstrations",
@@ -30,7 +27,7 @@ _KINDS = {
     "evaluate": "prompts",
 }
 _OBJECTIVES = {"pairwise": "comparisons", "pointwise": "labels", "regression": "ratings"}
-# A tokenizer's files in a model's folder.
+# Names of a tokenizer's files in a model's folder.
 _TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -42,18 +39,20 @@ _TOKENIZER = (
     "*.model",
 )
 
-Prints = dict[str, str | None]
+Fingerprints = dict[str, str | None]
 
 
-def prints(job: str, config: Any) -> Prints:
-    """A digest for each thing a job stands on, by how a message calls it; None: it cannot be
-    read.
+def fingerprints(job: str, config: Any) -> Fingerprints:
+    """Returns a digest of each input of a job, by the name used in messages; None if the input
+    cannot be read.
     """
-    return {name: _read(make) for name, make in _things(job, config)}
+    return {name: _read(make) for name, make in _inputs(job, config)}
 
 
 def changed(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Names of what differs. What could not be read, then or now, is not known to differ."""
+    """Returns the names of inputs that changed. An input that could not be read, then or now,
+    counts as unchanged.
+    """
     return [
         name
         for name, found in now.items()
@@ -62,23 +61,26 @@ def changed(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> 
 
 
 def _read(make: Callable[[], Any]) -> str | None:
+    """Returns the digest of `make()`, or None if the input cannot be read."""
     try:
         return files.digest(make())
-    # The job itself says what is wrong with what it needs; a finished one needs it no more.
+    # A job reports unreadable inputs itself; a finished job no longer needs them.
     except (UserError, OSError):
         return None
 
 
-def _things(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What a message calls a thing, and how to make a JSON value of its content."""
-    if job != "base":  # whose model is what it writes
+def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields (name for messages, function that returns the content as a JSON value) for each input
+    of a job.
+    """
+    if job != "base":  # a base job has no model as input; it writes one
         yield (
             f"the base under {config.model}",
-            lambda: base_content(hf_checkpoint.find_model(config.model)),
+            lambda: base_content(weights.find_model(config.model)),
         )
         yield (
             f"the tokenizer or its template under {config.model}",
-            lambda: tokenizer_content(hf_checkpoint.find_model(config.model)),
+            lambda: tokenizer_content(weights.find_model(config.model)),
         )
     kind = _OBJECTIVES[config.objective] if job == "reward" else _KINDS[job]
     where = "" if config.data.data_dir is None else f" in {config.data.data_dir}"
@@ -90,7 +92,7 @@ def _things(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     if template is not None and pathlib.Path(template).expanduser().is_file():
         yield (
             f"the chat template {template}",
-            lambda: file_hash(pathlib.Path(template).expanduser()),
+            lambda: files.file_hash(pathlib.Path(template).expanduser()),
         )
     for role, folder in _artefacts(config):
         yield (
@@ -103,7 +105,7 @@ def _things(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _artefacts(config: Any) -> Iterator[tuple[str, str]]:
-    """(role, folder) of each artefact that a config names."""
+    """Yields (role, folder) of each artefact that a config names."""
     given = {
         "policy": "policy",
         "frozen": "stack_on",
@@ -122,11 +124,13 @@ def _artefacts(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The file of reward terms, and the source of each function in it."""
+    """Yields the file of reward terms and the source file of each function in it, as `_inputs`
+    does.
+    """
     text = source
     if not source.lstrip().startswith("["):
         path = pathlib.Path(source).expanduser()
-        yield f"the file of terms {source}", lambda: file_hash(path)
+        yield f"the file of terms {source}", lambda: files.file_hash(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -140,13 +144,15 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         if isinstance(function, str):
             yield (
                 f"the function {function}",
-                lambda function=function: file_hash(source_of(function)),
+                lambda function=function: files.file_hash(source_of(function)),
             )
 
 
 def source_of(function: str) -> pathlib.Path:
-    """The file of `path/to/file.py:function` or `module:function`, found without importing
-    anything; FileNotFoundError.
+    """Returns the file of `path/to/file.py:function` or `module:function`, without importing
+    anything.
+
+    Raises FileNotFoundError if a module is not found.
     """
     source = function.rpartition(":")[0]
     if source.endswith(".py"):
@@ -163,16 +169,18 @@ def source_of(function: str) -> pathlib.Path:
 
 
 def base_content(folder: pathlib.Path) -> Any:
-    """Of a model's folder what decides its function: the config's part in it, and a sample of every
-    tensor.
+    """Returns what identifies a base model: the config fields that affect its outputs, and a sample
+    of every tensor.
     """
-    return [families.read_config(folder).function, hf_checkpoint.sampled_content(folder)]
+    return [families.read_config(folder).function, weights.sampled_content(folder)]
 
 
 def tokenizer_content(folder: pathlib.Path) -> Any:
-    """Of a model's folder the tokenizer's files, and the ids that end a response."""
+    """Returns what identifies a tokenizer: hashes of its files, and the end-of-sequence ids of the
+    model's configs.
+    """
     found = {
-        path.name: file_hash(path)
+        path.name: files.file_hash(path)
         for pattern in _TOKENIZER
         for path in sorted(folder.glob(pattern))
         if path.is_file()
@@ -182,5 +190,7 @@ def tokenizer_content(folder: pathlib.Path) -> Any:
 
 
 def rows_content(kind: str, config: DataConfig) -> Any:
-    """What determines the rows of a kind: the hashes of their files, or their seed and sizes."""
+    """Returns what determines the rows of a kind: hashes of their files, or a synthetic task's seed
+    and sizes.
+    """
     return get_task(config.task).content(kind, data_options(config))

@@ -114,9 +114,9 @@ class TestResume:
     def test_damage_in_the_middle_is_an_error(self, tmp_path, line):
         path = tmp_path / "metrics.jsonl"
         path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
-        with pytest.raises(UserError, match="line 2"):
+        with pytest.raises(UserError, match="Line 2"):
             read_metrics(path)
-        with pytest.raises(UserError, match="line 2"):
+        with pytest.raises(UserError, match="Line 2"):
             MetricsWriter(tmp_path, 3)
         assert path.read_text().count("\n") == 3  # nothing was lost
 

@@ -360,10 +360,10 @@ def test_other_weights_under_the_path_of_an_artefact_are_noticed(tmp_path):
     (folder / "artefact.json").write_text(json.dumps(values | {"format": 1}))
     (folder / "tree" / "leaf").write_text("0.25")
     config = commands.SFTCommand(run="-", model=str(tmp_path / "none"), stack_on=str(folder))
-    before = provenance.prints("sft", config)
-    assert provenance.changed(before, provenance.prints("sft", config)) == []
+    before = provenance.fingerprints("sft", config)
+    assert provenance.changed(before, provenance.fingerprints("sft", config)) == []
     (folder / "tree" / "leaf").write_text("0.75")
-    assert provenance.changed(before, provenance.prints("sft", config)) == [
+    assert provenance.changed(before, provenance.fingerprints("sft", config)) == [
         f"the frozen artefact {folder}"
     ]
 

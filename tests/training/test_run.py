@@ -677,8 +677,8 @@ def test_a_rate_of_the_head_needs_a_head(make, job):
 def test_a_broken_config_of_a_run_is_named(base, tmp_path):
     for text, message in (
         ("{", "config.json is not valid JSON"),
-        ("{}", "config.json does not say which settings the run began with"),
-        ("[]", "config.json does not say which settings"),
+        ("{}", "config.json does not hold the settings that the run began with"),
+        ("[]", "config.json does not hold the settings that"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -146,9 +146,8 @@ def test_what_changed_is_named(config, tmp_path, change, said):
     with pytest.raises(UserError) as error:
         folder_lib.open_run("rl", config)
     assert str(error.value) == (
-        f"{tmp_path}/run holds a run that began with something else: changed since has "
-        f"{said.format(tmp_path)}; "
-        "put back what was there, or use another --run."
+        f"{tmp_path}/run holds a run whose inputs have changed since it began: "
+        f"{said.format(tmp_path)}; restore them, or use another --run."
     )
 
 
@@ -167,12 +166,12 @@ def test_what_does_not_matter_may_change(config, tmp_path):
 
 def test_runs_of_an_earlier_version_go_on_with_a_notice(config, tmp_path, capsys):
     folder_lib.open_run("rl", config)
-    (tmp_path / "run" / folder_lib.STANDS).unlink()
+    (tmp_path / "run" / folder_lib.INPUTS_FILE).unlink()
     other_weights(tmp_path)
     folder_lib.open_run("rl", config)
     assert (
         capsys.readouterr().out.count(
-            "begun by an earlier version, which did not note what it stands on"
+            "begun by an earlier version, which did not record the run's inputs"
         )
         == 1
     )
@@ -185,7 +184,7 @@ def test_a_finished_run_is_compared_too(jobs, base):
     try:
         other_record(jobs.reward.name, score_mean=7.0)(jobs.reward.parent)
         with pytest.raises(
-            UserError, match=f"changed since has the reward artefact {jobs.reward};"
+            UserError, match=f"changed since it began: the reward artefact {jobs.reward};"
         ):
             folder_lib.open_run("rl", config)
     finally:
@@ -272,16 +271,18 @@ def test_every_job_says_what_it_stands_on(config, base, tmp_path):
         "reward": tiny.reward_config(tmp_path / "r", base, objective="pointwise"),
     }
     for job, settings in given.items():
-        found = provenance.prints(job, settings)
+        found = provenance.fingerprints(job, settings)
         assert len(found) == 3 and None not in found.values()
     assert (
-        len(provenance.prints("rl", config)) == 8
-        and None not in provenance.prints("rl", config).values()
+        len(provenance.fingerprints("rl", config)) == 8
+        and None not in provenance.fingerprints("rl", config).values()
     )
     # A base is trained on rows; its model's folder is what it writes.
     assert [
         name.split()[1]
-        for name in provenance.prints("base", tiny.base_config(tmp_path / "r", tmp_path / "m"))
+        for name in provenance.fingerprints(
+            "base", tiny.base_config(tmp_path / "r", tmp_path / "m")
+        )
     ] == ["rows"]
 
 
