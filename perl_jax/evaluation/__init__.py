@@ -1,1 +1,3 @@
-"""Measures and their intervals, comparisons of policies, best-of, the report."""
+"""Evaluation: statistics with confidence intervals, comparisons of policies, best-of-N, scoring,
+the report.
+"""

@@ -1,4 +1,6 @@
-"""Best-of-N: the best of several samples by a reward, as a baseline and as rows to distil from."""
+"""Best-of-N sampling: keeps the response with the highest reward, as a baseline or as rows to
+distil from.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,6 @@ from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_split
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.store import named_group
-from perl_jax.errors import require
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import load_model
@@ -31,27 +32,29 @@ from perl_jax.runtime.hosts import to_host
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfConfig(RewardOptions):
-    """Sample N responses to each prompt and keep the one that RL would be paid most for, its KL
-    aside.
+    """Sample N responses to each prompt and keep the one with the highest reward.
 
-    The output is JSON Lines that `sft --data.task jsonl` can be trained on: `row` (the prompt's
-    number in its split, from 0), `prompt`, its `group` where it has one, `response`, `score`,
-    `reward` (the score as shaping leaves it, by which responses are chosen), `finished` (whether it
-    ended within its room), and the means of these over the N. Prompts whose best response is empty
-    are left out, as nothing can be learned from it. A summary over all prompts goes to standard
-    error, with their number (`empty`).
+    The reward is the one that RL maximises, without its KL penalty: the shaped score.
+
+    The output is a JSON Lines file on which `sft --data.task jsonl` can train. Each row has `row`
+    (the prompt's index in its split), `prompt`, `group` (if the prompt has one), `response`,
+    `score`, `reward` (the shaped score, by which responses are selected), `finished` (whether the
+    response ended before max_response_length), and for each of these numbers its mean over the N
+    responses, `mean_NAME`. Prompts whose best response is empty are left out, because nothing can
+    be learned from it. A summary over all prompts is printed to standard error; its `empty` counts
+    the prompts left out.
 
     Attributes:
-        policy: The policy artefact to sample from; None: the base.
-        n: Responses to each prompt.
+        policy: The policy artefact to sample from; None samples from the base model.
+        n: The number of responses per prompt.
         data: The prompts.
-        split: The split the prompts are from.
+        split: The split that the prompts are taken from.
         shaping: Clipping and penalties of scores, as in RL.
         output: The file to write; it must not exist yet.
-        batch_size: Responses at a time, over all devices.
-        temperature: Of sampling.
+        batch_size: How many responses are sampled at a time, over all devices.
+        temperature: The sampling temperature.
         rollout: How responses are decoded.
-        seed: Of sampling.
+        seed: The seed of sampling.
     """
 
     policy: str | None = None
@@ -69,7 +72,7 @@ class BestOfConfig(RewardOptions):
         super().__post_init__()
         for field in ("n", "batch_size"):
             errors.whole(field, getattr(self, field))
-        require(
+        errors.require(
             self.batch_size % self.n == 0,
             f"batch_size is {self.batch_size} responses; it must be a multiple of n, {self.n}.",
         )
@@ -81,23 +84,29 @@ class BestOfConfig(RewardOptions):
                 self, ("rollout.adapters",), "best-of without a policy", ("best-of with a policy",)
             )
         whitened = (
-            "shaping.whiten is over a batch of training, and the order of a prompt's "
-            "samples needs none: leave it out."
+            "shaping.whiten divides by the deviation over a training batch, which does not change "
+            "which response is the best; leave it out."
         )
-        require(not self.shaping.whiten, whitened)
+        errors.require(not self.shaping.whiten, whitened)
         self.shaping.check_room(self.data.max_response_length)
 
 
 def kl_bound(n: int) -> float:
-    """KL(best of n || policy) <= log n - (n - 1) / n, for any reward (Beirami et al. 2024, arXiv
-    2401.01879).
+    """Returns log n - (n - 1) / n, an upper bound of KL(best-of-n || policy) in nats for any
+    reward.
+
+    Source: Beirami et al. 2024, arXiv 2401.01879.
     """
     return math.log(n) - (n - 1) / n
 
 
-def chosen(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The response with the highest reward, the first of equals; of each column its value and the
-    mean of all.
+def best_response(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns the response with the highest reward (the first of equal ones), with its numbers and
+    their means.
+
+    Args:
+        texts_G: The G responses to one prompt.
+        columns: Arrays [G] by name, among them `reward`.
     """
     best = int(np.argmax(columns["reward"]))
     row: dict[str, Any] = {"response": texts_G[best]}
@@ -107,13 +116,15 @@ def chosen(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, 
 
 
 def is_empty(row: Mapping[str, Any]) -> bool:
-    """Whether its response is one that no demonstration may have."""
+    """Returns whether the row's response is empty; a demonstration must not be."""
     return not row["response"].strip()
 
 
 def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
-    """Means over prompts, of the best responses and (mean_) of all, and how many of the best are
-    empty.
+    """Returns means over prompts: of the best responses' numbers and (`mean_NAME`) of all
+    responses' numbers.
+
+    Also holds `kl_bound`, in nats, and `empty`, the number of best responses that are empty.
     """
     columns = [name for name in rows[0] if name not in ("row", "prompt", "group", "response")]
     names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
@@ -122,11 +133,12 @@ def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
 
 
 def run_best_of(config: BestOfConfig) -> dict[str, float]:
-    """Writes the rows whose response is not empty; returns the `summary` of all. UserError if none
-    is left.
+    """Runs best-of-N: writes the rows whose response is not empty and returns the `summary` of all.
+
+    Raises UserError if the output file exists, or if all best responses are empty.
     """
     output = pathlib.Path(config.output).expanduser()
-    require(
+    errors.require(
         not hosts.agreed(output.exists()),
         f"{output} exists already; give --output a file that does not.",
     )
@@ -149,7 +161,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     made: dict[int, dict[str, Any]] = {}
     with Scorer(model, program, terms, config.reward_weight, rows) as scorer:
         for index, batch in enumerate(batches):
-            # For the terms filler prompts have the first row's text.
+            # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
             repeated = batch.repeated(config.n)
             prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)
             rollout = sample(
@@ -171,7 +183,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             for place, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
                     source, texts_G = rows[row], texts_PG[place]
-                    # A demonstration is of its prompt's group.
+                    # A demonstration has the group of its prompt.
                     prompt, group = source["prompt"], named_group(source)
                     measured = {name: column_PG[place] for name, column_PG in columns.items()}
                     if dataset.gold is not None:
@@ -180,7 +192,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
                         "row": row,
                         "prompt": prompt,
                         **({"group": group} if group else {}),
-                        **chosen(texts_G, measured),
+                        **best_response(texts_G, measured),
                     }
     everything = [made[row] for row in sorted(made)]
     written = [row for row in everything if not is_empty(row)]
@@ -188,7 +200,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
         f"The best response is empty for all of the {len(everything)} prompts; there is "
         f"nothing to write to {output}."
     )
-    require(bool(written), nothing)
+    errors.require(bool(written), nothing)
     if hosts.is_writer():
         output.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(

@@ -1,4 +1,4 @@
-"""Comparing a policy with a baseline on held-out prompts: rewards, KL, lengths, win rate,
+"""Compares a policy with a baseline on held-out prompts: rewards, KL, lengths, win rate,
 samples.
 """
 
@@ -43,22 +43,24 @@ from perl_jax.runtime.programs import SHAPES, Program
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(RewardOptions):
-    """Compare a policy with a baseline on held-out prompts, by gold reward or a judge; the reward
-    (reward, combine, reward_weight, terms) is the proxy to report: what the policy was trained for.
+    """Compare a policy with a baseline on held-out prompts.
+
+    Wins are decided by the task's gold reward, or else by a judge. The reward given by `reward`,
+    `combine`, `reward_weight` and `terms` is the proxy: the one that the policy was trained on,
+    which is reported too.
 
     Attributes:
-        run: The folder that evaluation.json and samples.jsonl go to.
-        policy: The policy artefact.
-        baseline: The policy artefact to compare with; None: the base.
-        judge: Reward artefacts whose mean score decides wins where the task has no gold reward;
-            none:
-            the proxy itself, which flatters a policy trained on it.
+        run: The folder for evaluation.json and samples.jsonl.
+        policy: The policy artefact to evaluate.
+        baseline: The policy artefact to compare with; None compares with the base model.
+        judge: Reward artefacts whose mean score decides wins if the task has no gold reward.
+            Without any the proxy decides, which favours a policy trained on it.
         data: The prompts.
-        split: The split the prompts are from.
-        batch_size: Prompts at a time, over all devices.
-        temperature: Of sampling; 0: greedy.
+        split: The split that the prompts are taken from.
+        batch_size: How many prompts are sampled at a time, over all devices.
+        temperature: The sampling temperature; 0 decodes greedily.
         rollout: How responses are decoded.
-        seed: Of sampling.
+        seed: The seed of sampling.
     """
 
     run: str
@@ -84,10 +86,16 @@ class EvaluateConfig(RewardOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """One policy's responses to all prompts, in the prompts' order.
+    """One policy's responses to all prompts, in the order of the prompts.
 
-    rewards: scores by who gave them (`proxy`, `judge`). gold: None if not known. groups: of each
-    prompt's row (`data.store.group_of`); None: all prompts are independent.
+    Attributes:
+        texts: The responses as text.
+        tokens: The responses as token ids, without padding.
+        finished: bool [n]: whether the response ended before the longest length.
+        kl: float [n]: log pi - log pi_baseline of the whole response, in nats.
+        rewards: Scores [n] by rater: `proxy` and, if there is one, `judge`.
+        gold: Gold rewards [n]; None if the task has none.
+        groups: The group of each prompt's row (`data.store.group_of`); None if all are independent.
     """
 
     texts: list[str]
@@ -100,10 +108,11 @@ class Responses:
 
 
 def logprob_program(model: Model, temperature: float, room: int) -> Program:
-    """(base, policy, sequences) -> log-probabilities as sampled from; at temperature 0, where
-    nothing is, as the model gives them.
+    """Returns the compiled program (base, policy, sequences) -> log-probabilities [B, T].
 
-    room: of the last `room` columns, where responses are; 0 before.
+    Args:
+        temperature: The sampling temperature, which divides the logits; 0 (greedy) counts as 1.
+        room: Only the last `room` columns, which hold responses, are computed; the others are 0.
     """
     logprobs = functools.partial(
         passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room
@@ -115,9 +124,17 @@ def logprob_program(model: Model, temperature: float, room: int) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What all policies of a comparison are measured with.
+    """What both policies of a comparison are measured with.
 
-    raters: by name (`proxy`, `judge`), what gives scores and its reward models by their names.
+    Attributes:
+        model: The base model with its tokenizer and mesh.
+        sample: Samples responses to a batch of prompts.
+        logprobs: The program of `logprob_program`.
+        raters: {name: (scorer, its reward models by role name)}; the names are `proxy` and `judge`.
+        batches: The batches of prompts.
+        rows: The prompts' rows.
+        task: The task, whose gold reward is used if it has one.
+        seed: The seed of sampling; both policies are sampled with the same keys, one per batch.
     """
 
     model: Model
@@ -133,12 +150,14 @@ class Evaluation:
 def respond(
     job: Evaluation, policy: Adapter | None, anchor: Adapter | None
 ) -> tuple[Responses, list[str]]:
-    """Samples a response to every prompt and measures it; also returns the prompts.
+    """Samples a policy's response to every prompt and measures it; returns (responses, prompts).
 
-    The KL is the mean of log pi - log pi_anchor over responses, both before top-k and top-p: those
-    of the anchor would make it infinite where the policy's differ from them.
+    The KL of a response is log pi - log pi_anchor, both before top-k and top-p. After filtering it
+    would be infinite wherever the anchor's filter removes a token that the policy samples.
 
-    Both policies of a comparison are sampled with the same keys, one a batch.
+    Args:
+        policy: The policy to sample from; None is the base model.
+        anchor: The policy from which the KL is measured (the baseline).
     """
     model = job.model
     texts: list[str] = []
@@ -163,7 +182,7 @@ def respond(
         columns["row"].append(job.batches.rows_of(index))
         columns["finished"].append(to_host(rollout.finished_B))
         for name, (scorer, models) in job.raters.items():
-            # For the terms filler prompts have the first row's text.
+            # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
             columns[name].append(to_host(scorer(models, rollout, np.maximum(batch.row_B, 0))[0]))
         texts += response_texts(model.tokenizer, rollout)
         ids_BT, mask_BT = to_host(sequences.tokens_BT), to_host(sequences.response_BT)
@@ -186,7 +205,10 @@ def respond(
 
 
 def describe(responses: Responses) -> dict[str, Any]:
-    """One policy's column of the report; intervals are over groups of prompts."""
+    """Returns one policy's measures for evaluation.json: rewards, KL, length and diversity.
+
+    Intervals are over groups of prompts.
+    """
     estimate = lambda values: dataclasses.asdict(intervals.mean_ci(values, responses.groups))
     lengths = [len(ids) for ids in responses.tokens]
     out = {
@@ -205,15 +227,18 @@ def describe(responses: Responses) -> dict[str, Any]:
 
 
 def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any]:
-    """Win rate asked in both orders, with ties, and the paired gain in gold reward where known;
-    intervals as in `describe`.
+    """Returns the win rate, asked in both orders with ties, and the paired gain in gold reward if
+    known.
 
-    judge: `gold`, `judge` or `proxy`. A judge that scores prefers the first shown only where its
-    score is strictly higher, so equal scores give one vote to each order: a tie.
+    A judge that scores prefers the response shown first only if its score is strictly higher. So
+    equal scores give one vote to each policy: a tie.
+
+    Args:
+        judge: Whose scores decide: `gold`, `judge` or `proxy`.
     """
     values = lambda side: side.gold if judge == "gold" else side.rewards[judge]
     a, b = values(policy), values(baseline)
-    # Shown (A, B) it prefers the first where a > b; shown (B, A), the first is B.
+    # Shown (A, B), the judge prefers the first if a > b; shown (B, A), the first is B.
     wins = statistics.both_orders(a > b, b > a, policy.groups)
     out = {"win_rate": {**dataclasses.asdict(wins), "judge": judge}}
     if policy.gold is not None:
@@ -226,7 +251,7 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
 def sample_rows(
     prompts: Sequence[str], policy: Responses, baseline: Responses
 ) -> list[dict[str, Any]]:
-    """Prompt by prompt, both responses with their rewards, for `samples.jsonl`."""
+    """Returns the rows of samples.jsonl: each prompt with both policies' responses and rewards."""
 
     def cell(side: Responses, i: int) -> dict[str, Any]:
         gold = None if side.gold is None else float(side.gold[i])
@@ -238,8 +263,12 @@ def sample_rows(
     ]
 
 
-def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Fingerprints) -> bool:
-    """Whether an evaluation is there, with this config and of what its paths hold now."""
+def _is_current(
+    path: pathlib.Path, config: Mapping[str, Any], now: provenance.Fingerprints
+) -> bool:
+    """Returns whether the evaluation at `path` has this config and was made from the inputs as they
+    are now.
+    """
     if not path.exists() or None in now.values():
         return False
     found = files.read_json(path)
@@ -247,15 +276,15 @@ def _is_of(path: pathlib.Path, config: Mapping[str, Any], now: provenance.Finger
 
 
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
-    """Writes evaluation.json and samples.jsonl into the run's folder; returns the folder.
+    """Runs the comparison and writes evaluation.json and samples.jsonl; returns the run's folder.
 
-    One that is there stays if it has the same settings and is of the same policies, base, rewards
-    and prompts: not only of the same paths.
+    Does nothing if the folder holds an evaluation with the same settings and the same inputs (base,
+    policies, rewards and prompts, compared by content).
     """
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
     now = provenance.fingerprints("evaluate", config)
-    if hosts.agreed(_is_of(path, files.to_dict(config), now)):
+    if hosts.agreed(_is_current(path, files.to_dict(config), now)):
         return folder
     terms = scoring.read_terms(config.terms)
     model = load_model(config)
@@ -314,7 +343,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
             )
         lines = [json.dumps(row) + "\n" for row in sample_rows(prompts, ours, theirs)]
         files.write_atomically(folder / "samples.jsonl", "".join(lines))
-        # What the run's own job measured stays.
+        # Keep what the job of this folder has measured itself.
         before = files.read_json(path) if path.exists() else {}
         results["prompts"] = facts
         files.write_json(path, before | results)

@@ -1,24 +1,24 @@
-"""Confidence intervals of measures over rows that come in groups: whole groups are what is drawn.
+"""Confidence intervals for rows that come in groups; the intervals resample or compare whole
+groups.
 
-Rows of one prompt, one dialogue or one topic resemble each other: the pairs of a ranking share its
-responses, the turns of a dialogue its user. An interval that takes such rows for independent ones
-is too narrow. Every function here takes `groups`, the group of each row (any hashable values);
-None makes every row a group of its own, which gives the ordinary interval:
+Rows of one prompt, one dialogue or one topic resemble each other: the pairs of a ranking share
+responses, the turns of a dialogue share a user. An interval that treats such rows as independent is
+too narrow. Every function here takes `groups`, the group of each row (any hashable values). None
+makes every row a group of its own, which gives the ordinary interval:
 
-| function | interval | every row its own group |
-|---|---|---|
-| `mean_ci` | Student's t, of the group totals of deviations | mean +- t s / sqrt(n) |
-| `proportion` | Wilson's, of as many rows as the variance between groups is worth | Wilson's |
-| `bootstrap`, `bootstrap_mean`, `paired_bootstrap` | percentiles over samples of whole groups |
-Efron's bootstrap |
+- `mean_ci`: Student's t interval of the groups' totals; mean +- t s / sqrt(n) without groups.
+- `proportion`: Wilson's interval for the effective number of independent rows, estimated from the
+  variance between groups; Wilson's interval for n rows without groups.
+- `bootstrap`, `bootstrap_mean`, `paired_bootstrap`: percentiles over resampled groups; Efron's
+  bootstrap without groups.
 
-One group tells nothing about how groups differ: the interval's ends are None. With few groups
-percentiles are too close (nominal 95 % covers 83 to 87 % with 6 groups, 90 to 93 % with 15), so
-they are moved outwards by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What
-teachers should know about the bootstrap", 5.3). `tests/evaluation/test_intervals.py` measures the
-coverage that is left.
+With a single group nothing is known about how groups differ: the ends of the interval are None.
+With few groups bootstrap percentiles are too narrow (nominal 95 % covers 83 to 87 % with 6 groups,
+90 to 93 % with 15). So they are moved outwards by the ratio of Student's t to the normal quantile
+(Hesterberg 2015, "What teachers should know about the bootstrap", 5.3).
+`tests/evaluation/test_intervals.py` measures the resulting coverage.
 
-All arithmetic is float64. Every interval is two-sided with 95 % confidence unless told otherwise.
+All arithmetic is float64. Every interval is two-sided, with 95 % confidence by default.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    # Reward functions of experiments import this module in a process of their own, which has no
-    # need of JAX.
+    # Reward functions of experiments import this module in a worker process, where importing JAX
+    # would cost time and memory.
     from perl_jax.types import Array
 
 CONFIDENCE = 0.95
 SAMPLES = 2000
-# Weights of one block of bootstrap samples, in numbers: bounds memory, which all samples would not.
+# The most weights (rows x samples) in one block of bootstrap samples; bounds memory.
 _BLOCK = 2**20
-# A statistic that more of the samples than this leave undefined has no interval.
+# The largest share of samples with an undefined statistic for which an interval is given.
 _MOST_UNDEFINED = 0.1
 
 Groups = Sequence[Hashable] | np.ndarray | None
@@ -49,10 +49,14 @@ Groups = Sequence[Hashable] | np.ndarray | None
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value with its confidence interval; `low` and `high` are None where there are too few
-    groups.
+    """A value with its confidence interval.
 
-    n: rows. groups: how many independent groups these are; None where that is not known.
+    Attributes:
+        value: The point estimate.
+        low: The lower end of the interval; None if there are too few groups.
+        high: The upper end, or None.
+        n: The number of rows.
+        groups: The number of independent groups; None if not known.
     """
 
     value: float
@@ -63,7 +67,9 @@ class Estimate:
 
 
 def vector(name: str, values: Array | Sequence[float]) -> np.ndarray:
-    """`values` as a float64 vector, refused when empty, of another rank, or not finite."""
+    """Returns `values` as a float64 vector; raises ValueError if empty, not one-dimensional or not
+    finite.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} must be a non-empty vector, not of shape {array.shape}")
@@ -76,7 +82,7 @@ def vector(name: str, values: Array | Sequence[float]) -> np.ndarray:
 def paired(
     first: tuple[str, Array | Sequence[float]], second: tuple[str, Array | Sequence[float]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two named vectors of one length."""
+    """Returns two named vectors (`vector`); raises ValueError if their lengths differ."""
     a, b = vector(*first), vector(*second)
     if a.shape != b.shape:
         raise ValueError(f"{first[0]} has {a.size} values but {second[0]} has {b.size}")
@@ -84,8 +90,10 @@ def paired(
 
 
 def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
-    """The group of each of n rows as a number from 0, in order of appearance, and how many groups
-    there are.
+    """Returns (group_B, G): each row's group as a number from 0, in order of appearance, and their
+    count.
+
+    Raises ValueError unless there are n values.
     """
     if groups is None:
         return np.arange(n), n
@@ -97,32 +105,35 @@ def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
 
 
 def freedom(group_B: np.ndarray, w_B: np.ndarray | None = None) -> int:
-    """Degrees of freedom of a variance between groups: those of as many groups of one size.
+    """Returns the degrees of freedom of a variance between groups: G_eff - 1, at least 1.
 
-    (sum W)^2 / sum W^2 - 1 of the groups' sizes, or weights, W, rounded down; at least 1. A few
-    large groups decide a mean, however many small ones are beside them.
+    G_eff = (sum W)^2 / sum W^2, rounded down, where W are the groups' sizes or sums of weights.
+    With groups of one size it is their number. A few large groups decide a mean, however many small
+    ones there are.
     """
-    # A little more, because weights such as 1/3 do not add up exactly.
-    return max(1, math.floor(_worth(np.bincount(group_B, w_B)) + 1e-6) - 1)
+    # 1e-6, because rounded weights such as 1/3 may add up to a little less than a whole number.
+    return max(1, math.floor(_effective_rows(np.bincount(group_B, w_B)) + 1e-6) - 1)
 
 
-def _worth(w_B: np.ndarray) -> float:
-    """(sum w)^2 / sum w^2: how many equal weights give a mean of the same variance (Kish 1965)."""
+def _effective_rows(w_B: np.ndarray) -> float:
+    """Returns the effective sample size (sum w)^2 / sum w^2 (Kish 1965): the number of equal
+    weights whose mean has the same variance.
+    """
     return float(np.sum(w_B)) ** 2 / float(np.sum(np.square(w_B, dtype=np.float64)))
 
 
 def normal_quantile(confidence: float) -> float:
-    """z with P(|Z| <= z) = confidence."""
+    """Returns z with P(|Z| <= z) = confidence for a standard normal Z."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), not {confidence}")
     return statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """t with P(|T| <= t) = confidence for Student's t; within 0.3 % at 95 % from 3 degrees up.
+    """Returns t with P(|T| <= t) = confidence for Student's t with `freedom` degrees of freedom.
 
-    Exact for one and two degrees of freedom, else the Cornish-Fisher expansion in 1 / freedom
-    (Abramowitz & Stegun 26.7.5).
+    Exact for 1 and 2 degrees; above that the Cornish-Fisher expansion in 1 / freedom (Abramowitz &
+    Stegun 26.7.5), within 0.3 % at 95 %.
     """
     if freedom < 1:
         raise ValueError(f"freedom must be at least 1, not {freedom}")
@@ -147,12 +158,11 @@ def t_quantile(confidence: float, freedom: int) -> float:
 def mean_ci(
     x: Array | Sequence[float], groups: Groups = None, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """The mean of all rows +- t sqrt(V), Student's t with the degrees of `freedom`: G - 1 for
-    groups of one size.
+    """Returns the mean of all rows with the interval mean +- t sqrt(V), with `freedom` degrees of
+    freedom.
 
-    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2, the variance of the ratio of the
-    groups' sums to their sizes (Cochran 1977, 6.3), which is s^2 / n where every row is its own
-    group.
+    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2, the variance of a ratio of group sums
+    to group sizes (Cochran 1977, 6.3). Without groups V = s^2 / n.
     """
     x_B = vector("x", x)
     mean, n = float(x_B.mean()), x_B.size
@@ -166,12 +176,13 @@ def mean_ci(
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Estimate:
-    """A proportion of n independent draws with Wilson's score interval (Wilson 1927).
+    """Returns a proportion of n independent draws with Wilson's score interval (Wilson 1927).
 
-    centre = (p + z^2 / 2n) / (1 + z^2 / n);
-    half = z / (1 + z^2 / n) sqrt(p (1 - p) / n + z^2 / 4n^2).
-    `successes` may hold halves (ties): their variance is below a coin's, so the interval is then
-    wider than it need be, never narrower.
+        centre = (p + z^2 / 2n) / (1 + z^2 / n)
+        half = z / (1 + z^2 / n) sqrt(p (1 - p) / n + z^2 / 4n^2)
+
+    `successes` may include halves (ties). Their variance is below that of a binomial, so the
+    interval is then wider than necessary, never too narrow.
     """
     if not n > 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is not a proportion")
@@ -179,7 +190,7 @@ def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Estima
     scale = 1 + z**2 / n
     centre = (p + z**2 / (2 * n)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    # At p = 0 and p = 1 the ends are exactly 0 and 1; rounding would put them just beside.
+    # At p = 0 and p = 1 the ends are exactly 0 and 1; rounding would miss them slightly.
     low, high = (0.0 if p == 0 else centre - half), (1.0 if p == 1 else centre + half)
     return Estimate(p, low, high, int(n))
 
@@ -190,16 +201,18 @@ def proportion(
     weights: Array | Sequence[float] | None = None,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Mean of outcomes in [0, 1] (1 yes, 0 no, 0.5 tie), by weights if given, with Wilson's
-    interval.
+    """Returns the (weighted) mean of outcomes in [0, 1] with Wilson's interval for n_eff
+    independent rows.
 
-    The interval is that of as many independent rows as the rows are worth:
+    An outcome is 1 (yes), 0 (no) or 0.5 (tie). n_eff, the effective number of rows, is
 
-    * every row its own group: (sum w)^2 / sum w^2 (Kish 1965), which is n without weights;
-    * otherwise p (1 - p) / V, V as in `mean_ci` (with weights), times (z / t)^2 because V itself is
-      estimated (Korn & Graubard 1998), and never more than the former;
-    * p is 0 or 1, where no row differs: one row a group, (sum W)^2 / sum W^2 of the groups' weights
-      W.
+    - without groups: (sum w)^2 / sum w^2 (Kish 1965), which is n without weights;
+    - with groups: p (1 - p) / V, V as in `mean_ci` (weighted), times (z / t)^2 because V itself is
+      estimated (Korn & Graubard 1998), and never more than without groups;
+    - with groups and p = 0 or p = 1, where V is 0: (sum W)^2 / sum W^2 of the groups' weights W, as
+      if each group were one row.
+
+    Raises ValueError for outcomes outside [0, 1] or negative weights.
     """
     outcomes_B = vector("outcomes", outcomes)
     if outcomes_B.min() < 0 or outcomes_B.max() > 1:
@@ -215,24 +228,28 @@ def proportion(
     group_B, count = group_numbers(groups, n)
     if count == 1 < n:
         return Estimate(share, None, None, n, 1)
-    rows = _worth(w_B)
+    rows = _effective_rows(w_B)
     if count < n:
         rows = min(
             rows,
-            _worth_of_groups(outcomes_B - share, w_B, group_B, share * (1 - share), confidence),
+            _effective_rows_of_groups(
+                outcomes_B - share, w_B, group_B, share * (1 - share), confidence
+            ),
         )
     return dataclasses.replace(
         wilson(share * rows, rows, confidence), value=share, n=n, groups=count
     )
 
 
-def _worth_of_groups(
+def _effective_rows_of_groups(
     deviations_B: np.ndarray, w_B: np.ndarray, group_B: np.ndarray, spread: float, confidence: float
 ) -> float:
-    """How many independent rows of variance `spread` have a mean as uncertain as the groups' is."""
+    """Returns how many independent rows of variance `spread` have a mean as uncertain as that of
+    the groups.
+    """
     count = int(group_B.max()) + 1
     if spread == 0:
-        return _worth(np.bincount(group_B, w_B, count))
+        return _effective_rows(np.bincount(group_B, w_B, count))
     totals_G = np.bincount(group_B, w_B * deviations_B, count)
     variance = count / (count - 1) * float(np.sum(totals_G**2)) / float(np.sum(w_B)) ** 2
     widening = t_quantile(confidence, freedom(group_B, w_B)) / normal_quantile(confidence)
@@ -243,32 +260,42 @@ def _worth_of_groups(
 
 
 def draws(count: int, rows: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks [G, S] of how often each of `count` groups is in each of `samples` samples of as many
+    """Yields blocks [G, S] of resampled counts: how often each of `count` groups is in each sample
     (Efron 1979).
 
-    rows: of the data; a block is small enough to give each of them a weight.
+    A sample draws `count` groups with replacement. Blocks bound the memory: a block is small enough
+    that every row can be given a weight [rows, S].
+
+    Args:
+        count: The number of groups, G.
+        rows: The number of rows of the data.
+        samples: The number of samples, over all blocks.
+        seed: The seed of the draws.
     """
     block = max(1, _BLOCK // max(count, rows))
-    if (
-        samples * count <= _BLOCK
-    ):  # what is drawn again and again, such as for every measure of an evaluation
-        whole_GS = _counts(count, samples, seed)
+    if samples * count <= _BLOCK:
+        whole_GS = _cached_counts(count, samples, seed)
         yield from (whole_GS[:, start : start + block] for start in range(0, samples, block))
         return
     generator = np.random.default_rng(seed)
     for done in range(0, samples, block):
-        yield _counted(generator, count, min(block, samples - done))
+        yield _draw_counts(generator, count, min(block, samples - done))
 
 
 @functools.lru_cache(maxsize=4)
-def _counts(count: int, samples: int, seed: int) -> np.ndarray:
-    found = _counted(np.random.default_rng(seed), count, samples)
+def _cached_counts(count: int, samples: int, seed: int) -> np.ndarray:
+    """Returns `_draw_counts` of a seed; cached, because an evaluation draws the same samples for
+    each measure.
+    """
+    found = _draw_counts(np.random.default_rng(seed), count, samples)
     found.setflags(write=False)
     return found
 
 
-def _counted(generator: np.random.Generator, count: int, samples: int) -> np.ndarray:
-    """[count, samples] float64: how often each of `count` is in each sample of as many."""
+def _draw_counts(generator: np.random.Generator, count: int, samples: int) -> np.ndarray:
+    """Returns how often each of `count` groups is in each sample of `count` draws: float64 [count,
+    samples].
+    """
     places = samples * generator.integers(0, count, (samples, count)) + np.arange(samples)[:, None]
     return (
         np.bincount(places.ravel(), minlength=samples * count)
@@ -278,11 +305,10 @@ def _counted(generator: np.random.Generator, count: int, samples: int) -> np.nda
 
 
 def percentiles(values: np.ndarray, degrees: int, confidence: float) -> tuple[float, float]:
-    """The interval that the bootstrap's values give, with percentiles for so many degrees of
-    freedom.
+    """Returns the ends of the percentile interval of bootstrap values, widened for few groups.
 
-    The lower one is Phi(-t sqrt((v + 1) / v)) with Student's t of v degrees, in the place of
-    Phi(-z): for a mean of v + 1 rows that is the t interval's width (Hesterberg 2015, 5.3).
+    The lower percentile is Phi(-t sqrt((v + 1) / v)) with Student's t of v = `degrees`, instead of
+    Phi(-z). For a mean of v + 1 rows that gives the width of the t interval (Hesterberg 2015, 5.3).
     """
     t = t_quantile(confidence, degrees)
     outside = statistics.NormalDist().cdf(-t * math.sqrt((degrees + 1) / degrees))
@@ -298,20 +324,24 @@ def bootstrap(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """A statistic of n rows with a percentile interval over samples of whole groups; one seed, one
-    answer.
+    """Returns a statistic of n rows with a percentile interval over samples of whole groups.
 
     Args:
-        statistic: (weights [n, S]) -> [S]: the statistic with row i counted weights[i, s] times (0,
-            1, 2, ...),
-            NaN where it is not defined. Such samples are left out; where they are more than a
-            tenth, the interval's ends are None.
+        statistic: Maps weights [n, S] to values [S]: the statistic with row i counted weights[i, s]
+            times (0, 1, 2, ...), or NaN if undefined. Undefined samples are left out; if they are
+            more than a tenth, the interval's ends are None.
+        n: The number of rows.
+        groups: The group of each row.
+        samples: The number of bootstrap samples.
+        seed: The seed; the same seed gives the same interval.
+        confidence: The confidence of the interval.
 
-    Where every sample gives the same value the interval has no width.
+    If all samples give the same value, the interval has width 0. Raises ValueError if `samples` is
+    below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    normal_quantile(confidence)  # for its check
+    normal_quantile(confidence)  # checks the confidence
     group_B, count = group_numbers(groups, n)
     value = float(statistic(np.ones((n, 1)))[0])
     if count == 1:
@@ -319,7 +349,7 @@ def bootstrap(
     values = np.concatenate(
         [statistic(counts_GS[group_B]) for counts_GS in draws(count, n, samples, seed)]
     )
-    return _between(value, values, group_B, confidence)
+    return _percentile_estimate(value, values, group_B, confidence)
 
 
 def bootstrap_mean(
@@ -329,16 +359,18 @@ def bootstrap_mean(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """`bootstrap` of the mean of all rows, from the groups' sums and sizes."""
+    """Returns the mean of all rows with the interval of `bootstrap`, computed from the groups' sums
+    and sizes.
+    """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
-    normal_quantile(confidence)  # for its check
+    normal_quantile(confidence)  # checks the confidence
     x_B = vector("x", x)
     n, mean = x_B.size, float(x_B.mean())
     group_B, count = group_numbers(groups, n)
     if count == 1:
         return Estimate(mean, None, None, n, 1)
-    # Deviations: a sample in which nothing differs gives the mean exactly.
+    # Deviations from the mean: if all rows are equal, every sample gives the mean exactly.
     sums_G, sizes_G = (
         np.bincount(group_B, x_B - mean, count),
         np.bincount(group_B, minlength=count).astype(np.float64),
@@ -349,7 +381,7 @@ def bootstrap_mean(
             for counts_GS in draws(count, count, samples, seed)
         ]
     )
-    return _between(mean, values, group_B, confidence)
+    return _percentile_estimate(mean, values, group_B, confidence)
 
 
 def paired_bootstrap(
@@ -360,16 +392,21 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Mean of a - b by `bootstrap_mean`: rows are drawn together, so what a and b share (the
-    prompt) cancels.
+    """Returns the mean of a - b with the interval of `bootstrap_mean`.
 
-    With outcomes in {0, 0.5, 1} ties count half.
+    Rows are drawn together, so what a and b have in common (the prompt) cancels. With outcomes in
+    {0, 0.5, 1} ties count half.
     """
     a_B, b_B = paired(("a", a), ("b", b))
     return bootstrap_mean(a_B - b_B, groups, samples, seed, confidence)
 
 
-def _between(value: float, values: np.ndarray, group_B: np.ndarray, confidence: float) -> Estimate:
+def _percentile_estimate(
+    value: float, values: np.ndarray, group_B: np.ndarray, confidence: float
+) -> Estimate:
+    """Returns the estimate with its percentile interval; without one if too many samples are
+    undefined (NaN).
+    """
     n, count = len(group_B), int(group_B.max()) + 1
     defined = values[~np.isnan(values)]
     if len(defined) < (1 - _MOST_UNDEFINED) * len(values):

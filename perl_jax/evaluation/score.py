@@ -1,4 +1,4 @@
-"""`score`: log-probabilities and rewards of given responses."""
+"""`perl-jax score`: log-probabilities and reward scores of given responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data.jsonl import numbered_rows
 from perl_jax.data.pipeline import BatchSpec, make_batches
 from perl_jax.data.tokenise import RowError
-from perl_jax.errors import UserError, require
+from perl_jax.errors import UserError
 from perl_jax.hub.model import TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
@@ -29,19 +29,20 @@ from perl_jax.types import Tokens, Tree
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(TemplateOptions):
-    """Score a JSON Lines file of rows with `prompt` and `response`.
+    """Compute log-probabilities and scores of the rows of a JSON Lines file.
 
-    Each row is written with `token_logprobs` (of the response's tokens, eos included), `logprob`
-    (their sum) and, where the adapter has a head, `score` (a reward's normalised).
+    Each row needs `prompt` and `response`. It is written with `token_logprobs` (one per response
+    token, end-of-sequence included, in nats), `logprob` (their sum) and, if the adapter has a
+    scalar head, `score` (normalised if the adapter is a reward).
 
     Attributes:
         input: The file of rows.
-        adapter: An artefact of any role; None: the base.
-        output: A file; None: standard output.
-        batch_size: Rows at a time, over all devices.
-        max_prompt_length: In tokens; a longer prompt is refused, not cut.
-        max_response_length: In tokens; a longer response is refused, not cut.
-        temperature: Divides the logits before log-probabilities are taken.
+        adapter: An artefact of any role; None uses the base model.
+        output: The file to write; None writes to standard output.
+        batch_size: How many rows are computed at a time, over all devices.
+        max_prompt_length: The longest prompt in tokens; a longer one is an error.
+        max_response_length: The longest response in tokens; a longer one is an error.
+        temperature: Divides the logits before log-probabilities are computed.
     """
 
     input: str
@@ -60,13 +61,17 @@ class ScoreConfig(TemplateOptions):
 
 
 def measure_program(lm: LanguageModel, temperature: float) -> Program:
-    """(base, adapter or None, tokens) -> (logp_BT, score_B where there is a head)."""
+    """Returns the compiled program (base, adapter, tokens) -> (logp_BT, score_B).
+
+    score_B is None without an adapter or without a scalar head.
+    """
     return Program("measure", functools.partial(_measure, lm, temperature))
 
 
 def _measure(
     lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens
 ) -> tuple:
+    """Computes (logp_BT, score_B or None) of a batch."""
     logp_BT = passes.sequence_logprobs(lm, base, adapter, tokens, temperature)
     if adapter is None or adapter.head is None:
         return logp_BT, None
@@ -74,7 +79,10 @@ def _measure(
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
-    """The input's rows with their log-probabilities and scores, in order."""
+    """Returns the rows of the input file, in order, with their log-probabilities and scores.
+
+    Raises UserError for rows that cannot be encoded or are too long.
+    """
     numbers, rows = zip(
         *numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True
     )
@@ -94,7 +102,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     if any(batches.truncated.values()):
         raise UserError(_first_too_long(config, model.tokenizer, rows))
     longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
-    require(
+    errors.require(
         longest <= room,
         f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.",
     )
@@ -119,7 +127,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
 
 
 def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
-    """The sentence about the first row that would be cut."""
+    """Returns the error message for the first row that is longer than a limit."""
     for number, row in enumerate(rows, 1):
         counts = {
             "prompt": len(tokenizer.prompt_ids(row["prompt"])),
@@ -136,7 +144,7 @@ def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[di
 
 
 def run_score(config: ScoreConfig) -> None:
-    """Writes the scored rows to `output`, or prints them."""
+    """Runs `score` and writes the rows to `output` as JSON Lines, or prints them."""
     lines = "".join(json.dumps(row) + "\n" for row in score(config))
     if config.output is None:
         print(lines, end="")

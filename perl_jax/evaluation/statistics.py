@@ -1,10 +1,10 @@
-"""Measures of reward models and policies: numpy in, numbers with their uncertainty out.
+"""Measures of reward models and policies: NumPy arrays in, numbers with confidence intervals out.
 
-All arithmetic is float64. Inputs are one-dimensional; a NaN or infinity among them, arrays of
-different lengths, or a measure that the data do not define (an AUC without both classes) raise
-ValueError: a comparison with NaN is False and would quietly count as a loss.
+All arithmetic is float64. Inputs are one-dimensional. A NaN or infinity, arrays of different
+lengths, or a measure that the data do not define (an AUC with one class) raise ValueError. (A
+comparison with NaN is False and would silently count as a loss.)
 
-Every interval is two-sided with 95 % confidence, and over whole groups of rows (`intervals`).
+Every interval is two-sided with 95 % confidence, over whole groups of rows (`intervals`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,18 @@ from perl_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """One bin [low, high) of a reliability table: means of prediction and label over its n rows.
+    """One bin [low, high) of a reliability table.
 
-    observed_low, observed_high: the interval of `observed`; None where the bin's rows are of one
-    group.
+    Attributes:
+        low: The bin's lower edge.
+        high: The bin's upper edge.
+        predicted: The mean predicted probability of the bin's rows.
+        observed: The mean label of the bin's rows.
+        n: The number of rows.
+        observed_low: The lower end of the interval of `observed`; None if all rows are of one
+            group.
+        observed_high: The upper end, or None.
+        groups: The number of groups of rows.
     """
 
     low: float
@@ -48,8 +56,16 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-    """Counts of A against B; `rate` = (wins + ties / 2) / n with the interval of
-    `intervals.proportion`.
+    """Wins, ties and losses of A against B.
+
+    Attributes:
+        wins: The number of rows that A wins.
+        ties: The number of ties.
+        losses: The number of rows that A loses.
+        rate: (wins + ties / 2) / n.
+        low: The lower end of the interval of `rate` (`intervals.proportion`); None with one group.
+        high: The upper end, or None.
+        groups: The number of groups of rows.
     """
 
     wins: int
@@ -61,10 +77,13 @@ class WinRate:
     groups: int
 
 
-def scored(
+def checked_scores(
     scores: Array | Sequence[float], labels: Array | Sequence[float], both_classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (float64) and labels (bool), refused unless labels are 0 and 1 with both present."""
+    """Returns (scores as float64, labels as bool); raises ValueError unless labels are 0 and 1.
+
+    Unless `both_classes` is False, both labels must occur.
+    """
     scores_B, labels_B = paired(("scores", scores), ("labels", labels))
     if not np.isin(labels_B, (0.0, 1.0)).all():
         raise ValueError("labels must be 0 or 1")
@@ -73,10 +92,12 @@ def scored(
     return scores_B, labels_B.astype(bool)
 
 
-def probable(
+def checked_probabilities(
     probabilities: Array | Sequence[float], labels: Array | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and (possibly soft) labels, both in [0, 1]."""
+    """Returns (probabilities, labels), which may be soft; raises ValueError unless all lie in [0,
+    1].
+    """
     p_B, y_B = paired(("probabilities", probabilities), ("labels", labels))
     for name, values in (("probabilities", p_B), ("labels", y_B)):
         if values.min() < 0 or values.max() > 1:
@@ -90,9 +111,10 @@ def probable(
 def compare(
     score_a: Array | Sequence[float], score_b: Array | Sequence[float], tie_margin: float = 0.0
 ) -> np.ndarray:
-    """Row by row, float64: 1 where a beats b by more than the margin, 0 where b does, else 0.5.
+    """Returns for each row 1 if a beats b by more than the margin, 0 if b beats a, else 0.5:
+    float64 [n].
 
-    compare([3, 1, 2], [1, 3, 2]) == [1, 0, 0.5]
+        compare([3, 1, 2], [1, 3, 2]) == [1, 0, 0.5]
     """
     if not tie_margin >= 0:
         raise ValueError(f"tie_margin must be at least 0, not {tie_margin}")
@@ -106,22 +128,22 @@ def pairwise_accuracy(
     weights: Array | Sequence[float] | None = None,
     groups: Groups = None,
 ) -> Estimate:
-    """Share of pairs whose chosen response scores higher, ties as half; the interval of
+    """Returns the share of pairs whose chosen response scores higher, with the interval of
     `proportion`.
 
-    A model that gives every response one score gets 0.5, not 0 or 1. With weights the share is
-    sum w o / sum w. The pairs of one ranking are of one group.
+    Ties count half, so a model that scores every response alike gets 0.5. With weights w and
+    outcomes o the share is sum w o / sum w. The pairs of one ranking belong to one group.
     """
     return proportion(compare(chosen, rejected), groups, weights)
 
 
 def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
-    """Area under the ROC curve: P(score of a positive > score of a negative) + P(equal) / 2.
+    """Returns the area under the ROC curve, P(positive scores higher than negative) + P(equal) / 2.
 
-    U = sum of the positives' ranks - n1 (n1 + 1) / 2;  auc = U / (n1 n0), tied scores sharing
+    auc = U / (n1 n0), U = (sum of the positives' ranks) - n1 (n1 + 1) / 2, where tied scores share
     their mean rank (Mann & Whitney 1947).
     """
-    scores_B, labels_B = scored(scores, labels)
+    scores_B, labels_B = checked_scores(scores, labels)
     _, inverse_B, counts = np.unique(scores_B, return_inverse=True, return_counts=True)
     last_rank = np.cumsum(counts)
     ranks_B = (last_rank - (counts - 1) / 2)[inverse_B]
@@ -132,7 +154,7 @@ def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> flo
 
 
 def correlation(scores: Array | Sequence[float], truth: Array | Sequence[float]) -> float:
-    """Pearson's: cov / (std std), float64; 0 where either does not vary."""
+    """Returns Pearson's correlation, cov / (std std); 0 if either vector is constant."""
     x_B, y_B = paired(("scores", scores), ("truth", truth))
     x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
     spread = float(np.sqrt(np.sum(x_B**2) * np.sum(y_B**2)))
@@ -142,11 +164,12 @@ def correlation(scores: Array | Sequence[float], truth: Array | Sequence[float])
 def balanced_accuracy(
     scores: Array | Sequence[float], labels: Array | Sequence[float], threshold: float
 ) -> float:
-    """Mean of the shares of positives and of negatives called right; score >= threshold is yes.
+    """Returns the mean of the accuracy on positives and on negatives; score >= threshold predicts
+    positive.
 
-    A constant answer gets 0.5 however lopsided the labels are.
+    A constant prediction gets 0.5, however unbalanced the labels are.
     """
-    scores_B, labels_B = scored(scores, labels)
+    scores_B, labels_B = checked_scores(scores, labels)
     called_B = scores_B >= threshold
     return float((called_B[labels_B].mean() + (~called_B[~labels_B]).mean()) / 2)
 
@@ -157,14 +180,13 @@ def auc_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """`auc` with its interval, by `intervals.bootstrap`.
+    """Returns `auc` with the interval of `intervals.bootstrap`.
 
-    Without an interval where positives or negatives are of too few groups, and at 0 and 1, where
-    every sample agrees.
+    There is no interval at 0 and 1, where all samples agree, nor if too many samples lack a class.
     """
-    scores_B, labels_B = scored(scores, labels)
+    scores_B, labels_B = checked_scores(scores, labels)
     areas = _weighted_auc(scores_B, labels_B)
-    return _inside(bootstrap(areas, labels_B.size, groups, samples))
+    return _without_interval_at_ends(bootstrap(areas, labels_B.size, groups, samples))
 
 
 def auc_difference(
@@ -174,10 +196,13 @@ def auc_difference(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """auc(scores) - auc(others) of the same rows, with its interval: the same groups are drawn for
-    both.
+    """Returns auc(scores) - auc(others) on the same rows, with the interval of paired bootstrap
+    samples.
     """
-    (scores_B, labels_B), (others_B, _) = scored(scores, labels), scored(others, labels)
+    (scores_B, labels_B), (others_B, _) = (
+        checked_scores(scores, labels),
+        checked_scores(others, labels),
+    )
     one, other = _weighted_auc(scores_B, labels_B), _weighted_auc(others_B, labels_B)
     return bootstrap(
         lambda weights_BS: one(weights_BS) - other(weights_BS), labels_B.size, groups, samples
@@ -191,14 +216,14 @@ def balanced_accuracy_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """`balanced_accuracy` with its interval for this threshold, by `intervals.bootstrap`; like
-    `auc_estimate`'s.
+    """Returns `balanced_accuracy` with its interval at this threshold, under the rules of
+    `auc_estimate`.
     """
-    scores_B, labels_B = scored(scores, labels)
+    scores_B, labels_B = checked_scores(scores, labels)
     right_B = ((scores_B >= threshold) == labels_B).astype(np.float64)
 
     def shares(weights_BS: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):  # a sample without a class is NaN
+        with np.errstate(invalid="ignore"):  # a sample without one of the classes gives NaN
             return (
                 sum(
                     right_B[side_B] @ weights_BS[side_B] / weights_BS[side_B].sum(axis=0)
@@ -207,7 +232,7 @@ def balanced_accuracy_estimate(
                 / 2
             )
 
-    return _inside(bootstrap(shares, labels_B.size, groups, samples))
+    return _without_interval_at_ends(bootstrap(shares, labels_B.size, groups, samples))
 
 
 def correlation_estimate(
@@ -216,7 +241,7 @@ def correlation_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """`correlation` with its interval, by `intervals.bootstrap`; like `auc_estimate`'s."""
+    """Returns `correlation` with its interval, under the rules of `auc_estimate`."""
     x_B, y_B = paired(("scores", scores), ("truth", truth))
     x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
 
@@ -227,17 +252,18 @@ def correlation_estimate(
         spread_S = np.sqrt(np.maximum(0, xx_S - x_S**2) * np.maximum(0, yy_S - y_S**2))
         return np.divide(xy_S - x_S * y_S, spread_S, out=np.zeros_like(x_S), where=spread_S > 0)
 
-    return _inside(bootstrap(pearson, x_B.size, groups, samples), lowest=-1.0)
+    return _without_interval_at_ends(bootstrap(pearson, x_B.size, groups, samples), lowest=-1.0)
 
 
 def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """(weights [B, S]) -> [S]: `auc` with each row counted by its weight; NaN without both
-    classes.
+    """Returns a function from weights [B, S] to AUCs [S], where row i counts weights[i, s] times.
+
+    The AUC is NaN if a class has no weight.
     """
     up_U, down_D = np.flatnonzero(labels_B), np.flatnonzero(~labels_B)
     down_D = down_D[np.argsort(scores_B[down_D], kind="stable")]
-    # How many negatives a positive is above, and how many it is not below: those beside it count
-    # half.
+    # For each positive: how many negatives score lower, and how many score lower or equal. The
+    # mean of the two counts ties as half.
     above_U, upto_U = (
         np.searchsorted(scores_B[down_D], scores_B[up_U], side) for side in ("left", "right")
     )
@@ -252,36 +278,39 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
     return areas
 
 
-def _inside(found: Estimate, lowest: float = 0.0) -> Estimate:
-    """Without its interval at the ends of the measure's range, where samples of the rows cannot
-    differ.
+def _without_interval_at_ends(found: Estimate, lowest: float = 0.0) -> Estimate:
+    """Returns the estimate, without its interval if the value is an end of the measure's range.
+
+    There all samples of the rows agree, so the bootstrap shows no uncertainty.
     """
     return found if lowest < found.value < 1 else dataclasses.replace(found, low=None, high=None)
 
 
 def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
-    """The threshold with the best balanced accuracy: choose it on validation rows, not on test.
+    """Returns the threshold with the best balanced accuracy; select it on validation rows, not on
+    test rows.
 
-    Candidates lie midway between neighbouring distinct scores; the lowest of equally good ones is
-    taken. When no candidate beats a constant answer, the lowest score (everything is yes).
+    Candidates lie midway between neighbouring distinct scores, and the lowest of equally good ones
+    is taken. If no candidate beats a constant prediction, returns the lowest score (all rows are
+    positive).
     """
-    scores_B, labels_B = scored(scores, labels)
+    scores_B, labels_B = checked_scores(scores, labels)
     values, inverse_B = np.unique(scores_B, return_inverse=True)
     positives = np.bincount(inverse_B, weights=labels_B)
     negatives = np.bincount(inverse_B, weights=~labels_B)
-    # Threshold i says yes to values[i:] and no to values[:i]; i = 0 is the constant yes.
+    # Threshold i predicts positive for values[i:]; i = 0 predicts positive for all rows.
     true_rate = 1 - (np.cumsum(positives) - positives) / positives.sum()
     false_rate = 1 - (np.cumsum(negatives) - negatives) / negatives.sum()
     best = int(np.argmax(np.round(true_rate - false_rate, 12)))
     if best == 0:
         return float(values[0])
     middle = values[best - 1] + (values[best] - values[best - 1]) / 2
-    # Between neighbouring floats the middle rounds to one of them; the lower one would be wrong.
+    # Between adjacent floats the middle rounds to one of them; the lower one would be wrong.
     return float(middle if middle > values[best - 1] else values[best])
 
 
 def sigmoid(x: Array | Sequence[float]) -> np.ndarray:
-    """1 / (1 + exp(-x)) in float64 without overflow."""
+    """Returns 1 / (1 + exp(-x)) in float64, without overflow."""
     x = np.asarray(x, dtype=np.float64)
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1.0, small) / (1.0 + small)
@@ -290,10 +319,10 @@ def sigmoid(x: Array | Sequence[float]) -> np.ndarray:
 def preference_probabilities(
     chosen: Array | Sequence[float], rejected: Array | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bradley-Terry probabilities and labels of each pair asked in both orders, [2 B] each.
+    """Returns Bradley-Terry probabilities and labels of each pair in both orders: two arrays [2 n].
 
-    P(first is preferred) = sigmoid(r_first - r_second). Asked in one order alone the label would
-    always be 1 and calibration could not be seen.
+    P(first is preferred) = sigmoid(r_first - r_second). With one order alone all labels would be 1,
+    and calibration could not be measured.
     """
     chosen_B, rejected_B = paired(("chosen", chosen), ("rejected", rejected))
     p_B = sigmoid(chosen_B - rejected_B)
@@ -301,8 +330,8 @@ def preference_probabilities(
 
 
 def brier(probabilities: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
-    """Mean of (p - y)^2 over rows (Brier 1950)."""
-    p_B, y_B = probable(probabilities, labels)
+    """Returns the Brier score, the mean of (p - y)^2 over rows (Brier 1950)."""
+    p_B, y_B = checked_probabilities(probabilities, labels)
     return float(np.mean((p_B - y_B) ** 2))
 
 
@@ -311,8 +340,10 @@ def log_loss(
     labels: Array | Sequence[float],
     epsilon: float = 1e-12,
 ) -> float:
-    """Mean over rows of -(y log p + (1 - y) log(1 - p)), in nats, p clipped to [eps, 1 - eps]."""
-    p_B, y_B = probable(probabilities, labels)
+    """Returns the mean over rows of -(y log p + (1 - y) log(1 - p)), in nats; p is clipped to [eps,
+    1 - eps].
+    """
+    p_B, y_B = checked_probabilities(probabilities, labels)
     p_B = np.clip(p_B, epsilon, 1 - epsilon)
     return float(-np.mean(y_B * np.log(p_B) + (1 - y_B) * np.log1p(-p_B)))
 
@@ -323,14 +354,14 @@ def reliability(
     bins: int = 10,
     groups: Groups = None,
 ) -> list[Bin]:
-    """Mean prediction against mean label in equal-width bins of [0, 1]; empty bins are left out.
+    """Returns the reliability table: mean prediction and mean label in equal-width bins of [0, 1].
 
-    Bin i is [i / bins, (i + 1) / bins), the last one closed. Mean labels have the interval of
-    `proportion`.
+    Bin i is [i / bins, (i + 1) / bins); the last one includes 1. Empty bins are left out. Mean
+    labels have the interval of `proportion`.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
-    p_B, y_B = probable(probabilities, labels)
+    p_B, y_B = checked_probabilities(probabilities, labels)
     edges = np.linspace(0, 1, bins + 1)
     index_B = np.clip(np.searchsorted(edges, p_B, side="right") - 1, 0, bins - 1)
     group_B, _ = group_numbers(groups, p_B.size)
@@ -355,10 +386,11 @@ def reliability(
 
 
 def expected_calibration_error(table: Sequence[Bin]) -> float:
-    """sum_bins n / N |predicted - observed| (Naeini et al. 2015), of a reliability table.
+    """Returns sum over bins of n / N |predicted - observed| (Naeini et al. 2015), from a
+    reliability table.
 
-    It has no interval: noise in the bins only ever adds to it, and more so in samples of the rows,
-    so that their percentiles are not around it. The bins have intervals.
+    It has no interval: noise in the bins only adds to the error, and adds more in bootstrap
+    samples, so their percentiles would not lie around it. The bins themselves have intervals.
     """
     total = sum(row.n for row in table)
     if not total:
@@ -370,10 +402,11 @@ def expected_calibration_error(table: Sequence[Bin]) -> float:
 
 
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Distinct n-grams over all n-grams of all responses together (Li et al. 2016); 0 if none.
+    """Returns the number of distinct n-grams divided by the number of all n-grams (Li et al. 2016);
+    0 if none.
 
-    N-grams do not cross responses. The ratio falls with the amount of text: compare only sets with
-    the same number of responses of about the same length.
+    N-grams do not cross responses. The ratio falls with the amount of text, so compare only sets
+    with the same number of responses of similar lengths.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
@@ -385,7 +418,7 @@ def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float:
 
 
 def tally(outcomes: Array | Sequence[float], groups: Groups = None) -> WinRate:
-    """Counts and rate of outcomes that are 1 (win), 0.5 (tie) or 0 (loss)."""
+    """Returns counts and rate of outcomes 1 (win), 0.5 (tie) and 0 (loss)."""
     outcomes_B = vector("outcomes", outcomes)
     if not np.isin(outcomes_B, (0.0, 0.5, 1.0)).all():
         raise ValueError("outcomes must be 0, 0.5 or 1")
@@ -400,18 +433,24 @@ def win_rate(
     tie_margin: float = 0.0,
     groups: Groups = None,
 ) -> WinRate:
-    """How often A's response to a prompt scores higher than B's; within the margin is a tie."""
+    """Returns how often A's response to a prompt scores higher than B's; a difference within the
+    margin is a tie.
+    """
     return tally(compare(score_a, score_b, tie_margin), groups)
 
 
 def both_orders(
     first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool], groups: Groups = None
 ) -> WinRate:
-    """Win rate of A by a judge asked in both orders (PE-RLHF, arXiv 2403.10704, evaluation).
+    """Returns the win rate of A by a judge that is asked in both orders (PE-RLHF, arXiv 2403.10704,
+    evaluation).
 
-    first_ab: the judge, shown (A, B), preferred the first, A. first_ba: shown (B, A), it preferred
-    the first, B. A wins when both answers say A, loses when both say B; a judge that goes by the
-    position answers one way each time, and that is a tie.
+    A wins if both answers prefer A and loses if both prefer B. A judge that goes by position gives
+    contradicting answers, which is a tie.
+
+    Args:
+        first_ab: Whether the judge, shown (A, B), preferred the first, A.
+        first_ba: Whether the judge, shown (B, A), preferred the first, B.
     """
     ab_B, ba_B = paired(("first_ab", first_ab), ("first_ba", first_ba))
     if not (np.isin(ab_B, (0.0, 1.0)).all() and np.isin(ba_B, (0.0, 1.0)).all()):

@@ -53,7 +53,7 @@ class ShapingConfig:
         """
         errors.require(
             self.overlong_buffer <= room,
-            f"shaping.overlong_buffer is {self.overlong_buffer}; a response has room for {room} "
+            f"shaping.overlong_buffer is {self.overlong_buffer}; a response has at most {room} "
             "tokens.",
         )
 

@@ -509,7 +509,7 @@ class TestMissing:
         assert parse(inside).text.count("names no folder inside this one") == 3
 
     def test_no_folder_and_no_run(self, tmp_path):
-        with pytest.raises(UserError, match="no run's folder at"):
+        with pytest.raises(UserError, match="no folder of a run at"):
             write_report(tmp_path / "absent")
         with pytest.raises(UserError, match=r"neither experiment\.json"):
             write_report(tmp_path)

@@ -394,7 +394,7 @@ EVALUATION = (
         ("deviation-of-n", "the mean's interval has the deviation over n", "math.sqrt(count / (count - 1) * float(np.sum(totals_G**2))) / n", "math.sqrt(float(np.sum(totals_G**2))) / n", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_mean_ci_by_hand"),
         ("wilson-half-width", "Wilson's interval has z^2 / 4n", "z**2 / (4 * n**2)", "z**2 / (4 * n)", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_wilson_by_hand"),
         ("rows-for-groups", "intervals take every row for independent", "if groups is None:\n        return np.arange(n), n", "if True:\n        return np.arange(n), n", "evaluation/test_intervals.py::test_95_per_cent_of_intervals_over_groups_hold_the_truth"),
-        ("large-groups-count-alike", "degrees of freedom count groups of whatever size", "_worth(np.bincount(group_B, w_B)) + 1e-6", "int(group_B.max()) + 1", "evaluation/test_intervals.py::TestGroups::test_a_few_large_groups_decide"),
+        ("large-groups-count-alike", "degrees of freedom count groups of whatever size", "_effective_rows(np.bincount(group_B, w_B)) + 1e-6", "int(group_B.max()) + 1", "evaluation/test_intervals.py::TestGroups::test_a_few_large_groups_decide"),
         ("few-groups-like-many", "the bootstrap's percentiles are those of many groups", "cdf(-t * math.sqrt((degrees + 1) / degrees))", "cdf(-normal_quantile(confidence))", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_percentiles_by_hand"),
     ),
     *_of(

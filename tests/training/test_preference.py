@@ -14,7 +14,7 @@ from perl_jax.data.dataset import of_split
 from perl_jax.data.tasks import data_options, get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import best_of
-from perl_jax.evaluation.best_of import BestOfConfig, chosen, run_best_of
+from perl_jax.evaluation.best_of import BestOfConfig, best_response, run_best_of
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.models import passes
 from perl_jax.objectives import preference, supervised
@@ -446,7 +446,7 @@ def test_the_best_is_the_one_that_rl_pays_most():
         "reward": np.asarray([-0.1, 0.5, 0.4]),
         "finished": np.asarray([False, True, True]),
     }
-    assert chosen(texts_G, columns) == {
+    assert best_response(texts_G, columns) == {
         "response": "ended",
         "score": 0.5,
         "mean_score": pytest.approx(0.6),
@@ -522,12 +522,12 @@ def test_settings_of_best_of_are_checked():
         ({"temperature": 0.0}, "temperature is 0.0"),
         (
             {"shaping": ShapingConfig(whiten=True)},
-            "shaping.whiten is over a batch of training, and the order of a prompt's samples "
-            "needs none: leave it out.",
+            "shaping.whiten divides by the deviation over a training batch, which does not change "
+            "which response is the best; leave it out.",
         ),
         (
             {"shaping": ShapingConfig(overlong_buffer=200)},
-            "shaping.overlong_buffer is 200; a response has room for 128 tokens.",
+            "shaping.overlong_buffer is 200; a response has at most 128 tokens.",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -498,7 +498,7 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
         ),
         (
             lambda: {"shaping": ShapingConfig(overlong_buffer=9)},
-            "shaping.overlong_buffer is 9; a response has room for 8 tokens",
+            "shaping.overlong_buffer is 9; a response has at most 8 tokens",
         ),
         (
             lambda: {"shaping": ShapingConfig(whiten=True), "algorithm": AlgorithmConfig("remax")},

@@ -1,39 +1,43 @@
-"""One self-contained HTML page from a run's folder, and from nothing else.
+"""Writes one self-contained HTML page from the files in a run's folder.
 
 Two kinds of folder are understood:
 
-  * a job's run: `config.json` and `metrics.jsonl`, and as far as they exist `evaluation.json`,
-    `cost.json` and `samples.jsonl`;
-  * an experiment: `experiment.json` with `title`, `summary`, `command`, `hardware`, `seconds`,
-    `task` and `runs`, a list of {"name", "job", "tuning", "folder"} whose folders, inside this
-    one, are like the above. job: base, sft, reward, rl or dpo; tuning: lora, full or any other
-    name.
+- A job's run: `config.json` and `metrics.jsonl`, and if they exist `evaluation.json`, `cost.json`
+  and `samples.jsonl`.
+- An experiment: `experiment.json` with `title`, `summary`, `command`, `hardware`, `seconds`, `task`
+  and `runs`, a list of {"name", "job", "tuning", "folder"}. Each folder lies inside the
+  experiment's and is a job's run. `job` is base, sft, reward, rl or dpo; `tuning` is lora, full or
+  any other name.
 
-`cost.json`: `parameters_total`, `parameters_trainable`, `checkpoint_bytes`, `base_bytes`,
-`seconds_per_step` (median), `peak_bytes_compiled`, `peak_bytes_measured` (null where the device
-does not say), `phases` ({name: seconds of a step}), `compilations`.
+`cost.json` holds `parameters_total`, `parameters_trainable`, `checkpoint_bytes`, `base_bytes`,
+`seconds_per_step` (median), `peak_bytes_compiled`, `peak_bytes_measured` (null if the device does
+not report it), `phases` ({name: seconds of a step}) and `compilations`.
 
-`evaluation.json` of a reward run: `n`, `groups`, `pairwise_accuracy`, `noise_ceiling`, `auc`,
-`balanced_accuracy`, `accuracy`, `correlation`, `ece`, `reliability` (bins of
-`perl_jax.evaluation.statistics.reliability`), `baselines` ({name: {"auc", "balanced_accuracy"}}).
-Of an RL or DPO run: `policies` ({"sft": .., "rl": ..} of `gold_reward`, `proxy_reward`,
-`judge_reward`, `kl`, `length`, `eos_rate`, `distinct_1`, `distinct_2`; "rl" is the run's policy, of
-DPO too), `win_rate` (`perl_jax.evaluation.statistics.WinRate` with a `judge`: gold, judge or
-proxy), `gold_gain`, `config` (`EvaluateConfig`); of a DPO run also `pairwise_accuracy`. A measure
-is a number or {"value", "low", "high", "n", "groups"} (`perl_jax.evaluation.intervals.Estimate`),
-in files of older versions without `groups`.
+`evaluation.json` of a reward run holds `n`, `groups`, `pairwise_accuracy`, `noise_ceiling`, `auc`,
+`balanced_accuracy`, `accuracy`, `correlation`, `ece`, `reliability` (the bins of
+`perl_jax.evaluation.statistics.reliability`) and `baselines` ({name: {"auc",
+"balanced_accuracy"}}).
 
-`samples.jsonl`: {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {..}} a line, of both.
+`evaluation.json` of an RL or DPO run holds `policies`, `win_rate`
+(`perl_jax.evaluation.statistics.WinRate` with a `judge`: gold, judge or proxy), `gold_gain` and
+`config` (`EvaluateConfig`); that of a DPO run also `pairwise_accuracy`. `policies` is {"sft": ...,
+"rl": ...} with `gold_reward`, `proxy_reward`, `judge_reward`, `kl`, `length`, `eos_rate`,
+`distinct_1` and `distinct_2`. "rl" is the run's policy, also in a DPO run.
+
+A measure is a number or {"value", "low", "high", "n", "groups"}
+(`perl_jax.evaluation.intervals.Estimate`). Files of earlier versions have no `groups`.
+
+`samples.jsonl` holds {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {...}} on each line.
 
 The first row of metrics, and `data` and `prompts` of `evaluation.json`, may hold numbers of rows
-under `data/SPLIT/NAME`: all, and those that were cut to fit
+under `data/SPLIT/NAME`: of all rows, and of rows that were cut to fit
 (`perl_jax.data.tokenise.TokenRows.facts`).
 
-An RL run's metrics may hold parts of its reward: `reward/model_0` .. and `reward/disagreement` of
-an ensemble, `reward/term/NAME` of a term.
+The metrics of an RL run may hold parts of the reward: `reward/model_0` and so on with
+`reward/disagreement` for an ensemble, and `reward/term/NAME` for each term.
 
-What is missing is left out or said to be not measured. The page has no script and asks nothing
-of the network.
+Missing data are left out or reported as not measured. The page has no script and loads nothing from
+the network.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from perl_jax.runtime.files import write_atomically
 
 __all__ = ["write_report"]
 
-# No script, no fetch, no frame: the page shows what models wrote, and must not run any of it.
+# No scripts, requests or frames: the page shows text from models and must never execute it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SECTIONS = (
     curves.learning_curves,
@@ -67,7 +71,7 @@ SECTIONS = (
 
 
 def header(experiment: Experiment) -> Html:
-    """Title, a line of facts and the summary."""
+    """Returns the page's header: the title, a line of facts and the summary."""
     facts = [experiment.task, experiment.hardware]
     if experiment.seconds is not None:
         facts.append(f"{duration(experiment.seconds)} in all")
@@ -81,7 +85,7 @@ def header(experiment: Experiment) -> Html:
 
 
 def page(experiment: Experiment) -> str:
-    """The whole document."""
+    """Returns the whole HTML document as text."""
     comparison = set(experiment.tunings) == {"lora", "full"}
     title = "LoRA against full tuning" if comparison else "Results"
     parts = [header(experiment), section("headline", title, headline_table(experiment))]
@@ -102,10 +106,10 @@ def page(experiment: Experiment) -> str:
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write `run_dir/report.html` from the files in the folder and return its path.
+    """Writes `run_dir/report.html` from the files in the folder and returns its path.
 
-    The same files give the same bytes. Raises UserError when the folder is missing or is neither a
-    run's nor an experiment's.
+    The same files give the same bytes. Raises UserError if the folder is missing or holds neither a
+    run nor an experiment.
     """
     run_dir = Path(run_dir)
     path = run_dir / "report.html"

@@ -1,4 +1,4 @@
-"""The sections of the page that are pictures; each is empty when its data are missing."""
+"""The sections of the report that consist of plots; a section without data is empty."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ LEARNING_PANELS = (
     ("dpo", "dpo/chosen_reward", "DPO: implicit reward of the chosen", "nats"),
     ("dpo", "dpo/rejected_reward", "DPO: implicit reward of the rejected", "nats"),
 )
-# Of a reward: the members of an ensemble, and terms; each is logged before it is weighed.
+# Metrics that are parts of a reward: an ensemble's members, and terms, both before weighting.
 MODEL_PREFIX, TERM_PREFIX = "reward/model_", "reward/term/"
 PARTS = {MODEL_PREFIX: "reward model", TERM_PREFIX: "term"}
-# Left out of the page where it stays as it was at the first step.
+# A panel whose metric never changes is left out of the page.
 HEALTH_PANELS = (
     ("kl/sequence", "KL from the reference", "nats a sequence"),
     ("kl/token", "KL from the reference, a token", "nats a token"),
@@ -54,21 +54,21 @@ HEALTH_PANELS = (
 
 
 def curve(run: Run, key: str, label: str) -> Curve | None:
-    """A metric of a run over its steps, None where it was not logged."""
+    """Returns a metric of a run over its steps, or None if it was not logged."""
     x, y = series(run.rows, key)
-    # Validation is logged seldom and is no noisy copy of a smoother truth: drawn as it is.
+    # Validation is logged rarely and with little noise, so it is not smoothed.
     style = "base" if run.job == "base" else run.tuning
     return Curve(label, style, x, y, not key.startswith("validation/")) if x.size else None
 
 
 def curves_of(runs: Sequence[Run], key: str) -> list[Curve]:
-    """One curve a run that logged the metric."""
+    """Returns one curve for each run that logged the metric."""
     found = (curve(run, key, tuning_name(run.tuning)) for run in runs)
     return [one for one in found if one is not None]
 
 
 def describe(title: str, curves: Sequence[Curve]) -> str:
-    """Words for those who cannot see the picture: where each curve starts and ends."""
+    """Returns a text alternative for a plot: where each curve starts and ends."""
     parts = [
         f"{c.label} goes from {formats.significant(c.y[0])} to {formats.significant(c.y[-1])}"
         for c in curves
@@ -77,7 +77,7 @@ def describe(title: str, curves: Sequence[Curve]) -> str:
 
 
 def panel(title: str, curves: Sequence[Curve], unit: str) -> Html:
-    """A figure of one metric over steps; empty without curves."""
+    """Returns a figure of one metric over steps, or nothing without curves."""
     if not curves:
         return Html("")
     picture = plots.curves_plot(title, curves, "step", unit)
@@ -85,43 +85,53 @@ def panel(title: str, curves: Sequence[Curve], unit: str) -> Html:
 
 
 def grid(panels: Sequence[Html]) -> Html:
-    """Figures beside each other as far as the screen allows; empty without any."""
+    """Returns figures in a grid that adapts to the width of the screen, or nothing without
+    figures.
+    """
     shown = [one for one in panels if one]
     return tag("div", *shown, class_="grid") if shown else Html("")
 
 
 def job_runs(experiment: Experiment, job: str) -> list[Run]:
-    """The runs of a job; the base model's have no tuning to choose by."""
+    """Returns the runs of a job, one per tuning; of base-model runs, which have no tuning, the
+    first.
+    """
     if job == "base":
         return [run for run in experiment.runs if run.job == "base"][:1]
     return experiment.runs_of(job)
 
 
 def part_keys(run: Run) -> list[str]:
-    """The metrics of a run that are parts of its reward, reward models first."""
+    """Returns the metrics of a run that are parts of its reward: reward models first, then
+    terms.
+    """
     logged = dict.fromkeys(key for row in run.rows for key in row)
     return [key for prefix in PARTS for key in logged if key.startswith(prefix)]
 
 
 def part_name(key: str) -> str:
-    """`reward/term/length` is `term length`."""
+    """Returns a readable name of a part: `reward/term/length` becomes `term length`."""
     prefix = next(prefix for prefix in PARTS if key.startswith(prefix))
     return f"{PARTS[prefix]} {key.removeprefix(prefix)}"
 
 
 def model_count(run: Run) -> int:
-    """How many reward models paid the policy: from the settings, or else from what was logged."""
+    """Returns how many reward models scored the policy, from the settings or else from the
+    metrics.
+    """
     if "reward" in run.settings:
         artefacts = run.settings["reward"]
         return len(artefacts) if isinstance(artefacts, list) else int(bool(artefacts))
     keys = part_keys(run)
     members = sum(key.startswith(MODEL_PREFIX) for key in keys)
-    # A single reward model is the score itself and is not logged apart.
+    # A single reward model is the score itself and is not logged separately.
     return members or int(not keys)
 
 
 def paid_by(runs: Sequence[Run]) -> str:
-    """What gave the score: `reward model`, `reward models`, `terms`, `reward models and terms`."""
+    """Returns what gave the score: `reward model`, `reward models`, `terms`, or models `and
+    terms`.
+    """
     models = max((model_count(run) for run in runs), default=1)
     terms = any(key.startswith(TERM_PREFIX) for run in runs for key in part_keys(run))
     named = ["reward models" if models > 1 else "reward model"] if models or not terms else []
@@ -129,7 +139,7 @@ def paid_by(runs: Sequence[Run]) -> str:
 
 
 def part_curves(run: Run) -> list[Curve]:
-    """A curve a part of the reward; none where a single part is the whole."""
+    """Returns one curve per part of the reward; none if the reward has a single part."""
     keys = part_keys(run)
     if len(keys) + (model_count(run) == 1) < 2:
         return []
@@ -141,7 +151,7 @@ def part_curves(run: Run) -> list[Curve]:
 
 
 def reward_panels(runs: Sequence[Run]) -> list[Html]:
-    """What RL is paid: the score, the return that is left of it, the gold, the parts run by run."""
+    """Returns the plots of RL rewards: score, return, gold reward, and each run's parts."""
     paid = paid_by(runs)
     unit = "score" if "terms" in paid else "normalised score"
     whose = lambda run: f" ({tuning_name(run.tuning)})" if len(runs) > 1 else ""
@@ -158,7 +168,7 @@ def reward_panels(runs: Sequence[Run]) -> list[Html]:
 
 
 def learning_curves(experiment: Experiment) -> Html:
-    """Losses and validation of every job, and what RL is paid."""
+    """Returns the section of losses and validation metrics of every job, and of RL rewards."""
     panels = [
         panel(title, curves_of(job_runs(experiment, job), key), unit)
         for job, key, title, unit in LEARNING_PANELS
@@ -180,8 +190,8 @@ def learning_curves(experiment: Experiment) -> Html:
 
 
 def kept_sentence(run: Run) -> str:
-    """Which step of an RL run its policy is of, and what was validated there; empty where that is
-    not known.
+    """Returns a sentence on the step that an RL run's policy is from and its validation reward; ""
+    if unknown.
     """
     step, reward = (
         number(run.artefact, "step"),
@@ -198,6 +208,9 @@ def kept_sentence(run: Run) -> str:
 
 
 def rl_health(experiment: Experiment) -> Html:
+    """Returns the section of RL diagnostics over steps (`HEALTH_PANELS`); constant metrics are left
+    out.
+    """
     runs = experiment.runs_of("rl")
     moving = lambda key: [one for one in curves_of(runs, key) if np.any(one.y != one.y[0])]
     panels = [panel(title, moving(key), unit) for key, title, unit in HEALTH_PANELS]
@@ -210,20 +223,24 @@ def rl_health(experiment: Experiment) -> Html:
 
 
 def against_kl(run: Run, key: str) -> Curve | None:
-    """A metric against sqrt(KL), averaged over steps of like KL; None without both."""
+    """Returns a metric over sqrt(KL), averaged over steps of similar KL; None if either was not
+    logged.
+    """
     kl = dict(zip(*series(run.rows, "kl/sequence"), strict=True))
     steps, values = series(run.rows, key)
     both = [(kl[s], v) for s, v in zip(steps, values, strict=True) if s in kl]
     if len(both) < 2:
         return None
     x, y = np.array(both).T
-    # A Monte Carlo estimate of a small KL can be below zero.
+    # A Monte Carlo estimate of a small KL can be negative.
     means = plots.binned_means(np.sqrt(np.maximum(x, 0)), y)
     return Curve(tuning_name(run.tuning), run.tuning, *means, faint_raw=False)
 
 
 def optimisation_sentence(run: Run) -> str:
-    """Whether the gold reward turned while the proxy rose, from the smoothed curves."""
+    """Returns a sentence on whether the gold reward fell while the proxy rose, by smoothed
+    curves.
+    """
     steps, gold = series(run.rows, "reward/gold")
     _, proxy = series(run.rows, "reward/score")
     if gold.size < 12 or proxy.size != gold.size:
@@ -248,7 +265,7 @@ def optimisation_sentence(run: Run) -> str:
 
 
 def gold_against_proxy(experiment: Experiment) -> Html:
-    """The over-optimisation plot: gold and proxy on one x axis, sqrt(KL) and steps."""
+    """Returns the over-optimisation section: gold and proxy reward over sqrt(KL) and over steps."""
     runs = [run for run in experiment.runs_of("rl") if series(run.rows, "reward/gold")[0].size]
     metrics = (("reward/gold", "gold reward"), ("reward/score", "proxy reward"))
     figures = []
@@ -280,9 +297,10 @@ def gold_against_proxy(experiment: Experiment) -> Html:
 
 
 def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
-    """(predicted, observed with its interval) of the bins that are whole and within [0, 1].
+    """Returns (predicted, observed with its interval) for each complete bin of a reliability table.
 
-    Evaluations without intervals are of versions that took every row for independent.
+    Bins with values outside [0, 1] are left out. Evaluations of earlier versions have no intervals;
+    they get Wilson's, which treats all rows as independent.
     """
     rows = []
     bins = entry(run.evaluation, "reliability")
@@ -301,6 +319,7 @@ def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
 
 
 def calibration(experiment: Experiment) -> Html:
+    """Returns the section with the reliability plot of the reward models."""
     tables = []
     for run in experiment.runs_of("reward"):
         rows = reliability_rows(run)

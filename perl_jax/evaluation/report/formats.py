@@ -1,4 +1,4 @@
-"""Numbers as text, with a precision that their size or their uncertainty warrants."""
+"""Formats numbers as text with a precision that suits their size or their uncertainty."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from perl_jax.runs.metrics import duration
 
 NOT_MEASURED = "not measured"
 MINUS = "\u2212"
-SPACE = "\u00a0"  # between a number and its unit: never a line break there
+SPACE = "\u00a0"  # between a number and its unit, where no line may break
 
-# What neither HTML nor a font can hold as text: control characters but tab and newline, and lone
-# surrogates, which JSON can carry and UTF-8 cannot.
+# Characters that HTML and fonts cannot show: control characters other than tab and newline, and
+# lone surrogates, which JSON allows and UTF-8 does not.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 LONGEST_LABEL = 48
 
 
 def printable(text: str) -> str:
-    """Text with carriage returns before newlines dropped and unprintable characters as U+FFFD."""
+    """Returns the text with CRLF as LF and unprintable characters as U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def label(text: str) -> str:
-    """A name as a picture can show it: printable, on one line, and not too long."""
+    """Returns a name for a plot: printable, on one line, and at most `LONGEST_LABEL` characters."""
     shown = " ".join(printable(text).split())
     return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "\u2026"
 
 
 def signed(text: str, value: float) -> str:
-    """`text`, formatted from abs(value), with its sign in front; no sign on a rounded zero."""
+    """Returns `text`, which shows abs(value), with the sign of `value` in front; none if it shows
+    zero.
+    """
     if not any(c in "123456789" for c in text):
         return text
     return f"{MINUS if value < 0 else '+'}{text}"
 
 
 def plain(value: float, decimals: int) -> str:
-    """Fixed decimals with a true minus sign, and no minus on a rounded zero."""
+    """Returns the value with fixed decimals and a true minus sign; a rounded zero has no sign."""
     text = f"{abs(value):.{decimals}f}"
     return signed(text, value).replace("+", "")
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits without an exponent between 1e-4 and 1e7: 0.0123, 4.57, 1235."""
+    """Returns `digits` significant digits, without an exponent from 1e-4 to 1e7: 0.0123, 4.57,
+    1235.
+    """
     if value == 0:
         return "0"
     size = math.floor(math.log10(abs(value)))
@@ -54,7 +58,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def count(value: float) -> str:
-    """`512`, `40.2 k`, `28.3 M`, `7.24 G`: parameters, tokens, rows."""
+    """Returns a count (parameters, tokens, rows): `512`, `40.2 k`, `28.3 M`, `7.24 G`."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{significant(value / size)} {unit}"
@@ -62,7 +66,7 @@ def count(value: float) -> str:
 
 
 def size_of(bytes_: float) -> str:
-    """Bytes in decimal units: `310 kB`, `1.24 GB`."""
+    """Returns bytes in decimal units: `310 kB`, `1.24 GB`."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(bytes_) >= size:
             return f"{significant(bytes_ / size)} {unit}"
@@ -70,14 +74,16 @@ def size_of(bytes_: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`0.8 ms`, `12.3 ms`, `0.412 s`, `41.2 s`, and `6 min 20 s` from two minutes on."""
+    """Returns a time: `0.8 ms`, `12.3 ms`, `0.412 s`, `41.2 s`, and from two minutes on `6 min 20
+    s`.
+    """
     if value >= 120:
         return duration(value)
     return f"{significant(value * 1e3)} ms" if value < 0.1 else f"{significant(value)} s"
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """`78.1 %`; a small share keeps two significant digits: `0.042 %`."""
+    """Returns a share in percent, `78.1 %`; a small one keeps two significant digits: `0.042 %`."""
     value = 100 * share
     if value and abs(value) < 10 ** (1 - decimals):
         return f"{significant(value, 2)}{SPACE}%"
@@ -85,7 +91,9 @@ def percent(share: float, decimals: int = 1) -> str:
 
 
 def decimals_for(estimate: Estimate, scale: float = 1.0) -> int | None:
-    """Decimals that show the interval's half width with two digits; None without an interval."""
+    """Returns the decimals that show the interval's half width with two digits; None without an
+    interval.
+    """
     if estimate.low is None or estimate.high is None:
         return None
     half = scale * (estimate.high - estimate.low) / 2
@@ -95,7 +103,9 @@ def decimals_for(estimate: Estimate, scale: float = 1.0) -> int | None:
 
 
 def interval(estimate: Estimate, with_sign: bool = False) -> str:
-    """`0.834 (0.801 to 0.867)`, or the value alone when it has no interval."""
+    """Returns a value with its interval, `0.834 (0.801 to 0.867)`, or the value alone without
+    one.
+    """
     decimals = decimals_for(estimate)
     if decimals is None or estimate.low is None or estimate.high is None:
         text = significant(abs(estimate.value))
@@ -109,7 +119,7 @@ def interval(estimate: Estimate, with_sign: bool = False) -> str:
 
 
 def percent_interval(estimate: Estimate) -> str:
-    """`78.1 % (76.2 to 79.9)`: a share with its interval in percent."""
+    """Returns a share with its interval in percent: `78.1 % (76.2 to 79.9)`."""
     if estimate.low is None or estimate.high is None:
         return percent(estimate.value)
     decimals = min(2, decimals_for(estimate, 100.0) or 0)
@@ -119,13 +129,13 @@ def percent_interval(estimate: Estimate) -> str:
 
 
 def share_of(value: float, whole: float) -> str:
-    """`62 % of full` style ratio: `62 %`, `0.31 %`."""
+    """Returns value / whole in percent: `62 %`, `0.31 %`."""
     ratio = value / whole
     return percent(ratio, 0 if ratio >= 0.1 else 1)
 
 
 def speed(value: float, other: float) -> str:
-    """How a time compares with another: `1.6\u00d7 faster`, `1.2\u00d7 slower`, `same time`."""
+    """Returns how a time compares with another: `1.6× faster`, `1.2× slower` or `same time`."""
     ratio = other / value
     if 0.995 < ratio < 1.005:
         return "same time"

@@ -1,4 +1,6 @@
-"""The top of the page: key numbers in plain words, and the table of LoRA against full tuning."""
+"""The top of the report: the main results in words, and the table that compares LoRA with full
+tuning.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,15 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how to read a run's value, show it, and set it beside full tuning's.
+    """One line of the headline table.
 
-    `always` keeps the line, with "not measured", when no run has the value.
+    Attributes:
+        label: The text in the first column.
+        value: Reads a run's value as a number, for the comparison; None if missing.
+        shown: Formats a run's value; None if missing.
+        compare: How LoRA's value is compared with full tuning's: share, speed, points, difference
+            or none.
+        always: Whether the line is kept, with "not measured", if no run has the value.
     """
 
     label: str
@@ -38,12 +46,12 @@ class Row:
 
 
 def reward_measure(run: Run, name: str) -> Estimate | None:
-    """A measure of a reward run's evaluation."""
+    """Returns a measure from a reward run's evaluation, or None."""
     return estimate(run.evaluation, name)
 
 
 def trainable_text(run: Run) -> str | None:
-    """`40.2 k (0.31 %)`: trained parameters and, where the total is known, their share of it."""
+    """Returns trained parameters and their share of all: `40.2 k (0.31 %)`."""
     trainable = number(run.cost, "parameters_trainable")
     total = number(run.cost, "parameters_total")
     if trainable is None:
@@ -53,7 +61,7 @@ def trainable_text(run: Run) -> str | None:
 
 
 def checkpoint_text(run: Run) -> str | None:
-    """`4.74 MB (base 113 MB)`: a checkpoint beside the base that it leaves out."""
+    """Returns the size of a checkpoint and of the base it leaves out: `4.74 MB (base 113 MB)`."""
     size, base = number(run.cost, "checkpoint_bytes"), number(run.cost, "base_bytes")
     if size is None:
         return None
@@ -61,35 +69,37 @@ def checkpoint_text(run: Run) -> str | None:
 
 
 def seconds_text(run: Run) -> str | None:
-    """The median time of a step."""
+    """Returns the median time of a step."""
     value = number(run.cost, "seconds_per_step")
     return None if value is None else formats.seconds(value)
 
 
 def bytes_text(run: Run, key: str) -> str | None:
-    """A size of the run's costs, in decimal units."""
+    """Returns a size from the run's costs, in decimal units."""
     value = number(run.cost, key)
     return None if value is None else formats.size_of(value)
 
 
 def share_text(found: Estimate | None) -> str | None:
-    """A share in percent with its interval."""
+    """Returns a share in percent with its interval."""
     return None if found is None else formats.percent_interval(found)
 
 
 def policy_measure(run: Run, policy: str, name: str) -> Estimate | None:
-    """A measure of one side of a run's evaluation: `rl`, its policy, or `sft`, its start."""
+    """Returns a measure of one policy of a run's evaluation: `rl` is the run's own, `sft` its
+    start.
+    """
     return estimate(run.evaluation, "policies", policy, name)
 
 
 def gain_text(run: Run) -> str | None:
-    """The gain in gold reward, paired by prompt, with its sign."""
+    """Returns the gain in gold reward, paired by prompt, with its sign and interval."""
     found = estimate(run.evaluation, "gold_gain")
     return None if found is None else formats.interval(found, with_sign=True)
 
 
 def win_estimate(run: Run) -> Estimate | None:
-    """The win rate with its interval, from the block that also holds the counts."""
+    """Returns the win rate with its interval, or None."""
     rate = number(run.evaluation, "win_rate", "rate")
     if rate is None:
         return None
@@ -108,8 +118,8 @@ def win_estimate(run: Run) -> Estimate | None:
 
 
 def rows_text(*measures: Estimate | None) -> str | None:
-    """`2,048 (512)`: the rows and, where an evaluation says so, the groups of the first measure
-    that has rows.
+    """Returns rows and groups, `2,048 (512)`, of the first measure that has rows; without groups if
+    unknown.
     """
     found = next((measure for measure in measures if measure is not None and measure.n), None)
     if found is None:
@@ -118,7 +128,7 @@ def rows_text(*measures: Estimate | None) -> str | None:
 
 
 def judge_text(run: Run) -> str:
-    """Who decided the wins, in words."""
+    """Returns who decided the wins, in words."""
     judge = text(run.evaluation, "win_rate", "judge")
     artefacts = entry(run.evaluation, "config", "judge")
     several = len(artefacts) if isinstance(artefacts, list) else 1
@@ -128,7 +138,7 @@ def judge_text(run: Run) -> str:
 
 
 def value_of(found: Estimate | None) -> float | None:
-    """The estimate without its interval."""
+    """Returns the estimate's value without its interval, or None."""
     return None if found is None else found.value
 
 
@@ -199,7 +209,7 @@ DPO_ROWS = (
 
 
 def policy_rows(name: str) -> tuple[Row, ...]:
-    """The lines of a job that makes policies, by its name on the page."""
+    """Returns the lines for a job that trains policies; `name` is the job's name on the page."""
     return (
         Row(
             "Prompts (groups)",
@@ -245,12 +255,14 @@ JOB_ROWS = {"reward": REWARD_ROWS, "rl": policy_rows(JOB_NAMES["rl"]),
 
 
 def interval_text(found: Estimate | None) -> str | None:
-    """A value with its interval."""
+    """Returns a value with its interval."""
     return None if found is None else formats.interval(found)
 
 
 def compared(kind: str, value: float | None, full: float | None) -> str:
-    """LoRA's value beside full tuning's, in the way that suits the quantity."""
+    """Returns LoRA's value compared with full tuning's, in the way that `kind` names
+    (`Row.compare`).
+    """
     if kind == "none" or value is None or full is None:
         return DASH
     if kind == "share":
@@ -264,11 +276,12 @@ def compared(kind: str, value: float | None, full: float | None) -> str:
 
 
 def shown_cell(cell: str | None) -> str:
+    """Returns a cell with its interval set apart, or "not measured"."""
     return with_interval(cell) if cell else formats.NOT_MEASURED
 
 
 def headline_table(experiment: Experiment) -> Html:
-    """The table, a group of lines for each job; empty when there is nothing to show."""
+    """Returns the table with a group of lines for each job, or nothing if there are no runs."""
     tunings = experiment.tunings
     both = "lora" in tunings and "full" in tunings
     lines: list[list[object]] = []
@@ -309,7 +322,9 @@ def headline_table(experiment: Experiment) -> Html:
 
 
 def lora_share_sentence(experiment: Experiment) -> str:
-    """How few parameters LoRA trained, in the last job that says; "" where none does."""
+    """Returns how few parameters LoRA trained, of the first job (RL, DPO, reward, SFT) that says;
+    or "".
+    """
     for job in ("rl", "dpo", "reward", "sft"):
         run = experiment.run(job, "lora")
         if run is None:
@@ -325,7 +340,9 @@ def lora_share_sentence(experiment: Experiment) -> str:
 
 
 def reward_sentence(experiment: Experiment) -> str:
-    """Each reward model's accuracy on pairs, or its AUC on labels, and what the labels allow."""
+    """Returns each reward model's accuracy on pairs, or its AUC on labels, and the labels' noise
+    ceiling.
+    """
     parts, ceiling = [], None
     for run in experiment.runs_of("reward"):
         found = reward_measure(run, "pairwise_accuracy")
@@ -343,11 +360,12 @@ def reward_sentence(experiment: Experiment) -> str:
 
 
 def trained_with(run: Run) -> str:
+    """Returns the name of a run's tuning within a sentence."""
     return {"lora": "LoRA", "full": "full tuning", "": "this run"}.get(run.tuning, run.tuning)
 
 
 def gold_sentence(experiment: Experiment, job: str) -> str:
-    """Where the policies of a job took the gold reward."""
+    """Returns how the policies of a job changed the gold reward."""
     parts = []
     for run in experiment.runs_of(job):
         before, after = (policy_measure(run, p, "gold_reward") for p in ("sft", "rl"))
@@ -365,7 +383,7 @@ def gold_sentence(experiment: Experiment, job: str) -> str:
 
 
 def win_sentence(experiment: Experiment, job: str) -> str:
-    """How often a job's responses won, and by whose judgement."""
+    """Returns how often a job's responses won, and who judged."""
     parts = []
     for run in experiment.runs_of(job):
         found = win_estimate(run)
@@ -379,7 +397,9 @@ def win_sentence(experiment: Experiment, job: str) -> str:
 
 
 def cost_sentence(experiment: Experiment) -> str:
-    """LoRA's RL step against full tuning's; DPO's or the reward model's where there is no RL."""
+    """Returns time and memory of LoRA's step relative to full tuning's, for RL or else DPO or the
+    reward model.
+    """
     steps = {"rl": "an RL step", "dpo": "a DPO step", "reward": "a reward-model step"}
     for job, name in steps.items():
         lora, full = experiment.run(job, "lora"), experiment.run(job, "full")
@@ -401,7 +421,7 @@ def cost_sentence(experiment: Experiment) -> str:
 
 
 def summary_paragraph(experiment: Experiment) -> Html:
-    """One paragraph: what the author wrote, then what the numbers say."""
+    """Returns one paragraph: the author's summary, then sentences made from the numbers."""
     sentences = [
         experiment.summary.strip(),
         lora_share_sentence(experiment),

@@ -1,7 +1,7 @@
-"""Reads a run's folder into plain records, whatever is missing from it.
+"""Reads a run's or an experiment's folder into plain records, even if files are missing.
 
-Nothing here raises for a missing or damaged file inside the folder: it becomes None, an empty list
-and a line in `notes`, and the page says so.
+A missing or damaged file inside the folder raises no error: it becomes None or an empty list, and
+`notes` gets a line that the page shows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,19 @@ POLICY_JOBS = ("rl", "dpo")
 
 @dataclass(frozen=True)
 class Run:
-    """One job's run: its place in the experiment and what its folder holds."""
+    """One job's run.
+
+    Attributes:
+        name: The run's name in the experiment.
+        job: base, sft, reward, rl or dpo.
+        tuning: lora, full or another name; "" if unknown.
+        config: config.json.
+        rows: The rows of metrics.jsonl.
+        evaluation: evaluation.json.
+        cost: cost.json.
+        samples: The rows of samples.jsonl.
+        artefact: The artefact.json of the run's policy.
+    """
 
     name: str
     job: str
@@ -42,14 +54,25 @@ class Run:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The job's settings: `config` of its config.json, or the file itself where it is flat."""
+        """Returns the job's settings: `config` in config.json, or the whole file if it is flat."""
         nested = self.config.get("config")
         return nested if isinstance(nested, Mapping) else self.config
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything the page is made from; a single run is an experiment of one."""
+    """All that the report shows; a single run is an experiment with one run.
+
+    Attributes:
+        title: The page's title.
+        summary: The author's summary.
+        command: The command that made the results.
+        hardware: The hardware they were made on.
+        task: The task's name.
+        seconds: The time of everything together, in seconds.
+        runs: The runs.
+        notes: Sentences on what is missing or damaged.
+    """
 
     title: str
     summary: str
@@ -62,33 +85,33 @@ class Experiment:
 
     @property
     def tunings(self) -> list[str]:
-        """The kinds of tuning that occur, LoRA first, then full, then others by name."""
+        """Returns the tunings that occur: LoRA, then full, then others by name."""
         order = list(TUNING_NAMES)
         found = {run.tuning for run in self.runs if run.job != "base"}
         return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
 
     def run(self, job: str, tuning: str) -> Run | None:
-        """The first run of a job with a tuning."""
+        """Returns the first run of a job with a tuning, or None."""
         return next((r for r in self.runs if (r.job, r.tuning) == (job, tuning)), None)
 
     def runs_of(self, job: str) -> list[Run]:
-        """The runs of a job, one a tuning, in the order of `tunings`."""
+        """Returns the runs of a job, one per tuning, in the order of `tunings`."""
         found = (self.run(job, tuning) for tuning in self.tunings or [""])
         return [run for run in found if run is not None]
 
     @property
     def policy_runs(self) -> list[Run]:
-        """The runs that make policies, job by job."""
+        """Returns the runs that train policies, job by job."""
         return [run for job in POLICY_JOBS for run in self.runs_of(job)]
 
 
 def tuning_name(tuning: str) -> str:
-    """The name to show for a tuning."""
+    """Returns the displayed name of a tuning."""
     return TUNING_NAMES.get(tuning, tuning)
 
 
 def entry(tree: object, *keys: str) -> Any:
-    """`tree[key0][key1]...`, None where anything on the way is missing or not a mapping."""
+    """Returns `tree[key0][key1]...`, or None if a step of the way is missing or not a mapping."""
     for key in keys:
         if not isinstance(tree, Mapping) or key not in tree:
             return None
@@ -97,7 +120,7 @@ def entry(tree: object, *keys: str) -> Any:
 
 
 def number(tree: object, *keys: str) -> float | None:
-    """A finite number of a nested mapping, else None; booleans are no numbers."""
+    """Returns a finite number from a nested mapping, or None; a boolean is not a number."""
     value = entry(tree, *keys)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -108,8 +131,10 @@ def number(tree: object, *keys: str) -> float | None:
 
 
 def estimate(tree: object, *keys: str) -> Estimate | None:
-    """A number or a {"value", "low", "high", "n", "groups"} of a nested mapping; older ones have no
-    groups.
+    """Returns an estimate from a nested mapping: a number, or {"value", "low", "high", "n",
+    "groups"}.
+
+    Files of earlier versions have no `groups`.
     """
     bare = number(tree, *keys)
     if bare is not None:
@@ -129,13 +154,13 @@ def estimate(tree: object, *keys: str) -> Estimate | None:
 
 
 def text(tree: object, *keys: str) -> str:
-    """A string of a nested mapping, "" when missing."""
+    """Returns a string from a nested mapping, or "" if it is missing."""
     value = entry(tree, *keys)
     return value if isinstance(value, str) else ""
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, float64, of the rows where the metric is a finite number."""
+    """Returns steps and values, float64, of the rows in which the metric is a finite number."""
     found = [(row["step"], number(row, key)) for row in rows]
     kept = [(step, value) for step, value in found if value is not None]
     array = np.asarray(kept, dtype=np.float64).reshape(-1, 2)
@@ -143,12 +168,12 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.
 
 
 def nonfinite_steps(rows: Iterable[Mapping[str, Any]]) -> int:
-    """How many steps had a NaN or infinite metric."""
+    """Returns how many steps had a NaN or infinite metric."""
     return sum(1 for row in rows if row.get(NONFINITE_KEY))
 
 
 def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
-    """A JSON object, {} when the file is missing; {} and a note when it cannot be read."""
+    """Returns a JSON object; {} if the file is missing, and {} with a note if it cannot be read."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -162,7 +187,7 @@ def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
 
 
 def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines that are not objects are left out with a note."""
+    """Returns the objects of a JSON Lines file; other lines are left out, with a note."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -183,7 +208,7 @@ def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]
 
 
 def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
-    """The metrics, [] and a note when they are missing or damaged."""
+    """Returns the metrics; [] with a note if the file is missing or damaged."""
     try:
         return read_metrics(path)
     except (OSError, UserError):
@@ -192,7 +217,9 @@ def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
 
 
 def find_text(tree: object, key: str, depth: int = 3) -> str:
-    """The first string under `key` in nested mappings, the shallowest first."""
+    """Returns the first string under `key` in nested mappings, the shallowest first; "" if there is
+    none.
+    """
     level = [tree]
     for _ in range(depth):
         mappings = [item for item in level if isinstance(item, Mapping)]
@@ -204,13 +231,15 @@ def find_text(tree: object, key: str, depth: int = 3) -> str:
 
 
 def command_of(config: Mapping[str, Any]) -> str:
-    """The command of a run as one line: jobs write it as a list of its words."""
+    """Returns a run's command as one line; config.json holds it as a list of words or as a
+    string.
+    """
     words = config.get("command")
     return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
 
 
 def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The job of a single run, from its configuration or else from its metrics."""
+    """Returns the job of a single run, from its configuration or else from its metrics."""
     named = find_text(config, "job")
     if named in JOB_NAMES:
         return named
@@ -223,7 +252,7 @@ def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:
-    """One job's folder; an empty `job` or `tuning` is inferred from its contents."""
+    """Returns the run in a folder; an empty `job` or `tuning` is inferred from the files."""
     shown = f"{name}/" if name else ""
     config = read_object(folder / "config.json", notes, f"{shown}config.json")
     rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
@@ -245,7 +274,9 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
 
 
 def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run]:
-    """The runs an experiment lists; one that points outside of the folder is left out."""
+    """Returns the runs that an experiment lists; folders outside the experiment's are left out,
+    with a note.
+    """
     runs: list[Run] = []
     for item in listed if isinstance(listed, list) else []:
         name = text(item, "name") or text(item, "folder")
@@ -264,12 +295,12 @@ def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """An experiment's folder, or a single run's.
+    """Returns the experiment in a folder, or the single run in it as an experiment.
 
-    Raises UserError when the folder is missing or holds none of the files a report is made from.
+    Raises UserError if the folder is missing or holds none of the files that a report is made from.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no run's folder at {folder}.")
+        raise UserError(f"There is no folder of a run at {folder}.")
     notes: list[str] = []
     if (folder / "experiment.json").exists():
         about = read_object(folder / "experiment.json", notes, "experiment.json")
@@ -278,13 +309,13 @@ def read_experiment(folder: Path) -> Experiment:
         about = {}
         runs = [read_run(folder, "", "", "", notes)]
         for run in runs:
-            # Not searched for: an algorithm has a name too.
+            # The top level only: nested objects, such as an algorithm, have names too.
             about = {"title": text(run.config, "name") or folder.resolve().name}
             about["command"] = command_of(run.config)
             about["task"] = find_text(run.config, "task")
     else:
         raise UserError(
-            f"{folder} is no run's folder: it holds neither experiment.json, config.json nor "
+            f"{folder} is not a run's folder: it holds neither experiment.json, config.json nor "
             f"{FILE_NAME}."
         )
     notes += [

@@ -1,4 +1,4 @@
-"""HTML by construction: every string is escaped unless it was built here, every tag is closed."""
+"""Builds HTML: every string is escaped unless this module made it, and every tag is closed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ VOID_TAGS = frozenset({"img", "meta", "br", "hr"})
 
 
 class Html(str):
-    """A string that is HTML already. Only this module makes one from anything but a literal."""
+    """A string that is already HTML. Other modules make one from literals only."""
 
 
 def escape(value: object) -> Html:
-    """Text as HTML, with what cannot be printed replaced."""
+    """Returns the value as HTML text: special characters escaped, unprintable ones replaced."""
     if isinstance(value, Html):
         return value
     return Html(html.escape(printable(str(value)), quote=True))
 
 
 def join(parts: Iterable[object], separator: str = "") -> Html:
-    """The parts escaped, one after the other."""
+    """Returns the escaped parts, joined by the separator."""
     return Html(escape(separator).join(escape(part) for part in parts))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """`tag("p", "a < b", class_="note")` == `<p class="note">a &lt; b</p>`.
+    """Returns an HTML element.
 
-    Children that are None are left out; attributes that are None too. `class_` is `class`, and
-    underscores in other names become hyphens.
+        tag("p", "a < b", class_="note") == '<p class="note">a &lt; b</p>'
+
+    Children and attributes that are None are left out. `class_` becomes `class`, and underscores in
+    other attribute names become hyphens.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
@@ -45,13 +47,13 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 
 def image(svg: bytes, alt: str) -> Html:
-    """An SVG picture inside the page, as a base64 data address."""
+    """Returns an SVG picture embedded in the page as a base64 data URL."""
     address = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
     return tag("img", src=address, alt=alt)
 
 
 def figure(svg: bytes, caption: str, alt: str) -> Html:
-    """A picture with its caption."""
+    """Returns a picture with its caption."""
     return tag("figure", image(svg, alt), tag("figcaption", caption))
 
 
@@ -61,10 +63,10 @@ def table(
     rows: Sequence[Sequence[object]],
     text_columns: int = 1,
 ) -> Html:
-    """A table that scrolls sideways on a narrow screen.
+    """Returns a table that scrolls sideways on a narrow screen.
 
-    The first `text_columns` columns are left-aligned text and the first names its row; the others
-    are right-aligned numbers. A row of one cell is a heading across the table.
+    The first `text_columns` columns hold left-aligned text, and the first of them names the row;
+    the others hold right-aligned numbers. A row with one cell is a heading across the table.
     """
     head = tag(
         "tr",
@@ -93,13 +95,13 @@ def table(
 
 
 def with_interval(text: str) -> Html:
-    """`0.83 (0.80 to 0.86)` as a value with its bracket in a lighter span of its own."""
+    """Returns `0.83 (0.80 to 0.86)` with the interval in a lighter span."""
     value, bracket, rest = text.partition(" (")
     return join([value, " ", tag("span", "(" + rest, class_="ci")] if bracket else [value])
 
 
 def section(identifier: str, title: str, *children: object) -> Html:
-    """A section with a heading; empty when it has no content."""
+    """Returns a section with a heading, or nothing if it has no content."""
     content = [child for child in children if child]
     if not content:
         return Html("")

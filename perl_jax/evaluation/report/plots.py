@@ -1,7 +1,7 @@
-"""The pictures of the page, as SVG text in bytes. Every function takes arrays, not folders.
+"""The report's plots, as SVG in bytes. All functions take arrays, not folders.
 
-Colours are from Okabe and Ito's set, which people with any common colour blindness can tell apart;
-line style repeats what colour says, for print in grey.
+The colours are from Okabe and Ito's set, which stays distinguishable with common colour blindness.
+The line style repeats the information for grey prints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OTHER_STYLES = (("#009E73", "-."), ("#CC79A7", ":"), ("#56B4E9", "-"), ("#E69F00
 PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 PART_LINES = ("-", "--", "-.", ":")
 LARGEST_RAW = 1500
-# A legend of more curves, or of longer names, does not fit among them.
+# A legend with more curves, or with longer names, is placed below the plot.
 MOST_INSIDE, LONGEST_INSIDE = 4, 32
 SETTINGS = {
     "svg.fonttype": "path",
@@ -58,9 +58,15 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line; x and y are of one length.
+    """A named line.
 
-    `tuning` decides its colour and style, unless it has a `style` of its own.
+    Attributes:
+        label: The name in the legend.
+        tuning: Sets colour and line style, unless `style` is given.
+        x: The x values.
+        y: The y values, as many as x.
+        faint_raw: Whether the line is smoothed and its raw points are drawn faintly behind it.
+        style: (colour, line style) of the line.
     """
 
     label: str
@@ -72,7 +78,7 @@ class Curve:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean over an odd window, cut off at the ends of the data.
+    """Returns the centred running mean over an odd window, which is truncated at both ends.
 
     smooth([0, 3, 6, 0], 3) == [1.5, 3, 3, 3]
     """
@@ -84,19 +90,23 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smoothing_window(n: int) -> int:
-    """About a twelfth of the points, odd; 1 (none) for fewer than 12 points."""
+    """Returns an odd window of about a twelfth of n points; 1 (no smoothing) for fewer than 12."""
     return 1 if n < 12 else 2 * (n // 24) + 1
 
 
 def thin(x: np.ndarray, y: np.ndarray, largest: int = LARGEST_RAW) -> tuple[np.ndarray, np.ndarray]:
-    """Every k-th point so that at most about `largest` are left, the last one included."""
+    """Returns every k-th point, including the last, so that about `largest` points remain at
+    most.
+    """
     step = -(-x.size // largest) if x.size else 1
     keep = np.arange(x.size - 1, -1, -step)[::-1]
     return x[keep], y[keep]
 
 
 def binned_means(x: np.ndarray, y: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Means of x and of y in up to `bins` groups of about equally many points, sorted by x."""
+    """Returns means of x and of y in up to `bins` groups of about equally many points, sorted by
+    x.
+    """
     order = np.argsort(x, kind="stable")
     groups = np.array_split(order, min(bins, max(1, x.size)))
     return (
@@ -106,22 +116,24 @@ def binned_means(x: np.ndarray, y: np.ndarray, bins: int = 20) -> tuple[np.ndarr
 
 
 def style_of(tuning: str) -> tuple[str, str]:
-    """Colour and line style of a tuning; names without their own get one by their letters."""
+    """Returns colour and line style of a tuning; other names get a fixed pair that depends on their
+    letters.
+    """
     if tuning in STYLES:
         return STYLES[tuning]
     return OTHER_STYLES[sum(map(ord, tuning)) % len(OTHER_STYLES)]
 
 
 def part_style(index: int) -> tuple[str, str]:
-    """Colour and line style of one part among others of a run: 28 pairs before one returns."""
+    """Returns colour and line style of the index-th part of a reward; 28 pairs differ."""
     return PHASE_COLOURS[index % len(PHASE_COLOURS)], PART_LINES[index % len(PART_LINES)]
 
 
 def render(figure: Figure) -> bytes:
-    """The figure as SVG, the same bytes for the same figure; the XML prologue is left out."""
+    """Returns the figure as SVG without the XML prologue; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Names may hold letters that the font lacks; a box in the picture is not worth a warning.
+        # Names may hold characters that the font lacks; the plot shows a box for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     data = buffer.getvalue()
@@ -129,7 +141,7 @@ def render(figure: Figure) -> bytes:
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Each curve smoothed over its faint raw points."""
+    """Draws each curve: the smoothed line over its faint raw points."""
     for curve in curves:
         colour, line = curve.style or style_of(curve.tuning)
         smoothed = curve.y
@@ -149,8 +161,8 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
-    """Labels, few ticks (steps have whole numbers), a legend where there is more than one thing to
-    tell apart.
+    """Sets axis labels and ticks (whole numbers for steps), and a legend if there are several
+    lines.
     """
     axes.set_xlabel(xlabel)
     if xlabel == "step":
@@ -163,7 +175,7 @@ def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
 
 
 def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -> bytes:
-    """One panel of curves; a large legend is below them."""
+    """Returns a plot of curves; a large legend is placed below it."""
     long = any(len(printed(curve.label)) > LONGEST_INSIDE for curve in curves)
     below = len(curves) > 1 and (long or len(curves) > MOST_INSIDE)
     columns = 1 if long else 2
@@ -180,7 +192,7 @@ def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -
 
 
 def stacked_plot(title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str) -> bytes:
-    """Panels one above the other on one x axis; each has its own scale, as its unit is its own."""
+    """Returns plots stacked on a shared x axis, each with its own y scale."""
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(5.4, 2.3 * len(panels) + 0.6), layout="constrained")
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -195,10 +207,12 @@ def stacked_plot(title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlab
 def calibration_plot(
     tables: Sequence[tuple[str, str, Sequence[tuple[float, Estimate]]]],
 ) -> bytes:
-    """Observed against predicted shares with bars for their intervals; the diagonal is perfect
-    calibration.
+    """Returns a reliability diagram: observed over predicted share, with bars for intervals.
 
-    tables: label, tuning, and rows of (predicted, observed), for each model.
+    The diagonal is perfect calibration.
+
+    Args:
+        tables: (label, tuning, [(predicted, observed), ...]) for each model.
     """
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(5.0, 4.6), layout="constrained")
@@ -208,7 +222,7 @@ def calibration_plot(
             colour, line = style_of(tuning)
             predicted = np.array([row[0] for row in rows])
             observed = np.array([row[1].value for row in rows])
-            # NaN, where there is no interval, draws no bar.
+            # Without an interval the ends are NaN, which draws no bar.
             below = observed - np.array([row[1].low for row in rows], dtype=np.float64)
             above = np.array([row[1].high for row in rows], dtype=np.float64) - observed
             axes.errorbar(
@@ -233,7 +247,7 @@ def calibration_plot(
 
 
 def phases_plot(bars: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Seconds of a step by phase: one stacked bar a run."""
+    """Returns one stacked bar per run: seconds of a step by phase."""
     phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(8.6, 0.55 * len(bars) + 1.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The sections of the page that are tables and text; each is empty when its data are missing."""
+"""The sections of the report that consist of tables and text; a section without data is empty."""
 
 from __future__ import annotations
 
@@ -31,22 +31,24 @@ POLICY_COLUMNS = {
     "kl": "KL (nats)",
     "length": "Length (tokens)",
     "eos_rate": "Ends itself",
-    # A hyphen at which no line breaks.
+    # U+2011 is a hyphen at which no line breaks.
     "distinct_1": "Distinct\u20111",
     "distinct_2": "Distinct\u20112",
 }
 POLICY_NAMES = {"sft": "SFT", "base": "Base"}
 SHARES = frozenset({"eos_rate", "distinct_1", "distinct_2"})
-# Keys that name the whole step rather than a part of it.
+# `time/` metrics of a whole step rather than of a phase.
 WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile", "validate"})
 MOST_PROMPTS = 12
 LONGEST_TEXT = 1500
-# Of metrics that are numbers of rows: data/SPLIT/NAME.
+# Prefix of metrics that are numbers of rows: data/SPLIT/NAME.
 FACTS = "data/"
 
 
 def baseline_table(experiment: Experiment) -> Html:
-    """Reward models beside the baselines of their evaluations, by AUC and balanced accuracy."""
+    """Returns the section that compares reward models with baselines, by AUC and balanced
+    accuracy.
+    """
     lines: list[list[object]] = []
     baselines: dict[str, object] = {}
     for run in experiment.runs_of("reward"):
@@ -62,7 +64,7 @@ def baseline_table(experiment: Experiment) -> Html:
 
 
 def measures(values: object) -> list[str]:
-    """AUC and balanced accuracy as the table shows them."""
+    """Returns AUC and balanced accuracy as table cells."""
     area, balanced = estimate(values, "auc"), estimate(values, "balanced_accuracy")
     return [
         formats.NOT_MEASURED if area is None else formats.interval(area),
@@ -71,7 +73,7 @@ def measures(values: object) -> list[str]:
 
 
 def policy_cell(key: str, found: Estimate | None) -> str:
-    """One measure of one policy, its interval in a lighter span; a dash where it was not taken."""
+    """Returns the table cell of one measure of one policy; a dash if it was not measured."""
     if found is None:
         return DASH
     if key in SHARES:
@@ -80,12 +82,14 @@ def policy_cell(key: str, found: Estimate | None) -> str:
 
 
 def side_name(run: Run, side: str) -> str:
-    """Whose policy a side of an evaluation is: `rl` is the run's own, whichever job made it."""
+    """Returns the name of a policy of an evaluation; `rl` is the run's own, whichever job trained
+    it.
+    """
     return JOB_NAMES[run.job] if side == "rl" else POLICY_NAMES.get(side, side)
 
 
 def policies(experiment: Experiment) -> Html:
-    """Every policy of every RL and DPO run, and the counts behind the win rates."""
+    """Returns the section with a table of all policies of RL and DPO runs, and the win rates."""
     lines: list[list[object]] = []
     columns = dict(POLICY_COLUMNS)
     rows: list[tuple[str, Mapping[str, object]]] = []
@@ -93,7 +97,7 @@ def policies(experiment: Experiment) -> Html:
         found = entry(run.evaluation, "policies")
         for name, values in found.items() if isinstance(found, Mapping) else ():
             row = (f"{side_name(run, name)}, {tuning_name(run.tuning)}", values)
-            # RL and DPO from one SFT policy were measured against the same numbers.
+            # RL and DPO runs that start from one SFT policy have the same numbers for it.
             if isinstance(values, Mapping) and row not in rows:
                 rows.append(row)
                 columns.update({k: k for k in values if k not in columns and estimate(values, k)})
@@ -109,7 +113,7 @@ def policies(experiment: Experiment) -> Html:
 
 
 def win_table(experiment: Experiment) -> Html:
-    """Wins, ties and losses of every policy against SFT's, and who judged."""
+    """Returns a table of wins, ties and losses of each policy against SFT's, with the judge."""
     lines: list[list[object]] = []
     for run in experiment.policy_runs:
         block = entry(run.evaluation, "win_rate")
@@ -129,7 +133,7 @@ def win_table(experiment: Experiment) -> Html:
 
 
 def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
-    """One response with its rewards."""
+    """Returns one response with its rewards."""
     answer = entry(row, side, "text")
     shown = str(answer) if isinstance(answer, str) else formats.NOT_MEASURED
     rewards = [
@@ -146,20 +150,20 @@ def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
 
 
 def shortened(words: str) -> str:
-    """Long text with its end cut off, saying how much."""
+    """Returns a long text cut to `LONGEST_TEXT` characters, with the number of those left out."""
     left_out = len(words) - LONGEST_TEXT
     return words if left_out <= 0 else f"{words[:LONGEST_TEXT]} \u2026 ({left_out} characters more)"
 
 
 def samples(experiment: Experiment) -> Html:
-    """SFT's responses beside RL's and DPO's, prompt by prompt, for each tuning."""
+    """Returns the section with sample responses of SFT, RL and DPO, prompt by prompt."""
     runs = experiment.policy_runs
     # The first answer of each run to each prompt.
     by_prompt: dict[str, dict[int, Mapping[str, object]]] = {}
     for i, run in enumerate(runs):
         for row in run.samples:
             by_prompt.setdefault(str(row.get("prompt", "")), {}).setdefault(i, row)
-    # Prompts that every run answered first: they are the ones that can be compared.
+    # Prompts that all runs answered come first, because they can be compared.
     most = max(map(len, by_prompt.values()), default=0)
     order = sorted(by_prompt, key=lambda p: len(by_prompt[p]) < most)
     cards = []
@@ -169,7 +173,7 @@ def samples(experiment: Experiment) -> Html:
             for i, row in by_prompt[prompt].items()
             for side in ("sft", "rl")
         ]
-        # RL and DPO from one SFT policy show its answer once.
+        # RL and DPO runs that start from one SFT policy show its response once.
         shown = dict.fromkeys(answers)
         head = tag("pre", shortened(prompt), dir="auto", class_="prompt")
         cards.append(tag("article", head, tag("div", *shown, class_="answers"), class_="sample"))
@@ -178,7 +182,7 @@ def samples(experiment: Experiment) -> Html:
 
 
 def split_facts(run: Run) -> dict[str, dict[str, float]]:
-    """Numbers of rows by split: those written with a run's first step, and with its evaluation."""
+    """Returns numbers of rows by split, from a run's first metrics and from its evaluation."""
     tables = [
         run.rows[0] if run.rows else {},
         entry(run.evaluation, "data"),
@@ -195,7 +199,9 @@ def split_facts(run: Run) -> dict[str, dict[str, float]]:
 
 
 def rows_used(experiment: Experiment) -> Html:
-    """A line a split of each run: its rows, what they lost to fit, pairs in no order."""
+    """Returns the section with each run's numbers of rows: used, cut to fit, and undecided
+    pairs.
+    """
     items = []
     for run in experiment.runs:
         data = entry(run.settings, "data")
@@ -220,7 +226,9 @@ def rows_used(experiment: Experiment) -> Html:
 
 
 def phases_of(run: Run) -> dict[str, float]:
-    """Seconds of a step by phase: `cost.json`'s, or else the medians of the `time/` metrics."""
+    """Returns seconds of a step by phase: from `cost.json`, or else the medians of `time/`
+    metrics.
+    """
     listed = entry(run.cost, "phases")
     if isinstance(listed, Mapping) and listed:
         found = {str(k): number(listed, k) for k in listed}
@@ -236,7 +244,9 @@ def phases_of(run: Run) -> dict[str, float]:
 
 
 def phase_lines(runs: Sequence[Run | None]) -> list[list[object]]:
-    """A line a phase, `0.31 s (60 %)` for each run, and the number of compiled programs."""
+    """Returns a table line per phase, with `0.31 s (60 %)` for each run, and one of compiled
+    programs.
+    """
     found = [{} if run is None else phases_of(run) for run in runs]
     lines: list[list[object]] = []
     for phase in dict.fromkeys(phase for phases in found for phase in phases):
@@ -257,7 +267,9 @@ def phase_lines(runs: Sequence[Run | None]) -> list[list[object]]:
 
 
 def time_spent(experiment: Experiment) -> Html:
-    """Phases of a step with their shares: a bar for each run and a table."""
+    """Returns the section of times: a stacked bar per run, and a table of phases and their
+    shares.
+    """
     tunings = experiment.tunings
     bars: dict[str, dict[str, float]] = {}
     lines: list[list[object]] = []
@@ -281,7 +293,7 @@ def time_spent(experiment: Experiment) -> Html:
 
 
 def reproduce(experiment: Experiment) -> Html:
-    """The command, what it ran on, the versions, and each run's configuration."""
+    """Returns the section with the command, hardware, versions and each run's configuration."""
     parts: list[object] = []
     if experiment.command:
         parts.append(tag("pre", experiment.command, class_="command"))
