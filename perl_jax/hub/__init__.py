@@ -1,3 +1,3 @@
-"""Models as files: families' configs, weights, tokenizers, presets, PEFT's files, artefacts; a base
-in memory.
+"""Models on disk and in memory: configs, weights, tokenizers, chat templates, presets, artefacts,
+PEFT files.
 """

@@ -1,4 +1,6 @@
-"""Artefacts: a role's adapter or weights in a folder of their own, to use elsewhere."""
+"""Artefacts: a trained role (adapter or full weights) in a folder of its own, to be used
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +14,48 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from perl_jax import errors
-from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import Adapter, LoRAConfig
+from perl_jax.adapters.lora import TUNINGS, Adapter, LoRAConfig, under_ranks
 from perl_jax.adapters.quantise import QuantiseConfig
-from perl_jax.errors import UserError
+from perl_jax.errors import UserError, one_of, require
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files as files_lib
-from perl_jax.runtime import hosts, trees
+from perl_jax.runtime import files, hosts, trees
 from perl_jax.runtime.storage import changed_leaves, first_line, say_once
 
 RECORD = "artefact.json"
 
 
-# 2: fingerprints cover what changes the function, and the content has checksums. Format 1 had
-# neither.
+# Format 2 added checksums, and fingerprints that cover every setting that affects outputs.
 FORMAT = 2
-
-
 FORMATS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What an artefact says of itself (`artefact.json`).
+    """The description of an artefact, `artefact.json`.
 
-    role: policy, reward or value. base_name is for people, base_fingerprint decides. score_mean
-    and score_std: a reward's normalisation, score = (raw - mean) / std; None on other roles.
-    under: ranks of the frozen pairs beneath the adapter, by projection; None: there are none.
-    turn_end: the ids that ended a response's turn (`Tokenizer.turn_end_ids`); None: not stated, as
-    before they were kept. quantise: how the base was held in training; the fingerprint is that of
-    its whole weights.
+    Attributes:
+        role: policy, reward or value.
+        tuning: lora (an adapter) or full (all weights).
+        lora: The adapter's configuration; None for full tuning.
+        has_head: Whether the role has a scalar head.
+        base_name: The base model's name, for people only.
+        base_fingerprint: Identifies the base model (`base_fingerprint`). A quantised base has the
+            fingerprint of its unquantised weights.
+        tokenizer_fingerprint: Identifies the tokenizer and its chat template.
+        step: The training step that the role is from.
+        metrics: Metrics at that step.
+        score_mean: The mean of a reward's raw scores; a normalised score is (raw - mean) / std.
+            None for other roles.
+        score_std: The standard deviation of a reward's raw scores, or None.
+        scaling: The formula of the adapter's scale.
+        under: Ranks, by projection, of frozen pairs beneath the trained adapter; None if there are
+            none.
+        turn_end: The ids that ended a response's turn in training (`Tokenizer.turn_end_ids`); None
+            if the artefact's version did not record them.
+        quantise: How the base was quantised in training.
+        dtype: The dtype of the stored tree.
+        format: The version of the file format.
     """
 
     role: Literal["policy", "reward", "value"]
@@ -65,15 +77,17 @@ class Record:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        errors.one_of("artefact.role", self.role, ("policy", "reward", "value"))
-        errors.one_of("artefact.tuning", self.tuning, lora_lib.TUNINGS)
+        one_of("artefact.role", self.role, ("policy", "reward", "value"))
+        one_of("artefact.tuning", self.tuning, TUNINGS)
         rule = "alpha / rank" if self.lora is None else self.lora.scaling_rule
-        errors.one_of("artefact.scaling", self.scaling, (rule,))
-        errors.one_of("artefact.dtype", self.dtype, ("float32",))
+        one_of("artefact.scaling", self.scaling, (rule,))
+        one_of("artefact.dtype", self.dtype, ("float32",))
 
     def normalise(self, scores: Any) -> Any:
-        """(raw - mean) / std."""
-        errors.require(
+        """Returns (scores - score_mean) / score_std; raises UserError if the role has no
+        normalisation.
+        """
+        require(
             self.score_mean is not None,
             f"The {self.role} artefact has no stored score normalisation.",
         )
@@ -81,29 +95,34 @@ class Record:
 
 
 def record_of(adapter: Adapter, **values: Any) -> Record:
-    """The record of a role: what its tree says of itself, and `values`."""
+    """Returns the record of a role: fields read from its tree, and the given `values`."""
     return Record(
         tuning="full" if adapter.weights is not None else "lora",
         lora=adapter.config,
         has_head=adapter.head is not None,
         scaling="alpha / rank" if adapter.config is None else adapter.config.scaling_rule,
-        under=lora_lib.under_ranks(adapter.under),
+        under=under_ranks(adapter.under),
         **values,
     )
 
 
 def base_fingerprint(config: ModelConfig, weights: str) -> str:
-    """16 hex digits of a base: its weights' (`trees.fingerprint`) and what its config makes of
-    them.
+    """Returns 16 hex digits that identify a base: its weights and the config fields that affect its
+    outputs.
+
+    Args:
+        weights: The fingerprint of the weights (`trees.fingerprint`).
     """
-    return files_lib.digest([weights, config.function])
+    return files.digest([weights, config.function])
 
 
 def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> None:
-    """Writes `tree/` (Orbax) and `artefact.json`; the folder appears complete or not at all.
+    """Writes an artefact: `tree/` (Orbax) and `artefact.json`. The folder appears complete or not
+    at all.
 
-    Of several processes each writes what only it has of the tree, one the rest; all return when it
-    is there. `artefact.json` has a digest of each leaf, as it is in memory, and one of itself.
+    With several processes, each writes the parts of the tree that it alone holds, the first writes
+    the rest, and all return when the artefact is complete. `artefact.json` holds a digest of each
+    leaf as it is in memory, and a checksum of itself.
     """
     content = trees.digests(adapter)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -115,15 +134,15 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
         checkpointer.save((temporary / "tree").absolute(), adapter)
     if hosts.is_writer():
         values = dataclasses.replace(record, format=FORMAT)
-        files_lib.write_json(
-            temporary / RECORD, files_lib.sealed({**files_lib.to_dict(values), "digests": content})
+        files.write_json(
+            temporary / RECORD, files.sealed({**files.to_dict(values), "digests": content})
         )
         _put_in_place(temporary, folder)
     hosts.barrier("artefact written")
 
 
 def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames a complete artefact to its name; one that was there gives way."""
+    """Renames a complete artefact to its final name; replaces an existing one."""
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -135,47 +154,52 @@ def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def read_record(folder: pathlib.Path) -> Record:
-    """The record of an artefact; a folder without one is a UserError."""
+    """Returns the record of an artefact; raises UserError if the folder holds none."""
     return _read_record(folder)[0]
 
 
 def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
-    """The record, and the digests of the tree's leaves; None: an older version wrote none."""
+    """Returns (record, digests of the tree's leaves); the digests are None in format 1, which has
+    none.
+    """
     path = folder / RECORD
-    errors.require(path.exists(), f"{folder} is not an artefact: there is no {RECORD} in it.")
-    values = files_lib.read_json(path)
-    errors.require(isinstance(values, dict), f"{path} does not hold a JSON object.")
+    require(path.exists(), f"{folder} is not an artefact: there is no {RECORD} in it.")
+    values = files.read_json(path)
+    require(isinstance(values, dict), f"{path} does not hold a JSON object.")
     found = values.get("format")
-    errors.require(
+    require(
         found in FORMATS,
         f"{path} has format {found!r}; this version reads formats "
         f"{' and '.join(map(str, FORMATS))}.",
     )
     if found > 1:
-        errors.require(
-            files_lib.is_whole(values),
+        require(
+            files.is_whole(values),
             f"{path} is damaged: it does not have the checksum that it was written with.",
         )
         values.pop("checksum")
     content = values.pop("digests", None)
-    return files_lib.from_dict(Record, values), content
+    return files.from_dict(Record, values), content
 
 
 def content_of(folder: pathlib.Path) -> Any:
-    """A JSON value of all that an artefact holds, its record's numbers included; UserError where
-    there is none.
+    """Returns a JSON value that identifies an artefact's content: its record and its leaves'
+    digests.
+
+    Without digests (format 1), hashes of its files. Raises UserError if the folder holds no
+    artefact.
     """
     record, content = _read_record(folder)
-    files = (
+    hashes = (
         None
         if content is not None
         else {
-            str(path.relative_to(folder)): files_lib.file_hash(path)
+            str(path.relative_to(folder)): files.file_hash(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
     )
-    return [files_lib.to_dict(record), content, files]
+    return [files.to_dict(record), content, hashes]
 
 
 def abstract_adapter(
@@ -185,7 +209,14 @@ def abstract_adapter(
     has_head: bool,
     under: Mapping[str, int] | None = None,
 ) -> Adapter:
-    """Shapes of a role's tree."""
+    """Returns a role's tree as `jax.ShapeDtypeStruct` leaves.
+
+    Args:
+        tuning: lora or full.
+        lora: The adapter's configuration; None for full tuning.
+        has_head: Whether the role has a scalar head.
+        under: Ranks of frozen pairs beneath the adapter, by projection.
+    """
     head = None
     if has_head:
         head = {
@@ -214,45 +245,53 @@ def load_artefact(
     role: str | None,
     shardings: Any = None,
 ) -> tuple[Adapter, Record]:
-    """The adapter (float32) and the record of a saved role.
+    """Returns (adapter in float32, record) of an artefact.
 
-    Refuses, by name: another base than the one it was trained on; another role; a reward or value
-    artefact without its head; a tree that does not fit its record, or is not what was saved.
-    weights: the fingerprint of the base's (`trees.fingerprint`). role: None: whichever it holds.
-    shardings: function from an abstract Adapter to its shardings; None: the default device.
+    Args:
+        folder: The artefact.
+        lm: The base model's functions.
+        weights: The fingerprint of the base's weights (`trees.fingerprint`).
+        base_name: The base's name, for messages.
+        role: The role that the artefact must have; None accepts any.
+        shardings: Maps an abstract Adapter to its shardings; None puts the role on the default
+            device.
+
+    Raises:
+        UserError: The artefact belongs to another base or has another role, a reward or value model
+            has no head, or the tree does not fit its record or is damaged.
     """
     record, content = _read_record(folder)
     base = weights if record.format == 1 else base_fingerprint(lm.config, weights)
-    errors.require(
+    require(
         record.base_fingerprint == base,
         f"{folder} was trained on the base {record.base_name} ({record.base_fingerprint}), "
         f"not on {base_name} ({base}); give --model the base it belongs to.",
     )
-    errors.require(
+    require(
         record.tuning == "full" or record.lora is not None,
-        f"{folder / RECORD} says nothing of its adapter's size (lora).",
+        f"{folder / RECORD} does not describe its adapter (field lora is null).",
     )
-    errors.require(
+    require(
         role in (None, record.role),
         f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.",
     )
-    errors.require(
+    require(
         record.has_head or record.role == "policy",
         f"{folder} is a {record.role} artefact without its scalar head; it cannot score.",
     )
     abstract = abstract_adapter(lm, record.tuning, record.lora, record.has_head, record.under)
     if shardings is not None:
-        place = shardings(abstract)
+        where = shardings(abstract)
     else:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        place = jax.tree.map(lambda _: device, abstract)
+        where = jax.tree.map(lambda _: device, abstract)
     abstract = jax.tree.map(
-        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, place
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, where
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             adapter = checkpointer.restore((folder / "tree").absolute(), abstract)
-    # Storage has errors of many kinds for bytes that it cannot read.
+    # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
         if hosts.lost(error):
             raise
@@ -261,7 +300,7 @@ def load_artefact(
             f"The tree in {folder} does not fit its {RECORD}, or is damaged: {first_line(error)}"
         ) from error
     changed = [] if content is None else changed_leaves(adapter, content)
-    errors.require(
+    require(
         not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved."
     )
     return adapter, record

@@ -1,5 +1,5 @@
-"""A chat template at work: how a prompt is written as one user turn, how the assistant's turn ends,
-what a rendered prompt is made of.
+"""Chat templates: how a prompt is rendered as a user turn, how the assistant's turn ends, and how a
+rendered prompt is split into turns again.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from perl_jax.errors import UserError, require
 from perl_jax.hub import templates
 from perl_jax.hub.templates import Endless, Template
 
-# Templates that ask for today's date get this one unless told otherwise: a run that goes on
-# tomorrow has the same ids.
+# The date that templates get as today's by default. It is fixed, so that a run that is resumed on
+# another day has the same token ids.
 DATE = "2025-01-01"
 _CONTENT = "SENTINELTEXT"
-# Of a conversation with several turns.
+# Texts of a conversation with several turns.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (
     "SENTINELSYSTEM",
     "SENTINELFIRST",
@@ -30,11 +30,17 @@ _SYSTEM, _FIRST, _ANSWER, _SECOND = (
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """A rendered prompt, taken apart: opening, contents joined by what the template writes between
-    turns, cue.
+    """A rendered prompt, split into its parts.
 
-    contents: of the user and the assistant in turn; the user's are first and last. opening:
-    everything before them, a system turn included.
+    The prompt is opening + contents[0] + joints[0] + contents[1] + joints[1] + contents[2] + ... +
+    cue.
+
+    Attributes:
+        opening: Everything before the user's first words, including a system turn.
+        contents: The texts of user and assistant in turn; the first and the last are the user's.
+        joints: What the template writes between a user's and an assistant's text, and between an
+            assistant's and a user's.
+        cue: What asks the assistant to begin, at the end.
     """
 
     opening: str
@@ -42,8 +48,14 @@ class Turns:
     joints: tuple[str, str]
     cue: str
 
-    def begun(self, turn: int, text: str) -> str:
-        """The prompt from a turn of the user on, with another text in that turn."""
+    def from_turn(self, turn: int, text: str) -> str:
+        """Returns the prompt with all turns before a user turn removed, and another text in that
+        turn.
+
+        Args:
+            turn: The index of the user turn in `contents`.
+            text: Its new text.
+        """
         joined = text
         for place, content in enumerate(self.contents[turn + 1 :]):
             joined += self.joints[place % 2] + content
@@ -51,12 +63,22 @@ class Turns:
 
 
 class Chat:
-    """Renders prompts with one Jinja template.
+    """Renders prompts with a chat template (Jinja).
 
-    before, after: what the template writes around a user's text, the assistant's cue at its end.
-    end: what the template writes after the assistant's words, such as `<|im_end|>` and a newline.
-    uses_date: whether the template reads the date.
-    UserError where the template cannot write one user turn.
+    Args:
+        inner: The tokenizer, for its special tokens.
+        template: The source of the template.
+        name: The model's name, for messages.
+        date: The date that templates get as today's.
+
+    Attributes:
+        before: What the template writes before a user's text.
+        after: What it writes after a user's text, with the assistant's cue at the end.
+        end: What it writes after an assistant's text, such as `<|im_end|>` and a newline.
+        uses_date: Whether the template reads the date.
+
+    Raises:
+        UserError: The template cannot render a user turn.
     """
 
     def __init__(
@@ -70,7 +92,7 @@ class Chat:
         self._parts = False
         written = self._probed([("user", _CONTENT)])
         if _CONTENT not in written:
-            # Templates of models that see images go through a message's parts.
+            # Templates of models that see images expect a list of message parts.
             self._parts = True
             written = self._probed([("user", _CONTENT)])
         require(
@@ -83,8 +105,9 @@ class Chat:
         self.uses_date = "strftime_now" in template or "date_string" in template
 
     def prompt(self, text: str) -> str:
-        """The rendered user turn, up to where the response begins. UserError names what the
-        template says.
+        """Returns the rendered user turn, up to where the response begins.
+
+        Raises UserError, with the template's own message, if the template refuses the text.
         """
         try:
             return self._render([("user", text)], True)
@@ -100,11 +123,11 @@ class Chat:
             ) from error
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a prompt already is what the template makes.
+        """Returns whether a prompt already is an output of the template.
 
-        It ends with the assistant's cue, and either the cue holds one of the tokenizer's special
-        tokens, which nobody writes by accident, or the prompt begins as the template does. A cue in
-        plain words (`Assistant:`) alone says nothing: people write that themselves.
+        The prompt must end with the assistant's cue. Also either the cue holds a special token of
+        the tokenizer, which nobody writes by accident, or the prompt begins as the template does. A
+        plain cue (`Assistant:`) alone proves nothing, because people write that themselves.
         """
         cue = self.after.strip()
         if not cue or not text.rstrip().endswith(cue):
@@ -114,8 +137,8 @@ class Chat:
         )
 
     def turns(self, text: str) -> Turns | None:
-        """A rendered prompt taken apart; None where it is not made as this template makes
-        conversations.
+        """Splits a rendered prompt into its turns; returns None if it is not built as this template
+        builds conversations.
         """
         found, joints = self._split_cue(text), self._joints
         if found is None:
@@ -126,18 +149,20 @@ class Chat:
             return None
         rest, contents = rest[len(opening) :], []
         if joints is None:
-            # A template that writes one turn alone.
+            # A template for a single turn.
             return Turns(opening, (rest,), ("", ""), cue)
         while True:
             content, joint, rest = rest.partition(joints[len(contents) % 2])
             contents.append(content)
             if not joint:
                 break
-        # The user has the last word.
+        # The last turn must be the user's.
         return Turns(opening, tuple(contents), joints, cue) if len(contents) % 2 == 1 else None
 
     def _split_cue(self, text: str) -> tuple[str, str] | None:
-        """(what is before the cue, the cue as it is in the text)."""
+        """Returns (text before the cue, the cue as written in the text), or None if the text does
+        not end with it.
+        """
         bare, cue = text.rstrip(), self.after.strip()
         if not cue or not bare.endswith(cue):
             return None
@@ -147,16 +172,18 @@ class Chat:
         return text[:at], text[at:]
 
     def _openings(self) -> list[tuple[str, str]]:
-        """What a rendered prompt may begin with, bos or not: (before the first words, between a
-        system's words and the user's; empty: these are the user's).
+        """Returns the beginnings that a rendered prompt can have, with and without the bos token.
+
+        Each is (text before the first words, text between the system's words and the user's). The
+        second is empty if there is no system turn.
         """
         openings = [(self.before, ""), *([] if self._system is None else [self._system])]
         bos = self.inner.bos_token or ""
         return openings + [(opening.removeprefix(bos), joint) for opening, joint in openings]
 
     def _opening_of(self, text: str) -> str | None:
-        """All that is before the user's first words, the system's words included; None: it begins
-        as no prompt does.
+        """Returns everything before the user's first words, or None if the text begins as no prompt
+        does.
         """
         for opening, joint in self._openings():
             if text.startswith(opening):
@@ -167,8 +194,10 @@ class Chat:
 
     @functools.cached_property
     def _joints(self) -> tuple[str, str] | None:
-        """What the template writes between the user's words and the assistant's, and back; None
-        where it cannot, or not evenly.
+        """What the template writes between user and assistant text, and between assistant and user
+        text.
+
+        None if it cannot render such a conversation, or renders the ends of it differently.
         """
         written = self._tried([("user", _FIRST), ("assistant", _ANSWER), ("user", _SECOND)])
         parts = _split_at(written, (_FIRST, _ANSWER, _SECOND))
@@ -182,8 +211,8 @@ class Chat:
 
     @functools.cached_property
     def _system(self) -> tuple[str, str] | None:
-        """What the template writes before a system's words, and between those and the user's; None
-        where it takes none.
+        """What the template writes before a system text, and between system and user text; None
+        without system turns.
         """
         written = self._tried([("system", _SYSTEM), ("user", _FIRST)])
         parts = _split_at(written, (_SYSTEM, _FIRST))
@@ -195,8 +224,9 @@ class Chat:
 
     @functools.cached_property
     def _cue_is_special(self) -> bool:
-        """Whether the cue holds a special token. Found once: transformers makes the dictionary of
-        added tokens anew at each reading.
+        """Whether the cue holds a special token.
+
+        Cached, because transformers rebuilds the dictionary of added tokens at each access.
         """
         cue = self.after.strip()
         return any(
@@ -205,36 +235,45 @@ class Chat:
         )
 
     def _end(self) -> str:
-        # A template for prompts alone says nothing of an answer's end.
+        """Returns what the template writes after an assistant's text; "" if it renders no assistant
+        turns.
+        """
+        # A template for prompts only does not render an answer.
         written = self._tried([("user", "Hello"), ("assistant", _CONTENT)], cue=False)
         return written.rpartition(_CONTENT)[2] if _CONTENT in written else ""
 
     def _tried(self, turns: list[tuple[str, str]], cue: bool = True) -> str:
-        """A conversation as the template writes it; empty where it refuses. UserError where it does
-        not end.
+        """Returns a rendered conversation, or "" if the template refuses it.
+
+        Raises UserError if the rendering does not end.
         """
         try:
             return self._render(turns, cue)
         except Endless as error:
             raise UserError(self._endless()) from error
-        except Exception:  # Jinja, and functions that templates call, raise anything.
+        except Exception:  # Jinja and the functions that templates call raise errors of any type.
             return ""
 
     def _probed(self, turns: list[tuple[str, str]]) -> str:
-        """`_render`; UserError for whatever the template raises."""
+        """Returns `_render`'s text, or "" if the template fails on contents that are not message
+        parts.
+
+        Raises UserError if it fails with message parts too, or does not end.
+        """
         try:
             return self._render(turns, True)
         except Endless as error:
             raise UserError(self._endless()) from error
         except Exception as error:
             if not self._parts:
-                # Perhaps it wants parts; if not, the second try says what is wrong.
+                # The template may expect message parts; if not, the second try reports the error.
                 return ""
             raise UserError(
                 f"The chat template of {self.name} cannot write one user turn: {_reason(error)}."
             ) from error
 
     def _endless(self) -> str:
+        """Returns the error message for a template that does not end."""
         return (
             f"The chat template of {self.name} does not end within {templates.STEPS:,} steps; "
             "give another with --data.template FILE, or none."
@@ -242,9 +281,11 @@ class Chat:
 
     @functools.cached_property
     def _parsed(self) -> Template:
+        """The parsed template."""
         return Template(self.template, self.date)
 
     def _render(self, turns: Sequence[tuple[str, str]], cue: bool) -> str:
+        """Renders (role, text) turns; with `cue` the assistant's cue is appended."""
         wrapped = lambda text: [{"type": "text", "text": text}] if self._parts else text
         messages = [{"role": role, "content": wrapped(text)} for role, text in turns]
         variables = {
@@ -259,7 +300,9 @@ class Chat:
 
 
 def template_of(inner: PreTrainedTokenizerBase, name: str) -> str | None:
-    """The tokenizer's own template; UserError where it has several and none is the default."""
+    """Returns the tokenizer's own template, or None; raises UserError if it has several and no
+    default.
+    """
     found = inner.chat_template
     if not isinstance(found, dict):
         return found or None
@@ -273,7 +316,7 @@ def template_of(inner: PreTrainedTokenizerBase, name: str) -> str | None:
 
 
 def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
-    """The text cut at each mark, in this order; None where one is missing."""
+    """Returns the text cut at each mark, in this order; None if one is missing."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
@@ -284,8 +327,10 @@ def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _reason(error: Exception) -> str:
+    """Returns an error's message on one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _short(text: str) -> str:
+    """Returns a text cut to 40 characters for messages."""
     return text if len(text) <= 40 else text[:37] + "..."

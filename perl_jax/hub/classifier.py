@@ -1,8 +1,8 @@
-"""An exported head as transformers' sequence classifiers read it: their padding, and the token
-whose score they return.
+"""Exports of scalar heads for transformers' sequence classifiers: the padding and the token that is
+scored.
 
-Such a classifier returns the logit at the rightmost token whose id is not `pad_token_id`. Padding
-must therefore have an id that no turn ends with, and the tokenizer and the config must agree on it.
+Such a classifier returns the logit at the rightmost token whose id is not `pad_token_id`. So the
+padding id must be one that no turn ends with, and tokenizer and config must agree on it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from perl_jax.errors import require
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.runtime import files
 
-# Of different lengths: a padded batch shows a disagreement about padding.
+# Prompts and responses of different lengths, so that a batch of them is padded.
 _TURNS = (
     ("Good tea, please", "yes"),
     ("Is the coffee fine?", "No, thanks. It was bad, and the tea was not good."),
     ("Hello", "Hi"),
 )
 _LEGACY = "special_tokens_map.json"
-# Tokens and mask -> the score at each row's last real token.
+# Maps (tokens_BT, valid_BT) to the score at each row's last valid token.
 Scorer = Callable[[jax.Array, jax.Array], np.ndarray]
 
 
 def pad_id_of(tokenizer: Tokenizer) -> int:
-    """The id to pad with: the tokenizer's pad, unk or bos, or a special token of another use, that
-    ends no turn.
+    """Returns an id for padding that ends no turn: the tokenizer's pad, unk or bos, or another
+    special token.
 
-    UserError where every special token ends a turn.
+    Raises UserError if every special token ends a turn.
     """
     inner = tokenizer.inner
     ends = {*tokenizer.stop_ids, *tokenizer.turn_end_ids}
-    # Read once: transformers makes the dictionary anew each time, which has thousands of tokens in
-    # Gemma 3's tokenizer.
+    # Read once: transformers rebuilds the dictionary at each access, and Gemma 3's has thousands of
+    # tokens.
     added = inner.added_tokens_decoder
     special = [index for index, token in sorted(added.items()) if token.special]
-    # A token that is made for padding, but is not the tokenizer's pad, comes before other ones.
+    # Prefer a token made for padding, even if it is not the tokenizer's pad token.
     special.sort(key=lambda index: "pad" not in added[index].content.lower())
     candidates = (inner.pad_token_id, inner.unk_token_id, inner.bos_token_id, *special)
     usable = [i for i in candidates if i is not None and i not in ends and i < tokenizer.vocab_size]
@@ -55,8 +55,8 @@ def pad_id_of(tokenizer: Tokenizer) -> int:
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int) -> None:
-    """Writes the tokenizer's files, padding on the right with `pad_id`; the given tokenizer is left
-    as it is.
+    """Writes the tokenizer's files, set to pad on the right with `pad_id`; `tokenizer` itself is
+    not changed.
     """
     inner = copy.deepcopy(tokenizer.inner)
     inner.pad_token = inner.convert_ids_to_tokens(pad_id)
@@ -64,12 +64,17 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int) -> N
     inner.save_pretrained(folder)
     legacy = folder / _LEGACY
     if legacy.exists():
-        # Copied from the base. Some versions of transformers let it decide.
+        # A file of the base. Some versions of transformers prefer its pad token.
         files.write_json(legacy, files.read_json(legacy) | {"pad_token": inner.pad_token})
 
 
 def loader_note(tokenizer: Tokenizer, pad_id: int, offset: float, form: str) -> str:
-    """What somebody who loads the folder has to know, in one line."""
+    """Returns one line for people who load the export: the settings that give the right scores.
+
+    Args:
+        offset: The constant to add to the logit.
+        form: peft or merged.
+    """
     where = "load the base with num_labels=1 and" if form == "peft" else "config.json has"
     ends = "".join(tokenizer.inner.convert_ids_to_tokens(list(tokenizer.stop_part)))
     whole = (
@@ -90,12 +95,22 @@ def check_padded(
     found: Scorer,
     allowed: float,
 ) -> None:
-    """Scores a padded batch of texts as a classifier does, and compares.
+    """Scores a padded batch of texts as a classifier does and compares with the role's scores.
 
-    The folder's own tokenizer encodes and pads. `found` (the model as written) is read at the
-    rightmost token whose id is not `pad_id`, `expected` (the role) at the true last token.
-    positions: how many the model has. allowed: the difference, as a share of the largest score (of
-    1 if that is smaller). UserError where tokens, positions or scores differ.
+    The tokenizer in the folder encodes and pads. `found` is read at the rightmost token whose id is
+    not `pad_id`, `expected` at the true last token.
+
+    Args:
+        folder: The export.
+        tokenizer: The model's tokenizer.
+        pad_id: The classifier's `pad_token_id`.
+        positions: How many positions the model has.
+        expected: Scores by the role.
+        found: Scores by the exported model.
+        allowed: The largest difference, relative to the largest score (or to 1 if that is smaller).
+
+    Raises:
+        UserError: Tokens, positions or scores differ.
     """
     inner = read_back(folder, tokenizer).inner
     rows = [_whole_turn(tokenizer, *turn) for turn in _TURNS]
@@ -103,7 +118,7 @@ def check_padded(
         inner.pad_token_id is not None,
         "The tokenizer that was written has no pad token. Nothing was kept.",
     )
-    # A model with few positions reads the ends, which are what is in question.
+    # A model with few positions reads the ends of the texts, which this check is about.
     rows = [row[-positions:] for row in rows]
     ids_BT = np.asarray(inner.pad({"input_ids": rows}, padding_side="right")["input_ids"])
     true_B = np.array([len(row) for row in rows]) - 1
@@ -128,8 +143,8 @@ def check_padded(
 
 
 def read_back(folder: pathlib.Path, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer in a folder; UserError unless it writes and encodes whole turns as the given
-    one.
+    """Returns the tokenizer in a folder; raises UserError if it encodes whole turns differently
+    from `tokenizer`.
     """
     date = {} if tokenizer.chat is None else {"date": tokenizer.chat.date.isoformat()}
     again = Tokenizer(
@@ -146,4 +161,5 @@ def read_back(folder: pathlib.Path, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _whole_turn(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
+    """Returns the ids of a prompt and its response with the whole end of the turn."""
     return [*tokenizer.prompt_ids(prompt), *tokenizer.response_ids(response), *tokenizer.tail_ids]

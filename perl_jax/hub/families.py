@@ -1,10 +1,9 @@
-"""`config.json` of the supported families <-> ModelConfig, and the names of their tensors.
+"""Reads `config.json` of the supported model families into a ModelConfig, and names their tensors.
 
-One table entry a family says which fields of its `config.json` are read. Every other field must be
-one that cannot change the numbers, or off (null, false, 0, empty): anything else is an error that
-names it, so that no checkpoint is quietly run as another model. Fields that cannot change the
-numbers and that transformers does not write by itself are `leftovers`, for the reader to be told
-of.
+One table entry per family lists the fields of its `config.json` that are read. Any other field must
+be known not to affect outputs, or be off (null, false, 0, empty). Otherwise it is an error that
+names the field, so that no checkpoint silently runs as another model. Fields without effect that
+transformers does not write itself are reported by `leftovers`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _SHARED = {
     "tie_word_embeddings",
 }
 _ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
-# Fields that transformers writes into most files and that say nothing of the function computed.
+# Fields that transformers writes into most files and that do not affect outputs.
 _NO_EFFECT = {
     *(
         "architectures",
@@ -67,14 +66,14 @@ _NO_EFFECT = {
         "chunk_size_feed_forward",
         "cache_implementation",
     ),
-    # Of the original training's layout; transformers' models do not read it.
+    # The layout of the original training; transformers' models do not read it.
     "pretraining_tp",
     *("task_specific_params", "is_encoder_decoder"),
 }
-# What trainers, converters and older versions of transformers leave in a file without effect on the
-# function computed, beside every field that begins with an underscore or with one of these words.
+# Fields without effect on outputs that trainers, converters and older versions of transformers
+# leave in a file. Fields that begin with one of `_LEFTOVER_BEGINNINGS` are leftovers too.
 _LEFTOVERS = {
-    # Where a model came from, and how it was trained.
+    # Origin and training of a model.
     *(
         "is_llama_config",
         "neftune_noise_alpha",
@@ -99,7 +98,7 @@ _LEFTOVERS = {
         "output_past",
     ),
     *("torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder"),
-    # How to generate.
+    # Generation settings.
     *(
         "max_length",
         "min_length",
@@ -137,7 +136,7 @@ _LEFTOVERS = {
     *("return_dict_in_generate", "prefix"),
 }
 _LEFTOVER_BEGINNINGS = ("_", "unsloth_")
-# Settings that the decoder has one way of doing, in every family.
+# Settings of which the decoder supports a single value, in every family.
 _ONLY = {
     "attention_dropout": 0.0,
     "use_bidirectional_attention": False,
@@ -149,10 +148,13 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """reads: fields beyond the shared ones. settings(values): what they set in a ModelConfig.
+    """A model family.
 
-    values: transformers' own config object, where older spellings and defaults are resolved.
-    implied: fields of the shape that published files leave to the defaults of transformers' class.
+    Attributes:
+        reads: The fields of `config.json` that are read, besides those shared by all families.
+        settings: Maps transformers' config object (which resolves old spellings and defaults) to
+            fields of ModelConfig.
+        implied: Required fields that published files leave to the defaults of transformers' class.
     """
 
     reads: frozenset[str]
@@ -161,16 +163,19 @@ class Family:
 
 
 def _llama(values: Any) -> Settings:
+    """Returns the ModelConfig fields particular to Llama."""
     return {"biases": _biases(values)}
 
 
 def _mistral(values: Any) -> Settings:
+    """Returns the ModelConfig fields particular to Mistral."""
     every = range(values.num_hidden_layers) if values.sliding_window else ()
     return {"window": values.sliding_window or None, "windowed": tuple(every)}
 
 
 def _smollm3(values: Any) -> Settings:
-    # The list is 1 where a layer has rotary positions.
+    """Returns the ModelConfig fields particular to SmolLM3."""
+    # no_rope_layers is 1 for a layer with rotary positions.
     unrotated = tuple(index for index, rotated in enumerate(values.no_rope_layers) if not rotated)
     return {
         "biases": _biases(values),
@@ -180,10 +185,12 @@ def _smollm3(values: Any) -> Settings:
 
 
 def _qwen2(values: Any) -> Settings:
+    """Returns the ModelConfig fields particular to Qwen2."""
     return {"biases": ("q", "k", "v"), **_windows(values, values.use_sliding_window)}
 
 
 def _qwen3(values: Any) -> Settings:
+    """Returns the ModelConfig fields particular to Qwen3."""
     return {
         "biases": _biases(values),
         "qk_norm": True,
@@ -192,6 +199,7 @@ def _qwen3(values: Any) -> Settings:
 
 
 def _gemma(values: Any) -> Settings:
+    """Returns the ModelConfig fields particular to Gemma 2, most of which Gemma 3 shares."""
     return {
         "biases": _biases(values),
         "sandwich_norms": True,
@@ -205,7 +213,8 @@ def _gemma(values: Any) -> Settings:
 
 
 def _gemma3(values: Any) -> Settings:
-    # The config class has the attention cap, the model has none.
+    """Returns the ModelConfig fields particular to Gemma 3."""
+    # The config class has an attention cap, which the model does not use.
     return _gemma(values) | {"qk_norm": True, "attention_cap": None}
 
 
@@ -243,11 +252,17 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def _biases(values: Any) -> tuple[str, ...]:
+    """Returns the projections that have biases."""
     attention = ATTENTION if getattr(values, "attention_bias", False) else ()
     return attention + (FEED_FORWARD if getattr(values, "mlp_bias", False) else ())
 
 
 def _windows(values: Any, used: bool) -> Settings:
+    """Returns the sliding-window fields; none if the model uses no windows.
+
+    Args:
+        used: Whether the config turns windows on.
+    """
     kinds = values.layer_types
     known = {"full_attention", "sliding_attention"}
     require(
@@ -262,6 +277,9 @@ def _windows(values: Any, used: bool) -> Settings:
 
 
 def _rope(source: str, found: Mapping[str, Any]) -> Rope:
+    """Returns rotary position settings; raises UserError, beginning with `source`, for unsupported
+    ones.
+    """
     kind = found.get("rope_type", "default")
     scalings = {"default": "none", "linear": "linear", "llama3": "llama3"}
     require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
@@ -298,7 +316,7 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
 
 
 def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
-    """ModelConfig of a folder's `config.json`: `from_json` of the file."""
+    """Returns the ModelConfig of a folder's `config.json`; see `from_json`."""
     path = folder / "config.json"
     raw = files.read_json(path)
     require(isinstance(raw, dict), f"{path} does not hold a JSON object.")
@@ -306,10 +324,15 @@ def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
 
 
 def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelConfig:
-    """ModelConfig of a config.json's fields. UserError names what is missing or not supported.
+    """Returns the ModelConfig described by the fields of a `config.json`.
 
-    source: what messages call the fields' place. computing: fields that say how to compute, such
-    as dtype and remat.
+    Args:
+        raw: The fields.
+        source: Where the fields are from, for messages.
+        computing: ModelConfig fields that say how to compute, such as dtype and remat.
+
+    Raises:
+        UserError: A field is missing, unknown or has an unsupported value.
     """
     kind = raw.get("model_type")
     text = raw.get("text_config")
@@ -337,13 +360,15 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
         )
     read = _SHARED | _ROPE | set(_ONLY) | family.reads
     unknown = sorted(
-        field for field in _set(raw) if field not in read | _NO_EFFECT and not _is_leftover(field)
+        field
+        for field in _active_fields(raw)
+        if field not in read | _NO_EFFECT and not _is_leftover(field)
     )
     require(
         not unknown,
-        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which {kind} "
-        "is not known to have here; "
-        "running without it could change the numbers. If it cannot, take it out of the file.",
+        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which is not "
+        f"supported for {kind}; ignoring it could change the outputs. If it cannot, remove it from "
+        "the file.",
     )
     values = _resolved(
         source, kind, {field: value for field, value in raw.items() if field in read}
@@ -383,31 +408,34 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
 
 
 def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
-    """Fields that a folder's `config.json` sets and that neither transformers nor this package
-    reads, by name.
+    """Returns the fields of a folder's `config.json` that are set but read neither here nor by
+    transformers.
 
-    None of them can change the numbers; a field that could is an error of `from_json`.
+    None of them affects outputs; a field that could is an error in `from_json`.
     """
-    return tuple(sorted(filter(_is_leftover, _set(files.read_json(folder / "config.json")))))
+    return tuple(
+        sorted(filter(_is_leftover, _active_fields(files.read_json(folder / "config.json"))))
+    )
 
 
 def _is_leftover(field: str) -> bool:
+    """Returns whether a field is a known leftover that no family reads."""
     read = any(field in family.reads for family in FAMILIES.values())
     return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))
 
 
-def _set(raw: Mapping[str, Any]) -> list[str]:
-    """Fields with another value than one that means off."""
+def _active_fields(raw: Mapping[str, Any]) -> list[str]:
+    """Returns the fields whose value does not mean off."""
     return [field for field, value in raw.items() if value not in (None, False, 0, [], {}, "")]
 
 
 def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
-    """transformers' config object: it knows older spellings of fields and each family's
+    """Returns transformers' config object, which resolves old spellings and each family's
     defaults.
     """
     from transformers import AutoConfig
 
-    # A null where the class has a default means the default, except where null is itself a setting.
+    # A null means the class's default, except for fields in which null is itself a setting.
     given = {
         name: value
         for name, value in raw.items()
@@ -416,14 +444,17 @@ def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
     try:
         # Copied: the class fills in nested settings in place.
         return AutoConfig.for_model(kind, **copy.deepcopy(given))
-    # Whatever the class's own checks raise, it is about this file.
+    # The class's own checks raise errors of many types.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source} is not a valid {kind} config: {reason}") from error
 
 
 def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The `config.json` that transformers reads for a decoder trained here (the Llama family)."""
+    """Returns the `config.json` of a decoder trained here, as a Llama model for transformers.
+
+    Raises ValueError for a setting that a Llama config cannot express.
+    """
     shape = (
         "vocab_size",
         "width",
@@ -448,7 +479,9 @@ def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict
         if name not in (*shape, *computing) and values[name] != default[name]
     ]
     if others:
-        raise ValueError(f"a Llama config.json cannot say model.{others[0]}={values[others[0]]!r}")
+        raise ValueError(
+            f"a Llama config.json cannot express model.{others[0]}={values[others[0]]!r}"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -496,12 +529,18 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def module_names(config: ModelConfig) -> dict[str, str]:
-    """Path of a layer's module here -> its path in the checkpoint, below `model.layers.N`."""
+    """Returns {path of a layer's module here: its path in the checkpoint below
+    `model.layers.N`}.
+    """
     return _MODULES | (_SANDWICH_NORMS if config.sandwich_norms else _PRE_NORMS)
 
 
 def tensor_names(name: str, config: ModelConfig) -> list[str]:
-    """The tensors behind one base leaf (`layers/attention/q/kernel`): one a layer, or one."""
+    """Returns the names of the checkpoint's tensors behind a base leaf: one per layer, or one.
+
+    Args:
+        name: The leaf, such as `layers/attention/q/kernel`.
+    """
     place, _, rest = name.partition("/")
     if place == "outer":
         return [_OUTER[rest] + ".weight"]
@@ -511,5 +550,7 @@ def tensor_names(name: str, config: ModelConfig) -> list[str]:
 
 
 def transposed(name: str) -> bool:
-    """torch keeps [out, in] where this project keeps [in, out]; embeddings, norms, biases agree."""
+    """Returns whether a leaf is stored transposed: torch stores kernels as [out, in], this package
+    as [in, out].
+    """
     return name.endswith(("kernel", "lm_head"))

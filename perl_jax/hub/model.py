@@ -1,4 +1,4 @@
-"""A base model in memory, placed on its mesh, with its tokenizer and its roles."""
+"""A base model in memory: its functions, weights, tokenizer and mesh; it loads and places roles."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from perl_jax import errors
 from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
-from perl_jax.errors import require
-from perl_jax.hub import artefacts, families
-from perl_jax.hub import weights as hf_checkpoint
+from perl_jax.errors import one_of, require, unread
+from perl_jax.hub import artefacts, families, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.chat import DATE
 from perl_jax.hub.tokenizer import Tokenizer
@@ -30,12 +28,24 @@ from perl_jax.runtime.programs import Program, keep_compiled
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.types import Tree
 
+# On a CPU, models of at most so many layers have them unrolled.
 _SHALLOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Everything frozen that a job needs: the functions, the weights, the tokenizer, the mesh."""
+    """A frozen base model, with everything that jobs need of it.
+
+    Attributes:
+        name: The model's folder or hub name.
+        lm: The model's functions and its mesh.
+        base: The base weights; None if no role reads them.
+        tokenizer: The tokenizer with its chat template.
+        weights_fingerprint: Identifies the base weights before quantisation (`trees.fingerprint`).
+        quantise: How the base is quantised.
+        shard_adapters: Whether adapters are sharded like the base's matrices, rather than
+            replicated.
+    """
 
     name: str
     lm: LanguageModel
@@ -47,16 +57,19 @@ class Model:
 
     @property
     def mesh(self) -> Mesh:
+        """The mesh of devices."""
         return self.lm.mesh
 
     @property
     def fingerprint(self) -> str:
-        """Of the base: its weights and what the model makes of them."""
+        """Identifies the base model: its weights and the config fields that affect its outputs."""
         return artefacts.base_fingerprint(self.lm.config, self.weights_fingerprint)
 
     def adapter_shardings(self, abstract: Tree) -> Tree:
-        """Where a role or a whole train state lives: full weights like the base, adapters as
-        chosen, the rest replicated.
+        """Returns the shardings of a role or a train state.
+
+        Full weights are sharded like the base, adapters as configured (`shard_adapters`), all else
+        is replicated.
         """
         placed = {f"weights/{name}": place for name, place in self.lm.base_shardings().items()}
         if self.shard_adapters:
@@ -64,12 +77,14 @@ class Model:
         return sharding.state_shardings(abstract, placed, self.mesh)
 
     def place(self, tree: Tree) -> Tree:
-        """Puts a role or a train state where it lives."""
+        """Puts a role or a train state on the devices, with the shardings of
+        `adapter_shardings`.
+        """
         return jax.device_put(tree, self.adapter_shardings(tree))
 
     def relieved(self, roles: Iterable[Adapter]) -> Model:
-        """This model without its base, where every role has weights of its own and none reads
-        it.
+        """Returns this model without its base weights if every role has weights of its own, else
+        this model.
         """
         return (
             dataclasses.replace(self, base=None)
@@ -79,17 +94,24 @@ class Model:
 
     @property
     def row_parts(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """The number of parts that the rows of a batch are split into over the mesh."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def shared_prompts(self, rows: int, samples: int) -> int:
-        """How many samples of a prompt read one copy of it: all, where whole groups divide over the
-        mesh's rows.
+        """Returns how many samples of a prompt share one copy of the prompt's tokens.
+
+        All samples, if whole groups of samples divide evenly over the mesh's row parts; else 1.
+
+        Args:
+            rows: The responses in a batch.
+            samples: The samples of each prompt.
         """
         return samples if rows % (samples * self.row_parts) == 0 else 1
 
     def packs(self, packing: str) -> bool:
-        """Whether batches are packed (`DataConfig.packing`)."""
+        """Returns whether batches are packed: `on`, or `auto` on CPUs and GPUs
+        (`DataConfig.packing`).
+        """
         return packing == "on" or (packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu"))
 
     def record(
@@ -101,7 +123,9 @@ class Model:
         metrics: dict[str, Any] | None = None,
         **more: Any,
     ) -> Record:
-        """What an artefact of a role on this base says of itself."""
+        """Returns the record of an artefact of a role on this base; `more` are further fields of
+        Record.
+        """
         return artefacts.record_of(
             adapter,
             role=role,
@@ -118,8 +142,10 @@ class Model:
     def load_role(
         self, folder: str | pathlib.Path, role: str | None = None
     ) -> tuple[Adapter, Record]:
-        """An artefact of this base; refused by name when it belongs to another base or, where
-        asked, role.
+        """Returns (adapter, record) of an artefact, placed on the mesh.
+
+        Raises UserError if it belongs to another base or tokenizer, or has another role than `role`
+        (None accepts any).
         """
         adapter, record = artefacts.load_artefact(
             pathlib.Path(folder),
@@ -143,10 +169,10 @@ class Model:
 
 
 def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokenizer) -> None:
-    """Refuses a reward that was trained with another end of a turn: its scores would be read at a
-    token it never saw there.
+    """Raises UserError for a reward model that was trained with another end of a turn.
 
-    Artefacts that state none are of versions that ended every turn with eos.
+    Its scores would be read at a token at which it was not trained. Artefacts without a recorded
+    end are from versions that ended every turn with eos.
     """
     if record.role != "reward":
         return
@@ -161,16 +187,17 @@ def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokeni
 
 
 def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Model:
-    """Loads a base straight to its place on the mesh.
+    """Loads a base model from disk directly onto its devices.
 
         load_model("Qwen/Qwen3-0.6B", dtype="bfloat16")
 
     Args:
-        model: A local Hugging Face folder or a hub name, or all options at once.
+        model: A local folder in Hugging Face's format, a hub name, or all options in one object.
         options: Fields of `TemplateOptions`, such as dtype, mesh, quantise, template.
 
     Raises:
-        UserError: For a model that is not there, or that the package cannot run.
+        UserError: There is no such model, its config is not supported, its weights are damaged, or
+            an option is unknown.
     """
     if isinstance(model, ModelOptions):
         options = model if not options else dataclasses.replace(model, **options)
@@ -185,16 +212,16 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
         options = TemplateOptions(model=str(model), **options)
     without_absent_chips()
     keep_compiled(options.compile_cache)
-    folder = hf_checkpoint.find_model(options.model)
+    folder = weights.find_model(options.model)
     lm, tokenizer = described(options, folder)
     marks: dict[str, bytes] = {}
 
     def finish(name: str, leaf: jax.Array) -> Tree:
-        # The fingerprint is the true base's, whatever becomes of it.
+        # Before quantisation: the fingerprint identifies the unquantised base.
         marks[name] = trees.leaf_mark(name, leaf)
         return quantise_leaf(name, leaf, options.quantise)
 
-    base = hf_checkpoint.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
+    base = weights.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
     return Model(
         str(options.model),
         lm,
@@ -207,14 +234,14 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
 
 
 def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
-    """The functions and the tokenizer of a model in a folder, without its weights.
+    """Returns the functions and the tokenizer of a model in a folder, without its weights.
 
-    Says on standard error which fields of its config.json are passed over.
+    Prints to standard error which fields of its config.json are ignored.
     """
-    if (unread := families.leftovers(folder)) and hosts.is_writer():
+    if (ignored := families.leftovers(folder)) and hosts.is_writer():
         print(
-            f"{folder / 'config.json'}: these fields do not change the numbers and are not read: "
-            f"{', '.join(unread)}.",
+            f"{folder / 'config.json'}: these fields do not affect outputs and are ignored: "
+            f"{', '.join(ignored)}.",
             file=sys.stderr,
         )
     config = families.read_config(
@@ -233,15 +260,21 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
 
 
 def template_of(options: ModelOptions) -> tuple[str, str]:
-    """(template, date for it): of a job's data, or of a command that has no data."""
+    """Returns (chat template, template date) from a job's data options, or from the options of a
+    command without data.
+    """
     source = getattr(options, "data", options)
     return getattr(source, "template", "auto"), getattr(source, "template_date", DATE)
 
 
 def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
-    """The config as the mesh's devices run it best, or with the attention path that is asked for.
+    """Returns the config with settings for the mesh's devices: the attention path, and on a CPU
+    unrolled layers.
 
-    On a CPU shallow models have their layers inlined. `kernels.choose` says what attends.
+    Args:
+        attention: The attention path; auto takes the best one for the devices (`kernels.choose`).
+
+    On CPUs models with few layers have them unrolled. Raises UserError for a path that CPUs lack.
     """
     path = _choice(config, mesh).path if attention == "auto" else attention
     if platform_of(mesh) != "cpu":
@@ -256,6 +289,7 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
 
 
 def _choice(config: ModelConfig, mesh: Mesh) -> kernels.Choice:
+    """Returns the best attention path for the mesh's devices, with the reason."""
     return kernels.choose(
         platform_of(mesh),
         config,
@@ -265,7 +299,7 @@ def _choice(config: ModelConfig, mesh: Mesh) -> kernels.Choice:
 
 
 def attention_paths(lm: LanguageModel) -> dict[str, str]:
-    """How attention is computed, and why: `training` (whole sequences, in scoring too) and
+    """Returns how attention is computed, and why: for `training` (also for scoring) and
     `sampling`.
     """
     path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
@@ -282,7 +316,7 @@ def attention_paths(lm: LanguageModel) -> dict[str, str]:
 
 
 def say_attention(job: str, lm: LanguageModel) -> None:
-    """Prints the attention paths: one line, of the process that writes."""
+    """Prints the attention paths in one line to standard error, from the first process."""
     if hosts.is_writer():
         print(
             f"{job}: attention: "
@@ -294,43 +328,44 @@ def say_attention(job: str, lm: LanguageModel) -> None:
 
 
 def weights_program(lm: LanguageModel) -> Program:
-    """A base -> the role that full tuning starts from, its weights where the base's are
+    """Returns the compiled program base -> role with full weights, from which full tuning starts
     (`full_weights`).
     """
-    return Program("full_weights", full_weights, out_shardings=Adapter(weights=_base_places(lm)))
+    return Program("full_weights", full_weights, out_shardings=Adapter(weights=_base_shardings(lm)))
 
 
 def merge_program(lm: LanguageModel) -> Program:
-    """(base, adapter) -> a copy of the base with the adapter in it, where the base is.
+    """Returns the compiled program (base, adapter) -> the base weights with the adapter merged in.
 
-    Op by op, layers would be taken out of a leaf that is split over devices, each whole onto one of
-    them.
+    The result has the shardings of the base. Without compilation each layer, taken out of a sharded
+    leaf, would be put as a whole on one device.
     """
-    return Program("merged", lora.merge, out_shardings=_base_places(lm))
+    return Program("merged", lora.merge, out_shardings=_base_shardings(lm))
 
 
-def _base_places(lm: LanguageModel) -> Tree:
+def _base_shardings(lm: LanguageModel) -> Tree:
+    """Returns the shardings of the base weights, as a tree like them."""
     return trees.map_named(lambda name, _: lm.base_shardings()[name], lm.abstract_base())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The base model and where it computes.
+    """The base model and how it is computed.
 
     Attributes:
-        model: A local Hugging Face folder or a hub name.
-        dtype: Of the frozen base and of activations.
-        remat: What the backward pass computes again (less memory, more time): none, dots (all but
-            the
+        model: The base model: a local folder in Hugging Face's format, or a hub name (NAME or
+            NAME@REVISION).
+        dtype: The dtype of the frozen base and of activations.
+        remat: What the backward pass recomputes to save memory: none, dots (everything except
             products with weights) or full (whole layers).
-        attention: Which path whole sequences take: auto is splash on TPUs, cudnn on GPUs where it
-            can be,
-            and XLA's own operations elsewhere: blocked (queries in blocks) on one CPU device and on
-            GPUs, plain on several CPU devices. A run prints the path and why it is taken.
-        quantise: Keep the frozen base's matrices in 8 or 4 bits.
-        mesh: Devices along each axis of the mesh.
-        compile_cache: A folder that keeps compiled programs for later processes; None: what
-            JAX_COMPILATION_CACHE_DIR says, or nothing is kept.
+        attention: The attention path for whole sequences. auto picks splash on TPUs, cudnn on GPUs
+            where it is supported, and otherwise XLA operations: blocked (in blocks of queries) on
+            GPUs and a single CPU device, plain on several CPU devices. Each run prints its path and
+            the reason.
+        quantise: Store the frozen base's matrices in 8 or 4 bits.
+        mesh: The number of devices along each axis of the mesh.
+        compile_cache: A folder that keeps compiled programs for later processes. None uses
+            JAX_COMPILATION_CACHE_DIR, or keeps none if that is not set.
     """
 
     model: str
@@ -342,22 +377,22 @@ class ModelOptions:
     compile_cache: str | None = None
 
     def __post_init__(self) -> None:
-        errors.one_of("dtype", self.dtype, config.DTYPES)
-        errors.one_of("remat", self.remat, REMAT)
-        errors.one_of("attention", self.attention, ("auto", *ATTENTION))
+        one_of("dtype", self.dtype, config.DTYPES)
+        one_of("remat", self.remat, REMAT)
+        one_of("attention", self.attention, ("auto", *ATTENTION))
 
     def check_forward(self, command: str) -> None:
-        """UserError for options of the backward pass in a command that has none."""
-        errors.unread(self, ("remat",), command, ("training",))
+        """Raises UserError for options of the backward pass in a command that only runs forward."""
+        unread(self, ("remat",), command, ("training",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateOptions(ModelOptions):
-    """What commands that read a tokenizer, and have no data options, are told of its chat template.
+    """The model options and the chat template, for commands that read no data set.
 
     Attributes:
-        template: auto (the tokenizer's chat template), none, or a file with a Jinja template.
-        template_date: What a template gets that asks for today's date.
+        template: The chat template: auto (the tokenizer's own), none, or the path of a Jinja file.
+        template_date: The date (YYYY-MM-DD) that templates get as today's.
     """
 
     template: str = "auto"

@@ -1,7 +1,7 @@
-"""Adapter <-> the two files of a PEFT adapter: adapter_config.json and adapter_model.safetensors.
+"""Converts adapters to and from PEFT's files, adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps a module's A as [r, in] and B as [out, r]; DoRA's magnitudes as [out]; the scalar head of
-a sequence classifier as `score.weight` [1, width], without a bias.
+PEFT stores A as [r, in] and B as [out, r], DoRA's magnitudes as [out], and the scalar head of a
+sequence classifier as `score.weight` [1, width] without a bias.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
+from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig, average
 from perl_jax.errors import require
 from perl_jax.hub import families
 from perl_jax.models.config import ModelConfig
@@ -30,7 +29,7 @@ _PARTS = {
     "lora_b": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
-# Settings under which PEFT computes something that an Adapter here cannot; each with its off value.
+# Settings under which PEFT computes something that an Adapter cannot: name -> the supported value.
 _ONLY_VALUE = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -46,9 +45,9 @@ _ONLY_VALUE = {
     "monteclora_config": None,
     "velora_config": None,
 }
-# Initialisations that change the base's own weights: the saved pair belongs to that changed base.
+# Initialisations that change the base's weights: the saved pair belongs to the changed base.
 _BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# Read, or of no effect on a loaded adapter's output.
+# Settings that are read, or do not affect the outputs of a loaded adapter.
 _KNOWN = {
     *(
         "peft_type",
@@ -92,7 +91,13 @@ _KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """A projection: its module in a base tree, in a layer of the checkpoint, and its [in, out]."""
+    """A projection.
+
+    Attributes:
+        path: Its path in a base tree: layers/attention/q.
+        module: Its path in a layer of the checkpoint: self_attn.q_proj.
+        shape: The kernel's shape in one layer, (in, out).
+    """
 
     path: str
     module: str
@@ -100,7 +105,7 @@ class _Linear:
 
 
 def _linears(config: ModelConfig) -> dict[str, _Linear]:
-    """Every projection by its name: q is layers/attention/q and self_attn.q_proj."""
+    """Returns all projections by name (`q`, `k`, ...)."""
     names, out = families.module_names(config), {}
     for name, leaf in trees.named_leaves(LanguageModel(config).abstract_base()).items():
         path = name.removesuffix("/kernel")
@@ -114,18 +119,18 @@ def _linears(config: ModelConfig) -> dict[str, _Linear]:
 def to_peft(
     adapter: Adapter, config: ModelConfig, base_name: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(adapter_config.json, tensors) of a LoRA role; a head becomes `score.weight`, without its
-    bias.
+    """Returns (the object of adapter_config.json, tensors by name) of a LoRA role.
 
-    Frozen pairs beneath (PiSSA, stacked adapters) are joined with the trained one into one pair of
-    their summed rank: PEFT then needs no changed base.
+    A head becomes `score.weight`, without its bias. Frozen pairs beneath the adapter (PiSSA,
+    stacked adapters) are joined with the trained pair into one pair of the summed rank, so that
+    PEFT needs no changed base. Raises UserError for a fully tuned role.
     """
     require(
         adapter.lora is not None,
         "A fully tuned role has no adapter; export it with --format merged.",
     )
     if adapter.under is not None:
-        adapter = lora_lib.average([adapter], [1.0], config.layers)
+        adapter = average([adapter], [1.0], config.layers)
     lora, modules = (
         adapter.config,
         {name: linear.module for name, linear in _linears(config).items()},
@@ -168,7 +173,14 @@ def to_peft(
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """One module's tensors, in this project's layout, and its scale."""
+    """The tensors of one adapted module, as laid out in this package.
+
+    Attributes:
+        a: A, [in, r].
+        b: B, [r, out].
+        magnitude: DoRA's magnitudes [out], or None.
+        scale: The factor of A B.
+    """
 
     a: np.ndarray
     b: np.ndarray
@@ -179,11 +191,19 @@ class _Pair:
 def from_peft(
     values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
 ) -> Adapter:
-    """The role that PEFT's files describe, for a base of `config`.
+    """Returns the role that PEFT's files describe.
 
-    Ranks and scales that are the same in every layer become the LoRAConfig's; where they differ
-    from layer to layer, ranks are filled up with zeros and scales go into B. UserError names each
-    setting and tensor that has no place here.
+    Ranks and scales that are equal in all layers go into the LoRAConfig. Where they differ between
+    layers, ranks are padded with zeros and scales are multiplied into B.
+
+    Args:
+        values: The object of adapter_config.json.
+        tensors: The tensors of adapter_model.safetensors by name.
+        config: The base model's configuration.
+
+    Raises:
+        UserError: A setting or a tensor is not supported, or does not fit the base; the message
+            names each.
     """
     _check_settings(values)
     pairs, head = _pairs(values, tensors, config)
@@ -192,7 +212,7 @@ def from_peft(
     dora = bool(values.get("use_dora"))
     require(
         not dora or len(pairs) == len(projections) * len(layers),
-        "This DoRA adapter sits on different modules in different layers.",
+        "This DoRA adapter adapts different modules in different layers, which is not supported.",
     )
     even = len(pairs) == len(projections) * len(layers)
     for projection in projections:
@@ -237,6 +257,7 @@ def from_peft(
 
 
 def _check_settings(values: Mapping[str, Any]) -> None:
+    """Raises UserError for settings under which PEFT computes something that an Adapter cannot."""
     where = "adapter_config.json"
     require(
         values.get("peft_type") == "LORA",
@@ -255,7 +276,7 @@ def _check_settings(values: Mapping[str, Any]) -> None:
     )
     require(
         not unknown,
-        f"{where} sets {', '.join(unknown)}, which is not known here and could change the numbers.",
+        f"{where} sets {', '.join(unknown)}, which is not supported and could change the outputs.",
     )
     begun = values.get("init_lora_weights", True)
     changed = isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING)
@@ -271,7 +292,10 @@ def _check_settings(values: Mapping[str, Any]) -> None:
 def _pairs(
     values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
 ) -> tuple[dict[tuple[int, str], _Pair], dict | None]:
-    """Every adapted module's pair by (layer, projection), and the head."""
+    """Returns (the adapted modules' pairs by (layer, projection), the head or None).
+
+    Raises UserError, naming all tensors that do not fit the base.
+    """
     linears = _linears(config)
     projections = {linear.module: name for name, linear in linears.items()}
     parts = {suffix: part for part, suffix in _PARTS.items()}
@@ -337,7 +361,9 @@ def _pairs(
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the module's name, or the end of it after a dot."""
+    """Returns the value of the first pattern that matches the module's name or its end after a dot
+    (PEFT's rule).
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -353,7 +379,10 @@ def _lora_config(
     layers: list[int],
     config: ModelConfig,
 ) -> LoRAConfig:
-    # The most common value is the general one, the others are exceptions.
+    """Returns the LoRAConfig of the given ranks and alphas; the most common value becomes the
+    general one.
+    """
+    # The other values are exceptions.
     rank, alpha = (
         max(sorted(set(found.values())), key=list(found.values()).count)
         for found in (ranks, alphas)
@@ -375,7 +404,9 @@ def _lora_config(
 
 
 def _padded(pair: _Pair | None, rank: int, scale: float) -> dict[str, np.ndarray] | None:
-    """A pair filled up to `rank` with zeros, under the scale all layers share."""
+    """Returns a pair's tensors padded with zeros to `rank`, with B rescaled to the common scale;
+    None for no pair.
+    """
     if pair is None:
         return None
     room = rank - pair.a.shape[1]

@@ -1,9 +1,9 @@
 """Shapes of known models by name, for planning and timing without their weights.
 
-Each is what the model's own `config.json` says in the fields that `families` reads, spelled as
-transformers 5 writes them. Pre-trained and tuned models of one name have the same shape; Qwen3's
-number of positions is the tuned ones'. Of the Gemma 3 models that also see images these are the
-text parts, with the 64 rows that their embedding has in transformers beyond its 262,144 tokens.
+Each preset holds the fields of the model's own `config.json` that `families` reads, in the spelling
+of transformers 5. Pre-trained and tuned models of one name have the same shape; the number of
+positions of Qwen3 is that of the tuned models. For Gemma 3 models that also see images a preset is
+the text part. Its embedding has 64 more rows than the 262,144 tokens, as in transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _GEMMA3: Settings = {
         "sliding_attention": _GEMMA3_LOCAL,
     },
 }
-# The one without images: no rows for them, fewer positions, unscaled, and a shorter window.
+# The one model without images: no image rows, fewer positions, unscaled rope, a shorter window.
 _GEMMA3_1B: Settings = _GEMMA3 | {
     "vocab_size": 262144,
     "max_position_embeddings": 32768,
@@ -100,15 +100,18 @@ _SHAPE = (
 
 
 def _shaped(family: Settings, *shape: int, **more: Any) -> Settings:
+    """Returns a preset: the fields of its family, the shape fields in the order of `_SHAPE`, and
+    more fields.
+    """
     return family | dict(zip(_SHAPE, shape, strict=True)) | more
 
 
 PRESETS: Mapping[str, Settings] = {
-    # Family; width, feed-forward width, layers, query heads, key-value heads, width of a head.
+    # Family; width, feed-forward width, layers, query heads, key/value heads, head dimension.
     "gemma2-2b": _shaped(_GEMMA2, 2304, 9216, 26, 8, 4, 256, query_pre_attn_scalar=256),
-    # Its first files had 224, width over heads; Google mended that (google/gemma_pytorch 03e6575).
+    # The first files had 224, width / heads; Google corrected it (google/gemma_pytorch 03e6575).
     "gemma2-9b": _shaped(_GEMMA2, 3584, 14336, 42, 16, 8, 256, query_pre_attn_scalar=256),
-    # Here width over heads is meant, as in Gemma 3's 27B.
+    # Here width / heads is intended, as in Gemma 3's 27B.
     "gemma2-27b": _shaped(_GEMMA2, 4608, 36864, 46, 32, 16, 128, query_pre_attn_scalar=144),
     "gemma3-1b": _shaped(_GEMMA3_1B, 1152, 6912, 26, 4, 1, 256, query_pre_attn_scalar=256),
     "gemma3-4b": _shaped(_GEMMA3, 2560, 10240, 34, 8, 4, 256, query_pre_attn_scalar=256),
@@ -126,18 +129,22 @@ PRESETS: Mapping[str, Settings] = {
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """The ModelConfig of a known model, with some of its fields changed; UserError lists the
-    names.
+    """Returns the ModelConfig of a preset with some fields overridden; raises UserError, listing
+    the names, if there is none.
     """
     errors.one_of("preset", name, PRESETS)
     return dataclasses.replace(families.from_json(PRESETS[name], f"preset {name}"), **overrides)
 
 
 def model_config(model: str, **overrides: Any) -> ModelConfig:
-    """A preset by its name, else a local Hugging Face folder's; overrides: fields of ModelConfig.
+    """Returns the ModelConfig of a preset, or else of a local folder in Hugging Face's format.
 
-    Only `config.json` is read, so the folder needs no weights. A preset's name comes before a
-    folder that is called the same; write `./NAME` for that one.
+    Only `config.json` is read, so the folder needs no weights. A preset's name takes precedence
+    over a folder of that name; write `./NAME` for the folder.
+
+    Args:
+        model: The preset or folder.
+        overrides: Fields of ModelConfig to change.
     """
     if model in PRESETS:
         return preset(model, **overrides)

@@ -1,8 +1,7 @@
-"""Jinja templates rendered in a sandbox that counts their steps: one that does not end is an error,
-not a hang.
+"""Renders Jinja templates in a sandbox that counts steps, so that an endless template is an error
+rather than a hang.
 
-A rendering equals that of transformers' `apply_chat_template`, with the caller's date in the place
-of today's.
+The result equals that of transformers' `apply_chat_template`, with a given date instead of today's.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-# Of one rendering: turns of loops, calls, and items that filters read. A chat template takes a few
-# hundred.
+# The most steps of one rendering (loop iterations, calls, items read by filters). A chat template
+# takes a few hundred.
 STEPS = 100_000
-# Characters of any text that a rendering makes.
+# The most characters of any text in a rendering.
 _LONGEST = 10_000_000
 _COUNTED, _BOUNDED = "_counted", "_bounded"
 
@@ -32,10 +31,14 @@ class Endless(Exception):
 
 
 class Template:
-    """A parsed chat template. jinja2.TemplateError (and whatever a template's own operations raise)
-    where it does not parse.
+    """A parsed chat template.
 
-    date: what the template's `strftime_now` formats.
+    Args:
+        source: The template's text.
+        date: The date that the template's `strftime_now` formats.
+
+    Raises jinja2.TemplateError, or an error of the template's own operations, if it cannot be
+    parsed.
     """
 
     def __init__(self, source: str, date: datetime.date) -> None:
@@ -52,13 +55,13 @@ class Template:
         )
 
     def render(self, **variables: Any) -> str:
-        """The template's text. Endless where it goes on for too long."""
+        """Returns the rendered text; raises Endless if the rendering takes too long."""
         self._environment.steps = 0
         return self._template.render(**variables)
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """What chat templates may use, each use of it counted."""
+    """The functions and filters that chat templates may use; each use is counted."""
 
     intercepted_binops = frozenset(("+", "*", "**"))
 
@@ -78,7 +81,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         }
 
     def take(self, steps: int) -> None:
-        """Counts steps. Endless beyond the limit."""
+        """Adds to the count of steps; raises Endless above the limit."""
         self.steps += steps
         if self.steps > STEPS:
             raise Endless
@@ -86,14 +89,18 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call(
         self, context: Context, function: Any, /, *arguments: Any, **named: Any
     ) -> Any:  # `self` may be one of the names
-        """Every call of a template: functions, methods and its own macros."""
+        """Calls a function, method or macro for the template, and counts steps for arguments and
+        result.
+        """
         self.take(1 + _size(getattr(function, "__self__", None)))
         found = super().call(context, function, *arguments, **named)
         self.take(_size(found))
         return found
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Computes `+`, `*` or `**`; refuses a result that would be too long, before it is made."""
+        """Computes `+`, `*` or `**`; raises Endless, before computing, if the result would be too
+        long.
+        """
         if operator == "**":
             bits = (
                 left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
@@ -109,13 +116,14 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, by which trainers mark what the assistant wrote; here its content
-    alone.
+    """The `{% generation %}` tag, with which trainers mark assistant text; it renders its content
+    only.
     """
 
     tags = {"generation"}  # noqa: RUF012  jinja2 reads this attribute of the class
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Returns the tag's content as a scope."""
         line = next(parser.stream).lineno
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
@@ -123,7 +131,7 @@ class _Generation(ext.Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace without names that could reach Python's own attributes."""
+    """Jinja's namespace, without attribute names that could reach Python internals."""
 
     def __init__(*arguments: Any, **values: Any) -> None:  # `self` may be one of the names
         self, *rest = arguments
@@ -138,15 +146,18 @@ class _Namespace(Namespace):
 
 
 def _dictionary(*arguments: Any, **values: Any) -> dict:
+    """Returns `dict(...)`; a function of Python, so that calls are counted."""
     return dict(*arguments, **values)
 
 
 def _check_name(name: Any) -> None:
+    """Raises SecurityError for an attribute name that begins with an underscore."""
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}")
 
 
 def _raise(message: Any) -> None:
+    """Raises jinja2.TemplateError with the template's own message."""
     raise jinja2.TemplateError(str(message))
 
 
@@ -157,18 +168,19 @@ def _as_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter would escape for HTML."""
+    """Returns the value as JSON. Jinja's own filter would escape HTML characters."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    """Returns the node with a filter applied."""
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _counting(environment: _Environment, function: Callable) -> Callable:
-    """A filter that counts what it is given."""
+    """Returns a filter that counts its arguments before it runs."""
 
     @functools.wraps(function)
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -180,7 +192,7 @@ def _counting(environment: _Environment, function: Callable) -> Callable:
 
 @jinja2.pass_context
 def _counted(context: Context, items: Iterable) -> Iterator:
-    """The items of a loop, a step each."""
+    """Yields the items of a loop and counts one step for each."""
     for item in items:
         context.environment.take(1)
         yield item
@@ -188,20 +200,21 @@ def _counted(context: Context, items: Iterable) -> Iterator:
 
 @jinja2.pass_context
 def _bounded(context: Context, value: Any) -> Any:
-    """A part of a longer text, as it is."""
+    """Returns a part of a concatenation unchanged; raises Endless if it is too long."""
     if isinstance(value, str):
-        # Twice this much is what doubling a text could make of it.
+        # Twice the length, because the template may concatenate the text with itself.
         _check_length(2 * len(value))
     return value
 
 
 def _check_length(length: int) -> None:
+    """Raises Endless if a text would be longer than `_LONGEST` characters."""
     if length > _LONGEST:
         raise Endless
 
 
 def _size(value: Any) -> int:
-    """Steps that reading a whole value counts as."""
+    """Returns how many steps reading a whole value counts as."""
     if isinstance(value, str):
         return len(value) // 100
     return len(value) if isinstance(value, (list, tuple, dict, range)) else 0

@@ -1,4 +1,6 @@
-"""A tokenizer with the few operations the package needs, and small ones trained on the spot."""
+"""Wraps a Hugging Face tokenizer with the rules for prompts and responses; also makes small
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from perl_jax import errors
-from perl_jax.errors import UserError
+from perl_jax.errors import UserError, require
 from perl_jax.hub.chat import DATE, Chat, template_of
 from perl_jax.runtime import files
 
@@ -21,22 +22,44 @@ _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 class Tokenizer:
-    """Text <-> ids, with the rules that training, sampling and scoring share.
+    """Converts text to ids and back, by the rules that training, sampling and scoring share.
 
-    A prompt goes through the chat template (one user turn, then the assistant's cue) where there is
-    one, and otherwise is bos + text. Prompt and response are tokenised apart, so the boundary
+    A prompt is rendered by the chat template (one user turn, then the assistant's cue) if there is
+    one, and otherwise is bos + text. Prompt and response are tokenised separately, so the boundary
     between them is exact.
 
-    A response ends as the template ends the assistant's turn. turn_end_ids: those ids, in two
-    parts. The stop part goes up to the first token that ends a turn (`<|im_end|>`, `<end_of_turn>`,
-    eos): it belongs to the response, a loss is taken over it, and sampling stops at its last token.
-    tail_ids: what the template writes after it, such as a newline. The tail is in no loss and is
-    never sampled; a score is read behind it, where trainers read it that render whole
-    conversations. Without a template the end is eos, and there is no tail.
+    A response ends as the template ends an assistant's turn, with the ids `turn_end_ids`. They have
+    two parts:
 
-    Sampling stops at eos too. Losses, log-probabilities and values are of the tokens as they were
-    sampled. A score is of the response's text as a turn: what ended the response (`without_end`) is
-    replaced by turn_end_ids, so that it is the score of the same text in a row of data.
+    - `stop_part` goes up to the first token that ends a turn (`<|im_end|>`, `<end_of_turn>`, eos).
+      It belongs to the response: losses include it, and sampling stops at its last token.
+    - `tail_ids` is what the template writes after it, such as a newline. It is never sampled and in
+      no loss. Scores are read after it, as by trainers that render whole conversations.
+
+    Without a template the end is eos, and there is no tail.
+
+    Sampling stops at eos too. Losses, log-probabilities and values use the tokens as sampled. A
+    score uses the response as a complete turn: the tokens that ended the response (`without_end`)
+    are replaced by `turn_end_ids`. So it equals the score of the same text in a row of data.
+
+    Args:
+        inner: The tokenizer of transformers.
+        stop_ids: Further ids at which sampling stops, besides eos.
+        vocab_size: The rows of the model's embedding; None takes the tokenizer's size.
+        date: The date that chat templates get as today's.
+
+    Attributes:
+        chat: The chat template; None without one.
+        vocab_size: The number of ids that the model can embed.
+        bos_id: The id that begins a text, or None.
+        eos_id: The id that ends a text.
+        pad_id: The id used for padding.
+        stop_ids: All ids at which sampling stops.
+        turn_end_ids: The ids that end a response's turn: stop_part + tail_ids.
+
+    Raises:
+        UserError: The tokenizer has no eos token, does not fit the model, or has an unusable
+            template.
     """
 
     def __init__(
@@ -49,12 +72,12 @@ class Tokenizer:
         self.inner = inner
         self.vocab_size = len(inner) if vocab_size is None else vocab_size
         own = [i for i in range(self.vocab_size, len(inner)) if i not in inner.added_tokens_decoder]
-        errors.require(
+        require(
             not own,
             f"The tokenizer {inner.name_or_path} has {len(inner)} tokens, its model only "
             f"{vocab_size}.",
         )
-        errors.require(
+        require(
             inner.eos_token_id is not None, f"The tokenizer {inner.name_or_path} has no eos token."
         )
         self.eos_id: int = inner.eos_token_id
@@ -62,16 +85,16 @@ class Tokenizer:
         for name, index in (("eos", self.eos_id), ("bos", self.bos_id)):
             fits = index is None or index < self.vocab_size
             token = None if fits else inner.convert_ids_to_tokens(index)
-            errors.require(
+            require(
                 fits,
                 f"The {name} token {token} of {inner.name_or_path} has id {index}, for which the "
                 f"model has no embedding (it has {self.vocab_size}).",
             )
-        # The id of padding never matters (masks do); eos is the usual stand-in for a missing one.
+        # Padding is masked, so its id does not matter; eos replaces a missing one.
         padded = inner.pad_token_id is not None and inner.pad_token_id < self.vocab_size
         self.pad_id: int = inner.pad_token_id if padded else self.eos_id
         outside = sorted(i for i in stop_ids if not 0 <= i < self.vocab_size)
-        errors.require(
+        require(
             not outside,
             f"The model of {inner.name_or_path} names {outside} as eos_token_id; it has "
             f"embeddings 0 to {self.vocab_size - 1}.",
@@ -84,7 +107,7 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, self.stop_part[-1])))
 
     def _turn_end(self) -> tuple[tuple[int, ...], int]:
-        """The ids that end an assistant's turn, and how many of them are the stop part."""
+        """Returns the ids that end an assistant's turn, and how many of them form the stop part."""
         ids = [] if self.chat is None else self._plain(self.chat.end)
         ends = [
             index
@@ -101,18 +124,24 @@ class Tokenizer:
         template: str = "auto",
         date: str = DATE,
     ) -> Tokenizer:
-        """From a model's folder; the stop ids include every eos of its `generation_config.json`.
+        """Returns the tokenizer of a model's folder; every eos of its configs becomes a stop id.
 
-        template: auto, the tokenizer's own; none; or a file with one in Jinja. date: what a
-        template gets that asks for today's, as 2025-01-31. vocab_size: the model's. Added tokens
-        beyond it (Gemma 3's image token) are refused where a text holds one; a tokenizer whose own
-        vocabulary is larger is refused as a whole.
+        Args:
+            folder: The model's folder.
+            vocab_size: The rows of the model's embedding. A text with an added token beyond them
+                (Gemma 3's image token) is an error; so is a tokenizer whose own vocabulary is
+                larger.
+            template: auto (the tokenizer's own), none, or the path of a Jinja file.
+            date: The date (YYYY-MM-DD) that templates get as today's.
+
+        Raises:
+            UserError: The files cannot be read, or `Tokenizer` refuses them.
         """
         try:
             inner = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        # Whatever it is: the libraries below raise a bare Exception on files they cannot read.
+        # The libraries raise a bare Exception for files that they cannot read.
         except Exception as error:
             raise UserError(
                 f"{folder} holds no tokenizer that can be read: {str(error).partition(chr(10))[0]}"
@@ -127,40 +156,40 @@ class Tokenizer:
         return cls(inner, stops, vocab_size, date)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a prompt, up to where the response begins. One that is rendered already is left as
-        it is.
+        """Returns the ids of a prompt, up to where the response begins; a rendered prompt is not
+        rendered again.
         """
         if self.chat is None:
-            return self._begun(self._plain(text))
+            return self._with_bos(self._plain(text))
         if not self.is_rendered(text):
             return self._plain(self.chat.prompt(text))
         ids = self._plain(text)
         starts = self._plain(self.chat.before)[:1]
-        return self._begun(ids) if starts == self._bos() else ids
+        return self._with_bos(ids) if starts == self._bos() else ids
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a prompt already ends with the template's cue for the assistant."""
+        """Returns whether a prompt is already rendered by the template (`Chat.is_rendered`)."""
         return self.chat is not None and self.chat.is_rendered(text)
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
-        """At most `limit` ids of a longer prompt: the template whole, the text without its
-        beginning.
+        """Returns at most `limit` ids of a prompt that is too long: the whole template, and the end
+        of the text.
 
-        A prompt that came rendered loses its first turns, each with its answer, and then the
-        beginning of the first text that is left; its system turn and the cue stay. None where no
-        template is used, or the prompt is rendered otherwise than this template renders: nobody
-        knows then what to keep. UserError where what has to stay has more than `limit` tokens.
+        A rendered prompt first loses its oldest turns, each with its answer, then the beginning of
+        the oldest text left; its system turn and its cue stay. Returns None without a template, or
+        if the prompt is rendered differently from this template, because it is then unknown what
+        must stay. Raises UserError if what must stay has more than `limit` tokens.
         """
         if self.chat is None:
             return None
         if not self.is_rendered(text):
-            return self._longest(
+            return self._longest_end(
                 text, limit, lambda content: self._plain(self.chat.prompt(content))
             )
         turns = self.chat.turns(text)
         if turns is None:
             cue = len(self._plain(self.chat.after))
-            errors.require(
+            require(
                 cue < limit,
                 f"The end of the chat template of {self.inner.name_or_path}, after a user's text, "
                 f"has {cue} tokens; max_prompt_length is {limit}, which must be more.",
@@ -168,25 +197,28 @@ class Tokenizer:
             return None
         last = len(turns.contents) - 1
         for turn in range(0, last + 1, 2):
-            ids_with = lambda content, turn=turn: self.prompt_ids(turns.begun(turn, content))
+            ids_with = lambda content, turn=turn: self.prompt_ids(turns.from_turn(turn, content))
             if turn == last or len(ids_with("")) < limit:
-                return self._longest(turns.contents[turn], limit, ids_with)
+                return self._longest_end(turns.contents[turn], limit, ids_with)
         raise AssertionError("the last turn returns")
 
-    def _longest(self, text: str, limit: int, ids_with: Callable[[str], list[int]]) -> list[int]:
-        """ids_with(the longest end of the text) that are at most `limit`; UserError where they are
-        more without any text.
+    def _longest_end(
+        self, text: str, limit: int, ids_with: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Returns ids_with(end of the text) for the longest end with at most `limit` ids in total.
+
+        Raises UserError if there are too many ids without any text.
         """
         content = self._plain(text)
         keep = min(limit, len(content))
         while keep > 0:
-            # A character that is cut in two decodes to a replacement sign.
+            # A character that is cut in two decodes to the replacement character.
             ids = ids_with(self.text(content[-keep:]).lstrip("\ufffd"))
             if len(ids) <= limit:
                 return ids
             keep -= len(ids) - limit
         frame = len(ids_with(""))
-        errors.require(
+        require(
             frame < limit,
             f"The chat template of {self.inner.name_or_path} has {frame} tokens of its own; "
             f"max_prompt_length is {limit}, which must be more.",
@@ -194,8 +226,8 @@ class Tokenizer:
         return ids_with("")
 
     def without_end(self, ids: Sequence[int]) -> list[int]:
-        """A sampled response without the tokens that end it: a stop token, and what is before it of
-        the stop part.
+        """Returns a sampled response without the tokens that end it: a stop token and the beginning
+        of the stop part before it.
         """
         ids = [int(i) for i in ids]
         if not ids or ids[-1] not in self.stop_ids:
@@ -209,16 +241,17 @@ class Tokenizer:
         return ids[: len(ids) - max(matching, 1)]
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a response, up to the token that ends the turn. An end that the text has already
-        is not written twice.
+        """Returns the ids of a response with its stop part; an end that is already in the text is
+        not repeated.
         """
         return self._plain(self._without_end(text)) + list(self.stop_part)
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of free text: bos + text + eos."""
-        return [*self._begun(self._plain(self._without_end(text))), self.eos_id]
+        """Returns the ids of plain text: bos + text + eos."""
+        return [*self._with_bos(self._plain(self._without_end(text))), self.eos_id]
 
     def _without_end(self, text: str) -> str:
+        """Returns the text without any ends of a turn at its end."""
         ends = [self.inner.decode([i]) for i in self.stop_ids] + (
             [] if self.chat is None else [self.chat.end.strip()]
         )
@@ -232,23 +265,23 @@ class Tokenizer:
                 return text
             text = bare[: -len(found)]
 
-    def _begun(self, ids: list[int]) -> list[int]:
-        """With bos in front, once."""
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Returns the ids with bos in front, once."""
         return ids if ids[:1] == self._bos() else self._bos() + ids
 
     def text(self, ids: Iterable[int]) -> str:
-        """Readable text of ids, special tokens left out."""
+        """Returns the text of ids, without special tokens."""
         return self.inner.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of all that decides a text's ids: the tokenizer's own serialisation,
-        special ids, the template.
+        """16 hex digits that identify everything that decides a text's ids.
 
-        The serialisation holds vocabulary, merges, normaliser, pre-tokenizer, post-processor,
-        decoder and added tokens. How it last padded or cut, which it holds too, is left out.
+        They cover the tokenizer's serialisation (vocabulary, merges, normaliser, pre-tokenizer,
+        post-processor, decoder, added tokens), special ids, and the chat template with its date.
+        The serialised state of padding and truncation is left out.
         """
         backend = getattr(self.inner, "backend_tokenizer", None)
         if backend is None:
@@ -264,7 +297,7 @@ class Tokenizer:
 
     @property
     def first_fingerprint(self) -> str:
-        """As artefacts of format 1 have it: over the vocabulary, bos, eos and the chat template."""
+        """The fingerprint of artefacts of format 1: of vocabulary, bos, eos and chat template."""
         vocabulary = sorted(self.inner.get_vocab().items(), key=lambda item: item[1])
         parts = (vocabulary, self.bos_id, self.eos_id, self.inner.chat_template)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -273,20 +306,23 @@ class Tokenizer:
         return len(self.inner)
 
     def token_ids(self) -> dict[str, int | None]:
-        """bos, eos and pad, for a model's `config.json`."""
+        """Returns bos, eos and pad ids by name, for a model's `config.json`."""
         return {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes the tokenizer's files beside a model's weights."""
+        """Writes the tokenizer's files into a folder."""
         self.inner.save_pretrained(folder)
 
     def _bos(self) -> list[int]:
+        """Returns [bos], or [] if there is none."""
         return [] if self.bos_id is None else [self.bos_id]
 
     def _plain(self, text: str) -> list[int]:
-        return self._known(self.inner.encode(text, add_special_tokens=False))
+        """Returns the ids of a text, without special tokens added.
 
-    def _known(self, ids: Sequence[int]) -> list[int]:
+        Raises UserError if the text holds a token for which the model has no embedding.
+        """
+        ids = self.inner.encode(text, add_special_tokens=False)
         unknown = sorted({i for i in ids if i >= self.vocab_size})
         if unknown:
             names = ", ".join(self.inner.convert_ids_to_tokens(unknown))
@@ -298,6 +334,7 @@ class Tokenizer:
 
 
 def _read_template(file: str) -> str:
+    """Returns the text of a template file; raises UserError if it cannot be read."""
     path = pathlib.Path(file).expanduser()
     try:
         return path.read_text(encoding="utf-8")
@@ -309,7 +346,9 @@ def _read_template(file: str) -> str:
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """One token a word over a closed vocabulary, split at spaces."""
+    """Returns a tokenizer with one token per word of a closed vocabulary; texts are split at white
+    space.
+    """
     vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *sorted(set(words))))}
     fast = FastTokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -317,7 +356,7 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on texts; every string can be encoded."""
+    """Returns a byte-level BPE tokenizer trained on texts; it can encode any string."""
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -332,6 +371,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _wrap(fast: FastTokenizer) -> Tokenizer:
+    """Returns a Tokenizer with the special tokens `_SPECIAL` around a tokenizer of the tokenizers
+    library.
+    """
     pad, bos, eos, unknown = _SPECIAL
     ids = [(bos, fast.token_to_id(bos))]
     fast.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's safetensors <-> a base tree.
+"""Reads and writes a model's weights as safetensors in Hugging Face's format.
 
 Only safetensors are read (no pickle), and nothing in the folder is executed.
 """
@@ -20,36 +20,36 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from perl_jax import errors
-from perl_jax.errors import UserError
+from perl_jax.errors import UserError, require
 from perl_jax.hub import families
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files as files_lib
-from perl_jax.runtime import trees
+from perl_jax.runtime import files, trees
 from perl_jax.types import Tree
 
-# Weights are read from disk in pieces of at most so many bytes (one row at least).
+# Weights are read from disk in pieces of at most so many bytes, but at least one row.
 _PIECE_BYTES = 2**24
+# Rows of a strip in `_transposed`.
 _STRIP = 128
-# Rows of each tensor that `sampled_content` reads, at least, where there are as many.
+# The least number of rows that `sampled_content` reads of a tensor (if it has as many).
 _SAMPLED_ROWS = 16
-# First index of a part and the one after its last, in one dimension.
+# (first index, last index + 1) of a part in one dimension.
 Bounds = tuple[int, int]
-# Dtypes that weights may be stored in.
+# Dtypes that weights may be stored in: safetensors' name -> NumPy's.
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_model(model: str) -> pathlib.Path:
-    """The local folder of a model: a folder as it is, or a hub name fetched through the hub client.
+    """Returns the local folder of a model: a folder as given, or a hub name downloaded by the hub
+    client.
 
-    A hub name may pin a revision (branch, tag or commit): `owner/name@revision`. What was fetched
-    before is found again without a network.
+    A hub name may pin a revision (branch, tag or commit): `owner/name@revision`. What was
+    downloaded before is found without a network. Raises UserError if there is no such model.
     """
     path = pathlib.Path(model).expanduser()
     if path.is_dir():
         return path
-    errors.require(
+    require(
         not path.is_absolute() and not model.startswith("."),
         f"There is no model folder {path}; --model takes a folder with config.json and "
         "safetensors, or a hub name.",
@@ -66,13 +66,20 @@ def find_model(model: str) -> pathlib.Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{model} is neither a local folder nor a model the hub can give: {reason}"
+            f"{model} is neither a local folder nor a model that the hub provides: {reason}"
         ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies, from its file's header."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: The file.
+        name: The tensor's name in the file.
+        shape: Its stored shape.
+        dtype: Its dtype as safetensors spells it (a key of `STORED`).
+    """
 
     path: pathlib.Path
     name: str
@@ -87,24 +94,32 @@ def load_base(
     ignore: Collection[str] = (),
     finish: Callable[[str, jax.Array], Tree] | None = None,
 ) -> Tree:
-    """The base tree of a folder's safetensors, one file or several with an index.
+    """Returns the base weights of a folder, from one safetensors file or several with an index.
 
-    shardings: of each leaf by its name; None: the default device. ignore: tensors that may be there
-    beside the base's. finish(name, leaf): what to keep of a leaf (its quantised form, say), called
-    before the next one is read. Leaves take `config.param_dtype`.
-    Every file's header is checked before anything is read: missing, extra, wrongly shaped and
-    unreadable tensors are one error. Weights then go piece by piece from disk to their place, and
-    each process reads only its devices' parts: beyond what the devices hold, the host holds a few
-    pieces.
+    The headers of all files are checked before anything is read: missing, extra, wrongly shaped and
+    unreadable tensors are reported in one error. Weights then go from disk to the devices piece by
+    piece, and each process reads only its own devices' parts. The host holds only a few pieces at a
+    time. Leaves have the dtype `config.param_dtype`.
+
+    Args:
+        folder: The model's folder.
+        config: The model's configuration.
+        shardings: The sharding of each leaf by name; None uses the default device.
+        ignore: Tensors that may be in the files but are not part of the base.
+        finish: Maps (name, leaf) to what is kept of a leaf, such as its quantised form; called
+            before the next leaf is read.
+
+    Raises:
+        UserError: The weights do not fit the configuration, or a file is damaged.
     """
-    files = {name: stored for name, stored in stored_tensors(folder).items() if name not in ignore}
+    stored = {name: found for name, found in stored_tensors(folder).items() if name not in ignore}
     abstract = LanguageModel(config).abstract_base()
-    _check(folder, config, files, trees.named_leaves(abstract))
+    _check(folder, config, stored, trees.named_leaves(abstract))
     default = SingleDeviceSharding(jax.local_devices()[0])
     place = lambda name: default if shardings is None else shardings[name]
     finish = finish or (lambda name, leaf: leaf)
     return trees.map_named(
-        lambda name, spec: finish(name, _load_leaf(files, name, config, spec, place(name))),
+        lambda name, spec: finish(name, _load_leaf(stored, name, config, spec, place(name))),
         abstract,
     )
 
@@ -112,10 +127,10 @@ def load_base(
 def _check(
     folder: pathlib.Path,
     config: ModelConfig,
-    files: Mapping[str, Stored],
+    stored: Mapping[str, Stored],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """One UserError for everything in which the files do not fit the config."""
+    """Raises one UserError that lists everything in which the files do not fit the config."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in abstract.items():
         shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
@@ -123,32 +138,33 @@ def _check(
             families.tensor_names(name, config), shape[::-1] if families.transposed(name) else shape
         )
     ignored = {"lm_head.weight"} if config.tied_embeddings else set()
-    ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
-    problems = [f"missing {name}" for name in sorted(set(expected) - set(files))]
-    problems += [f"unexpected {name}" for name in sorted(set(files) - set(expected) - ignored)]
-    for name in sorted(set(expected) & set(files)):
-        if files[name].shape != expected[name]:
+    ignored |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    problems = [f"missing {name}" for name in sorted(set(expected) - set(stored))]
+    problems += [f"unexpected {name}" for name in sorted(set(stored) - set(expected) - ignored)]
+    for name in sorted(set(expected) & set(stored)):
+        if stored[name].shape != expected[name]:
             problems.append(
-                f"{name} has shape {files[name].shape}, config.json asks for {expected[name]}"
+                f"{name} has shape {stored[name].shape}, config.json asks for {expected[name]}"
             )
-        if files[name].dtype not in STORED:
+        if stored[name].dtype not in STORED:
             problems.append(
-                f"{name} is stored as {files[name].dtype}, not as one of {', '.join(STORED)}"
+                f"{name} is stored as {stored[name].dtype}, not as one of {', '.join(STORED)}"
             )
-    errors.require(
+    require(
         not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}."
     )
 
 
 def _load_leaf(
-    files: Mapping[str, Stored],
+    stored: Mapping[str, Stored],
     name: str,
     config: ModelConfig,
     spec: jax.ShapeDtypeStruct,
     sharding: Sharding,
 ) -> jax.Array:
-    """One leaf at its place, filled piece by piece; devices that hold the same part share the
-    reading.
+    """Returns one leaf on its devices, filled piece by piece.
+
+    Devices that hold the same part share its reading.
     """
     tensors, turn, layered = (
         families.tensor_names(name, config),
@@ -165,10 +181,10 @@ def _load_leaf(
         copies = [jnp.zeros(shape, spec.dtype, device=device) for device in devices]
         for layer in range(*bounds[0]) if layered else (0,):
             for piece, offset in _pieces(
-                files[tensors[layer]], bounds[1:] if layered else bounds, turn
+                stored[tensors[layer]], bounds[1:] if layered else bounds, turn
             ):
                 start = (layer - bounds[0][0], *offset) if layered else offset
-                # Waiting here keeps the next piece from being read before this one is let go.
+                # Wait, so that this piece is freed before the next one is read.
                 copies = [
                     jax.block_until_ready(
                         write_piece(copy, piece[None] if layered else piece, start)
@@ -181,7 +197,7 @@ def _load_leaf(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """A device's part of a leaf with one piece in it, from index `start` on; the part is
+    """Returns a device's part of a leaf with a piece written at index `start`; the part's buffer is
     donated.
     """
     return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype), start)
@@ -190,10 +206,15 @@ def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]
 def _pieces(
     stored: Stored, bounds: Sequence[Bounds], turn: bool
 ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """Part of a tensor in pieces, turned where asked, each with its offset in the part.
+    """Yields (piece, offset in the part) for a part of a tensor, transposed if `turn` is set.
 
-    bounds: of the part in the tensor as it is used. The file is opened anew for each piece: pages
-    of an open file stay mapped and would count as this process's memory.
+    The file is opened anew for each piece: pages of an open file stay mapped and would count as
+    memory of this process.
+
+    Args:
+        stored: The tensor.
+        bounds: The part's bounds in the tensor as used (after transposition).
+        turn: Whether the stored tensor is the transpose of the one used.
     """
     (first, last), *others = bounds[::-1] if turn else bounds
     rest = [slice(*bound) for bound in others]
@@ -204,28 +225,32 @@ def _pieces(
         with safe_open(stored.path, framework="numpy") as handle:
             piece = handle.get_slice(stored.name)[(slice(start, min(start + step, last)), *rest)]
         offset = start - first
-        yield (_turned(piece), (0, offset)) if turn else (piece, (offset,) + (0,) * len(rest))
+        yield (_transposed(piece), (0, offset)) if turn else (piece, (offset,) + (0,) * len(rest))
 
 
 def _piece_rows(rest: Sequence[int], itemsize: int) -> int:
-    """Rows of a piece; rest: the other dimensions of a row."""
+    """Returns the number of rows in a piece; `rest` are the other dimensions of a row."""
     return max(1, _PIECE_BYTES // max(1, math.prod(rest) * itemsize))
 
 
 def piece_shape(part: Sequence[int], turn: bool, itemsize: int) -> tuple[int, ...]:
-    """The shape of the largest piece that a device's part of a tensor is filled with. part: as it
-    is used; itemsize: as it is stored, in bytes.
+    """Returns the shape of the largest piece with which a device's part of a tensor is filled.
+
+    Args:
+        part: The part's shape as used (after transposition).
+        turn: Whether the stored tensor is the transpose of the one used.
+        itemsize: Bytes of a stored element.
     """
     rows, *rest = part[::-1] if turn else part
     step = min(rows, _piece_rows(rest, itemsize))
     return (*rest, step) if turn else (step, *rest)
 
 
-def _turned(piece_FD: np.ndarray) -> np.ndarray:
-    """The transpose, copied in strips that fit a processor's cache: three times as fast as at
-    once.
+def _transposed(piece_FD: np.ndarray) -> np.ndarray:
+    """Returns the transpose, copied in strips that fit the CPU's cache, which is three times as
+    fast as one copy.
     """
-    # As plain integers: NumPy moves bfloat16, a type of its own to it, element by element.
+    # As plain integers, because NumPy copies bfloat16, a custom dtype, element by element.
     plain_FD = piece_FD.view(np.dtype(f"u{piece_FD.itemsize}"))
     turned_DF = np.empty(plain_FD.shape[::-1], plain_FD.dtype)
     for start in range(0, len(plain_FD), _STRIP):
@@ -234,28 +259,28 @@ def _turned(piece_FD: np.ndarray) -> np.ndarray:
 
 
 def read_tensor(stored: Stored) -> np.ndarray:
-    """A whole tensor as it is stored."""
+    """Returns a whole tensor as stored."""
     with safe_open(stored.path, framework="numpy") as handle:
         return handle.get_tensor(stored.name)
 
 
 def sampled_content(folder: pathlib.Path) -> dict[str, list]:
-    """Of each tensor its dtype, shape and a digest of some of its rows, read from the files: tells
-    bases apart in seconds.
+    """Returns {tensor: [dtype, shape, digest of some of its rows]} from the files; identifies a
+    base in seconds.
     """
     found = {}
     by_path: dict[pathlib.Path, list[Stored]] = {}
     for stored in stored_tensors(folder).values():
         by_path.setdefault(stored.path, []).append(stored)
     for path, tensors in by_path.items():
-        # Not through the memory that safetensors maps: a first touch of each page there costs more
-        # than a hundred reads.
+        # Read with plain calls, not through safetensors' memory map: the first access to each mapped
+        # page costs more than a hundred reads.
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
             for stored in tensors:
                 begin, end = header[stored.name]["data_offsets"]
-                # A vector is read whole: a norm's scales are few.
+                # A vector is read whole; it is small.
                 rows = stored.shape[0] if len(stored.shape) > 1 else 1
                 size, digest = (end - begin) // max(rows, 1), hashlib.blake2b(digest_size=8)
                 for row in range(0, rows, max(1, rows // _SAMPLED_ROWS)):
@@ -266,13 +291,13 @@ def sampled_content(folder: pathlib.Path) -> dict[str, list]:
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors, from the headers alone."""
+    """Returns all tensors of a folder's safetensors by name, from the headers alone."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    # As in transformers, a single file comes before an index that an earlier save may have left.
+    # As in transformers, a single file takes precedence over an index left by an earlier save.
     if index.exists() and not single.exists():
-        found = files_lib.read_json(index).get("weight_map")
-        errors.require(bool(found), f"{index} has no weight_map.")
+        found = files.read_json(index).get("weight_map")
+        require(bool(found), f"{index} has no weight_map.")
         paths = [folder / file for file in sorted(set(found.values()))]
     else:
         paths = [single]
@@ -280,10 +305,10 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file; UserError when it is absent or not whole."""
-    errors.require(
-        path.exists(), f"There is no file {path}; weights are read from safetensors only."
-    )
+    """Returns the tensors of one safetensors file by name; raises UserError if it is missing or
+    incomplete.
+    """
+    require(path.exists(), f"There is no file {path}; weights are read from safetensors only.")
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:

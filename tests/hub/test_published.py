@@ -614,6 +614,6 @@ def test_one_line_names_what_is_not_read(tmp_path, capfd):
     ]
     silent = {"rope_interleaved", "tie_encoder_decoder", "pruned_heads", "use_mrope", "use_cache"}
     assert lines == [
-        f"{folder}/config.json: these fields do not change the numbers and are not read: "
+        f"{folder}/config.json: these fields do not affect outputs and are ignored: "
         f"{', '.join(sorted(set(FINE_TUNED) - silent))}."
     ]

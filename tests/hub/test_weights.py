@@ -373,6 +373,6 @@ def test_a_folder_that_is_not_there_is_no_hub_name(model):
 @pytest.mark.parametrize("model", ["no-such-owner/no-such-model", "three/part/name"])
 def test_a_name_the_hub_cannot_give_is_refused(model):
     with pytest.raises(
-        UserError, match=f"{model} is neither a local folder nor a model the hub can give"
+        UserError, match=f"{model} is neither a local folder nor a model that the hub provides"
     ):
         weights.find_model(model)

@@ -505,7 +505,7 @@ ADAPTERS = (
     + _of(
         "hub/artefacts.py",
         ("normalised-the-wrong-way", "a reward's scores are multiplied by their deviation", "(scores - self.score_mean) / self.score_std", "(scores - self.score_mean) * self.score_std", "runs/test_checkpoints.py::test_scores_are_normalised_with_the_stored_moments"),
-        ("fingerprint-of-weights-alone", "a base with other rope or caps is taken for the same", "files_lib.digest([weights, config.function])", "files_lib.digest([weights])", "runs/test_checkpoints.py::test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for"),
+        ("fingerprint-of-weights-alone", "a base with other rope or caps is taken for the same", "files.digest([weights, config.function])", "files.digest([weights])", "runs/test_checkpoints.py::test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for"),
     )
 ),
 )  # fmt: skip

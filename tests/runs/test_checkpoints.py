@@ -666,7 +666,7 @@ def test_artefacts_of_format_1_are_read(artefact):
         "artefact.role is 'rewarf'; it must be one of policy, reward, value": values
         | {"role": "rewarf"},
         "artefact.tuning is 'mora'; it must be one of lora, full": values | {"tuning": "mora"},
-        "artefact.json says nothing of its adapter's size": values | {"lora": None},
+        "artefact.json does not describe its adapter": values | {"lora": None},
     }
     for message, found in broken.items():
         path.write_text(json.dumps(found))
