@@ -91,9 +91,9 @@ def _score(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
-    from perl_jax.hub.exchange import export
+    from perl_jax.hub.export import run_export
 
-    done = export(config)
+    done = run_export(config)
     note = f" ({done.note})" if done.note else ""
     _done(
         f"{config.format} export, read back with outputs within {done.difference:.2g}{note}",
@@ -102,19 +102,19 @@ def _export(config: Any) -> None:
 
 
 def _import(config: Any) -> None:
-    from perl_jax.hub.exchange import run_import
+    from perl_jax.hub.import_peft import run_import
 
     _done("adapter", run_import(config))
 
 
 def _average(config: Any) -> None:
-    from perl_jax.hub.exchange import run_average
+    from perl_jax.hub.average import run_average
 
     _done("adapter", run_average(config))
 
 
 def _show(config: Any) -> None:
-    from perl_jax.hub.exchange import show
+    from perl_jax.hub.show import show
 
     print(show(config))
 
@@ -166,7 +166,7 @@ def _config(name: str) -> type:
     """The config class of a command; imported on demand, so that --help and errors are quick."""
     from perl_jax.evaluation import best_of, compare, score
     from perl_jax.generation import text as text_lib
-    from perl_jax.hub import exchange
+    from perl_jax.hub import average, export, import_peft, show
     from perl_jax.planning.config import PlanConfig
     from perl_jax.training import base, commands
 
@@ -181,10 +181,10 @@ def _config(name: str) -> type:
         "generate": text_lib.GenerateConfig,
         "score": score.ScoreConfig,
         "report": ReportConfig,
-        "export": exchange.ExportConfig,
-        "import": exchange.ImportConfig,
-        "average": exchange.AverageConfig,
-        "show": exchange.ShowConfig,
+        "export": export.ExportConfig,
+        "import": import_peft.ImportConfig,
+        "average": average.AverageConfig,
+        "show": show.ShowConfig,
         "plan": PlanConfig,
     }[name]
 

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perl_jax.adapters.lora import Adapter
 from perl_jax.errors import require
+from perl_jax.hub.artefacts import Record
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.runtime import files
+from perl_jax.types import Tree
 
 # Prompts and responses of different lengths, so that a batch of them is padded.
 _TURNS = (
@@ -28,6 +31,20 @@ _TURNS = (
 _LEGACY = "special_tokens_map.json"
 # Maps (tokens_BT, valid_BT) to the score at each row's last valid token.
 Scorer = Callable[[jax.Array, jax.Array], np.ndarray]
+
+
+def exported_head(adapter: Adapter, record: Record) -> tuple[Tree | None, float]:
+    """Returns (head, offset): the head as a classifier without bias stores it, and the constant it
+    lacks.
+
+    A reward's normalisation is part of both: kernel / std, and offset = (bias - mean) / std. So
+    normalised score = logit + offset. The head is None for a role without one.
+    """
+    if adapter.head is None:
+        return None, 0.0
+    mean, std = (record.score_mean, record.score_std) if record.role == "reward" else (0.0, 1.0)
+    head = {"kernel": adapter.head["kernel"] / std, "bias": jnp.zeros((), jnp.float32)}
+    return head, float((adapter.head["bias"] - mean) / std)
 
 
 def pad_id_of(tokenizer: Tokenizer) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +18,13 @@ import numpy as np
 
 from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig, average
 from perl_jax.errors import require
-from perl_jax.hub import families
+from perl_jax.hub import families, weights
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import trees
+from perl_jax.runtime import files, trees
 
+# The file in which `perl-jax export` records a head's offset and role.
+OFFSET_FILE = "perl_jax_reward.json"
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + "score.weight"
 _PARTS = {
@@ -169,6 +172,35 @@ def to_peft(
         values["modules_to_save"] = ["score"]
         tensors[_HEAD] = np.asarray(adapter.head["kernel"], np.float32)[None, :]
     return values, tensors
+
+
+def read_peft(folder: pathlib.Path, config: ModelConfig) -> tuple[Adapter, float]:
+    """Returns (the role in a PEFT folder, the constant to add to its scores).
+
+    Args:
+        folder: The folder with adapter_config.json and adapter_model.safetensors.
+        config: The base model's configuration.
+    """
+    values = files.read_json(folder / "adapter_config.json")
+    stored = weights.read_header(folder / "adapter_model.safetensors")
+    tensors = {name: weights.read_tensor(tensor) for name, tensor in stored.items()}
+    return from_peft(values, tensors, config), head_facts(folder)["offset"]
+
+
+def head_facts(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns what `perl-jax export` recorded of a head: `offset` and `role`.
+
+    A folder without this file is taken for a reward with offset 0.
+    """
+    path = folder / OFFSET_FILE
+    found = files.read_json(path) if path.exists() else {"offset": 0.0, "role": "reward"}
+    good = (
+        isinstance(found, dict)
+        and isinstance(found.get("offset"), float)
+        and found.get("role") in ("reward", "value")
+    )
+    require(good, f"{path} must hold an offset (a number) and a role (reward or value).")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -273,8 +273,8 @@ def sampled_content(folder: pathlib.Path) -> dict[str, list]:
     for stored in stored_tensors(folder).values():
         by_path.setdefault(stored.path, []).append(stored)
     for path, tensors in by_path.items():
-        # Read with plain calls, not through safetensors' memory map: the first access to each mapped
-        # page costs more than a hundred reads.
+        # Read with plain calls. Through the memory map of safetensors the first access to a page
+        # costs more than a hundred reads.
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

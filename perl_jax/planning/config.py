@@ -14,7 +14,7 @@ from perl_jax.evaluation.best_of import BestOfConfig
 from perl_jax.evaluation.compare import EvaluateConfig
 from perl_jax.evaluation.score import ScoreConfig
 from perl_jax.generation.text import GenerateConfig
-from perl_jax.hub.exchange import ExportConfig
+from perl_jax.hub.export import ExportConfig
 from perl_jax.hub.model import ModelOptions
 from perl_jax.models.config import REMAT
 from perl_jax.objectives.algorithms import AlgorithmConfig

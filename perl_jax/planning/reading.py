@@ -24,8 +24,9 @@ from perl_jax.generation.sampling import (
 from perl_jax.generation.text import GenerateConfig
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
-from perl_jax.hub.exchange import PROBE, ExportConfig
+from perl_jax.hub.export import ExportConfig
 from perl_jax.hub.model import Model, ModelOptions
+from perl_jax.hub.verify import PROBE
 from perl_jax.models.language_model import resting
 from perl_jax.planning import starting
 from perl_jax.planning.pieces import (

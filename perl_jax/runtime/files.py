@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from perl_jax.errors import UserError, require
@@ -109,3 +111,23 @@ def is_whole(values: Any) -> bool:
 def folder_bytes(folder: pathlib.Path) -> int:
     """Bytes of all files below a folder."""
     return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def new_folder(to: str) -> Iterator[pathlib.Path]:
+    """Context manager that yields a path to write to; it becomes the folder `to` when the block
+    ends.
+
+    The yielded path does not exist yet. After an error nothing is left of it. Raises UserError if
+    `to` exists.
+    """
+    folder = pathlib.Path(to).expanduser()
+    require(not folder.exists(), f"{folder} exists already; give --to a folder that does not.")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -18,10 +18,12 @@ from safetensors import numpy as safetensors
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.hub import artefacts, exchange
+from perl_jax.hub import artefacts, average, classifier, import_peft, peft, show, verify
+from perl_jax.hub import export as exporting
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import Model, ModelOptions, TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer, word_tokenizer
+from perl_jax.hub.weights import find_model
 from perl_jax.runtime import trees
 from tests import small
 from tests.hub.test_families import write_random
@@ -111,8 +113,8 @@ def save(folder: pathlib.Path, model: Model, adapter: Adapter) -> pathlib.Path:
 
 
 def export(model: Model, artefact: pathlib.Path, form: str, to: pathlib.Path) -> float:
-    return exchange.export(
-        exchange.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(to))
+    return exporting.run_export(
+        exporting.ExportConfig(model=model.name, adapter=str(artefact), format=form, to=str(to))
     ).difference
 
 
@@ -177,8 +179,8 @@ def test_peft_gives_the_outputs_of_the_exported_adapter(tmp_path, model, variant
         theirs, mine = theirs + stated["offset"], (mine - 0.4) / 2.5
     np.testing.assert_allclose(mine, theirs, atol=1e-4)
     # And back in.
-    exchange.run_import(
-        exchange.ImportConfig(
+    import_peft.run_import(
+        import_peft.ImportConfig(
             model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "again")
         )
     )
@@ -231,7 +233,7 @@ def test_full_tuning_is_exported_whole(tmp_path, model):
 
 def test_a_merged_export_keeps_the_bases_dtype_and_files(monkeypatch, tmp_path):
     # bfloat16 weights: W + s A B in float32, rounded once; in shards with an index.
-    monkeypatch.setattr(exchange, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(exporting, "_SHARD_BYTES", 20_000)
     folder = write_base(tmp_path / "base")
     tensors = {
         name: array.astype(jnp.bfloat16)
@@ -289,9 +291,9 @@ def test_float32_weights_keep_what_bfloat16_rounds_away(tmp_path, low, head):
         match=r"Only \d+% of the adapter's effect survived .*; give --weights float32\. Nothing "
         r"was kept",
     ):
-        exchange.export(exchange.ExportConfig(**settings, to=str(tmp_path / "stored")))
-    done = exchange.export(
-        exchange.ExportConfig(**settings, to=str(tmp_path / "whole"), weights="float32")
+        exporting.run_export(exporting.ExportConfig(**settings, to=str(tmp_path / "stored")))
+    done = exporting.run_export(
+        exporting.ExportConfig(**settings, to=str(tmp_path / "whole"), weights="float32")
     )
     assert done.kept > 0.99 and f"{done.kept:.1%} of the adapter's effect survived" in done.note
     assert {
@@ -304,14 +306,14 @@ def test_float32_weights_keep_what_bfloat16_rounds_away(tmp_path, low, head):
 @pytest.mark.parametrize("weights", ["stored", "float32"])
 def test_a_merged_export_without_the_adapter_is_not_kept(monkeypatch, tmp_path, low, weights):
     artefact = save(tmp_path / "artefact", low, slightly_moved(low))
-    monkeypatch.setattr(exchange, "_moved", lambda adapter, name, layer, array: array)
+    monkeypatch.setattr(exporting, "_merged_tensor", lambda adapter, name, layer, array: array)
     if weights == "float32":
         # In bfloat16 the outputs agree within its tolerance: comparing them alone keeps the base as
         # it was.
-        monkeypatch.setattr(exchange, "_judge", lambda *_: 0.0)
+        monkeypatch.setattr(verify, "require_same", lambda *_: 0.0)
     with pytest.raises(UserError, match="Only 0% of the adapter's effect survived"):
-        exchange.export(
-            exchange.ExportConfig(
+        exporting.run_export(
+            exporting.ExportConfig(
                 model=low.name,
                 adapter=str(artefact),
                 format="merged",
@@ -330,20 +332,24 @@ def test_the_share_is_of_the_adapters_own_effect(tmp_path, low):
             lambda name, leaf: leaf * (0.7 if name.endswith("_b") else 1.0), adapter.lora
         )
     )
-    config = exchange.ExportConfig(
+    config = exporting.ExportConfig(
         model=low.name,
         adapter=str(save(tmp_path / "part", low, part)),
         format="merged",
         to=str(tmp_path / "to"),
         weights="float32",
     )
-    exchange.export(config)
-    merged = exchange._read_merged(tmp_path / "to", config, low, part)
-    assert exchange._share_kept(merged, config, low, adapter) == pytest.approx(0.7, abs=0.01)
+    exporting.run_export(config)
+    merged, source = verify.read_merged(tmp_path / "to", low, part, True), find_model(low.name)
+    assert verify.share_kept(merged, low, adapter, source, True) == pytest.approx(0.7, abs=0.01)
     # An adapter as training begins it moves nothing: there is no share.
     assert (
-        exchange._share_kept(
-            merged, config, low, low.lm.init_adapter(jax.random.key(0), VARIANTS["plain"], low.base)
+        verify.share_kept(
+            merged,
+            low,
+            low.lm.init_adapter(jax.random.key(0), VARIANTS["plain"], low.base),
+            source,
+            True,
         )
         is None
     )
@@ -398,8 +404,8 @@ IMPORTS += [("qwen2", "all-linear", True), ("qwen2", "dora", False)]
 @pytest.mark.parametrize(("model", "case", "head"), IMPORTS, indirect=["model"])
 def test_imported_adapters_give_pefts_outputs(tmp_path, model, case, head):
     adapted = write_peft(model, tmp_path / "peft", head=head, **PEFT_CONFIGS[case])
-    exchange.run_import(
-        exchange.ImportConfig(
+    import_peft.run_import(
+        import_peft.ImportConfig(
             model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "artefact")
         )
     )
@@ -419,7 +425,7 @@ def test_an_imported_config_keeps_what_is_even_over_layers(tmp_path, model):
         "use_rslora": True,
     }
     write_peft(model, tmp_path / "peft", head=False, lora_dropout=0.1, **settings)
-    adapter, _ = exchange.read_peft(tmp_path / "peft", model)
+    adapter, _ = peft.read_peft(tmp_path / "peft", model.lm.config)
     assert adapter.config == LoRAConfig(
         rank=2, alpha=6.0, targets="q,v", ranks="q=4", rank_stabilised=True, dropout=0.1
     )
@@ -444,7 +450,7 @@ def test_peft_settings_that_are_not_supported_are_named(tmp_path, model, fields,
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(UserError) as error:
-        exchange.read_peft(tmp_path / "peft", model)
+        peft.read_peft(tmp_path / "peft", model.lm.config)
     assert message in str(error.value)
 
 
@@ -478,12 +484,12 @@ def test_peft_tensors_that_do_not_fit_are_named(tmp_path, model):
         tensors = {name: array for name, array in (good | change).items() if array is not None}
         safetensors.save_file(tensors, path)
         with pytest.raises(UserError, match=message):
-            exchange.read_peft(tmp_path / "peft", model)
+            peft.read_peft(tmp_path / "peft", model.lm.config)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(
         UserError, match=r"adapter_model\.safetensors is not a complete safetensors file"
     ):
-        exchange.read_peft(tmp_path / "peft", model)
+        peft.read_peft(tmp_path / "peft", model.lm.config)
 
 
 # Nothing is overwritten; a wrong export is not kept.
@@ -497,8 +503,8 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, model):
         with pytest.raises(UserError, match="exists already; give --to a folder that does not"):
             export(model, artefact, form, tmp_path / "to")
     with pytest.raises(UserError, match="exists already"):
-        exchange.run_import(
-            exchange.ImportConfig(model=model.name, peft=str(artefact), to=str(tmp_path / "to"))
+        import_peft.run_import(
+            import_peft.ImportConfig(model=model.name, peft=str(artefact), to=str(tmp_path / "to"))
         )
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["mine.txt"]
 
@@ -506,9 +512,9 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, model):
 @pytest.mark.parametrize("form", ["peft", "merged"])
 def test_an_export_that_reads_back_differently_is_not_kept(monkeypatch, tmp_path, model, form):
     artefact = save(tmp_path / "artefact", model, moved(model, VARIANTS["plain"], head=False))
-    saved = exchange.save_file
+    saved = exporting.save_file
     monkeypatch.setattr(
-        exchange,
+        exporting,
         "save_file",
         lambda tensors, path, **kw: saved(
             {n: a * np.asarray(1.1, a.dtype) for n, a in tensors.items()}, path, **kw
@@ -578,8 +584,8 @@ def test_an_export_carries_the_chat_template_that_the_role_was_trained_with(
     adapter = moved(model, VARIANTS["plain"], head=head)
     artefact = save(tmp_path / "artefact", model, adapter)
     _, record = model.load_role(artefact)
-    for form, write in (("peft", exchange._write_peft), ("merged", exchange._write_merged)):
-        config = exchange.ExportConfig(
+    for form, write in (("peft", exporting._write_peft), ("merged", exporting._write_merged)):
+        config = exporting.ExportConfig(
             model=model.name, adapter=str(artefact), format=form, to="-", template=given
         )
         (tmp_path / form).mkdir()
@@ -587,7 +593,7 @@ def test_an_export_carries_the_chat_template_that_the_role_was_trained_with(
         check_exported_tokenizer(
             tmp_path / form, model.tokenizer, {"auto": OWN, "none": None}.get(given, OTHER)
         )
-        exchange.classifier.read_back(tmp_path / form, model.tokenizer)
+        classifier.read_back(tmp_path / form, model.tokenizer)
 
 
 @pytest.mark.slow
@@ -609,7 +615,7 @@ def test_the_template_is_named_to_export_and_what_is_written_is_read_back(
         match=r"artefact was trained with another tokenizer or chat template than that of .*; give "
         r"the folder, the template",
     ):
-        exchange.export(exchange.ExportConfig(**settings))
+        exporting.run_export(exporting.ExportConfig(**settings))
     with monkeypatch.context() as patch:
         patch.setattr(
             Tokenizer,
@@ -622,9 +628,9 @@ def test_the_template_is_named_to_export_and_what_is_written_is_read_back(
             r"was "
             r"kept\.",
         ):
-            exchange.export(exchange.ExportConfig(**settings, template=given))
+            exporting.run_export(exporting.ExportConfig(**settings, template=given))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artefact"]
-    exchange.export(exchange.ExportConfig(**settings, template=given))
+    exporting.run_export(exporting.ExportConfig(**settings, template=given))
     check_exported_tokenizer(tmp_path / "to", model.tokenizer, OTHER)
 
 
@@ -644,8 +650,8 @@ def test_an_average_is_the_weighted_sum_of_updates(tmp_path, model):
     roles = [moved(model, VARIANTS[name], head=True) for name in ("plain", "patterns", "pissa")]
     folders = [save(tmp_path / str(i), model, role) for i, role in enumerate(roles)]
     weights = (0.5, 0.2, 0.3)
-    target = exchange.run_average(
-        exchange.AverageConfig(
+    target = average.run_average(
+        average.AverageConfig(
             model=model.name,
             adapters=tuple(map(str, folders)),
             weights=weights,
@@ -680,8 +686,8 @@ def test_adapters_that_cannot_be_averaged(tmp_path, model):
         for head in (False, True)
     )
     dora = save(tmp_path / "dora", model, moved(model, VARIANTS["dora"], head=False))
-    make = lambda *adapters, weights=None: exchange.run_average(
-        exchange.AverageConfig(
+    make = lambda *adapters, weights=None: average.run_average(
+        average.AverageConfig(
             model=model.name,
             adapters=tuple(map(str, adapters)),
             weights=weights,
@@ -704,8 +710,8 @@ def test_adapters_that_cannot_be_averaged(tmp_path, model):
 
 
 def test_show_lists_what_an_artefact_is(tmp_path, model):
-    text = exchange.show(
-        exchange.ShowConfig(
+    text = show.show(
+        show.ShowConfig(
             str(save(tmp_path / "artefact", model, moved(model, VARIANTS["pissa"], head=True)))
         )
     )
@@ -746,8 +752,8 @@ def ends_padded(tmp_path_factory) -> tuple[Model, pathlib.Path]:
 def test_a_classifier_scores_a_padded_batch_as_the_reward_does(tmp_path, ends_padded, form):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     model, artefact = ends_padded
-    done = exchange.export(
-        exchange.ExportConfig(
+    done = exporting.run_export(
+        exporting.ExportConfig(
             model=model.name, adapter=str(artefact), format=form, to=str(tmp_path / "to")
         )
     )
@@ -796,16 +802,16 @@ def test_a_classifier_that_would_read_another_token_is_not_kept(
     monkeypatch, tmp_path, ends_padded, form, where
 ):
     model, artefact = ends_padded
-    eos, written = model.tokenizer.eos_id, exchange.classifier.save_tokenizer
+    eos, written = model.tokenizer.eos_id, classifier.save_tokenizer
     if where == "both":
-        monkeypatch.setattr(exchange.classifier, "pad_id_of", lambda tokenizer: eos)
+        monkeypatch.setattr(classifier, "pad_id_of", lambda tokenizer: eos)
         message = (
             r"at token 4 \('yes'\).* at its last token 5 \('</s>'\): the tokenizer pads "
             r"with id 2, the classifier's pad_token_id is 2"
         )
     else:
         monkeypatch.setattr(
-            exchange.classifier,
+            classifier,
             "save_tokenizer",
             lambda folder, tokenizer, pad_id: written(folder, tokenizer, eos),
         )
@@ -820,7 +826,7 @@ def test_a_classifier_that_would_read_another_token_is_not_kept(
 
 def test_padding_is_a_token_that_no_turn_ends_with():
     words = lambda: word_tokenizer(["good"])
-    assert exchange.classifier.pad_id_of(words()) == 0
+    assert classifier.pad_id_of(words()) == 0
     # A chat template whose turn ends in <pad> and <unk>: neither the stop nor its tail may pad.
     inner = words().inner
     inner.chat_template = (
@@ -829,21 +835,19 @@ def test_padding_is_a_token_that_no_turn_ends_with():
     )
     tokenizer = Tokenizer(inner)
     assert (tokenizer.stop_part, tokenizer.tail_ids) == ((0,), (3,))
-    assert exchange.classifier.pad_id_of(tokenizer) == 1
+    assert classifier.pad_id_of(tokenizer) == 1
     # Neither pad, unk nor bos: another special token, one for padding before the others.
     inner = words().inner
     inner.add_special_tokens({"additional_special_tokens": ["<image>", "<right_pad>"]})
     inner.pad_token = inner.unk_token = inner.bos_token = None
     assert (
-        inner.convert_ids_to_tokens(
-            exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
-        )
+        inner.convert_ids_to_tokens(classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3))))
         == "<right_pad>"
     )
     inner = words().inner
     inner.pad_token = inner.unk_token = inner.bos_token = None
     with pytest.raises(UserError, match=r"Every special token of .* ends a turn"):
-        exchange.classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
+        classifier.pad_id_of(Tokenizer(inner, stop_ids=(0, 1, 3)))
 
 
 def test_the_added_tokens_are_read_once_however_many_there_are(monkeypatch):
@@ -858,7 +862,7 @@ def test_the_added_tokens_are_read_once_however_many_there_are(monkeypatch):
     monkeypatch.setattr(
         kind, "added_tokens_decoder", property(lambda inner: reads.append(1) or made(inner))
     )
-    exchange.classifier.pad_id_of(tokenizer)
+    classifier.pad_id_of(tokenizer)
     assert len(reads) == 1
 
 
@@ -866,8 +870,8 @@ def test_a_value_comes_back_as_a_value(tmp_path, model):
     adapter = moved(model, VARIANTS["plain"], head=True)
     artefacts.save_artefact(tmp_path / "value", adapter, model.record("value", adapter))
     export(model, tmp_path / "value", "peft", tmp_path / "peft")
-    exchange.run_import(
-        exchange.ImportConfig(
+    import_peft.run_import(
+        import_peft.ImportConfig(
             model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "again")
         )
     )

@@ -16,7 +16,7 @@ from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
 from perl_jax.evaluation.compare import run_evaluate
 from perl_jax.evaluation.score import ScoreConfig, score
 from perl_jax.generation.text import GenerateConfig, run_generate
-from perl_jax.hub.exchange import ExportConfig, export
+from perl_jax.hub.export import ExportConfig, run_export
 from perl_jax.planning.known import APART, COMMANDS, PLANNED, unknown
 from perl_jax.training import loop as loop_lib
 from perl_jax.training.commands import DPOCommand, run_dpo, run_reward, run_rl, run_sft
@@ -94,10 +94,10 @@ def runs(jobs: tiny.Jobs, folder: pathlib.Path) -> dict[str, Callable[[], Any]]:
             )
         ),
         "export": lambda: [
-            export(
+            run_export(
                 ExportConfig(model=base, adapter=reward, format="peft", to=str(folder / "peft"))
             ),
-            export(
+            run_export(
                 ExportConfig(model=base, adapter=policy, format="merged", to=str(folder / "merged"))
             ),
         ],

@@ -10,9 +10,10 @@ from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.adapters.quantise import QuantiseConfig, is_quantised
 from perl_jax.errors import UserError
 from perl_jax.generation.text import GenerateConfig, run_generate
-from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
+from perl_jax.hub.export import ExportConfig, run_export
 from perl_jax.hub.model import ModelOptions, load_model
+from perl_jax.hub.show import ShowConfig, show
 from perl_jax.training import commands
 from tests.training import tiny
 
@@ -47,7 +48,7 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     )
     # The artefact belongs to the true base, and says how the base was held.
     assert read_record(tuned).quantise == LOW
-    assert "base held in   int8, block 4" in exchange.show(exchange.ShowConfig(str(tuned)))
+    assert "base held in   int8, block 4" in show(ShowConfig(str(tuned)))
     model = load_model(ModelOptions(model=base))
     low = load_model(ModelOptions(model=base, quantise=LOW))
     assert model.fingerprint == low.fingerprint and any(
@@ -60,10 +61,10 @@ def test_sft_reward_rl_and_sampling_over_a_quantised_base(base, tmp_path):
     ]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     with pytest.raises(
-        UserError, match=r"made of the base's own weights; leave --quantise\.kind out"
+        UserError, match=r"made from unquantised weights; leave --quantise\.kind out"
     ):
-        exchange.export(
-            exchange.ExportConfig(
+        run_export(
+            ExportConfig(
                 model=base,
                 adapter=str(policy),
                 format="merged",

@@ -11,8 +11,8 @@ import pytest
 from perl_jax.adapters import lora
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.hub import exchange
 from perl_jax.hub.artefacts import read_record
+from perl_jax.hub.show import ShowConfig, show
 from perl_jax.runtime import trees
 from perl_jax.training import commands
 from tests import small
@@ -53,7 +53,7 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
     assert tiny.rows(tmp_path / "rl")[0]["kl/sequence"] == 0.0
     cost = tiny.read(tmp_path / "sft" / "cost.json")
     assert cost["parameters_trainable"] == trees.count(model.lm.abstract_lora(TOP))
-    assert re.search("frozen beneath .*q rank 5", exchange.show(exchange.ShowConfig(str(sft))))
+    assert re.search("frozen beneath .*q rank 5", show(ShowConfig(str(sft))))
     assert read_record(sft).base_fingerprint == model.fingerprint
 
 

@@ -15,7 +15,7 @@ import pytest
 from perl_jax.data.pipeline import BatchSpec, make_batches
 from perl_jax.evaluation.score import ScoreConfig, score
 from perl_jax.generation.sampling import Rollout
-from perl_jax.hub import exchange
+from perl_jax.hub import import_peft
 from perl_jax.hub.model import Model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.rewards import scoring
@@ -131,8 +131,8 @@ def test_a_trainers_score_is_that_of_rows_of_the_command_and_of_rollouts(name, t
     tokenizer.save(tmp_path / "base")
     model = load(tmp_path / "base")
     classifier = random_classifier(model, tmp_path / "peft")
-    artefact = exchange.run_import(
-        exchange.ImportConfig(
+    artefact = import_peft.run_import(
+        import_peft.ImportConfig(
             model=model.name, peft=str(tmp_path / "peft"), to=str(tmp_path / "reward")
         )
     )

@@ -19,7 +19,9 @@ from perl_jax.evaluation.compare import EvaluateConfig
 from perl_jax.evaluation.score import ScoreConfig
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.text import GenerateConfig
-from perl_jax.hub.exchange import AverageConfig, ExportConfig, ImportConfig
+from perl_jax.hub.average import AverageConfig
+from perl_jax.hub.export import ExportConfig
+from perl_jax.hub.import_peft import ImportConfig
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.planning.config import PlanConfig
 from perl_jax.rewards.judge import Judge

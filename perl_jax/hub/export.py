@@ -1,0 +1,255 @@
+"""`perl-jax export`: writes a role as a PEFT adapter or as a merged checkpoint, and verifies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from safetensors.numpy import save_file
+
+from perl_jax.adapters import lora
+from perl_jax.adapters.lora import Adapter
+from perl_jax.errors import require
+from perl_jax.hub import classifier, families, peft, verify, weights
+from perl_jax.hub.artefacts import Record
+from perl_jax.hub.model import Model, TemplateOptions, load_model
+from perl_jax.runtime import files, trees
+from perl_jax.runtime.files import new_folder
+
+# A merged checkpoint is written in files of about so many bytes.
+_SHARD_BYTES = 4 * 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(TemplateOptions):
+    """Write a role as a PEFT adapter or as a merged checkpoint; then read it back and compare.
+
+    Attributes:
+        adapter: The artefact to export.
+        format: peft (adapter_config.json and adapter_model.safetensors) or merged (a whole
+            checkpoint with the adapter added to its weights).
+        to: The folder to write; it must not exist yet.
+        weights: The dtype of a merged checkpoint: stored (the dtype of the base's files; bfloat16
+            can round small updates away) or float32 (twice the size, keeps the adapter's whole
+            effect).
+    """
+
+    adapter: tyro.conf.Positional[str]
+    format: Literal["peft", "merged"]
+    to: str
+    weights: Literal["stored", "float32"] = "stored"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("export")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An export, verified.
+
+    Attributes:
+        folder: The folder that was written.
+        difference: The largest difference between its outputs and the role's.
+        note: What people who load it must know; "" for nothing.
+        kept: The share of the adapter's effect that a merged checkpoint keeps
+            (`verify.share_kept`); None if not measured.
+    """
+
+    folder: pathlib.Path
+    difference: float
+    note: str
+    kept: float | None = None
+
+
+def run_export(config: ExportConfig) -> Exported:
+    """Writes an export, reads it back and compares its outputs with the role's.
+
+    Raises UserError, and keeps nothing, if they differ.
+    """
+    require(
+        config.format != "merged" or config.quantise.kind == "none",
+        "A merged export is made from unquantised weights; leave --quantise.kind out.",
+    )
+    require(
+        config.format == "merged" or config.weights == "stored",
+        "--weights is for merged exports; an adapter's own weights are float32.",
+    )
+    in_float32 = config.weights == "float32"
+    with new_folder(config.to) as folder:
+        model = load_model(config)
+        adapter, record = model.load_role(config.adapter)
+        folder.mkdir()
+        write = {"peft": _write_peft, "merged": _write_merged}[config.format]
+        write(folder, config, model, adapter, record)
+        classifier.read_back(folder, model.tokenizer)
+        kept = None
+        if config.format == "merged":
+            merged = verify.read_merged(folder, model, adapter, in_float32)
+            difference = verify.compare_merged(folder, merged, model, adapter, record)
+            kept = verify.share_kept(
+                merged, model, adapter, weights.find_model(config.model), in_float32
+            )
+        else:
+            difference = verify.compare_peft(folder, model, adapter, record)
+    notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
+    if model.tokenizer.chat is not None and model.tokenizer.chat.uses_date:
+        notes.append(
+            "its chat template asks for the date, which was "
+            f"{model.tokenizer.chat.date.isoformat()} here"
+        )
+    if record.has_head:
+        notes.append(
+            classifier.loader_note(
+                model.tokenizer,
+                classifier.pad_id_of(model.tokenizer),
+                classifier.exported_head(adapter, record)[1],
+                config.format,
+            )
+        )
+    return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
+
+
+def _write_peft(
+    folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record
+) -> None:
+    """Writes the files of a PEFT adapter, with the tokenizer and the chat template of the role's
+    training.
+    """
+    head, offset = classifier.exported_head(adapter, record)
+    values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
+    files.write_json(folder / "adapter_config.json", values)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # With the chat template that the role was trained with, which may not be the base's.
+    model.tokenizer.save(folder)
+    _write_loading(folder, model, record, offset)
+
+
+def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: float) -> None:
+    """Writes, for a role with a head, a tokenizer that pads as a classifier needs, and the file of
+    the offset.
+    """
+    if record.has_head:
+        pad_id = classifier.pad_id_of(model.tokenizer)
+        classifier.save_tokenizer(folder, model.tokenizer, pad_id)
+        meaning = (
+            "normalised score = logit + offset; the classifier's head has no bias to put it "
+            "in. Differences of scores need none."
+        )
+        files.write_json(
+            folder / peft.OFFSET_FILE,
+            {"offset": offset, "role": record.role, "pad_token_id": pad_id, "meaning": meaning},
+        )
+
+
+def _write_merged(
+    folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record
+) -> None:
+    """Writes a checkpoint: every tensor of the base with the adapter added.
+
+    The sum is computed in float32; `--weights` says in which dtype it is written.
+    """
+    source = weights.find_model(config.model)
+    stored = weights.stored_tensors(source)
+    head, offset = classifier.exported_head(adapter, record)
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(
+            pending, folder / f"model-{len(shards) + 1:05}.safetensors", metadata={"format": "pt"}
+        )
+        shards.append(list(pending))
+        pending.clear()
+
+    for name in trees.named_leaves(model.lm.abstract_base()):
+        if name == "outer/lm_head" and head is not None:
+            continue
+        for layer, tensor in enumerate(families.tensor_names(name, model.lm.config)):
+            array = weights.read_tensor(stored[tensor])
+            array = array.astype(np.float32) if config.weights == "float32" else array
+            pending[tensor] = np.ascontiguousarray(_merged_tensor(adapter, name, layer, array))
+            if sum(part.nbytes for part in pending.values()) > _SHARD_BYTES:
+                flush()
+    if head is not None:
+        pending["score.weight"] = np.asarray(head["kernel"])[None, :].astype(
+            np.float32 if config.weights == "float32" else _common_dtype(stored)
+        )
+    flush()
+    if len(shards) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        index = {
+            tensor: f"model-{number:05}.safetensors"
+            for number, shard in enumerate(shards, 1)
+            for tensor in shard
+        }
+        files.write_json(
+            folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index}
+        )
+    for path in source.iterdir():
+        if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.endswith(
+            ".index.json"
+        ):
+            shutil.copyfile(path, folder / path.name)
+    if config.template != "auto":
+        # The role's template takes the place of the base's; there may be none.
+        for path in folder.glob("chat_template*"):
+            path.unlink()
+        model.tokenizer.save(folder)
+    values = files.read_json(source / "config.json")
+    if config.weights == "float32":
+        # Versions of transformers differ in which of the two they read.
+        values |= {
+            name: "float32"
+            for name in ("torch_dtype", "dtype")
+            if name in values or name == "torch_dtype"
+        }
+    if head is not None:
+        values["architectures"] = [
+            name.replace("ForCausalLM", "ForSequenceClassification")
+            for name in values.get("architectures") or []
+        ]
+        values |= {
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            "pad_token_id": classifier.pad_id_of(model.tokenizer),
+        }
+    files.write_json(folder / "config.json", values)
+    _write_loading(folder, model, record, offset)
+
+
+def _common_dtype(stored: Mapping[str, weights.Stored]) -> np.dtype:
+    """Returns the dtype of most of a checkpoint's tensors."""
+    dtypes = [tensor.dtype for tensor in stored.values()]
+    return jnp.dtype(weights.STORED[max(set(dtypes), key=dtypes.count)])
+
+
+def _merged_tensor(adapter: Adapter, name: str, layer: int, array: np.ndarray) -> np.ndarray:
+    """Returns a stored tensor with the role merged in, in its own dtype and layout.
+
+    Args:
+        name: The base leaf that the tensor belongs to.
+        layer: The tensor's layer.
+        array: The tensor as stored.
+    """
+    turn = np.transpose if families.transposed(name) else np.asarray
+    if adapter.weights is not None:
+        leaf = trees.named_leaves(adapter.weights)[name]
+        return turn(np.asarray(leaf[layer] if name.startswith("layers/") else leaf)).astype(
+            array.dtype
+        )
+    module = name.removesuffix("/kernel")
+    if module not in lora.moved_modules(adapter):
+        return array
+    return turn(
+        np.asarray(
+            lora.merged_kernel(adapter, module, layer, jnp.asarray(turn(array), jnp.float32))
+        )
+    ).astype(array.dtype)

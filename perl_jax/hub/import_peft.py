@@ -1,0 +1,65 @@
+"""`perl-jax import`: reads an adapter written by PEFT into an artefact."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import tyro
+
+from perl_jax.errors import require
+from perl_jax.hub import artefacts, peft, verify
+from perl_jax.hub.model import TemplateOptions, load_model
+from perl_jax.runtime.files import new_folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(TemplateOptions):
+    """Read an adapter written by PEFT into an artefact.
+
+    Attributes:
+        peft: The folder with adapter_config.json and adapter_model.safetensors.
+        to: The artefact's folder to write; it must not exist yet.
+    """
+
+    peft: tyro.conf.Positional[str]
+    to: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_forward("import")
+
+
+def run_import(config: ImportConfig) -> pathlib.Path:
+    """Writes a PEFT adapter as an artefact, reads it back and compares outputs; returns the
+    artefact's folder.
+
+    Raises UserError, and keeps nothing, if the adapter is not supported or does not fit the base.
+    """
+    folder = pathlib.Path(config.peft).expanduser()
+    require(folder.is_dir(), f"There is no folder {folder}.")
+    with new_folder(config.to) as written:
+        model = load_model(config)
+        adapter, offset = peft.read_peft(folder, model.lm.config)
+        values = {}
+        if adapter.head is not None:
+            adapter = adapter.replace(head=adapter.head | {"bias": jnp.float32(offset)})
+        role = "policy" if adapter.head is None else peft.head_facts(folder)["role"]
+        if role == "reward":
+            # Imported scores are used unchanged.
+            values = {"score_mean": 0.0, "score_std": 1.0}
+        adapter = model.place(adapter)
+        artefacts.save_artefact(
+            written,
+            adapter,
+            model.record(role, adapter, metrics={"imported_from": str(folder)}, **values),
+        )
+        again, _ = model.load_role(written, role)
+        verify.require_same(
+            verify.outputs(model, model.base, adapter),
+            verify.outputs(model, model.base, again),
+            1e-6,
+            "outputs",
+        )
+    return pathlib.Path(config.to)
