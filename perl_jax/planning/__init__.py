@@ -1,1 +1,3 @@
-"""Memory and cost on TPU slices, by their compiler."""
+"""Plans memory and cost of a job on a TPU slice: compiles its real programs for the slice, without
+a TPU.
+"""

@@ -1,4 +1,6 @@
-"""A job on a slice in one layout: what its programs need there."""
+"""`perl-jax plan`: compiles a job's programs for a slice in one layout and adds up what they
+need.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from perl_jax.planning.reading import Role, plan_command
 from perl_jax.runtime import files, sharding
 from perl_jax.training.commands import TrainingCommand
 
-# A caveat that goes wherever the estimate goes.
+# Printed wherever the compiler's estimate is shown.
 CAVEAT = (
     "The compiler's own estimate for its instructions, without collectives, Pallas kernels "
     "(attention) and copies that run beside "
@@ -32,7 +34,14 @@ CAVEAT = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A job on a slice in one layout. usable: bytes that a program may have on a device."""
+    """What a job needs on a slice in one layout.
+
+    Attributes:
+        config: The planned job.
+        mesh: The size of each mesh axis.
+        usable: Bytes of a device that programs can use.
+        programs: The measured programs.
+    """
 
     config: PlanConfig
     mesh: dict[str, int]
@@ -41,12 +50,15 @@ class Plan:
 
     @property
     def peak(self) -> int | None:
-        """Of all programs; None where one was refused without a size."""
+        """The largest peak of all programs, in bytes per device; None if the compiler refused one
+        without naming a size.
+        """
         peaks = [program.peak for program in self.programs]
         return None if None in peaks else max(peaks)
 
     @property
     def fits(self) -> bool:
+        """Whether every program compiled and the peak is within `usable`."""
         return (
             self.peak is not None
             and self.peak <= self.usable
@@ -55,9 +67,7 @@ class Plan:
 
     @property
     def largest(self) -> Measured | None:
-        """The program with the largest peak; None where there is none, or one was refused without a
-        size.
-        """
+        """The program with the largest peak; None if there is no program or the peak is unknown."""
         return (
             max(self.programs, key=lambda program: program.peak)
             if self.programs and self.peak is not None
@@ -65,18 +75,20 @@ class Plan:
         )
 
     def of(self, *phases: Phase) -> list[Measured]:
-        """The programs of some phases."""
+        """Returns the programs of the given phases."""
         return [program for program in self.programs if program.phase in phases]
 
     @property
     def link_bytes(self) -> int:
-        """What a device sends in a step, all its programs together."""
+        """Bytes that a device sends to other chips in a step, over all programs."""
         return sum(program.account.link_bytes for program in self.of("step") if program.account)
 
     @property
     def seconds(self) -> float:
-        """A bound from the chip's figures, to compare layouts: operations, HBM bytes or link bytes,
-        whichever takes longest in each program.
+        """A lower bound of the seconds of a step, for comparing layouts.
+
+        For each program it takes the longest of its times for operations, HBM traffic and link
+        traffic at the chip's peak rates, and sums over programs.
         """
         chip, devices = topology.chip(self.config.topology), math.prod(self.mesh.values())
         parts = [
@@ -92,7 +104,9 @@ class Plan:
 
 
 def plan(config: PlanConfig, only: str | None = None) -> Plan:
-    """Compiles every program of the job for the slice, or one of them."""
+    """Returns the plan of a job: compiles and measures all its programs, or only the one named
+    `only`.
+    """
     planned, mesh = prepare(config)
     pieces = [piece for piece in planned.pieces if only in (None, piece.name)]
     programs = tuple(measure(planned, piece, config.effort) for piece in pieces)
@@ -100,7 +114,10 @@ def plan(config: PlanConfig, only: str | None = None) -> Plan:
 
 
 def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
-    """The job's programs over shapes on the slice's mesh, nothing compiled."""
+    """Returns (the job's programs with abstract arguments, the slice's mesh); compiles nothing.
+
+    Raises UserError if sequences exceed the model's positions, or rows do not divide over the mesh.
+    """
     devices = topology.topology(config.topology)
     mesh = sharding.make_mesh(config.mesh_config(len(devices)), devices)
     shape = model_config(
@@ -131,7 +148,7 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
 
 
 def as_json(found: Plan) -> dict[str, Any]:
-    """The plan as plain JSON types."""
+    """Returns the plan as plain JSON types."""
     chip = topology.chip(found.config.topology)
 
     def program(p: Measured) -> dict[str, Any]:

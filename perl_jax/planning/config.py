@@ -1,4 +1,4 @@
-"""What a plan can be told."""
+"""The settings of `perl-jax plan`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ JOBS: dict[str, type[TrainingCommand]] = {
     "dpo": DPOCommand,
     "rl": RLCommand,
 }
-# Commands that train nothing, and whose artefacts are of the given tuning and size.
+# Commands that train nothing; they read artefacts of the planned tuning and lora.
 READING: dict[str, type[ModelOptions]] = {
     "evaluate": EvaluateConfig,
     "best-of": BestOfConfig,
@@ -48,30 +48,37 @@ READING: dict[str, type[ModelOptions]] = {
 class PlanConfig:
     """Compile a job's real programs for a TPU slice, without a TPU and without weights.
 
-    Prints each program's peak memory a chip by component, operations, collectives and their bytes.
+    Prints each program's peak memory per chip by component, its operations, and its collectives
+    with their bytes.
 
     Attributes:
-        job: sft, reward, dpo or rl; or evaluate, best-of, generate, score or export of artefacts as
-        tuning and lora say. model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder
-        with its config.json. topology: The slice, generation:shape in chips: v4:2x2x1, v5e:4x4,
-        v5p:2x2x2, v6e:2x4, 7x:2x2x1. mesh: Devices along its axes: data=2,fsdp=4,tensor=2; all of
-        them along fsdp when left out. adapters: Every device has all of an adapter, or adapters are
-        split like their weights. tuning: Train adapters, or every weight. dtype: Of the frozen base
-        and of activations; full tuning trains float32 weights. remat: What the backward pass
-        computes again: none, dots or full. attention: The path of whole sequences; auto is splash.
-        quantise: Keep the frozen base's matrices in 8 or 4 bits. lora: The adapter's size and
-        place. optimizer: Its state is part of the memory. algorithm: Of rl. batch: Comparisons,
-        demonstrations or episodes an update, over all devices; of evaluate, best-of and score the
-        rows at a
-            time, of generate the continuations; export has none.
-        microbatches: The batch in so many parts, one after the other.
-        prompt_length: In tokens; every row is planned at full length.
-        response_length: In tokens.
-        effort: quick compiles in a sixth of the time; peaks were within 5 % of full's, but only
-            full
-            gives the compiler's estimate of seconds.
-        search: Try meshes, rematerialisation and microbatches, and list what fits, best first.
-        json: A file for the same as JSON.
+        job: The job to plan: sft, reward, dpo or rl. Or the command to plan: evaluate, best-of,
+            generate, score or export, with artefacts of the given tuning and lora.
+        model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder with its config.json.
+        topology: The slice, as generation:shape in chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4,
+            7x:2x2x1.
+        mesh: The devices along each mesh axis, as data=2,fsdp=4,tensor=2. None puts all devices on
+            fsdp.
+        adapters: replicated puts a whole copy of each adapter on every device; sharded splits
+            adapters like the weights they adapt.
+        tuning: lora trains adapters, full trains all weights.
+        dtype: The dtype of the frozen base and of activations. Full tuning trains float32 weights.
+        remat: What the backward pass recomputes: none, dots (everything except products with
+            weights) or full (whole layers).
+        attention: The attention path for whole sequences; auto is splash.
+        quantise: Store the frozen base's matrices in 8 or 4 bits.
+        lora: The adapter's rank and targets.
+        optimizer: The optimizer, whose state is part of the memory.
+        algorithm: The algorithm of rl.
+        batch: Demonstrations, comparisons or episodes per update, over all devices. For evaluate,
+            best-of and score: rows at a time. For generate: continuations. export has no batch.
+        microbatches: How many parts the batch is split into; they are computed one after the other.
+        prompt_length: The prompt's length in tokens; every row is planned at full length.
+        response_length: The response's length in tokens.
+        effort: How hard the compiler optimises. quick takes a sixth of the time, with peaks within
+            5 % of those of full; only full gives the compiler's estimate of seconds.
+        search: Try meshes, remat and microbatches, and list the layouts that fit, fastest first.
+        json: A file to which the plan is also written as JSON.
     """
 
     job: Literal["sft", "reward", "dpo", "rl", "evaluate", "best-of", "generate", "score", "export"]
@@ -113,7 +120,7 @@ class PlanConfig:
         self.job_config()
 
     def mesh_config(self, devices: int) -> MeshConfig:
-        """The mesh over so many devices."""
+        """Returns the mesh for a number of devices; raises UserError if `mesh` cannot be read."""
         if self.mesh is None:
             return MeshConfig(data=1, fsdp=devices, adapters=self.adapters)
         parts = [
@@ -123,7 +130,7 @@ class PlanConfig:
         return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
 
     def job_config(self) -> ModelOptions:
-        """The job that is planned, as its own command would be told."""
+        """Returns the planned job's own config, as its command would build it."""
         if self.job in READING:
             return self._reading_config()
         data = DataConfig(
@@ -148,6 +155,7 @@ class PlanConfig:
         )
 
     def _reading_config(self) -> ModelOptions:
+        """Returns the config of a command that trains nothing."""
         base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}
         data = DataConfig(
             max_prompt_length=self.prompt_length, max_response_length=self.response_length

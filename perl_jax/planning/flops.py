@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced function, of all devices together."""
+"""Counts the floating-point operations of a traced function, over all devices."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from jax.extend import core
 
 
 def flops(jaxpr: Any, *, unknown_trips: int | None = None) -> int:
-    """Operations of matrix products and convolutions in `jax.jit(f).trace(*args).jaxpr`.
+    """Returns the operations of matrix products and convolutions in a jaxpr.
 
-    2 m n k a product, batched ones times the batch, 2 x outputs x window x input features a
-    convolution; times the lengths of scans, the shards of a shard_map, the grid of a Pallas kernel
-    without a cost estimate. Of branches the dearest counts. What jax.checkpoint computes again
-    counts again; what XLA later finds dead counts too. unknown_trips: how often each while loop
-    runs; ValueError when there is one and no count.
+    An [m, k] x [k, n] product counts 2 m n k, times its batch dimensions. A convolution counts 2 x
+    outputs x window x input features. Counts are multiplied by the lengths of scans, the shards of
+    a shard_map, and the grid of a Pallas kernel without a cost estimate. Of conditional branches
+    the most expensive counts. What jax.checkpoint recomputes counts again, and so does what XLA
+    later removes as dead code.
+
+    Args:
+        jaxpr: `jax.jit(f).trace(*args).jaxpr`.
+        unknown_trips: The number of iterations of each while loop.
+
+    Raises:
+        ValueError: There is a while loop and no `unknown_trips`.
     """
     return sum(
         _equation(equation, unknown_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns
@@ -24,6 +31,7 @@ def flops(jaxpr: Any, *, unknown_trips: int | None = None) -> int:
 
 
 def _equation(equation: core.JaxprEqn, trips: int | None) -> int:
+    """Returns the operations of one equation."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot(equation)
@@ -45,19 +53,23 @@ def _equation(equation: core.JaxprEqn, trips: int | None) -> int:
 
 
 def _dot(equation: core.JaxprEqn) -> int:
+    """Returns the operations of a `dot_general`."""
     contracted, _ = equation.params["dimension_numbers"][0]
     lhs, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return 2 * math.prod(out) * math.prod(lhs[d] for d in contracted)
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
-    """The kernel's input features are already those of one group."""
+    """Returns the operations of a convolution; the kernel's input features are already those of one
+    group.
+    """
     kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
     features_out = equation.params["dimension_numbers"].rhs_spec[0]
     return 2 * math.prod(out) * (math.prod(kernel) // kernel[features_out])
 
 
 def _while(params: Mapping[str, Any], trips: int | None) -> int:
+    """Returns the operations of a while loop that runs `trips` times."""
     if trips is None:
         raise ValueError("How often a while loop runs is not in the program; give unknown_trips.")
     body, condition = (
@@ -67,7 +79,7 @@ def _while(params: Mapping[str, Any], trips: int | None) -> int:
 
 
 def _shards(params: Mapping[str, Any]) -> int:
-    """How many devices run a shard_map's function: its mesh, along the axes it makes manual."""
+    """Returns how many devices run a shard_map's function: the mesh sizes of its manual axes."""
     mesh = params["mesh"].shape
     return math.prod(
         mesh[axis]
@@ -76,6 +88,9 @@ def _shards(params: Mapping[str, Any]) -> int:
 
 
 def _grid(params: Mapping[str, Any]) -> int:
+    """Returns the size of a Pallas kernel's grid; raises ValueError if it is known only at run
+    time.
+    """
     grid = params["grid_mapping"].grid
     if not all(isinstance(size, int) for size in grid):
         raise ValueError(
@@ -85,7 +100,7 @@ def _grid(params: Mapping[str, Any]) -> int:
 
 
 def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The functions an equation calls."""
+    """Yields the functions that an equation calls."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):

@@ -1,7 +1,7 @@
-"""What one run of a compiled program moves: collectives, HBM traffic and the compiler's cycles.
+"""Counts what one run of a compiled program moves: collectives, HBM traffic and estimated cycles.
 
-Read from the optimised HLO, from the entry computation through calls and loops (times their
-trips), of one device. Sizes are those of buffers as laid out, padding included.
+Read from the optimised HLO of one device, from the entry computation through calls and loops, which
+are multiplied by their iterations. Sizes are those of buffers as laid out, with padding.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from perl_jax.planning.hlo_traffic import (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind over groups of one size, summed over a run of the program.
+    """All collectives of one kind over groups of one size, summed over a run of the program.
 
-    runs: how many times one is executed. result_bytes: of their results. link_bytes: what a device
-    sends, and as much receives, where n devices of a group form a ring and `full` is the whole
-    buffer: all-gather, reduce-scatter, all-to-all (n-1)/n full; all-reduce twice that; permute
-    full.
+    Attributes:
+        kind: The HLO opcode, such as all-gather.
+        group: The number of devices in a group, n.
+        runs: How many times such a collective is executed.
+        result_bytes: Bytes of the results.
+        link_bytes: Bytes that a device sends (and receives) if the n devices form a ring. With
+            `full` the bytes of the whole buffer: (n-1)/n full for all-gather, reduce-scatter and
+            all-to-all; twice that for all-reduce; full for a permute.
     """
 
     kind: str
@@ -42,11 +46,15 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One run of a program on one device.
+    """What one run of a program on one device moves.
 
-    cycles: the compiler's estimates, summed; 0 where it gives none (CPU). They leave out
-    collectives, Pallas kernels and copies that run beside the arithmetic.
-    unknown_loops: the op names of loops whose trips the caller had to give.
+    Attributes:
+        collectives: The collectives, by kind and group size.
+        hbm_read: Bytes read from HBM.
+        hbm_written: Bytes written to HBM.
+        cycles: The sum of the compiler's estimates; 0 if there are none (CPU). They exclude
+            collectives, Pallas kernels and copies that run beside the arithmetic.
+        unknown_loops: The operation names of loops whose iterations the caller had to give.
     """
 
     collectives: tuple[Collective, ...]
@@ -57,15 +65,19 @@ class Account:
 
     @property
     def hbm_bytes(self) -> int:
+        """Bytes read from and written to HBM."""
         return self.hbm_read + self.hbm_written
 
     @property
     def link_bytes(self) -> int:
+        """Bytes that the device sends to other chips."""
         return sum(c.link_bytes for c in self.collectives)
 
 
 @dataclasses.dataclass
 class _Totals:
+    """Running sums of an `Account`; `runs`, `results` and `links` are by (kind, group size)."""
+
     read: int = 0
     written: int = 0
     cycles: int = 0
@@ -75,6 +87,7 @@ class _Totals:
     unknown: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def add(self, other: _Totals, times: int = 1) -> None:
+        """Adds another computation's sums, `times` times."""
         self.read += other.read * times
         self.written += other.written * times
         self.cycles += other.cycles * times
@@ -89,16 +102,22 @@ class _Totals:
 
     @property
     def weight(self) -> tuple[int, int]:
-        """By which the dearest branch of a conditional is chosen: bytes moved, then cycles."""
+        """The cost by which the most expensive branch is selected: bytes moved, then cycles."""
         return self.read + self.written + sum(self.links.values()), self.cycles
 
 
 def account(text: str, *, unknown_trips: int | None = None) -> Account:
-    """The account of `compiled.as_text()`.
+    """Returns the account of a compiled program's text, `compiled.as_text()`.
 
-    A conditional costs its dearest branch. unknown_trips: how often each loop runs whose count the
-    text does not say, such as a sampler's that ends when all rows have. Raises ValueError when
-    there is such a loop and no count, or when the text is no HLO module.
+    A conditional counts as its most expensive branch.
+
+    Args:
+        text: The optimised HLO.
+        unknown_trips: The iterations of loops whose number is not in the text, such as a sampler's
+            loop that ends when all rows have ended.
+
+    Raises:
+        ValueError: There is such a loop and no `unknown_trips`, or the text is not an HLO module.
     """
     module = parse_module(text)
     totals = _visit(Frame(module, module.computations[module.entry]), unknown_trips)
@@ -111,7 +130,7 @@ def account(text: str, *, unknown_trips: int | None = None) -> Account:
 
 
 def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
-    """One run of a computation."""
+    """Returns the sums of one run of a computation."""
     totals = _Totals()
     for instruction in frame.computation.instructions.values():
         if instruction.opcode == "while":
@@ -129,7 +148,7 @@ def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
                 ),
                 unknown_trips,
             )
-            # The sparse cores' cycles are not the tensor cores'.
+            # Cycles of sparse cores are not cycles of the TensorCore.
             called.cycles *= instruction.attribute(r'async_execution_thread="(sparsecore)"') is None
             totals.add(called)
         else:
@@ -138,6 +157,7 @@ def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
 
 
 def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals:
+    """Returns the sums of a while loop, over all its iterations."""
     totals, count = _Totals(), trips(frame, loop)
     if count is None:
         name = loop.attribute(r'op_name="([^"]*)"') or loop.name
@@ -152,6 +172,7 @@ def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals
 
 
 def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
+    """Adds one instruction's traffic, cycles and collectives to the sums."""
     read, written = traffic(instruction, frame.computation, frame.module)
     totals.read += read
     totals.written += written
@@ -165,7 +186,9 @@ def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
 def _collectives(
     instruction: Instruction, computation: Computation, module: Module
 ) -> Iterator[tuple[str, int, int, int]]:
-    """(kind, group size, result bytes, link bytes) of what an instruction, or a fusion, starts."""
+    """Yields (kind, group size, result bytes, link bytes) of each collective that an instruction or
+    a fusion starts.
+    """
     kind = base_opcode(instruction)
     if kind == "fusion":
         inner = module.computations[instruction.called["calls"]]
@@ -186,7 +209,9 @@ def _collectives(
 
 
 def _is_scattered(reduced: Instruction, computation: Computation, module: Module) -> bool:
-    """Whether a fusion keeps but a slice of an all-reduce: TPU's reduce-scatter."""
+    """Returns whether a fusion keeps only a slice of an all-reduce, which is how TPU programs
+    reduce-scatter.
+    """
     root = origin(computation, computation.root, module)
     return (
         root.opcode == "dynamic-slice" and origin(computation, root.operands[0], module) is reduced
@@ -194,7 +219,9 @@ def _is_scattered(reduced: Instruction, computation: Computation, module: Module
 
 
 def group_size(instruction: Instruction, module: Module) -> int:
-    """Devices that take part in one instance; of a permute, the longest chain of devices."""
+    """Returns how many devices take part in one instance of a collective; for a permute, the
+    longest chain of devices.
+    """
     pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
     if pairs:
         return _longest_chain(
@@ -219,7 +246,7 @@ def group_size(instruction: Instruction, module: Module) -> int:
 
 
 def _longest_chain(pairs: list[tuple[int, int]]) -> int:
-    """Devices in the largest set that the pairs connect."""
+    """Returns the number of devices in the largest set that the pairs connect."""
     sets: dict[int, set[int]] = {}
     for a, b in pairs:
         joined = sets.get(a, {a}) | sets.get(b, {b})

@@ -1,4 +1,4 @@
-"""How often a loop of an HLO module runs, read from its text."""
+"""Finds the number of iterations of a loop in the text of an HLO module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A computation where it runs: the instruction that calls it, and that instruction's frame."""
+    """A computation as called at one place.
+
+    Attributes:
+        module: The module.
+        computation: The computation.
+        caller: The instruction that calls it; None for the entry computation.
+        outer: The frame of that instruction.
+    """
 
     module: Module
     computation: Computation
@@ -30,16 +37,17 @@ class Frame:
     outer: Frame | None = None
 
     def enter(self, name: str, caller: Instruction) -> Frame:
-        """The frame of a computation that an instruction of this one calls."""
+        """Returns the frame of a computation that an instruction of this one calls."""
         return Frame(self.module, self.module.computations[name], caller, self)
 
     def __getitem__(self, name: str) -> Instruction:
+        """Returns an instruction of the computation by name."""
         return self.computation.instructions[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An instruction in its frame, followed through copies, fusions and parameters to its
+    """An instruction in its frame, traced back through copies, fusions and parameters to its
     source.
     """
 
@@ -47,11 +55,12 @@ class Value:
     instruction: Instruction
 
     def operand(self, index: int) -> Value:
+        """Returns the source of the instruction's index-th operand."""
         return source(self.frame, self.instruction.operands[index])
 
 
 def source(frame: Frame, name: str) -> Value:
-    """What a value is before the copies and fusions that hand it on."""
+    """Returns the source of a value: what it was before copies and fusions passed it on."""
     instruction = frame[name]
     if instruction.opcode in SAME_VALUE:
         return source(frame, instruction.operands[0])
@@ -71,7 +80,9 @@ def source(frame: Frame, name: str) -> Value:
 
 
 def element(value: Value, index: int) -> Value | None:
-    """An element of a tuple, through loops that hand it on unchanged; None where one changes it."""
+    """Returns the source of a tuple's element, also through loops that do not change it; None if a
+    loop changes it.
+    """
     instruction, frame = value.instruction, value.frame
     if instruction.opcode == "tuple":
         return value.operand(index)
@@ -83,7 +94,7 @@ def element(value: Value, index: int) -> Value | None:
 
 
 def unchanged(module: Module, loop: Instruction, index: int) -> bool:
-    """Whether a loop's body hands an element of its state on as it is."""
+    """Returns whether a loop's body passes an element of its state on unchanged."""
     body = module.computations[loop.called["body"]]
     if body.result.opcode != "tuple":
         return False
@@ -104,8 +115,8 @@ def unchanged(module: Module, loop: Instruction, index: int) -> bool:
 
 
 def carried(value: Value) -> int | None:
-    """The index of the loop's state that a value of its body or condition is, None if it is
-    none.
+    """Returns the index in the loop's state of a value in its body or condition; None if it is not
+    a state element.
     """
     if value.instruction.opcode != "get-tuple-element":
         return None
@@ -119,7 +130,9 @@ def carried(value: Value) -> int | None:
 
 
 def constant(value: Value) -> int | None:
-    """A whole number known from the text, None if it is not."""
+    """Returns the whole number that a value has in every run, or None if it is not known from the
+    text.
+    """
     instruction = value.instruction
     if instruction.opcode == "constant":
         return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
@@ -130,10 +143,11 @@ def constant(value: Value) -> int | None:
 
 
 def trips(frame: Frame, loop: Instruction) -> int | None:
-    """How often the body of a `while` of this frame runs each time the loop is met.
+    """Returns the number of iterations of a `while`, each time it is reached; None if unknown.
 
-    `known_trip_count` where the compiler wrote it (CPU, GPU); else from the condition, a counter of
-    the loop's state against a constant, with the counter's first value and step. None: unknown.
+    Uses `known_trip_count` if the compiler wrote it (CPU, GPU). Otherwise uses the condition, if it
+    compares a counter in the loop's state with a constant, and the counter's initial value and
+    step.
     """
     written = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if written:
@@ -156,7 +170,7 @@ def trips(frame: Frame, loop: Instruction) -> int | None:
 
 
 def _step(body: Frame, index: int) -> int | None:
-    """What a body adds to an element of its state."""
+    """Returns what the loop's body adds to an element of its state; None if unknown."""
     result = body.computation.result
     if result.opcode != "tuple":
         return None
@@ -173,7 +187,9 @@ def _step(body: Frame, index: int) -> int | None:
 
 
 def _count(first: int, step: int, bound: int, direction: str) -> int | None:
-    """Steps from first while `counter direction bound` holds; None if the counter runs away."""
+    """Returns the number of steps from `first` while `counter direction bound` holds; None if it
+    never ends.
+    """
     distance = bound - first
     if direction == "NE":
         return distance // step if distance % step == 0 and distance // step >= 0 else None

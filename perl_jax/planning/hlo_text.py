@@ -1,6 +1,4 @@
-"""The text of an optimised HLO module as data: computations of instructions, with shapes as laid
-out.
-"""
+"""Parses the text of an optimised HLO module: computations of instructions, with array layouts."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ BITS: Mapping[str, int] = {
 }
 _ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-# A computation may end with the thread it runs on; braces of a kernel's metadata begin lines too.
+# The end of a computation may name its thread. Lines of a kernel's metadata can begin with } too.
 _END = re.compile(r'^\}(?:, \w+="[^"]*")*\s*$')
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -37,10 +35,15 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array: its dimensions and, of its layout, the order, the first tile and the memory space.
+    """An array's shape and layout.
 
-    order: dimensions from the fastest to the slowest. space: 0 is HBM (main memory on a CPU); any
-    other is on the chip (1: vector memory, 2: semaphores, 6: scalar memory) or the host's (5).
+    Attributes:
+        dtype: The element type as HLO spells it.
+        dims: The dimensions.
+        order: The dimensions from fastest to slowest.
+        tile: The first tile of the layout.
+        space: The memory space: 0 is HBM (main memory on a CPU); others are on the chip (1 vector
+            memory, 2 semaphores, 6 scalar memory) or on the host (5).
     """
 
     dtype: str
@@ -51,11 +54,14 @@ class Array:
 
     @property
     def elements(self) -> int:
+        """The number of elements."""
         return math.prod(self.dims)
 
     @functools.cached_property
     def bytes(self) -> int:
-        """Bytes as laid out: the fastest dimensions are padded to whole tiles; a scalar is not."""
+        """Bytes as laid out: the fastest dimensions are padded to whole tiles, except for
+        scalars.
+        """
         sizes = [self.dims[d] for d in self.order]
         for i, tile in enumerate(reversed(self.tile)):
             if i < len(sizes):
@@ -64,6 +70,7 @@ class Array:
 
     @property
     def hbm_bytes(self) -> int:
+        """The bytes if the array is in HBM, else 0."""
         return self.bytes if self.space == 0 else 0
 
 
@@ -72,9 +79,15 @@ Shape = Array | tuple["Shape", ...]
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape opcode(operands), attributes`.
+    """One line of a computation: `name = shape opcode(operands), attributes`.
 
-    literal: what stands between the parentheses; of a parameter its number.
+    Attributes:
+        name: The instruction's name.
+        opcode: The operation.
+        shape: The result's array, or a tuple of shapes.
+        operands: The operands' names.
+        attributes: The text after the operands.
+        literal: The text between the parentheses; for a parameter its number.
     """
 
     name: str
@@ -86,12 +99,12 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> Mapping[str, str]:
-        """Computations named by attribute: calls, to_apply, condition, body, ..."""
+        """The computations that attributes name: calls, to_apply, condition, body, ..."""
         return dict(_CALLED.findall(self.attributes))
 
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
-        """Computations of a conditional."""
+        """The computations of a conditional's branches."""
         found = _BRANCHES.search(self.attributes)
         if found:
             return tuple(_NAME.findall(found[1]))
@@ -100,14 +113,20 @@ class Instruction:
         )
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes, None without a match."""
+        """Returns the first group of a pattern found in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name in the text's order, and the root's name."""
+    """A computation.
+
+    Attributes:
+        name: The computation's name.
+        instructions: The instructions by name, in the order of the text.
+        root: The name of the instruction that is the result.
+    """
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -115,17 +134,25 @@ class Computation:
 
     @property
     def result(self) -> Instruction:
+        """The root instruction."""
         return self.instructions[self.root]
 
     @functools.cached_property
     def parameters(self) -> tuple[Instruction, ...]:
+        """The parameters, by number."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return tuple(sorted(found, key=lambda i: int(i.literal)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, the entry's name, and how many devices run the program."""
+    """A parsed HLO module.
+
+    Attributes:
+        computations: The computations by name.
+        entry: The entry computation's name.
+        devices: How many devices run the program.
+    """
 
     computations: Mapping[str, Computation]
     entry: str
@@ -133,12 +160,14 @@ class Module:
 
 
 def bits(dtype: str) -> int:
-    """Bits of an element; 8-bit floats come in many names. KeyError for an unknown type."""
+    """Returns the bits of an element (8-bit floats have many names); raises KeyError for an unknown
+    type.
+    """
     return 8 if dtype.startswith("f8") else BITS[dtype]
 
 
 def leaves(shape: Shape) -> Iterator[Array]:
-    """The arrays of a shape, depth first."""
+    """Yields the arrays of a shape, depth first."""
     if isinstance(shape, Array):
         yield shape
     else:
@@ -147,7 +176,7 @@ def leaves(shape: Shape) -> Iterator[Array]:
 
 
 def parse_array(text: str) -> Array:
-    """`bf16[8,128]{1,0:T(8,128)(2,1)S(1)}` -> Array; a dimension's bound `<=8` counts as 8."""
+    """Parses `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`; a bounded dimension `<=8` counts as 8."""
     dtype, dims, layout = _ARRAY.match(text).groups()
     sizes = tuple(int(d.strip("<=? ") or 0) for d in dims.split(",")) if dims else ()
     order, _, rest = (layout or "").partition(":")
@@ -166,7 +195,7 @@ def parse_array(text: str) -> Array:
 
 
 def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
-    """A shape that begins at a position, and where it ends."""
+    """Parses the shape at a position of the text; returns it and the position after it."""
     if text[at] != "(":
         found = _ARRAY.match(text, at)
         return parse_array(found[0]), found.end()
@@ -183,7 +212,7 @@ def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """One line of a computation; None for a line that is none."""
+    """Parses one line of a computation; returns None if it is not an instruction."""
     head = _LINE.match(line)
     if head is None:
         return None
@@ -199,8 +228,8 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Headers, instructions and closing braces; an attribute that spans lines (a kernel's metadata)
-    is put back into its own.
+    """Yields headers, instructions and closing braces; an attribute that spans lines is joined to
+    its instruction.
     """
     kept = ""
     for line in text.splitlines():
@@ -214,7 +243,9 @@ def _statements(text: str) -> Iterator[str]:
 
 
 def parse_module(text: str) -> Module:
-    """The text of `compiled.as_text()`. Raises ValueError when it has no entry computation."""
+    """Parses the text of `compiled.as_text()`; raises ValueError if there is no entry
+    computation.
+    """
     computations: dict[str, Computation] = {}
     entry, name, root, found = "", "", "", {}
     for line in _statements(text):

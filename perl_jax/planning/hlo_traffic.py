@@ -1,8 +1,8 @@
-"""Bytes that an HLO instruction reads and writes in HBM.
+"""Counts the bytes that an HLO instruction reads and writes in HBM.
 
-XLA's convention: each instruction that runs by itself reads its operands and writes its result;
-what a fusion computes in between stays on the chip. Of an operand that is only sliced the slice
-counts, of a buffer updated in place the update, and buffers outside HBM not at all.
+By XLA's convention each instruction that runs by itself reads its operands and writes its result;
+intermediate values of a fusion stay on the chip. Of an operand that is only sliced the slice
+counts, of a buffer updated in place the update. Buffers outside HBM do not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ COLLECTIVES = frozenset(
         "reduce-scatter",
     }
 )
-# They name or group what is there already, or their bodies are counted where they run.
+# Instructions without traffic: they name or group existing buffers, or call computations whose own
+# instructions are counted.
 FREE = frozenset(
     {
         *(
@@ -66,7 +67,9 @@ WHOLE = frozenset(
 
 
 def result_shape(instruction: Instruction) -> Shape:
-    """What an instruction makes; a `-start` also names its operands and its semaphores."""
+    """Returns the shape of an instruction's result; the shape of a `-start` also lists operands and
+    semaphores.
+    """
     if not instruction.opcode.endswith("-start") or isinstance(instruction.shape, Array):
         return instruction.shape
     if instruction.opcode == "all-reduce-start":
@@ -75,21 +78,22 @@ def result_shape(instruction: Instruction) -> Shape:
 
 
 def base_opcode(instruction: Instruction) -> str:
+    """Returns the opcode without `-start`."""
     return instruction.opcode.removesuffix("-start")
 
 
 def is_later_piece(instruction: Instruction) -> bool:
-    """Whether it is a further mention of a collective that began in an earlier fusion.
+    """Returns whether an instruction repeats a collective that an earlier fusion started.
 
-    The TPU compiler spreads a collective over the fusions it overlaps with; each mentions it, and
-    only the first, which starts it, has no flags yet (-1).
+    The TPU compiler spreads a collective over the fusions that it overlaps with, and each mentions
+    it. Only the first one, which starts it, has no flag (-1).
     """
     first = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
     return first is not None and first != "-1"
 
 
 def traffic(instruction: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
-    """(bytes read, bytes written) in HBM by one instruction of a computation that runs."""
+    """Returns (bytes read, bytes written) in HBM by one instruction."""
     opcode = base_opcode(instruction)
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0, 0
@@ -111,31 +115,36 @@ def traffic(instruction: Instruction, computation: Computation, module: Module) 
 
 
 def target(instruction: Instruction) -> str | None:
+    """Returns the target of a custom call, or None."""
     return instruction.attribute(r'custom_call_target="([^"]*)"')
 
 
 def hbm(*shapes: Shape) -> int:
-    """Bytes of the arrays that are in HBM."""
+    """Returns the bytes of the arrays that are in HBM."""
     return sum(array.hbm_bytes for shape in shapes for array in leaves(shape))
 
 
 def elements(shape: Shape) -> int:
+    """Returns the number of elements of a shape."""
     return sum(array.elements for array in leaves(shape))
 
 
 def part(shape: Shape, count: int) -> int:
-    """Bytes in HBM of some elements of an array."""
+    """Returns the bytes in HBM of `count` elements of an array."""
     whole = elements(shape)
     return hbm(shape) * min(count, whole) // whole if whole else 0
 
 
 def _scattered(operands: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
-    """(buffer, update) pairs of a scatter: n buffers, the indices, n updates."""
+    """Returns (buffer, update) pairs of a scatter, whose operands are n buffers, the indices and n
+    updates.
+    """
     n = len(operands) // 2
     return zip(operands[:n], operands[n + 1 :], strict=True)
 
 
 def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
+    """Returns (bytes read, bytes written) in HBM by a fusion."""
     inner = module.computations[fusion.called["calls"]]
     wanted = demand(inner, module)
     operands = [computation.instructions[name].shape for name in fusion.operands]
@@ -144,7 +153,9 @@ def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tu
 
 
 def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
-    """Bytes a fusion writes: its outputs, save those handed through or updated in place."""
+    """Returns the bytes that a fusion writes: its outputs, except those passed through or updated
+    in place.
+    """
     root = inner.result
     if root.opcode == "custom-call" and target(root) == "AsyncCollectiveDone":
         return 0
@@ -165,6 +176,7 @@ def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
 
 
 def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: Module) -> int:
+    """Returns the bytes that a fusion writes for one of its outputs."""
     made = origin(inner, value.name, module)
     if made.opcode in COLLECTIVES and is_later_piece(made):
         return 0
@@ -180,7 +192,9 @@ def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: 
 
 
 def origin(computation: Computation, name: str, module: Module) -> Instruction:
-    """An instruction before the bitcasts and relabelling copies that hand its buffer on."""
+    """Returns the instruction that made a buffer, before bitcasts and copies that keep the
+    layout.
+    """
     instruction = computation.instructions[name]
     if instruction.opcode in ("bitcast", "copy"):
         before = computation.instructions[instruction.operands[0]]
@@ -194,7 +208,7 @@ def origin(computation: Computation, name: str, module: Module) -> Instruction:
 
 
 def in_place(update: Instruction, computation: Computation, module: Module) -> bool:
-    """Whether a fusion's output is one of its operands with some elements replaced."""
+    """Returns whether a fusion's output is one of its operands with some elements replaced."""
     if update.opcode not in ("dynamic-update-slice", "scatter"):
         return False
     root = computation.result
@@ -204,10 +218,12 @@ def in_place(update: Instruction, computation: Computation, module: Module) -> b
 
 
 def demand(computation: Computation, module: Module, wanted: int | None = None) -> list[int]:
-    """Elements of each parameter that a fused computation needs for `wanted` of its result (all).
+    """Returns how many elements of each parameter a fused computation needs for `wanted` elements
+    of its result.
 
-    Followed from the result back: an elementwise operation needs of each operand what is wanted of
-    it, a slice needs the slice, a reduction everything.
+    Followed from the result backwards: an elementwise operation needs of each operand as many
+    elements as are wanted of its result, a slice needs the slice, a reduction needs everything.
+    None wants the whole result.
     """
     root, of = computation.result, computation.instructions
     need: collections.Counter[str] = collections.Counter()
@@ -228,7 +244,9 @@ def demand(computation: Computation, module: Module, wanted: int | None = None) 
 def _wants(
     user: Instruction, index: int, count: int, computation: Computation, module: Module
 ) -> int:
-    """Elements of an operand that `count` elements of an instruction's result need."""
+    """Returns how many elements of an operand are needed for `count` elements of an instruction's
+    result.
+    """
     operands = [computation.instructions[name] for name in user.operands]
     whole = elements(operands[index].shape)
     if user.opcode == "fusion":

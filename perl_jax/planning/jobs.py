@@ -1,7 +1,7 @@
-"""The programs that a job runs, over shapes with shardings instead of arrays.
+"""The programs of training jobs, with abstract arguments: shapes with shardings.
 
-They come from the functions that the jobs call, so that what is planned is what will run; only the
-weights and the rows are missing.
+The programs are made by the functions that the jobs themselves call, so what is planned is what
+runs. Only weights and rows are missing.
 """
 
 from __future__ import annotations
@@ -34,22 +34,7 @@ from perl_jax.planning.pieces import (
 from perl_jax.planning.reading import RECORD, sampling
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding, trees
-from perl_jax.training import (
-    dpo,
-    fit,
-    rl,
-    sft,
-    step,
-)
-from perl_jax.training import (
-    optimizers as optimizers_lib,
-)
-from perl_jax.training import (
-    reward as reward_lib,
-)
-from perl_jax.training import (
-    state as state_lib,
-)
+from perl_jax.training import dpo, fit, rl, sft, step
 from perl_jax.training.commands import (
     DPOCommand,
     PolicyCommand,
@@ -59,16 +44,19 @@ from perl_jax.training.commands import (
     TrainingCommand,
 )
 from perl_jax.training.experience import Judged
+from perl_jax.training.optimizers import make_optimizer
+from perl_jax.training.reward import reward_job, score_program
+from perl_jax.training.state import TrainState
 from perl_jax.types import Labelled, Pairs, Tokens, Tree
 
-# No program's size depends on which ids these are.
+# Special ids; no program's size depends on their values.
 _TOKENIZER = types.SimpleNamespace(stop_ids=(1,), stop_part=(1,), tail_ids=(), pad_id=0)
 
 
 def planned_model(
     lm: LanguageModel, name: str, quantise: QuantiseConfig, shard_adapters: bool
 ) -> Model:
-    """A model whose base is shapes with shardings."""
+    """Returns a model whose base weights are shapes with shardings."""
     places = lm.base_shardings()
 
     def leaf(path: str, spec: jax.ShapeDtypeStruct) -> Tree:
@@ -83,7 +71,7 @@ def planned_model(
 
 
 def plan_job(model: Model, config: TrainingCommand) -> Planned:
-    """The job's programs at its longest batch: a step's, those of measuring, then those of its
+    """Returns a job's programs at its longest batch: those of a step, of measuring, then of its
     start.
     """
     return {SFTCommand: _sft, RewardCommand: _reward, DPOCommand: _dpo, RLCommand: _rl}[
@@ -92,16 +80,19 @@ def plan_job(model: Model, config: TrainingCommand) -> Planned:
 
 
 def _sft(model: Model, config: SFTCommand) -> Planned:
+    """Returns the plan of an SFT job."""
     return _supervised(model, config, sft.SFT, {"policy": _role(model, config, head=False)})
 
 
 def _reward(model: Model, config: RewardCommand) -> Planned:
+    """Returns the plan of a reward-model job."""
     return _supervised(
-        model, config, reward_lib.reward_job(config), {"reward": _role(model, config, head=True)}
+        model, config, reward_job(config), {"reward": _role(model, config, head=True)}
     )
 
 
 def _dpo(model: Model, config: DPOCommand) -> Planned:
+    """Returns the plan of a DPO job."""
     role = _role(model, config, head=False)
     return _supervised(
         model, config, dpo.job_of(config), {"policy": role}, {"reference": _resting(model, role)}
@@ -115,10 +106,15 @@ def _supervised(
     roles: dict[str, Adapter],
     frozen: dict[str, Adapter] | None = None,
 ) -> Planned:
+    """Returns the plan of a supervised job.
+
+    Args:
+        job: What distinguishes the job: its role, rows and objective.
+        roles: The trained roles.
+        frozen: The frozen roles.
+    """
     optimizers = {
-        name: optimizers_lib.make_optimizer(
-            config.optimizer, config.steps, config.tuning, model.lm.config.width
-        )
+        name: make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)
         for name in roles
     }
     loaded = (roles, frozen or {})
@@ -160,7 +156,7 @@ def _supervised(
     )
     if job.role == "reward":
         adapter = state.roles["reward"]
-        program = reward_lib.score_program(model.lm, config.microbatches)
+        program = score_program(model.lm, config.microbatches)
         measures.append(
             Piece(
                 program,
@@ -174,17 +170,17 @@ def _supervised(
     )
 
 
-def _start(
-    model: Model, config: TrainingCommand, begin: Piece, state: state_lib.TrainState
-) -> list[Piece]:
-    """Loading, first values, and checksums of what is saved and read."""
+def _start(model: Model, config: TrainingCommand, begin: Piece, state: TrainState) -> list[Piece]:
+    """Returns the programs of the start: loading, first values of roles, checksums of
+    checkpoints.
+    """
     own = (
-        [starting.weights(model)]
+        [starting.full_weights(model)]
         if config.tuning == "full"
         else list(starting.first_values(model, config.lora))
     )
     if config.tuning == "full" and isinstance(config, PolicyCommand) and config.policy is not None:
-        # It may be an adapter, whose size only its artefact says.
+        # The policy may be an adapter. Only its artefact tells its size; config.lora is assumed.
         own.insert(
             0,
             starting.merging(
@@ -209,7 +205,7 @@ def _rl(model: Model, config: RLCommand) -> Planned:
         frozen["reference"] = _resting(model, policy)
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     reads_base = config.tuning == "lora" or config.kl.reference == "base"
-    # The value model begins with the policy's arrays.
+    # The value model starts from the policy's arrays, so these are loaded besides.
     begin, state = starting.beginning(
         model,
         roles,
@@ -289,7 +285,7 @@ def _rl(model: Model, config: RLCommand) -> Planned:
 
 
 def _batch(config: TrainingCommand, kind: str) -> Tree:
-    """The longest batch of a kind of rows."""
+    """Returns the longest batch of a kind of rows."""
     rows, columns = (
         config.batch_size,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -306,20 +302,24 @@ def _batch(config: TrainingCommand, kind: str) -> Tree:
 
 
 def _role(model: Model, config: TrainingCommand, head: bool) -> Adapter:
+    """Returns the shapes of a role of the job's tuning."""
     return artefacts.abstract_adapter(
         model.lm, config.tuning, config.lora if config.tuning == "lora" else None, head
     )
 
 
 def _resting(model: Model, role: Adapter) -> Adapter:
+    """Returns the shapes of a frozen role, in the dtype that frozen roles are held in."""
     return jax.eval_shape(lambda role: resting(role, model.lm.config.dtype), role)
 
 
 def _base(model: Model, config: TrainingCommand) -> Tree | None:
+    """Returns the base weights that the update reads; None in full tuning."""
     return None if config.tuning == "full" else model.base
 
 
-def _resident(base: Tree | None, state: state_lib.TrainState) -> dict[str, Tree]:
+def _resident(base: Tree | None, state: TrainState) -> dict[str, Tree]:
+    """Returns what stays on the devices during a job, by component."""
     return {
         "base": base,
         "trained roles": state.roles,

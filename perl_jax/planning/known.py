@@ -1,7 +1,8 @@
-"""Every program that a command runs on the devices, by the name under which JAX compiles it.
+"""A table of every program that a command runs on the devices, by the name under which JAX compiles
+it.
 
-A new jitted function has to be entered here, and planned: a test compares this table with what the
-commands compile, and with the pieces that they are planned from.
+A new jitted function must be entered here, and planned. A test compares the table with what the
+commands compile, and with the pieces of their plans.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ COMMANDS = (*TRAINING, "evaluate", "best-of", "generate", "score", "export")
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A program that a plan compiles: the name of its piece, what it does, and the commands that
-    run it.
+    """A program that a plan compiles.
+
+    Attributes:
+        piece: The name of its `Piece`.
+        what: What it computes.
+        commands: The commands that run it.
     """
 
     piece: str
@@ -26,14 +31,16 @@ class Known:
     commands: tuple[str, ...] = COMMANDS
 
 
-# How large what an operation outside a program touches can be. rows: a number for each token of a
+# The largest array that an operation outside a program touches. rows: a number for each token of a
 # batch. leaf: one leaf of an adapter. layer: one layer's matrix, on one device.
 Size = Literal["rows", "leaf", "layer"]
 
 PLANNED: dict[str, tuple[Known, ...]] = {
     # Loading.
-    "write_piece": (Known("place", "a piece of a leaf from a file into a device's part"),),
-    "sample_leaf": (Known("fingerprint", "the elements of a leaf that its fingerprint is of"),),
+    "write_piece": (
+        Known("place", "writes a piece of a leaf, read from a file, into a device's part"),
+    ),
+    "sample_leaf": (Known("fingerprint", "the elements of a leaf that its fingerprint covers"),),
     "quantised": (Known("quantise", "a leaf of the base in fewer bits"),),
     "content_sums": (
         Known("checksums", "of a leaf that is saved, restored or loaded from an artefact"),
@@ -70,10 +77,12 @@ PLANNED: dict[str, tuple[Known, ...]] = {
             _SLOTS,
         ),
     ),
-    "vacant": (Known("vacant", "with slots: nobody's keys and values", _SLOTS),),
-    "admit": (Known("admit", "with slots: prompts read into them", _SLOTS),),
-    "decode": (Known("decode", "with slots: some tokens of each row", _SLOTS),),
-    "fewer": (Known("fewer", "with slots: the rows that go on, in half as many", _SLOTS),),
+    "vacant": (Known("vacant", "with slots: an empty cache", _SLOTS),),
+    "admit": (Known("admit", "with slots: reads prompts into them", _SLOTS),),
+    "decode": (Known("decode", "with slots: samples some tokens of each row", _SLOTS),),
+    "fewer": (
+        Known("fewer", "with slots: moves the unfinished rows into half as many slots", _SLOTS),
+    ),
     "reward": (Known("reward", "scores of responses", ("rl", "evaluate", "best-of")),),
     "logprobs": (
         Known("logprobs", "of responses, by the policy and by the reference", ("rl", "evaluate")),
@@ -101,10 +110,10 @@ PLANNED: dict[str, tuple[Known, ...]] = {
         ),
     ),
 }
-# With slots, on a CPU and on a GPU alone: the base's layers one by one, attention's projections
-# beside each other.
+# Continuous batching on a CPU or GPU only: splits the base into layers, and joins the attention
+# projections.
 ELSEWHERE = ("part", "fuse")
-# Operations that run outside a program, and the sizes that they may have.
+# Operations that run outside a program -> the largest array that they may touch.
 APART: dict[str, Size] = {
     **dict.fromkeys(
         ("copy", "convert_element_type", "broadcast_in_dim", "_uniform", "_normal", "true_divide"),
@@ -133,14 +142,14 @@ APART: dict[str, Size] = {
 
 
 def planned_for(command: str) -> set[str]:
-    """Names of the pieces that a command's plan can have."""
+    """Returns the names of the pieces that a command's plan can have."""
     return {
         known.piece for group in PLANNED.values() for known in group if command in known.commands
     }
 
 
 def unknown(names: Iterable[str], command: str) -> set[str]:
-    """Compiled names that this table does not have for a command."""
+    """Returns the compiled names that the table does not list for a command."""
     mine = {
         name for name, group in PLANNED.items() if any(command in known.commands for known in group)
     }

@@ -1,4 +1,6 @@
-"""Memory, operations and traffic of a job's programs, compiled for the devices of a mesh."""
+"""Measures memory, operations and traffic of a job's programs, compiled for the devices of a
+mesh.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,34 @@ from collections.abc import Iterator
 
 import jax
 
-from perl_jax.planning import flops as flops_lib
 from perl_jax.planning import hlo, refusal
+from perl_jax.planning.flops import flops
 from perl_jax.planning.hlo import Account
 from perl_jax.planning.pieces import Phase, Piece, Planned, device_bytes
 from perl_jax.planning.refusal import Refusal
 
-# The compiler's search for a faster program is most of its time and hardly moves the peak.
+# The compiler spends most of its time on finding a faster program, which hardly changes the peak.
 EFFORT = {"quick": {"exec_time_optimization_effort": -1.0}, "full": {}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One program. Bytes are of one device, flops of all together (0: not counted, of programs of
-    the start).
+    """What one program needs. Bytes are those of one device.
 
-    phase, of: as in `Piece`.
-    memory: bytes by component; their sum is the peak while the program runs. padding: what the
-    compiler's tiles add to the arguments' own bytes. temporaries: activations, gathered weights,
-    gradients, outputs that take over no argument. refused: why it did not compile; memory then
-    holds what is known without compiling.
+    Attributes:
+        name: The program's name.
+        memory: Bytes by component; their sum is the peak while the program runs. `padding` is what
+            the compiler's tiles add to the arguments; `temporaries` are activations, gathered
+            weights, gradients, and outputs that reuse no argument's buffer. Of a refused program
+            only what is known without compiling.
+        flops: Operations of all devices together; 0 for programs of the start, which are not
+            counted.
+        account: Traffic and cycles; None if refused, or for programs of the start.
+        seconds_to_compile: The time of tracing and compiling.
+        arguments: Bytes of the program's arguments.
+        refused: Why the program did not compile; None if it did.
+        phase: As in `Piece`.
+        of: As in `Piece`.
     """
 
     name: str
@@ -43,19 +53,22 @@ class Measured:
 
     @property
     def peak(self) -> int | None:
-        """Bytes; of a refused program what it asked for, None where the compiler did not say."""
+        """The peak in bytes; for a refused program what it asked for, or None if the compiler did
+        not say.
+        """
         if self.refused is None:
             return sum(self.memory.values())
         if self.refused.asked is None:
             return None
-        # Its arguments are among what is on the device anyway.
+        # The arguments are part of both: of what it asked for and of what is on the device.
         return self.refused.asked + sum(self.memory.values()) - self.arguments
 
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """No persistent cache: what is compiled for absent devices can be written to it, but not read
-    again.
+    """Turns the persistent compilation cache off.
+
+    Programs for absent devices can be written to it but not read from it.
     """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -71,7 +84,7 @@ def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
     begin = time.perf_counter()
     traced = piece.program.trace(*piece.args)
     starts = piece.phase == "start"
-    operations = 0 if starts else flops_lib.flops(traced.jaxpr, unknown_trips=piece.loop)
+    operations = 0 if starts else flops(traced.jaxpr, unknown_trips=piece.loop)
     with _without_cache():
         compiled = refusal.attempt(
             lambda: traced.lower().compile(compiler_options=EFFORT[effort] or None)
@@ -90,8 +103,7 @@ def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
             piece.of,
         )
     found = compiled.memory_analysis()
-    # What is alive at the worst moment, arguments and outputs included; the sum of all sizes can
-    # exceed it.
+    # The peak of live buffers, arguments and outputs included; the sum of all sizes can exceed it.
     inside = max(found.peak_memory_in_bytes - found.argument_size_in_bytes, 0)
     cache = min(device_bytes(piece.cache), inside)
     memory |= {

@@ -1,4 +1,6 @@
-"""A program of a job over shapes with shardings, and what else is on the devices while it runs."""
+"""The parts of a plan: programs with abstract arguments, and what stays on the devices while they
+run.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ Phase = Literal["start", "step", "measure"]
 
 
 class Traceable(Protocol):
-    """A `Program`, or a jitted function with its static arguments (`Jitted`)."""
+    """Anything with a name that can be traced: a `Program`, or a `Jitted` function."""
 
     @property
     def name(self) -> str: ...
@@ -31,7 +33,14 @@ class Traceable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Jitted:
-    """A jitted function under a name; `before` and `after`: static arguments around the others."""
+    """A jitted function with its static arguments.
+
+    Attributes:
+        name: The name in the plan.
+        function: The jitted function.
+        before: Static arguments before the others.
+        after: Static arguments after the others.
+    """
 
     name: str
     function: Any
@@ -39,6 +48,7 @@ class Jitted:
     after: tuple = ()
 
     def trace(self, *args: Any) -> jax.stages.Traced:
+        """Traces the function with abstract arguments."""
         return self.function.trace(*self.before, *args, *self.after)
 
 
@@ -46,11 +56,17 @@ class Jitted:
 class Piece:
     """One program of a job, for one set of shapes.
 
-    args: shapes with shardings. own: those of them that only this program holds (a batch, a
-    rollout). cache: keys and values inside it. loop: turns of a loop whose number depends on the
-    data (the decode loop); None: there is none. phase: when it runs. resident: names of the
-    components that stay on the devices while it runs (`Planned.resident`); None: all. of: the leaf,
-    where it is a leaf's program.
+    Attributes:
+        program: The program.
+        args: Its arguments: shapes with shardings.
+        own: The arrays that are on the devices for this program only (a batch, a rollout).
+        cache: The key/value caches inside the program.
+        loop: The iterations of a loop whose number depends on the data (the decode loop); None
+            without one.
+        phase: When the program runs.
+        resident: The components of `Planned.resident` that are on the devices while it runs; None
+            means all.
+        of: The leaf that the program works on; "" if it is not a program of one leaf.
     """
 
     program: Traceable
@@ -64,20 +80,24 @@ class Piece:
 
     @property
     def name(self) -> str:
+        """The program's name."""
         return self.program.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A job's programs and what stays on the devices: base, trained roles, frozen roles,
-    optimizer.
+    """A job's programs and what stays on the devices.
+
+    Attributes:
+        resident: Trees by component: base, trained roles, frozen roles, optimizer.
+        pieces: The programs.
     """
 
     resident: dict[str, Tree]
     pieces: tuple[Piece, ...]
 
     def resident_bytes(self, names: tuple[str, ...] | None = None) -> dict[str, int]:
-        """Bytes of one device by component. names: of these alone; None: of all."""
+        """Returns bytes of one device by component; `names` selects components, None takes all."""
         return {
             name: device_bytes(tree)
             for name, tree in self.resident.items()
@@ -86,31 +106,31 @@ class Planned:
 
 
 def device_bytes(tree: Tree) -> int:
-    """Bytes of a tree on one device, by its leaves' shardings."""
+    """Returns the bytes of a tree on one device, from its leaves' shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * trees.bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def placed(spec: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """A shape at a place."""
-    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place)
+def placed(spec: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Returns a shape with a sharding."""
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)
 
 
-def in_place(model: Model, tree: Tree) -> Tree:
-    """Shapes of roles or of a train state where these live."""
+def with_role_shardings(model: Model, tree: Tree) -> Tree:
+    """Returns the shapes of roles or of a train state with their shardings."""
     return jax.tree.map(placed, tree, model.adapter_shardings(tree))
 
 
 def rows_of(model: Model, tree: Tree) -> Tree:
-    """Leaves split over rows; numbers are everywhere."""
+    """Returns a batch's shapes, with rows sharded over the mesh and scalars replicated."""
     rows, whole = sharding.batch_sharding(model.mesh), sharding.replicated(model.mesh)
     return jax.tree.map(lambda leaf: placed(leaf, rows if leaf.ndim else whole), tree)
 
 
 def key_data(model: Model) -> jax.ShapeDtypeStruct:
-    """A key as programs get it."""
+    """Returns the shape of a random key's data, replicated."""
     return placed(
         jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
         sharding.replicated(model.mesh),
@@ -118,23 +138,31 @@ def key_data(model: Model) -> jax.ShapeDtypeStruct:
 
 
 def ids(rows: int, columns: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of token ids [rows, columns]."""
     return jax.ShapeDtypeStruct((rows, columns), np.int32)
 
 
 def flags(rows: int, columns: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a mask [rows, columns]."""
     return jax.ShapeDtypeStruct((rows, columns), bool)
 
 
 def result(program: Traceable, *args: Any) -> Tree:
-    """Shapes of what a program gives, with their places where the program says them."""
+    """Returns the shapes of a program's results, with shardings if the program sets them."""
     return program.trace(*args).out_info
 
 
-def cache_of(model: Model, rows: int, slots: int) -> Tree:
-    """The keys and values of a decode loop, where they live."""
+def cache_of(model: Model, rows: int, positions: int) -> Tree:
+    """Returns the shapes of a decode loop's key/value caches, with shardings: keys and values for
+    each window.
+
+    Args:
+        rows: The number of rows.
+        positions: The number of key positions; layers with a window keep fewer.
+    """
     config, found = model.lm.config, []
     for window, layers in collections.Counter(config.windows).items():
-        shape = (layers, rows, config.kv_heads, own_room(slots, window), config.head_dim)
+        shape = (layers, rows, config.kv_heads, own_room(positions, window), config.head_dim)
         place = sharding.fitting(
             model.mesh,
             shape,

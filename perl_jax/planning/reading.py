@@ -1,4 +1,6 @@
-"""The programs of commands that train nothing: evaluate, best-of, generate, score, export."""
+"""The programs of commands that train nothing but read artefacts: evaluate, best-of, generate,
+score, export.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,18 @@ from perl_jax.planning.pieces import (
     cache_of,
     flags,
     ids,
-    in_place,
     key_data,
     placed,
     result,
     rows_of,
+    with_role_shardings,
 )
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.programs import Program
 from perl_jax.types import Prompts, Tokens, Tree
 
-# What a reward model's normalisation is does not change its program's size.
+# A reward's record; its numbers do not change the size of the program.
 RECORD = Record(
     "reward", "lora", None, True, "planned", "-", "-", 0, {}, score_mean=0.0, score_std=1.0
 )
@@ -55,20 +57,24 @@ RECORD = Record(
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What the artefacts that a command reads are: adapters of a size, or whole weights (lora
-    None).
+    """The artefacts that a command reads.
+
+    Attributes:
+        lora: The adapters' configuration; None for full weights.
     """
 
     lora: LoRAConfig | None
 
     def shapes(self, model: Model, head: bool) -> Adapter:
-        """An artefact as it is loaded: in float32, where roles live."""
+        """Returns the shapes of an artefact as loaded: float32, with shardings."""
         tuning = "full" if self.lora is None else "lora"
-        return in_place(model, artefacts.abstract_adapter(model.lm, tuning, self.lora, head))
+        return with_role_shardings(
+            model, artefacts.abstract_adapter(model.lm, tuning, self.lora, head)
+        )
 
 
 def plan_command(model: Model, config: ModelOptions, role: Role) -> Planned:
-    """The programs of a command at its longest batch, then those of its start."""
+    """Returns a command's programs at its longest batch, then those of its start."""
     return {
         EvaluateConfig: _evaluate,
         BestOfConfig: _best_of,
@@ -79,6 +85,7 @@ def plan_command(model: Model, config: ModelOptions, role: Role) -> Planned:
 
 
 def _planned(model: Model, roles: dict[str, Adapter], pieces: list[Piece]) -> Planned:
+    """Returns the plan of a command: its programs, then loading and checksums."""
     return Planned(
         {"base": model.base, "frozen roles": roles},
         (*pieces, *starting.loading(model), *starting.digests(roles)),
@@ -95,7 +102,17 @@ def sampling(
     prompt: int,
     room: int,
 ) -> tuple[list[Piece], Rollout]:
-    """The programs of a sampler, and the shapes of its rollout."""
+    """Returns (the programs of a sampler, the shapes of its rollout).
+
+    Args:
+        program: The sampler.
+        policy: The policy; None is the base.
+        base: The base weights; None if the policy has its own.
+        rows: The responses.
+        samples: The responses that share one copy of their prompt.
+        prompt: The prompt's columns.
+        room: The response's columns.
+    """
     columns = prompt + room
     sequences = Tokens(ids(rows, columns), flags(rows, columns), flags(rows, columns))
     each = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
@@ -124,8 +141,8 @@ def sampling(
 def _slots(
     model: Model, sampler: ContinuousSampler, policy: Adapter | None, base: Tree | None, prompt: int
 ) -> list[Piece]:
-    """Continuous batching: prompts let into all slots at once, a chunk of decoding, half of the
-    slots kept.
+    """Returns the programs of continuous batching: admit prompts to all slots, decode a chunk, keep
+    half of the slots.
     """
     pieces, own, slots = [], None, sampler.slots
     if policy is not None and policy.weights is not None:
@@ -136,14 +153,13 @@ def _slots(
         )
         own = base
     elif merges(base, policy, sampler.config, sampler.TOKENS):
-        # The copies are there beside the base, of its matrices' shapes, while responses are
-        # sampled.
+        # Merged copies of the adapted matrices are held beside the base during sampling.
         own = {}
         for name, kernel in moved_kernels(base, policy).items():
             trees.insert(own, name, kernel)
         pieces, policy = [Piece(sampler.merge, (own, policy), None)], None
     elif policy is not None:
-        policy = in_place(
+        policy = with_role_shardings(
             model, jax.eval_shape(lambda role: rounded_once(role, model.lm.config.dtype), policy)
         )
     prompts = slots // sampler.samples
@@ -171,7 +187,9 @@ def _slots(
 
 
 def _slots_placed(model: Model, state: Slots) -> Slots:
-    """The rows that are decoded, where `perl_jax.generation.continuous` keeps them."""
+    """Returns the state of continuous batching with the shardings that
+    `perl_jax.generation.continuous` uses.
+    """
     keys = (None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
     layers = lambda spec: placed(
         spec, sharding.fitting(model.mesh, spec.shape, *keys[: len(spec.shape)])
@@ -187,6 +205,7 @@ def _slots_placed(model: Model, state: Slots) -> Slots:
 
 
 def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
+    """Returns the plan of `evaluate`."""
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
     roles = {"policy": policy, "baseline": policy} | rewards
@@ -203,6 +222,7 @@ def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
 def _rewarded(
     model: Model, combine: str, rewards: dict[str, Adapter], rollout: Tree
 ) -> list[Piece]:
+    """Returns the program that scores a rollout; none without reward models."""
     if not rewards:
         return []
     base = model.base if any(role.weights is None for role in rewards.values()) else None
@@ -211,6 +231,7 @@ def _rewarded(
 
 
 def _best_of(model: Model, config: BestOfConfig, role: Role) -> Planned:
+    """Returns the plan of `best-of`."""
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
     prompt, room = config.data.max_prompt_length, config.data.max_response_length
@@ -228,11 +249,14 @@ def _best_of(model: Model, config: BestOfConfig, role: Role) -> Planned:
 
 
 def _everywhere(model: Model, tree: Tree) -> Tree:
+    """Returns shapes replicated over the mesh."""
     return jax.tree.map(lambda leaf: placed(leaf, sharding.replicated(model.mesh)), tree)
 
 
 def _generate(model: Model, config: GenerateConfig, role: Role) -> Planned:
-    """config.prompt: stands for one of as many tokens as it has characters."""
+    """Returns the plan of `generate`; the prompt is planned with one token per character of
+    `config.prompt`.
+    """
     policy, columns, room = (
         role.shapes(model, head=False),
         len(config.prompt),
@@ -256,6 +280,7 @@ def _generate(model: Model, config: GenerateConfig, role: Role) -> Planned:
 
 
 def _score(model: Model, config: ScoreConfig, role: Role) -> Planned:
+    """Returns the plan of `score`."""
     adapter = role.shapes(model, head=True)
     rows, columns = config.batch_size, config.max_prompt_length + config.max_response_length
     tokens = rows_of(model, Tokens(ids(rows, columns), flags(rows, columns), flags(rows, columns)))
@@ -273,7 +298,9 @@ def _score(model: Model, config: ScoreConfig, role: Role) -> Planned:
 
 
 def _export(model: Model, config: ExportConfig, role: Role) -> Planned:
-    """Both bases are there: the model's, and the one that was written and read back."""
+    """Returns the plan of `export`; a merged export holds two bases: the model's and the one read
+    back.
+    """
     adapter = role.shapes(model, head=True)
     rows, columns = PROBE
     probe = _everywhere(

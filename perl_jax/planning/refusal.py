@@ -1,8 +1,8 @@
-"""What the TPU compiler says when a program does not fit the memory.
+"""Parses what the TPU compiler says when a program does not fit the memory.
 
-It refuses early, from an estimate, in one sentence whose "HLO temporaries" are really the whole
-peak, arguments and outputs included; or late, when all buffers have their places, with a list of
-the largest. Sizes are rounded by the compiler (15.75G: to 10 MiB); G is 2^30.
+It refuses early, from an estimate, in one sentence, whose "HLO temporaries" are really the whole
+peak with arguments and outputs. Or it refuses late, after buffer assignment, with a list of the
+largest buffers. The compiler rounds sizes (15.75G: to 10 MiB); G is 2^30.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ EARLY = re.compile(
     rf"Ran out of memory on (\w+), the total memory required for [^(]*\({SIZE}\) "
     rf"exceeds available \w+ \({SIZE}\)"
 )
-# Programs with a part on the sparse cores: the two usages, and what there is for both.
+# Programs that also use sparse cores: both usages, and the bytes available to both.
 TWO_CORES = re.compile(
     rf"TensorCore (\w+) usage:? {SIZE}, SparseCore \w+ usage:? {SIZE}, "
     rf"exceeding available bytes:? {SIZE}"
 )
 ABORTED = re.compile(rf"Requires {SIZE}, has {SIZE} available")
-# One buffer larger than all there is.
+# A single buffer larger than the memory.
 SINGLE = re.compile(rf"Allocation \(size={SIZE}\) would exceed memory \(size={SIZE}\)")
 EXCEEDED = re.compile(rf"Exceeded \w+ capacity by {SIZE}")
 ASKED = re.compile(rf"(?:Used|allocat\w*|required[^(\d]*\(?) ?{SIZE}")
@@ -39,9 +39,14 @@ ENTRY = re.compile(r"^ +\d+\. Size: (.*?)^ +=====", re.MULTILINE | re.DOTALL)
 class Buffer:
     """One buffer that the message lists.
 
-    kind: argument, output or temp, else the compiler's own word (scoped: a kernel's scratch;
-    overlays: code). argument: its position among the program's arguments. operation: the name
-    JAX gave the operation that makes it; source: "file:line" where the message says it.
+    Attributes:
+        bytes: Its size.
+        kind: argument, output or temp, or the compiler's own word (scoped: a kernel's scratch;
+            overlays: code).
+        shape: Its HLO shape, if given.
+        operation: JAX's name of the operation that makes it, if given.
+        source: "FILE:LINE" of that operation, if given.
+        argument: Its position among the program's arguments, if it is one.
     """
 
     bytes: int
@@ -54,10 +59,19 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Bytes of one device; what the message does not say is None. buffers: the largest first.
+    """Why a program did not compile. Bytes are of one device; None if the message does not say.
 
-    asked, available: without what the runtime reserves. arguments, program: of the asked; program
-    is temporaries, outputs that take no argument's place, constants and code.
+    Attributes:
+        text: The compiler's message.
+        space: The memory space that is too small.
+        asked: Bytes that the program needs, without what the runtime reserves.
+        available: Bytes that are available, without what the runtime reserves.
+        exceeded: Bytes beyond those available.
+        arguments: The part of `asked` for arguments.
+        program: The part of `asked` for temporaries, outputs without a donated buffer, constants
+            and code.
+        reserved: Bytes that the runtime reserves.
+        buffers: The listed buffers, largest first.
     """
 
     text: str
@@ -72,7 +86,9 @@ class Refusal:
 
 
 def attempt(compile: Callable[[], T]) -> T | Refusal:
-    """What `compile()` returns, or why there was no memory for it; any other error passes."""
+    """Returns the result of `compile()`, or the Refusal if memory was too small; other errors pass
+    through.
+    """
     try:
         return compile()
     except jax.errors.JaxRuntimeError as error:
@@ -82,8 +98,8 @@ def attempt(compile: Callable[[], T]) -> T | Refusal:
 
 
 def parse(text: str) -> Refusal:
-    """A RESOURCE_EXHAUSTED message as data; one in unknown words keeps its text, and a size if
-    any.
+    """Parses a RESOURCE_EXHAUSTED message; an unfamiliar one keeps its text, and a size if it names
+    one.
     """
     space, asked, available = _figures(text)
     exceeded = _size(EXCEEDED, text)
@@ -99,7 +115,7 @@ def parse(text: str) -> Refusal:
 
 
 def _figures(text: str) -> tuple[str | None, int | None, int | None]:
-    """(memory space, bytes asked, bytes available)."""
+    """Returns (memory space, bytes asked, bytes available) of a message."""
     found = LATE.search(text) or EARLY.search(text)
     if found:
         return found[1].lower(), _bytes(found[2], found[3]), _bytes(found[4], found[5])
@@ -117,7 +133,7 @@ def _figures(text: str) -> tuple[str | None, int | None, int | None]:
 
 
 def _buffer(entry: str) -> Buffer:
-    """One entry of a list, from its size on."""
+    """Parses one entry of the list of buffers, from its size on."""
     label = _field(r"XLA label: (.*)", entry) or ""
     argument = re.match(r"Argument (\d+)", label)
     allocation = _field(r"Allocation type: (.*)", entry)
@@ -140,7 +156,7 @@ def _buffer(entry: str) -> Buffer:
 
 
 def _single(text: str) -> Buffer:
-    """The buffer of a message about one allocation."""
+    """Returns the buffer of a message about a single allocation."""
     word = _field(r"kind: (\w+)", text) or "temp"
     operand = _field(r"/\* operand (\d+)", text)
     return Buffer(
@@ -152,14 +168,17 @@ def _single(text: str) -> Buffer:
 
 
 def _field(pattern: str, text: str) -> str | None:
+    """Returns the first group of a pattern, stripped, or None."""
     found = re.search(pattern, text)
     return found[1].strip() if found else None
 
 
 def _size(pattern: re.Pattern[str], text: str) -> int | None:
+    """Returns the bytes that a pattern with a number and a unit finds, or None."""
     found = pattern.search(text)
     return _bytes(found[1], found[2]) if found else None
 
 
 def _bytes(number: str, unit: str) -> int:
+    """Returns a number with a unit (K, M, G, T) as bytes."""
     return round(float(number) * UNITS[unit])

@@ -1,4 +1,4 @@
-"""Layouts of a job on a slice that fit: meshes, microbatches and rematerialisation."""
+"""Searches layouts of a job that fit a slice: meshes, microbatches and rematerialisation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from perl_jax.planning import command, topology
 from perl_jax.planning.command import Plan
 from perl_jax.planning.config import PlanConfig
 
-# Heads and feed-forward layers are not split further: beyond it all layers wait for each other too
-# often.
+# The most devices along the tensor axis; with more, communication in every layer is too slow.
 MOST_TENSOR = 8
 MOST_MICROBATCHES = 16
-# From the least recomputed to the most.
+# From the least recomputation to the most.
 REMAT = ("none", "dots", "full")
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
-    """(data, fsdp, tensor) in powers of two, the least splitting first."""
+    """Yields mesh sizes (data, fsdp, tensor) in powers of two, the least splitting first."""
     powers = lambda most: [2**n for n in range(most.bit_length()) if most % 2**n == 0]
     for tensor in powers(min(devices, MOST_TENSOR)):
         for fsdp in powers(devices // tensor):
@@ -27,13 +26,16 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> list[Plan]:
-    """The layouts that fit, by the seconds that the chip's figures allow (`Plan.seconds`), best
-    first.
+    """Returns the plans of layouts that fit, by their lower bound of seconds (`Plan.seconds`),
+    fastest first.
 
-    For each mesh: as few microbatches as fit with everything recomputed, then as little recomputed
-    as fits with those. What stays on a device decides first, and costs no compiling; then the
-    update, the largest program; the others are compiled for layouts that fit so far. say: gets a
-    line for each layout.
+    For each mesh it takes the fewest microbatches that fit with full rematerialisation, then the
+    least rematerialisation that fits with these. Cheap checks come first: what stays on a device
+    (no compiling), then the update (the largest program), then all programs.
+
+    Args:
+        config: The plan; its mesh is ignored.
+        say: Called with a line about each layout tried.
     """
     found = []
     for sizes in meshes(len(topology.topology(config.topology))):
@@ -45,7 +47,7 @@ def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> l
             continue
         for remat in REMAT:
             tried = dataclasses.replace(whole, remat=remat)
-            if _fits(tried, say):
+            if _update_fits(tried, say):
                 plan = command.plan(tried)
                 if plan.fits:
                     found.append(plan)
@@ -54,32 +56,37 @@ def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> l
 
 
 def _fewest_microbatches(layout: PlanConfig, say: Callable[[str], None]) -> PlanConfig | None:
-    """The layout with everything recomputed, in as few parts as fit; None: it cannot be."""
+    """Returns the layout with full rematerialisation and the fewest microbatches that fit; None if
+    none fits.
+    """
     microbatches = 1
     while microbatches <= MOST_MICROBATCHES:
         tried = dataclasses.replace(layout, microbatches=microbatches, remat="full")
         if not _divides(tried):
             return None
-        if not _stays(tried):
+        if not _resident_fits(tried):
             say(f"{tried.mesh}: what stays on a device is too large")
             return None
-        if _fits(tried, say):
+        if _update_fits(tried, say):
             return tried
         microbatches *= 2
     return None
 
 
 def _divides(config: PlanConfig) -> bool:
+    """Returns whether the batch divides over microbatches and mesh."""
     mesh = config.mesh_config(1)
     return config.batch % (config.microbatches * mesh.data * mesh.fsdp) == 0
 
 
-def _stays(config: PlanConfig) -> bool:
+def _resident_fits(config: PlanConfig) -> bool:
+    """Returns whether what stays on a device fits."""
     planned, _ = command.prepare(config)
     return sum(planned.resident_bytes().values()) <= topology.chip(config.topology).usable
 
 
-def _fits(config: PlanConfig, say: Callable[[str], None]) -> bool:
+def _update_fits(config: PlanConfig, say: Callable[[str], None]) -> bool:
+    """Returns whether the update fits; reports it through `say`."""
     plan = command.plan(config, only="learn")
     require(bool(plan.programs), "The job has no update to search for.")
     peak = "?" if plan.peak is None else f"{plan.peak / 2**30:.1f}"

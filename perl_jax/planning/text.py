@@ -1,4 +1,4 @@
-"""A plan as text for a terminal."""
+"""Formats a plan as text for a terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _BUFFERS = 5
 
 
 def gib(size: int | None) -> str:
-    """`12.3`, in GiB."""
+    """Returns bytes in GiB with two decimals, `12.30`; `?` for None."""
     return "?" if size is None else f"{size / 2**30:.2f}"
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Columns: the first to the left, the others to the right."""
+    """Returns the lines of a table; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -29,7 +29,9 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def describe(found: Plan) -> str:
-    """Memory by component and program, work and traffic, and whether it fits."""
+    """Returns the plan as text: memory by component and program, work and traffic, and whether it
+    fits.
+    """
     config = found.config
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
     how = (
@@ -70,17 +72,18 @@ def describe(found: Plan) -> str:
 
 
 def _named(program: Measured) -> str:
+    """Returns a program's name, with its leaf if it has one."""
     return f"{program.name} of {program.of}" if program.of else program.name
 
 
 def _starts(programs: list[Measured]) -> list[list[str]]:
-    """A row a program: how many shapes it has, and of the largest its leaf, what it needs beside
-    what stays, and the peak.
+    """Returns a row per program of the start: its number of shapes, and of the largest its leaf,
+    what it needs besides resident memory, and its peak.
     """
     rows = [["", "shapes", "leaf", "beside", "peak"]]
     for name in dict.fromkeys(program.name for program in programs):
         same = [program for program in programs if program.name == name]
-        # None: refused without a size, which is more than there is.
+        # A peak of None was refused without a size: it is above what is available.
         worst = max(
             same, key=lambda program: float("inf") if program.peak is None else program.peak
         )
@@ -94,6 +97,7 @@ def _starts(programs: list[Measured]) -> list[list[str]]:
 
 
 def _memory(programs: list[Measured]) -> list[list[str]]:
+    """Returns a row per memory component, with a column per program."""
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
     rows += [
@@ -107,8 +111,11 @@ def _memory(programs: list[Measured]) -> list[list[str]]:
 
 
 def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
+    """Returns rows of operations, HBM and link traffic and estimated seconds, with a column per
+    program.
+    """
     clock = topology.chip(found.config.topology).clock
-    # Programs compiled with little effort are not the ones that would run.
+    # Programs compiled with effort quick are slower than the ones that run.
     known = clock is not None and found.config.effort == "full"
     seconds = lambda account: (
         f"{account.cycles / clock:.3f}" if known and account and account.cycles else "-"
@@ -136,6 +143,7 @@ def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
 
 
 def _collectives(program: Measured) -> list[str]:
+    """Returns the line of a program's collectives; none if it was not measured."""
     if program.account is None:
         return []
     each = [
@@ -146,6 +154,7 @@ def _collectives(program: Measured) -> list[str]:
 
 
 def _refusal(program: Measured) -> list[str]:
+    """Returns the lines that say why the compiler refused a program; none if it did not."""
     refused = program.refused
     if refused is None:
         return []
@@ -172,7 +181,7 @@ def _refusal(program: Measured) -> list[str]:
 
 
 def describe_search(plans: list[Plan]) -> str:
-    """The layouts that fit, best first."""
+    """Returns the layouts that fit as a table, fastest first."""
     if not plans:
         return "No layout fits. A larger slice, a quantised base or a smaller batch may."
     rows = [["", "mesh", "parts", "remat", "peak GiB", "of", "links GB", "bound, s"]]

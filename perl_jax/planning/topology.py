@@ -1,4 +1,4 @@
-"""TPU slices to compile for without having one, and what their chips can do."""
+"""TPU slices to compile for, without having one, and the figures of their chips."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from perl_jax.errors import UserError
 
 GIB, MIB = 2**30, 2**20
-# libtpu asks the machine what it is; where it is no TPU it must be told something. Taken as found.
+# libtpu queries the machine; without a TPU these values let it start. Existing values are kept.
 ENVIRONMENT: Mapping[str, str] = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -24,12 +24,21 @@ ENVIRONMENT: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation; every figure is of a JAX device (a chip, save on 7x: half a chip).
+    """A TPU generation. Every figure is of a JAX device: a chip, but half a chip on 7x.
 
-    hbm: bytes there are. usable: bytes the compiler lets a program have (libtpu 0.0.42). flops:
-    peak bfloat16 operations a second. hbm_bandwidth: bytes a second. ici_bandwidth: bytes a second
-    out of all its links to other chips together; as much comes in. ici_links: to how many
-    neighbours a chip has one. cores: TensorCores. clock: Hz, None where Google does not say.
+    Attributes:
+        libtpu_name: The generation's name in libtpu.
+        hbm: Bytes of HBM.
+        usable: Bytes that the compiler lets a program use (libtpu 0.0.42).
+        flops: Peak bfloat16 operations per second.
+        hbm_bandwidth: HBM bytes per second.
+        ici_bandwidth: Bytes per second that it sends over all links to other chips together; it
+            receives as many.
+        ici_links: The number of neighbours that a chip is linked to.
+        cores: TensorCores.
+        devices_a_chip: JAX devices per chip.
+        clock: Hz; None if Google does not publish it.
+        options: Further options for libtpu.
     """
 
     libtpu_name: str
@@ -49,7 +58,7 @@ class Chip:
 # between chips halved. v4's links (6 x 50 GB/s) and clock: Jouppi et al. 2023, arXiv 2304.01433,
 # table 4. v5p's HBM and the clocks of v5e and v5p: Austin et al. 2025, How to Scale Your Model, 2.
 CHIPS: Mapping[str, Chip] = {
-    # JAX shows a v4 chip's two cores as one device; libtpu must be asked to.
+    # JAX shows the two cores of a v4 chip as one device; libtpu must be asked to.
     "v4": Chip(
         "v4",
         32 * GIB,
@@ -71,15 +80,20 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip(name: str) -> Chip:
-    """The chip of a slice such as v5e:2x4. Raises UserError for a name that is none."""
+    """Returns the chip of a slice such as v5e:2x4; raises UserError for an unknown name."""
     return CHIPS[_split(name)[0]]
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """The devices of a slice, generation:shape as in v4:2x2x1, v5e:2x4, v6e:4x4; they only compile.
+    """Returns the devices of a slice; programs can be compiled for them but not run.
 
-    JAX's default backend is left as it is. Raises UserError without libtpu, or for a slice that
-    does not exist.
+    Does not change JAX's default backend.
+
+    Args:
+        name: generation:shape, as in v4:2x2x1, v5e:2x4, v6e:4x4.
+
+    Raises:
+        UserError: libtpu is not installed, or there is no such slice.
     """
     generation, shape = _split(name)
     try:
@@ -102,7 +116,9 @@ def topology(name: str) -> Sequence[jax.Device]:
 
 
 def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
-    """Which axes are rings: on v5e and v6e those of 16 chips, else all of whole cubes of 4x4x4."""
+    """Returns which axes are rings: on v5e and v6e axes of 16 chips, else all axes if each is a
+    multiple of 4.
+    """
     sizes = (*shape, 1)[:3]
     if CHIPS[generation].ici_links == 4:
         return tuple(size == 16 for size in sizes)
@@ -110,7 +126,7 @@ def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (2, 4)) of v5e:2x4."""
+    """Parses v5e:2x4 into ("v5e", (2, 4)); raises UserError for an unknown name."""
     generation, _, shape = name.partition(":")
     axes = 2 if generation in CHIPS and CHIPS[generation].ici_links == 4 else 3
     if generation not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", shape):
