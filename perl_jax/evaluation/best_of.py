@@ -36,13 +36,13 @@ class BestOfConfig(RewardOptions):
 
     The reward is the one that RL maximises, without its KL penalty: the shaped score.
 
-    The output is a JSON Lines file on which `sft --data.task jsonl` can train. Each row has `row`
-    (the prompt's index in its split), `prompt`, `group` (if the prompt has one), `response`,
-    `score`, `reward` (the shaped score, by which responses are selected), `finished` (whether the
-    response ended before max_response_length), and for each of these numbers its mean over the N
-    responses, `mean_NAME`. Prompts whose best response is empty are left out, because nothing can
-    be learned from it. A summary over all prompts is printed to standard error; its `empty` counts
-    the prompts left out.
+    The output is a JSON Lines file on which `sft --data.task jsonl` can train. Its rows have the
+    fields `row` (the prompt's index in its split), `prompt`, `group` (if the prompt has one) and
+    `response`. The numbers are `score`, `reward` (the shaped score, by which responses are
+    selected) and `finished` (whether the response ended before max_response_length); `mean_NAME`
+    is the mean of a number over the N responses. Prompts whose best response is empty are left out,
+    because nothing can be learned from it. A summary over all prompts is printed to standard error;
+    its `empty` counts the prompts left out.
 
     Attributes:
         policy: The policy artefact to sample from; None samples from the base model.

@@ -45,9 +45,8 @@ from perl_jax.runtime.programs import SHAPES, Program
 class EvaluateConfig(RewardOptions):
     """Compare a policy with a baseline on held-out prompts.
 
-    Wins are decided by the task's gold reward, or else by a judge. The reward given by `reward`,
-    `combine`, `reward_weight` and `terms` is the proxy: the one that the policy was trained on,
-    which is reported too.
+    Wins are decided by the task's gold reward, or else by a judge. The reward that the policy was
+    trained on (reward, combine, reward_weight and terms) is the proxy, which is reported too.
 
     Attributes:
         run: The folder for evaluation.json and samples.jsonl.

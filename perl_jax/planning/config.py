@@ -55,8 +55,8 @@ class PlanConfig:
         job: The job to plan: sft, reward, dpo or rl. Or the command to plan: evaluate, best-of,
             generate, score or export, with artefacts of the given tuning and lora.
         model: A known model's name (gemma2-9b, llama3.1-70b, ...) or a folder with its config.json.
-        topology: The slice, as generation:shape in chips: v4:2x2x1, v5e:4x4, v5p:2x2x2, v6e:2x4,
-            7x:2x2x1.
+        topology: The slice, as generation:shape in chips, such as v4:2x2x1, v5e:4x4, v5p:2x2x2,
+            v6e:2x4 or 7x:2x2x1.
         mesh: The devices along each mesh axis, as data=2,fsdp=4,tensor=2. None puts all devices on
             fsdp.
         adapters: replicated puts a whole copy of each adapter on every device; sharded splits
@@ -75,8 +75,8 @@ class PlanConfig:
         microbatches: How many parts the batch is split into; they are computed one after the other.
         prompt_length: The prompt's length in tokens; every row is planned at full length.
         response_length: The response's length in tokens.
-        effort: How hard the compiler optimises. quick takes a sixth of the time, with peaks within
-            5 % of those of full; only full gives the compiler's estimate of seconds.
+        effort: How hard the compiler optimises. quick takes a sixth of the time; its peaks are
+            within 5 % of those of full. Only full gives the compiler's estimate of seconds.
         search: Try meshes, remat and microbatches, and list the layouts that fit, fastest first.
         json: A file to which the plan is also written as JSON.
     """
