@@ -253,6 +253,7 @@ def sample_rows(
     """Returns the rows of samples.jsonl: each prompt with both policies' responses and rewards."""
 
     def cell(side: Responses, i: int) -> dict[str, Any]:
+        """Returns one policy's response to the i-th prompt with its rewards."""
         gold = None if side.gold is None else float(side.gold[i])
         return {"text": side.texts[i], "gold": gold, "proxy": float(side.rewards["proxy"][i])}
 
@@ -267,6 +268,8 @@ def _is_current(
 ) -> bool:
     """Returns whether the evaluation at `path` has this config and was made from the inputs as they
     are now.
+
+    False if there is none, or if an input cannot be read.
     """
     if not path.exists() or None in now.values():
         return False
@@ -301,6 +304,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         def rater(
             folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float
         ) -> tuple[Scorer, Mapping[str, Adapter]]:
+            """Returns a started scorer and its reward models by role name."""
             models, records = scoring.load_rewards(model, folders)
             program = scoring.reward_program(model, records, combine) if records else None
             return stack.enter_context(Scorer(model, program, terms, weight, rows)), models

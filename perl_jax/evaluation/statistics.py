@@ -223,6 +223,7 @@ def balanced_accuracy_estimate(
     right_B = ((scores_B >= threshold) == labels_B).astype(np.float64)
 
     def shares(weights_BS: np.ndarray) -> np.ndarray:
+        """Returns the balanced accuracy [S] of rows weighted by [B, S]."""
         with np.errstate(invalid="ignore"):  # a sample without one of the classes gives NaN
             return (
                 sum(
@@ -248,6 +249,7 @@ def correlation_estimate(
     moments_BK = np.stack([x_B, y_B, x_B**2, y_B**2, x_B * y_B], axis=1)
 
     def pearson(weights_BS: np.ndarray) -> np.ndarray:
+        """Returns the correlation [S] of rows weighted by [B, S]."""
         x_S, y_S, xx_S, yy_S, xy_S = moments_BK.T @ weights_BS / weights_BS.sum(axis=0)
         spread_S = np.sqrt(np.maximum(0, xx_S - x_S**2) * np.maximum(0, yy_S - y_S**2))
         return np.divide(xy_S - x_S * y_S, spread_S, out=np.zeros_like(x_S), where=spread_S > 0)
@@ -269,6 +271,7 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
     )
 
     def areas(weights_BS: np.ndarray) -> np.ndarray:
+        """Returns the AUC [S] of rows weighted by [B, S]."""
         up_US = weights_BS[up_U]
         below_DS = np.concatenate([np.zeros_like(up_US[:1]), np.cumsum(weights_BS[down_D], axis=0)])
         won_S = np.sum(up_US * (below_DS[above_U] + below_DS[upto_U]), axis=0) / 2

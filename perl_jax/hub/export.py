@@ -162,6 +162,7 @@ def _write_merged(
     pending: dict[str, np.ndarray] = {}
 
     def flush() -> None:
+        """Writes the pending tensors as one file."""
         save_file(
             pending, folder / f"model-{len(shards) + 1:05}.safetensors", metadata={"format": "pt"}
         )

@@ -217,6 +217,7 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
     marks: dict[str, bytes] = {}
 
     def finish(name: str, leaf: jax.Array) -> Tree:
+        """Records a leaf's fingerprint and returns the leaf as it is held."""
         # Before quantisation: the fingerprint identifies the unquantised base.
         marks[name] = trees.leaf_mark(name, leaf)
         return quantise_leaf(name, leaf, options.quantise)

@@ -280,8 +280,9 @@ class Tokenizer:
         """16 hex digits that identify everything that decides a text's ids.
 
         They cover the tokenizer's serialisation (vocabulary, merges, normaliser, pre-tokenizer,
-        post-processor, decoder, added tokens), special ids, and the chat template with its date.
-        The serialised state of padding and truncation is left out.
+        post-processor, decoder, added tokens), the ids of bos and eos, the chat template, and the
+        template date if the template reads it. The serialised state of padding and truncation is
+        left out.
         """
         backend = getattr(self.inner, "backend_tokenizer", None)
         if backend is None:

@@ -93,6 +93,7 @@ def _check_padded(
     base = model.base if adapter.weights is None else None
 
     def expected(*batch: jax.Array) -> np.ndarray:
+        """Returns the role's own scores of a batch."""
         scores = np.asarray(jax.jit(model.lm.score)(base, adapter, *batch))
         return scores if record.role != "reward" else np.asarray(record.normalise(scores))
 
@@ -210,6 +211,7 @@ def share_kept(
     tokens_BT, valid_BT = probe_tokens(model)
 
     def read(lm: LanguageModel, base: Tree | None, role: Adapter | None) -> np.ndarray:
+        """Returns the outputs that are compared, at the valid probe tokens, in float32."""
         function = lm.logits if adapter.head is None else lm.hidden
         return np.asarray(jax.jit(function)(base, role, tokens_BT, valid_BT), np.float32)[
             np.asarray(valid_BT)

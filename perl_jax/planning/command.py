@@ -152,6 +152,7 @@ def as_json(found: Plan) -> dict[str, Any]:
     chip = topology.chip(found.config.topology)
 
     def program(p: Measured) -> dict[str, Any]:
+        """Returns one program's measures."""
         out: dict[str, Any] = {
             "name": p.name,
             "phase": p.phase,

@@ -60,6 +60,7 @@ def planned_model(
     places = lm.base_shardings()
 
     def leaf(path: str, spec: jax.ShapeDtypeStruct) -> Tree:
+        """Returns the shapes of a leaf as held (possibly quantised), with their shardings."""
         held = jax.eval_shape(lambda kernel: quantise_leaf(path, kernel, quantise), spec)
         return jax.tree.map(
             lambda part: placed(part, sharding.fitting(lm.mesh, part.shape, *places[path].spec)),

@@ -152,8 +152,9 @@ def beginning(
 
 
 def digests(state: Tree) -> Iterator[Piece]:
-    """Yields the programs that compute checksums of a tree's leaves when it is saved or
-    restored.
+    """Yields the programs that compute checksums of a tree's leaves when it is saved or restored.
+
+    One program for each distinct shape, dtype and sharding.
     """
     for name, leaf in _distinct(trees.named_leaves(state)).items():
         yield Piece(Jitted("checksums", trees.content_sums), (leaf,), None, phase="start", of=name)

@@ -97,7 +97,9 @@ def _starts(programs: list[Measured]) -> list[list[str]]:
 
 
 def _memory(programs: list[Measured]) -> list[list[str]]:
-    """Returns a row per memory component, with a column per program."""
+    """Returns the table of memory: a row per component in GiB, a column per program, and a row of
+    peaks.
+    """
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
     rows += [
@@ -111,8 +113,8 @@ def _memory(programs: list[Measured]) -> list[list[str]]:
 
 
 def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
-    """Returns rows of operations, HBM and link traffic and estimated seconds, with a column per
-    program.
+    """Returns the table of work: rows of operations, HBM and link traffic and estimated seconds, a
+    column per program.
     """
     clock = topology.chip(found.config.topology).clock
     # Programs compiled with effort quick are slower than the ones that run.

@@ -166,6 +166,7 @@ def _scores(
     tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
     def score(adapter: Adapter, record: Record) -> jax.Array:
+        """Returns one reward model's normalised score_B."""
         own = None if adapter.weights is not None else base
         return record.normalise(
             each_microbatch(

@@ -219,7 +219,8 @@ class MetricsWriter:
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the row of one step; the values are numbers or one-element arrays.
+        """Writes the row of one step to the file and the dashboards; the values are numbers or
+        one-element arrays.
 
         Raises ValueError if the step is not larger than the last one.
         """

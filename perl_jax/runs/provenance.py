@@ -149,10 +149,12 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def source_of(function: str) -> pathlib.Path:
-    """Returns the file of `path/to/file.py:function` or `module:function`, without importing
-    anything.
+    """Returns the source file of a reward function, without importing anything.
 
-    Raises FileNotFoundError if a module is not found.
+    A module is looked up on `sys.path`; FileNotFoundError if it is not found.
+
+    Args:
+        function: `path/to/file.py:function` or `module:function`.
     """
     source = function.rpartition(":")[0]
     if source.endswith(".py"):
