@@ -105,13 +105,15 @@ class Format:
         """Returns whether a response is one JSON value and has the keys."""
         try:
             # Numbers stay text: Python refuses to convert integers of thousands of digits.
-            value = json.loads(response, parse_constant=refuse, parse_int=str, parse_float=str)
+            value = json.loads(
+                response, parse_constant=refuse_constant, parse_int=str, parse_float=str
+            )
         except (ValueError, RecursionError):
             return False
         return not self.keys or (isinstance(value, dict) and all(key in value for key in self.keys))
 
 
-def refuse(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
     """Raises ValueError for NaN and Infinity, which Python's parser accepts."""
     raise ValueError(f"{constant} is not JSON")
 

@@ -162,7 +162,9 @@ def _scores(
     rewards: Sequence[Adapter],
     tokens: Tokens,
 ) -> tuple:
-    """Computes (score_B, scores_MB) of a batch; see `reward_program`."""
+    """Computes (score_B, scores_MB) of a batch: completes the turn ends, scores with each reward
+    model, normalises, combines.
+    """
     tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
     def score(adapter: Adapter, record: Record) -> jax.Array:
