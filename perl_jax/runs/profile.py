@@ -33,7 +33,10 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Context manager around one step; the step's results must be on the host when it ends."""
+        """Context manager around one step, which traces the step if its number was selected.
+
+        The step's results must be on the host when it ends.
+        """
         if number in self._steps and not self._open:
             jax.profiler.start_trace(self.folder)
             self._open = True
