@@ -200,7 +200,7 @@ def _write_merged(
         ):
             shutil.copyfile(path, folder / path.name)
     if config.template != "auto":
-        # The role's template takes the place of the base's; there may be none.
+        # The role's template replaces the base's; the role may have none.
         for path in folder.glob("chat_template*"):
             path.unlink()
         model.tokenizer.save(folder)

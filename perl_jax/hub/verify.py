@@ -137,7 +137,7 @@ def read_merged(folder: pathlib.Path, model: Model, adapter: Adapter, in_float32
     """
     held = "float32" if in_float32 else model.lm.config.param_dtype
     found = families.read_config(folder, dtype=model.lm.config.dtype, param_dtype=held)
-    # A classifier has no output projection; as a tied one the base is read without.
+    # A classifier's checkpoint has no output projection; with tied embeddings none is read.
     found = dataclasses.replace(
         found, tied_embeddings=found.tied_embeddings or adapter.head is not None
     )

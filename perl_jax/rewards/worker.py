@@ -44,7 +44,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, args=(os.dup(0),), daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    sys.stdout = sys.stderr  # which is not buffered: prints appear at once
+    sys.stdout = sys.stderr  # line buffered: prints appear at once
     with contextlib.suppress(EOFError, OSError):  # the other end is closed
         answer(target, Connection(number))
 
