@@ -132,7 +132,7 @@ class Evaluation:
         raters: {name: (scorer, its reward models by role name)}; the names are `proxy` and `judge`.
         batches: The batches of prompts.
         rows: The prompts' rows.
-        task: The task, whose gold reward is used if it has one.
+        gold: The gold reward, (prompts, responses) -> numbers; None if the task has none.
         seed: The seed of sampling; both policies are sampled with the same keys, one per batch.
     """
 

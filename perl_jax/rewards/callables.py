@@ -15,28 +15,38 @@ from perl_jax.rewards.worker import checked_values, wants_rows
 
 @dataclasses.dataclass(frozen=True)
 class CallableReward:
-    """function(prompts, responses) -> numbers, one a response, each batch in one call.
+    """A reward computed by a Python function in this process: function(prompts, responses) -> one
+    number per response.
 
-    A function with a third parameter (one without a default, or called rows) gets the rows, too. An
-    exception of the function ends the training. `rewards.function.FunctionReward` runs a function
-    in a process of its own instead, with a time limit.
+    Each batch is one call. The function also gets the rows if it has a third parameter that is
+    called `rows` or has no default. An exception in the function ends the training.
+    `rewards.function.FunctionReward` runs a function in a process of its own instead, with a time
+    limit.
+
+    Attributes:
+        function: The function.
     """
 
     function: Callable[..., Sequence[float]]
 
     @property
     def name(self) -> str:
+        """The function's name, for messages."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @functools.cached_property
     def takes_rows(self) -> bool:
-        """Whether the function takes (prompts, responses, rows). Raises UserError for neither."""
+        """Whether the function takes (prompts, responses, rows); UserError if it takes neither
+        form.
+        """
         return wants_rows(self.name, self.function)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        """Returns float64 [n]. Raises UserError unless the function gives n finite numbers."""
+        """Returns the function's rewards, float64 [n]; raises UserError unless they are n finite
+        numbers.
+        """
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)

@@ -1,4 +1,4 @@
-"""The total reward of a response: reward models of one base, and terms computed on the host."""
+"""The total reward of a response: reward models on the devices, and terms on the host."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from perl_jax.rewards.compose import Term
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A trained reward model: weight * (raw score - mean) / deviation.
+    """A trained reward model: weight * (raw score - mean) / standard deviation.
 
     Attributes:
-        adapter: LoRA leaves (or all weights) and the scalar head.
-        record: Holds the mean and the deviation of raw scores.
-        weight: How much the score counts in the total.
+        adapter: The adapter (or all weights) with its scalar head.
+        record: Its record, with the mean and standard deviation of raw scores.
+        weight: The factor of the score in the total.
     """
 
     adapter: Adapter
@@ -41,13 +41,13 @@ class RewardModel:
 def reward(
     function: Callable[..., Sequence[float]], *, weight: float = 1.0, name: str | None = None
 ) -> Term:
-    """Returns a Python function as a term of the reward, called in this process.
+    """Returns a Python function as a reward term, called in this process.
 
     Args:
-        function: (prompts, responses) or (prompts, responses, rows) -> numbers, one a response.
+        function: (prompts, responses) or (prompts, responses, rows) -> one number per response.
             `rows` are the prompts' rows with all their columns.
-        weight: How much the numbers count in the total.
-        name: In the metrics `reward/term/NAME`; None: the function's own name.
+        weight: The factor of the numbers in the total.
+        name: The term's name in the metrics `reward/term/NAME`; None takes the function's own name.
     """
     require(callable(function), f"reward is given {function!r}; it must be a function.")
     given = name or getattr(function, "__name__", type(function).__name__)
@@ -56,12 +56,14 @@ def reward(
 
 @dataclasses.dataclass(frozen=True)
 class RewardTotal:
-    """What responses are paid: weight * combined score of the models + sum of weighted terms.
+    """How responses are rewarded: weight * (combined score of the models) + (weighted sum of
+    terms).
 
     Attributes:
         models: Reward models on the devices.
-        combine: How their normalised scores become one: `mean`, `min`, or a weight for each.
-        weight: Of the combined score.
+        combine: How the models' normalised scores are combined: `mean`, `min`, or one weight per
+            model for a weighted sum.
+        weight: The factor of the combined score.
         terms: Rewards computed on the host.
     """
 
@@ -78,16 +80,20 @@ class RewardTotal:
 
     @property
     def records(self) -> tuple[Record, ...]:
+        """The records of the reward models."""
         return tuple(model.record for model in self.models)
 
     @property
     def first_weight(self) -> float:
-        """How much the first model's score counts where it is the only one."""
+        """The factor of the first model's score if it is the only model."""
         return self.weight if isinstance(self.combine, str) else self.weight * self.combine[0]
 
 
 def total_of(rewards: Iterable[Any] | RewardTotal) -> RewardTotal:
-    """Returns the sum of rewards: reward models, terms and functions, each by its own weight.
+    """Returns the sum of rewards, each with its own weight.
+
+    Args:
+        rewards: Reward models, terms and functions; or a total, which is returned unchanged.
 
     Raises UserError for anything else.
     """
@@ -111,6 +117,8 @@ def load_total(
     weight: float,
     terms: Sequence[Term],
 ) -> RewardTotal:
-    """Reads reward artefacts; returns weight * mean (or min) of their scores + the terms."""
+    """Loads reward artefacts; returns weight * (mean or min of their scores) + (weighted sum of
+    terms).
+    """
     models = tuple(RewardModel(*model.load_role(folder, "reward")) for folder in folders)
     return RewardTotal(models, combine, weight, tuple(terms))

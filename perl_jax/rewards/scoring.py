@@ -33,7 +33,7 @@ COMBINE = {"mean": jnp.mean, "min": jnp.min}
 
 
 def combined(scores_MB: Array, combine: str | tuple[float, ...]) -> jax.Array:
-    """Returns the mean, the least, or the weighted sum of the members' scores, [B]."""
+    """Returns the mean, the minimum or the weighted sum of the M models' scores: [B]."""
     if isinstance(combine, str):
         return COMBINE[combine](scores_MB, axis=0)
     return jnp.tensordot(jnp.asarray(combine, scores_MB.dtype), scores_MB, axes=1)
@@ -69,7 +69,7 @@ def reward_program(
 
     Args:
         records: The records of the reward artefacts, with the moments that normalise their scores.
-        combine: A key of `COMBINE`.
+        combine: A key of `COMBINE`, or one weight per model.
         microbatches: How many parts the batch is scored in.
     """
     rows = sharding.batch_sharding(model.mesh)

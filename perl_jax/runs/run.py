@@ -1,4 +1,4 @@
-"""An opened run: the folder, and where things lie in it."""
+"""An opened run: its folder and the paths in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import pathlib
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's folder that `runs.folder.open_run` has made or found to be of the same run."""
+    """A run's folder, opened by `runs.folder.open_run`.
+
+    Attributes:
+        folder: The folder.
+    """
 
     folder: pathlib.Path
 
