@@ -490,7 +490,7 @@ def test_an_interrupted_save_leaves_the_old_artefact(artefact, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artefacts.files_lib, "write_json", fail)
+    monkeypatch.setattr(artefacts.files, "write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         artefacts.save_artefact(artefact, small.make_adapter(seed=7), record(step=13))
     loaded, read = load(artefact)
