@@ -113,7 +113,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    platforms.without_absent_chips()
+    platforms.use_cpu_if_no_accelerator()
     root = arguments.run
     write_prompts(root / "prompts")
     data = DataConfig(

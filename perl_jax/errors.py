@@ -1,4 +1,7 @@
-"""What a user did wrong, said in one sentence, and the checks of configs that say it."""
+"""Errors that end a run, and checks of config fields that raise them.
+
+Each message is one sentence that names the field, the value it has and the values it may have.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,35 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can put right; the command line prints it as one sentence, status 2.
+    """An error that the user can correct.
 
-    Not a ValueError: libraries that build configs (tyro) catch those and dress them up.
+    The command line prints it as one sentence and exits with status 2. It is not a ValueError,
+    because libraries that build configs (tyro) catch those and reformat them.
     """
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on (NaN, a sampler that disagrees); what was saved before is untouched."""
+    """An error that ends a run, such as a NaN loss.
+
+    Checkpoints saved before it stay as they are.
+    """
 
 
 class Stopped(Exception):
-    """A run was told to stop (SIGTERM) and has saved where it is; the command line's status is
-    143.
+    """Raised after a run was told to stop (SIGTERM) and has saved its state.
+
+    The command line exits with status 143.
     """
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises `UserError(message)` unless the condition holds."""
+    """Raises `UserError(message)` if the condition is False."""
     if not condition:
         raise UserError(message)
 
 
 def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Checks a choice; the message names the field, the value and every allowed value."""
+    """Raises UserError if `value` is not among `allowed`; the message lists the allowed values."""
     names = list(allowed)
     require(
         value in names, f"{field} is {value!r}; it must be one of {', '.join(map(str, names))}."
@@ -41,7 +49,7 @@ def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -
 
 
 def positive(field: str, value: float, *, zero: bool = False) -> None:
-    """Checks that a number is finite and > 0 (>= 0 with `zero`)."""
+    """Raises UserError if `value` is not a finite number above 0 (with `zero`: at least 0)."""
     good = (
         isinstance(value, (int, float))
         and math.isfinite(value)
@@ -52,42 +60,55 @@ def positive(field: str, value: float, *, zero: bool = False) -> None:
 
 
 def whole(field: str, value: int) -> None:
-    """Checks that a number is a whole one above 0."""
+    """Raises UserError if `value` is not an integer above 0."""
     require(
         isinstance(value, int) and value > 0,
         f"{field} is {value!r}; it must be a whole number greater than 0.",
     )
 
 
-def read_by(field: str, value: Any, default: Any, chosen: str, readers: Sequence[str]) -> None:
-    """Refuses an option that is set although what was chosen does not read it.
+def read_by(field: str, value: Any, default: Any, choice: str, readers: Sequence[str]) -> None:
+    """Raises UserError if an option is set that the user's choice does not read.
 
-    An option that does nothing would let its user believe that it does something. readers: every
-    choice that reads the option; the message names them.
+    A set option without an effect would mislead the user.
+
+    Args:
+        field: The option's name.
+        value: The option's value; the default always passes.
+        default: The option's default.
+        choice: The user's choice, such as the name of an algorithm.
+        readers: All choices that read the option; the message lists them.
     """
     do = "reads" if len(readers) == 1 else "read"
     require(
-        value == default or chosen in readers,
-        f"{field} is {value!r}, which {chosen} does not read; leave it out ({', '.join(readers)} "
+        value == default or choice in readers,
+        f"{field} is {value!r}, which {choice} does not read; leave it out ({', '.join(readers)} "
         f"{do} it).",
     )
 
 
-def unread(config: Any, options: Sequence[str], chosen: str, readers: Sequence[str]) -> None:
-    """`read_by` for options of a frozen config, such as `data.packing`, that `chosen` does not
-    read; their defaults pass.
+def unread(config: Any, options: Sequence[str], choice: str, readers: Sequence[str]) -> None:
+    """Raises UserError if one of `options` is set although `choice` does not read it.
+
+    Args:
+        config: A frozen config.
+        options: Names of its fields, dotted for fields of nested configs: `data.packing`.
+        choice: The user's choice, which reads none of the options.
+        readers: All choices that read the options; the message lists them.
     """
     for option in options:
         *above, field = option.split(".")
         holder = config
         for name in above:
             holder = vars(holder)[name]
-        read_by(option, vars(holder)[field], default_of(type(holder), field), chosen, readers)
+        read_by(option, vars(holder)[field], default_of(type(holder), field), choice, readers)
 
 
 def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
-    """`0,2,4-7` as sorted whole numbers; None: none. example: what the error says it must look
-    like.
+    """Parses numbers and ranges: `0,2,4-7` gives (0, 2, 4, 5, 6, 7); None gives ().
+
+    The result is sorted. Raises UserError for any other text. The message names `field` and shows
+    `example`.
     """
     found: set[int] = set()
     for item in [] if text is None else text.split(","):
@@ -103,12 +124,12 @@ def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
 
 
 def default_of(cls: type, field: str) -> Any:
-    """The default of a frozen config's field."""
+    """Returns the default value of a field of a frozen config class."""
     return next(found.default for found in dataclasses.fields(cls) if found.name == field)
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float, no larger than a float can be; a bool is not a number here."""
+    """Returns whether a value is a finite int or float of a float's range; a bool is not."""
     # Not math.isfinite, which raises on an integer of hundreds of digits.
     return (
         isinstance(value, (int, float))

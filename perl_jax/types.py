@@ -1,6 +1,6 @@
-"""Array dimension key and the batches that flow between data, steps and rollouts.
+"""Key of array dimensions, and the batches that data, training steps and rollouts exchange.
 
-Names of arrays end in the letters of their dimensions (`logits_BTV`, `kernel_LDF`):
+The name of an array ends in the letters of its dimensions (`logits_BTV`, `kernel_LDF`):
 
     B batch (rows)        T tokens of a whole sequence     S key positions, columns of a prompt
     D model width         F feed-forward width             V vocabulary
@@ -8,13 +8,14 @@ Names of arrays end in the letters of their dimensions (`logits_BTV`, `kernel_LD
     L layers              R adapter rank                   G samples per prompt
     P prompts (columns of a prompt in tokens_BP)           M microbatches
     C completion (response) tokens                         W packed rows
-    U slots of a packed row                                X, Y, Z: local to a function
+    U token capacity of a packed row                       X, Y, Z: local to a function
 
-Two masks travel with every token array, from the tokenizer to the loss, and are never inferred
-from token ids (the padding id may equal an end-of-sequence id, and either may occur in a prompt):
+Every token array comes with two masks. The tokenizer makes them, and no code infers them from token
+ids: the padding id may equal an end-of-sequence id, and a prompt may contain either.
 
     valid_BT     True on real tokens, False on padding (left, right or both)
-    response_BT  True on the tokens a loss is taken over: the response, its sampled eos included
+    response_BT  True on the tokens that a loss covers: the response, with its sampled
+        end-of-sequence token
 """
 
 from __future__ import annotations
@@ -32,32 +33,40 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a batch is packed for the parts of a model that read tokens one by one
-    (`models.packing`).
+    """Sizes of the packed form of a batch (`models.packing`).
 
-    slots: U, the room of a packed row of a microbatch. parts: W, packed rows, each of so many
-    consecutive rows. group: consecutive rows that begin with the same prompt in the same columns;
-    its tokens are then computed once. microbatches: that the batch will be split into; read whole
-    it needs their room together.
+    Packed rows hold real tokens only; the parts of a model that compute each token by itself read
+    them. Each packed row holds the tokens of B / W consecutive rows of the batch.
+
+    Attributes:
+        capacity: U, the tokens that a packed row of one microbatch has room for.
+        parts: W, the number of packed rows.
+        group: Number of consecutive rows that begin with the same prompt in the same columns. A
+            packed row holds the tokens of such a prompt once. 1: no rows share a prompt.
+        microbatches: Number of microbatches that the batch will be split into. A pass over the
+            whole batch needs the capacity of all of them together.
     """
 
-    slots: int
+    capacity: int
     parts: int = 1
     group: int = 1
     microbatches: int = 1
 
     @property
-    def room(self) -> int:
-        """U of the batch as it is."""
-        return self.slots * self.microbatches
+    def total_capacity(self) -> int:
+        """U of the whole batch: the capacity of all its microbatches together."""
+        return self.capacity * self.microbatches
 
 
 @flax.struct.dataclass
 class Tokens:
-    """Padded sequences. A row of all-False `valid_BT` is filler and carries no weight.
+    """A batch of padded sequences. A row whose `valid_BT` is all False is filler and has no weight.
 
-    tokens_BT: int32 ids. valid_BT, response_BT: bool (module docstring). layout: static; None: not
-    packed.
+    Attributes:
+        tokens_BT: Token ids, int32.
+        valid_BT: True on real tokens (module docstring).
+        response_BT: True on the tokens that a loss covers (module docstring).
+        layout: How the batch is packed (static). None: the batch stays padded.
     """
 
     tokens_BT: Array
@@ -67,11 +76,11 @@ class Tokens:
 
     @property
     def group(self) -> int:
-        """Rows next to each other that share a packed prompt; 1 where the batch is padded."""
+        """Number of consecutive rows that share a packed prompt; 1 where the batch is padded."""
         return 1 if self.layout is None else self.layout.group
 
     def of_microbatch(self) -> Tokens:
-        """As a microbatch of the batch is packed."""
+        """Returns the tokens with the layout of one microbatch; the arrays stay the same."""
         return (
             self
             if self.layout is None
@@ -81,10 +90,16 @@ class Tokens:
 
 @flax.struct.dataclass
 class Pairs:
-    """Comparisons of two responses to one prompt; `weight_B` float32 is 0 on filler rows.
+    """Comparisons of two responses to one prompt.
 
-    probability_B: of the chosen one being preferred, NaN where not known. margin_B: by how much it
-    is better, 0 where nothing is said. None: of no row.
+    Attributes:
+        chosen: Prompts with the preferred responses.
+        rejected: Prompts with the other responses.
+        weight_B: Weight of each pair in a loss, float32; 0 on filler rows.
+        probability_B: Probability that the chosen response is preferred; NaN where the data do not
+            say. None: no row has one.
+        margin_B: How much better the chosen response is, in units of the score; 0 where the data do
+            not say. None: no row has one.
     """
 
     chosen: Tokens
@@ -96,8 +111,12 @@ class Pairs:
 
 @flax.struct.dataclass
 class Labelled:
-    """Responses with a label in [0, 1] or a rating (float32); `weight_B` float32 is 0 on filler
-    rows.
+    """Responses with a label or a rating.
+
+    Attributes:
+        tokens: Prompts with their responses.
+        label_B: A label in [0, 1] or a rating, float32.
+        weight_B: Weight of each row in a loss, float32; 0 on filler rows.
     """
 
     tokens: Tokens
@@ -107,9 +126,13 @@ class Labelled:
 
 @flax.struct.dataclass
 class Prompts:
-    """Left-padded prompts, so that every row continues at column P.
+    """Prompts padded on the left, so that every response begins at column P.
 
-    row_B: int32 index of the row in its source (-1 on filler rows), for looking its text up.
+    Attributes:
+        tokens_BP: Token ids, int32.
+        valid_BP: True on real tokens.
+        row_B: Index of each row in its data source, int32, for looking up its text; -1 on filler
+            rows.
     """
 
     tokens_BP: Array
@@ -117,7 +140,5 @@ class Prompts:
     row_B: Array
 
     def repeated(self, samples: int) -> Prompts:
-        """Every row `samples` times, on the host: the samples of a prompt are rows next to each
-        other.
-        """
+        """Returns every row `samples` times, copies next to each other, as host arrays."""
         return jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), self)

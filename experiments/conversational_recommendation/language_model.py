@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     options = parser.parse_args(arguments)
-    platforms.without_absent_chips()
+    platforms.use_cpu_if_no_accelerator()
     try:
         run(options)
     except UserError as error:

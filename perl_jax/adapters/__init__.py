@@ -1,1 +1,1 @@
-"""LoRA and its variants, and quantised bases beneath them."""
+"""LoRA adapters with their variants, and quantised bases."""

@@ -1,17 +1,19 @@
-"""Low-rank adapters: configuration, the tree that a role is, initialisation, algebra, merging.
+"""Low-rank adapters: their configuration, weights, initial values, sums and merging.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3):  h = x W + s (x A) B,  s = alpha / R,
-with A [in, R] random and B [R, out] zero, so that a fresh adapter is the base bit for bit.
+LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3):  h = x W + s (x A) B,  s = alpha / R. A [in, R]
+starts random and B [R, out] starts at zero, so a fresh adapter gives exactly the base's outputs.
 
-Variants, each a field of `LoRAConfig`:
+Each variant is a field of `LoRAConfig`:
     rank-stabilised  s = alpha / sqrt(R) (Kalajdzievski 2023, arXiv 2312.03732)
-    DoRA             h = m / ||W + s A B||_out * x (W + s A B), m trained, the norm a constant in
-    the
-                     gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3)
-    PiSSA            A B starts as the largest singular part of W / s, which a frozen pair takes off
-                     again (Meng et al. 2024, arXiv 2404.02948): the base stays the true base
-    A zero           A zero and B random: the base bit for bit too, steadier for large rates
-LoRA+ (a larger rate for B) is a setting of the optimizer.
+    DoRA             h = m / ||W + s A B||_out * x (W + s A B) with a trained magnitude m; the norm
+                     is a constant in the gradient (Liu et al. 2024, arXiv 2402.09353, eq. 5 and
+                     section 4.3)
+    PiSSA            s A B starts as the part of W with the largest singular values, and a frozen
+                     pair subtracts the same (Meng et al. 2024, arXiv 2404.02948). So the outputs
+                     start as the base's, and the base itself is not changed.
+    A zero           A starts at zero and B random: exactly the base's outputs too, and more stable
+                     at large learning rates
+LoRA+ (a larger learning rate for B) is a setting of the optimizer.
 """
 
 from __future__ import annotations
@@ -33,41 +35,31 @@ from perl_jax.runtime import precision, trees
 from perl_jax.types import Tree
 
 TUNINGS = ("lora", "full")
-
-
 ATTENTION = ("q", "k", "v", "o")
-
-
 FEED_FORWARD = ("gate", "up", "down")
-
-
 LINEAR = ATTENTION + FEED_FORWARD
-
-
 TARGET_GROUPS: Mapping[str, tuple[str, ...]] = {"attention": ATTENTION, "all-linear": LINEAR}
-
-
 INITS = ("b-zero", "a-zero", "pissa")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Which projections get an adapter, how large it is, and of which kind.
+    """Which projections have an adapter, and its rank, scale and variant.
 
     Attributes:
         rank: R, the inner width of an adapter.
         alpha: The adapter's output is scaled by alpha / rank.
-        targets: attention (q, k, v, o: the paper's choice), all-linear (the feed-forward ones
-            too), or a comma-separated list of projection names such as q,v.
-        ranks: Other ranks of some targets, such as q=4,down=32.
-        alphas: Other alphas of some targets, such as q=8.
-        layers: Adapt these layers only, such as 8-15 or 0,2,4-7; nothing is computed backwards
-            below the lowest. None: all.
+        targets: attention (q, k, v, o: the paper's choice), all-linear (attention and feed-forward
+            projections), or a comma-separated list of projection names such as q,v.
+        ranks: Ranks of single targets that replace rank, such as q=4,down=32.
+        alphas: Alphas of single targets that replace alpha, such as q=8.
+        layers: Adapt these layers only, such as 8-15 or 0,2,4-7. Layers below the lowest one have
+            no backward pass. None: all layers.
         rank_stabilised: Scale by alpha / sqrt(rank).
-        dora: Train each output's magnitude apart from its direction.
+        dora: Train the magnitude of each output separately from its direction (DoRA).
         init: b-zero (A random), a-zero (B random), or pissa (from the weight's singular values).
-        dropout: On the adapter's input, in training only.
-        dtype: Of the adapter's weights.
+        dropout: Dropout rate on the adapter's input, in training only.
+        dtype: Dtype of the adapter's weights.
     """
 
     rank: int = 8
@@ -114,8 +106,9 @@ class LoRAConfig:
         )
 
     def check_read(self) -> None:
-        """UserError for a rank or an alpha that no target has, because `ranks` or `alphas` names
-        every target.
+        """Raises UserError if `rank` or `alpha` is set although no target uses it.
+
+        No target does if `ranks` or `alphas` names every target.
         """
         for field, patterns in (("rank", "ranks"), ("alpha", "alphas")):
             value, named = getattr(self, field), _pattern(patterns, getattr(self, patterns))
@@ -130,32 +123,35 @@ class LoRAConfig:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The adapted projections' names."""
+        """Names of the adapted projections."""
         if self.targets in TARGET_GROUPS:
             return TARGET_GROUPS[self.targets]
         return tuple(name.strip() for name in self.targets.split(","))
 
     def rank_of(self, target: str) -> int:
-        """A target's rank."""
+        """Returns the rank R of one target."""
         found = _pattern("ranks", self.ranks).get(target, self.rank)
         return int(found) if found == int(found) else found
 
     def alpha_of(self, target: str) -> float:
-        """A target's alpha."""
+        """Returns the alpha of one target."""
         return _pattern("alphas", self.alphas).get(target, self.alpha)
 
     def scale_of(self, target: str) -> float:
-        """s of a target: alpha / rank, or alpha / sqrt(rank)."""
+        """Returns a target's scale s: alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
         rank = self.rank_of(target)
         return self.alpha_of(target) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     @property
     def scaling_rule(self) -> str:
-        """In words, for the artefact's record."""
+        """The formula of the scale, as written into an artefact's record."""
         return "alpha / sqrt(rank)" if self.rank_stabilised else "alpha / rank"
 
     def adapted_layers(self, layers: int) -> tuple[int, ...]:
-        """Indices of the adapted ones among so many layers; UserError when one is outside."""
+        """Returns the indices of the adapted layers in a model of `layers` layers, in rising order.
+
+        Raises UserError for an index that the model does not have.
+        """
         if self.layers is None:
             return tuple(range(layers))
         numbers = _layer_numbers(self.layers)
@@ -166,7 +162,7 @@ class LoRAConfig:
         return numbers
 
     def restricted(self, names: Sequence[str]) -> LoRAConfig:
-        """The same of those targets that are among the names; one of them must be."""
+        """Returns the config with only the targets that are in `names`; one of them must be."""
         kept = [target for target in self.projections if target in names]
         numbers = {"ranks": self.rank_of, "alphas": self.alpha_of}
         return dataclasses.replace(
@@ -178,8 +174,8 @@ class LoRAConfig:
             },
         )
 
-    def place_of(self, layer: int) -> int | None:
-        """Where a layer's leaves lie in the adapter's stacks; None where it has none."""
+    def stack_index(self, layer: int) -> int | None:
+        """Returns a layer's index in the adapter's stacked leaves; None: it has no adapter."""
         numbers = _layer_numbers(self.layers)
         if self.layers is None:
             return layer
@@ -187,7 +183,7 @@ class LoRAConfig:
 
 
 def _pattern(field: str, text: str) -> dict[str, float]:
-    """`q=4,down=32` as numbers by name."""
+    """Parses `q=4,down=32` into {"q": 4.0, "down": 32.0}; raises UserError for other text."""
     out = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
@@ -202,21 +198,23 @@ def _pattern(field: str, text: str) -> dict[str, float]:
 
 
 def _layer_numbers(text: str | None) -> tuple[int, ...]:
-    """`0,2,4-7` as sorted numbers."""
+    """Parses `0,2,4-7` into (0, 2, 4, 5, 6, 7); None gives ()."""
     return errors.numbers("lora.layers", text, "8-15 or 0,2,4-7")
 
 
 @flax.struct.dataclass
 class Adapter:
-    """What makes a role out of the base: the tree that is trained, saved and passed around.
+    """The weights that turn the base into a role; they are what is trained and saved.
 
-    lora: LoRA leaves by layer path, stacked over the adapted layers: a_LDR, b_LRF and, for DoRA,
-      m_LF. None: no LoRA.
-    head: {kernel_D, bias} of the scalar head of a reward or value model. None: no head.
-    weights: full tuning only: a whole parameter tree that stands in for the base's.
-    under: frozen pairs added beneath `lora`, over all layers, their scale already in B: an adapter
-      that training goes on top of, or what PiSSA takes off. Never differentiated. None: none.
-    config: the LoRAConfig of `lora` (static; None without LoRA).
+    Attributes:
+        lora: LoRA leaves by module path, stacked over the adapted layers: a_LDR, b_LRF and, for
+            DoRA, m_LF. None: no LoRA.
+        head: Scalar head of a reward or value model: {kernel_D, bias}. None: no head.
+        weights: Full tuning only: all weights of the model; they replace the base's.
+        under: Frozen low-rank pairs that are added beneath `lora`: an earlier adapter that training
+            continues on top of, or what PiSSA subtracts. They cover all layers and include their
+            scale in B. They are never differentiated. None: no such pairs.
+        config: Config of `lora` (static). None: no LoRA.
     """
 
     lora: Tree | None = None
@@ -227,12 +225,12 @@ class Adapter:
 
 
 def trainable(adapter: Adapter) -> Adapter:
-    """The part that is differentiated and that optimizers see: all but `under`."""
+    """Returns the part that is differentiated and that optimizers update: all but `under`."""
     return adapter.replace(under=None)
 
 
 def under_ranks(under: Tree | None) -> dict[str, int] | None:
-    """Ranks of a frozen part by projection."""
+    """Returns the rank of the frozen pairs of each projection, keyed by projection name."""
     if under is None:
         return None
     return {
@@ -247,32 +245,46 @@ def init_lora(
     abstract: Tree,
     config: LoRAConfig,
     kernels: Mapping[str, Tree],
-    chosen: Sequence[int] = (),
+    adapted_layers: Sequence[int] = (),
 ) -> Tree:
-    """Fresh LoRA leaves of the given shapes.
+    """Returns the initial LoRA leaves of an adapter.
 
-    The random side is uniform in +-1/sqrt(its input width), which is Kaiming-uniform with a =
-    sqrt(5), the field's convention (the papers do not state theirs); the other side is zero.
-    kernels: the base's, by module path, stacked over all layers, dense or quantised; DoRA and PiSSA
-    start from those of the layers `chosen`, and read one layer at a time.
+    With b-zero and a-zero, one of A and B is zero and the other uniform in +-1/sqrt(its input
+    width). That is Kaiming-uniform with a = sqrt(5), the usual choice in LoRA code (the papers do
+    not state one).
+
+    Args:
+        key: Random key. Each leaf's draw depends on the key and the leaf's path only.
+        abstract: Shapes and dtypes of the leaves, a nested dict by module path.
+        config: The adapter's config.
+        kernels: The base's kernels by module path, stacked over all layers, dense or quantised.
+            DoRA and PiSSA read them, one layer at a time.
+        adapted_layers: Indices of the adapted layers; DoRA and PiSSA read these layers of
+            `kernels`.
     """
 
     pairs = (
-        {module: _pissa(config, module, kernel, chosen) for module, kernel in kernels.items()}
+        {
+            module: _pissa(config, module, kernel, adapted_layers)
+            for module, kernel in kernels.items()
+        }
         if config.init == "pissa"
         else {}
     )
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        """Returns the initial values of the leaf at path `name`."""
         module, part = name.rsplit("/", 1)
         if module in pairs:
             return pairs[module][part]
         if part == "magnitude":
-            return _by_layer(layer_function(config, module), kernels[module], chosen)
+            return _over_layers(
+                initial_value_function(config, module), kernels[module], adapted_layers
+            )
         if part == {"b-zero": "lora_b", "a-zero": "lora_a"}[config.init]:
             return jnp.zeros(spec.shape, spec.dtype)
         bound = 1.0 / math.sqrt(spec.shape[-2])
-        # Folding a stable number of the path in: one target more leaves the others' draws alone.
+        # The key depends on the leaf's path, so adding a target does not change other draws.
         path_key = jax.random.fold_in(
             key, sum(ord(c) * 31**i for i, c in enumerate(name)) % (2**31)
         )
@@ -281,23 +293,28 @@ def init_lora(
     return trees.map_named(leaf, abstract)
 
 
-def _by_layer(
-    function: Callable[[jax.Array], Tree], kernel_LDF: Tree, chosen: Sequence[int]
+def _over_layers(
+    function: Callable[[jax.Array], Tree], kernel_LDF: Tree, layers: Sequence[int]
 ) -> Tree:
-    """Calls function(kernel_DF), in float32, for each chosen layer of a stacked kernel, and stacks
-    the results.
+    """Returns function(kernel_DF) of the listed layers of a stacked kernel, stacked again.
 
-    Each layer is a program of its own: in one program with a loop, the compiler may convert the
-    whole stack to float32 first.
+    Each layer runs as a program of its own. In one program with a loop, the compiler may convert
+    the whole stack to float32 at once.
     """
-    found = [trees.awaited(on_layer(function, kernel_LDF, jnp.int32(index))) for index in chosen]
+    found = [
+        trees.block_on_cpu(apply_to_layer(function, kernel_LDF, jnp.int32(index)))
+        for index in layers
+    ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array) -> Tree:
-    """Returns function(kernel_DF) for one layer of a stacked kernel. That layer alone is made dense
-    and float32; kernel_LDF may be quantised.
+def apply_to_layer(
+    function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array
+) -> Tree:
+    """Returns function(kernel_DF) for layer `index` of a stacked kernel, which may be quantised.
+
+    Only that layer is made dense and float32.
     """
     kernel_DF = jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF
@@ -305,9 +322,10 @@ def on_layer(function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax
     return function(dense(kernel_DF).astype(jnp.float32))
 
 
-def layer_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tree] | None:
-    """What an adapter's first values are, as a function of one layer's float32 kernel: PiSSA's
-    pair, DoRA's magnitudes; None: they read no weight.
+def initial_value_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tree] | None:
+    """Returns the function from a layer's float32 kernel to the initial values that depend on it.
+
+    PiSSA: {lora_a, lora_b}; DoRA: the magnitudes. None: no initial value depends on the kernel.
     """
     target = _target(f"{module}/")
     if config.init == "pissa":
@@ -318,12 +336,15 @@ def layer_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tre
 
 
 def _column_norms(kernel_DF: jax.Array) -> jax.Array:
+    """Returns the norm of each output's weights, [F]."""
     return jnp.linalg.norm(kernel_DF, axis=-2)
 
 
 def singular_pair(kernel_DF: jax.Array, rank: int, scale: float) -> dict[str, jax.Array]:
-    """A = U sqrt(S), B = sqrt(S) V^T / s of the `rank` largest singular values (PiSSA, eq. 2 and
-    3).
+    """Returns PiSSA's initial A = U sqrt(S) and B = sqrt(S) V^T / s (eq. 2 and 3 of its paper).
+
+    U S V^T is the kernel's singular value decomposition, cut to its `rank` largest singular values;
+    s is `scale`.
     """
     u, s, vt = jnp.linalg.svd(kernel_DF, full_matrices=False)
     root = jnp.sqrt(s[:rank])
@@ -331,54 +352,61 @@ def singular_pair(kernel_DF: jax.Array, rank: int, scale: float) -> dict[str, ja
 
 
 def _pissa(
-    config: LoRAConfig, module: str, kernel_LDF: Tree, chosen: Sequence[int]
+    config: LoRAConfig, module: str, kernel_LDF: Tree, adapted_layers: Sequence[int]
 ) -> dict[str, jax.Array]:
+    """Returns PiSSA's initial {lora_a, lora_b} of one module, stacked over the adapted layers.
+
+    Raises UserError if the rank exceeds a side of the kernel.
+    """
     *_, target = module.split("/")
     rank, most = config.rank_of(target), min(jax.eval_shape(dense, kernel_LDF).shape[-2:])
     require(
         rank <= most,
         f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.",
     )
-    return _by_layer(layer_function(config, module), kernel_LDF, chosen)
+    return _over_layers(initial_value_function(config, module), kernel_LDF, adapted_layers)
 
 
 def _target(name: str) -> str:
+    """Returns the projection of a leaf's path: `q` for `layers/attention/q/lora_a`."""
     return name.split("/")[-2]
 
 
 def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
-    """An adapter's LoRA part in the form of `Adapter.under`: all layers, scale times `factor` in B.
+    """Returns an adapter's LoRA leaves in the form of `Adapter.under`.
 
-    UserError for DoRA, whose output is no sum of the base's and its own.
+    The leaves cover all `layers` layers (zeros where there is no adapter), and B includes the scale
+    times `factor`. Raises UserError for DoRA, because its output is not a sum of base and adapter.
     """
     config = adapter.config
-    require(not config.dora, "An adapter with magnitudes (DoRA) cannot lie under another.")
-    chosen = jnp.array(config.adapted_layers(layers))
+    require(not config.dora, "A DoRA adapter cannot lie under another adapter.")
+    adapted = jnp.array(config.adapted_layers(layers))
     out: dict = {}
     for name, leaf in trees.named_leaves(adapter.lora).items():
         leaf = leaf if name.endswith("lora_a") else leaf * (factor * config.scale_of(_target(name)))
-        whole = jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf)
+        whole = jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[adapted].set(leaf)
         trees.insert(out, name.replace("lora_", "under_"), whole)
     return out
 
 
 def summed_pairs(adapter: Adapter, layers: int) -> Tree:
-    """What an adapter adds, its LoRA part and what lies under it, in the form of
-    `Adapter.under`.
-    """
+    """Returns the pairs of `lora` and `under` together, in the form of `Adapter.under`."""
     own = [] if adapter.lora is None else [frozen_pairs(adapter, layers)]
-    return _joined(own + ([] if adapter.under is None else [adapter.under]))
+    return _concatenated(own + ([] if adapter.under is None else [adapter.under]))
 
 
 def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
-    """`fresh` (trainable) on top of `frozen`: the sum of both, and of what lay under either."""
+    """Returns an adapter that trains `fresh` on top of `frozen`.
+
+    Its output is the sum of both and of the frozen pairs under either. Raises UserError for DoRA.
+    """
     parts = [summed_pairs(frozen, layers)] + ([] if fresh.under is None else [fresh.under])
-    require(not fresh.config.dora, "An adapter with magnitudes (DoRA) cannot go on top of another.")
-    return fresh.replace(under=_joined(parts))
+    require(not fresh.config.dora, "A DoRA adapter cannot go on top of another adapter.")
+    return fresh.replace(under=_concatenated(parts))
 
 
-def _joined(parts: Sequence[Tree]) -> Tree:
-    """One set of frozen pairs that adds up to all: ranks side by side."""
+def _concatenated(parts: Sequence[Tree]) -> Tree:
+    """Returns pairs whose sum is that of all parts: pairs concatenated along the rank."""
     out: dict = {}
     names = dict.fromkeys(name for part in parts for name in trees.named_leaves(part))
     for name in names:
@@ -388,17 +416,27 @@ def _joined(parts: Sequence[Tree]) -> Tree:
 
 
 def average(adapters: Sequence[Adapter], weights: Sequence[float], layers: int) -> Adapter:
-    """The adapter whose update is sum_i w_i (s_i A_i B_i), exactly, and whose head is sum_i w_i
-    head_i.
+    """Returns an adapter whose update is sum_i w_i s_i A_i B_i, and whose head is sum_i w_i head_i.
 
-    For weight-averaged reward models (Rame et al. 2024, arXiv 2401.12187). Averaging A and B apart
-    would give cross terms A_i B_j; here the ranks stand side by side (rank = sum of ranks), with
-    scale 1. UserError for DoRA, for full tuning, and when some have heads and others not.
+    For weight-averaged reward models (Rame et al. 2024, arXiv 2401.12187). The average is exact:
+    the pairs are concatenated along the rank, so the new rank is the sum of ranks, and the scale is
+    1. Averaging A and B separately would add cross terms A_i B_j.
+
+    Args:
+        adapters: LoRA adapters, all with a head or all without.
+        weights: w_i, one per adapter.
+        layers: Number of layers of the model.
+
+    Raises UserError for DoRA, for full tuning, and if only some adapters have a head.
     """
-    require(len(adapters) == len(weights) > 0, "An average needs one weight for each adapter.")
+    require(
+        len(adapters) == len(weights) > 0,
+        f"An average needs one weight for each adapter; there are {len(weights)} weights and "
+        f"{len(adapters)} adapters.",
+    )
     require(
         all(a.lora is not None for a in adapters),
-        "An average of adapters needs LoRA adapters; a fully tuned role is none.",
+        "An average needs LoRA adapters; a fully tuned role has none.",
     )
     heads = [a.head for a in adapters]
     require(
@@ -413,9 +451,8 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], layers: int) 
                 lambda name, leaf: leaf * weight if name.endswith("_b") else leaf, adapter.under
             )
             parts.append(scaled)
-    joined = _joined(parts)
     lora: dict = {}
-    for name, leaf in trees.named_leaves(joined).items():
+    for name, leaf in trees.named_leaves(_concatenated(parts)).items():
         trees.insert(lora, name.replace("under_", "lora_"), leaf)
     ranks = {
         _target(name): leaf.shape[-1]
@@ -442,9 +479,13 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], layers: int) 
 
 
 def init_head(key: jax.Array | None, width: int) -> Tree:
-    """Scalar head: kernel_D ~ N(0, 1/sqrt(D+1)) (Stiennon et al. 2020, appendix C), bias 0.
+    """Returns a scalar head: kernel_D ~ N(0, 1/sqrt(D+1)), bias 0.
 
-    key=None gives a zero kernel: a value model that predicts 0 everywhere at the start.
+    Source: Stiennon et al. 2020, appendix C.
+
+    Args:
+        key: Random key. None: a zero kernel, so that a value model predicts 0 at the start.
+        width: D, the width of the model.
     """
     kernel = jnp.zeros((width,), jnp.float32)
     if key is not None:
@@ -453,9 +494,9 @@ def init_head(key: jax.Array | None, width: int) -> Tree:
 
 
 def output_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """||W + s A B|| of each output, float32 [..., F], without forming the [D, F] sum.
+    """Returns ||W + s A B|| of each output, float32 [..., F], without forming the [D, F] sum.
 
-    ||W||^2 + 2 s sum_r (A^T W)_r B_r + s^2 B^T (A^T A) B, each an F-vector.
+    The square is ||W||^2 + 2 s sum_r (A^T W)_r B_r + s^2 B^T (A^T A) B, an F-vector each.
     """
     kernel = kernel.astype(jnp.float32)
     cross = jnp.sum(precision.einsum("...dr,...df->...rf", a, kernel) * b, axis=-2)
@@ -465,11 +506,12 @@ def output_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
 
 
 def merge(base: Tree, adapter: Adapter) -> Tree:
-    """A derived copy of the base with the adapter in it: W + s A B (DoRA: rescaled), in float32.
+    """Returns a copy of the base with the adapter in its kernels: W + s A B (DoRA: rescaled).
 
-    Returns a new tree in the base's dtypes (a fully tuned role's own weights as they are); neither
-    argument is changed, and nothing in the package writes a merged copy back (repeated merging in
-    bfloat16 drifts). UserError for a quantised base, which has no place for the sum.
+    The sum is formed in float32 and rounded to the base's dtype. For a fully tuned role the result
+    is its own weights, and without low-rank leaves it is the base itself. The arguments are not
+    changed. Do not merge into a merged copy: repeated merging in bfloat16 accumulates rounding
+    errors. Raises UserError for a quantised base, whose levels cannot hold the sum.
     """
     if adapter.weights is not None:
         return adapter.weights
@@ -479,9 +521,10 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
         not any(is_quantised(leaf) for leaf in jax.tree.leaves(base, is_leaf=is_quantised)),
         "An adapter cannot be merged into a quantised base; load the base without --quantise.kind.",
     )
-    changed = moved_modules(adapter)
+    changed = adapted_modules(adapter)
 
     def merged(name: str, weight: jax.Array) -> jax.Array:
+        """Returns the base's leaf at path `name`, with the adapter in it."""
         module = name.removesuffix("/kernel")
         if module not in changed:
             return weight
@@ -494,14 +537,21 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
     return trees.map_named(merged, base)
 
 
-def moved_modules(adapter: Adapter) -> set[str]:
-    """Paths of the modules whose kernel an adapter changes: layers/attention/q."""
+def adapted_modules(adapter: Adapter) -> set[str]:
+    """Returns the paths of the modules whose kernel an adapter changes: `layers/attention/q`."""
     parts = [part for part in (adapter.lora, adapter.under) if part is not None]
     return {name.rpartition("/")[0] for part in parts for name in trees.named_leaves(part)}
 
 
 def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Array) -> jax.Array:
-    """One layer's kernel (float32) with the adapter in it."""
+    """Returns one layer's kernel with the adapter in it, float32 [D, F].
+
+    Args:
+        adapter: The adapter.
+        module: Path of the module, `layers/attention/q`.
+        layer: Index of the layer.
+        kernel_DF: The layer's kernel, float32.
+    """
     if adapter.under is not None:
         under = trees.named_leaves(adapter.under)
         if f"{module}/under_a" in under:
@@ -512,14 +562,14 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     if f"{module}/lora_a" not in lora:
         return kernel_DF
     *_, target = module.split("/")
-    place = adapter.config.place_of(layer)
-    if place is None:
+    index = adapter.config.stack_index(layer)
+    if index is None:
         return kernel_DF
     moved_DF = kernel_DF + adapter.config.scale_of(target) * precision.matmul(
-        lora[f"{module}/lora_a"][place], lora[f"{module}/lora_b"][place]
+        lora[f"{module}/lora_a"][index], lora[f"{module}/lora_b"][index]
     )
     if not adapter.config.dora:
         return moved_DF
     return (
-        moved_DF * (lora[f"{module}/magnitude"][place] / jnp.linalg.norm(moved_DF, axis=0))[None, :]
+        moved_DF * (lora[f"{module}/magnitude"][index] / jnp.linalg.norm(moved_DF, axis=0))[None, :]
     )

@@ -1,10 +1,10 @@
-"""A frozen base with its matrices in 8 or 4 bits, by qwix (QLoRA's idea, arXiv 2305.14314).
+"""Frozen bases whose matrices are kept in 8 or 4 bits, by qwix (QLoRA, arXiv 2305.14314).
 
-Only the layers' matrices are quantised, weight-only and symmetric: w ~ q * scale, with one scale
-for each output, or for each block of inputs of an output: the largest |w| over 127.5 (int8) or 7.5
-(int4), which half a step is lost of at the largest weight, or over 1 (nf4's levels). Embedding,
-norms and biases stay as they are, and adapters stay float32. A quantised matrix is made dense where
-it is used, in the activations' dtype, and is never differentiated.
+Only the layers' matrices are quantised, weights only and symmetrically: w ~ q * scale. There is one
+scale per output, or per block of inputs of an output. The scale is the largest |w| divided by 127.5
+(int8) or 7.5 (int4), so that the largest weight loses at most half a step, or by 1 (nf4's levels).
+Embedding, norms and biases keep their dtype, and adapters are float32. A quantised matrix is
+converted to the activations' dtype where it is used, and is never differentiated.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ KINDS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"}
 
 @dataclasses.dataclass(frozen=True)
 class QuantiseConfig:
-    """In how many bits the frozen base's matrices are kept.
+    """How the frozen base's matrices are quantised.
 
     Attributes:
-        kind: none, int8, int4, or nf4 (4 bits, levels at a normal distribution's quantiles).
-        block: Inputs that share a scale; None: all inputs of an output. QLoRA's is 64.
+        kind: none, int8, int4, or nf4 (4 bits, levels at the quantiles of a normal distribution).
+        block: Number of inputs that share a scale; None: all inputs of an output. QLoRA uses 64.
     """
 
     kind: Literal["none", "int8", "int4", "nf4"] = "none"
@@ -47,10 +47,9 @@ class QuantiseConfig:
 
 
 def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
-    """A base leaf in its quantised form; leaves that are no matrix of a layer come back as they
-    are.
+    """Returns a base leaf in its quantised form, or as it is if it is not a matrix of a layer.
 
-    UserError names a matrix whose inputs the block does not divide.
+    Raises UserError for a matrix whose number of inputs `config.block` does not divide.
     """
     if config.kind == "none" or not is_matrix(name):
         return leaf
@@ -60,25 +59,25 @@ def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
         inputs % block == 0,
         f"quantise.block is {block}; it must divide the {inputs} inputs of {name}.",
     )
-    return trees.awaited(quantised(leaf, config.kind, block))
+    return trees.block_on_cpu(quantised(leaf, config.kind, block))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantised(kernel_LDF: jax.Array, kind: str, block: int) -> Tree:
-    """Matrices of all layers in so many bits; block: inputs that share a scale."""
+    """Returns the matrices of all layers in the given kind; `block` inputs share a scale."""
     return qwix.quantize(kernel_LDF, KINDS[kind], channelwise_axes=[0, 2], tiled_axes={1: block})
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a base leaf is the stacked matrix of a projection, which `quantise_leaf` changes."""
+    """Returns whether a base leaf is a projection's stacked matrix, which can be quantised."""
     return name.startswith("layers/") and name.endswith("/kernel")
 
 
 def is_quantised(leaf: Tree) -> bool:
-    """Whether a node of a base tree is a quantised matrix."""
+    """Returns whether a node of a base tree is a quantised matrix."""
     return isinstance(leaf, qwix.QArray)
 
 
 def dense(kernel: Tree) -> jax.Array:
-    """A matrix as an array, whether quantised (q * scale) or not."""
+    """Returns a matrix as an array: q * scale if it is quantised, unchanged otherwise."""
     return qwix.dequantize(kernel) if is_quantised(kernel) else kernel

@@ -24,7 +24,7 @@ from perl_jax.cli.help import GROUPS, description  # noqa: E402
 from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
 from perl_jax.runtime import platforms  # noqa: E402
 
-platforms.without_absent_chips()
+platforms.use_cpu_if_no_accelerator()
 
 import tyro  # noqa: E402
 
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not hosts.connected():
             raise
-        if hosts.lost(error):
+        if hosts.is_peer_failure(error):
             return _failed(name, hosts.LOST, 1)
         traceback.print_exception(error)
         return _failed(name, "this process failed, and the run with it.", 1)

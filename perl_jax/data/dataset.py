@@ -135,7 +135,7 @@ def of_task(
                     raise
         return found
 
-    splits = hosts.in_turn(opened)
+    splits = hosts.writer_first(opened)
     _compare_splits(task.name, kind, splits, needed, check)
     return _of_splits(task, options, kind, splits)
 
@@ -143,7 +143,7 @@ def of_task(
 def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
     """Opens one split of a task's rows. Raises UserError for a split without rows."""
     task, options = get_task(config.task), data_options(config)
-    rows = hosts.in_turn(lambda: task.open(kind, split, options))
+    rows = hosts.writer_first(lambda: task.open(kind, split, options))
     return _of_splits(task, options, kind, {split: rows})
 
 

@@ -139,7 +139,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     """
     output = pathlib.Path(config.output).expanduser()
     errors.require(
-        not hosts.agreed(output.exists()),
+        not hosts.broadcast_flag(output.exists()),
         f"{output} exists already; give --output a file that does not.",
     )
     terms = scoring.read_terms(config.terms)

@@ -114,7 +114,7 @@ def logprob_program(model: Model, temperature: float, room: int) -> Program:
         room: Only the last `room` columns, which hold responses, are computed; the others are 0.
     """
     logprobs = functools.partial(
-        passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, room=room
+        passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, max_response_length=room
     )
     return Program(
         "logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh)
@@ -286,7 +286,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
     now = provenance.fingerprints("evaluate", config)
-    if hosts.agreed(_is_current(path, files.to_dict(config), now)):
+    if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
         return folder
     terms = scoring.read_terms(config.terms)
     model = load_model(config)

@@ -1,1 +1,1 @@
-"""Sampling, continuous batching, and what is compiled for them."""
+"""Sampling of responses, a batch at a time or with continuous batching."""

@@ -1,4 +1,4 @@
-"""How responses are decoded."""
+"""Config of how responses are decoded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class RolloutConfig:
     """How responses are decoded.
 
     Attributes:
-        slots: Responses that are decoded at a time; a finished one makes room for the next prompt's
-            (continuous batching). None: the whole batch at once, until its longest response ends.
-        cache: What keys and values are kept in; auto: the activations' dtype.
-        adapters: Applied to every token, merged into a copy of the base, or auto: merged where that
-            is
-            fewer operations and the base is float32.
+        slots: Number of responses that are decoded at the same time with continuous batching: a
+            finished response leaves its slot to the next prompt's. None: decode the whole batch at
+            once, until its longest response ends.
+        cache: Dtype of the cached keys and values; auto: the activations' dtype.
+        adapters: applied: compute the adapter for every token; merged: merge it into a copy of the
+            base first; auto: merged where that takes fewer operations and the base is float32.
         top_k: Sample from the k most likely tokens only; None: off. Not in RL.
         top_p: Sample from the fewest tokens with this probability in total; None: off. Not in RL.
     """
@@ -44,5 +44,6 @@ class RolloutConfig:
             )
 
 
-# What does not read the options of a draw, and what does, for `errors.unread`.
+# For `errors.unread`: the choice that ignores the options of random sampling, and the one that
+# reads them.
 GREEDY = ("temperature 0 (greedy)", ("a temperature above 0",))

@@ -1,13 +1,13 @@
-"""Continuous batching: a finished row leaves the batch and the next prompt takes its slot.
+"""Continuous batching: a finished row leaves its slot of the batch to the next prompt.
 
-`sampling.sample` decodes a batch until its longest response ends; where lengths differ widely most
-of its rows wait. Here a fixed number of slots decodes in compiled chunks, and the host looks
-between chunks who has finished, keeps what they made and lets the next prompts in (Yu et al. 2022,
-"Orca"). When no prompt is left, the rows that still go on move together into fewer slots.
+`sampling.sample` decodes a batch until its longest response ends. If lengths differ widely, most
+rows wait. Here a fixed number of slots is decoded in compiled chunks of steps. Between chunks the
+host stores the finished responses and fills free slots with the next prompts (Yu et al. 2022,
+"Orca"). When no prompt is left, the remaining rows move together into fewer slots.
 
-Tokens are those of `sampling.sample` for the same key: a row's draws depend on the key and its
-number alone, not on its slot or on who is beside it. Every process of a run takes the same
-decisions, from numbers that all of them have.
+For the same key the tokens equal those of `sampling.sample`: a row's draws depend on the key and
+the row's number only, not on its slot or on the other rows. Every process of a run takes the same
+decisions, because all of them see the same numbers.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax import errors
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
 from perl_jax.generation.sampling import (
     Rollout,
     SamplingConfig,
-    as_rollout,
-    choose,
     is_stop,
+    make_rollout,
+    prepare_for_decoding,
     row_keys,
-    row_keys_at,
-    sampled_from,
+    sample_tokens,
+    token_keys,
 )
 from perl_jax.models import fused, stacks
-from perl_jax.models.cache import KVCache, Part
+from perl_jax.models.cache import KVCache, WindowCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
 from perl_jax.runtime import hosts, sharding
@@ -44,18 +44,22 @@ from perl_jax.runtime.platforms import decoding_options
 from perl_jax.runtime.programs import LENGTHS, Program
 from perl_jax.types import Array, Prompts, Tree
 
-# Sizes of a batch whose prompts have run out: all slots, and so many halvings. Each is a program to
-# compile.
+# How often the number of slots may be halved when no prompts wait; each size compiles once more.
 HALVINGS = 4
 
 
 @flax.struct.dataclass
 class Slots:
-    """The rows that are being decoded.
+    """State of the slots on the device. B is the number of slots.
 
-    cache: of one prompt a slot. token_B: each row's newest token, the next to be decoded. row_B:
-    the number of the row of the rollout that is in the slot. length_B: tokens it has; done_B:
-    ended, or nobody is there.
+    Attributes:
+        cache: Keys and values; each slot has its own prompt.
+        token_B: Newest token of each row, the next to be decoded.
+        row_B: Number of the row of the rollout that is in the slot.
+        length_B: Number of tokens sampled so far.
+        done_B: Whether the row has ended, or the slot is empty.
+        tokens_BC: Sampled tokens.
+        logp_BC: Log-probabilities of the sampled tokens.
     """
 
     cache: KVCache
@@ -69,7 +73,14 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """Prompts that are let in together, and the slots their samples take; a slot of -1: nobody."""
+    """A prompts that enter together, and the slots of their G samples each.
+
+    Attributes:
+        tokens_AS: Token ids of the prompts.
+        valid_AS: True on real tokens.
+        slot_AG: Slot of each sample; -1: no sample, the entry is filler.
+        row_AG: Number of each sample's row in the rollout.
+    """
 
     tokens_AS: np.ndarray
     valid_AS: np.ndarray
@@ -78,15 +89,22 @@ class Admission:
 
 
 class ContinuousSampler:
-    """Samples `samples` responses to each prompt through `slots` slots: (base, adapter, prompts,
-    key data) -> Rollout.
+    """Samples responses with continuous batching: (base, adapter, prompts, key data) -> Rollout.
 
-    chunk: the most decoding steps between two looks at who has finished. quantised: whether the
-    base's matrices are. Raises UserError where the slots do not hold the samples of one prompt, or
-    do not divide over the mesh's rows.
+    Args:
+        lm: The model's functions.
+        config: How tokens are sampled.
+        samples: Responses per prompt.
+        slots: Number of slots.
+        chunk: Largest number of decoding steps between two looks of the host at finished rows.
+        quantised: Whether the base's matrices are quantised.
+
+    Raises UserError if the number of slots is not a multiple of the samples per prompt, or of the
+    parts that the mesh splits rows into.
     """
 
-    # Tokens that a merged copy is taken to be read for: many, so that it pays wherever it may.
+    # Assumed number of sampled tokens when merging is weighed against applying the adapter: so many
+    # that merging pays wherever it is allowed.
     TOKENS = 2**30
 
     def __init__(
@@ -117,12 +135,12 @@ class ContinuousSampler:
             parts,
             chunk,
         )
-        place, options = functools.partial(_placed, lm), decoding_options(lm.mesh, quantised)
-        self.merge = Program("merge", lora_lib.merge)
+        place, options = functools.partial(_constrained, lm), decoding_options(lm.mesh, quantised)
+        self.merge = Program("merge", lora.merge)
         self.fuse = Program("fuse", fused.fuse)
-        self.part = Program("part", stacks.apart)
-        # For each length of prompts, with an adapter and without: admissions of two sizes, batches
-        # of all sizes, the steps between these.
+        self.part = Program("part", stacks.unstack)
+        # Bounds on compilations: for each prompt length, with and without an adapter, there are two
+        # sizes of admissions, HALVINGS + 1 sizes of batches, and the halvings between them.
         lengths = 2 * LENGTHS
         self.vacant = Program(
             "vacant", functools.partial(_vacant, lm, config, slots, place), limit=lengths
@@ -141,7 +159,7 @@ class ContinuousSampler:
 
     @property
     def compilations(self) -> int:
-        """Of all its programs."""
+        """Number of compilations of all its programs."""
         return sum(
             program.compilations
             for program in (
@@ -156,7 +174,7 @@ class ContinuousSampler:
         )
 
     def memory(self):
-        """Of the largest of its programs."""
+        """Returns the memory of the program with the largest peak; None before the first call."""
         found = [program.memory() for program in (self.admit, self.decode) if program.compilations]
         return max(found, key=lambda account: account.peak, default=None)
 
@@ -164,96 +182,103 @@ class ContinuousSampler:
         self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array
     ) -> Rollout:
         tokens_PS, valid_PS = (
-            np.asarray(jax.device_get(hosts.whole(x)))
+            np.asarray(jax.device_get(hosts.fetch(x)))
             for x in (prompts.tokens_BP, prompts.valid_BP)
         )
-        # What is not merged goes through no program: that would copy it.
-        base, adapter = sampled_from(
+        # Weights that are not merged are not passed through a program, which would copy them.
+        base, adapter = prepare_for_decoding(
             self.lm, base, adapter, self.config, self.TOKENS, self.merge, self.fuse, self.part
         )
-        made = _Made(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
-        waiting = deque(int(p) for p in np.flatnonzero(made.valid_PS.any(axis=1)))
+        responses = _Responses(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
+        waiting = deque(int(p) for p in np.flatnonzero(responses.valid_PS.any(axis=1)))
         state, slots = self.vacant(base, adapter, tokens_PS[:1]), self.slots
-        inside_B, steps = np.full(slots, -1), 0
-        while waiting or (inside_B >= 0).any():
-            for admission in self._admissions(made, waiting, inside_B):
+        slot_row_B, steps = np.full(slots, -1), 0
+        while waiting or (slot_row_B >= 0).any():
+            for admission in self._admissions(responses, waiting, slot_row_B):
                 state = self.admit(base, adapter, state, *dataclasses.astuple(admission), key)
-            active = int((inside_B >= 0).sum())
-            # With prompts waiting, it is stopped for room for a call's worth of them; otherwise for
-            # a halved batch.
+            active = int((slot_row_B >= 0).sum())
+            # Decoding stops early once enough slots are free for the waiting prompts; if none wait,
+            # once the batch can be halved.
             until = (
-                slots - self._room(waiting)
+                slots - self._slots_to_fill(waiting)
                 if waiting
                 else active // 2
-                if self._halves(slots, 1)
+                if self._can_halve(slots, 1)
                 else 0
             )
             state, done = self.decode(base, adapter, state, np.int32(min(until, active - 1)), key)
             done_B, length_B, taken = (np.asarray(jax.device_get(x)) for x in done)
             steps += int(taken)
-            over_B = done_B & (inside_B >= 0)
-            if over_B.any():
-                made.keep(
-                    inside_B,
-                    over_B,
+            ended_B = done_B & (slot_row_B >= 0)
+            if ended_B.any():
+                responses.store(
+                    slot_row_B,
+                    ended_B,
                     length_B,
                     *(
-                        np.asarray(jax.device_get(hosts.whole(x)))
+                        np.asarray(jax.device_get(hosts.fetch(x)))
                         for x in (state.tokens_BC, state.logp_BC)
                     ),
                 )
-                inside_B[over_B] = -1
-            active = int((inside_B >= 0).sum())
-            # One halving after the other: from each size to every smaller one would be as many
-            # programs as pairs.
-            while not waiting and active and self._halves(slots, active):
+                slot_row_B[ended_B] = -1
+            active = int((slot_row_B >= 0).sum())
+            # One halving at a time: a program for every pair of sizes would be many more.
+            while not waiting and active and self._can_halve(slots, active):
                 slots //= 2
-                stays = np.argsort(inside_B < 0, kind="stable")[:slots].astype(np.int32)
-                state, inside_B = self.fewer(state, stays), inside_B[stays]
-        return made.rollout(steps, self.lm.mesh)
+                stays = np.argsort(slot_row_B < 0, kind="stable")[:slots].astype(np.int32)
+                state, slot_row_B = self.fewer(state, stays), slot_row_B[stays]
+        return responses.rollout(steps, self.lm.mesh)
 
     @property
-    def _some(self) -> int:
-        """Prompts that are let in together while others are decoded: one at a time would be read at
-        the cost of several.
+    def _prompts_per_call(self) -> int:
+        """Number of prompts that enter together while other rows are decoded.
+
+        Reading one prompt takes about as long as reading several, so prompts wait for each other.
         """
         return max(1, self.slots // self.samples // 8)
 
-    def _room(self, waiting: deque[int]) -> int:
-        """Free slots that are worth a call."""
-        return min(len(waiting), self._some) * self.samples
+    def _slots_to_fill(self, waiting: deque[int]) -> int:
+        """Returns the number of free slots from which on a call that reads prompts pays."""
+        return min(len(waiting), self._prompts_per_call) * self.samples
 
-    def _halves(self, slots: int, active: int) -> bool:
-        """Whether half of the slots would hold so many rows and is a size that batches have."""
+    def _can_halve(self, slots: int, active: int) -> bool:
+        """Returns whether half of the slots can hold `active` rows and is an allowed batch size."""
         return slots % (2 * self.parts) == 0 and slots // 2 >= max(active, self.slots >> HALVINGS)
 
     def _admissions(
-        self, made: _Made, waiting: deque[int], inside_B: np.ndarray
+        self, responses: _Responses, waiting: deque[int], slot_row_B: np.ndarray
     ) -> list[Admission]:
-        """Takes prompts from the queue while there are slots for a call's worth of them, in calls
-        of two sizes: all slots, or an eighth.
+        """Takes prompts from the queue while enough slots are free, and assigns them.
+
+        An admission has one of two sizes, so that it compiles twice: all slots, or an eighth of
+        them. Updates `waiting` and `inside_B`, the row in each slot (-1: none).
         """
         out = []
-        free = deque(np.flatnonzero(inside_B < 0).tolist())
-        while waiting and len(free) >= self._room(waiting):
-            number = self.slots // self.samples if len(free) == len(inside_B) else self._some
+        free = deque(np.flatnonzero(slot_row_B < 0).tolist())
+        while waiting and len(free) >= self._slots_to_fill(waiting):
+            all_free = len(free) == len(slot_row_B)
+            number = self.slots // self.samples if all_free else self._prompts_per_call
             slot_AG, row_AG = (
                 np.full((number, self.samples), -1, np.int32),
                 np.zeros((number, self.samples), np.int32),
             )
             prompts = np.zeros(number, np.int64)
-            for place in range(number):
+            for entry in range(number):
                 if waiting and len(free) >= self.samples:
-                    prompts[place] = waiting.popleft()
-                    slot_AG[place] = [free.popleft() for _ in range(self.samples)]
-                    row_AG[place] = prompts[place] * self.samples + np.arange(self.samples)
-                    inside_B[slot_AG[place]] = row_AG[place]
-            out.append(Admission(made.tokens_PS[prompts], made.valid_PS[prompts], slot_AG, row_AG))
+                    prompts[entry] = waiting.popleft()
+                    slot_AG[entry] = [free.popleft() for _ in range(self.samples)]
+                    row_AG[entry] = prompts[entry] * self.samples + np.arange(self.samples)
+                    slot_row_B[slot_AG[entry]] = row_AG[entry]
+            out.append(
+                Admission(
+                    responses.tokens_PS[prompts], responses.valid_PS[prompts], slot_AG, row_AG
+                )
+            )
         return out
 
 
-class _Made:
-    """What has been sampled so far, on the host, by the rollout's row."""
+class _Responses:
+    """Responses sampled so far, on the host, in the row order of the rollout."""
 
     def __init__(
         self, tokens_PS: np.ndarray, valid_PS: np.ndarray, samples: int, config: SamplingConfig
@@ -269,17 +294,25 @@ class _Made:
         self.logp_BC = np.zeros((rows, config.max_new_tokens), np.float32)
         self.length_B = np.zeros(rows, np.int32)
 
-    def keep(
+    def store(
         self,
-        inside_B: np.ndarray,
-        over_B: np.ndarray,
+        slot_row_B: np.ndarray,
+        ended_B: np.ndarray,
         length_B: np.ndarray,
         tokens_BC: np.ndarray,
         logp_BC: np.ndarray,
     ) -> None:
-        """Takes over the rows that have ended."""
-        for slot in np.flatnonzero(over_B):
-            row, length = inside_B[slot], length_B[slot]
+        """Copies the rows that have ended from their slots.
+
+        Args:
+            inside_B: Row in each slot.
+            over_B: Slots whose row has ended.
+            length_B: Number of tokens in each slot.
+            tokens_BC: Tokens in each slot.
+            logp_BC: Their log-probabilities.
+        """
+        for slot in np.flatnonzero(ended_B):
+            row, length = slot_row_B[slot], length_B[slot]
             self.tokens_BC[row, :length], self.logp_BC[row, :length] = (
                 tokens_BC[slot, :length],
                 logp_BC[slot, :length],
@@ -287,14 +320,14 @@ class _Made:
             self.length_B[row] = length
 
     def rollout(self, steps: int, mesh: jax.sharding.Mesh | None) -> Rollout:
-        """Every row, as `sampling.sample` gives it; on a mesh placed like a batch."""
+        """Returns all rows as `sampling.sample` would; on a mesh they are sharded like a batch."""
         part = (lambda rows: rows) if mesh is None else sharding.row_share(mesh).part
         wide = lambda x_PS: part(np.repeat(x_PS, self.samples, axis=0))
-        made = [part(x) for x in (self.tokens_BC, self.logp_BC, self.length_B)]
-        rollout = as_rollout(
+        responses = [part(x) for x in (self.tokens_BC, self.logp_BC, self.length_B)]
+        rollout = make_rollout(
             wide(self.tokens_PS).astype(np.int32),
             wide(self.valid_PS),
-            *made,
+            *responses,
             jnp.int32(steps),
             self.config,
         )
@@ -313,11 +346,13 @@ def _vacant(
     adapter: Adapter | None,
     prompt_1S: Array,
 ) -> Slots:
-    """Slots without anybody, for prompts of so many columns; nothing of the arguments but their
-    shapes is read.
+    """Returns empty slots for prompts of the given number of columns.
+
+    Only the shapes of base, adapter and prompt are used.
     """
 
     def read() -> KVCache:
+        """Returns the cache that `prefill` would give; only its shapes are used."""
         tokens_BS = jnp.zeros((slots, prompt_1S.shape[1]), jnp.int32)
         return lm.prefill(
             base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache
@@ -341,16 +376,15 @@ def _vacant(
     )
 
 
-def rearranged(
+def map_rows(
     state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]
 ) -> Slots:
-    """The state with `layers` of every array [L, slots, ...] and `rows` of every other [slots,
-    ...].
-    """
+    """Returns the state with `layers` applied to arrays [L, slots, ...] and `rows` to others."""
     cache = state.cache
     layers = rows if cache.row_axis == 0 else layers
 
-    def changed(part: Part) -> Part:
+    def changed(part: WindowCache) -> WindowCache:
+        """Returns a part of the cache with its layers and rows mapped."""
         return part.replace(
             **{
                 name: jax.tree.map(layers, leaves)
@@ -377,11 +411,12 @@ def rearranged(
     )
 
 
-def _placed(lm: LanguageModel, state: Slots) -> Slots:
-    """The state where it lives: rows over the mesh's rows, keys and values beside the heads that
-    read them.
+def _constrained(lm: LanguageModel, state: Slots) -> Slots:
+    """Returns the state with sharding constraints.
+
+    Rows are split like the mesh's rows; keys and values lie beside the heads that read them.
     """
-    placed = rearranged(
+    placed = map_rows(
         state,
         Placement(lm.mesh, lm.split_heads).cache,
         lambda x: sharding.constrain(x, lm.mesh, sharding.BATCH_AXES, *[None] * (x.ndim - 1)),
@@ -404,12 +439,10 @@ def _admit(
     row_AG: Array,
     key: Array,
 ) -> Slots:
-    """Reads prompts and puts each one's keys and values into the slots of its samples, with the
-    first token of each.
-    """
+    """Reads prompts into the slots of their samples, and samples each one's first token."""
     logits_AV, read = lm.prefill(base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
     samples, slots = slot_AG.shape[1], state.done_B.shape[0]
-    # Nobody's slot lies behind the last one, where nothing is written.
+    # Filler gets a slot after the last one, where mode="drop" writes nothing.
     slot_X, row_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1), row_AG.reshape(-1)
     wide = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
     rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
@@ -422,13 +455,14 @@ def _admit(
         array, jnp.full((slot_X.shape[0], *array.shape[1:]), value, array.dtype)
     )
 
-    def admitted(part: Part, new: Part) -> Part:
+    def admitted(part: WindowCache, new: WindowCache) -> WindowCache:
+        """Returns a part of the cache with the new prompts in their slots."""
         return part.replace(
             prompt_k=stacks(part.prompt_k, new.prompt_k),
             prompt_v=stacks(part.prompt_v, new.prompt_v),
             prompt_visible_PS=rows(part.prompt_visible_PS, wide(new.prompt_visible_PS)),
             prompt_position_PS=rows(part.prompt_position_PS, wide(new.prompt_position_PS)),
-            # What the slot's last row decoded is nobody's any more.
+            # Forget what the slot's previous row decoded.
             own_visible_BC=fresh(part.own_visible_BC, False),
         )
 
@@ -436,8 +470,8 @@ def _admit(
         parts=tuple(map(admitted, state.cache.parts, read.parts)),
         position_B=rows(state.cache.position_B, wide(read.position_B)),
     )
-    first_X = row_keys_at(row_keys(jax.random.wrap_key_data(key), row_X), jnp.int32(0))
-    token_X, logp_X = choose(first_X, wide(logits_AV), config)
+    first_X = token_keys(row_keys(jax.random.wrap_key_data(key), row_X), jnp.int32(0))
+    token_X, logp_X = sample_tokens(first_X, wide(logits_AV), config)
     put = lambda array_BC, value_X: array_BC.at[slot_X, 0].set(value_X, mode="drop")
     return place(
         state.replace(
@@ -465,21 +499,24 @@ def _decode(
     until: Array,
     key: Array,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """At most `chunk` steps, fewer once no more than `until` rows go on; (done_B, length_B, steps)
-    for the host.
+    """Decodes at most `chunk` steps, fewer once no more than `until` rows are active.
+
+    Returns the new state, and (done_B, length_B, number of steps) for the host.
     """
     key_B = row_keys(jax.random.wrap_key_data(key), state.row_B)
     each_B = jnp.arange(state.done_B.shape[0])
 
     def goes_on(carry: tuple[Array, Slots]) -> Array:
+        """Whether another step is decoded."""
         step, state = carry
         return (step < chunk) & (jnp.sum(~state.done_B) > until)
 
     def advance(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+        """Decodes one token of every active row."""
         step, state = carry
         logits_BV, cache = lm.decode(base, adapter, state.token_B, state.cache, config.cache)
-        token_B, logp_B = choose(row_keys_at(key_B, state.length_B), logits_BV, config)
-        # A row that is done writes behind the last column, where nothing is kept.
+        token_B, logp_B = sample_tokens(token_keys(key_B, state.length_B), logits_BV, config)
+        # A row that has ended writes after the last column, where mode="drop" writes nothing.
         column_B = jnp.where(state.done_B, config.max_new_tokens, state.length_B)
         put = lambda array_BC, value_B: array_BC.at[each_B, column_B].set(value_B, mode="drop")
         length_B = state.length_B + ~state.done_B
@@ -497,5 +534,5 @@ def _decode(
 
 
 def _fewer(place, state: Slots, stays_Y: Array) -> Slots:
-    """Only some of the slots, in the given order."""
-    return place(rearranged(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))
+    """Returns the state with only the slots `stays_Y`, in that order."""
+    return place(map_rows(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))

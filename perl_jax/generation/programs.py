@@ -1,4 +1,4 @@
-"""Compiled samplers of a model."""
+"""Builds compiled sampling programs for a model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from perl_jax.hub.model import Model
 from perl_jax.runtime.platforms import decoding_options, platform_of
 from perl_jax.runtime.programs import SHAPES, Program
 
-# Layers of a model that are inlined in sampling: further ones would be minutes to compile.
+# Largest number of layers that are inlined in sampling; more would take minutes to compile.
 _INLINED = 16
 
 
 def sampling_config(
     model: Model, max_new_tokens: int, temperature: float, **more: Any
 ) -> SamplingConfig:
-    """How responses are sampled: until one of the tokenizer's stop tokens."""
-    # Parts of matrices that are split over devices do not lie beside each other.
+    """Returns a model's sampling config: its stop tokens, and what decodes fastest on its platform.
+
+    Args:
+        model: The model.
+        max_new_tokens: Largest number of sampled tokens, the stop token included.
+        temperature: Divides the logits; 0: greedy.
+        more: Further fields of `SamplingConfig`; they replace the defaults chosen here.
+    """
+    # Matrices that are split over devices cannot be concatenated locally.
     fused = (
         platform_of(model.mesh) == "gpu"
         and model.mesh.shape["fsdp"] == model.mesh.shape["tensor"] == 1
@@ -32,8 +39,8 @@ def sampling_config(
         and model.mesh.size == 1
         and model.lm.config.layers <= _INLINED
     )
-    # A CPU reads what there is of the cache at its own expense, and has memory for its growth.
-    # Inlined layers are compiled once a stage.
+    # On a CPU reading empty cache columns costs time, and there is memory for a growing cache.
+    # Inlined layers are compiled once per stage, so they get fewer stages.
     stages = 1 if max_new_tokens < 64 or platform_of(model.mesh) != "cpu" else 2 if inlined else 4
     settings = {
         "stages": stages,
@@ -48,7 +55,11 @@ def sampling_config(
 def sample_program(
     model: Model, max_new_tokens: int, temperature: float, rollout: RolloutConfig, samples: int = 1
 ) -> Program | ContinuousSampler:
-    """(base, policy, prompts, key data) -> Rollout, `samples` rows a prompt."""
+    """Returns the program that samples responses: (base, policy, prompts, key data) -> Rollout.
+
+    The rollout has `samples` rows per prompt. The program uses continuous batching if
+    `rollout.slots` is set.
+    """
     sampler = sampling_config(
         model,
         max_new_tokens,
@@ -70,7 +81,7 @@ def sample_program(
 
 
 def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Program:
-    """(base, policy, prompts, key data) -> Rollout, one batch at a time."""
+    """Returns a program (base, policy, prompts, key data) -> Rollout that decodes a batch."""
     sample = functools.partial(sampling.sample_prompts, model.lm, sampler, samples)
     return Program(
         "sample",

@@ -1,6 +1,7 @@
-"""Sampling responses: prompts read once, then a compiled decode loop over all their samples.
+"""Sampling: prompts are read once, then a compiled loop decodes all their samples.
 
-`sample` is the seam for faster engines: anything with its signature and its `Rollout` can stand in.
+`sample` is the interface for faster engines: a function with its signature that returns a `Rollout`
+can replace it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax import errors
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import fused, stacks
 from perl_jax.models.cache import CACHES, CacheKind
-from perl_jax.models.language_model import LanguageModel, resting
+from perl_jax.models.language_model import LanguageModel, cast_frozen_role
 from perl_jax.models.logprobs import token_logprobs
 from perl_jax.runtime import trees
 from perl_jax.types import Array, Prompts, Tokens, Tree
@@ -31,22 +32,25 @@ ADAPTERS = ("auto", "applied", "merged")
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen.
+    """How tokens are sampled, and how decoding is computed.
 
-    max_new_tokens: C, the room for a response, its stop token included.
-    temperature: divides the logits; 0 takes the most likely token.
-    top_k: keep the k most likely tokens (ties with the k-th too); None: off.
-    top_p: keep the smallest set of most likely tokens with at least this probability; None: off.
-    stop_ids: a row ends with the first of these it samples; the stop token is part of the response.
-    pad_id: what the columns after the end hold.
-    cache: what keys and values are kept in; auto: the activations' dtype.
-    stages: the cache grows in so many steps, and a token reads what there is of it: less to read,
-    and
-      the cache twice for a moment when it grows.
-    adapters: applied on the fly, merged into a copy of the base, or what costs less
-    (`sampled_from`). inlined: layers inlined, their weights and caches in arrays of their own
-    (`models.stacks`); not over several devices. fused: attention's projections and the pairs on
-    them beside each other, in a copy of these (`models.fused`), where they can be.
+    Attributes:
+        max_new_tokens: C, the largest number of response tokens, the stop token included.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep the k most likely tokens, and ties with the k-th; None: off.
+        top_p: Keep the smallest set of most likely tokens with at least this probability; None:
+            off.
+        stop_ids: Tokens that end a row; the stop token is part of the response.
+        pad_id: Token in the columns after the end.
+        cache: Dtype of the cached keys and values; auto: the activations' dtype.
+        stages: Number of steps in which the cache grows. A token then reads fewer empty columns,
+            but the cache exists twice for a moment when it grows.
+        adapters: applied: compute the adapter for every token; merged: merge it into a copy of the
+            base; auto: what costs less (`prepare_for_decoding`).
+        inlined: Inline the layers, with weights and caches in separate arrays per layer
+            (`models.stacks`). Not on several devices.
+        fused: Compute attention's projections and their adapters as few large products, from a copy
+            of their weights (`models.fused`), where possible.
     """
 
     max_new_tokens: int
@@ -79,14 +83,15 @@ class SamplingConfig:
 class Rollout:
     """Prompts with their sampled responses.
 
-    sequences: tokens of [prompt | response], T = P + C, response mask on sampled tokens (eos too).
-    logp_BT: log-probability of each sampled token under what it was drawn from, softmax(logits /
-    temperature)
-      over the tokens that top-k and top-p leave; 0 outside the response. At temperature 0: under
-      softmax(logits).
-    finished_B: whether the row sampled a stop token within the budget.
-    steps: decoding steps taken: the first tokens come from the prompts' pass, and the loop ends
-    when every row has.
+    Attributes:
+        sequences: Tokens of [prompt | response], T = P + C; the response mask covers the sampled
+            tokens, the stop token included.
+        logp_BT: Log-probability of each sampled token under the distribution it was drawn from:
+            softmax(logits / temperature) over the tokens that top-k and top-p keep; softmax(logits)
+            at temperature 0. 0 outside the response.
+        finished_B: Whether the row sampled a stop token within max_new_tokens.
+        steps: Number of decoding steps. The prompts' pass gives the first tokens, and the loop ends
+            when all rows have ended.
     """
 
     sequences: Tokens
@@ -96,10 +101,10 @@ class Rollout:
 
 
 def filter_logits(logits_BV: Array, top_k: int | None, top_p: float | None) -> jax.Array:
-    """Logits with everything outside the top-k and the nucleus at -inf (Holtzman et al. 2020).
+    """Returns the logits with -inf for tokens outside the top k and outside the nucleus of top p.
 
-    top_p keeps a token when the tokens strictly more likely than it hold less than p in total, so
-    the most likely token always stays.
+    A token is in the nucleus if the tokens that are more likely have less than top_p in total, so
+    the most likely token always is (Holtzman et al. 2020). None: no filter.
     """
     if top_k is not None and top_k < logits_BV.shape[-1]:
         threshold_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -114,12 +119,20 @@ def filter_logits(logits_BV: Array, top_k: int | None, top_p: float | None) -> j
 
 
 def row_keys(key: jax.Array, row_B: Array) -> jax.Array:
-    """A key for each row by its number: a row's draws do not depend on which rows are beside it."""
+    """Returns one key per row, made from the row's number.
+
+    So a row's draws do not depend on which rows share its batch.
+    """
     return jax.vmap(functools.partial(jax.random.fold_in, key))(row_B)
 
 
-def choose(key_B: Array, logits_BV: Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """Next token_B and its logp_B (see `Rollout.logp_BT`), in float32. key_B: one for each row."""
+def sample_tokens(
+    key_B: Array, logits_BV: Array, config: SamplingConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the next token of each row and its log-probability (see `Rollout.logp_BT`), float32.
+
+    key_B: one key per row; unused at temperature 0.
+    """
     logits_BV = logits_BV.astype(jnp.float32)
     if config.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -130,18 +143,18 @@ def choose(key_B: Array, logits_BV: Array, config: SamplingConfig) -> tuple[jax.
     return token_B, token_logprobs(logits_BV, token_B)
 
 
-# Tokens that are drawn from together.
+# Number of tokens in a block of the vocabulary (`draw`).
 _BLOCK = 128
 
 
 def draw(key_B: Array, logits_BV: Array) -> jax.Array:
-    """One token a row from softmax(logits): first a block of the vocabulary, then a token of the
-    block.
+    """Returns one token per row, drawn from softmax(logits).
 
-    Both by Gumbel noise on log-weights (argmax of log w + g has probability w / sum w), so that
-    noise is needed for V / 128 + 128 numbers a row and not for V. Not by the cumulative sum, which
-    is cheap too: its rounding errors move every boundary between tokens, and rows then depend on
-    what the compiler made of the shapes around them.
+    First a block of the vocabulary is drawn, then a token of the block. Both draws add Gumbel noise
+    g to log-weights: argmax(log w + g) has probability w / sum(w). So a row needs V / 128 + 128
+    noise values instead of V. A draw by the cumulative sum would be cheap too. But its rounding
+    errors move the boundary of every token, so that draws would depend on how the compiler handles
+    the batch's shape.
     """
     most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     pad = ((0, 0), (0, -logits_BV.shape[1] % _BLOCK))
@@ -160,59 +173,69 @@ def draw(key_B: Array, logits_BV: Array) -> jax.Array:
 
 
 def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
-    """Whether each token is one of the stop ids."""
+    """Returns whether each token is one of the stop ids."""
     if not stop_ids:
         return jnp.zeros(token_B.shape, bool)
     return jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))
 
 
-def sampled_from(
+def prepare_for_decoding(
     lm: LanguageModel,
     base: Tree,
     adapter: Adapter | None,
     config: SamplingConfig,
     tokens: int,
-    merge: Callable[[Tree, Adapter], Tree] = lora_lib.merge,
+    merge: Callable[[Tree, Adapter], Tree] = lora.merge,
     fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
-    part: Callable[[Tree], stacks.Apart] = stacks.apart,
+    part: Callable[[Tree], stacks.Unstacked] = stacks.unstack,
 ) -> tuple[Tree, Adapter | None]:
-    """(base, adapter) as decoding reads them: the adapter applied on the fly, or merged into a
-    copy; full tuning's weights in the activations' dtype, to which each token's products would
-    round them again; attention's projections fused, and layers apart, where the config says so.
+    """Returns (base, adapter) in the form that decoding reads.
 
-    Merging costs 2 R D F operations a matrix, once; applying 2 R (D + F) for each token: `auto`
-    merges where that is less, in float32 only, because a copy in bfloat16 rounds small updates away
-    and is then another policy than the one that is trained. merge, fuse: are given the leaves that
-    change alone; part: the layers.
+    The adapter is merged into a copy of the base where `should_merge` says so, and kept otherwise.
+    Full tuning's weights are cast to the activations' dtype, as every product would do. Attention's
+    projections are fused and layers are unstacked if the config says so.
+
+    Args:
+        lm: The model's functions.
+        base: The frozen base.
+        adapter: The policy; None: the base itself.
+        config: How decoding is computed.
+        tokens: Number of tokens that will be computed.
+        merge: Merges an adapter into the kernels that it changes.
+        fuse: Fuses attention's weights.
+        part: Unstacks the layers' weights.
+
+    Raises ValueError if `config.inlined` is set on several devices.
     """
     if adapter is not None and adapter.weights is not None:
-        base, adapter = resting(adapter, lm.config.dtype).weights, None
-    if merges(base, adapter, config, tokens):
+        base, adapter = cast_frozen_role(adapter, lm.config.dtype).weights, None
+    if should_merge(base, adapter, config, tokens):
         moved: dict = {}
-        for name, kernel in moved_kernels(base, adapter).items():
+        for name, kernel in adapted_kernels(base, adapter).items():
             trees.insert(moved, name, kernel)
         merged = trees.named_leaves(merge(moved, adapter))
-        # A value head is not read in sampling.
+        # The merged policy needs no adapter; sampling does not read a head.
         base, adapter = trees.map_named(merged.get, base), None
     if config.fused and fused.fusible(base, adapter):
         attention = fuse(base["layers"]["attention"], adapter)
         base, adapter = (
             base | {"layers": base["layers"] | {"attention": attention}},
-            fused.rest(adapter),
+            fused.without_attention(adapter),
         )
     if config.inlined:
         if lm.mesh is not None and lm.mesh.size > 1:
             raise ValueError(
-                "sampling.inlined is for one device: arrays of single layers have no places on a "
-                "mesh"
+                "sampling.inlined needs a single device: arrays of single layers have no sharding"
             )
         base = base | {"layers": part(base["layers"])}
-    return base, rounded_once(adapter, lm.config.dtype)
+    return base, cast_pairs(adapter, lm.config.dtype)
 
 
-def rounded_once(adapter: Adapter | None, dtype: str) -> Adapter | None:
-    """Pairs in the activations' dtype, to which each product would round them again. DoRA's norms
-    are taken of the pairs as they are.
+def cast_pairs(adapter: Adapter | None, dtype: str) -> Adapter | None:
+    """Returns the adapter with its low-rank pairs in the activations' dtype `dtype`.
+
+    Every product would cast them anyway. DoRA adapters are returned unchanged, because their norms
+    need the pairs in full precision.
     """
     leaves = () if adapter is None else jax.tree.leaves((adapter.lora, adapter.under))
     if all(leaf.dtype == dtype for leaf in leaves) or (
@@ -223,25 +246,30 @@ def rounded_once(adapter: Adapter | None, dtype: str) -> Adapter | None:
     return adapter.replace(lora=cast(adapter.lora), under=cast(adapter.under))
 
 
-def merges(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:
-    """Whether `sampled_from` merges; decided by shapes and dtypes alone."""
+def should_merge(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:
+    """Returns whether `prepare_for_decoding` merges; depends on shapes and dtypes only."""
     if adapter is None or adapter.lora is None or config.adapters == "applied":
         return False
     return config.adapters == "merged" or merging_pays(base, adapter, tokens)
 
 
 def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
-    """Whether a float32 copy costs fewer operations than `tokens` applications."""
-    kernels = moved_kernels(base, adapter).values()
+    """Returns whether merging costs fewer operations than applying the adapter to `tokens` tokens.
+
+    Merging costs 2 R D F operations per matrix once, applying 2 R (D + F) per token. For kernels
+    that are not float32 the answer is False: rounding to bfloat16 would lose small updates, and the
+    sampled policy would differ from the trained one.
+    """
+    kernels = adapted_kernels(base, adapter).values()
     if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):
         return False
     shapes = [leaf.shape[1:] for leaf in kernels]
     return sum(d * f for d, f in shapes) < tokens * sum(d + f for d, f in shapes)
 
 
-def moved_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
-    """The base's kernels that an adapter changes, by path name."""
-    moved = lora_lib.moved_modules(adapter)
+def adapted_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
+    """Returns the base's kernels that an adapter changes, keyed by path name."""
+    moved = lora.adapted_modules(adapter)
     return {
         name: leaf
         for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items()
@@ -260,33 +288,48 @@ def sample(
     config: SamplingConfig,
     samples: int = 1,
 ) -> Rollout:
-    """Samples `samples` responses for every prompt: rows next to each other, which share its keys
-    and values.
+    """Samples `samples` responses to every prompt.
 
-    `key` alone decides the draws: folded with the row's number, then with the token's. Responses
-    start at column S. Prompts that are trained on must be padded on the left: padded on the right
-    they are sampled from correctly, but a gap then lies before the first response token, and column
-    S - 1, where a trainer reads that token's log-probability, is padding.
+    The samples of a prompt are consecutive rows and share its keys and values. The draws depend
+    only on the key, the row's number and the token's number. Prompts that are trained on must be
+    padded on the left. Prompts padded on the right are sampled correctly, but then padding
+    separates prompt and response, and column S - 1, where a trainer reads the log-probability of
+    the first response token, is padding.
+
+    Args:
+        lm: The model's functions (static).
+        base: The frozen base.
+        adapter: The policy; None: the base itself.
+        tokens_PS: Token ids of the prompts. Responses begin at column S.
+        valid_PS: True on real tokens. A prompt without real tokens is filler and gets no response.
+        key: Random key.
+        config: How tokens are sampled (static).
+        samples: Responses per prompt (static).
     """
     chex.assert_rank([tokens_PS, valid_PS], 2)
-    room = config.max_new_tokens
+    max_new_tokens = config.max_new_tokens
     repeated = lambda x: jnp.repeat(x, samples, axis=0)
-    # A prompt without a token is filler: its rows are done before they start.
+    # A prompt without a real token is filler: its rows are done from the start.
     done_B = repeated(~jnp.any(valid_PS.astype(bool), axis=1))
     rows = done_B.shape[0]
-    base, adapter = sampled_from(lm, base, adapter, config, tokens_PS.size + rows * room)
-    rooms = sorted({-(-room * stage // config.stages) for stage in range(1, config.stages + 1)})
+    base, adapter = prepare_for_decoding(
+        lm, base, adapter, config, tokens_PS.size + rows * max_new_tokens
+    )
+    # Largest number of tokens of each stage.
+    limits = sorted(
+        {-(-max_new_tokens * stage // config.stages) for stage in range(1, config.stages + 1)}
+    )
     logits_PV, cache = lm.prefill(
-        base, adapter, tokens_PS, valid_PS, rooms[0], samples, config.cache
+        base, adapter, tokens_PS, valid_PS, limits[0], samples, config.cache
     )
     key_B = row_keys(key, jnp.arange(rows))
 
-    def chosen(
+    def append_tokens(
         step: Array, logits_BV: Array, made: tuple[Array, ...]
     ) -> tuple[jax.Array, tuple[Array, ...]]:
-        """Every row's token of a step, and the rows with it."""
+        """Samples the token of a step for every row, and appends it to the rows."""
         done_B, tokens_BC, logp_BC, length_B = made
-        token_B, logp_B = choose(row_keys_at(key_B, step), logits_BV, config)
+        token_B, logp_B = sample_tokens(token_keys(key_B, step), logits_BV, config)
         put = lambda array, values: jax.lax.dynamic_update_slice(
             array, values[:, None].astype(array.dtype), (0, step)
         )
@@ -300,27 +343,29 @@ def sample(
         )
 
     def advance(carry):
+        """Decodes the previous token and samples the next one."""
         step, token_B, cache, made = carry
         logits_BV, cache = lm.decode(base, adapter, token_B, cache, config.cache)
-        token_B, made = chosen(step, logits_BV, made)
+        token_B, made = append_tokens(step, logits_BV, made)
         return step + 1, token_B, cache, made
 
-    tokens_BC = jnp.full((rows, room), config.pad_id, jnp.int32)
-    logp_BC, length_B = jnp.zeros((rows, room), jnp.float32), jnp.zeros((rows,), jnp.int32)
-    # The prompt's logits give the first token, and nobody asks for those after the last: a step
-    # decodes the token before its own.
-    token_B, made = chosen(
+    tokens_BC = jnp.full((rows, max_new_tokens), config.pad_id, jnp.int32)
+    logp_BC = jnp.zeros((rows, max_new_tokens), jnp.float32)
+    length_B = jnp.zeros((rows,), jnp.int32)
+    # The prompt's logits give the first token. Each later step decodes the token before its own, so
+    # no logits are computed after the last token.
+    token_B, made = append_tokens(
         jnp.int32(0), repeated(logits_PV), (done_B, tokens_BC, logp_BC, length_B)
     )
     carry = (jnp.int32(1), token_B, cache, made)
-    for limit in rooms:
+    for limit in limits:
         step, token_B, cache, made = carry
         carry = (step, token_B, cache.grown(limit), made)
         carry = jax.lax.while_loop(
             lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0]), advance, carry
         )
     step, _, _, (_, tokens_BC, logp_BC, length_B) = carry
-    return as_rollout(
+    return make_rollout(
         repeated(tokens_PS.astype(jnp.int32)),
         repeated(valid_PS.astype(bool)),
         tokens_BC,
@@ -340,7 +385,7 @@ def sample_prompts(
     prompts: Prompts,
     key: Array,
 ) -> Rollout:
-    """`sample` for a batch of prompts and raw key data, as programs are called with."""
+    """Calls `sample` for a batch of prompts and raw key data, in the argument order of programs."""
     return sample(
         lm,
         base,
@@ -353,12 +398,12 @@ def sample_prompts(
     )
 
 
-def row_keys_at(key_B: Array, token: Array) -> jax.Array:
-    """The rows' keys for a token by its number in the response: one for all rows, or one each."""
+def token_keys(key_B: Array, token: Array) -> jax.Array:
+    """Returns each row's key for its token number `token`, a scalar or one per row."""
     return jax.vmap(jax.random.fold_in)(key_B, jnp.broadcast_to(token, key_B.shape))
 
 
-def as_rollout(
+def make_rollout(
     prompt_BS: Array,
     valid_BS: Array,
     tokens_BC: Array,
@@ -367,7 +412,7 @@ def as_rollout(
     steps: Array,
     config: SamplingConfig,
 ) -> Rollout:
-    """Prompts and what was sampled, side by side."""
+    """Returns the rollout of prompts and sampled tokens, concatenated along the columns."""
     response_BC = jnp.arange(tokens_BC.shape[1])[None, :] < length_B[:, None]
     join = lambda left, right: jnp.concatenate([left, right], axis=1)
     sequences = Tokens(

@@ -1,4 +1,4 @@
-"""A model, perhaps with an adapter, continues prompts."""
+"""Text generation: a model, with or without an adapter, continues prompts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class GenerateConfig(TemplateOptions):
 
     Attributes:
         prompt: The text to continue.
-        adapter: A policy artefact; None: the base.
-        max_new_tokens: Room for a continuation, in tokens.
+        adapter: Folder of a policy's adapter; None: the base model.
+        max_new_tokens: Largest number of tokens of a continuation.
         temperature: Divides the logits; 0: greedy.
         top_k: Sample from the k most likely tokens only; None: off.
         top_p: Sample from the fewest tokens with this probability in total; None: off.
         samples: Number of continuations.
-        seed: Of sampling.
+        seed: Seed of sampling.
     """
 
     prompt: str
@@ -68,16 +68,17 @@ def generate(
     Args:
         model: The base (`load_model`).
         adapter: A policy; None: the base itself.
-        prompts: Texts to continue; a chat template makes a user's turn of each.
-        max_new_tokens: Room for a continuation, in tokens.
+        prompts: Texts to continue; a chat template makes each one a user turn.
+        max_new_tokens: Largest number of tokens of a continuation.
         temperature: Divides the logits; 0: greedy.
         top_k: Sample from the k most likely tokens only; None: from all.
         top_p: Sample from the fewest tokens with this probability in total; None: from all.
-        samples: Continuations of each prompt.
-        seed: Of sampling.
+        samples: Number of continuations of each prompt.
+        seed: Seed of sampling.
 
     Raises:
-        UserError: For a prompt without tokens, or one that leaves no room for a continuation.
+        UserError: For a prompt without tokens, or a prompt that is too long for max_new_tokens more
+            tokens.
     """
     require(
         not isinstance(prompts, str), "prompts is one text; give a list of texts, such as [text]."
@@ -97,7 +98,7 @@ def generate(
         )
     if not rows:
         return []
-    # Prompts lie side by side with their ends in one column.
+    # Prompts are padded on the left, so that all end in the same column.
     tokens_PS, valid_PS = fill(
         [(ids,) for ids in rows], max(map(len, rows)), tokenizer.pad_id, left=True
     )
@@ -119,7 +120,7 @@ def generate(
 
 
 def run_generate(config: GenerateConfig) -> list[str]:
-    """Returns sampled continuations of the command's prompt."""
+    """Returns sampled continuations of the config's prompt: the command `generate`."""
     model = load_model(config)
     adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
     return generate(

@@ -20,7 +20,7 @@ from perl_jax.errors import UserError, one_of, require
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, hosts, trees
-from perl_jax.runtime.storage import changed_leaves, first_line, say_once
+from perl_jax.runtime.storage import changed_leaves, hide_unretrieved_errors, short_message
 
 RECORD = "artefact.json"
 
@@ -135,7 +135,7 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
     if hosts.is_writer():
         values = dataclasses.replace(record, format=FORMAT)
         files.write_json(
-            temporary / RECORD, files.sealed({**files.to_dict(values), "digests": content})
+            temporary / RECORD, files.with_checksum({**files.to_dict(values), "digests": content})
         )
         _put_in_place(temporary, folder)
     hosts.barrier("artefact written")
@@ -174,7 +174,7 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
     )
     if found > 1:
         require(
-            files.is_whole(values),
+            files.has_valid_checksum(values),
             f"{path} is damaged: it does not have the checksum that it was written with.",
         )
         values.pop("checksum")
@@ -293,11 +293,11 @@ def load_artefact(
             adapter = checkpointer.restore((folder / "tree").absolute(), abstract)
     # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
-        if hosts.lost(error):
+        if hosts.is_peer_failure(error):
             raise
-        say_once()
+        hide_unretrieved_errors()
         raise UserError(
-            f"The tree in {folder} does not fit its {RECORD}, or is damaged: {first_line(error)}"
+            f"The tree in {folder} does not fit its {RECORD}, or is damaged: {short_message(error)}"
         ) from error
     changed = [] if content is None else changed_leaves(adapter, content)
     require(

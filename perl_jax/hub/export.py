@@ -247,7 +247,7 @@ def _merged_tensor(adapter: Adapter, name: str, layer: int, array: np.ndarray) -
             array.dtype
         )
     module = name.removesuffix("/kernel")
-    if module not in lora.moved_modules(adapter):
+    if module not in lora.adapted_modules(adapter):
         return array
     return turn(
         np.asarray(

@@ -23,8 +23,8 @@ from perl_jax.models import config, kernels
 from perl_jax.models.config import ATTENTION, REMAT, ModelConfig
 from perl_jax.models.language_model import LanguageModel, full_weights
 from perl_jax.runtime import hosts, sharding, trees
-from perl_jax.runtime.platforms import platform_of, without_absent_chips
-from perl_jax.runtime.programs import Program, keep_compiled
+from perl_jax.runtime.platforms import platform_of, use_cpu_if_no_accelerator
+from perl_jax.runtime.programs import Program, use_compilation_cache
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.types import Tree
 
@@ -210,8 +210,8 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
             f"load_model has no option {', '.join(unknown)}; it has {', '.join(known)}.",
         )
         options = TemplateOptions(model=str(model), **options)
-    without_absent_chips()
-    keep_compiled(options.compile_cache)
+    use_cpu_if_no_accelerator()
+    use_compilation_cache(options.compile_cache)
     folder = weights.find_model(options.model)
     lm, tokenizer = described(options, folder)
     marks: dict[str, bytes] = {}
@@ -228,7 +228,7 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
         lm,
         base,
         tokenizer,
-        trees.joined_marks(marks),
+        trees.fingerprint_of_marks(marks),
         options.quantise,
         options.mesh.adapters == "sharded",
     )
@@ -273,7 +273,8 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
     unrolled layers.
 
     Args:
-        attention: The attention path; auto takes the best one for the devices (`kernels.choose`).
+        attention: The attention path; auto takes the best one for the devices
+            (`kernels.choose_attention`).
 
     On CPUs models with few layers have them unrolled. Raises UserError for a path that CPUs lack.
     """
@@ -289,9 +290,9 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
     )
 
 
-def _choice(config: ModelConfig, mesh: Mesh) -> kernels.Choice:
+def _choice(config: ModelConfig, mesh: Mesh) -> kernels.AttentionChoice:
     """Returns the best attention path for the mesh's devices, with the reason."""
-    return kernels.choose(
+    return kernels.choose_attention(
         platform_of(mesh),
         config,
         getattr(mesh.devices.flat[0], "compute_capability", None),

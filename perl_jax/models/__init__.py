@@ -1,1 +1,1 @@
-"""The decoder and the pure functions over (base, adapter, tokens)."""
+"""The decoder, its attention, cache and packing, and pure functions over base and adapter trees."""

@@ -1,4 +1,4 @@
-"""Configuration of the decoder: one set of fields that spans the Llama, Qwen and Gemma families."""
+"""Configuration of the decoder, one set of fields for the Llama, Qwen and Gemma families."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from perl_jax import errors
 from perl_jax.adapters.lora import LINEAR
 
 DTYPES = ("float32", "bfloat16")
-
-
 ATTENTION = ("plain", "blocked", "splash", "cudnn")
-
-
 REMAT = ("none", "dots", "full")
 
 
@@ -21,9 +17,16 @@ REMAT = ("none", "dots", "full")
 class Rope:
     """Frequencies of rotary positions: theta^(-2i/K), then scaled.
 
-    scaling: none; linear divides every frequency by `factor` (position interpolation, arXiv
-      2306.15595); llama3 divides those whose wavelength exceeds original_positions / low_factor,
-      leaves those below original_positions / high_factor, and blends between (Llama 3.1).
+    Attributes:
+        theta: Base of the frequencies.
+        scaling: none; linear: divide every frequency by `factor` (position interpolation, arXiv
+            2306.15595); llama3: divide frequencies whose wavelength exceeds original_positions /
+            low_factor, keep those below original_positions / high_factor, and interpolate between
+            (Llama 3.1).
+        factor: Divisor of scaled frequencies.
+        low_factor: See llama3.
+        high_factor: See llama3.
+        original_positions: Context length of the original training, for llama3.
     """
 
     theta: float = 10000.0
@@ -45,8 +48,8 @@ class Rope:
         )
 
 
-# How and in which precision a model is computed, and how long its rows may be: no part of its
-# function.
+# Fields that change how a model is computed, not its function: precision, implementation, and the
+# largest length.
 COMPUTING = ("dtype", "param_dtype", "remat", "unroll", "attention", "max_positions")
 
 
@@ -54,23 +57,41 @@ COMPUTING = ("dtype", "param_dtype", "remat", "unroll", "attention", "max_positi
 class ModelConfig:
     """Shape and options of a decoder.
 
-    rope: rotary positions; local_rope: those of layers with a window, where they differ.
-    window: keys a token sees in the layers of `windowed`, itself included (sliding window).
-    windowed, unrotated: indices of layers with the window, and of layers without rotary positions.
-    biases: projections with a bias. qk_norm: RMSNorm over each head of queries and keys.
-    sandwich_norms: a norm after attention and after the feed-forward layer too.
-    unit_offset_norms: norms multiply by 1 + scale, in float32 (Gemma), instead of by scale.
-    scaled_embedding: embeddings times sqrt(width). query_scale: of q k^T; None: 1 / sqrt(K).
-    attention_cap, logit_cap: x -> cap tanh(x / cap) on attention and output logits.
-    dtype: of activations. param_dtype: of the base's weights (the frozen ones).
-    remat: what the backward pass computes again instead of keeping it: none; dots, all but the
-      products with weights; full, whole layers.
-    unroll: layers inlined in each turn of the layer scan; the numbers do not depend on it. 1 keeps
-      compiling quick for deep models; a CPU trains a shallow one up to 1.7 times as fast unrolled.
-      Decoding has a way of its own (`sampling.SamplingConfig.inlined`).
-    attention: over whole sequences. plain: XLA's own operations, on any platform; blocked: the same
-      by blocks of queries, so that the [B, H, T, T] weights never exist whole; splash, cudnn:
-      kernels of TPUs and GPUs.
+    Attributes:
+        vocab_size: V.
+        width: D.
+        ffn_width: F.
+        layers: L.
+        heads: H, the number of query heads.
+        kv_heads: N, the number of key/value heads.
+        head_dim: K.
+        max_positions: Largest number of tokens of a row.
+        norm_epsilon: Added to the mean square in RMSNorm.
+        rope: Rotary positions.
+        local_rope: Rotary positions of layers with a window; None: the same.
+        window: Number of tokens that a token sees in the layers of `windowed`, itself included.
+        windowed: Indices of layers with a sliding window.
+        unrotated: Indices of layers without rotary positions.
+        biases: Names of projections with a bias.
+        qk_norm: RMSNorm over each head of queries and keys.
+        sandwich_norms: Another norm after attention and after the feed-forward layer.
+        unit_offset_norms: Norms multiply by 1 + scale, in float32 (Gemma), instead of by scale.
+        activation: Activation of the feed-forward layers.
+        scaled_embedding: Embeddings are multiplied by sqrt(width).
+        query_scale: Factor of q k^T; None: 1 / sqrt(K).
+        attention_cap: Attention logits become cap tanh(x / cap); None: off.
+        logit_cap: Output logits become cap tanh(x / cap); None: off.
+        tied_embeddings: Whether the output projection is the transposed embedding.
+        dtype: Dtype of activations.
+        param_dtype: Dtype of the base's (frozen) weights.
+        remat: What the backward pass recomputes instead of keeping: none; dots: everything but the
+            products with weights; full: whole layers.
+        unroll: Number of layers inlined per turn of the layer scan; results do not depend on it. 1
+            compiles deep models quickly; a CPU trains a shallow model up to 1.7 times as fast
+            unrolled. Decoding has its own option (`sampling.SamplingConfig.inlined`).
+        attention: How whole sequences are attended to. plain: XLA operations, on any platform;
+            blocked: the same in blocks of queries, so that the [B, H, T, T] weights never exist
+            whole; splash, cudnn: kernels for TPUs and GPUs.
     """
 
     vocab_size: int
@@ -123,7 +144,8 @@ class ModelConfig:
         )
         errors.require(
             self.head_dim % 2 == 0,
-            f"model.head_dim is {self.head_dim}; rotary embedding needs an even one.",
+            f"model.head_dim is {self.head_dim}; it must be even, because rotary positions "
+            "rotate pairs.",
         )
         errors.require(
             not self.windowed or bool(self.window),
@@ -155,22 +177,22 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """What q k^T is multiplied by."""
+        """The factor of q k^T."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Each layer's window; None: it has none."""
+        """The window of each layer; None: no window."""
         return tuple(
             self.window if index in self.windowed else None for index in range(self.layers)
         )
 
     @property
     def function(self) -> dict[str, Any]:
-        """The settings that the numbers depend on, given the weights; those at their defaults are
-        left out.
+        """The settings that outputs depend on, given the weights, without those at their defaults.
 
-        So a setting that a later version adds leaves the models that do not use it as they are.
+        A setting that a later version adds therefore does not change the record of models without
+        it.
         """
         return {
             name: value for name, value in _unlike_defaults(self).items() if name not in COMPUTING
@@ -178,7 +200,7 @@ class ModelConfig:
 
 
 def _unlike_defaults(config: Any) -> dict[str, Any]:
-    """Fields of a frozen config that differ from their defaults, nested configs in the same way."""
+    """Returns the fields of a frozen config that differ from their defaults, recursively."""
     fields = {
         field.name: (vars(config)[field.name], field.default)
         for field in dataclasses.fields(config)

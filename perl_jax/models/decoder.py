@@ -1,8 +1,8 @@
-"""The decoder's modules (Flax NNX). They are built once, split, and then used as plain functions.
+"""The decoder's modules (Flax NNX). They are built once, split, and then used as pure functions.
 
-Each weight names its logical axes beside its shape; sharding rules map those to mesh axes. LoRA
+Each weight states its logical axes beside its shape; sharding rules map them to mesh axes. LoRA
 leaves are variables of their own type in the same modules, so that one split separates the frozen
-base from the adapter and from what lies frozen under it.
+base, the adapter, and the frozen pairs under the adapter.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.fused import GROUPS
 from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
-from perl_jax.models.stacks import columns, is_turned, rows
+from perl_jax.models.stacks import is_transposed, to_columns, to_rows
 from perl_jax.runtime import precision, sharding
 from perl_jax.types import Array, Tree
 
-# (q_BTHK, k_BTNK, v_BTNK) -> out_BTHK over whole sequences, its mask inside.
+# (q_BTHK, k_BTNK, v_BTNK) -> out_BTHK over whole sequences; the function contains the mask.
 Attend = Callable[[Array, Array, Array], Array]
 
 
@@ -41,11 +41,14 @@ class UnderParam(nnx.Variable):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted:
-    """What sits on the linear layers of a block: an adapter's config, and targets of frozen pairs.
+class AdapterSpec:
+    """Which adapters the linear layers of a block have.
 
-    fused: where attention's projections are fused (`models.fused`), the products that have pairs;
-    None: they are apart.
+    Attributes:
+        lora: Config of the adapter. None: no adapter.
+        under: Projections with frozen pairs (`Adapter.under`).
+        fused: For fused attention (`models.fused`): names of the fused products that include pairs.
+            None: attention is not fused.
     """
 
     lora: LoRAConfig | None = None
@@ -53,23 +56,22 @@ class Adapted:
     fused: tuple[str, ...] | None = None
 
 
-def flat(x_BTD: Array) -> jax.Array:
-    """[B T, D].
+def flatten_tokens(x_BTD: Array) -> jax.Array:
+    """Returns [B T, D] from [B, T, D].
 
-    On three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy,
-    and is slow at sums over [1, T, D]; flattened it runs a feed-forward layer's backward pass 1.6
-    times as fast. Merging B into T leaves rows that are sharded over devices where they are. What
-    several products read is flattened once: the backward pass would keep each reshaped array.
+    With three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy,
+    and is slow at sums over [1, T, D]. Flattened, the backward pass of a feed-forward layer is 1.6
+    times as fast. The reshape leaves rows that are sharded over devices in place. An input of
+    several products should be flattened once, because the backward pass keeps every reshaped array.
     """
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
-    """x W.
+    """Returns x W in `dtype` (None: the dtype of x).
 
-    A weight of another dtype than x is one that is trained (float32 under bfloat16 activations): it
-    is rounded to x's for the product, and its gradient is not (`_rounded_product`).
-    dtype: of the result; None: x's.
+    If W has another dtype than x, W is a trained weight (float32 under bfloat16 activations). It is
+    rounded to the dtype of x for the product, but its gradient is not rounded (`_rounded_product`).
     """
     dtype = jnp.dtype(dtype or x_ND.dtype)
     if weight_DF.dtype == x_ND.dtype:
@@ -79,8 +81,9 @@ def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded_product(x_ND: jax.Array, weight_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x round(W). dL/dW = x^T dy has W's own dtype: sums over tokens, and over devices, are not
-    rounded to x's.
+    """Returns x round(W), where dL/dW = x^T dy has the dtype of W.
+
+    So sums over tokens, and over devices, are not rounded to the dtype of x.
     """
     return precision.matmul(x_ND, weight_DF.astype(x_ND.dtype), dtype)
 
@@ -99,22 +102,20 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + bias, plus s (dropout(x) A) B where an adapter sits on it (see
-    `perl_jax.adapters.lora`).
-    """
+    """y = x W + bias, plus s (dropout(x) A) B if it has an adapter (`perl_jax.adapters.lora`)."""
 
     def __init__(
         self,
         name: str,
         config: ModelConfig,
-        adapted: Adapted,
+        adapted: AdapterSpec,
         shape: tuple[int, int],
         axes: tuple[str, str],
         rngs: nnx.Rngs,
     ):
         dtype = jnp.dtype(config.param_dtype)
-        # 1 / sqrt(in) keeps activations at their size for any width; the family's usual 0.02 is
-        # that of a width of 2,500 and leaves narrow models nearly linear for hundreds of steps.
+        # 1 / sqrt(in) keeps the size of activations for any width. The usual 0.02 fits a width of
+        # 2,500 and leaves narrow models nearly linear for hundreds of steps.
         self.kernel = nnx.Param(
             jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[0]), axes=axes
         )
@@ -137,7 +138,7 @@ class Linear(nnx.Module):
                 self.magnitude = LoRAParam(jnp.zeros(shape[1:], self.lora.dtype), axes=axes[1:])
         self.has_under = name in adapted.under
         if self.has_under:
-            # Shapes do not matter here: the tree that is merged in brings its own rank.
+            # Placeholders: the rank is that of the weights that are merged in.
             self.under_a = UnderParam(jnp.zeros((shape[0], 1)), axes=(axes[0], "rank"))
             self.under_b = UnderParam(jnp.zeros((1, shape[1])), axes=("rank", axes[1]))
 
@@ -156,25 +157,25 @@ class Linear(nnx.Module):
         return out_NF
 
     def _product(self, x_ND: Array) -> jax.Array:
-        """x W."""
+        """Returns x W."""
         kernel = self.kernel.get_value()
-        if is_turned(kernel):
-            return rows(kernel.of_columns(columns(x_ND)))
-        # Of a quantised matrix there is no gradient.
+        if is_transposed(kernel):
+            return to_rows(kernel.times_columns(to_columns(x_ND)))
+        # A quantised matrix is cast; it has no gradient.
         return matmul(x_ND, dense(kernel).astype(x_ND.dtype) if is_quantised(kernel) else kernel)
 
     @property
     def turned(self) -> bool:
-        """Whether it is nothing but a matrix that is kept turned (`stacks.Turned`)."""
+        """Whether the layer is only a transposed matrix, without adapter and bias."""
         return (
-            is_turned(self.kernel.get_value())
+            is_transposed(self.kernel.get_value())
             and self.lora is None
             and not self.has_under
             and self.bias is None
         )
 
     def _adapted(self, x_ND: Array, out_NF: Array, dropout_key: Array | None) -> jax.Array:
-        """x W -> x W + s (x A) B, or DoRA's m / ||W + s A B|| of it."""
+        """Returns x W + s (x A) B from x W = out_NF; for DoRA that times m / ||W + s A B||."""
         dropped = dropout_key is not None and self.lora.dropout > 0
         if dropped:
             keep = 1.0 - self.lora.dropout
@@ -188,19 +189,18 @@ class Linear(nnx.Module):
             output_norms(dense(self.kernel.get_value()), self.lora_a[...], self.lora_b[...], scale)
         )
         share_F = (self.magnitude[...] / norm_F)[None, :]
-        # Taken from 1 in float32: in bfloat16 a share near 1 would be 1.
+        # share - 1 is computed in float32, because bfloat16 would round a share near 1 to 1.
         share_F, beyond_F = share_F.astype(x_ND.dtype), (share_F - 1).astype(x_ND.dtype)
-        # With dropout the rescaled part sees the dropped input, the base the whole one.
+        # With dropout, only the rescaled part sees the dropped input.
         seen_NF = self._product(x_ND) if dropped else out_NF
         return out_NF + beyond_F * seen_NF + share_F * delta_NF
 
 
 class FusedLinear(nnx.Module):
-    """Several linear layers of one input, and the pairs on them: x W + (x A) B + bias by a product
-    with [W | A] (`models.fused`).
+    """Several linear layers of one input with their adapters, computed as few products.
 
-    Shapes do not matter here but for the outputs' widths: the tree that is merged in brings its own
-    ranks.
+    The layers are x W + (x A) B + bias. The first product is with [W | A] (`models.fused`). Only
+    the output widths are fixed here; the ranks are those of the weights that are merged in.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class FusedLinear(nnx.Module):
         )
 
     def __call__(self, x_ND: Array) -> list[jax.Array]:
-        """Each layer's output."""
+        """Returns the output of each layer."""
         features = sum(self.widths)
         out_NF = matmul(x_ND, self.kernel[...])
         if self.up is not None:
@@ -238,11 +238,11 @@ class FusedLinear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang & Sennrich 2019, arXiv
-    1910.07467).
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis.
 
-    The quotient is taken in float32. With `unit_offset_norms` the factor is 1 + scale, applied
-    before rounding to the activations' dtype (Gemma); otherwise scale, applied after (Llama).
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467). The quotient is computed in float32. With
+    `unit_offset_norms` the factor is 1 + scale, applied before rounding to the activations' dtype
+    (Gemma); otherwise it is scale, applied after (Llama).
     """
 
     def __init__(self, config: ModelConfig, size: int | None = None, axis: str = "embed"):
@@ -260,11 +260,12 @@ class RMSNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _normed(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
-    """`RMSNorm` of [N, D] or [N, H, K], of which the input alone is kept for the backward pass."""
+    """RMSNorm of [N, D] or [N, H, K] that keeps only its input for the backward pass."""
     return _norm(x, scale, epsilon, offset)
 
 
 def _norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
+    """Returns the RMSNorm of x over the last axis; `offset` selects the factor 1 + scale."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = jnp.expand_dims(scale, range(x.ndim - 1))
@@ -285,9 +286,9 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions: its projections and norms."""
 
-    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: AdapterSpec, rngs: nnx.Rngs):
         query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.config = config
         self.fused = adapted.fused is not None
@@ -319,8 +320,8 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [B,T,H,K], rotated keys and values [B,T,N,K]."""
-        x_ND = flat(x_BTD)
+        """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, N, K]."""
+        x_ND = flatten_tokens(x_BTD)
         split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
         q_BTHK, k_BTNK, v_BTNK = map(
             split,
@@ -333,9 +334,13 @@ class Attention(nnx.Module):
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
 
     def output(self, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
-        """The output projection over all heads."""
+        """Returns the output projection of all heads, [B, T, D]."""
         heads_BTF = place.features(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), place.split_heads)
-        out_ND = self.o(flat(heads_BTF))[0] if self.fused else self.o(flat(heads_BTF), key)
+        out_ND = (
+            self.o(flatten_tokens(heads_BTF))[0]
+            if self.fused
+            else self.o(flatten_tokens(heads_BTF), key)
+        )
         return out_ND.reshape(*heads_BTF.shape[:2], -1)
 
 
@@ -344,7 +349,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """activation(gate) * up, of which the two inputs alone are kept for the backward pass."""
+    """activation(gate) * up, keeping only the two inputs for the backward pass."""
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -362,7 +367,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: AdapterSpec, rngs: nnx.Rngs):
         self.activation = config.activation
         self.gate = Linear(
             "gate", config, adapted, (config.width, config.ffn_width), ("embed", "mlp"), rngs
@@ -375,28 +380,33 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
-        x_ND = flat(x_BTD)
+        x_ND = flatten_tokens(x_BTD)
         if self.gate.turned and self.up.turned and self.down.turned:
             return self._in_columns(x_ND).reshape(x_BTD.shape)
         features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
         gated_BTF = _gated(
             self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key))
         )
-        return self.down(flat(gated_BTF), key).reshape(x_BTD.shape)
+        return self.down(flatten_tokens(gated_BTF), key).reshape(x_BTD.shape)
 
     def _in_columns(self, x_ND: Array) -> jax.Array:
-        """The same with tokens as columns in between, on one device."""
+        """Returns the same output for transposed matrices, with tokens as columns in between.
+
+        For a single device only.
+        """
         gate, up, down = (linear.kernel.get_value() for linear in (self.gate, self.up, self.down))
-        x_DN = columns(x_ND)
-        return rows(
-            down.of_columns(_gated(self.activation, gate.of_columns(x_DN), up.of_columns(x_DN)))
+        x_DN = to_columns(x_ND)
+        return to_rows(
+            down.times_columns(
+                _gated(self.activation, gate.times_columns(x_DN), up.times_columns(x_DN))
+            )
         )
 
 
 class Block(nnx.Module):
-    """One pre-norm layer. Returns its output and the keys and values a cache would keep."""
+    """One pre-norm transformer layer; returns its output, and keys and values for a cache."""
 
-    def __init__(self, config: ModelConfig, adapted: Adapted, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, adapted: AdapterSpec, rngs: nnx.Rngs):
         self.config = config
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, adapted, rngs)
@@ -415,8 +425,15 @@ class Block(nnx.Module):
         place: Placement,
         only_BR: Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """only_BR: columns that go on after attention; the output is theirs, [B, R, D]. None:
-        all.
+        """Returns the layer's output x_BTD and its (keys, values).
+
+        Args:
+            x_BTD: Input of the layer.
+            rotary: cos and sin of the positions.
+            attend: (queries, keys, values) -> attention output.
+            key: Key of dropout; None: no dropout.
+            place: Sharding constraints.
+            only_BR: Columns that are computed after attention; the output is [B, R, D]. None: all.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
         heads_BTHK = attend(q, k, v)
@@ -431,8 +448,9 @@ class Block(nnx.Module):
         attend: Callable[[Array, Array, Array], tuple[Array, Tree]],
         place: Placement,
     ) -> tuple[jax.Array, Tree]:
-        """The same layer for one new token. attend: of its query, key and value gives its heads'
-        outputs, and what is kept of it.
+        """Returns the layer's output for one new token, and the second result of `attend`.
+
+        attend: (query, key, value) -> (attention output, new cache entries).
         """
         heads, kept = attend(
             *self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
@@ -442,6 +460,7 @@ class Block(nnx.Module):
     def _after_attention(
         self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement
     ) -> jax.Array:
+        """Returns the layer's output, given the output of attention."""
         sandwich = self.config.sandwich_norms
         out_BTD = place.residual(self.attention.output(heads_BTHK, key, place))
         x_BTD = x_BTD + (self.attention_post_norm(out_BTD) if sandwich else out_BTD)
@@ -449,8 +468,8 @@ class Block(nnx.Module):
         return x_BTD + (self.mlp_post_norm(out_BTD) if sandwich else out_BTD)
 
 
-class Outer(nnx.Module):
-    """What lies around the layers: embedding, final norm, output projection (untied models)."""
+class Embedder(nnx.Module):
+    """The parts around the layers: embedding, final norm and, if untied, output projection."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
@@ -468,14 +487,14 @@ class Outer(nnx.Module):
             )
 
     def embed(self, tokens_BT: Array, place: Placement) -> jax.Array:
-        """x_BTD in the activations' dtype."""
+        """Returns the embeddings x_BTD of token ids, in the activations' dtype."""
         x_BTD = place.looked_up(
-            jnp.take(self.embedding[...], place.looking_up(tokens_BT), axis=0).astype(
+            jnp.take(self.embedding[...], place.ids_to_look_up(tokens_BT), axis=0).astype(
                 self.config.dtype
             )
         )
         x_BTD = place.residual(x_BTD)
-        # The factor is rounded to the activations' dtype, as the model was trained.
+        # The factor is rounded to the activations' dtype, as in the model's training.
         return (
             x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype)
             if self.config.scaled_embedding
@@ -483,7 +502,7 @@ class Outer(nnx.Module):
         )
 
     def output_matrix(self, place: Placement) -> jax.Array:
-        """The output projection where logits are computed with it."""
+        """Returns the output projection [D, V], sharded as `logits` reads it."""
         tied = self.config.tied_embeddings
         axes = (self.embedding if tied else self.lm_head).get_metadata()["axes"]
         own = tuple(sharding.RULES[axis] for axis in (axes[::-1] if tied else axes))
@@ -491,19 +510,19 @@ class Outer(nnx.Module):
         return place.output_matrix(weight_DV, own, self.config.dtype)
 
     def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
-        """logits_BTV in float32, of hidden states that the final norm has already been applied
-        to.
-        """
-        logits_NV = matmul(flat(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
-        return attention.capped(
+        """Returns logits_BTV in float32 from hidden states after the final norm."""
+        logits_NV = matmul(flatten_tokens(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
+        return attention.soft_cap(
             place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap
         )
 
     def logits_by_columns(self, hidden_ND: Array) -> jax.Array:
-        """logits_NV of few tokens, on one device whose products are faster in columns
-        (`stacks.Turned`); the embedding lies as they read it.
+        """Returns logits_NV of few tokens, computed with tokens as columns (`stacks.Transposed`).
+
+        For a single device whose products are faster that way. The embedding already has the right
+        layout.
         """
         logits_VN = precision.matmul(
-            self.embedding[...].astype(hidden_ND.dtype), columns(hidden_ND), jnp.float32
+            self.embedding[...].astype(hidden_ND.dtype), to_columns(hidden_ND), jnp.float32
         )
-        return attention.capped(rows(logits_VN), self.config.logit_cap)
+        return attention.soft_cap(to_rows(logits_VN), self.config.logit_cap)

@@ -1,17 +1,15 @@
-"""The projections of attention as few, large products: for sampling where a step is many small
-kernels.
+"""Fused attention projections for sampling: few large products instead of many small ones.
 
-For a handful of tokens a product takes as long as its weights take to come from memory, and below a
-few megabytes as long as a kernel takes to start: on a GPU q, k, v and their adapters' pairs are
-nine such products a layer. Beside each other, in a copy that is derived for sampling as a merged
-one is, they are two:
+For a handful of tokens, a product takes as long as reading its weights from memory; below a few
+megabytes, as long as starting a kernel. On a GPU, q, k, v and their adapters are nine such products
+per layer. In a copy of the weights that is made for sampling, they are two:
 
     [x W_q | x W_k | x W_v | x A]      one product with [W_q | W_k | W_v | A]
-    + (x A) B                          one with B, each target's rows at its own columns, its scale
-    in them
+    + (x A) B                          one product with B; each target's rows lie in its own columns
+                                       and include its scale
 
-and the output projection with its own pair likewise. Nothing is added to the weights, so that
-nothing is rounded away that the trainer has: a pair acts by itself, as in training.
+The output projection with its adapter is fused likewise. The adapter is not added to the weights,
+so no rounding is lost compared with training.
 """
 
 from __future__ import annotations
@@ -28,15 +26,17 @@ from perl_jax.adapters.quantise import is_quantised
 from perl_jax.runtime import trees
 from perl_jax.types import Array, Tree
 
-# Projections that read one input, by the name of their product.
+# Projections with the same input, keyed by the name of their fused product.
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",)}
-# Columns of matrices whose rows begin where memory is read from: 128 bytes of two each.
+# Rows of a matrix are padded to a multiple of this many columns, 128 bytes in bfloat16, so that
+# each row begins at an aligned address.
 ALIGNED = 64
 
 
 def fusible(base: Tree, adapter: Adapter | None) -> bool:
-    """Whether attention's projections can be fused: dense matrices, and no DoRA, which rescales
-    outputs by norms of W + s A B.
+    """Returns whether attention's projections can be fused.
+
+    Their matrices must be dense. DoRA cannot be fused: it rescales outputs by norms of W + s A B.
     """
     attention = base["layers"]["attention"]
     quantised = any(is_quantised(leaf) for leaf in jax.tree.leaves(attention, is_leaf=is_quantised))
@@ -48,11 +48,14 @@ def fusible(base: Tree, adapter: Adapter | None) -> bool:
 
 
 def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
-    """An attention module's leaves [L, ...] with q, k, v and o in the fused form, pairs in them.
+    """Returns the leaves [L, ...] of attention with fused products `qkv` and `o` for q, k, v and o.
 
-    kernel: [L, D, F + R], W of all projections and then A of all pairs, and zeros where rows would
-    begin unaligned; up: [L, R, F]; bias: [L, F]. All have the matrices' dtype. adapter: its LoRA
-    leaves and what lies under them; other parts are not read.
+    Each product contains the adapters of its projections: the LoRA leaves and the frozen pairs. Its
+    leaves have the dtype of the matrices:
+
+        kernel  [L, D, F + R]  the matrices W, then all A, then zero columns for alignment
+        up      [L, R, F]      all B, with their scale, each in its own rows and columns
+        bias    [L, F]         if one of the projections has a bias
     """
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
     kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
@@ -73,17 +76,17 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
                 )
             start += width
         dtype = own[0].dtype
-        kernel = _beside([*own, *downs], -1, dtype)
+        kernel = _concatenated([*own, *downs], -1, dtype)
         out[group] = {
             "kernel": jnp.pad(
                 kernel, ((0, 0), (0, 0), (0, -kernel.shape[-1] % ALIGNED if downs else 0))
             )
         }
         if ups:
-            out[group]["up"] = _beside(ups, 1, dtype)
+            out[group]["up"] = _concatenated(ups, 1, dtype)
         if any("bias" in attention[name] for name in names):
             zeros = [jnp.zeros((layers, width), dtype) for width in widths]
-            out[group]["bias"] = _beside(
+            out[group]["bias"] = _concatenated(
                 [
                     attention[name].get("bias", zero)
                     for name, zero in zip(names, zeros, strict=True)
@@ -94,13 +97,15 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     return out
 
 
-def _beside(parts: Sequence[Array], axis: int, dtype: jnp.dtype) -> jax.Array:
+def _concatenated(parts: Sequence[Array], axis: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns the parts concatenated along an axis, in the given dtype."""
     return jnp.concatenate([part.astype(dtype) for part in parts], axis=axis)
 
 
-def rest(adapter: Adapter | None) -> Adapter | None:
-    """The adapter without its pairs of attention; None where nothing else is left that sampling
-    reads.
+def without_attention(adapter: Adapter | None) -> Adapter | None:
+    """Returns the adapter without its leaves on attention; None if nothing else is left.
+
+    A head does not count, because sampling does not read it.
     """
     if adapter is None:
         return None
@@ -112,6 +117,7 @@ def rest(adapter: Adapter | None) -> Adapter | None:
 
 
 def _feed_forward(tree: Tree | None) -> Tree | None:
+    """Returns an adapter tree without its attention leaves; None if nothing is left."""
     kept = (
         {}
         if tree is None

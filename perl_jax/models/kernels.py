@@ -1,8 +1,7 @@
-"""Which attention whole sequences take, and the platforms' own kernels: splash on TPUs, cuDNN's on
-GPUs.
+"""Choice of the attention implementation, and kernels: splash on TPUs, cuDNN on GPUs.
 
-Both kernels equal `attention.attend` under a causal mask, a window and padding, at every real
-token. What a padded token gets is finite and otherwise unlike: nothing that reads it may count.
+Both kernels equal `attention.attend` with a causal mask, a window and padding, at every real token.
+Outputs at padded tokens are finite but differ; nothing that reads them may count.
 """
 
 from __future__ import annotations
@@ -22,88 +21,98 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.runtime.sharding import BATCH_AXES
 from perl_jax.types import Array
 
-# What splash keeps for its backward pass besides its inputs, the output and each query's log sum,
-# has this name: with `jax.checkpoint_policies.save_only_these_names(RESIDUALS)` rematerialisation
-# does not run the forward kernel a second time.
+# Name of splash's residuals besides its inputs: the output and each query's log-sum-exp. With
+# `jax.checkpoint_policies.save_only_these_names(RESIDUALS)`, rematerialisation does not run the
+# forward kernel a second time.
 RESIDUALS = "splash_residuals"
 
-# The kernel works on tiles of 128 lanes. Longer blocks spend less on each step and on reading keys
-# again; past 512 what they compute above the causal diagonal outweighs that.
+# The kernel works on tiles of 128 lanes. Longer blocks have less overhead per step and read keys
+# less often; above 512 the work above the causal diagonal outweighs that.
 LANES, LARGEST_BLOCK = 128, 512
-# Key blocks up to which one backward kernel does the work of two.
+# Largest number of key blocks for which one backward kernel is faster than two.
 FUSED_BLOCKS = 4
 
 
-class Choice(NamedTuple):
-    """An attention path, and why it is taken: a clause without a full stop."""
+class AttentionChoice(NamedTuple):
+    """An attention implementation, and why it is chosen.
+
+    Attributes:
+        path: Name of the implementation.
+        why: The reason, as a clause without a full stop.
+    """
 
     path: Literal["plain", "blocked", "splash", "cudnn"]
     why: str
 
 
-def choose(
+def choose_attention(
     platform: str, config: ModelConfig, capability: str | None = None, devices: int = 1
-) -> Choice:
-    """Returns what whole sequences are attended to with, unless the user says otherwise, and why.
+) -> AttentionChoice:
+    """Returns the default attention implementation for whole sequences, and the reason.
 
-    TPUs: splash, whatever the model. GPUs: cudnn for bfloat16 activations, no cap, and a head_dim
-    that is a multiple of 8 and at most 128, or 256 on compute capability 9.x (later ones have no
-    backward pass beyond 128); blocked otherwise. CPUs: blocked on a single one, plain on several.
+    TPUs: splash for every model. GPUs: cudnn for bfloat16 activations, no cap, and a head_dim that
+    is a multiple of 8 and at most 128, or 256 on compute capability 9.x (later ones have no
+    backward pass above 128); else blocked. CPUs: blocked on a single device, plain on several.
 
-    capability: the device's `compute_capability`; None counts as 8.0, the first that cuDNN takes.
+    Args:
+        platform: cpu, gpu or tpu.
+        config: The model.
+        capability: The device's `compute_capability`; None counts as 8.0, the first that cuDNN
+            supports.
+        devices: Number of devices.
     """
     if platform == "tpu":
-        return Choice("splash", "JAX's kernel for TPUs takes every model")
+        return AttentionChoice("splash", "JAX's kernel for TPUs takes every model")
     if platform == "cpu":
         return (
-            Choice("blocked", "on one CPU device pieces stay in its caches")
+            AttentionChoice("blocked", "on one CPU device pieces stay in its caches")
             if devices == 1
-            else Choice("plain", "rows are split over several CPU devices")
+            else AttentionChoice("plain", "rows are split over several CPU devices")
         )
     major = "8" if capability is None else capability.partition(".")[0]
-    # Other makers' GPUs have names there, not numbers.
+    # GPUs of other makers have a name there, not a number.
     if platform not in ("gpu", "cuda") or not major.isdigit() or int(major) < 8:
-        return Choice(
+        return AttentionChoice(
             "blocked",
             "cuDNN's kernel needs compute capability 8.0 or more, and this device has "
             f"{capability or platform}",
         )
     largest = 256 if int(major) == 9 else 128
     if config.dtype != "bfloat16":
-        return Choice(
+        return AttentionChoice(
             "blocked", f"cuDNN's kernel needs bfloat16, and activations are {config.dtype}"
         )
     if config.attention_cap is not None:
-        return Choice(
+        return AttentionChoice(
             "blocked",
             "cuDNN's kernel has no cap on logits, and the model caps them at "
             f"{config.attention_cap:g}",
         )
     if config.head_dim % 8 or config.head_dim > largest:
-        return Choice(
+        return AttentionChoice(
             "blocked",
             f"cuDNN's kernel needs a head size that is a multiple of 8 and at most {largest}, and "
             f"it is {config.head_dim}",
         )
-    return Choice(
+    return AttentionChoice(
         "cudnn",
         "activations are bfloat16, logits are not capped, and cuDNN's kernel has the head size "
         f"{config.head_dim}",
     )
 
 
-def narrower(window: int | None, length: int) -> int | None:
-    """The window, or None where it hides nothing: with `length` columns or more."""
+def effective_window(window: int | None, length: int) -> int | None:
+    """Returns the window, or None if it hides nothing in rows of `length` columns."""
     return None if window is None or window >= length else window
 
 
-def by_window(
+def cond_on_window(
     flag: Array, call_windowed: Callable[[], jax.Array], call_full: Callable[[], jax.Array]
 ) -> jax.Array:
-    """One of two calls by a traced flag, for a layer scan whose layers differ; only that one runs.
+    """Returns the result of one of two calls, chosen by a traced flag; only that call runs.
 
-    Differentiating it keeps both calls' residuals, one of them zeros: inside a rematerialised layer
-    that is one layer's.
+    For a layer scan whose layers differ in their window. The gradient keeps the residuals of both
+    calls, one of them zeros; inside a rematerialised layer they exist for one layer at a time.
     """
     return jax.lax.cond(flag, call_windowed, call_full)
 
@@ -120,13 +129,14 @@ def splash(
     mesh: Mesh | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out_BTHK: causal attention of real tokens to real tokens, by JAX's kernel for TPUs.
+    """Returns the output of causal attention, out_BTHK, by JAX's kernel for TPUs.
 
-    A window counts columns where `attention.within` counts real tokens: the same where padding only
-    leads or trails. The compiler cannot partition the kernel, so over a mesh each device runs it on
-    its rows and heads. Any head_dim and length; lengths are padded to whole blocks inside.
+    A window counts columns here, and real tokens in `attention.within_window`. Both are the same if
+    padding is only at the beginning or end. The compiler cannot partition the kernel, so each
+    device of a mesh runs it on its own rows and heads. Any head_dim and length works; lengths are
+    padded to whole blocks inside.
 
-    interpret: runs the kernel's program on any platform, slowly.
+    interpret: run the kernel's program on any platform, slowly.
     """
     attend = functools.partial(_splash, window=window, scale=scale, cap=cap, interpret=interpret)
     if q_BTHK.dtype == jnp.float32:
@@ -146,18 +156,17 @@ def cudnn(
     mesh: Mesh | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """out_BTHK: causal attention of real tokens to real tokens, by cuDNN through `jax.nn`.
+    """Returns the output of causal attention, out_BTHK, by cuDNN through `jax.nn`.
 
-    Each row's real tokens are moved to its front, where a causal mask alone hides the padding, and
-    back again. cuDNN's other ways are worse: lengths cover trailing padding only, and a mask
-    becomes a [B, 1, T, T] bias that is slow, has a gradient computed, and excludes windows before
-    cuDNN 9.10.2. A window counts real tokens, as in `attention.within`.
+    Each row's real tokens are moved to the front, where a causal mask alone hides the padding, and
+    back afterwards. cuDNN's other options are worse: lengths cover trailing padding only; a mask
+    becomes a [B, 1, T, T] bias, which is slow, has its gradient computed, and excludes windows
+    before cuDNN 9.10.2. A window counts real tokens, as in `attention.within_window`.
 
-    cuDNN takes what `choose` says (float16 too). Raises ValueError with a cap, which it does not
-    have.
+    It accepts what `choose_attention` says, and float16. Raises ValueError if there is a cap.
     """
     if cap is not None:
-        raise ValueError("cuDNN's attention has no cap: attend in plain operations")
+        raise ValueError("cuDNN's attention has no cap; use the attention plain or blocked")
     attend = functools.partial(_cudnn, window=window, scale=scale, implementation=implementation)
     return _by_shard(attend, mesh, q_BTHK, k_BTNK, v_BTNK, valid_BT)
 
@@ -174,8 +183,9 @@ def blocked(
     mesh: Mesh,
     wide: bool,
 ) -> jax.Array:
-    """out_BTHK by `attention.attend_blocked`, each device on its rows and heads: looped over
-    otherwise, rows would come to every device.
+    """Returns out_BTHK of `attention.attend_blocked`, each device computing its own rows and heads.
+
+    Without this the loop over rows would bring all rows to every device.
     """
 
     def attend(q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS):
@@ -195,8 +205,10 @@ def _by_shard(
     valid_BT: Array,
     *of_rows: Array,
 ) -> jax.Array:
-    """Each device's share of rows and heads; what the mesh does not divide is done by all of it.
-    of_rows: more arrays [B, ...] for attend.
+    """Returns attend(...) with each device computing its own rows and heads.
+
+    Rows or heads that the mesh does not divide are computed by every device. of_rows: further
+    arrays [B, ...] for `attend`.
     """
     batch, length, heads, _ = q_BTHK.shape
     kv_heads = k_BTNK.shape[2]
@@ -206,10 +218,10 @@ def _by_shard(
     if mesh is None:
         return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT, *of_rows)
     rows = BATCH_AXES if batch % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    # Heads are in groups: where key/value heads divide, so do query heads, and groups stay whole.
+    # If key/value heads divide, so do query heads, and groups of heads stay whole.
     tensor = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, tensor, None)
-    # Kernels do not say over which axes their outputs vary, so that cannot be checked.
+    # check_vma is off, because kernels do not declare over which axes their outputs vary.
     by_row = PartitionSpec(rows)
     sharded = jax.shard_map(
         attend,
@@ -222,20 +234,22 @@ def _by_shard(
 
 
 def blocks_of(length: int) -> tuple[int, int]:
-    """(blocks, block): as few blocks as LARGEST_BLOCK allows, as short as multiples of LANES can
-    be.
+    """Returns (number of blocks, block length) for rows of `length` tokens.
+
+    There are as few blocks as LARGEST_BLOCK allows, and the length is the smallest multiple of
+    LANES that suffices.
     """
     blocks = -(-length // LARGEST_BLOCK)
     return blocks, -(-length // (blocks * LANES)) * LANES
 
 
 def block_sizes(blocks: int, block: int, window: int | None) -> splash_lib.BlockSizes:
-    """Square blocks in both directions, and whether the backward pass is one kernel.
+    """Returns splash's block sizes: square blocks, and whether the backward pass is one kernel.
 
-    The fused kernel forms the weights once for dq, dk and dv instead of twice, but writes each key
-    block's share of dq for all queries, blocks that are masked out included: so many copies of the
-    queries, rounded to their dtype before they are added. That pays while copies are few and most
-    blocks count, which under a window they do not.
+    The fused backward kernel forms the weights once for dq, dk and dv instead of twice. But it
+    writes each key block's share of dq for all queries, masked blocks included: as many copies of
+    dq as there are key blocks, rounded before they are added. It pays if there are few blocks and
+    most of them are visible, which is not so with a window.
     """
     fused = window is None and blocks <= FUSED_BLOCKS
     dq = None if fused else block
@@ -264,13 +278,13 @@ def _splash(
     """`splash` on one device."""
     length, heads = q_BTHK.shape[1:3]
     blocks, block = blocks_of(length)
-    room = ((0, 0), (0, blocks * block - length), (0, 0), (0, 0))
-    head_first = lambda x_BTHK: jnp.swapaxes(jnp.pad(x_BTHK, room), 1, 2)
-    # The kernel has no scale of its own; in float32 the queries are rounded once.
+    padding = ((0, 0), (0, blocks * block - length), (0, 0), (0, 0))
+    head_first = lambda x_BTHK: jnp.swapaxes(jnp.pad(x_BTHK, padding), 1, 2)
+    # The kernel has no scale: queries are scaled in float32 and rounded once.
     scaled_BTHK = (q_BTHK.astype(jnp.float32) * scale).astype(q_BTHK.dtype)
-    # Real tokens are one segment and padding is another: every query sees at least itself.
-    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), room[:2])
-    shape, window = (blocks * block, blocks * block), narrower(window, length)
+    # Real tokens are one segment and padding another, so every query sees at least itself.
+    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), padding[:2])
+    shape, window = (blocks * block, blocks * block), effective_window(window, length)
     mask = (
         splash_lib.CausalMask(shape)
         if window is None
@@ -298,10 +312,10 @@ def _in_float32(
     v_BTNK: jax.Array,
     valid_BT: jax.Array,
 ) -> jax.Array:
-    """attend(q, k, v, valid) whose products are taken with the precision of
-    `precision.precision_of` float32.
+    """Returns attend(q, k, v, valid) with products in float32 (see `precision.precision_of`).
 
-    JAX's kernel states no precision, so both passes are traced where the default is the highest.
+    JAX's kernel does not state a precision, so both passes are traced with the highest as the
+    default.
     """
     with jax.default_matmul_precision("highest"):
         return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT)
@@ -327,7 +341,7 @@ def _cudnn(
     order_BT = jnp.argsort(~valid_BT.astype(bool), axis=1, stable=True)
     column_BT = jnp.argsort(order_BT, axis=1)
     q_BTHK, k_BTNK, v_BTNK = (_permuted(x, order_BT, column_BT) for x in (q_BTHK, k_BTNK, v_BTNK))
-    window = narrower(window, q_BTHK.shape[1])
+    window = effective_window(window, q_BTHK.shape[1])
     local = None if window is None else (window - 1, 0)
     out_BTHK = jax.nn.dot_product_attention(
         q_BTHK,
@@ -343,9 +357,7 @@ def _cudnn(
 
 @jax.custom_vjp
 def _permuted(x_BTHK: jax.Array, order_BT: jax.Array, inverse_BT: jax.Array) -> jax.Array:
-    """x[b, order[b, t]]; its gradient is a gather too, where JAX's own would be a scatter with
-    sums.
-    """
+    """Returns x[b, order[b, t]]; the gradient is a gather (JAX's own is a scatter)."""
     return jnp.take_along_axis(x_BTHK, order_BT[:, :, None, None], axis=1, mode="promise_in_bounds")
 
 

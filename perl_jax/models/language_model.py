@@ -1,7 +1,7 @@
-"""One pure function per question: logits, hidden states, scores, values, and cached decoding.
+"""Pure functions of a model: logits, hidden states, scores, values, and cached decoding.
 
-Every function takes (base, adapter, tokens, valid). `adapter=None` is the base model itself; an
-adapter with `weights` (full tuning) stands in for the base. Nothing here holds arrays.
+Every function takes (base, adapter, tokens, valid). `adapter=None` is the base model itself; the
+`weights` of a fully tuned adapter replace the base's. No object of this module holds arrays.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from perl_jax.models import attention, kernels
 from perl_jax.models.cache import (
     CacheKind,
     KVCache,
-    Part,
+    WindowCache,
     attend_cached,
-    keep,
+    cache_entry,
     last_tokens,
-    own_room,
-    written,
+    own_columns,
+    write_token,
 )
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Adapted, Attend, Block, LoRAParam, Outer, UnderParam
+from perl_jax.models.decoder import AdapterSpec, Attend, Block, Embedder, LoRAParam, UnderParam
 from perl_jax.models.fused import GROUPS
-from perl_jax.models.layer_kinds import LayerKinds, runs, turns
-from perl_jax.models.logprobs import following_logprobs, sequence_logprobs
-from perl_jax.models.packing import Packing, chosen, gather, of_tokens
-from perl_jax.models.placement import Placement, all_but_weights
-from perl_jax.models.stacks import Apart, chosen_layers, collected, each, is_apart, of_layer
+from perl_jax.models.layer_kinds import LayerKinds, adapter_runs, periodic_scans
+from perl_jax.models.logprobs import following_logprobs, logprobs_from_hidden
+from perl_jax.models.packing import Packing, gather, select_tokens, token_values
+from perl_jax.models.placement import Placement, save_all_but_weights
+from perl_jax.models.stacks import (
+    Unstacked,
+    is_unstacked,
+    map_stacks,
+    select_layers,
+    take_layer,
+    unstacked_outputs,
+)
 from perl_jax.runtime import precision, sharding, trees
 from perl_jax.runtime.platforms import platform_of
 from perl_jax.types import Array, Tree
@@ -45,7 +52,7 @@ from perl_jax.types import Array, Tree
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """The split network: static graph definitions, abstract leaves, logical axes."""
+    """The split network: static graph definitions, abstract leaves and logical axes."""
 
     block: nnx.GraphDef
     outer: nnx.GraphDef
@@ -56,13 +63,14 @@ class _Split:
 
 
 @functools.lru_cache(maxsize=64)
-def _split(config: ModelConfig, adapted: Adapted) -> _Split:
+def _split(config: ModelConfig, adapted: AdapterSpec) -> _Split:
+    """Returns the split network of a config and its adapters; results are cached."""
     block = nnx.eval_shape(lambda: Block(config, adapted, nnx.Rngs(0)))
-    outer = nnx.eval_shape(lambda: Outer(config, nnx.Rngs(0)))
+    outer = nnx.eval_shape(lambda: Embedder(config, nnx.Rngs(0)))
     block_graph, base, adapter, _ = nnx.split(block, nnx.Param, LoRAParam, UnderParam)
     outer_graph, around = nnx.split(outer, nnx.Param)
     stack = lambda number: lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype)
-    chosen = 0 if adapted.lora is None else len(adapted.lora.adapted_layers(config.layers))
+    number = 0 if adapted.lora is None else len(adapted.lora.adapted_layers(config.layers))
     return _Split(
         block=block_graph,
         outer=outer_graph,
@@ -70,14 +78,14 @@ def _split(config: ModelConfig, adapted: Adapted) -> _Split:
             "layers": jax.tree.map(stack(config.layers), nnx.to_pure_dict(base)),
             "outer": nnx.to_pure_dict(around),
         },
-        lora={"layers": jax.tree.map(stack(chosen), nnx.to_pure_dict(adapter))},
+        lora={"layers": jax.tree.map(stack(number), nnx.to_pure_dict(adapter))},
         base_axes={"layers": _axes(base, ("layers",)), "outer": _axes(around, ())},
         lora_axes={"layers": _axes(adapter, ("layers",))},
     )
 
 
 def _axes(state: nnx.State, prefix: tuple[str, ...]) -> dict:
-    """Logical axis names of each leaf, as a nested dict of tuples."""
+    """Returns the logical axis names of each leaf, as nested dicts of tuples, `prefix` first."""
     out: dict = {}
     for path, variable in nnx.to_flat_state(state):
         node = out
@@ -88,67 +96,71 @@ def _axes(state: nnx.State, prefix: tuple[str, ...]) -> dict:
 
 
 def last_valid(valid_BT: Array) -> jax.Array:
-    """Index [B] of each row's last real token, for left, right and no padding; 0 on empty rows."""
+    """Returns the column [B] of each row's last real token; 0 on rows without one."""
     columns = jnp.arange(valid_BT.shape[1])
     return jnp.max(jnp.where(valid_BT.astype(bool), columns[None, :], 0), axis=1)
 
 
-# Attention paths that are told of padding and windows, not of a mask.
+# Attention implementations that take `valid_BT` and a window instead of a mask.
 KERNELS = {"splash": kernels.splash, "cudnn": kernels.cudnn}
-# Float32 logits that exist at a time on one device when the log-probabilities of a sequence are
-# computed.
+# Largest number of bytes of float32 logits per device that exist at a time when log-probabilities
+# are computed.
 LOGIT_BYTES = 2**28
-# Where none are made twice: as fast on a host as larger ones, in less of its memory.
+# The same on a CPU with a frozen output projection, where a smaller size is as fast.
 CPU_LOGIT_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A decoder as a set of pure functions; hashable, so it can be a static argument of jit.
+    """A decoder as a set of pure functions. It is hashable: pass it to jit as a static argument.
 
-    mesh: where its arguments live, so that activations and gathered weights are told their places;
-    None: one device, or the compiler's own choice.
+    Attributes:
+        config: Shape and options of the decoder.
+        mesh: Mesh of the arguments; activations and gathered weights get sharding constraints for
+            it. None: a single device, or no constraints.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
 
-    # Shapes, axes, places, initial values.
+    # Shapes, logical axes, shardings, initial values.
 
     def abstract_base(self) -> Tree:
-        """Shapes and dtypes of the base: {layers: leaves stacked over L, outer: embedding, ...}."""
-        return _split(self.config, Adapted()).base
+        """Returns shapes and dtypes of the base.
+
+        They are {layers: leaves stacked over L, outer: embedding, final norm, output projection}.
+        """
+        return _split(self.config, AdapterSpec()).base
 
     def base_axes(self) -> Tree:
-        """Logical axes of every base leaf (tuples of names)."""
-        return _split(self.config, Adapted()).base_axes
+        """Returns the logical axes of every base leaf, tuples of names."""
+        return _split(self.config, AdapterSpec()).base_axes
 
     def abstract_lora(self, config: LoRAConfig) -> Tree:
-        """Shapes of an adapter's LoRA leaves."""
-        return _split(self.config, Adapted(config)).lora
+        """Returns shapes and dtypes of an adapter's LoRA leaves."""
+        return _split(self.config, AdapterSpec(config)).lora
 
     def lora_axes(self, config: LoRAConfig) -> Tree:
-        """Logical axes of an adapter's LoRA leaves, derived from the weights they sit on."""
-        return _split(self.config, Adapted(config)).lora_axes
+        """Returns the logical axes of an adapter's LoRA leaves, derived from the weights' axes."""
+        return _split(self.config, AdapterSpec(config)).lora_axes
 
     @property
     def split_heads(self) -> bool:
-        """Whether heads can be split along the mesh's tensor axis: whole ones, queries beside their
-        keys.
-        """
+        """Whether the mesh's tensor axis can split heads: whole ones, queries beside keys."""
         return self.mesh is None or self.config.kv_heads % self.mesh.shape["tensor"] == 0
 
     @functools.cache  # noqa: B019  models are few, and live as long as the process
     def base_shardings(self) -> dict[str, NamedSharding]:
-        """Of every base leaf, by path name."""
+        """Returns the sharding of every base leaf, keyed by path name."""
         return sharding.leaf_shardings(
             self.base_axes(), self.abstract_base(), self.mesh, self._pieces
         )
 
     @functools.cache  # noqa: B019  as above
     def lora_shardings(self) -> dict[str, NamedSharding]:
-        """Of adapters that are split like the weights they sit on, for every projection, by path
-        name.
+        """Returns the sharding of every possible LoRA leaf, keyed by path name.
+
+        For adapters that are split like the weights that they belong to (`mesh.adapters=sharded`).
         """
         every = LoRAConfig(targets=",".join(LINEAR), dora=True)
         return sharding.leaf_shardings(
@@ -157,12 +169,15 @@ class LanguageModel:
 
     @property
     def _pieces(self) -> dict[str, int]:
-        # Where key/value heads do not divide, queries stay whole too: a group attends on one
-        # device.
+        """Number of parts that the axes heads and kv_heads can be cut into.
+
+        If key/value heads do not divide over devices, query heads stay whole too: a group of heads
+        attends on one device.
+        """
         return dict.fromkeys(("heads", "kv_heads"), self.config.kv_heads)
 
     def abstract_under(self, ranks: Mapping[str, int]) -> Tree:
-        """Shapes of frozen pairs of the given ranks, by projection (`Adapter.under`)."""
+        """Returns shapes of frozen pairs (`Adapter.under`), given the rank of each projection."""
         out: dict = {}
         number = self.config.layers
         for name, kernel in trees.named_leaves(self.abstract_base()).items():
@@ -183,22 +198,23 @@ class LanguageModel:
         return out
 
     def init_base(self, key: jax.Array) -> Tree:
-        """Random weights: N(0, 1/sqrt(in)), as a model is before pre-training."""
+        """Returns random base weights, N(0, 1/sqrt(in)), as before pre-training."""
         outer_key, layer_key = jax.random.split(key)
         layers = jax.vmap(
             lambda k: nnx.to_pure_dict(
-                nnx.state(Block(self.config, Adapted(), nnx.Rngs(params=k)), nnx.Param)
+                nnx.state(Block(self.config, AdapterSpec(), nnx.Rngs(params=k)), nnx.Param)
             )
         )
         outer = nnx.to_pure_dict(
-            nnx.state(Outer(self.config, nnx.Rngs(params=outer_key)), nnx.Param)
+            nnx.state(Embedder(self.config, nnx.Rngs(params=outer_key)), nnx.Param)
         )
         return {"layers": layers(jax.random.split(layer_key, self.config.layers)), "outer": outer}
 
     def init_adapter(self, key: jax.Array, config: LoRAConfig, base: Tree | None = None) -> Adapter:
-        """A fresh adapter without a head: equal to the base, bit for bit where one side is zero.
+        """Returns a fresh adapter without a head, whose outputs are the base's.
 
-        base: needed by DoRA and PiSSA, which start from its weights.
+        They are exactly equal for the inits b-zero and a-zero. base: needed for DoRA and PiSSA,
+        which start from its weights; ValueError if it is missing.
         """
         abstract = self.abstract_lora(config)
         kernels = {}
@@ -208,9 +224,9 @@ class LanguageModel:
             modules = {name.rsplit("/", 1)[0] for name in trees.named_leaves(abstract)}
             leaves = trees.named_leaves(base, is_leaf=is_quantised)
             kernels = {module: leaves[module + "/kernel"] for module in modules}
-        chosen = config.adapted_layers(self.config.layers)
+        layers = config.adapted_layers(self.config.layers)
         adapter = Adapter(
-            lora=lora_lib.init_lora(key, abstract, config, kernels, chosen), config=config
+            lora=lora_lib.init_lora(key, abstract, config, kernels, layers), config=config
         )
         if config.init != "pissa":
             return adapter
@@ -228,8 +244,9 @@ class LanguageModel:
         *,
         packing: Packing | None = None,
     ) -> jax.Array:
-        """hidden_BTD after the final norm; packed, hidden_WUD. Dropout acts only where a
-        `dropout_key` is given.
+        """Returns hidden_BTD after the final norm; with packing, hidden_WUD of packed tokens.
+
+        dropout_key: None means no dropout.
         """
         return self._forward(
             base, adapter, tokens_BT, valid_BT, dropout_key, keep_cache=False, packing=packing
@@ -243,7 +260,7 @@ class LanguageModel:
         valid_BT: Array,
         dropout_key: Array | None = None,
     ) -> jax.Array:
-        """logits_BTV float32; position t predicts token t + 1."""
+        """Returns logits_BTV, float32; position t predicts token t + 1."""
         hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
         return self._logits(base, adapter, hidden_BTD, self._place())
 
@@ -260,14 +277,22 @@ class LanguageModel:
         packing: Packing | None = None,
         wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """logp_BT and entropy_BT of every token from column `start` on
-        (`perl_jax.models.logprobs`); 0 before.
+        """Returns logp_BT and entropy_BT of every token (`perl_jax.models.logprobs`).
 
-        packing: computed for the tokens of `wanted_BT` alone; 0 elsewhere.
+        Logits exist for a few columns at a time: at most LOGIT_BYTES per device (CPU_LOGIT_BYTES on
+        a CPU with a frozen output projection). If the output projection is trained, the backward
+        pass computes them again. The entropy is a metric and has no gradient.
 
-        Logits exist for a few columns at a time, LOGIT_BYTES a device (CPU_LOGIT_BYTES on a host,
-        of a frozen head), and where the head is trained again in the backward pass. The entropy is
-        a diagnostic and has no gradient.
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            temperature: Divides the logits.
+            dropout_key: None: no dropout.
+            start: First column that is computed; earlier columns are 0.
+            packing: How the batch is packed. None: it is padded.
+            wanted_BT: With packing: the tokens that are computed; others are 0.
         """
         place = self._place()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
@@ -279,7 +304,7 @@ class LanguageModel:
         size = CPU_LOGIT_BYTES if frozen and platform_of(self.mesh) == "cpu" else LOGIT_BYTES
         columns = lambda rows: max(1, size * devices // (4 * rows * self.config.vocab_size))
         if packing is None:
-            return sequence_logprobs(
+            return logprobs_from_hidden(
                 head,
                 hidden,
                 tokens_BT,
@@ -294,10 +319,10 @@ class LanguageModel:
         number = min(
             packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start)
         )
-        place_WY, back = chosen(packing, wanted_BT, number)
+        place_WY, back = select_tokens(packing, wanted_BT, number)
         hidden_WYD, token_WY = (
-            packing.read(hidden, place_WY - 1),
-            of_tokens(packing, tokens_BT, place_WY),
+            packing.read_tokens(hidden, place_WY - 1),
+            token_values(packing, tokens_BT, place_WY),
         )
         logp_WY, entropy_WY = following_logprobs(
             head, hidden_WYD, token_WY, temperature, columns(packing.parts), frozen
@@ -314,7 +339,10 @@ class LanguageModel:
         *,
         packing: Packing | None = None,
     ) -> jax.Array:
-        """The scalar head at every position, float32 [B, T]; position t has seen tokens <= t."""
+        """Returns the scalar head's output at every position, float32 [B, T].
+
+        Position t has seen tokens up to t; `logprobs.shift_right` gives values before each token.
+        """
         value = _head(
             adapter, self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
         )
@@ -330,7 +358,7 @@ class LanguageModel:
         *,
         packing: Packing | None = None,
     ) -> jax.Array:
-        """score_B: the scalar head at each row's last real token, found by index."""
+        """Returns score_B: the scalar head's output at each row's last real token."""
         last_B1 = last_valid(valid_BT)[:, None]
         hidden_WRD, _ = self._forward(
             base,
@@ -352,34 +380,47 @@ class LanguageModel:
         adapter: Adapter | None,
         tokens_PS: Array,
         valid_PS: Array,
-        room: int,
+        max_new_tokens: int,
         samples: int = 1,
         kind: CacheKind = "auto",
     ) -> tuple[jax.Array, KVCache]:
-        """Reads prompts: logits_PV of each one's next token, and a cache for `samples` rows a
-        prompt.
+        """Reads prompts; returns logits_PV of each prompt's next token, and a cache for decoding.
 
-        room: columns for what each row decodes; no more than the window in layers that have one.
-        kind: what the cache holds; auto: the activations' dtype.
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            tokens_PS: Token ids of the prompts.
+            valid_PS: True on real tokens.
+            max_new_tokens: Number of cache columns per row for decoded tokens; layers with a window
+                have at most the window.
+            samples: Rows per prompt.
+            kind: Dtype of the cache; auto: the activations' dtype.
         """
         place = self._place()
         hidden_PSD, kv = self._forward(base, adapter, tokens_PS, valid_PS, None, keep_cache=True)
         last_P1D = jnp.take_along_axis(hidden_PSD, last_valid(valid_PS)[:, None, None], axis=1)
         rows = samples * tokens_PS.shape[0]
 
-        def part(window: int | None, stacks: tuple) -> Part:
+        def part(window: int | None, stacks: tuple) -> WindowCache:
+            """Returns the cache of the layers with this window, given their (keys, values)."""
             prompt_k, prompt_v = (
-                place.cache(each(lambda x_LPSNK: keep(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack))
+                place.cache(
+                    map_stacks(
+                        lambda x_LPSNK: cache_entry(jnp.swapaxes(x_LPSNK, -3, -2), kind), stack
+                    )
+                )
                 for stack in stacks
             )
-            taken, own = last_tokens(valid_PS, window), own_room(room, window)
-            return Part(
+            taken, own = last_tokens(valid_PS, window), own_columns(max_new_tokens, window)
+            return WindowCache(
                 prompt_k=prompt_k,
                 prompt_v=prompt_v,
                 own_k=place.cache(
-                    each(lambda part: part.vacant(rows, own, turned=is_apart(prompt_k)), prompt_k)
+                    map_stacks(
+                        lambda part: part.vacant(rows, own, turned=is_unstacked(prompt_k)), prompt_k
+                    )
                 ),
-                own_v=place.cache(each(lambda part: part.vacant(rows, own), prompt_v)),
+                own_v=place.cache(map_stacks(lambda part: part.vacant(rows, own), prompt_v)),
                 prompt_visible_PS=taken(jnp.asarray(valid_PS, bool)),
                 prompt_position_PS=taken(attention.positions(valid_PS)),
                 own_visible_BC=jnp.zeros((rows, own), bool),
@@ -399,26 +440,28 @@ class LanguageModel:
         cache: KVCache,
         kind: CacheKind = "auto",
     ) -> tuple[jax.Array, KVCache]:
-        """Appends one token to every row: logits_BV of the token after it, and the cache."""
+        """Appends one token to every row; returns logits_BV of the next token, and the cache."""
         outer, place = self._outer(base, adapter), self._place(stationary=True)
         kinds = LayerKinds.of(self.config, cache.position_B[:, None])
         visible = {
             part.window: (part.visible(cache.position_B), part.column(cache.step))
             for part in cache.parts
         }
-        inlined = is_apart(cache.parts[0].own_k)
+        inlined = is_unstacked(cache.parts[0].own_k)
 
         def layer(block, x, leaves, window):
+            """Runs one layer for the new token, with the layer's cache."""
             part, kind_of_layer = leaves
             visible_BS, column = visible[window]
 
             def attend(q, k, v):
-                # Written before it is read, a layer's own cache is written where it lies; a scan
-                # would return all of it.
+                """Returns the attention output, and what the cache needs of this layer."""
+                # An inlined layer writes the token into its cache before reading it, in place. In a
+                # scan that would return the whole cache of every layer.
                 prompt, own = part[:2], part[2:]
                 own = (
                     tuple(
-                        written(kept, new, column, kind)
+                        write_token(kept, new, column, kind)
                         for kept, new in zip(own, (k, v), strict=True)
                     )
                     if inlined
@@ -448,7 +491,8 @@ class LanguageModel:
             place,
         )
 
-        def updated(part: Part) -> Part:
+        def updated(part: WindowCache) -> WindowCache:
+            """Returns a part of the cache with the new token in it."""
             place_of = (cache.position_B, cache.step)
             part = (
                 part.advanced(*kept[part.window], *place_of)
@@ -460,26 +504,29 @@ class LanguageModel:
         after = KVCache(tuple(map(updated, cache.parts)), cache.position_B + 1, cache.step + 1)
         return self._next_logits(base, adapter, outer.final_norm(x_B1D)), after
 
-    # Pieces.
+    # Helpers.
 
     def _place(self, stationary: bool = False) -> Placement:
+        """Returns the sharding constraints of a pass."""
         return Placement(self.mesh, self.split_heads, stationary)
 
     def _logits(
         self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement
     ) -> jax.Array:
+        """Returns logits from hidden states after the final norm."""
         outer = self._outer(base, adapter)
         return outer.logits(hidden_BTD, outer.output_matrix(place), place)
 
     def _next_logits(self, base: Tree, adapter: Adapter | None, hidden_B1D: Array) -> jax.Array:
-        """logits_BV to sample from."""
+        """Returns logits_BV to sample from, given the last hidden states."""
         place = self._place()
-        if is_apart(_weights(base, adapter)["layers"]) and self.config.tied_embeddings:
+        if is_unstacked(_weights(base, adapter)["layers"]) and self.config.tied_embeddings:
             return self._outer(base, adapter).logits_by_columns(hidden_B1D[:, 0])
         return place.next_logits(self._logits(base, adapter, hidden_B1D, place)[:, 0])
 
-    def _outer(self, base: Tree, adapter: Adapter | None) -> Outer:
-        return nnx.merge(_split(self.config, Adapted()).outer, _weights(base, adapter)["outer"])
+    def _outer(self, base: Tree, adapter: Adapter | None) -> Embedder:
+        """Returns the embedder module with its weights."""
+        return nnx.merge(_split(self.config, AdapterSpec()).outer, _weights(base, adapter)["outer"])
 
     def _forward(
         self,
@@ -492,12 +539,12 @@ class LanguageModel:
         packing=None,
         only_BR=None,
     ):
-        """Hidden states after the final norm, and if they are to be kept keys and values: (k, v) of
-        the layers with each window, by window.
+        """Returns hidden states after the final norm, and keys and values if `keep_cache`.
 
-        Of layers with a window those of the last tokens are kept (`cache.last_tokens`).
-        only_BR: columns of each row whose hidden states are wanted: in the last layer no others go
-        through attention and what follows it. The result is [B, R, D]; packed, [W, b R, D].
+        Keys and values come as a dict from each window to (keys, values) of the layers with it,
+        restricted to the last tokens that the window holds (`cache.last_tokens`). only_BR: columns
+        of each row whose hidden states are wanted. The last layer then computes only these, and the
+        result is [B, R, D]; with packing, [W, b R, D].
         """
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
@@ -509,6 +556,7 @@ class LanguageModel:
         read_BT = jnp.asarray(valid_BT, bool) if packing is None else packing.own_BT
 
         def layer(block, x, leaves, read_BT=read_BT, only_WR=None):
+            """Runs one layer over whole sequences; returns x, and (keys, values) to keep."""
             key, kind = leaves
             x, kv = block(
                 x,
@@ -528,6 +576,7 @@ class LanguageModel:
             }
 
             def kept(block, x, leaves, window):
+                """Runs one layer; returns x, and the (keys, values) of the window's tokens."""
                 x, kv = layer(block, x, leaves)
                 return x, tuple(map(taken[window], kv))
 
@@ -545,9 +594,9 @@ class LanguageModel:
 
         last = None
         if only_BR is not None:
-            only_WR = only_BR if packing is None else packing.slot_at(only_BR)
-            # Trained weights stay one stack: their last layer by itself would be a copy of the
-            # others, and so would the gradients.
+            only_WR = only_BR if packing is None else packing.packed_index(only_BR)
+            # With full tuning the last layer stays in the stack: taking it out would copy the other
+            # layers' weights and their gradients.
             if adapter is None or adapter.weights is None:
                 only_WU = jnp.any(
                     jnp.arange(tokens.shape[1])[None, None, :] == only_WR[:, :, None], axis=1
@@ -577,12 +626,13 @@ class LanguageModel:
         read_BT: Array,
         packing: Packing | None,
     ) -> Attend:
-        """A layer's attention over whole sequences, on its own platform's path. read_BT: queries
-        that count.
+        """Returns one layer's attention function over whole sequences.
+
+        Its implementation is that of the config. read_BT: queries whose output is used.
         """
         whole = self.mesh is None or self.mesh.size == 1
         if packing is not None and not (whole and self.config.attention == "blocked"):
-            return packing.attending(self._attend(kinds, kind, valid_BT, read_BT, None))
+            return packing.unpacked(self._attend(kinds, kind, valid_BT, read_BT, None))
         config = self.config
         settings = {"scale": config.attention_scale, "cap": config.attention_cap}
         if config.attention not in KERNELS:
@@ -599,22 +649,25 @@ class LanguageModel:
         over = functools.partial(
             KERNELS[config.attention], valid_BT=valid_BT, mesh=self.mesh, **settings
         )
-        window = kernels.narrower(config.window if config.windowed else None, valid_BT.shape[1])
+        window = kernels.effective_window(
+            config.window if config.windowed else None, valid_BT.shape[1]
+        )
         if window is None or kinds.by_layer is None:
             return functools.partial(over, window=window)
         windowed = kind["window"] == config.window
-        return lambda q, k, v: kernels.by_window(
+        return lambda q, k, v: kernels.cond_on_window(
             windowed, lambda: over(q, k, v, window=window), lambda: over(q, k, v, window=None)
         )
 
     def _rematerialised(self, body: Callable, picked: bool) -> Callable:
-        """A layer that keeps for the backward pass what `remat` says, and never weights. picked:
-        the layer picks its own from a stack.
+        """Returns a layer function that keeps for the backward pass only what `remat` says.
+
+        It never keeps gathered weights. picked: whether the layer takes its weights out of a stack.
         """
         if self.config.remat == "none":
             if not picked and (self.mesh is None or self.mesh.shape["fsdp"] == 1):
                 return body
-            return jax.checkpoint(body, prevent_cse=False, policy=all_but_weights)
+            return jax.checkpoint(body, prevent_cse=False, policy=save_all_but_weights)
         policies = jax.checkpoint_policies
         kept = {
             "dots": policies.dots_with_no_batch_dims_saveable,
@@ -633,41 +686,47 @@ class LanguageModel:
         backward: bool = False,
         last: Callable | None = None,
     ):
-        """layer(block, x, leaves of that layer) -> (x, out) over all layers; x and the stacked
-        outs.
+        """Runs all layers; returns the final x and the layers' outputs, stacked.
 
-        Layers with and without an adapter form runs, one scan each; where all have one (or none
-        has) there is one run. Below the lowest adapted layer nothing is trained, so nothing is
-        computed backwards there. backward: whether there may be a backward pass; without one
-        nothing is gained by inlining layers of a stack (`_inlined` has those that are apart). last:
-        the last layer, where it is another function, whose x may have another shape.
+        Layers with and without an adapter form runs, with one scan per run. Layers below the lowest
+        adapted one have no backward pass, because nothing in them is trained.
+
+        Args:
+            layer: (block, x, entries of `per_layer`) -> (x, output).
+            base: The frozen base.
+            adapter: The adapter.
+            x: Input of the first layer.
+            per_layer: Leaves [L, ...], or None, that each layer gets its own entry of.
+            place: Sharding constraints.
+            backward: Whether there may be a backward pass; only then `unroll` inlines layers.
+            last: Replaces `layer` for the last layer; its x may have another shape.
         """
         number = self.config.layers
-        weights, under, chosen, block_of = self._read(base, adapter, place)
-        if is_apart(weights):
+        weights, under, adapted_layers, block_of = self._read(base, adapter, place)
+        if is_unstacked(weights):
             return self._inlined(
                 layer,
                 block_of,
                 (weights, under, per_layer),
                 None if adapter is None else adapter.lora,
-                chosen,
+                adapted_layers,
                 x,
                 last,
             )
         outs = []
-        for start, stop, adapted in runs(chosen, number, apart=last is not None):
+        for start, stop, adapted in adapter_runs(adapted_layers, number, last is not None):
             lora = None
             if adapted:
-                first = chosen.index(start)
+                first = adapted_layers.index(start)
                 lora = jax.tree.map(
                     lambda leaf: leaf[first : first + stop - start], adapter.lora["layers"]
                 )
             whole = stop - start == number
             through = layer if last is None or stop < number else last
 
-            # A run's weights are picked layer by layer: slicing a run out of the stack would copy
-            # it.
+            # Each layer picks its own weights: slicing a run out of the stack would copy the run.
             def body(x, inputs):
+                """Runs one layer of the scan."""
                 index, mine, leaves = inputs
                 block_weights, block_under, leaves = (
                     leaves
@@ -696,38 +755,40 @@ class LanguageModel:
     def _read(
         self, base: Tree, adapter: Adapter | None, place: Placement
     ) -> tuple[Tree, Tree | None, tuple[int, ...], Callable]:
-        """(weights of the layers, frozen pairs under adapters, layers with an adapter, block_of):
-        block_of(weights, LoRA leaves or None, pairs or None) is one layer's module, its leaves
-        where `place` reads them.
+        """Returns (layer weights, frozen pairs, adapted layers, block_of).
+
+        block_of(weights, LoRA leaves or None, frozen pairs or None) returns one layer's module,
+        with its leaves sharded as `place` reads them.
         """
         weights = _weights(base, adapter)["layers"]
-        chosen = (
+        adapted_layers = (
             ()
             if adapter is None or adapter.lora is None
             else adapter.config.adapted_layers(self.config.layers)
         )
         under = None if adapter is None or adapter.under is None else adapter.under["layers"]
         targets = () if under is None else tuple(lora_lib.under_ranks(under))
-        # A frozen base has the activations' dtype, and no gradient.
+        # Trained weights are moved in the activations' dtype; frozen ones already have it.
         moved = None if adapter is None or adapter.weights is None else self.config.dtype
-        attention = (weights.layers[0] if is_apart(weights) else weights)["attention"]
+        attention = (weights.layers[0] if is_unstacked(weights) else weights)["attention"]
         fused = (
             tuple(name for name in GROUPS if "up" in attention[name])
             if "qkv" in attention
             else None
         )
-        apart = is_apart(weights)
+        unstacked = is_unstacked(weights)
         base_places, lora_places = (
             ({}, {})
-            if apart or self.mesh is None
+            if unstacked or self.mesh is None
             else map(_of_layers, (self.base_shardings(), self.lora_shardings()))
         )
 
         def block_of(block_weights: Tree, mine: Tree | None, block_under: Tree | None) -> Block:
+            """Returns the module of one layer with its weights."""
             graph = _split(
-                self.config, Adapted(None if mine is None else adapter.config, targets, fused)
+                self.config, AdapterSpec(None if mine is None else adapter.config, targets, fused)
             ).block
-            if not apart:
+            if not unstacked:
                 block_weights, mine = (
                     place.weights(block_weights, base_places, moved),
                     place.weights(mine, lora_places),
@@ -736,7 +797,7 @@ class LanguageModel:
                 graph, *(s for s in (block_weights, mine, block_under) if s is not None)
             )
 
-        return weights, under, chosen, block_of
+        return weights, under, adapted_layers, block_of
 
     def _by_window(
         self,
@@ -749,27 +810,43 @@ class LanguageModel:
         place: Placement,
         backward: bool = False,
     ) -> tuple[jax.Array, dict[int | None, Tree]]:
-        """`_scan` of layer(block, x, (a layer's cache, leaves), window) -> (x, out), its window
-        static; x, and the outs of the layers with each window.
+        """Runs all layers like `_scan`, with each layer's window as a static argument.
 
-        caches: leaves of the layers with each window; None: there are none. Layers with different
-        windows form turns of a scan (`layer_kinds.turns`), without a backward pass.
+        Returns x, and a dict from each window to the stacked outputs of the layers with it. If
+        layers differ in their window, they form scans of repeated layers
+        (`layer_kinds.periodic_scans`), without a backward pass.
+
+        Args:
+            layer: (block, x, (cache entries of the layer, entries of `per_layer`), window) -> (x,
+                output).
+            base: The frozen base.
+            adapter: The adapter.
+            x: Input of the first layer.
+            caches: For each window, leaves stacked over the layers with it. None: no cache.
+            per_layer: Leaves [L, ...], or None.
+            place: Sharding constraints.
+            backward: Whether there may be a backward pass.
         """
         windows = self.config.windows
         numbers = {
             window: [index for index, other in enumerate(windows) if other == window]
             for window in windows
         }
-        if is_apart(_weights(base, adapter)["layers"]):
+        if is_unstacked(_weights(base, adapter)["layers"]):
             own = [
-                None if caches is None else of_layer(caches[window], numbers[window].index(index))
+                None if caches is None else take_layer(caches[window], numbers[window].index(index))
                 for index, window in enumerate(windows)
             ]
             through = lambda block, x, leaves: layer(block, x, leaves[:2], leaves[2])
             x, outs = self._scan(
-                through, base, adapter, x, (Apart(tuple(own)), per_layer, Apart(windows)), place
+                through,
+                base,
+                adapter,
+                x,
+                (Unstacked(tuple(own)), per_layer, Unstacked(windows)),
+                place,
             )
-            return x, {window: chosen_layers(outs, found) for window, found in numbers.items()}
+            return x, {window: select_layers(outs, found) for window, found in numbers.items()}
         if len(numbers) == 1:
             through = lambda block, x, leaves: layer(block, x, leaves, windows[0])
             x, out = self._scan(
@@ -782,27 +859,28 @@ class LanguageModel:
                 backward=backward,
             )
             return x, {windows[0]: out}
-        weights, under, chosen, block_of = self._read(base, adapter, place)
-        # Each layer's place among those with its window.
+        weights, under, adapted_layers, block_of = self._read(base, adapter, place)
+        # Index of each layer among those with its window.
         order_L = jnp.array(
             [numbers[window].index(index) for index, window in enumerate(windows)], jnp.int32
         )
         outs: dict[int | None, list[Tree]] = {window: [] for window in numbers}
         scans = [
             (*scan, adapted)
-            for first, last, adapted in runs(chosen, self.config.layers)
-            for scan in turns(windows, first, last)
+            for first, last, adapted in adapter_runs(adapted_layers, self.config.layers)
+            for scan in periodic_scans(windows, first, last)
         ]
         for start, stop, period, adapted in scans:
             lora, alike = None, windows[start : start + period]
             if adapted:
-                first = chosen.index(start)
+                first = adapted_layers.index(start)
                 in_turns = lambda leaf: leaf[first : first + stop - start].reshape(
                     -1, period, *leaf.shape[1:]
                 )
                 lora = jax.tree.map(in_turns, adapter.lora["layers"])
 
             def turn(x, inputs):
+                """Runs the consecutive layers of one repetition of the scan."""
                 index, mine, made = *inputs, []
                 for number, window in enumerate(alike):
                     block_weights, block_under, order, leaves = jax.tree.map(
@@ -815,7 +893,9 @@ class LanguageModel:
                         else jax.tree.map(functools.partial(_picked, order), caches[window])
                     )
                     block = block_of(
-                        block_weights, None if mine is None else of_layer(mine, number), block_under
+                        block_weights,
+                        None if mine is None else take_layer(mine, number),
+                        block_under,
                     )
                     x, out = layer(block, x, (own, leaves), window)
                     made.append(out)
@@ -841,33 +921,34 @@ class LanguageModel:
         block_of: Callable,
         stacks: Tree,
         lora: Tree | None,
-        chosen: tuple[int, ...],
+        adapted_layers: tuple[int, ...],
         x: jax.Array,
         last: Callable | None,
     ):
-        """`_scan` of layers that are apart (`stacks.Apart`), one after the other; so are the
-        outs.
+        """Runs unstacked layers one after the other, as `_scan` runs stacked ones.
+
+        The outputs are unstacked too (`stacks.Unstacked`).
         """
         outs = []
         for index in range(self.config.layers):
-            adapted = index in chosen
-            mine = of_layer(lora["layers"], chosen.index(index)) if adapted else None
-            block_weights, block_under, leaves = of_layer(stacks, index)
+            adapted = index in adapted_layers
+            mine = take_layer(lora["layers"], adapted_layers.index(index)) if adapted else None
+            block_weights, block_under, leaves = take_layer(stacks, index)
             block = block_of(block_weights, mine, block_under)
             x, out = (last if last is not None and index == self.config.layers - 1 else layer)(
                 block, x, leaves
             )
             outs.append(out)
-        return x, collected(outs)
+        return x, unstacked_outputs(outs)
 
 
 def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
-    """A layer's leaf."""
+    """Returns entry `index` of a leaf that is stacked over layers."""
     return jax.lax.dynamic_index_in_dim(leaf_L, index, keepdims=False)
 
 
 def _of_layers(places: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
-    """The layers' part, by path names within a layer."""
+    """Returns the shardings of leaves of the layers, keyed by path name within a layer."""
     return {
         name.removeprefix("layers/"): place
         for name, place in places.items()
@@ -876,14 +957,15 @@ def _of_layers(places: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:
-    """The weights to read: the base's, or in full tuning those that stand in for it."""
+    """Returns the weights to read: the base's, or in full tuning the adapter's."""
     return base if adapter is None or adapter.weights is None else adapter.weights
 
 
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
+    """Returns the scalar head's output for hidden states; raises ValueError if there is no head."""
     if adapter is None or adapter.head is None:
         raise ValueError(
-            "This role has no scalar head: a score or a value needs an adapter that carries one."
+            "This role has no scalar head; a score or a value needs an adapter with one."
         )
     return (
         precision.matmul(hidden.astype(jnp.float32), adapter.head["kernel"]) + adapter.head["bias"]
@@ -891,19 +973,20 @@ def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
 
 
 def full_weights(base: Tree) -> Adapter:
-    """The full-tuning twin of a fresh adapter: a float32 copy of the whole base, trainable.
+    """Returns an adapter for full tuning: a trainable float32 copy of the whole base.
 
-    Float32 whatever the base's dtype: small updates to bfloat16 weights would be rounded away.
+    It is float32 whatever the base's dtype, because bfloat16 would round small updates away.
     """
     return Adapter(
         weights=jax.tree.map(lambda leaf: jnp.array(leaf, dtype=jnp.float32, copy=True), base)
     )
 
 
-def resting(adapter: Adapter, dtype: str) -> Adapter:
-    """A role that is read and not trained: a fully tuned one's matrices in the activations' dtype.
+def cast_frozen_role(adapter: Adapter, dtype: str) -> Adapter:
+    """Returns a role that is read but not trained, with its full-tuning matrices in `dtype`.
 
-    The same numbers in less memory: matrices are cast to that dtype where they are used.
+    The results are the same in less memory, because matrices are cast to the activations' dtype
+    where they are used. A role without full weights is returned unchanged.
     """
     if adapter.weights is None:
         return adapter

@@ -1,6 +1,4 @@
-"""What differs from layer to layer besides weights: which have an adapter, windows, rotary
-tables.
-"""
+"""What differs between layers besides their weights: adapters, windows, rotary tables."""
 
 from __future__ import annotations
 
@@ -15,36 +13,44 @@ from perl_jax.models.config import ModelConfig, Rope
 from perl_jax.types import Array, Tree
 
 
-def runs(chosen: tuple[int, ...], number: int, apart: bool = False) -> list[tuple[int, int, bool]]:
-    """Runs of consecutive layers that all have an adapter, or all have none: (start, stop,
-    adapted). apart: the last layer is a run.
+def adapter_runs(
+    adapted_layers: tuple[int, ...], number: int, last_apart: bool = False
+) -> list[tuple[int, int, bool]]:
+    """Returns runs of consecutive layers that all have an adapter or all have none.
+
+    Args:
+        adapted_layers: Indices of the layers with an adapter.
+        number: Number of layers.
+        last_apart: Whether the last layer is a run of its own.
+
+    Returns a list of (start, stop, whether the run has an adapter).
     """
     found: list[tuple[int, int, bool]] = []
     for index in range(number):
-        adapted = index in chosen
-        if found and found[-1][2] == adapted and not (apart and index == number - 1):
+        adapted = index in adapted_layers
+        if found and found[-1][2] == adapted and not (last_apart and index == number - 1):
             found[-1] = (found[-1][0], index + 1, adapted)
         else:
             found.append((index, index + 1, adapted))
     return found
 
 
-# Layers that a turn of a scan inlines at most.
-LONGEST_TURN = 8
+# Largest number of layers that one repetition of a scan inlines.
+LONGEST_PERIOD = 8
 
 
-def turns(kinds: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Cuts layers start to stop into scans (start, stop, period), of which each turn is `period`
-    layers with the same kinds in each turn.
+def periodic_scans(kinds: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Cuts the layers from start to stop into scans (start, stop, period).
 
-    As few layers as possible are inlined in all turns together, then in as few scans as possible,
-    the first as long as can be: five local layers and a global one, four times, and two local ones
-    are (0, 24, 6), (24, 26, 1).
+    A scan repeats `period` consecutive layers, whose kinds are the same in each repetition. Of all
+    cuts it takes the one with the smallest sum of periods (layers to compile), then with the fewest
+    scans, then with the longest first scan. Example: four times five local layers and a global one,
+    then two local ones, give (0, 24, 6), (24, 26, 1).
     """
     best: dict[int, tuple[int, int, list]] = {stop: (0, 0, [])}
     for first in range(stop - 1, start - 1, -1):
         found = []
-        for period in range(1, min(LONGEST_TURN, stop - first) + 1):
+        for period in range(1, min(LONGEST_PERIOD, stop - first) + 1):
             for end in range(first + period, stop + 1, period):
                 if tuple(kinds[end - period : end]) != tuple(kinds[first : first + period]):
                     break
@@ -56,12 +62,16 @@ def turns(kinds: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, i
 
 @dataclasses.dataclass(frozen=True)
 class LayerKinds:
-    """What differs from layer to layer besides weights: rotary tables and windows.
+    """Rotary tables and windows of all layers.
 
-    Models whose layers are all alike carry nothing through the layer scan; in the others each layer
-    has the number of its rotary table and its window.
+    If all layers are alike, the layer scan carries nothing. Otherwise it carries, for each layer,
+    the number of its rotary table and its window.
 
-    cos_J, sin_J: a table for each different rotary embedding. by_layer: {rope, window}, int32 [L].
+    Attributes:
+        cos_J: cos of each different rotary table.
+        sin_J: sin of each different rotary table.
+        by_layer: {rope: table number, window: tokens}, int32 [L] each. None: all layers are alike.
+        window: The common window if all layers are alike; None: no window.
     """
 
     cos_J: tuple[jax.Array, ...]
@@ -71,6 +81,7 @@ class LayerKinds:
 
     @classmethod
     def of(cls, config: ModelConfig, positions_BT: Array) -> LayerKinds:
+        """Returns the kinds of a model's layers for tokens at these positions."""
         windowed, unrotated = set(config.windowed), set(config.unrotated)
         local = config.local_rope or config.rope
         ropes = [
@@ -82,7 +93,7 @@ class LayerKinds:
         cos_J, sin_J = zip(*tables, strict=True)
         if len(different) == 1 and len(windowed) in (0, config.layers):
             return cls(cos_J, sin_J, None, config.window if windowed else None)
-        # Further back than any position: no window.
+        # 2**30 exceeds any position: no window.
         window_L = [config.window if i in windowed else 2**30 for i in range(config.layers)]
         rope_L = [different.index(rope) for rope in ropes]
         return cls(
@@ -93,7 +104,7 @@ class LayerKinds:
         )
 
     def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of a layer."""
+        """Returns cos and sin of a layer, given its entry of `by_layer`."""
         if len(self.cos_J) == 1:
             return self.cos_J[0], self.sin_J[0]
         return jnp.stack(self.cos_J)[kind["rope"]], jnp.stack(self.sin_J)[kind["rope"]]
@@ -101,21 +112,19 @@ class LayerKinds:
     def mask(
         self, kind: Tree | None, mask_BTS: Array, query_positions_BT: Array, key_positions_BS: Array
     ) -> Array:
-        """The mask of a layer: its window's share of `mask_BTS`."""
+        """Returns the attention mask of a layer: `mask_BTS` restricted to the layer's window."""
         window = self.window if kind is None else kind["window"]
         return (
             mask_BTS
             if window is None
-            else mask_BTS & attention.within(window, query_positions_BT, key_positions_BS)
+            else mask_BTS & attention.within_window(window, query_positions_BT, key_positions_BS)
         )
 
 
 def _rotary_table(
     positions_BT: Array, head_dim: int, rope: Rope | None
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin; without a rope those of angle 0, which leave queries and keys bit for bit as
-    they are.
-    """
+    """Returns cos and sin; without a rope those of angle 0, which change nothing."""
     if rope is not None:
         return attention.rotary_angles(positions_BT, head_dim, rope)
     shape = (*positions_BT.shape, 1, head_dim // 2)

@@ -1,12 +1,12 @@
-"""Log-probabilities, entropies and state values of the tokens of a sequence: one alignment.
+"""Log-probabilities, entropies and state values of the tokens of a sequence, in one alignment.
 
-The convention, for every per-token array of this package:
+The alignment of every per-token array of this package:
 
     logp_BT[b, t] = log p(token t | tokens < t)
 
-A causal model that has read token t - 1 emits, at position t - 1, the logits of token t and the
-value of the state in which token t is chosen. `shift_right` is the only place where that offset is
-applied. Column 0 has no prediction and is 0; a response mask must be False there.
+After reading token t - 1, at position t - 1, a causal model gives the logits of token t and the
+value of the state before token t. `shift_right` is the only function that applies this offset.
+Column 0 has no prediction and is 0; a response mask must be False there.
 """
 
 from __future__ import annotations
@@ -24,37 +24,44 @@ from perl_jax.types import Array, Tree
 
 
 def shift_right(values_BT: Array) -> jax.Array:
-    """out[:, t] = values[:, t - 1], out[:, 0] = 0: from "read at" to "about token" columns.
+    """Returns out[:, t] = values[:, t - 1], out[:, 0] = 0.
 
-    Turns the values a critic reads at each position into V(state before token t), the column of
-    the token whose log-probability they are a baseline for.
+    It turns the values that a value model gives at each position into V(state before token t),
+    aligned with the log-probability of token t, whose baseline V is.
     """
     chex.assert_rank(values_BT, 2)
     return jnp.pad(values_BT[:, :-1], ((0, 0), (1, 0)))
 
 
 def token_logprobs(logits_V: Array, tokens: Array, temperature: float = 1.0) -> jax.Array:
-    """log softmax(logits / temperature)[token] = logit[token] / temperature - logsumexp; float32.
+    """Returns log softmax(logits / temperature)[token], float32, in the shape of `tokens`.
 
-    logits_V: [..., V], each row predicting the token at the same place of `tokens` [...]: what a
-    sampler holds after one decoding step. An id of V or more gives NaN. Raises ValueError unless
-    `temperature` (a static number) is finite and above 0. Differentiable in reverse mode only.
+    An id of V or more gives NaN. Differentiable in reverse mode only.
+
+    Args:
+        logits_V: Logits [..., V], each row predicting the token at the same index of `tokens`.
+        tokens: Token ids [...].
+        temperature: Static number.
+
+    Raises ValueError unless the temperature is finite and above 0.
     """
     _check_temperature(temperature)
     chex.assert_shape(logits_V, (*tokens.shape, None))
     return _token_logprobs(jnp.asarray(logits_V), jnp.asarray(tokens), float(temperature))
 
 
-# A gradient of its own, because the derived one keeps exp(logits) for the backward pass and, for
-# bfloat16 logits, adds -1 and the rounded softmax in bfloat16, where a confident token's vanishes.
+# It has its own gradient because JAX's keeps exp(logits) for the backward pass. For bfloat16 logits
+# JAX's also adds -1 and the softmax in bfloat16, where the gradient of a confident token vanishes.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _token_logprobs(logits_V: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
+    """`token_logprobs` with its own gradient."""
     return _token_logprobs_forward(logits_V, tokens, temperature)[0]
 
 
 def _token_logprobs_forward(
     logits_V: jax.Array, tokens: jax.Array, temperature: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns the log-probabilities, and the residuals of the backward pass."""
     picked = jnp.take_along_axis(logits_V, tokens[..., None], axis=-1)[..., 0]
     logz = jax.nn.logsumexp(_scaled(logits_V, temperature), axis=-1)
     return _scaled(picked, temperature) - logz, (logits_V, tokens, logz)
@@ -63,12 +70,12 @@ def _token_logprobs_forward(
 def _token_logprobs_backward(
     temperature: float, residuals: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, None]:
-    """(one-hot(token) - softmax) cotangent / temperature, formed in float32."""
+    """Returns (one-hot(token) - softmax) cotangent / temperature, computed in float32."""
     logits_V, tokens, logz = residuals
     p_V = jnp.exp(_scaled(logits_V, temperature) - logz[..., None])
     ids_V = jax.lax.broadcasted_iota(tokens.dtype, p_V.shape, p_V.ndim - 1)
-    chosen_V = (ids_V == tokens[..., None]).astype(p_V.dtype)
-    gradient_V = (chosen_V - p_V) * (cotangent / temperature)[..., None]
+    one_hot_V = (ids_V == tokens[..., None]).astype(p_V.dtype)
+    gradient_V = (one_hot_V - p_V) * (cotangent / temperature)[..., None]
     return gradient_V.astype(logits_V.dtype), None
 
 
@@ -76,46 +83,48 @@ _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
 def next_token_logprobs(logits_BTV: Array, tokens_BT: Array, temperature: float = 1.0) -> jax.Array:
-    """logp_BT[b, t] = log softmax(logits_BTV[b, t - 1] / temperature)[tokens_BT[b, t]], 0 at t = 0.
+    """Returns logp_BT[b, t] = log softmax(logits_BTV[b, t - 1] / temperature)[tokens_BT[b, t]].
 
-    float32, shape [B, T]. At most one float32 [B, T, V] is alive beside the logits: the
-    log-softmax itself is never formed. The temperature is the sampler's, for new, old and
-    reference log-probabilities alike; 0 (greedy) has no finite log-probabilities and raises
-    ValueError.
+    float32 [B, T], 0 at t = 0. At most one float32 [B, T, V] array exists besides the logits,
+    because the log-softmax itself is never formed. Use the sampler's temperature for new, old and
+    reference log-probabilities alike. Temperature 0 (greedy) has no finite log-probabilities and
+    raises ValueError.
     """
     chex.assert_rank([logits_BTV, tokens_BT], [3, 2])
     chex.assert_equal_shape_prefix([logits_BTV, tokens_BT], 2)
-    # The last column's prediction (of a token not in the batch) is computed and dropped: slicing
+    # The last column predicts a token that is not in the batch. It is computed and dropped: slicing
     # [B, T] is free, slicing [B, T, V] would copy the logits.
     following_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
     return shift_right(token_logprobs(logits_BTV, following_BT, temperature))
 
 
 def next_token_entropy(logits_BTV: Array, temperature: float = 1.0) -> jax.Array:
-    """entropy_BT[b, t] of the distribution token t is drawn from, softmax(logits_BTV[b, t - 1] /
-    temperature); 0 at t = 0.
+    """Returns entropy_BT[b, t] of softmax(logits_BTV[b, t - 1] / temperature), 0 at t = 0.
+
+    This is the distribution that token t is drawn from.
     """
     chex.assert_rank(logits_BTV, 3)
     return shift_right(entropy(logits_BTV, temperature))
 
 
 def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
-    """-sum_v p_v log p_v (nats) of p = softmax(logits / temperature) over the last axis; float32.
+    """Returns the entropy -sum_v p_v log p_v in nats of p = softmax(logits / temperature).
 
-    A logit of -inf (a banned token) contributes 0. Raises ValueError for a temperature that is not
-    finite and above 0.
+    The sum is over the last axis, in float32. A logit of -inf (an excluded token) contributes 0.
+    Raises ValueError for a temperature that is not finite and above 0.
     """
     _check_temperature(temperature)
-    # Flat: sums over [1, N, V] take XLA's CPU backend 60 times as long as over [N, V].
+    # Flattened, because XLA's CPU backend sums [1, N, V] 60 times as slowly as [N, V].
     scaled_NV = _scaled(logits_V, temperature).reshape(-1, logits_V.shape[-1])
     logz_N1 = jax.nn.logsumexp(scaled_NV, axis=-1, keepdims=True)
     # Not logz - sum p logit: with large logits that is a small difference of large numbers. The
-    # bound changes no sum, as p is 0 long before, and makes 0 of a banned token's 0 times infinity.
+    # lower bound -1e4 turns 0 times infinity of an excluded token into 0. It changes no other term,
+    # because p is already 0 there.
     logp_NV = jnp.maximum(scaled_NV - logz_N1, -1e4)
     return -jnp.sum(jnp.exp(logp_NV) * logp_NV, axis=-1).reshape(logits_V.shape[:-1])
 
 
-def sequence_logprobs(
+def logprobs_from_hidden(
     head: Callable[[jax.Array], jax.Array],
     hidden_BTD: Array,
     tokens_BT: Array,
@@ -125,20 +134,26 @@ def sequence_logprobs(
     columns: int,
     frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """logp_BT and entropy_BT (`next_token_logprobs`, `next_token_entropy`) from hidden states,
-    logits by pieces.
+    """Returns logp_BT and entropy_BT of hidden states, with logits of a few columns at a time.
 
-    head: hidden_BCD -> logits_BCV. columns: how many columns have logits at a time. frozen: whether
-    the head's weights are; trained ones have their logits computed again in the backward pass,
-    unless all columns fit into one piece. start: columns before it are 0, and no logits are
-    computed for them. The entropy has no gradient.
+    They equal `next_token_logprobs` and `next_token_entropy`. The entropy has no gradient.
+
+    Args:
+        head: hidden_BCD -> logits_BCV.
+        hidden_BTD: Hidden states after the final norm.
+        tokens_BT: Token ids.
+        temperature: Divides the logits.
+        start: First column that is computed; earlier columns are 0.
+        columns: Number of columns whose logits exist at a time.
+        frozen: Whether the head's weights are frozen. If not, the backward pass computes the logits
+            again, unless all columns are computed at once.
     """
     _check_temperature(temperature)
     chex.assert_rank([hidden_BTD, tokens_BT], [3, 2])
     chex.assert_equal_shape_prefix([hidden_BTD, tokens_BT], 2)
     length = tokens_BT.shape[1]
-    # What is read at column t is about token t + 1. The last column is about none: kept where all
-    # are.
+    # Column t predicts token t + 1, and the last column predicts none. It is kept only if all
+    # columns are, which saves a slice.
     first = max(start - 1, 0)
     last = length if first == 0 else length - 1
     hidden_BTD = hidden_BTD[:, first:last]
@@ -159,11 +174,13 @@ def following_logprobs(
     columns: int,
     frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy of the token that follows each hidden state, logits by pieces of
-    `columns`; see `sequence_logprobs`.
+    """Returns log-probability and entropy of the token that follows each hidden state.
+
+    See `logprobs_from_hidden`; following_BT holds these tokens.
     """
 
     def piece(hidden_BCD: jax.Array, following_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns log-probabilities and entropies of a few columns."""
         logits_BCV = head(hidden_BCD)
         return token_logprobs(logits_BCV, following_BC, temperature), entropy(
             jax.lax.stop_gradient(logits_BCV), temperature
@@ -183,7 +200,10 @@ def following_logprobs(
 def _by_pieces(
     piece: Callable[..., Tree], hidden_BTD: jax.Array, following_BT: jax.Array, pieces: int
 ) -> Tree:
-    """piece over equal runs of columns, one after the other."""
+    """Returns piece(hidden, following), computed for equal runs of columns one after the other.
+
+    The results are concatenated along the columns. pieces: number of runs.
+    """
     if pieces == 1:
         return piece(hidden_BTD, following_BT)
     batch, length, width = hidden_BTD.shape
@@ -206,18 +226,20 @@ def _by_pieces(
 def _with_slopes(
     piece: Callable, pieces: int, hidden_BTD: jax.Array, following_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`_by_pieces` with a gradient for the hidden states alone, of which no logits are kept and
-    none computed twice.
+    """Returns `_by_pieces`, with a gradient for the hidden states only.
 
-    d logp / d hidden = (onehot(token) - softmax(logits / temperature)) W^T / temperature needs the
-    logits; what comes back from a loss is but a factor of it for each token. So it is made where
-    the logits are.
+    The gradient needs d logp / d hidden = (onehot(token) - softmax(logits / temperature)) W^T /
+    temperature. The forward pass computes it together with the logits. The backward pass then only
+    multiplies it by the cotangent of each token: no logits are kept or computed twice.
     """
     return _by_pieces(piece, hidden_BTD, following_BT, pieces)
 
 
 def _with_slopes_forward(piece, pieces, hidden_BTD, following_BT):
+    """Returns the results of all pieces, and d logp / d hidden as residual."""
+
     def with_slope(hidden_BCD, following_BC):
+        """Returns log-probabilities, entropies and d logp / d hidden of a few columns."""
         logp_BC, backward, entropy_BC = jax.vjp(
             lambda hidden_BCD: piece(hidden_BCD, following_BC), hidden_BCD, has_aux=True
         )
@@ -228,6 +250,7 @@ def _with_slopes_forward(piece, pieces, hidden_BTD, following_BT):
 
 
 def _with_slopes_backward(piece, pieces, slope_BTD, cotangents):
+    """Returns the gradient of the hidden states: cotangent times d logp / d hidden."""
     logp_BT, _ = cotangents
     return (logp_BT[..., None] * slope_BTD).astype(slope_BTD.dtype), None
 
@@ -236,11 +259,12 @@ _with_slopes.defvjp(_with_slopes_forward, _with_slopes_backward)
 
 
 def _scaled(logits_V: Array, temperature: float) -> jax.Array:
-    """logits / temperature in at least float32: the division is not done in bfloat16."""
+    """Returns logits / temperature in at least float32; the division is never in bfloat16."""
     return at_least_float32(logits_V) / temperature
 
 
 def _check_temperature(temperature: float) -> None:
+    """Raises ValueError unless the temperature is finite and above 0."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(
             f"the temperature of log-probabilities must be finite and above 0, got {temperature}"

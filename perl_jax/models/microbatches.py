@@ -1,4 +1,4 @@
-"""A batch in microbatches, one after the other: what a pass holds at a time is a part's."""
+"""Functions that process a batch one microbatch at a time, to limit memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from perl_jax.types import Array, Tokens, Tree
 
 
 def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
-    """Leaves [B, ...] -> [M, B/M, ...]; group g (of rows next to each other) goes to microbatch g
-    mod M, packed as one.
+    """Returns leaves [B, ...] as microbatches [M, B/M, ...].
 
-    Strided, not in runs: with rows sharded in runs over devices, every microbatch then still has
-    its share on every device.
+    Group g of consecutive rows goes to microbatch g mod M. The split is strided, so that every
+    microbatch has rows on every device if rows are sharded over devices in contiguous parts. Packed
+    tokens get the layout of one microbatch. Raises ValueError if the groups do not divide over the
+    microbatches.
     """
 
     def split(leaf: Array) -> Array:
+        """Returns a leaf [B, ...] as [M, B/M, ...]."""
         rows = leaf.shape[0]
         check_divides(rows, microbatches, group, "microbatches")
         dealt = leaf.reshape(rows // (microbatches * group), microbatches, group, *leaf.shape[1:])
@@ -36,11 +38,11 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
 
 def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
-    """function(batch) where every leaf of the result leads with the batch's rows, one microbatch
-    after the other.
+    """Returns function(batch), computed one microbatch at a time.
 
-    For passes without a gradient: what they hold at a time is that of a microbatch. Where the
-    microbatches do not divide the (groups of) rows, their largest common divisor is taken.
+    Every leaf of the result must have the batch's rows as its first axis. For passes without a
+    gradient: intermediate results exist for one microbatch. If `microbatches` does not divide the
+    number of groups of rows, their greatest common divisor is used instead.
     """
     group = group_of(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -50,6 +52,7 @@ def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches:
     outs = jax.lax.map(function, split_microbatches(batch, microbatches, group))
 
     def join(leaf: Array) -> jax.Array:
+        """Returns a leaf [M, B/M, ...] as [B, ...], in the batch's order."""
         dealt = leaf.reshape(microbatches, -1, group, *leaf.shape[2:])
         return jnp.swapaxes(dealt, 0, 1).reshape(rows, *leaf.shape[2:])
 
@@ -57,7 +60,7 @@ def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches:
 
 
 def summed_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
-    """The sum over microbatches of function(microbatch), whose leaves are sums over rows."""
+    """Returns the sum over microbatches of function(microbatch), whose leaves are row sums."""
     if microbatches == 1:
         return function(batch)
     sums = jax.lax.map(function, split_microbatches(batch, microbatches, group_of(batch)))
@@ -65,12 +68,15 @@ def summed_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatc
 
 
 def check_divides(rows: int, parts: int, group: int, what: str) -> None:
-    """ValueError unless whole groups of rows divide over the parts."""
+    """Raises ValueError unless whole groups of rows divide over parts; `what` names these."""
     if rows % (parts * group):
         groups = f" in groups of {group}" if group > 1 else ""
         raise ValueError(f"{rows} rows{groups} do not split into {parts} {what}")
 
 
 def group_of(batch: Tree) -> int:
-    """Rows of a batch that have to stay together: as many as it says."""
+    """Returns the number of consecutive rows of a batch that must stay together.
+
+    It is `batch.group`, or 1 if the batch has no such attribute.
+    """
     return getattr(batch, "group", 1)

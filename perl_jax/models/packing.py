@@ -1,16 +1,15 @@
-"""Packing: the real tokens of a batch, each once, side by side; attention alone sees padded
-sequences.
+"""Packing: a batch's real tokens side by side in a few rows, each token once.
 
-All that a decoder does with a token by itself (projections, feed-forward layers, norms: nine tenths
-of its operations and more) is done on packed rows [W, U]: padding is left out, and so are all but
-the first copy of what the rows of a group begin with together (a prompt's samples, a pair's
-prompt). Attention is what relates tokens, and gets queries, keys and values where they stand in
-their sequences [B, T]: every attention path works unchanged, and no token can see another
-sequence's.
+Most of a decoder computes each token by itself: projections, feed-forward layers and norms are over
+nine tenths of its operations. On packed rows [W, U] they skip padding, and all copies but one of
+the prompt that the rows of a group share (a prompt's samples, or the two responses of a
+comparison). Only attention relates tokens. It gets queries, keys and values unpacked, in their
+sequences [B, T]. So every attention implementation works unchanged, and no token sees another
+sequence.
 
-Both ways are gathers, and so are both gradients: a scatter would be serial on TPUs. U is the only
-size that has to be known beforehand (`types.Layout.slots`); W parts of rows keep their tokens on
-their devices.
+Packing and unpacking are gathers, and so are their gradients, because a scatter would run serially
+on TPUs. Only U must be known beforehand (`types.Layout.capacity`). W packed rows keep their tokens
+on their devices.
 """
 
 from __future__ import annotations
@@ -29,15 +28,18 @@ from perl_jax.types import Array, Tokens
 
 @flax.struct.dataclass
 class Packing:
-    """Where tokens stand in packed rows. b = B / W rows lie in one packed row.
+    """Where the tokens of a batch are in packed rows. b = B / W rows share one packed row.
 
-    slot_BT: each real token's place among the U of its packed row; copies have one place.
-    token_WU: the place [b T] of the token that a slot holds; filled_WU: slots that hold one.
-    own_BT: real tokens that are not copies. shared_BT: tokens of shared prompts, in every row of
-    their group. group: consecutive rows that may share slots.
+    Attributes:
+        index_BT: Index, in its packed row, of each real token. Copies have the same index.
+        token_WU: Index in [b T] of the token at each position of a packed row.
+        filled_WU: Positions of packed rows that hold a token.
+        own_BT: True on real tokens that are not copies.
+        shared_BT: True on the tokens of shared prompts, in every row of their group.
+        group: Number of consecutive rows that may share tokens (static).
     """
 
-    slot_BT: Array
+    index_BT: Array
     token_WU: Array
     filled_WU: Array
     own_BT: Array
@@ -46,25 +48,25 @@ class Packing:
 
     @property
     def parts(self) -> int:
-        """W."""
+        """W, the number of packed rows."""
         return self.token_WU.shape[0]
 
     def packed(self, x_BT: Array) -> jax.Array:
-        """[B, T, ...] -> [W, U, ...]; spare slots hold the first token of their part."""
+        """Returns [W, U, ...] from [B, T, ...]; empty positions hold their part's first token."""
         return gather(_by_part(x_BT, self.parts), self.token_WU)
 
     def spread(self, x_WU: Array) -> jax.Array:
-        """[W, U, ...] -> [B, T, ...]; padding gets any token's numbers."""
-        spread = gather(x_WU, _by_part(self.slot_BT, self.parts))
-        return spread.reshape(*self.slot_BT.shape, *x_WU.shape[2:])
+        """Returns [B, T, ...] from [W, U, ...]; padding holds arbitrary values."""
+        spread = gather(x_WU, _by_part(self.index_BT, self.parts))
+        return spread.reshape(*self.index_BT.shape, *x_WU.shape[2:])
 
     def spread_gradient(self, cotangent_BT: Array) -> jax.Array:
-        """[W, U, ...]: a slot's gradient is its own token's and its copies' together."""
+        """Returns the gradient [W, U, ...] of `spread`: the sum over a token and its copies."""
         if self.group > 1:
-            # The copies' part goes to the group's first row.
+            # The gradients of all copies are added to the group's first row.
             grouped = cotangent_BT.reshape(-1, self.group, *cotangent_BT.shape[1:])
             shared_PT = self.shared_BT[:: self.group]
-            # One after the other: a sum over the axis is slow in XLA's CPU backend. In float32, as
+            # Added one by one, because XLA's CPU backend sums over this axis slowly; in float32, as
             # a sum would be.
             total_PT = functools.reduce(
                 jnp.add, (at_least_float32(grouped[:, row]) for row in range(self.group))
@@ -76,25 +78,26 @@ class Packing:
         return _masked(self.packed(cotangent_BT), self.filled_WU)
 
     def packed_gradient(self, cotangent_WU: Array) -> jax.Array:
-        """[B, T, ...]: copies and padding have no gradient."""
+        """Returns the gradient [B, T, ...] of `packed`: copies and padding have none."""
         return _masked(self.spread(cotangent_WU), self.own_BT)
 
-    def slot_at(self, column_BY: Array) -> jax.Array:
-        """[W, b Y]: the slots that hold the tokens at these columns of each row."""
-        return _by_part(jnp.take_along_axis(self.slot_BT, column_BY, axis=1), self.parts)
+    def packed_index(self, column_BY: Array) -> jax.Array:
+        """Returns [W, b Y]: the packed indices of the tokens at these columns of each row."""
+        return _by_part(jnp.take_along_axis(self.index_BT, column_BY, axis=1), self.parts)
 
-    def read(self, x_WU: Array, place_WY: Array) -> jax.Array:
-        """[W, Y, ...]: what the slots hold of the tokens at places [b T] of each part."""
-        return gather(x_WU, gather(_by_part(self.slot_BT, self.parts), place_WY))
+    def read_tokens(self, x_WU: Array, place_WY: Array) -> jax.Array:
+        """Returns [W, Y, ...]: packed values of some tokens.
+
+        The tokens are given by their indices in [b T] of each part.
+        """
+        return gather(x_WU, gather(_by_part(self.index_BT, self.parts), place_WY))
 
     def to_sequences(self, x_WU: Array) -> jax.Array:
-        """`spread` with a gradient by gathers."""
+        """Returns `spread`, with a gradient by gathers."""
         return _to_sequences(self, x_WU)
 
-    def attending(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """attend over sequences [B, T, heads, K] as a function of packed tokens [W, U, heads,
-        K].
-        """
+    def unpacked(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Returns `attend` over [B, T, heads, K] as a function of packed [W, U, heads, K]."""
 
         def over_packed(*qkv: Array) -> jax.Array:
             return _to_packed(self, attend(*(_to_sequences(self, x_WUHK) for x_WUHK in qkv)))
@@ -103,7 +106,7 @@ class Packing:
 
 
 def pack(tokens: Tokens) -> Packing | None:
-    """The packing that a batch's layout asks for; None: the batch stays padded."""
+    """Returns the packing that a batch's layout asks for; None: the batch stays padded."""
     layout = tokens.layout
     if layout is None:
         return None
@@ -113,41 +116,44 @@ def pack(tokens: Tokens) -> Packing | None:
         jnp.asarray(tokens.response_BT, bool),
     )
     first_B = jnp.arange(valid_BT.shape[0]) % layout.group == 0
-    # What follows a response (the end of a chat template's turn) is each row's own.
+    # Tokens after a response (the end of a chat template's turn) are not shared.
     shared_BT = valid_BT & (jnp.cumsum(response_BT, axis=1) == 0) & (layout.group > 1)
     own_BT = valid_BT & (first_B[:, None] | ~shared_BT)
     own_WX = _by_part(own_BT, layout.parts)
     place_WX = jnp.cumsum(own_WX, axis=1) - 1
-    # A copy has the place of the same column in its group's first row.
+    # A copy has the index of the same column in its group's first row.
     place_PGT = place_WX.reshape(-1, layout.group, valid_BT.shape[1])
     place_BT = jnp.where(
         shared_BT,
         jnp.repeat(place_PGT[:, 0], layout.group, axis=0),
         place_WX.reshape(valid_BT.shape),
     )
-    slot_BT = jnp.where(valid_BT, place_BT, 0)
-    token_WU = jax.vmap(lambda own_X: jnp.nonzero(own_X, size=layout.room, fill_value=0)[0])(own_WX)
-    filled_WU = jnp.arange(layout.room)[None, :] < jnp.sum(own_WX, axis=1, keepdims=True)
-    return Packing(slot_BT, token_WU, filled_WU, own_BT, shared_BT, layout.group)
+    index_BT = jnp.where(valid_BT, place_BT, 0)
+    token_WU = jax.vmap(
+        lambda own_X: jnp.nonzero(own_X, size=layout.total_capacity, fill_value=0)[0]
+    )(own_WX)
+    filled_WU = jnp.arange(layout.total_capacity)[None, :] < jnp.sum(own_WX, axis=1, keepdims=True)
+    return Packing(index_BT, token_WU, filled_WU, own_BT, shared_BT, layout.group)
 
 
 def _by_part(x_BT: Array, parts: int) -> jax.Array:
-    """[B, T, ...] -> [W, b T, ...]."""
+    """Returns [W, b T, ...] from [B, T, ...]."""
     return jnp.reshape(x_BT, (parts, -1, *x_BT.shape[2:]))
 
 
 def gather(x_WX: Array, index_WY: Array) -> jax.Array:
-    """Each row's entries by its own indices."""
+    """Returns each row's entries at its own indices."""
     take = lambda x_X, index_Y: jnp.take(x_X, index_Y, axis=0, mode="clip")
     return jax.vmap(take)(x_WX, index_WY)
 
 
 def _masked(x: Array, mask: Array) -> jax.Array:
-    """x where the mask of its leading axes is True, 0 elsewhere."""
+    """Returns x where the mask of its leading axes is True, and 0 elsewhere."""
     return jnp.where(_wide(mask, x.ndim), x, 0)
 
 
 def _wide(mask: Array, ndim: int) -> jax.Array:
+    """Returns the mask with trailing axes of size 1, up to `ndim` dimensions."""
     return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
@@ -175,13 +181,13 @@ _to_packed.defvjp(
 )
 
 
-def chosen(
+def select_tokens(
     packing: Packing, wanted_BT: Array, number: int
 ) -> tuple[jax.Array, Callable[[Array], jax.Array]]:
-    """At most `number` wanted tokens of each part: their places [W, number] in it, and what puts
-    numbers back.
+    """Selects at most `number` wanted tokens of each part.
 
-    The second is a function from [W, number] to [B, T], 0 elsewhere.
+    Returns their indices in [b T], [W, number], and a function that maps values [W, number] of the
+    selected tokens back to [B, T], 0 elsewhere.
     """
     wanted_WX = _by_part(jnp.asarray(wanted_BT, bool), packing.parts)
     place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(
@@ -192,6 +198,6 @@ def chosen(
     return place_WY, back
 
 
-def of_tokens(packing: Packing, x_BT: Array, place_WY: Array) -> jax.Array:
-    """[W, Y]: what tokens at places [b T] of each part have."""
+def token_values(packing: Packing, x_BT: Array, place_WY: Array) -> jax.Array:
+    """Returns [W, Y]: x of the tokens with these indices in [b T] of each part."""
     return gather(_by_part(x_BT, packing.parts), place_WY)

@@ -21,16 +21,19 @@ def sequence_logprobs(
     temperature: float = 1.0,
     key: jax.Array | None = None,
     *,
-    room: int | None = None,
+    max_response_length: int | None = None,
 ) -> jax.Array:
-    """logp_BT of every token under softmax(logits / temperature); column 0 is 0.
+    """Returns logp_BT of every token under softmax(logits / temperature); column 0 is 0.
 
-    room: only of the last `room` columns, where responses are; 0 before.
+    max_response_length: compute only that many last columns, which hold the responses, and return 0
+    before. None: all columns. A packed batch has log-probabilities of response tokens only.
     """
-    return token_logprobs(lm, base, adapter, tokens, temperature, key, room=room)[0]
+    return logprobs_and_entropy(
+        lm, base, adapter, tokens, temperature, key, max_response_length=max_response_length
+    )[0]
 
 
-def token_logprobs(
+def logprobs_and_entropy(
     lm: LanguageModel,
     base: Tree,
     adapter: Adapter | None,
@@ -38,10 +41,11 @@ def token_logprobs(
     temperature: float = 1.0,
     key: jax.Array | None = None,
     *,
-    room: int | None = None,
+    max_response_length: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """logp_BT and entropy_BT (`LanguageModel.logprobs`); of response tokens alone where the batch
-    is packed.
+    """Returns logp_BT and entropy_BT (`LanguageModel.logprobs`).
+
+    A packed batch has those of response tokens only. max_response_length: see `sequence_logprobs`.
     """
     packed = {"packing": pack(tokens), "wanted_BT": tokens.response_BT} if tokens.layout else {}
     return lm.logprobs(
@@ -51,7 +55,7 @@ def token_logprobs(
         tokens.valid_BT,
         temperature,
         key,
-        start=response_start(tokens, room),
+        start=response_start(tokens, max_response_length),
         **packed,
     )
 
@@ -64,11 +68,18 @@ def logprobs_in_microbatches(
     tokens: Tokens,
     temperature: float = 1.0,
     *,
-    room: int | None = None,
+    max_response_length: int | None = None,
 ) -> jax.Array:
-    """`sequence_logprobs`, one microbatch of rows after the other."""
+    """Returns `sequence_logprobs`, computed one microbatch at a time."""
     return each_microbatch(
-        lambda part: sequence_logprobs(lm, base, adapter, part, temperature=temperature, room=room),
+        lambda part: sequence_logprobs(
+            lm,
+            base,
+            adapter,
+            part,
+            temperature=temperature,
+            max_response_length=max_response_length,
+        ),
         tokens,
         microbatches,
     )
@@ -77,53 +88,61 @@ def logprobs_in_microbatches(
 def values_in_microbatches(
     lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, tokens: Tokens
 ) -> jax.Array:
-    """`values`, one microbatch of rows after the other."""
+    """Returns `values`, computed one microbatch at a time."""
     return each_microbatch(lambda part: values(lm, base, adapter, part), tokens, microbatches)
 
 
 def scores(
     lm: LanguageModel, base: Tree, adapter: Adapter, tokens: Tokens, key: jax.Array | None = None
 ) -> jax.Array:
-    """score_B."""
+    """Returns score_B: the scalar head's output at each row's last real token."""
     return lm.score(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))
 
 
 def values(
     lm: LanguageModel, base: Tree, adapter: Adapter, tokens: Tokens, key: jax.Array | None = None
 ) -> jax.Array:
-    """V(x_t) [B, T] of the state before each token: read where it ends, one position to the
-    left.
+    """Returns V(x_t) [B, T] of the state before each token; 0 in column 0.
+
+    It is the scalar head's output one position to the left of the token.
     """
     return shift_right(
         lm.values(base, adapter, tokens.tokens_BT, tokens.valid_BT, key, packing=pack(tokens))
     )
 
 
-def response_start(tokens: Tokens, room: int | None) -> int:
-    """The first of the last `room` columns; None: of all."""
-    return 0 if room is None else max(tokens.tokens_BT.shape[1] - room, 0)
+def response_start(tokens: Tokens, max_response_length: int | None) -> int:
+    """Returns the first of the last `max_response_length` columns; 0 if that is None."""
+    return (
+        0
+        if max_response_length is None
+        else max(tokens.tokens_BT.shape[1] - max_response_length, 0)
+    )
 
 
-def both_sides(batch: Pairs) -> Tokens:
-    """Each chosen response above its rejected one, [2 B, T]: rows that share a prompt lie
-    together.
+def interleaved_pairs(batch: Pairs) -> Tokens:
+    """Returns the responses of comparisons as one batch [2 B, T].
+
+    Each chosen response lies directly above its rejected one, so rows that share a prompt are
+    consecutive.
     """
-    return jax.tree.map(in_turn, batch.chosen, batch.rejected)
+    return jax.tree.map(interleave, batch.chosen, batch.rejected)
 
 
-def in_turn(chosen: Array, rejected: Array) -> jax.Array:
-    """Rows of both in the order of `both_sides`."""
+def interleave(chosen: Array, rejected: Array) -> jax.Array:
+    """Returns the rows of two arrays in the order of `interleaved_pairs`."""
     return jnp.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
 
 
-def sides(both: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The chosen and the rejected rows of `both_sides`."""
+def split_pairs(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the chosen rows and the rejected rows of `interleaved_pairs`."""
     return both[0::2], both[1::2]
 
 
-def differing(batch: Pairs) -> jax.Array:
-    """Which pairs have two different responses; two equal ones are in no order, neither right nor
-    wrong.
+def responses_differ(batch: Pairs) -> jax.Array:
+    """Returns whether the two responses of each pair differ [B].
+
+    Pairs of equal responses have no order, so an accuracy must not count them.
     """
     chosen, rejected = batch.chosen, batch.rejected
     same_BT = (chosen.tokens_BT == rejected.tokens_BT) | ~chosen.valid_BT
@@ -133,5 +152,5 @@ def differing(batch: Pairs) -> jax.Array:
 def pair_scores(
     lm: LanguageModel, base: Tree, adapter: Adapter, batch: Pairs, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores of chosen and rejected, both sides in one pass over the base."""
-    return sides(scores(lm, base, adapter, both_sides(batch), key))
+    """Returns the scores of chosen and rejected responses, [B] each, from one pass over both."""
+    return split_pairs(scores(lm, base, adapter, interleaved_pairs(batch), key))

@@ -1,15 +1,15 @@
-"""Where activations live on a mesh, and how a pass meets the weights there.
+"""Sharding constraints of activations on a mesh, and how a pass reads sharded weights.
 
-Two layouts, because the cheaper thing to move differs:
+There are two layouts, because the cheaper thing to move differs:
 
   * over whole sequences ("gathered") activations are large: every device keeps its rows, and the
-    parts of a layer's weights that lie along `fsdp` come to it layer by layer (FSDP, arXiv
+    parts of a layer's weights that are split along `fsdp` are gathered layer by layer (FSDP, arXiv
     2304.11277); what is split along `tensor` stays split (Shoeybi et al. 2019, arXiv 1909.08053);
   * a decoding step reads every weight for a few tokens: weights stay where they are ("stationary",
-    Pope et al. 2022, arXiv 2211.05102), the width of the activations is split along `fsdp` and the
-    small activations move. Only attention, beside its cache, is split over rows.
+    Pope et al. 2022, arXiv 2211.05102), the width of the activations is split along `fsdp`, and
+    the small activations move. Only attention, beside its cache, is split over rows.
 
-Without these constraints the compiler may replicate the batch instead, which it does.
+Without these constraints the compiler replicates the batch in some cases.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from perl_jax.runtime import sharding, trees
 from perl_jax.types import Array, Tree
 
 ROWS = sharding.BATCH_AXES
-# The axes that the vocabulary of logits is split over: rows are put together along fsdp for it,
-# which moves hidden states instead of the far larger output matrix.
+# Mesh axes that split the vocabulary of logits. Rows are gathered along fsdp for it: that moves
+# hidden states instead of the far larger output matrix.
 VOCABULARY = ("tensor", "fsdp")
 GATHERED = "gathered weights"
 
 
-def all_but_weights(primitive: jax.extend.core.Primitive, *_: object, **settings: object) -> bool:
-    """A policy of `jax.checkpoint`: keep everything but weights that came from other devices or out
-    of a stack.
+def save_all_but_weights(
+    primitive: jax.extend.core.Primitive, *_: object, **settings: object
+) -> bool:
+    """Policy of `jax.checkpoint`: keep everything except a layer's weights.
 
-    Kept for the backward pass, those of all layers would be a second base, on every device. Before
-    gathered ones have their name they are the result of a constraint or of a cast; those of
-    activations cost next to nothing again.
+    Weights that were gathered from other devices or taken out of a stack are not kept: kept for the
+    backward pass, those of all layers would be a second base on every device. Before gathered
+    weights get their name they are the result of a constraint or a cast, so results of these
+    operations are not kept either; for activations they cost little to compute again.
     """
     return settings.get("name") != GATHERED and primitive.name not in (
         "sharding_constraint",
@@ -50,34 +52,38 @@ def all_but_weights(primitive: jax.extend.core.Primitive, *_: object, **settings
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gathered(leaf: jax.Array, there: NamedSharding, own: NamedSharding, dtype: str) -> jax.Array:
-    """A weight at another place, moved as `dtype`, in its own dtype; its gradient goes straight to
-    `own`.
+def gather_weight(
+    leaf: jax.Array, there: NamedSharding, own: NamedSharding, dtype: str
+) -> jax.Array:
+    """Returns a weight with the sharding `there`, moved between devices in `dtype`.
 
-    The derived gradient would have the constraint of the weight itself, so that every device got
-    the sum of the whole matrix; this way devices get the sums of their parts (a reduce-scatter,
-    half the bytes), in the weight's dtype and not in that of the journey.
+    The result has the weight's own dtype. The gradient goes directly to the sharding `own`. JAX's
+    derived gradient would have the constraint of the gathered weight, so that every device would
+    get the sum of the whole matrix. Here each device gets the sum of its part (a reduce-scatter,
+    half the bytes), in the weight's dtype instead of `dtype`.
     """
     return jax.lax.with_sharding_constraint(leaf.astype(dtype), there).astype(leaf.dtype)
 
 
-def _gathered_forward(leaf, there, own, dtype):
-    return gathered(leaf, there, own, dtype), None
+def _gather_weight_forward(leaf, there, own, dtype):
+    return gather_weight(leaf, there, own, dtype), None
 
 
-def _gathered_backward(there, own, dtype, _, cotangent):
+def _gather_weight_backward(there, own, dtype, _, cotangent):
     return (jax.lax.with_sharding_constraint(cotangent, own),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Constraints of one layout; without a mesh, or with one device, everything stays as it is.
+    """Sharding constraints of one layout. Without a mesh, or on one device, they change nothing.
 
-    split_heads: heads are split along `tensor` (their number must divide; otherwise they are
-    whole).
+    Attributes:
+        mesh: The mesh.
+        split_heads: Whether heads are split along `tensor`; their number must divide.
+        stationary: The layout of decoding steps; False: that of whole sequences.
     """
 
     mesh: Mesh | None = None
@@ -85,90 +91,100 @@ class Placement:
     stationary: bool = False
 
     def residual(self, x_BTD: Array) -> jax.Array:
-        """The stream between layers."""
+        """Constrains the activations between layers."""
         if self.stationary:
             return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
         return sharding.constrain(x_BTD, self.mesh, ROWS, None, None)
 
     def features(self, x_BTF: Array, split: bool = True) -> jax.Array:
-        """What a layer's first products give and its last ones take, split along `tensor`."""
+        """Constrains the heads or the hidden features of a layer (inputs of `o` and `down`).
+
+        They are split along `tensor`; with `split` False only over rows.
+        """
         return sharding.constrain(
             x_BTF, self.mesh, "data" if self.stationary else ROWS, None, "tensor" if split else None
         )
 
     def heads(self, x_BTHK: Array) -> jax.Array:
-        """Queries, keys and values: beside the cache in either layout."""
+        """Constrains queries, keys and values, beside the cache; the same in both layouts."""
         return sharding.constrain(
             x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None
         )
 
     def cache(self, part: Tree) -> Tree:
-        """Keys or values of all layers, [L, B, N, S, ...]: beside the queries that read them."""
+        """Constrains keys or values of all layers, [L, B, N, S, ...], beside their queries."""
         entries = (None, ROWS, "tensor" if self.split_heads else None, None, None)
         return jax.tree.map(
             lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part
         )
 
-    def looking_up(self, tokens_BT: jax.Array) -> jax.Array:
-        """Ids of all rows whose part of the width a device looks up.
+    def ids_to_look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """Constrains token ids before the embedding lookup.
 
-        Rows that are split further leave the compiler a choice, and beside many devices it moves
-        the table instead.
+        Rows are split along `data` only. If they were split further, the compiler could choose to
+        move the embedding table instead of the ids, which it does on many devices.
         """
         return sharding.constrain(tokens_BT, self.mesh, "data", None)
 
     def looked_up(self, x_BTD: Array) -> jax.Array:
-        """Embeddings as the lookup gives them: their width where the table has it."""
+        """Constrains embeddings after the lookup: their width is split as in the table."""
         return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
 
     def before_logits(self, hidden_BTD: Array) -> jax.Array:
-        """Hidden states of all rows that a slice of the vocabulary is computed for."""
+        """Constrains hidden states before the output projection: rows split along `data`."""
         return sharding.constrain(hidden_BTD, self.mesh, "data", None, None)
 
     def output_matrix(
         self, weight_DV: Array, own: tuple[str | None, str | None], dtype: str
     ) -> jax.Array:
-        """The output projection, split over its outputs alone. own: the axes it lies along; dtype:
-        it moves in.
+        """Returns the output projection, split over the vocabulary only.
+
+        own: mesh axes that it is stored with. dtype: dtype in which it is moved.
         """
         if self.mesh is None or self.mesh.size == 1:
             return weight_DV
-        place = functools.partial(sharding.fitting, self.mesh, weight_DV.shape)
-        return gathered(weight_DV, place(None, VOCABULARY), place(*own), dtype)
+        place = functools.partial(sharding.fitted_sharding, self.mesh, weight_DV.shape)
+        return gather_weight(weight_DV, place(None, VOCABULARY), place(*own), dtype)
 
     def logits(self, logits_BTV: Array) -> jax.Array:
+        """Constrains logits, split over the vocabulary."""
         return sharding.constrain(logits_BTV, self.mesh, "data", None, VOCABULARY)
 
     def next_logits(self, logits_BV: Array) -> jax.Array:
-        """Logits to sample from: whole rows."""
+        """Constrains logits to sample from, split over rows only."""
         return sharding.constrain(logits_BV, self.mesh, ROWS, None)
 
     def weights(
         self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None
     ) -> Tree:
-        """One layer's leaves as the layout reads them; places: of the stacked leaves, by path name.
+        """Returns one layer's leaves as the layout reads them.
 
-        dtype: of trained weights, which move in it (half as many bytes where they are float32 and
-        activations are not) and their gradients to where they are kept (`gathered`). None: frozen
-        ones, which move as they are, and adapters, of which every device has the whole gradient.
+        Args:
+            layer: The layer's leaves.
+            places: Shardings of the stacked leaves, keyed by path name within a layer.
+            dtype: For trained weights: the dtype in which they are moved; their gradients go
+                directly to where they are stored (`gather_weight`). If they are float32 and
+                activations are not, that halves the bytes. None: frozen weights, which move as they
+                are, and adapters, whose whole gradient every device has.
         """
         if self.mesh is None or self.mesh.size == 1 or self.stationary:
             return layer
 
         def read(name: str, leaf: Array) -> Array:
-            # A quantised matrix is a node of several leaves, of one place.
+            """Returns the leaf at path `name` as the layout reads it."""
+            # A quantised matrix is a node of several leaves with one sharding.
             place = places.get(name) or places.get(name.rpartition("/")[0])
             if place is None or leaf.ndim < 2:
                 return leaf
             entries = place.spec[1:]
-            there = sharding.fitting(
+            there = sharding.fitted_sharding(
                 self.mesh,
                 leaf.shape,
                 *["tensor" if entry == "tensor" else None for entry in entries],
             )
             if dtype is not None and name in places:
-                leaf = gathered(
-                    leaf, there, sharding.fitting(self.mesh, leaf.shape, *entries), dtype
+                leaf = gather_weight(
+                    leaf, there, sharding.fitted_sharding(self.mesh, leaf.shape, *entries), dtype
                 )
             else:
                 leaf = jax.lax.with_sharding_constraint(leaf, there)

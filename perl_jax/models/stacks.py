@@ -1,12 +1,11 @@
-"""Trees of all layers: one stack, for a scan over layers, or layers apart, for layers that are
-inlined.
+"""Weights and caches of all layers: stacked for a layer scan, or unstacked for inlined layers.
 
 A scan copies each layer out of its stack where its products cannot read it there, as on a CPU. In
-sampling that is as much to move as the products read: beside others who use the machine's caches
-and memory, a decoding step takes twice as long for it.
+sampling the copy moves as much memory as the products read, and a decoding step takes up to twice
+as long.
 
-Matrices of feed-forward layers are turned on the way: a product of few rows is faster on a CPU as
-W^T x^T, with W^T in memory as it is read.
+Unstacking also transposes the matrices of feed-forward layers: on a CPU, a product of few rows is
+faster as W^T x^T with W^T contiguous in memory.
 """
 
 from __future__ import annotations
@@ -25,84 +24,88 @@ from perl_jax.types import Array, Tree
 
 
 @flax.struct.dataclass
-class Apart:
-    """A tree for each layer, in the place of one tree of stacked leaves [L, ...]."""
+class Unstacked:
+    """One tree per layer, in the place of one tree of stacked leaves [L, ...]."""
 
     layers: tuple[Tree, ...]
 
 
 @flax.struct.dataclass
-class Turned:
-    """A matrix W [D, F], kept as [F, D]."""
+class Transposed:
+    """A matrix W [D, F] that is stored as [F, D]."""
 
     transposed: Array
 
-    def of_columns(self, x_DN: Array) -> jax.Array:
-        """W^T x^T, [F, N]."""
+    def times_columns(self, x_DN: Array) -> jax.Array:
+        """Returns W^T x^T, [F, N]."""
         return precision.matmul(self.transposed.astype(x_DN.dtype), x_DN, x_DN.dtype)
 
 
-def is_apart(tree: Any) -> bool:
-    return isinstance(tree, Apart)
+def is_unstacked(tree: Any) -> bool:
+    """Returns whether a node is `Unstacked`."""
+    return isinstance(tree, Unstacked)
 
 
-def is_turned(leaf: Any) -> bool:
-    return isinstance(leaf, Turned)
+def is_transposed(leaf: Any) -> bool:
+    """Returns whether a leaf is `Transposed`."""
+    return isinstance(leaf, Transposed)
 
 
-def apart(stack: Tree) -> Apart:
-    """A stack's layers, each leaf in an array of its own; matrices of feed-forward layers
-    turned.
-    """
+def unstack(stack: Tree) -> Unstacked:
+    """Returns a stack's layers, each leaf an array; feed-forward matrices transposed."""
     turned = {f"mlp/{name}/kernel" for name in FEED_FORWARD}
     number = jax.tree.leaves(stack)[0].shape[0]
 
-    # Turned first and picked then: in the other order XLA makes both.
+    # The whole stack is transposed before a layer is picked; in the other order XLA makes both
+    # arrays.
     picked = lambda index, name, leaf: (
-        Turned(jnp.swapaxes(leaf, 1, 2)[index]) if name in turned else leaf[index]
+        Transposed(jnp.swapaxes(leaf, 1, 2)[index]) if name in turned else leaf[index]
     )
-    return Apart(
+    return Unstacked(
         tuple(trees.map_named(functools.partial(picked, index), stack) for index in range(number))
     )
 
 
-def columns(x_NF: Array) -> jax.Array:
-    """[F, N], as it lies in memory."""
-    # Behind a barrier: XLA would put the transpose into the product beside it, which then is
-    # another product.
+def to_columns(x_NF: Array) -> jax.Array:
+    """Returns x^T, [F, N], with that layout in memory."""
+    # The barrier keeps XLA from fusing the transpose into the next product, which would change it.
     return jax.lax.optimization_barrier(x_NF.T)
 
 
-def rows(x_FN: Array) -> jax.Array:
-    """What was computed in columns as [N, F]."""
+def to_rows(x_FN: Array) -> jax.Array:
+    """Returns x^T, [N, F], of a result that was computed in columns."""
     return jax.lax.optimization_barrier(x_FN).T
 
 
-def each(function: Callable[..., Tree], *stacks: Tree) -> Tree:
-    """function of stacks, or of the layers that are apart one by one."""
-    if not is_apart(stacks[0]):
+def map_stacks(function: Callable[..., Tree], *stacks: Tree) -> Tree:
+    """Returns the function applied to stacks, or to each layer if they are unstacked."""
+    if not is_unstacked(stacks[0]):
         return function(*stacks)
-    return Apart(
+    return Unstacked(
         tuple(function(*layers) for layers in zip(*(stack.layers for stack in stacks), strict=True))
     )
 
 
-def of_layer(tree: Tree, index: int) -> Tree:
-    """One layer's leaves [...] of a tree of stacks, of which some may be apart."""
+def take_layer(tree: Tree, index: int) -> Tree:
+    """Returns the leaves [...] of one layer; parts of the tree may be stacked or unstacked."""
     return jax.tree.map(
-        lambda part: part.layers[index] if is_apart(part) else part[index], tree, is_leaf=is_apart
+        lambda part: part.layers[index] if is_unstacked(part) else part[index],
+        tree,
+        is_leaf=is_unstacked,
     )
 
 
-def chosen_layers(tree: Tree, numbers: Sequence[int]) -> Tree:
-    """Some of the layers of a tree whose parts are all apart."""
+def select_layers(tree: Tree, numbers: Sequence[int]) -> Tree:
+    """Returns some of the layers of a tree whose parts are all unstacked."""
     return jax.tree.map(
-        lambda part: Apart(tuple(part.layers[number] for number in numbers)), tree, is_leaf=is_apart
+        lambda part: Unstacked(tuple(part.layers[number] for number in numbers)),
+        tree,
+        is_leaf=is_unstacked,
     )
 
 
-def collected(outs: list[tuple[Tree, ...] | None]) -> tuple[Apart, ...] | None:
-    """What each layer gave, such as keys and values: each apart. None where layers gave nothing."""
+def unstacked_outputs(outs: list[tuple[Tree, ...] | None]) -> tuple[Unstacked, ...] | None:
+    """Returns the layers' outputs, such as keys and values, unstacked; None: there are none."""
     if outs[0] is None:
         return None
-    return tuple(Apart(parts) for parts in zip(*outs, strict=True))
+    return tuple(Unstacked(parts) for parts in zip(*outs, strict=True))

@@ -1,1 +1,1 @@
-"""Losses, advantages and KL: pure functions of log-probabilities, scores and masks."""
+"""Losses, advantages and KL estimators: pure functions of log-probabilities, scores and masks."""

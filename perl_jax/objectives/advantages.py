@@ -1,9 +1,12 @@
-"""From sequence scores to returns and advantages: what a policy gradient multiplies log p by.
+"""Returns and advantages of responses, computed from their scores.
+
+An advantage is the factor A_t of a token's log-probability in a policy-gradient loss.
 
 Per-token arrays follow the alignment of `perl_jax.models.logprobs`: column t belongs to the choice
-of token t, and `values_BT` holds the value of the state before it. Columns where the mask is False
-are skipped: they take no discount, contribute no reward or value (whatever they contain), and come
-out as 0. Here P counts prompts, and G the samples of each.
+of token t, and `values_BT` holds the value of the state before token t. Columns where the mask is
+False are skipped: they are not discounted, their rewards and values are ignored (NaN included), and
+their results are 0. In this module P is the number of prompts and G the number of samples per
+prompt.
 """
 
 from __future__ import annotations
@@ -25,9 +28,14 @@ from perl_jax.types import Array
 
 
 def missing_eos_penalty(score_B: Array, finished_B: Array, penalty: float) -> jax.Array:
-    """score - penalty where the response has no end-of-sequence token of its own; else the score.
+    """Returns score - penalty where the response has no end-of-sequence token, otherwise the score.
 
-    finished_B: bool. Raises ValueError for a negative penalty, which would reward rambling.
+    Args:
+        score_B: Score of each response.
+        finished_B: Whether each response has an end-of-sequence token, bool.
+        penalty: Subtracted from the score, in units of the score.
+
+    Raises ValueError for a negative penalty, which would reward unfinished responses.
     """
     chex.assert_rank([score_B, finished_B], 1)
     chex.assert_equal_shape([score_B, finished_B])
@@ -41,12 +49,19 @@ def missing_eos_penalty(score_B: Array, finished_B: Array, penalty: float) -> ja
 def overlong_penalty(
     score_B: Array, length_B: Array, limit: int, buffer: int, penalty: float
 ) -> jax.Array:
-    """score - penalty clip((length - (limit - buffer)) / buffer, 0, 1): the last `buffer` tokens
-    cost.
+    """Returns score - penalty clip((length - (limit - buffer)) / buffer, 0, 1).
 
-    Source: Yu et al. 2025 (arXiv 2503.14476), DAPO, equation 13. length_B: response tokens. A
-    buffer of 0 takes nothing. Raises ValueError for a buffer beyond the limit or a negative
-    penalty.
+    The penalty grows linearly over the last `buffer` tokens before the limit. Source: Yu et al.
+    2025 (arXiv 2503.14476), DAPO, equation 13.
+
+    Args:
+        score_B: Score of each response.
+        length_B: Number of response tokens.
+        limit: Largest number of response tokens.
+        buffer: Number of tokens below the limit that are penalised; 0: no penalty.
+        penalty: Penalty of a response that reaches the limit, in units of the score.
+
+    Raises ValueError for a buffer outside [0, limit] or a negative penalty.
     """
     chex.assert_rank([score_B, length_B], 1)
     chex.assert_equal_shape([score_B, length_B])
@@ -64,11 +79,17 @@ def overlong_penalty(
 def shape_scores(
     score_B: Array, real_B: Array, *, clip: float | None = None, whiten: bool = False
 ) -> jax.Array:
-    """Scores kept within +-clip, then divided by their deviation over the batch, their mean kept.
+    """Returns the scores clipped to [-clip, clip] and, if asked, whitened.
 
-    The mean stays because moving it would reward or punish every response alike, and with it length
-    (Ziegler et al. 2019, arXiv 1909.08593, as released). real_B: False on filler rows, which do not
-    count and may hold anything.
+    Whitening divides the scores by their standard deviation over the batch and keeps their mean. A
+    shifted mean would reward or punish every response alike, and thereby change the length of
+    responses (Ziegler et al. 2019, arXiv 1909.08593, released code).
+
+    Args:
+        score_B: Score of each response.
+        real_B: False on filler rows, which do not count and may hold NaN.
+        clip: Largest absolute score; None: no clipping.
+        whiten: Whether scores are whitened.
     """
     chex.assert_rank([score_B, real_B], 1)
     score_B = at_least_float32(score_B)
@@ -78,9 +99,15 @@ def shape_scores(
 
 
 def token_rewards(end_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | float) -> jax.Array:
-    """r_t = -beta kl_t, plus end_B on a response's last token: the terminal return, token by token.
+    """Returns r_t = -beta kl_t, plus end_B on the last token of each response; without gradient.
 
-    Their sum over a row is `terminal_return` when end_B is its weighted score. No gradient.
+    With end_B the weighted score, the sum of a row's rewards is its `terminal_return`.
+
+    Args:
+        end_B: Reward of each response's last token.
+        kl_BT: KL of each token (`perl_jax.objectives.kl.kl_in_reward`).
+        mask_BT: True on response tokens.
+        beta: KL coefficient.
     """
     chex.assert_rank([end_B, kl_BT, mask_BT], [1, 2, 2])
     columns_T = jnp.arange(mask_BT.shape[1])
@@ -95,11 +122,16 @@ def token_rewards(end_B: Array, kl_BT: Array, mask_BT: Array, beta: Array | floa
 def terminal_return(
     score_B: Array, kl_B: Array, beta: Array | float, score_weight: Array | float | None = None
 ) -> jax.Array:
-    """R = (1 - beta) score - beta KL, with no gradient through it.
+    """Returns R = (1 - beta) score - beta KL of each response, without gradient.
 
-    Source: PERL (arXiv 2403.10704), the RL objective; Lee et al. (arXiv 2309.00267). kl_B is the
-    sum over a sequence's response tokens of k1 (`perl_jax.objectives.kl.sequence_kl`).
-    `score_weight` replaces 1 - beta: 1.0 gives the more common score - beta KL.
+    Source: PERL (arXiv 2403.10704), the RL objective; Lee et al. 2023 (arXiv 2309.00267).
+
+    Args:
+        score_B: Score of each response.
+        kl_B: KL of each response: the sum of k1 over its tokens
+            (`perl_jax.objectives.kl.sequence_kl`).
+        beta: KL coefficient.
+        score_weight: Replaces 1 - beta. 1.0 gives the more common score - beta KL.
     """
     chex.assert_rank([score_B, kl_B], 1)
     chex.assert_equal_shape([score_B, kl_B])
@@ -109,9 +141,10 @@ def terminal_return(
 
 
 def returns_to_tokens(return_B: Array, mask_BT: Array) -> jax.Array:
-    """Z_t = R on every response token, 0 elsewhere: gamma = 1 and a reward only at the end.
+    """Returns Z_t = R on every response token and 0 elsewhere.
 
-    Source: PERL (arXiv 2403.10704): "Z_t = R_T".
+    This is the return of each token for gamma = 1 and a reward on the last token only. Source: PERL
+    (arXiv 2403.10704): "Z_t = R_T".
     """
     chex.assert_rank([return_B, mask_BT], [1, 2])
     chex.assert_equal_shape_prefix([return_B, mask_BT], 1)
@@ -119,21 +152,32 @@ def returns_to_tokens(return_B: Array, mask_BT: Array) -> jax.Array:
 
 
 def discounted_returns(rewards_BT: Array, mask_BT: Array, gamma: float) -> jax.Array:
-    """Z_t = r_t + gamma Z_t', t' the next unmasked column, Z = 0 after the last one.
+    """Returns Z_t = r_t + gamma Z_t', with t' the next column inside the mask.
 
-    This is `gae` with values 0 and lambda = 1. A reward in a masked column is dropped.
+    Z after the last column is 0. The result is `gae` with all values 0 and lambda = 1. Rewards
+    outside the mask are ignored.
     """
     chex.assert_rank([rewards_BT, mask_BT], 2)
     return gae(rewards_BT, jnp.zeros_like(rewards_BT), mask_BT, gamma, 1.0)
 
 
 def gae(rewards_BT: Array, values_BT: Array, mask_BT: Array, gamma: float, lam: float) -> jax.Array:
-    """A_t = delta_t + gamma lambda A_t' with delta_t = r_t + gamma V_t' - V_t.
+    """Returns generalised advantage estimates (GAE) of every token.
 
-    t' is the next unmasked column; after the last one both V and A are 0: the episode has ended
-    (or been cut, which is treated alike). The value target that belongs to it is A_t + V_t.
-    Source: Schulman et al. 2015 (arXiv 1506.02438), equation 16. Raises ValueError for a gamma or
-    lambda outside [0, 1].
+        A_t = delta_t + gamma lambda A_t',  delta_t = r_t + gamma V_t' - V_t
+
+    t' is the next column inside the mask. After the last one V and A are 0: the episode has ended.
+    An episode that was cut at its largest length counts as ended too. The target of a value model
+    is A_t + V_t. Source: Schulman et al. 2015 (arXiv 1506.02438), equation 16.
+
+    Args:
+        rewards_BT: Reward of each token.
+        values_BT: Value of the state before each token.
+        mask_BT: True on response tokens.
+        gamma: Discount of one token, in [0, 1].
+        lam: Lambda, in [0, 1].
+
+    Raises ValueError for a gamma or lambda outside [0, 1].
     """
     chex.assert_rank([rewards_BT, values_BT, mask_BT], 2)
     chex.assert_equal_shape([rewards_BT, values_BT, mask_BT])
@@ -154,7 +198,11 @@ def _gae_step(
     carry: tuple[Array, Array],
     column: tuple[Array, Array, Array],
 ) -> tuple[tuple[Array, Array], Array]:
-    """One column of `gae`, from the last to the first: a masked one hands on what it was given."""
+    """Computes one column of `gae` in a scan from the last column to the first.
+
+    The carry is (A, V) of the next column inside the mask; a column outside it leaves the carry as
+    it is.
+    """
     next_advantage_B, next_value_B = carry
     reward_B, value_B, mask_B = column
     delta_B = reward_B + gamma * next_value_B - value_B
@@ -167,10 +215,12 @@ def _gae_step(
 
 
 def leave_one_out(returns_PG: Array) -> jax.Array:
-    """A_i = R_i - mean of the other G - 1 returns of the same prompt = G / (G - 1) (R_i - mean).
+    """Returns each sample's return minus the mean return of the prompt's other samples.
 
-    Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740), RLOO. Equal returns give
-    exactly 0. Raises ValueError for G = 1, where there is nothing to compare with.
+        A_i = R_i - (mean of the other G - 1 returns) = G / (G - 1) (R_i - mean)
+
+    Equal returns give exactly 0. Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740),
+    RLOO. Raises ValueError for G = 1.
     """
     samples = _samples(returns_PG)
     everything_PG = jnp.ones(returns_PG.shape, bool)
@@ -180,11 +230,17 @@ def leave_one_out(returns_PG: Array) -> jax.Array:
 def group_advantages(
     returns_PG: Array, *, normalise_std: bool = True, ddof: int = 1, epsilon: float = 1e-4
 ) -> jax.Array:
-    """A_i = (R_i - mean) / (std + epsilon), mean and std over the G samples of a prompt.
+    """Returns A_i = (R_i - mean) / (std + epsilon), mean and std over the G samples of a prompt.
 
-    Source: Shao et al. 2024 (arXiv 2402.03300), GRPO. std divides by G - ddof. A group of equal
-    returns gives exactly 0. `normalise_std=False` leaves the division out: Liu et al. 2025 (arXiv
-    2503.20783), Dr. GRPO. Raises ValueError for G = 1 or a ddof that is not 0 or 1.
+    Equal returns give exactly 0. Source: Shao et al. 2024 (arXiv 2402.03300), GRPO.
+
+    Args:
+        returns_PG: Return of each sample.
+        normalise_std: False omits the division: Liu et al. 2025 (arXiv 2503.20783), Dr. GRPO.
+        ddof: The variance divides by G - ddof; 0 or 1.
+        epsilon: Added to the standard deviation, in units of the return.
+
+    Raises ValueError for G = 1 or another ddof.
     """
     _samples(returns_PG)
     if ddof not in (0, 1):
@@ -199,7 +255,7 @@ def group_advantages(
 
 
 def _samples(returns_PG: Array) -> int:
-    """G, checked to be 2 or more."""
+    """Returns G, the number of samples per prompt; raises ValueError if G < 2."""
     chex.assert_rank(returns_PG, 2)
     samples = returns_PG.shape[1]
     if samples < 2:

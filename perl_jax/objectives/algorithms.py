@@ -1,13 +1,13 @@
-"""The policy gradients in one table: what each takes for its advantage, its ratio and its mean.
+"""The table of policy-gradient algorithms: the advantage, ratio and token reduction of each.
 
-Every one is a combination of three pure functions: an advantage (`advantages`), a policy loss
-(`policy_loss`), and a reduction over tokens (`perl_jax.objectives.losses.reduce_tokens`). While the
-policy is still the one that sampled, every ratio is 1 and the gradient is that of
+Each algorithm combines three pure functions: an advantage (`compute_advantages`), a policy loss
+(`policy_loss`) and a reduction over tokens (`perl_jax.objectives.losses.reduce_tokens`). While the
+policy is still the one that sampled, every ratio is 1 and every algorithm has the gradient of
 
     -sum_t log pi(a_t | x_t) A_t
 
-so that the entries differ then in A alone. With a baseline b(prompt) that does not depend on the
-response, R - b has the exact policy gradient in expectation. What is biased says so below.
+so the algorithms differ in A alone. R - b has the exact policy gradient in expectation if the
+baseline b depends on the prompt only. Comments in the table say which algorithms are biased.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import jax.numpy as jnp
 
 from perl_jax import errors
 from perl_jax.errors import require
-from perl_jax.objectives import advantages as advantages_lib
-from perl_jax.objectives import losses
+from perl_jax.objectives import advantages, losses
 from perl_jax.objectives.losses import LossSum
 from perl_jax.runtime.masked import masked_mean, masked_whiten
 from perl_jax.types import Array
@@ -36,11 +35,14 @@ ADVANTAGES = ("critic", "gae", "batch-mean", "leave-one-out", "greedy", "group",
 class Algorithm:
     """One entry of `ALGORITHMS`.
 
-    advantage: one of ADVANTAGES, or a function from returns [prompts, samples] to advantages of the
-    same shape. ratio: of `losses.RATIOS`, clipped; None: REINFORCE, stale samples
-    weighed by a truncated ratio. normalise: of `losses.NORMALISERS`. kl: where the KL to the
-    reference goes unless the user says otherwise, the reward or the loss. whiten: whether
-    advantages are whitened over the batch unless the user says otherwise.
+    Attributes:
+        advantage: How advantages are computed: one of ADVANTAGES, or a function from returns [P, G]
+            (prompts, samples) to advantages of the same shape.
+        ratio: Importance ratio of the clipped loss, one of `losses.RATIOS`. None: REINFORCE loss;
+            stale samples are weighted by a truncated ratio.
+        normalise: Default reduction over tokens, one of `losses.NORMALISERS`.
+        kl: Default place of the KL to the reference: in the reward or in the loss.
+        whiten: Whether advantages are whitened over the batch by default.
     """
 
     advantage: str | Callable[[Array], Array]
@@ -51,53 +53,54 @@ class Algorithm:
 
     @property
     def critic(self) -> bool:
-        """Whether a value model is trained."""
+        """Whether the algorithm trains a value model."""
         return self.advantage in ("critic", "gae")
 
     @property
     def grouped(self) -> bool:
-        """Whether the samples of one prompt are compared: there must be 2 or more."""
+        """Whether the algorithm compares the samples of a prompt and so needs 2 or more of them."""
         return callable(self.advantage) or self.advantage in ("leave-one-out", "group", "group-std")
 
     @property
     def greedy(self) -> bool:
-        """Whether each prompt's greedy response is needed too."""
+        """Whether the algorithm also needs the greedy response to each prompt."""
         return self.advantage == "greedy"
 
 
 _ENTRIES: dict[str, Algorithm] = {
     # PERL (arXiv 2403.10704): A_t = R - V(x_t), V learned beside the policy.
     "reinforce": Algorithm("critic", None, "sequence", "reward"),
-    # A = R - mean of the batch's R; its own R is in the mean: (1 - 1/B) of the exact gradient.
+    # A = R - mean R of the batch. The mean includes the row's own R, so the expected gradient is
+    # (1 - 1/B) times the exact one.
     "reinforce-mean": Algorithm("batch-mean", None, "sequence", "reward"),
     # Ahmadian et al. 2024 (arXiv 2402.14740): A = R - mean of the prompt's other samples.
     "rloo": Algorithm("leave-one-out", "product", "sequence-mean", "reward"),
     # Li et al. 2023 (arXiv 2310.10505): A = R - R(greedy response).
     "remax": Algorithm("greedy", None, "sequence", "reward"),
-    # Shao et al. 2024 (arXiv 2402.03300): A = (R - mean) / std of the prompt's samples, tokens
-    # averaged within a response first: biased on both counts.
+    # Shao et al. 2024 (arXiv 2402.03300): A = (R - mean) / std of the prompt's samples, and the
+    # mean over each response's tokens. Both divisions bias the gradient.
     "grpo": Algorithm("group-std", "token", "sequence-mean", "loss"),
-    # Liu et al. 2025 (arXiv 2503.20783), Dr. GRPO: neither division; a constant length.
+    # Liu et al. 2025 (arXiv 2503.20783), Dr. GRPO: no division by std; a constant length.
     "dr-grpo": Algorithm("group", "token", "constant", "loss"),
-    # Zheng et al. 2025 (arXiv 2507.18071): GRPO with one ratio a sequence.
+    # Zheng et al. 2025 (arXiv 2507.18071): GRPO with one ratio per sequence.
     "gspo": Algorithm("group-std", "sequence", "sequence-mean", "loss"),
-    # Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438), KL in each token's
-    # reward and whitened advantages as in Ziegler et al. 2019 (arXiv 1909.08593).
+    # Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438). The KL in each token's
+    # reward and the whitened advantages follow Ziegler et al. 2019 (arXiv 1909.08593).
     "ppo": Algorithm("gae", "token", "token", "reward", whiten=True),
 }
-# What `AlgorithmConfig.name` may be; `register_algorithm` adds to it.
+# The values of `AlgorithmConfig.name`; `register_algorithm` adds to them.
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(_ENTRIES)
 
 
 def register_algorithm(name: str, algorithm: Algorithm) -> None:
-    """Makes an algorithm known under a name, for `AlgorithmConfig(name=...)` in this process.
+    """Adds an algorithm to `ALGORITHMS`, for `AlgorithmConfig(name=...)` in this process.
 
-    Raises UserError for a name that is taken by another algorithm, and for settings that no
-    algorithm has.
+    Raises UserError if the name belongs to another algorithm, or for an unknown advantage, ratio,
+    reduction or place of the KL.
     """
     require(
         _ENTRIES.get(name, algorithm) == algorithm,
-        f"There is another algorithm {name!r}; give yours a name of its own.",
+        f"There is another algorithm {name!r}; give yours a different name.",
     )
     if not callable(algorithm.advantage):
         errors.one_of("advantage", algorithm.advantage, ADVANTAGES)
@@ -107,8 +110,8 @@ def register_algorithm(name: str, algorithm: Algorithm) -> None:
     _ENTRIES[name] = algorithm
 
 
-# Options that some entries do not read: of `AlgorithmConfig`, and of RL beside it. Every entry
-# reads the others.
+# Options of `AlgorithmConfig` and of the RL config that only some algorithms read, each with the
+# test whether an algorithm reads it. Every algorithm reads all other options.
 READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
     {
         "algorithm.clip": lambda rule: rule.ratio is not None,
@@ -126,9 +129,7 @@ READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
 
 
 def check_read(option: str, value: Any, default: Any, name: str) -> None:
-    """UserError where an option of READ is set although the algorithm of that name does not read
-    it.
-    """
+    """Raises UserError if an option of READ is set that the algorithm `name` does not read."""
     errors.read_by(
         option,
         value,
@@ -140,25 +141,27 @@ def check_read(option: str, value: Any, default: Any, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """Which policy gradient, and how often a rollout is used. An option that it does not read
-    (READ) is refused.
+    """The policy-gradient algorithm, and how many updates each batch of rollouts gives.
+
+    Setting an option that the algorithm does not read (see READ) is an error.
 
     Attributes:
-        name: reinforce (the paper's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo.
-        samples: Responses to each prompt; None: 4 where a prompt's samples are compared, else 1.
+        name: reinforce (PERL's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo.
+        samples: Responses per prompt; None: 4 for algorithms that compare a prompt's samples, else
+            1.
         epochs: Passes over each batch of rollouts.
-        minibatches: Updates a pass, each from its own part of the rollouts.
+        minibatches: Updates per pass, each on its own part of the rollouts.
         clip: Ratios are clipped to [1 - clip, 1 + clip].
-        clip_high: Another upper distance; None: the same.
-        max_ratio: Where ratios are not clipped, stale samples weigh their ratio, at most this.
-        normalise: token, sequence, sequence-mean or constant; None: the algorithm's own.
-        whiten: Whiten advantages over the batch's response tokens; None: as the algorithm does.
-        std_epsilon: Added to a group's deviation before dividing by it (grpo, gspo). Scores have a
-            deviation of about 1 over all responses; a group that differs by much less differs by
-            the reward model's errors.
-        gamma: PPO's discount a token.
-        gae_lambda: PPO's lambda of generalised advantages.
-        value_clip: PPO keeps values within this of the old ones; None: does not.
+        clip_high: Replaces clip in the upper bound; None: the same as clip.
+        max_ratio: Largest importance weight of a stale sample, for algorithms without clipping.
+        normalise: token, sequence, sequence-mean or constant; None: the algorithm's default.
+        whiten: Whiten advantages over the batch's response tokens; None: the algorithm's default.
+        std_epsilon: Added to a group's standard deviation before the division by it (grpo, gspo).
+            Scores have a standard deviation of about 1 over all responses; much smaller differences
+            within a group are mostly errors of the reward model.
+        gamma: PPO's discount per token.
+        gae_lambda: PPO's lambda of generalised advantage estimation.
+        value_clip: Largest distance of PPO's values from those at sampling time; None: no limit.
     """
 
     name: Literal[
@@ -197,19 +200,19 @@ class AlgorithmConfig:
         errors.positive("algorithm.std_epsilon", self.std_epsilon)
         if self.normalise is not None:
             errors.one_of("algorithm.normalise", self.normalise, losses.NORMALISERS)
-        # Its baseline is read in the update, microbatch by microbatch: a deviation would be a
-        # microbatch's.
-        at_once = not (self.whiten and self.rule.advantage == "critic")
+        # The update computes the critic's baseline one microbatch at a time, so whitening would use
+        # the deviation of one microbatch.
+        known_before = not (self.whiten and self.rule.advantage == "critic")
         require(
-            at_once,
+            known_before,
             "algorithm.whiten needs advantages that are known before the update; those of "
             f"{self.name} are not.",
         )
-        # A row's only term would be counted once for each of its tokens.
+        # Other reductions would count the one term of a row once for each of its tokens.
         whole = self.rule.ratio in (None, "token") or self.reduction == "sequence-mean"
         require(
             whole,
-            f"algorithm.normalise is {self.normalise!r}; {self.name} has one ratio a sequence, "
+            f"algorithm.normalise is {self.normalise!r}; {self.name} has one ratio per sequence, "
             "which needs sequence-mean.",
         )
         for field in ("gamma", "gae_lambda"):
@@ -224,31 +227,32 @@ class AlgorithmConfig:
 
     @property
     def rule(self) -> Algorithm:
-        """The table's entry."""
+        """The algorithm's entry in `ALGORITHMS`."""
         return ALGORITHMS[self.name]
 
     @property
     def group(self) -> int:
-        """G, responses to each prompt."""
+        """G, the number of responses per prompt."""
         return (4 if self.rule.grouped else 1) if self.samples is None else self.samples
 
     @property
     def reduction(self) -> str:
-        """How tokens are reduced: `losses.NORMALISERS`."""
+        """The reduction over tokens, one of `losses.NORMALISERS`."""
         return self.normalise or self.rule.normalise
 
     @property
     def kl_reduction(self) -> str:
-        """How tokens of a KL in the loss are reduced: as the objective's.
+        """The reduction over tokens of a KL term in the loss, one of `losses.NORMALISERS`.
 
-        Where one product of ratios stands at each token a mean over them counts it once, and the
-        objective is of the sum.
+        It is the objective's reduction, except for the ratio "product". There every token of a row
+        holds the same ratio of whole sequences, and the mean over tokens counts it once. The KL
+        belongs to the whole sequence, so its tokens are summed.
         """
         return "sequence" if self.rule.ratio == "product" else self.reduction
 
     @property
     def updates(self) -> int:
-        """Updates from one batch of rollouts."""
+        """Number of updates from one batch of rollouts."""
         return self.epochs * self.minibatches
 
     @property
@@ -256,18 +260,21 @@ class AlgorithmConfig:
         """Whether advantages are whitened."""
         return self.rule.whiten if self.whiten is None else self.whiten
 
-    def length(self, room: int) -> int | None:
-        """The constant length of the reduction: the room for a response; None for the others."""
-        return room if self.reduction == "constant" else None
+    def constant_length(self, max_response_length: int) -> int | None:
+        """Returns the divisor of the reduction "constant", or None for other reductions."""
+        return max_response_length if self.reduction == "constant" else None
 
 
 @flax.struct.dataclass
 class Outcomes:
-    """What rollouts were worth; rows of one prompt follow each other, G at a time.
+    """Returns, rewards and values of a batch of rollouts. The G rows of a prompt are consecutive.
 
-    return_B: R, with the KL in it where it belongs there. rewards_BT: the same, token by token
-    (gae). values_BT: V before each token, at sampling time (gae). greedy_P: R of each prompt's
-    greedy response (greedy). mask_BT: response tokens.
+    Attributes:
+        return_B: Return R of each response; includes the KL if the KL is in the reward.
+        rewards_BT: The same reward token by token; read by the advantage "gae".
+        mask_BT: True on response tokens.
+        values_BT: Value of the state before each token, at sampling time; for "gae" only.
+        greedy_P: Return of the greedy response to each prompt; for "greedy" only.
     """
 
     return_B: Array
@@ -277,23 +284,24 @@ class Outcomes:
     greedy_P: Array | None = None
 
 
-def advantages(
+def compute_advantages(
     config: AlgorithmConfig, outcomes: Outcomes
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """(A_BT, the critic's targets Z_BT), 0 outside the mask, without gradient.
+    """Returns (advantage_BT, target_BT): advantages, and what the value model is fitted to.
 
-    A is None for "critic", whose baseline is the value model as it is when the update reads it
-    (`critic_advantages`); Z is None without a value model.
+    Both are 0 outside the mask and have no gradient. advantage_BT is None for "critic", because its
+    baseline is the value model at the time of the update (`critic_advantages`). target_BT is None
+    without a value model.
     """
     outcomes = jax.lax.stop_gradient(outcomes)
     mask_BT, return_B = outcomes.mask_BT, outcomes.return_B
-    to_tokens = lambda x_B: advantages_lib.returns_to_tokens(x_B, mask_BT)
+    to_tokens = lambda x_B: advantages.returns_to_tokens(x_B, mask_BT)
     return_PG = return_B.reshape(-1, config.group)
     kind = config.rule.advantage
     if kind == "critic":
         return None, to_tokens(return_B)
     if kind == "gae":
-        advantage_BT = advantages_lib.gae(
+        advantage_BT = advantages.gae(
             outcomes.rewards_BT, outcomes.values_BT, mask_BT, config.gamma, config.gae_lambda
         )
         target_BT = jnp.where(mask_BT, advantage_BT + outcomes.values_BT, 0)
@@ -301,23 +309,22 @@ def advantages(
     if callable(kind):
         advantage_B = kind(return_PG).reshape(-1)
     elif kind == "batch-mean":
-        # Filler rows have no token and are no part of the mean.
+        # Filler rows have no response token and do not count in the mean.
         advantage_B = return_B - masked_mean(return_B, jnp.any(mask_BT, axis=1))
     elif kind == "greedy":
         advantage_B = (return_PG - outcomes.greedy_P[:, None]).reshape(-1)
     elif kind == "leave-one-out":
-        advantage_B = advantages_lib.leave_one_out(return_PG).reshape(-1)
+        advantage_B = advantages.leave_one_out(return_PG).reshape(-1)
     else:
-        divided = kind == "group-std"
-        advantage_B = advantages_lib.group_advantages(
-            return_PG, normalise_std=divided, epsilon=config.std_epsilon
+        advantage_B = advantages.group_advantages(
+            return_PG, normalise_std=kind == "group-std", epsilon=config.std_epsilon
         ).reshape(-1)
     advantage_BT = to_tokens(advantage_B)
     return (_whitened(advantage_BT, mask_BT) if config.whitened else advantage_BT), None
 
 
 def critic_advantages(target_BT: Array, values_BT: Array, mask_BT: Array) -> jax.Array:
-    """A_t = Z_t - V(x_t), V as it is now, without gradient; 0 outside the mask."""
+    """Returns A_t = Z_t - V(x_t) with the current V, without gradient; 0 outside the mask."""
     return jax.lax.stop_gradient(jnp.where(mask_BT, target_BT - values_BT, 0))
 
 
@@ -327,13 +334,19 @@ def policy_loss(
     old_BT: Array,
     advantage_BT: Array,
     mask_BT: Array,
-    room: int,
+    max_response_length: int,
 ) -> LossSum:
-    """The policy's loss; logp_BT is differentiated, old_BT is of the policy that sampled.
+    """Returns the algorithm's policy loss.
 
-    room: the most tokens a response may have (for the reduction "constant").
+    Args:
+        config: The algorithm.
+        logp_BT: Log-probabilities under the trained policy; differentiated.
+        old_BT: Log-probabilities under the policy that sampled.
+        advantage_BT: Advantage of each token.
+        mask_BT: True on response tokens.
+        max_response_length: Divisor of the reduction "constant"; other reductions ignore it.
     """
-    length = config.length(room)
+    length = config.constant_length(max_response_length)
     if config.rule.ratio is None:
         return losses.reinforce(
             logp_BT,
@@ -342,7 +355,7 @@ def policy_loss(
             config.reduction,
             length=length,
             old_BT=old_BT,
-            most=config.max_ratio,
+            max_ratio=config.max_ratio,
         )
     ratio_BT = losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio)
     high = config.clip if config.clip_high is None else config.clip_high
@@ -358,4 +371,5 @@ def policy_loss(
 
 
 def _whitened(advantage_BT: jax.Array, mask_BT: Array) -> jax.Array:
+    """Returns the advantages with mean 0 and variance 1 over all response tokens."""
     return masked_whiten(advantage_BT, mask_BT, shift_mean=True)

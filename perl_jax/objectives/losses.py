@@ -1,18 +1,19 @@
-"""Losses as sums with the weight they are to be divided by, and diagnostics of an update.
+"""Losses as pairs of a sum and a weight, and diagnostics of an update.
 
-A loss returns a `LossSum`, not a mean: microbatches of uneven lengths are added, and the division
-happens once, by the weight of the whole batch. For gradients that means: differentiate `.total`,
-add the gradients of the microbatches, divide by the added `.weight`.
+A loss returns a `LossSum` instead of a mean. The sums and weights of microbatches are added, and
+the division happens once, by the weight of the whole batch: microbatches of different lengths then
+give the same loss as one batch. For gradients: differentiate `.total`, add the gradients of the
+microbatches, and divide by the added `.weight`.
 
-`normalise` says how the losses of tokens become one number; n_b counts a row's masked-in tokens:
+`normalise` names the reduction over tokens. n_b is the number of tokens inside row b's mask:
 
-    "token"          sum over all tokens / number of tokens: all tokens count alike
-    "sequence"       sum over tokens, mean over the rows with a token: the expectation over episodes
-    "sequence-mean"  (1/n_b) sum over tokens, mean over rows: long responses count less a token
-    "constant"       sum over tokens / (rows times a stated length): "sequence", on another scale
+    "token"          sum over all tokens / number of tokens: every token has equal weight
+    "sequence"       sum over tokens, mean over rows with a token: the expectation over episodes
+    "sequence-mean"  (1/n_b) sum over tokens, mean over rows: a token of a long row has less weight
+    "constant"       sum over tokens / (number of rows times a given length): "sequence" rescaled
 
-Positions outside the mask, and rows of weight 0, may hold anything, NaN included: they reach
-neither the loss nor its gradient. Inputs in bfloat16 are accumulated in float32.
+Positions outside the mask and rows of weight 0 affect neither a loss nor its gradient, even if they
+hold NaN. bfloat16 inputs are accumulated in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from perl_jax.types import Array
 
 @flax.struct.dataclass
 class LossSum:
-    """total: weighted sum of losses, weight: sum of the weights; float32 scalars. They add."""
+    """A weighted sum of losses and the sum of the weights; microbatches add both.
+
+    Attributes:
+        total: Sum of weight times loss, float32 scalar.
+        weight: Sum of the weights, float32 scalar.
+    """
 
     total: Array
     weight: Array
@@ -44,13 +50,13 @@ class LossSum:
 
 
 def count_tokens(mask_BT: Array) -> jax.Array:
-    """The number of True positions, float32."""
+    """Returns the number of True positions, float32 scalar."""
     chex.assert_rank(mask_BT, 2)
     return jnp.sum(mask_BT, dtype=jnp.float32)
 
 
 def count_sequences(mask_BT: Array) -> jax.Array:
-    """The number of rows with any True position, float32: filler rows do not count."""
+    """Returns the number of rows with a True position, float32 scalar; filler rows have none."""
     chex.assert_rank(mask_BT, 2)
     return jnp.sum(jnp.any(mask_BT, axis=1), dtype=jnp.float32)
 
@@ -61,9 +67,15 @@ NORMALISERS = ("token", "sequence", "sequence-mean", "constant")
 def reduce_tokens(
     loss_BT: Array, mask_BT: Array, normalise: str, length: int | None = None
 ) -> LossSum:
-    """The losses of tokens as one `LossSum`, by the rules of the module's docstring.
+    """Returns the `LossSum` of token losses for one of the reductions of the module docstring.
 
-    length: the stated length of "constant". Raises ValueError for another name, or without it.
+    Args:
+        loss_BT: Loss of each token.
+        mask_BT: True on the tokens that count.
+        normalise: The reduction, one of NORMALISERS.
+        length: Divisor of "constant"; None for the other reductions.
+
+    Raises ValueError for an unknown reduction, or a length that is missing or not needed.
     """
     chex.assert_rank([loss_BT, mask_BT], 2)
     if normalise not in NORMALISERS:
@@ -71,7 +83,7 @@ def reduce_tokens(
             f"unknown loss normalisation {normalise!r}; known: {', '.join(NORMALISERS)}"
         )
     if (normalise == "constant") != (length is not None):
-        raise ValueError("a length belongs to the normalisation 'constant', and to no other")
+        raise ValueError("the normalisation 'constant' needs a length, and no other has one")
     sum_B = masked_sum(loss_BT, mask_BT, axis=1)
     if normalise == "token":
         return LossSum(jnp.sum(sum_B), count_tokens(mask_BT))
@@ -83,7 +95,7 @@ def reduce_tokens(
 
 
 def sft_loss(logp_BT: Array, response_BT: Array, normalise: str = "token") -> LossSum:
-    """-sum_t log p(token t | tokens < t) over response tokens (maximum likelihood)."""
+    """Returns the negative log-likelihood -sum_t log p(token t | tokens < t) of response tokens."""
     return reduce_tokens(-logp_BT, response_BT, normalise)
 
 
@@ -96,12 +108,23 @@ def bradley_terry(
     probability: Array | float = 1.0,
     centring: float = 0.0,
 ) -> LossSum:
-    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (chosen + rejected)^2, rows times weights.
+    """Returns the Bradley-Terry loss of score pairs, each pair times its weight.
 
-    d = chosen - rejected - margin. Source: PERL (arXiv 2403.10704), pairwise reward model (p = 1,
-    c = 0). margin: Touvron et al. 2023 (arXiv 2307.09288), equation 2. probability: p, the share of
-    raters who prefer the chosen response. centring: c, which keeps scores of a pair around 0, as
-    differences alone do not (Eisenstein et al. 2023, arXiv 2312.09244). Numbers, or one a row.
+        -p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (chosen + rejected)^2,
+        d = chosen - rejected - margin
+
+    Source: PERL (arXiv 2403.10704), pairwise reward model (p = 1, c = 0).
+
+    Args:
+        chosen_B: Scores of the preferred responses.
+        rejected_B: Scores of the other responses.
+        weight_B: Weight of each pair.
+        margin: Required score difference, a number or one per pair [B]. Source: Touvron et al. 2023
+            (arXiv 2307.09288), equation 2.
+        probability: p, the share of raters who prefer the chosen response, a number or one per pair
+            [B].
+        centring: c. It keeps the mean score of a pair near 0; score differences alone leave it
+            free. Source: Eisenstein et al. 2023 (arXiv 2312.09244).
     """
     chex.assert_rank([chosen_B, rejected_B, weight_B], 1)
     chex.assert_rank([margin, probability], {0, 1})
@@ -112,14 +135,14 @@ def bradley_terry(
     )
     d_B = chosen_B - rejected_B - margin_B
     loss_B = p_B * jax.nn.softplus(-d_B) + (1 - p_B) * jax.nn.softplus(d_B)
-    # Left out at 0, where the square of a huge score would be 0 times infinity.
+    # Skipped for c = 0: the square of a huge score is infinite, and 0 times infinity is NaN.
     if centring:
         loss_B = loss_B + centring * jnp.square(chosen_B + rejected_B)
     return _weighted(loss_B, weight_B)
 
 
 def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
-    """(score - label)^2, each row times its weight: a score fitted to numbers."""
+    """Returns (score - label)^2, each row times its weight."""
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
     error_B = masked_values(score_B, real_B) - masked_values(label_B, real_B)
@@ -127,15 +150,15 @@ def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
 
 
 def binary_cross_entropy(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
-    """-y log sigmoid(s) - (1 - y) log sigmoid(-s), each row times its weight.
+    """Returns -y log sigmoid(s) - (1 - y) log sigmoid(-s), each row times its weight.
 
-    Source: PERL (arXiv 2403.10704), pointwise reward model. Labels in [0, 1], soft ones included;
-    stable for scores of any size.
+    s is the score and y the label, in [0, 1]. Source: PERL (arXiv 2403.10704), pointwise reward
+    model. The result is accurate for scores of any size.
     """
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
     score_B, label_B = masked_values(score_B, real_B), masked_values(label_B, real_B)
-    # softplus(s) - y s is the same number, but rounds to 0 for a confident correct answer.
+    # Not softplus(s) - y s: it is equal, but rounds to 0 for a confident correct answer.
     loss_B = label_B * jax.nn.softplus(-score_B) + (1 - label_B) * jax.nn.softplus(score_B)
     return _weighted(loss_B, weight_B)
 
@@ -148,24 +171,34 @@ def reinforce(
     *,
     length: int | None = None,
     old_BT: Array | None = None,
-    most: float | None = None,
+    max_ratio: float | None = None,
 ) -> LossSum:
-    """-sum_t w_t log pi(a_t | x_t) stopgrad(A_t); with A_t = Z_t - V(x_t) the paper's policy loss.
+    """Returns the REINFORCE loss -sum_t w_t log pi(a_t | x_t) A_t; w_t and A_t have no gradient.
 
-    Source: PERL (arXiv 2403.10704), L_PG; no clipping. By default summed over tokens and averaged
-    over sequences, as the formula is an expectation over episodes.
+    With A_t = Z_t - V(x_t) it is the policy loss L_PG of PERL (arXiv 2403.10704); ratios are not
+    clipped. The default reduction sums over tokens and averages over sequences, because L_PG is an
+    expectation over episodes.
 
-    w_t = 1; with old_BT (log-probabilities under the policy that sampled) samples may be stale and
-    w_t = stopgrad(min(pi / pi_old, most)), importance sampling truncated above (Espeholt et al.
-    2018, arXiv 1802.01561, rho): exactly 1 while the policy has not moved.
+    Without old_BT, w_t = 1. With old_BT, w_t = min(pi / pi_old, max_ratio): importance sampling
+    with truncated weights for stale samples (Espeholt et al. 2018, arXiv 1802.01561, rho). w_t is
+    exactly 1 while the policy is the one that sampled.
+
+    Args:
+        logp_BT: Log-probabilities under the trained policy; differentiated.
+        advantage_BT: A_t.
+        mask_BT: True on response tokens.
+        normalise: The reduction over tokens.
+        length: Divisor of the reduction "constant".
+        old_BT: Log-probabilities under the policy that sampled.
+        max_ratio: Upper bound of w_t; given if and only if old_BT is.
     """
     chex.assert_rank([logp_BT, advantage_BT, mask_BT], 2)
-    if (old_BT is None) != (most is None):
-        raise ValueError("old log-probabilities and their ratio's largest value belong together")
+    if (old_BT is None) != (max_ratio is None):
+        raise ValueError("old_BT and max_ratio must be given together")
     advantage_BT = jax.lax.stop_gradient(masked_values(advantage_BT, mask_BT))
     if old_BT is not None:
         ratio_BT = jnp.exp(log_ratio(*_inside(mask_BT, logp_BT, old_BT)))
-        advantage_BT = advantage_BT * jax.lax.stop_gradient(jnp.minimum(ratio_BT, most))
+        advantage_BT = advantage_BT * jax.lax.stop_gradient(jnp.minimum(ratio_BT, max_ratio))
     return reduce_tokens(
         -masked_values(logp_BT, mask_BT) * advantage_BT, mask_BT, normalise, length
     )
@@ -175,13 +208,14 @@ RATIOS = ("token", "sequence", "product")
 
 
 def importance_ratio(logp_BT: Array, old_BT: Array, mask_BT: Array, level: str) -> jax.Array:
-    """r_BT = pi / pi_old of each token, or one number for all of a row's tokens; 1 where masked.
+    """Returns the ratio pi / pi_old for every token, 1 outside the mask.
 
-    "token"     exp(l_t), l_t = log pi - log pi_old
-    "sequence"  exp(mean_t l_t), the geometric mean (Zheng et al. 2025, arXiv 2507.18071, GSPO)
-    "product"   exp(sum_t l_t), the ratio of the whole sequences
+        "token"     exp(l_t), l_t = log pi - log pi_old of each token
+        "sequence"  exp(mean_t l_t), the same for all tokens of a row: the geometric mean
+                    (Zheng et al. 2025, arXiv 2507.18071, GSPO)
+        "product"   exp(sum_t l_t), the same for all tokens of a row: the ratio of whole sequences
 
-    The log-ratio, of a token or a sequence, is clamped to +-20. Raises ValueError for another name.
+    The exponent is clipped to +-20. Raises ValueError for another level.
     """
     chex.assert_rank([logp_BT, old_BT, mask_BT], 2)
     if level not in RATIOS:
@@ -206,12 +240,22 @@ def clipped(
     normalise: str,
     length: int | None = None,
 ) -> LossSum:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r from `importance_ratio`, A without gradient.
+    """Returns PPO's clipped loss -min(r A, clip(r, 1 - low, 1 + high) A); A has no gradient.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; two bounds as in Yu et al. 2025
-    (arXiv 2503.14476). With a ratio of sequences `normalise="sequence-mean"` gives one such term a
-    sequence. At r = 1 its gradient is that of `reinforce`. Raises ValueError for a low outside
-    (0, 1) or a high that is not above 0.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate bounds: Yu et al. 2025
+    (arXiv 2503.14476). For a ratio per sequence, `normalise="sequence-mean"` counts the term once
+    per sequence. At r = 1 the gradient is that of `reinforce`.
+
+    Args:
+        ratio_BT: r, from `importance_ratio`.
+        advantage_BT: A.
+        mask_BT: True on response tokens.
+        low: Distance of the lower bound from 1, in (0, 1).
+        high: Distance of the upper bound from 1, above 0.
+        normalise: The reduction over tokens.
+        length: Divisor of the reduction "constant".
+
+    Raises ValueError for bounds outside these ranges.
     """
     chex.assert_equal_shape([ratio_BT, advantage_BT, mask_BT])
     if not (0 < low < 1 and high > 0):
@@ -232,15 +276,24 @@ def value_loss(
     old_BT: Array | None = None,
     clip: float | None = None,
 ) -> LossSum:
-    """sum_t (Z_t - V(x_t))^2, no factor 1/2, no gradient to the returns.
+    """Returns sum_t (Z_t - V(x_t))^2, without a factor 1/2; the returns Z have no gradient.
 
-    Source: PERL (arXiv 2403.10704), L_V. `values_BT` must be aligned by `logprobs.shift_right`.
-    With old_BT, the values at sampling time, the larger of that and the same with V kept within
-    +-clip of them: PPO's clipped value loss (as released with Schulman et al. 2017).
+    Source: PERL (arXiv 2403.10704), L_V. With old_BT, each term is the larger of this and the same
+    with V limited to old_BT +- clip: PPO's clipped value loss (code released with Schulman et al.
+    2017).
+
+    Args:
+        values_BT: V of the state before each token (`logprobs.shift_right`).
+        returns_BT: Z, what V is fitted to.
+        mask_BT: True on response tokens.
+        normalise: The reduction over tokens.
+        length: Divisor of the reduction "constant".
+        old_BT: Values at sampling time.
+        clip: Largest distance from old_BT; given if and only if old_BT is.
     """
     chex.assert_rank([values_BT, returns_BT, mask_BT], 2)
     if (old_BT is None) != (clip is None):
-        raise ValueError("old values and the distance to keep to them belong together")
+        raise ValueError("old_BT and clip must be given together")
     returns_BT = jax.lax.stop_gradient(masked_values(returns_BT, mask_BT))
     values_BT = masked_values(values_BT, mask_BT)
     loss_BT = jnp.square(returns_BT - values_BT)
@@ -261,10 +314,19 @@ def kl_loss(
     length: int | None = None,
     weight_B: Array | None = None,
 ) -> LossSum:
-    """`kl.kl_in_loss` of each token, times its row's weight (None: 1), which carries no gradient.
+    """Returns the KL of each token (`kl.kl_in_loss`) times the weight of its row.
 
-    Its gradient is the reverse KL's, per token, at the policy that sampled; samples that have grown
-    stale carry no importance weight.
+    The gradient is that of the reverse KL per token, for tokens sampled from the current policy.
+    Stale samples are not reweighted.
+
+    Args:
+        logp_BT: Log-probabilities under the trained policy; differentiated.
+        ref_BT: Log-probabilities under the reference.
+        mask_BT: True on response tokens.
+        estimator: A name of `kl.LOSS_ESTIMATORS`.
+        normalise: The reduction over tokens.
+        length: Divisor of the reduction "constant".
+        weight_B: Weight of each row, without gradient; None: 1.
     """
     chex.assert_rank([logp_BT, ref_BT, mask_BT], 2)
     kl_BT = kl_in_loss(estimator, *_inside(mask_BT, logp_BT, ref_BT))
@@ -282,19 +344,24 @@ def preference(
     kind: str = "dpo",
     label_smoothing: float | Array = 0.0,
 ) -> LossSum:
-    """Preference losses on log-ratios: chosen_B = sum_t (log pi - log pi_ref) of the chosen
-    response.
-
-    h = chosen - rejected, each row times its weight, and
+    """Returns a preference loss of h = chosen - rejected, each row times its weight.
 
         "dpo"  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing
-               (Rafailov et al. 2023, arXiv 2305.18290, equation 7; e: its section on noisy labels
-               by Mitchell 2023, "A note on DPO with noisy preferences", conservative DPO)
+               (Rafailov et al. 2023, arXiv 2305.18290, equation 7; e: Mitchell 2023, "A note on DPO
+               with noisy preferences", conservative DPO)
         "ipo"  (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, equation 17)
 
-    IPO's h may also be a difference of means over tokens: that is the caller's choice. e may be one
-    for each row, [B]: 1 - p where raters prefer the chosen with probability p. Raises ValueError
-    for another kind, a beta that is not above 0, or one smoothing for all rows outside [0, 1/2).
+    Args:
+        chosen_B: Log-ratio of each preferred response, sum_t (log pi - log pi_ref); for IPO it may
+            be the mean over tokens.
+        rejected_B: Log-ratio of each other response.
+        weight_B: Weight of each pair.
+        beta: Scale of h, above 0.
+        kind: "dpo" or "ipo".
+        label_smoothing: e, a number in [0, 1/2) or one per row [B]: 1 - p if raters prefer the
+            chosen response with probability p. IPO has none.
+
+    Raises ValueError for an unknown kind, or a beta or label smoothing outside these ranges.
     """
     chex.assert_rank([chosen_B, rejected_B, weight_B], 1)
     each = jnp.ndim(label_smoothing) > 0
@@ -316,9 +383,10 @@ def preference(
 
 
 def sampler_mismatch(logp_sampler_BT: Array, logp_trainer_BT: Array, mask_BT: Array) -> jax.Array:
-    """Mean over masked-in tokens of exp |logp_sampler - logp_trainer|: 1 when they agree.
+    """Returns the mean over response tokens of exp |logp_sampler - logp_trainer|; at least 1.
 
-    Both under the same weights and temperature, so anything above 1 is numerics or a bug.
+    Both use the same weights and temperature, so a value above 1 shows a numerical difference or a
+    bug.
     """
     chex.assert_rank([logp_sampler_BT, logp_trainer_BT, mask_BT], 2)
     chex.assert_equal_shape([logp_sampler_BT, logp_trainer_BT, mask_BT])
@@ -326,12 +394,12 @@ def sampler_mismatch(logp_sampler_BT: Array, logp_trainer_BT: Array, mask_BT: Ar
 
 
 def _inside(mask_BT: Array, *arrays_BT: Array) -> tuple[jax.Array, ...]:
-    """The arrays with 0 outside the mask: what lies there reaches no difference."""
+    """Returns each array with 0 outside the mask, so that NaN there does not spread."""
     return tuple(masked_values(x_BT, mask_BT) for x_BT in arrays_BT)
 
 
 def _weighted(loss_B: Array, weight_B: Array) -> LossSum:
-    """Rows times their weights; the losses of weight-0 rows are finite by now."""
+    """Returns the `LossSum` of row losses. The losses of rows of weight 0 must be finite."""
     chex.assert_equal_shape([loss_B, weight_B])
     weight_B = weight_B.astype(loss_B.dtype)
     return LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))

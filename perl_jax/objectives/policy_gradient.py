@@ -1,4 +1,4 @@
-"""The losses of policy and value model on scored rollouts."""
+"""The policy-gradient objective: losses of policy and value model on scored rollouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from perl_jax.adapters.lora import Adapter
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.models.passes import token_logprobs, values
+from perl_jax.models.passes import logprobs_and_entropy, values
 from perl_jax.objectives import algorithms, losses
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.objectives.losses import Logs, LossSum
@@ -20,13 +20,17 @@ from perl_jax.types import Array, Tokens, Tree
 
 @flax.struct.dataclass
 class Experience:
-    """Scored rollouts: what an RL update learns from.
+    """A batch of scored rollouts, as an RL update reads it.
 
-    sequences: [prompt | response]. old_logp_BT: the policy's that sampled them, by the trainer, at
-    the sampling temperature. advantage_BT: None where the value model of the update is the
-    baseline. target_BT: what values are fitted to; None without a value model. old_value_BT: at
-    sampling time, where values are clipped. reference_BT: log-probabilities under the reference and
-    kl_weight_B the coefficient, where a KL is in the loss.
+    Attributes:
+        sequences: Tokens of [prompt | response].
+        old_logp_BT: Log-probabilities under the policy that sampled, at the sampling temperature,
+            computed by the trainer (not by the sampler).
+        advantage_BT: Advantage of each token. None: the update computes it from its value model.
+        target_BT: What the value model is fitted to. None: no value model.
+        old_value_BT: Values at sampling time. None: the value loss is not clipped.
+        reference_BT: Log-probabilities under the reference. None: no KL in the loss.
+        kl_weight_B: KL coefficient of each row. None: no KL in the loss.
     """
 
     sequences: Tokens
@@ -39,11 +43,11 @@ class Experience:
 
     @property
     def group(self) -> int:
-        """Rows that share a packed prompt."""
+        """Number of consecutive rows that share a packed prompt; 1 where the batch is padded."""
         return 1 if self.sequences.layout is None else self.sequences.layout.group
 
 
-# (batch, the policy's log-probabilities) -> experience, and what the log says of it.
+# (batch, log-probabilities under the policy) -> (scored rollouts, metrics of the rollouts).
 ExperienceOf = Callable[[Tree, jax.Array], tuple[Experience, Logs]]
 
 
@@ -52,7 +56,7 @@ def policy_gradient_objective(
     config: AlgorithmConfig,
     temperature: float,
     estimator: str,
-    room: int,
+    max_response_length: int,
     roles: dict[str, Adapter],
     base: Tree,
     batch: Experience | Tree,
@@ -60,21 +64,40 @@ def policy_gradient_objective(
     *,
     experience_of: ExperienceOf | None = None,
 ) -> tuple[LossSum, Logs]:
-    """The losses of policy and value model (`perl_jax.objectives.algorithms`), added.
+    """Returns the sum of the policy loss, the value loss and the KL loss, and the metrics to log.
 
-    The sum is safe: the two share no trained leaf, and each role has its own optimizer. V(x_t) is
-    read where the state before token t ends, one position to the left. estimator: of a KL in the
-    loss. room: the most tokens a response may have; responses lie in so many last columns.
-    experience_of: for a batch that is no experience yet, because the log-probabilities it lacks are
-    those that this very pass computes: the policy is still the one that sampled.
+    Which terms there are depends on the algorithm (`perl_jax.objectives.algorithms`). Policy and
+    value model share no trained leaf and each has its own optimizer, so their losses can be added.
+
+    Args:
+        lm: The model's functions.
+        config: The algorithm.
+        temperature: Sampling temperature; divides the logits.
+        estimator: Estimator of a KL in the loss (`kl.LOSS_ESTIMATORS`).
+        max_response_length: Largest number of response tokens; responses lie in that many last
+            columns.
+        roles: Adapters: "policy" and, for algorithms with a critic, "value".
+        base: The frozen base.
+        batch: Scored rollouts, or what `experience_of` makes scored rollouts of.
+        key: Key of dropout; None: no dropout.
+        experience_of: Completes a batch that lacks the log-probabilities of the policy that
+            sampled. The trained policy still is that policy, so the log-probabilities of this pass
+            are used.
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
-    logp_BT, entropy_BT = token_logprobs(
-        lm, base, roles["policy"], sequences, temperature, policy_key, room=room
+    logp_BT, entropy_BT = logprobs_and_entropy(
+        lm,
+        base,
+        roles["policy"],
+        sequences,
+        temperature,
+        policy_key,
+        max_response_length=max_response_length,
     )
     batch, known = (batch, {}) if experience_of is None else experience_of(batch, logp_BT)
-    advantage_BT, losses_found, length = batch.advantage_BT, {}, config.length(room)
+    advantage_BT, terms = batch.advantage_BT, {}
+    length = config.constant_length(max_response_length)
     if config.rule.critic:
         values_BT = values(lm, base, roles["value"], sequences, value_key)
         clipping = (
@@ -82,16 +105,16 @@ def policy_gradient_objective(
             if batch.old_value_BT is None
             else {"old_BT": batch.old_value_BT, "clip": config.value_clip}
         )
-        losses_found["value/loss"] = losses.value_loss(
+        terms["value/loss"] = losses.value_loss(
             values_BT, batch.target_BT, mask_BT, config.reduction, length=length, **clipping
         )
         if advantage_BT is None:
             advantage_BT = algorithms.critic_advantages(batch.target_BT, values_BT, mask_BT)
-    losses_found["policy/loss"] = algorithms.policy_loss(
-        config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, room
+    terms["policy/loss"] = algorithms.policy_loss(
+        config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, max_response_length
     )
     if batch.reference_BT is not None:
-        losses_found["kl/loss"] = losses.kl_loss(
+        terms["kl/loss"] = losses.kl_loss(
             logp_BT,
             batch.reference_BT,
             mask_BT,
@@ -102,7 +125,7 @@ def policy_gradient_objective(
         )
     logs = {
         **known,
-        **losses_found,
+        **terms,
         **_token_means(
             mask_BT,
             {
@@ -116,16 +139,16 @@ def policy_gradient_objective(
         logs |= _moments("return", batch.target_BT, mask_BT) | _moments(
             "value/error", batch.target_BT - values_BT, mask_BT
         )
-    return LossSum(
-        sum(found.total for found in losses_found.values()), losses_found["policy/loss"].weight
-    ), logs
+    return LossSum(sum(term.total for term in terms.values()), terms["policy/loss"].weight), logs
 
 
 def _ratio_logs(
     config: AlgorithmConfig, logp_BT: Array, old_BT: Array, mask_BT: Array
 ) -> dict[str, jax.Array]:
-    """How far the update's policy is from the one that sampled, and where the objective stops
-    that.
+    """Returns metrics of the importance ratio, each an array [B, T].
+
+    policy/ratio: the ratio. policy/ratio_deviation: its distance from 1. policy/clip_fraction:
+    whether it lies outside the algorithm's bounds.
     """
     ratio_BT = jax.lax.stop_gradient(
         losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
@@ -145,11 +168,11 @@ def _ratio_logs(
 
 
 def _token_means(mask_BT: Array, values: dict[str, Array]) -> Logs:
-    """Means over response tokens, which add over microbatches."""
+    """Returns `LossSum`s whose mean is the mean of each array over response tokens."""
     tokens = losses.count_tokens(mask_BT)
     return {name: LossSum(masked_sum(x_BT, mask_BT), tokens) for name, x_BT in values.items()}
 
 
 def _moments(name: str, x_BT: Array, mask_BT: Array) -> Logs:
-    """Mean and mean of squares over response tokens."""
+    """Returns the mean of x and of x^2 over response tokens, under NAME/mean and NAME/square."""
     return _token_means(mask_BT, {f"{name}/mean": x_BT, f"{name}/square": jnp.square(x_BT)})

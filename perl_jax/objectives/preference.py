@@ -1,4 +1,4 @@
-"""Direct preference optimisation: losses on comparisons without a reward model."""
+"""Direct preference optimisation (DPO, IPO): losses on comparisons without a reward model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from perl_jax.adapters.lora import Adapter
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.models.passes import both_sides, in_turn, sequence_logprobs, sides
+from perl_jax.models.passes import interleave, interleaved_pairs, sequence_logprobs, split_pairs
 from perl_jax.objectives import losses
 from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.objectives.supervised import accuracy
@@ -19,7 +19,10 @@ from perl_jax.types import Array, Pairs, Tree
 def response_log_ratio(
     logp_BT: Array, reference_BT: Array, response_BT: Array, mean: bool = False
 ) -> jax.Array:
-    """sum_t (log pi - log pi_ref) over each row's response tokens, or their mean."""
+    """Returns sum_t (log pi - log pi_ref) over each row's response tokens, [B].
+
+    mean: divide the sum by the number of response tokens.
+    """
     total_B = masked_sum(logp_BT, response_BT, axis=1) - masked_sum(
         reference_BT, response_BT, axis=1
     )
@@ -28,7 +31,13 @@ def response_log_ratio(
 
 @flax.struct.dataclass
 class Preferences:
-    """Comparisons with the reference's log-probabilities of both sides."""
+    """Comparisons with the log-probabilities of both responses under the reference.
+
+    Attributes:
+        pairs: The comparisons.
+        chosen_BT: Reference log-probabilities of the preferred responses.
+        rejected_BT: Reference log-probabilities of the other responses.
+    """
 
     pairs: Pairs
     chosen_BT: Array
@@ -36,8 +45,8 @@ class Preferences:
 
     @property
     def reference_BT(self) -> jax.Array:
-        """Of the rows of `both_sides`."""
-        return in_turn(self.chosen_BT, self.rejected_BT)
+        """Reference log-probabilities in the row order of `passes.interleaved_pairs`, [2 B, T]."""
+        return interleave(self.chosen_BT, self.rejected_BT)
 
 
 def preference_objective(
@@ -53,15 +62,28 @@ def preference_objective(
     mean: bool,
     soft_labels: bool = False,
 ) -> tuple[LossSum, Logs]:
-    """DPO or IPO (`losses.preference`) on log-ratios of whole responses, or of means over tokens.
+    """Returns the DPO or IPO loss (`losses.preference`) of a batch of comparisons, and metrics.
 
-    soft_labels: a row's probability p, where known, makes its label smoothing 1 - p.
-    Logs the implicit rewards beta log(pi / pi_ref) of both sides, and how often they are in order.
+    Metrics: the implicit rewards beta log(pi / pi_ref) of chosen and rejected responses, and the
+    share of pairs in which the chosen one is higher.
+
+    Args:
+        lm: The model's functions.
+        roles: Adapters: "policy".
+        base: The frozen base.
+        batch: Comparisons with reference log-probabilities.
+        key: Key of dropout; None: no dropout.
+        kind: "dpo" or "ipo".
+        beta: Scale of the log-ratios.
+        label_smoothing: Probability that a preference is wrong.
+        mean: Whether a response's log-ratio is the mean over its tokens; False: the sum.
+        soft_labels: Whether rows with a known preference probability p use 1 - p as label
+            smoothing.
     """
-    both, weight_B = both_sides(batch.pairs), batch.pairs.weight_B
+    both, weight_B = interleaved_pairs(batch.pairs), batch.pairs.weight_B
     logp_BT = sequence_logprobs(lm, base, roles["policy"], both, key=key)
     ratio_B = response_log_ratio(logp_BT, batch.reference_BT, both.response_BT, mean)
-    chosen_B, rejected_B = sides(ratio_B)
+    chosen_B, rejected_B = split_pairs(ratio_B)
     total = jnp.sum(weight_B)
     measured = {"dpo/chosen_reward": beta * chosen_B, "dpo/rejected_reward": beta * rejected_B}
     logs = {"train/accuracy": accuracy(batch.pairs, chosen_B, rejected_B)}

@@ -1,4 +1,4 @@
-"""Losses on labelled rows: demonstrations, comparisons, labels and ratings."""
+"""Objectives on labelled rows: demonstrations, comparisons, labels and ratings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from perl_jax.adapters.lora import Adapter
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.models.passes import differing, pair_scores, scores, sequence_logprobs
+from perl_jax.models.passes import pair_scores, responses_differ, scores, sequence_logprobs
 from perl_jax.objectives import losses
 from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
@@ -16,21 +16,22 @@ from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
 def sft_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Tokens, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """-log p of response tokens, per token."""
+    """Returns the negative log-likelihood of response tokens, averaged over tokens; no metrics."""
     logp_BT = sequence_logprobs(lm, base, roles["policy"], batch, key=key)
     return losses.sft_loss(logp_BT, batch.response_BT), {}
 
 
 def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
-    """1 where chosen is above rejected, 1/2 where they are equal, 0 elsewhere: a tie is no wrong
-    answer.
-    """
+    """Returns 1 where the chosen score is higher, 1/2 where both are equal, and 0 elsewhere [B]."""
     return jnp.where(chosen_B > rejected_B, 1.0, jnp.where(chosen_B == rejected_B, 0.5, 0.0))
 
 
 def accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
-    """The share of pairs in order, by their weights; equal responses do not count."""
-    weight_B = batch.weight_B * differing(batch)
+    """Returns the weighted share of pairs whose chosen score is the higher one.
+
+    A tie counts 1/2. Pairs of two equal responses do not count.
+    """
+    weight_B = batch.weight_B * responses_differ(batch)
     return LossSum(jnp.sum(in_order(chosen_B, rejected_B) * weight_B), jnp.sum(weight_B))
 
 
@@ -44,10 +45,16 @@ def pairwise_objective(
     soft_labels: bool = False,
     centring: float = 0.0,
 ) -> tuple[LossSum, Logs]:
-    """Bradley-Terry with the rows' margins (`losses.bradley_terry`); logs the share of pairs in
-    order, of those that have one.
+    """Returns the Bradley-Terry loss (`losses.bradley_terry`) with the rows' margins, and accuracy.
 
-    soft_labels: a row's probability, where known, is its label; otherwise chosen is preferred.
+    Args:
+        lm: The model's functions.
+        roles: Adapters: "reward".
+        base: The frozen base.
+        batch: Comparisons.
+        key: Key of dropout; None: no dropout.
+        soft_labels: Whether a row's known preference probability is its label; otherwise it is 1.
+        centring: Coefficient that keeps the mean score of a pair near 0.
     """
     chosen_B, rejected_B = pair_scores(lm, base, roles["reward"], batch, key)
     right = accuracy(batch, chosen_B, rejected_B)
@@ -65,7 +72,10 @@ def pairwise_objective(
 def pointwise_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Binary cross-entropy of labels; logs the share of rows on the label's side of 0."""
+    """Returns the binary cross-entropy of labels, and the accuracy.
+
+    The accuracy is the share of rows whose score is above 0 exactly if the label is above 1/2.
+    """
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     right = LossSum(
         jnp.sum(((score_B > 0) == (batch.label_B > 0.5)) * batch.weight_B), jnp.sum(batch.weight_B)
@@ -78,6 +88,6 @@ def pointwise_objective(
 def regression_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Squared error to ratings."""
+    """Returns the squared error of scores against ratings; no metrics."""
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     return losses.squared_error(score_B, batch.label_B, batch.weight_B), {}

@@ -17,7 +17,7 @@ from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel, resting
+from perl_jax.models.language_model import LanguageModel, cast_frozen_role
 from perl_jax.objectives import preference
 from perl_jax.planning import starting
 from perl_jax.planning.pieces import (
@@ -63,7 +63,9 @@ def planned_model(
         """Returns the shapes of a leaf as held (possibly quantised), with their shardings."""
         held = jax.eval_shape(lambda kernel: quantise_leaf(path, kernel, quantise), spec)
         return jax.tree.map(
-            lambda part: placed(part, sharding.fitting(lm.mesh, part.shape, *places[path].spec)),
+            lambda part: placed(
+                part, sharding.fitted_sharding(lm.mesh, part.shape, *places[path].spec)
+            ),
             held,
         )
 
@@ -127,7 +129,7 @@ def _supervised(
     base = _base(model, config)
     pieces, measures = [], []
     if job.prepare is not None:
-        both, reference = jax.eval_shape(passes.both_sides, batch), state.frozen["reference"]
+        both, reference = jax.eval_shape(passes.interleaved_pairs, batch), state.frozen["reference"]
         before = dpo.reference_program(model.lm, config.microbatches)
         args = (
             None if reference.weights is not None else model.base,
@@ -311,7 +313,7 @@ def _role(model: Model, config: TrainingCommand, head: bool) -> Adapter:
 
 def _resting(model: Model, role: Adapter) -> Adapter:
     """Returns the shapes of a frozen role, in the dtype that frozen roles are held in."""
-    return jax.eval_shape(lambda role: resting(role, model.lm.config.dtype), role)
+    return jax.eval_shape(lambda role: cast_frozen_role(role, model.lm.config.dtype), role)
 
 
 def _base(model: Model, config: TrainingCommand) -> Tree | None:

@@ -55,7 +55,7 @@ PLANNED: dict[str, tuple[Known, ...]] = {
         ),
     ),
     "begin": (Known("begin", "a copy of the roles, and the optimizers' first states", TRAINING),),
-    "on_layer": (
+    "apply_to_layer": (
         Known("first values", "DoRA's magnitudes and PiSSA's pairs, of one layer", TRAINING),
     ),
     # A step.

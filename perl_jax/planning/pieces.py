@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from perl_jax.hub.model import Model
-from perl_jax.models.cache import own_room
+from perl_jax.models.cache import own_columns
 from perl_jax.runtime import sharding, trees
 from perl_jax.types import Tree
 
@@ -162,8 +162,8 @@ def cache_of(model: Model, rows: int, positions: int) -> Tree:
     """
     config, found = model.lm.config, []
     for window, layers in collections.Counter(config.windows).items():
-        shape = (layers, rows, config.kv_heads, own_room(positions, window), config.head_dim)
-        place = sharding.fitting(
+        shape = (layers, rows, config.kv_heads, own_columns(positions, window), config.head_dim)
+        place = sharding.fitted_sharding(
             model.mesh,
             shape,
             None,

@@ -15,13 +15,13 @@ from perl_jax.evaluation.best_of import BestOfConfig
 from perl_jax.evaluation.compare import EvaluateConfig
 from perl_jax.evaluation.score import ScoreConfig
 from perl_jax.generation import programs
-from perl_jax.generation.continuous import ContinuousSampler, Slots, rearranged
+from perl_jax.generation.continuous import ContinuousSampler, Slots, map_rows
 from perl_jax.generation.sampling import (
     Rollout,
     SamplingConfig,
-    merges,
-    moved_kernels,
-    rounded_once,
+    adapted_kernels,
+    cast_pairs,
+    should_merge,
 )
 from perl_jax.generation.text import GenerateConfig
 from perl_jax.hub import artefacts
@@ -29,7 +29,7 @@ from perl_jax.hub.artefacts import Record
 from perl_jax.hub.export import ExportConfig
 from perl_jax.hub.model import Model, ModelOptions
 from perl_jax.hub.verify import PROBE
-from perl_jax.models.language_model import resting
+from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.planning import starting
 from perl_jax.planning.pieces import (
     Jitted,
@@ -146,21 +146,23 @@ def _slots(
     """
     pieces, own, slots = [], None, sampler.slots
     if policy is not None and policy.weights is not None:
-        weights = jax.eval_shape(lambda role: resting(role, model.lm.config.dtype).weights, policy)
+        weights = jax.eval_shape(
+            lambda role: cast_frozen_role(role, model.lm.config.dtype).weights, policy
+        )
         base, policy = (
             jax.tree.map(lambda spec, leaf: placed(spec, leaf.sharding), weights, policy.weights),
             None,
         )
         own = base
-    elif merges(base, policy, sampler.config, sampler.TOKENS):
+    elif should_merge(base, policy, sampler.config, sampler.TOKENS):
         # Merged copies of the adapted matrices are held beside the base during sampling.
         own = {}
-        for name, kernel in moved_kernels(base, policy).items():
+        for name, kernel in adapted_kernels(base, policy).items():
             trees.insert(own, name, kernel)
         pieces, policy = [Piece(sampler.merge, (own, policy), None)], None
     elif policy is not None:
         policy = with_role_shardings(
-            model, jax.eval_shape(lambda role: rounded_once(role, model.lm.config.dtype), policy)
+            model, jax.eval_shape(lambda role: cast_pairs(role, model.lm.config.dtype), policy)
         )
     prompts = slots // sampler.samples
     number, key = _everywhere(model, jax.ShapeDtypeStruct((), jnp.int32)), key_data(model)
@@ -192,15 +194,15 @@ def _slots_placed(model: Model, state: Slots) -> Slots:
     """
     keys = (None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
     layers = lambda spec: placed(
-        spec, sharding.fitting(model.mesh, spec.shape, *keys[: len(spec.shape)])
+        spec, sharding.fitted_sharding(model.mesh, spec.shape, *keys[: len(spec.shape)])
     )
     rows = lambda spec: placed(
         spec,
-        sharding.fitting(
+        sharding.fitted_sharding(
             model.mesh, spec.shape, sharding.BATCH_AXES, *[None] * (len(spec.shape) - 1)
         ),
     )
-    found = rearranged(state, layers, rows)
+    found = map_rows(state, layers, rows)
     return found.replace(cache=found.cache.replace(step=_everywhere(model, state.cache.step)))
 
 

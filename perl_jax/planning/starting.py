@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax.adapters.lora import Adapter, LoRAConfig, layer_function, on_layer
+from perl_jax.adapters.lora import Adapter, LoRAConfig, apply_to_layer, initial_value_function
 from perl_jax.adapters.quantise import is_matrix, is_quantised, quantised
 from perl_jax.hub import families, weights
 from perl_jax.hub.model import Model, merge_program, weights_program
@@ -94,12 +94,12 @@ def first_values(model: Model, config: LoRAConfig) -> Iterator[Piece]:
     layer = placed(jax.ShapeDtypeStruct((), np.int32), sharding.replicated(model.mesh))
     done = set()
     for module in modules:
-        function, kernel = layer_function(config, module), kernels[f"{module}/kernel"]
+        function, kernel = initial_value_function(config, module), kernels[f"{module}/kernel"]
         kind = (str(function), *((leaf.shape, leaf.sharding) for leaf in jax.tree.leaves(kernel)))
         if function is not None and kind not in done:
             done.add(kind)
             yield Piece(
-                Jitted("first values", on_layer, before=(function,)),
+                Jitted("first values", apply_to_layer, before=(function,)),
                 (kernel, layer),
                 None,
                 phase="start",

@@ -148,7 +148,7 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
     layout = tokens.layout
     if layout is not None:
         rows = tokens_BT.shape[0] // (layout.parts * layout.microbatches)
-        layout = dataclasses.replace(layout, slots=layout.slots + extra * rows)
+        layout = dataclasses.replace(layout, capacity=layout.capacity + extra * rows)
     return Tokens(tokens_BT, valid_BT, response_BT, layout)
 
 

@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from perl_jax.errors import UserError
 from perl_jax.runtime import files, hosts, trees
-from perl_jax.runtime.storage import changed_leaves, first_line, say_once
+from perl_jax.runtime.storage import changed_leaves, hide_unretrieved_errors, short_message
 from perl_jax.types import Tree
 
 # The item of a checkpoint that holds checksums of the other items; earlier versions wrote none.
@@ -76,10 +76,10 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except Exception as error:
-            if hosts.lost(error):
+            if hosts.is_peer_failure(error):
                 raise
             raise UserError(
-                f"The checkpoints in {folder} cannot be read: {first_line(error)}"
+                f"The checkpoints in {folder} cannot be read: {short_message(error)}"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -104,7 +104,7 @@ class Checkpoints:
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
-        seal = files.sealed(
+        seal = files.with_checksum(
             {
                 "state": trees.digests(state),
                 "host": files.digest(host),
@@ -131,17 +131,19 @@ class Checkpoints:
         """
         step = self._manager.latest_step() if step is None else step
         seal = self._seal(step)
-        wanted = {name: trees.kind(leaf) for name, leaf in trees.named_leaves(abstract).items()}
+        wanted = {
+            name: trees.dtype_and_shape(leaf) for name, leaf in trees.named_leaves(abstract).items()
+        }
         fits = seal is None or wanted == {
             name: text.partition(":")[0] for name, text in seal["state"].items()
         }
         restored, error = _read_alone(self.folder / str(step), abstract)
-        if hosts.anyone(error is not None):
+        if hosts.any_process(error is not None):
             error = error or UserError("another process cannot read its part")
             if seal is None and not isinstance(error, (ValueError, UserError)):
                 raise error
             if seal is not None and fits:
-                raise self._damage(step, first_line(error)) from error
+                raise self._damage(step, short_message(error)) from error
             raise UserError(
                 f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}"
             ) from error
@@ -224,7 +226,7 @@ class Checkpoints:
             )
         except UserError as error:
             raise self._damage(step, str(error).removesuffix(".")) from error
-        if not files.is_whole(seal) or files.digest(metrics) != seal["metrics"]:
+        if not files.has_valid_checksum(seal) or files.digest(metrics) != seal["metrics"]:
             raise self._damage(step, "its checksums or its metrics")
         return seal
 
@@ -254,7 +256,7 @@ def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | 
                 active_processes={jax.process_index()}
             )
         }
-        if hosts.several()
+        if hosts.is_distributed()
         else {}
     )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
@@ -263,9 +265,9 @@ def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | 
             return reader.restore(folder, args=args), None
     # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
-        if hosts.lost(error):
+        if hosts.is_peer_failure(error):
             raise
-        say_once()
+        hide_unretrieved_errors()
         return None, error
 
 

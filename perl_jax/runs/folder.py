@@ -87,7 +87,7 @@ def open_run(
 
 def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
     """Raises UserError naming the inputs of a run that have changed since it began."""
-    if not hosts.agreed((folder / INPUTS_FILE).exists()):
+    if not hosts.broadcast_flag((folder / INPUTS_FILE).exists()):
         if hosts.is_writer():
             print(
                 f"{folder} was begun by an earlier version, which did not record the run's inputs: "
@@ -110,7 +110,7 @@ def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
 
 def finished(*paths: pathlib.Path) -> bool:
     """Returns whether all files exist; with several processes, whether the first one sees them."""
-    return hosts.agreed(all(path.exists() for path in paths))
+    return hosts.broadcast_flag(all(path.exists() for path in paths))
 
 
 def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:

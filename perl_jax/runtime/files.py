@@ -1,4 +1,4 @@
-"""JSON files written in one rename, digests of content, and frozen configs as JSON values."""
+"""JSON files that are replaced atomically, hashes of content, and configs as JSON values."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from perl_jax.errors import UserError, require
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A frozen config as plain JSON types (paths become strings, tuples become lists)."""
+    """Returns a frozen config as JSON types: paths become strings, tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """Rebuilds a frozen config (nested ones too) from `to_dict`'s output.
+    """Rebuilds a frozen config, nested ones included, from the output of `to_dict`.
 
-    Raises UserError naming a field the class does not have, so that an artefact written by a newer
-    version is refused instead of read with a setting silently dropped, or one that is missing.
+    Raises UserError for a field that the class does not have, so that settings written by a newer
+    version are not dropped silently, and for a missing field without a default.
     """
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
@@ -45,6 +45,7 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _restore(hint: Any, value: Any) -> Any:
+    """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples."""
     candidates = typing.get_args(hint) or (hint,)
     for candidate in candidates:
         if dataclasses.is_dataclass(candidate) and isinstance(value, Mapping):
@@ -53,7 +54,10 @@ def _restore(hint: Any, value: Any) -> Any:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file in one rename: a reader or a crash sees the old file or the new, whole."""
+    """Writes a text file so that a reader or a crash sees either the old content or the new.
+
+    The text goes to a temporary file beside it, which is then renamed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -63,12 +67,12 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes one JSON value, atomically."""
+    """Writes a value as JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads JSON; a missing or broken file is a UserError that names it."""
+    """Reads a JSON file; raises UserError that names the file if it is missing or invalid."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -87,29 +91,31 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def file_hash(path: pathlib.Path) -> str:
-    """The blake2b hash of a file's bytes, in hex digits."""
+    """Returns the blake2b hash of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of a JSON value, whatever the order of its keys."""
+    """Returns 16 hex digits that identify a JSON value; the order of keys does not matter."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own digest in it, under `checksum`."""
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a JSON object with its own digest added under the key `checksum`."""
     values = {name: value for name, value in values.items() if name != "checksum"}
     return values | {"checksum": digest(values)}
 
 
-def is_whole(values: Any) -> bool:
-    """Whether an object is as it was `sealed`."""
-    return isinstance(values, Mapping) and values.get("checksum") == sealed(values)["checksum"]
+def has_valid_checksum(values: Any) -> bool:
+    """Returns whether an object equals what `with_checksum` returned for it."""
+    return (
+        isinstance(values, Mapping) and values.get("checksum") == with_checksum(values)["checksum"]
+    )
 
 
 def folder_bytes(folder: pathlib.Path) -> int:
-    """Bytes of all files below a folder."""
+    """Returns the total size of all files below a folder, in bytes."""
     return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,13 +1,13 @@
-"""Several processes as one run: how they meet, what they agree on, whose rows are whose, how they
-end.
+"""Multi-process runs: connecting processes, communication between them, and shutting down.
 
-Every process runs the same program on the same global arrays. With one process everything here is
-the identity, and costs nothing.
+Every process runs the same program on the same global arrays. With a single process, the functions
+of this module return their argument (or the obvious constant) without communication.
 
-A process that is killed leaves the others in the middle of a collective. On CPUs that fails at
-once; elsewhere it hangs until the heartbeats of JAX's coordination service stop being answered, and
-then (at once where the process killed is number 0, which runs that service) JAX aborts the process
-from a thread of its own. `connect` sees to it that both end in one sentence and status 1.
+A process that is killed leaves the others waiting in a collective operation. On CPUs the operation
+fails at once. On other platforms it hangs until the coordination service of JAX misses the
+heartbeats, or notices at once that process 0, which runs the service, is gone. Then JAX aborts the
+process from a thread of its own. `connect` makes both cases end with one sentence and exit status
+1.
 """
 
 from __future__ import annotations
@@ -32,28 +32,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from perl_jax.errors import UserError, require
 from perl_jax.types import Tree
 
+# Environment variables.
 CLUSTER = "PERL_JAX_HOSTS"
-
-
 ADDRESS, COUNT, INDEX = EXPLICIT = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
-
-
 CONNECT_SECONDS, HEARTBEAT_SECONDS = "PERL_JAX_CONNECT_SECONDS", "PERL_JAX_HEARTBEAT_SECONDS"
-
-
 DEFAULT_SECONDS = {CONNECT_SECONDS: 60, HEARTBEAT_SECONDS: 60}
-
-
-# Seconds that process 0, without which the others are aborted, stays for them to say why they fail
-# too.
+# Seconds that process 0 waits before it leaves. JAX aborts the others when it is gone, and they
+# should print their own errors first.
 _FAREWELL = 2.0
-
-
-# What an error says when the reason is another process.
+# Parts of the text of errors that the loss of another process causes.
 _SIGNS = ("Gloo", "coordination service", "CoordinationService", "heartbeat")
 
 
@@ -61,9 +52,12 @@ _SIGNS = ("Gloo", "coordination service", "CoordinationService", "heartbeat")
 class Settings:
     """How the processes of a run find each other.
 
-    address: of process 0, host:port; None, with count and index: JAX finds out from the cluster.
-    connect_seconds: how long they wait for each other at the start. heartbeat_seconds: how long one
-    may be silent before the others give it up.
+    Attributes:
+        address: host:port of process 0. None (with count and index): JAX detects the cluster.
+        count: Number of processes.
+        index: Number of this process, from 0.
+        connect_seconds: Longest wait for the other processes at the start.
+        heartbeat_seconds: Silence after which a process counts as lost.
     """
 
     address: str | None = None
@@ -74,8 +68,9 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings | None:
-    """What the environment asks for; None: one process. UserError for what is incomplete or
-    impossible.
+    """Reads the settings from environment variables; None: a single process.
+
+    Raises UserError for settings that are incomplete or impossible.
     """
     cluster = environment.get(CLUSTER)
     given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
@@ -104,6 +99,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, most: int | None) -> int:
+    """Returns an environment variable as an integer in [least, most]; raises UserError."""
     text = environment.get(name) or str(DEFAULT_SECONDS.get(name, ""))
     good = text.isdecimal() and int(text) >= least and (most is None or int(text) <= most)
     bound = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -111,19 +107,24 @@ def _whole(environment: Mapping[str, str], name: str, least: int, most: int | No
     return int(text)
 
 
-# Meeting and parting.
+# Connecting and disconnecting.
 
 
 def connect(command: str, settings: Settings | None) -> None:
-    """Makes this process one of several, before anything touches a device; None: it stays alone.
+    """Makes this process one of several; call it before anything uses a device.
 
-    From here on the death of another process ends this one, with a sentence that begins with the
-    command and with status 1, at the latest after the heartbeat's time-out. UserError when there is
-    no cluster to be found or the address cannot be served.
+    Afterwards the death of another process ends this one, with exit status 1 and a sentence that
+    begins with `command`, at the latest after the heartbeat timeout.
+
+    Args:
+        command: Name of the command, for messages.
+        settings: How to connect. None: nothing happens, the process stays alone.
+
+    Raises UserError if no cluster is found or the address cannot be used.
     """
     if settings is None:
         return
-    # Its handler of SIGTERM would take the place of ours, or of none.
+    # The preemption service would install its own handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     where = "the cluster's coordinator" if settings.address is None else settings.address
     _end_on_abort(
@@ -152,7 +153,7 @@ def connect(command: str, settings: Settings | None) -> None:
         ) from error
     except RuntimeError as error:
         raise UserError(
-            f"This process cannot take part at {where}: {str(error).splitlines()[0]}."
+            f"This process cannot join the run at {where}: {str(error).splitlines()[0]}."
         ) from error
     _end_on_abort(f"perl-jax {command}: {ABORTED}")
     if jax.default_backend() == "cpu":
@@ -167,62 +168,54 @@ def connect(command: str, settings: Settings | None) -> None:
 
 
 _GONE = "another process of this run was killed, failed or cannot be reached any more"
-
-
-_AGAIN = "the same command, on all of them, goes on from what is saved."
-
-
+_AGAIN = "start the same command again on all of them; it goes on from the last checkpoint."
 LOST = f"{_GONE}, so this one stops too; {_AGAIN}"
-
-
 ABORTED = f"JAX aborted this process, as it does when {_GONE}; {_AGAIN}"
-
-
 _handler: Any = None
 
 
 def _end_on_abort(sentence: str, status: int = 1) -> None:
-    """Makes an abort of this process, by whatever thread, print the sentence and exit with the
-    status.
+    """Makes an abort of this process, by any thread, print `sentence` and exit with `status`.
 
-    Through C: Python would run a handler of its own in the main thread, which may be waiting in a
-    collective for ever, and an abort does not wait for it.
+    The handler is installed through C. A Python handler would run in the main thread, which may
+    wait in a collective operation for ever, and an abort does not wait for it.
     """
     global _handler  # noqa: PLW0603  C calls the newest one: it must not be collected
     text = f"{sentence}\n".encode() if sentence else b""
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def end(_: int) -> None:
+        """Prints the sentence and ends the process."""
         os.write(2, text)
         os._exit(status)
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(end, ctypes.c_void_p))
-    _handler = end  # C has no reference to it
+    _handler = end  # Keeps the handler alive: C holds no Python reference to it.
 
 
 def connected() -> bool:
-    """Whether `connect` made this process one of several."""
+    """Returns whether `connect` made this process one of several."""
     return jax.distributed.is_initialized()
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an error comes of another process being gone."""
+def is_peer_failure(error: BaseException) -> bool:
+    """Returns whether an error was caused by the loss of another process."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def disconnect() -> None:
-    """Parts from the others when all have come as far as this."""
+    """Waits until all processes have come to this call, then disconnects from them."""
     if connected():
         barrier("end")
         jax.distributed.shutdown()
 
 
 def leave(status: int) -> int:
-    """Ends this process without waiting for the others; alone, it only returns the status.
+    """Ends this process without waiting for the others; a single process only returns `status`.
 
-    JAX's own way out waits for the others, who may be in a collective with this one.
+    The normal exit of JAX waits for the others, which may be waiting for this process.
     """
     if not connected():
         return status
@@ -234,61 +227,74 @@ def leave(status: int) -> int:
     os._exit(status)
 
 
-# Agreement.
+# Communication.
 
 
-def several() -> bool:
-    """Whether there are other processes. A process alone is not asked for its devices here."""
+def is_distributed() -> bool:
+    """Returns whether there are other processes.
+
+    For a process that is not connected, JAX is not asked: the question would initialise its
+    devices.
+    """
     return connected() and jax.process_count() > 1
 
 
 def is_writer() -> bool:
-    """Whether this process writes the run's files: one does."""
-    return not several() or jax.process_index() == 0
+    """Returns whether this process writes the run's files: process 0 does."""
+    return not is_distributed() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to the barrier of that name."""
-    if several():
+    """Waits until every process has reached the barrier `name`."""
+    if is_distributed():
         multihost_utils.sync_global_devices(name)
 
 
-def in_turn(make: Callable[[], Any]) -> Any:
-    """make() by process 0, then by the others: what it leaves on a shared disk they find there."""
+def writer_first(make: Callable[[], Any]) -> Any:
+    """Returns make(), called by the writer first and by the other processes afterwards.
+
+    So the others find on a shared disk what the first call wrote.
+    """
     if is_writer():
         made = make()
-        barrier("in turn")
+        barrier("writer first")
         return made
-    barrier("in turn")
+    barrier("writer first")
     return make()
 
 
-def every(array: np.ndarray) -> np.ndarray:
-    """[processes, ...]: an array of one shape and dtype from each process, exactly."""
+def all_gather(array: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, [processes, ...], bit for bit.
+
+    All processes must pass an array of the same shape and dtype.
+    """
     array = np.ascontiguousarray(array)
-    if not several():
+    if not is_distributed():
         return array[None]
-    # As bytes: devices would round float64 and int64 to half their width.
+    # As bytes, because devices would round float64 and int64 to 32 bits.
     bytes_ = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
     return bytes_.reshape(-1).view(array.dtype).reshape(-1, *array.shape)
 
 
-def anyone(flag: bool) -> bool:
-    """Whether the flag is up on any process: the same answer on all."""
-    return bool(every(np.asarray(flag)).any())
+def any_process(flag: bool) -> bool:
+    """Returns whether the flag is True on any process: the same answer on all."""
+    return bool(all_gather(np.asarray(flag)).any())
 
 
-def agreed(flag: bool) -> bool:
-    """Process 0's flag, on all: what one sees of a file system another may not see yet."""
-    return bool(every(np.asarray(flag))[0])
+def broadcast_flag(flag: bool) -> bool:
+    """Returns the flag of process 0 on all processes.
+
+    For facts about a file system, which one process may see earlier than another.
+    """
+    return bool(all_gather(np.asarray(flag))[0])
 
 
 # Arrays.
 
 
-def whole(tree: Any) -> Any:
-    """The tree with every array that lies partly on other hosts fetched to this one."""
-    if not several():
+def fetch(tree: Any) -> Any:
+    """Returns the tree with every array that lies partly on other hosts copied to this one."""
+    if not is_distributed():
         return tree
     away = lambda leaf: (
         isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
@@ -300,10 +306,11 @@ def whole(tree: Any) -> Any:
 
 
 def replicated(array: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
-    """A host array that is the same on all processes, whole on every device; one process's as it
-    is.
+    """Returns a host array as a device array that is whole on every device.
+
+    All processes must pass the same array. A single process gets its array back.
     """
-    if not several():
+    if not is_distributed():
         return array
     place = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
@@ -311,10 +318,14 @@ def replicated(array: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The contiguous part of every batch that a process loads: number `index` of `count`.
+    """The contiguous part of every batch's rows that a process loads.
 
-    leaders: of each part the first process that has it. Where a row is spread over hosts (tensor
-    parallelism) several have the same part, and what is to be done once for a row the leader does.
+    Attributes:
+        index: Number of this process's part.
+        count: Number of parts.
+        leaders: For each part, the first process that has it. Several processes have the same part
+            where a row is spread over hosts (tensor parallelism); the leader then does what must be
+            done once per row.
     """
 
     index: int
@@ -323,28 +334,31 @@ class Share:
 
     @property
     def leads(self) -> bool:
-        """Whether this process does what is to be done once for each of its rows."""
+        """Whether this process is the leader of its part."""
         return self.leaders[self.index] == jax.process_index()
 
     def part(self, rows: np.ndarray) -> np.ndarray:
-        """The whole batch's rows -> this part's."""
+        """Returns this process's part of the rows of a whole batch."""
         size = len(rows) // self.count
         return rows[self.index * size : (self.index + 1) * size]
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """This part's rows -> the whole batch's, each as its leader has it, on every process."""
-        found = every(rows)
+        """Returns the rows of the whole batch on every process, from each process's part.
+
+        Of several processes with the same part, the leader's rows are taken.
+        """
+        found = all_gather(rows)
         return np.concatenate([found[leader] for leader in self.leaders])
 
 
 @functools.lru_cache(maxsize=8)
 def share(sharding: NamedSharding) -> Share:
-    """This process's share of batches that are sharded over rows.
+    """Returns this process's share of batches that are sharded over rows.
 
-    UserError where a process would have rows that do not follow each other, or a share of another
+    Raises UserError if a process would have rows that are not contiguous, or parts would differ in
     size.
     """
-    if not several():
+    if not is_distributed():
         require(
             jax.process_count() == 1,
             f"This process is one of {jax.process_count()} on these devices; set {CLUSTER}=auto "
@@ -360,8 +374,8 @@ def share(sharding: NamedSharding) -> Share:
     good = parts == [tuple(range(start, start + width)) for start in range(0, size, width)]
     require(
         good,
-        "The mesh does not give every process one run of a batch's rows; make mesh.fsdp and "
-        "mesh.tensor fill whole hosts, or divide one.",
+        "The mesh does not give every process contiguous rows of a batch; choose mesh.fsdp x "
+        "mesh.tensor as a multiple or a divisor of a host's devices.",
     )
     mine = {process: parts.index(tuple(sorted(rows))) for process, rows in owned.items()}
     leaders = tuple(
@@ -371,16 +385,16 @@ def share(sharding: NamedSharding) -> Share:
     return Share(mine[jax.process_index()], len(parts), leaders)
 
 
-# Being told to end.
+# Termination.
 
 
 class Termination:
-    """While entered, SIGTERM is only noted, however often it comes (Slurm sends it twice); SIGINT
-    acts as ever.
+    """Context manager that records SIGTERM instead of ending the process; SIGINT works as usual.
 
-    `asked` is for the end of a step: a collective, in which one process's note counts for all. The
-    handler is Python's, which runs it between two instructions of the main thread: a SIGTERM during
-    a long program on the devices is noted when that is done.
+    SIGTERM may come several times (Slurm sends it twice). Call `asked` at the end of a step. It is
+    a collective operation, so that all processes stop at the same step. Python runs the handler
+    between two instructions of the main thread: a SIGTERM during a long device program is recorded
+    when the program has ended.
     """
 
     def __init__(self) -> None:
@@ -388,29 +402,31 @@ class Termination:
         self._before: Any = None
 
     def __enter__(self) -> Termination:
-        # Only the main thread may have handlers; elsewhere SIGTERM stays what it was.
+        # Only the main thread can install handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
             signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Handler of SIGTERM."""
         self.noted = True
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
         if self.noted and kind is None:
-            # It came after the last step's end.
+            # SIGTERM came after the end of the last step: deliver it now.
             signal.raise_signal(signal.SIGTERM)
 
     def asked(self) -> bool:
-        """Whether any process was told to end; all call it at the same step."""
-        return anyone(self.noted)
+        """Returns whether any process has received SIGTERM; all must call it at the same step."""
+        return any_process(self.noted)
 
 
 def to_host(tree: Tree) -> Tree:
-    """Device arrays, whole, as numpy arrays on this host; with several hosts all of them have to
-    ask.
+    """Returns a tree of device arrays as whole numpy arrays on this host.
+
+    All processes must call it.
     """
-    return jax.tree.map(np.asarray, jax.device_get(whole(tree)))
+    return jax.tree.map(np.asarray, jax.device_get(fetch(tree)))

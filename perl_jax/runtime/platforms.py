@@ -1,6 +1,4 @@
-"""Which platform JAX may look for, decided before it looks, and how programs are compiled for
-one.
-"""
+"""Choice of the platform JAX uses, and compiler options per platform."""
 
 from __future__ import annotations
 
@@ -15,28 +13,28 @@ if TYPE_CHECKING:
 _DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
-def without_absent_chips() -> None:
-    """The CPU, where the machine has no accelerator and JAX_PLATFORMS says nothing.
+def use_cpu_if_no_accelerator() -> None:
+    """Sets JAX_PLATFORMS to cpu if the machine has no accelerator and the variable is not set.
 
-    libtpu is installed for planning too; where there is no chip JAX would still ask it, and it
-    fails at length. To be called before anything touches a device; jax may have been imported.
+    libtpu is installed for planning too. Without a TPU, JAX would still try it and fail after a
+    long time. Call this function before anything uses a device; jax may be imported already.
     """
     if any(glob.glob(pattern) for pattern in _DEVICES) or os.environ.get("JAX_PLATFORMS"):
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
-        # It read the variable when it was imported.
+        # jax read the variable when it was imported.
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-# cuBLAS reads a layer's matrix where it lies in the stack of all layers. For XLA's own products it
-# is copied out first, and products of one input are merged by copying their matrices together:
-# either way decoding, which is all reading, reads and writes twice as much.
+# cuBLAS reads a layer's matrix in place, inside the stack of all layers. XLA's own products copy
+# the matrix out of the stack first, and XLA merges products of one input by copying their matrices
+# together. Decoding is limited by memory traffic, and either copy doubles it.
 _DECODING = {"gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}}
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """cpu, gpu or tpu: of the mesh's devices, or without one of those that JAX would use."""
+    """Returns the platform of the mesh, or without a mesh JAX's default: cpu, gpu or tpu."""
     if mesh is not None:
         return mesh.devices.flat[0].platform
     import jax
@@ -45,7 +43,8 @@ def platform_of(mesh: Mesh | None) -> str:
 
 
 def decoding_options(mesh: Mesh | None, quantised: bool = False) -> dict[str, Any]:
-    """The compiler's options for a program that decodes. quantised: whether matrices are, which
-    cuBLAS would have made whole first.
+    """Returns the XLA options for a program that decodes tokens.
+
+    They are empty for quantised matrices, which cuBLAS would need dense.
     """
     return {} if quantised else dict(_DECODING.get(platform_of(mesh), {}))

@@ -1,6 +1,4 @@
-"""Products as every module takes them: float32 operands are multiplied as float32, on every
-platform.
-"""
+"""Matrix products that multiply float32 operands in float32 on every platform."""
 
 from __future__ import annotations
 
@@ -11,12 +9,11 @@ from perl_jax.types import Array
 
 
 def precision_of(*operands: Array) -> jax.lax.Precision | None:
-    """Returns HIGHEST for a product that multiplies in float32 or float64, None (the platform's
-    default) for others.
+    """Returns the precision of a product: HIGHEST for float32 and float64 operands, else None.
 
     By default TPUs round float32 operands to bfloat16, and GPUs to TF32, before they multiply.
-    Products of bfloat16 numbers are exact in float32: the default rounds none of them. A derived
-    gradient multiplies with the precision of the product that it is the gradient of.
+    Products of bfloat16 numbers are exact in float32, so there the default (None) rounds nothing.
+    The gradient of a product uses the precision of the product.
     """
     return (
         jax.lax.Precision.HIGHEST
@@ -26,8 +23,12 @@ def precision_of(*operands: Array) -> jax.lax.Precision | None:
 
 
 def einsum(dimensions: str, *operands: Array, dtype: object = None) -> jax.Array:
-    """jnp.einsum with the precision of `precision_of`. dtype: of sums and result; None: the
-    operands'.
+    """Returns jnp.einsum with the precision of `precision_of`.
+
+    Args:
+        dimensions: The subscripts.
+        operands: The arrays.
+        dtype: Dtype of accumulation and result; None: the operands' dtype.
     """
     return jnp.einsum(
         dimensions, *operands, precision=precision_of(*operands), preferred_element_type=dtype
@@ -35,8 +36,12 @@ def einsum(dimensions: str, *operands: Array, dtype: object = None) -> jax.Array
 
 
 def matmul(left: Array, right: Array, dtype: object = None) -> jax.Array:
-    """jnp.matmul with the precision of `precision_of`. dtype: of sums and result; None: the
-    operands'.
+    """Returns jnp.matmul with the precision of `precision_of`.
+
+    Args:
+        left: Left operand.
+        right: Right operand.
+        dtype: Dtype of accumulation and result; None: the operands' dtype.
     """
     return jnp.matmul(
         left, right, precision=precision_of(left, right), preferred_element_type=dtype

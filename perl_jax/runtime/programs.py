@@ -1,4 +1,4 @@
-"""Compiled programs: each function compiled once for each shape of its arguments, and counted."""
+"""Programs: functions that are compiled once per set of argument shapes, and counted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from jax.experimental.compilation_cache import compilation_cache
 from perl_jax.errors import UserError
 from perl_jax.runtime import trees
 
-# Padded lengths that a run's data may have, and shapes of a program that reads batches: each length
-# padded or packed in a few sizes, for a model with an adapter and without.
+# Largest number of padded lengths of a run's data, and of argument shapes of a program that reads
+# batches: each length is padded or packed in a few sizes, for a model with an adapter or without.
 LENGTHS = 16
 SHAPES = 8 * LENGTHS
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one compiled program on one device, by the compiler's own account.
+    """Device memory of one compiled program, in bytes per device, as the compiler reports it.
 
-    peak = arguments + outputs + temporaries - aliased (outputs written over donated arguments).
+    Attributes:
+        arguments: Bytes of the arguments.
+        outputs: Bytes of the outputs.
+        temporaries: Bytes of intermediate results.
+        aliased: Bytes of outputs that are written over donated arguments.
     """
 
     arguments: int
@@ -36,19 +40,20 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """Bytes in use at the peak: arguments + outputs + temporaries - aliased."""
         return self.arguments + self.outputs + self.temporaries - self.aliased
 
     @property
     def beyond_arguments(self) -> int:
-        """What the program needs on top of what it is given."""
+        """Bytes that the program needs in addition to its arguments."""
         return self.peak - self.arguments
 
 
-def keep_compiled(folder: str | None) -> None:
-    """Programs that took a second or more to compile are kept in a folder, for any process; None:
-    as it was.
+def use_compilation_cache(folder: str | None) -> None:
+    """Makes JAX keep compiled programs in `folder`, for this and later processes.
 
-    A run that starts again then compiles nothing. UserError where the folder cannot be made.
+    Programs that took a second or more to compile are kept. None changes nothing. Raises UserError
+    if the folder cannot be created.
     """
     if folder is None:
         return
@@ -57,29 +62,26 @@ def keep_compiled(folder: str | None) -> None:
             pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"compile_cache is {folder}, which cannot be made a folder: {error.strerror}."
+                f"compile_cache is {folder}, a folder that cannot be created: {error.strerror}."
             ) from error
-    # JAX looks at the setting once, at its first compilation, which may have been before.
+    # JAX reads the setting once, at its first compilation, which may already have happened.
     compilation_cache.set_cache_dir(os.path.expanduser(folder))
     compilation_cache.reset_cache()
 
 
-def give_back_freed() -> None:
-    """Returns memory that was freed to the system, where the C library has it in pieces (glibc's);
-    nothing elsewhere.
+def release_freed_memory() -> None:
+    """Returns freed heap memory to the operating system, where the C library can (glibc).
 
-    What compiling leaves, hundreds of MiB, is in pieces that the arrays of later steps do not fit
-    into.
+    Compiling leaves hundreds of MiB of freed memory in pieces too small for the arrays of later
+    steps.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
-def named(name: str, function: Callable) -> Callable:
-    """The function under a name, which JAX then has for its compiled program, in logs, traces and
-    errors.
-    """
+def with_name(name: str, function: Callable) -> Callable:
+    """Returns the function under another name, which JAX gives its program in logs and traces."""
 
     def call(*args: Any) -> Any:
         return function(*args)
@@ -89,12 +91,16 @@ def named(name: str, function: Callable) -> Callable:
 
 
 class Program:
-    """A pure function, compiled ahead for each distinct set of argument shapes.
+    """A pure function that is compiled ahead of time, once per distinct set of argument shapes.
 
-    limit: the most shapes it may be compiled for; one more raises RuntimeError, because shapes are
-    bucketed and a growing number of compilations is a defect, not slowness to live with.
-    donate: positions of arguments whose buffers the outputs may take over (never the base).
-    compiler_options: XLA's, such as `platforms.decoding_options`.
+    Args:
+        name: Name of the program in logs, traces and errors.
+        function: The function.
+        donate: Positions of arguments whose buffers the outputs may reuse (never the base).
+        limit: Largest number of compilations. One more raises RuntimeError: batches have few
+            different lengths, so a growing number of compilations is a bug.
+        out_shardings: Shardings of the outputs, as for `jax.jit`.
+        compiler_options: Options of XLA, such as `platforms.decoding_options`.
     """
 
     def __init__(
@@ -110,7 +116,7 @@ class Program:
         self.name, self.limit = name, limit
         options = {} if out_shardings is None else {"out_shardings": out_shardings}
         self._jitted = jax.jit(
-            named(name, function),
+            with_name(name, function),
             donate_argnums=donate,
             compiler_options=dict(compiler_options) if compiler_options else None,
             **options,
@@ -118,14 +124,13 @@ class Program:
         self._compiled: dict[Any, Any] = {}
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """The function traced for arguments or their shapes with shardings, nothing compiled yet:
-        for planning.
-        """
+        """Traces the function for arguments, or their shapes and shardings, without compiling."""
         return self._jitted.trace(*args)
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = jax.tree.flatten(args)
-        # Places are part of it: what is compiled for one mesh cannot take another's arrays.
+        # Shardings belong to the signature: a program compiled for one mesh cannot take arrays of
+        # another mesh.
         signature = (
             structure,
             tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves),
@@ -133,27 +138,25 @@ class Program:
         if signature not in self._compiled:
             if len(self._compiled) >= self.limit:
                 raise RuntimeError(
-                    f"program {self.name!r} met more than {self.limit} argument shapes; lengths "
-                    "are not bucketed"
+                    f"program {self.name!r} met more than {self.limit} argument shapes; its "
+                    "batches have too many different lengths"
                 )
             self._compiled[signature] = self._jitted.lower(*args).compile()
-            give_back_freed()
-        return trees.awaited(self._compiled[signature](*args))
+            release_freed_memory()
+        return trees.block_on_cpu(self._compiled[signature](*args))
 
     @property
     def signatures(self) -> tuple:
-        """(structure, (shape, dtype, sharding) of every leaf) of each set of arguments it was
-        compiled for.
-        """
+        """One entry per compilation: tree structure; shape, dtype and sharding of each leaf."""
         return tuple(self._compiled)
 
     @property
     def compilations(self) -> int:
-        """How many shapes it has been compiled for."""
+        """Number of compilations so far."""
         return len(self._compiled)
 
     def memory(self) -> Memory | None:
-        """The account of the compiled shape with the largest peak; None before the first call."""
+        """Returns the memory of the compilation with the largest peak; None if there is none."""
         accounts = []
         for compiled in self._compiled.values():
             a = compiled.memory_analysis()

@@ -1,8 +1,8 @@
-"""The mesh, and one table from logical axis names to mesh axes.
+"""The device mesh, and the table that maps logical axis names to mesh axes.
 
-Every array's place follows from its logical axes and `RULES`. The base's matrices are split;
-vectors (norms, biases), scalar heads and, unless asked otherwise, adapters are replicated with
-their optimizer state, because they are small; batches are split over rows.
+The logical axes of an array and `RULES` decide its sharding. Matrices of the base are split.
+Vectors (norms, biases), scalar heads and, by default, adapters with their optimizer state are
+replicated, because they are small. Batches are split over rows.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ RULES: Mapping[str, str | None] = {
     "rank": None,
 }
 BATCH_AXES = ("data", "fsdp")
-# Axes that number copies of a leaf rather than being a dimension of its own.
+# Axes that only stack leaves. They do not count when `partition_spec` tells vectors from matrices.
 _STACKED = ("layers",)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis.
+    """Number of devices along each mesh axis.
 
     Attributes:
-        data: Copies of the base, each with its share of a batch; -1 takes what the others leave.
-        fsdp: Parts the base's width is split into; each has its share of a batch too.
+        data: Copies of the base, each with its share of a batch; -1: all devices that fsdp and
+            tensor leave.
+        fsdp: Parts that the base's width is split into; each part also has its share of a batch.
         tensor: Parts that heads, feed-forward layers and vocabulary are split into.
-        adapters: Every device has all of an adapter, or adapters are split like the weights they
-            sit on.
+        adapters: replicated: every device holds whole adapters; sharded: adapters are split like
+            the weights that they belong to.
     """
 
     data: int = -1
@@ -65,12 +66,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over the devices (default: all, slice by slice and host by host),
-    in their order.
+    """Returns a (data, fsdp, tensor) mesh over the devices, in their order.
 
-    The outermost axis, data, is then the one that spans slices, which the slow network joins.
-    Orders that follow a slice's links more closely deal out a host's rows, and a host loads one run
-    of rows.
+    By default it uses all devices, sorted by slice and host. Then only the outermost axis, data,
+    spans slices, which a slow network connects. An order that follows the links within a slice more
+    closely would spread the rows of a host, and each host must load contiguous rows.
+
+    Raises UserError if the config does not use all devices.
     """
     whole = lambda device: (getattr(device, "slice_index", None) or 0, device.process_index)
     devices = sorted(jax.devices(), key=whole) if devices is None else list(devices)
@@ -86,15 +88,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def partition(
+def partition_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh, pieces: Mapping[str, int] | None = None
 ) -> PartitionSpec:
-    """The spec of one leaf; vectors, and dimensions that their mesh axis does not divide, are
-    replicated.
+    """Returns the PartitionSpec of one leaf.
 
-    pieces: into how many parts a logical axis can be cut, where that is not its size (whole heads).
-    Raises KeyError for a logical axis without a rule, ValueError when two dimensions of a leaf
-    would use one mesh axis.
+    Vectors are replicated, and so are dimensions that their mesh axis does not divide.
+
+    Args:
+        axes: Logical axis name of each dimension.
+        shape: Shape of the leaf.
+        mesh: The mesh.
+        pieces: Number of parts that a logical axis can be cut into, where it is not the size of the
+            dimension: attention heads stay whole.
+
+    Raises KeyError for a logical axis without a rule, and ValueError if two dimensions map to one
+    mesh axis.
     """
     entries = [RULES[axis] for axis in axes]
     if sum(axis not in _STACKED for axis in axes) < 2:
@@ -113,26 +122,35 @@ def partition(
 def leaf_shardings(
     axes: Tree, abstract: Tree, mesh: Mesh, pieces: Mapping[str, int] | None = None
 ) -> dict[str, NamedSharding]:
-    """Sharding of every leaf by path name. axes: a tree of tuples of logical names, one for each
-    leaf.
+    """Returns the sharding of every leaf, keyed by path name.
+
+    Args:
+        axes: Tree of tuples of logical axis names, one tuple per leaf.
+        abstract: Tree of shapes.
+        mesh: The mesh.
+        pieces: See `partition_spec`.
     """
     flat = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     leaves = trees.named_leaves(abstract)
     return {
-        name: NamedSharding(mesh, partition(a, leaf.shape, mesh, pieces))
+        name: NamedSharding(mesh, partition_spec(a, leaf.shape, mesh, pieces))
         for (name, leaf), a in zip(leaves.items(), flat, strict=True)
     }
 
 
 def state_shardings(abstract_state: Tree, placed: Mapping[str, NamedSharding], mesh: Mesh) -> Tree:
-    """Shardings of a train state: replicated, save leaves that mirror a placed one.
+    """Returns the sharding of every leaf of a training state.
 
-    placed: by the end of a path (`weights/layers/attention/q/kernel`). A weight in training, and
-    optimizer moments of its shape, end in it; other leaves (heads, factored moments, counts) are
-    replicated.
+    Args:
+        abstract_state: Tree of shapes.
+        placed: Shardings keyed by the end of a path, such as `weights/layers/attention/q/kernel`.
+            They apply to a leaf whose path has this end: a trained weight and its optimizer moments
+            of the same shape. Other leaves (heads, factored moments, counters) are replicated.
+        mesh: The mesh.
     """
 
     def leaf(name: str, spec: jax.ShapeDtypeStruct) -> NamedSharding:
+        """Returns the sharding of one leaf of the state."""
         for end, sharding in placed.items():
             if name.endswith(end) and len(sharding.spec) == len(spec.shape):
                 sizes = [mesh.shape[axis] if axis else 1 for axis in sharding.spec]
@@ -143,10 +161,16 @@ def state_shardings(abstract_state: Tree, placed: Mapping[str, NamedSharding], m
     return trees.map_named(leaf, abstract_state)
 
 
-def fitting(
+def fitted_sharding(
     mesh: Mesh, shape: Sequence[int], *entries: str | tuple[str, ...] | None
 ) -> NamedSharding:
-    """Dimensions over mesh axes; one that its axes do not divide is replicated."""
+    """Returns a sharding of dimensions over mesh axes, without the axes that do not divide them.
+
+    Args:
+        mesh: The mesh.
+        shape: Shape of the array.
+        entries: Mesh axis (or tuple of axes) of each dimension; None: replicated.
+    """
     sizes = [
         math.prod(
             mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ())
@@ -165,29 +189,32 @@ def fitting(
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *entries: str | tuple[str, ...] | None) -> jax.Array:
-    """`with_sharding_constraint` to what fits, where there are several devices."""
+    """Returns x constrained to `fitted_sharding`; unchanged on a single device."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting(mesh, x.shape, *entries))
+    return jax.lax.with_sharding_constraint(x, fitted_sharding(mesh, x.shape, *entries))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
+    """Returns the sharding of a batch: rows over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def row_share(mesh: Mesh) -> hosts.Share:
-    """Which rows of a batch this process has."""
+    """Returns the part of a batch's rows that this process loads."""
     return hosts.share(batch_sharding(mesh))
 
 
 def put_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Host arrays (this process's rows) -> global arrays sharded over rows."""
+    """Returns host arrays (this process's rows of a batch) as global arrays sharded over rows.
+
+    Raises UserError if the number of rows is not a multiple of data x fsdp.
+    """
     sharding = batch_sharding(mesh)
     rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

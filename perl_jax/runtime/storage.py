@@ -1,4 +1,4 @@
-"""What Orbax's storage says when it fails, and which leaves it changed."""
+"""Messages of Orbax's storage errors, and comparison of restored leaves with saved digests."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from perl_jax.runtime import trees
 from perl_jax.types import Tree
 
-# Characters of an error of the storage in a message.
+# Largest number of characters of a storage error in a message (`short_message`).
 _SAID = 300
 
 
-def first_line(error: BaseException) -> str:
-    """What storage says, without its settings, which are a page."""
+def short_message(error: BaseException) -> str:
+    """Returns the first line of a storage error, cut to 300 characters, without its settings."""
     line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
     return (line if len(line) <= _SAID else f"{line[:_SAID]} ...") or type(error).__name__
 
 
-def say_once() -> None:
-    """Keeps asyncio from showing, much later, what the other reads of a checkpoint failed of
-    too.
-    """
+def hide_unretrieved_errors() -> None:
+    """Stops asyncio from logging the errors of a checkpoint's other reads after one failed."""
     logging.getLogger("asyncio").addFilter(_retrieved)
 
 
@@ -30,5 +28,5 @@ def _retrieved(record: logging.LogRecord) -> bool:
 
 
 def changed_leaves(tree: Tree, saved: Mapping[str, str]) -> list[str]:
-    """Names of leaves whose content is not that of the saved digests (`trees.digests`)."""
+    """Returns the names of leaves whose content differs from saved digests (`trees.digests`)."""
     return sorted(name for name, text in trees.digests(tree).items() if saved.get(name) != text)

@@ -1,4 +1,4 @@
-"""Plain facts about trees of arrays: leaf paths, counts, bytes, finiteness, fingerprints."""
+"""Facts about trees of arrays: paths, counts, bytes, finiteness, fingerprints and digests."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ _FINGERPRINT_SAMPLES = 4096
 
 
 def path_name(path: tuple) -> str:
-    """`layers/attention/q/kernel` for a key path of `jax.tree_util`."""
+    """Returns a key path of `jax.tree_util` as text: `layers/attention/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> dict[str, Array]:
-    """Every leaf under its path's name, in the tree's order; is_leaf: as in `jax.tree.map`."""
+    """Returns every leaf keyed by path name, in the order of the tree.
+
+    is_leaf: as in `jax.tree.map`.
+    """
     return {
         path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
     }
 
 
 def map_named(function: Callable[..., Array], tree: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` whose function receives the leaf's path name first."""
+    """Returns `jax.tree.map` of a function that receives each leaf's path name first."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
 
 
 def insert(tree: dict, name: str, leaf: Array) -> None:
-    """Puts a leaf into nested dicts at its path's name."""
+    """Puts a leaf into nested dicts at the path `name`."""
     *above, last = name.split("/")
     for part in above:
         tree = tree.setdefault(part, {})
@@ -46,45 +49,50 @@ def insert(tree: dict, name: str, leaf: Array) -> None:
 
 
 def count(tree: Tree) -> int:
-    """Number of array elements."""
+    """Returns the number of array elements."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def size_bytes(tree: Tree) -> int:
-    """Bytes of all leaves (global shapes, one copy)."""
+    """Returns the bytes of all leaves, in global shapes, one copy each."""
     return sum(int(np.prod(leaf.shape)) * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
 
 
 def bits(dtype: np.dtype) -> int:
-    """Bits of one element."""
-    # NumPy's own account gives the 4-bit types a whole byte; devices pack two into one.
+    """Returns the bits of one element; 4 for the 4-bit types, which devices pack in pairs."""
+    # NumPy counts a whole byte for the 4-bit types.
     return 4 if jnp.dtype(dtype).name in ("int4", "uint4") else 8 * jnp.dtype(dtype).itemsize
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """Scalar bool: no NaN and no infinity in any leaf."""
+    """Returns a bool scalar: whether no leaf holds NaN or infinity."""
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
 def global_norm(tree: Tree) -> jax.Array:
-    """sqrt of the sum of squares of all leaves, in float32."""
+    """Returns the square root of the sum of squares of all leaves, float32."""
     return jnp.sqrt(
         sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
     )
 
 
 def fingerprint(tree: Tree) -> str:
-    """16 hex digits that tell one base model from another.
+    """Returns 16 hex digits that identify the weights of a base model.
 
-    SHA-256 over every leaf's path and shape and up to 4,096 evenly spaced elements rounded to
-    bfloat16: rounding makes the same checkpoint give the same digits whether it was loaded in
-    bfloat16 or in float32; sampling keeps it quick on large models.
+    They are the SHA-256 of every leaf's path, shape and up to 4,096 evenly spaced elements, rounded
+    to bfloat16. Rounding makes them equal for a checkpoint loaded in bfloat16 and in float32.
+    Sampling makes them quick for large models.
     """
-    return joined_marks({name: leaf_mark(name, leaf) for name, leaf in named_leaves(tree).items()})
+    return fingerprint_of_marks(
+        {name: leaf_mark(name, leaf) for name, leaf in named_leaves(tree).items()}
+    )
 
 
 def leaf_mark(name: str, leaf: Array) -> bytes:
-    """A leaf's part of the fingerprint; for trees whose leaves do not exist at one time."""
+    """Returns the bytes of one leaf that enter the fingerprint.
+
+    For trees whose leaves are never in memory together.
+    """
     if isinstance(leaf, jax.Array):
         sample = np.asarray(sample_leaf(leaf, leaf.sharding))
     else:
@@ -94,7 +102,7 @@ def leaf_mark(name: str, leaf: Array) -> bytes:
 
 
 def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """One index array a dimension, [X] each: every stride-th element of the flattened leaf."""
+    """Returns indices [X] of evenly spaced elements of the flattened leaf, per dimension."""
     size = math.prod(shape)
     positions = np.arange(0, size, max(1, size // _FINGERPRINT_SAMPLES))
     return np.unravel_index(positions, shape) if shape else ()
@@ -102,10 +110,15 @@ def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
-    """The elements that a leaf's mark is of, [X] (a scalar leaf: itself), whole on every device.
+    """Returns the sampled elements of a leaf for its fingerprint, [X], whole on every device.
 
-    place: the leaf's sharding. Each device reads the elements of its own part by their indices:
-    flattening a sharded leaf would put all of it on every device first, and so may a bitcast of it.
+    A scalar leaf is returned as it is. Each device reads the elements of its own part by their
+    indices. Flattening or bitcasting a sharded leaf could copy the whole leaf to every device
+    first.
+
+    Args:
+        leaf: The leaf.
+        place: Its sharding.
     """
     index = _sample_index(leaf.shape)
     if not index or not isinstance(place, NamedSharding):
@@ -124,9 +137,14 @@ def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
 def _sample_part(
     part: jax.Array, index: tuple[np.ndarray, ...], axes: Sequence[tuple[str, ...]]
 ) -> jax.Array:
-    """A device's part -> the whole sample: its own elements, and by a sum those of the others.
+    """Returns the whole sample from one device's part: its own elements plus a psum of the others'.
 
-    axes: mesh axes of each dimension. Bits are added, not numbers: -0 + 0 would be 0.
+    The sum is over bit patterns, because a sum of numbers would turn -0 into 0.
+
+    Args:
+        part: This device's part of the leaf.
+        index: Indices of the sampled elements in the whole leaf, one array per dimension.
+        axes: Mesh axes of each dimension.
     """
     mine_X, local = jnp.ones(index[0].shape, bool), []
     for positions_X, size, names in zip(index, part.shape, axes, strict=True):
@@ -144,7 +162,7 @@ def _sample_part(
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-    """Floating-point numbers as whole ones of the same bits; whole numbers as they are."""
+    """Returns floating-point numbers as integers with the same bits, and integers unchanged."""
     return (
         jax.lax.bitcast_convert_type(x, f"uint{bits(x.dtype)}")
         if jnp.issubdtype(x.dtype, jnp.floating)
@@ -152,19 +170,19 @@ def _as_bits(x: jax.Array) -> jax.Array:
     )
 
 
-def awaited(tree: Tree) -> Tree:
-    """The tree. On several CPU devices, returns when it is computed; elsewhere at once.
+def block_on_cpu(tree: Tree) -> Tree:
+    """Returns the tree; on several CPU devices only after it has been computed.
 
-    For results of programs with collectives: two that run at one time on a CPU can wait for each
-    other's threads for ever. Accelerators run programs one after the other.
+    For results of programs with collective operations: two such programs that run at the same time
+    on CPU devices can deadlock. Accelerators run programs one after the other.
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.block_until_ready(tree)
     return tree
 
 
-def joined_marks(marks: Mapping[str, bytes]) -> str:
-    """The fingerprint of leaves by name."""
+def fingerprint_of_marks(marks: Mapping[str, bytes]) -> str:
+    """Returns the fingerprint of a tree from its leaves' marks (`leaf_mark`), by name."""
     digest = hashlib.sha256()
     for _, mark in sorted(marks.items()):
         digest.update(mark)
@@ -172,44 +190,45 @@ def joined_marks(marks: Mapping[str, bytes]) -> str:
 
 
 def digests(tree: Tree) -> dict[str, str]:
-    """Of each leaf `dtype[shape]:16 hex digits`, by its name: what tells that an array came back as
-    it was.
+    """Returns `dtype[shape]:16 hex digits` of each leaf, keyed by name, to detect changed content.
 
-    The digits are two sums, modulo 2^32, of a mixture of each element's bits with its index. A
-    changed bit changes the sums for certain; other changes pass with a probability of 2^-64. A sum
-    does not depend on how a leaf is split, and devices form it where the leaf lies. No protection
-    against forgery.
+    The digits are two sums, modulo 2^32, of a hash of each element's bits and index. One changed
+    bit always changes the sums; other changes go unnoticed with probability 2^-64. The sums do not
+    depend on a leaf's sharding, and devices compute them without moving the leaf. They do not
+    protect against forgery.
     """
-    # One leaf after the other: on CPUs, programs with collectives that run at one time can wait for
-    # each other's threads for ever.
-    return {
-        name: f"{kind(leaf)}:{''.join(f'{int(part):08x}' for part in content_sums(leaf))}"
-        for name, leaf in named_leaves(tree).items()
-    }
+    # One leaf after the other, because programs with collectives can deadlock on CPUs when they run
+    # at the same time.
+    found = {}
+    for name, leaf in named_leaves(tree).items():
+        first, second = content_sums(leaf)
+        found[name] = f"{dtype_and_shape(leaf)}:{int(first):08x}{int(second):08x}"
+    return found
 
 
-def kind(leaf: Array | jax.ShapeDtypeStruct) -> str:
-    """`float32[3,5]`."""
+def dtype_and_shape(leaf: Array | jax.ShapeDtypeStruct) -> str:
+    """Returns the dtype and shape as text: `float32[3,5]`."""
     return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 @jax.jit
 def content_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two uint32 sums of `digests`."""
+    """Returns the two uint32 sums of `digests`."""
     bits_ = _as_bits(leaf).astype(jnp.uint32)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= leaf.shape[axis]
-    # The second lane continues the first: it is cheaper than another mixture of the index.
+    # The second sum hashes the first hash again: cheaper than another hash of the index.
     first = _mixed(bits_ ^ _mixed(index + jnp.uint32(0x9E3779B9)))
     second = _mixed(first + jnp.uint32(0x85EBCA77) + index)
     return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose every output bit depends on every input bit (the finaliser of
-    MurmurHash3, public domain).
+    """Returns a bijective hash of uint32 in which every output bit depends on every input bit.
+
+    It is the finaliser of MurmurHash3 (public domain).
     """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

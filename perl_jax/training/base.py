@@ -23,7 +23,7 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runtime import hosts, sharding, trees
-from perl_jax.runtime.programs import keep_compiled
+from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
 from perl_jax.training.commands import TrainingCommand
 from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
@@ -114,7 +114,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
             "folder.",
         )
     dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
-    keep_compiled(config.compile_cache)
+    use_compilation_cache(config.compile_cache)
     tokenizer = _tokenizer(config, dataset)
     shape = ModelConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
@@ -140,7 +140,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     del initial, base, role
     loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
     state, timings, _ = train(config, state, loop, folder)
-    weights = hosts.whole(state.roles["policy"].weights)
+    weights = hosts.fetch(state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)
     hosts.barrier("base written")

@@ -86,7 +86,7 @@ def write_cost(
     medians = timings.medians()
     trained = sum(trees.count(trainable(role)) for role in state.roles.values())
     tuned = any(role.weights is not None for role in state.roles.values())
-    measured = hosts.every(np.asarray(peak_measured(), np.int64)).reshape(-1).tolist()
+    measured = hosts.all_gather(np.asarray(peak_measured(), np.int64)).reshape(-1).tolist()
     cost = {
         "parameters_total": trained + (0 if tuned else trees.count(model.lm.abstract_base())),
         "parameters_trainable": trained,

@@ -20,7 +20,7 @@ from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel, resting
+from perl_jax.models.language_model import LanguageModel, cast_frozen_role
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
 from perl_jax.runs.folder import write_results
@@ -50,11 +50,11 @@ def reference_program(lm: LanguageModel, microbatches: int) -> Program:
 def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pairs) -> Preferences:
     """Comparisons and what the frozen reference says of both sides."""
     reference = state.frozen["reference"]
-    both = passes.both_sides(pairs)
+    both = passes.interleaved_pairs(pairs)
     logp_BT = reference_program(model.lm, microbatches)(
         model.base if reference.weights is None else None, reference, both
     )
-    return Preferences(pairs, *passes.sides(logp_BT))
+    return Preferences(pairs, *passes.split_pairs(logp_BT))
 
 
 def job_of(config: DPOConfig) -> Supervised:
@@ -124,7 +124,7 @@ def train_dpo(
     check_context(model, config.data)
     job, model = job_of(config), model.relieved((start,))
     state, optimizers = begin(
-        model, config, job, start, {"reference": resting(start, model.lm.config.dtype)}
+        model, config, job, start, {"reference": cast_frozen_role(start, model.lm.config.dtype)}
     )
     del start
     loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
@@ -190,9 +190,9 @@ def _implicit(
     lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences
 ) -> tuple:
     def of_rows(part: Preferences) -> tuple:
-        both = passes.both_sides(part.pairs)
+        both = passes.interleaved_pairs(part.pairs)
         logp_BT = passes.sequence_logprobs(lm, base, policy, both)
-        return passes.sides(
+        return passes.split_pairs(
             preference.response_log_ratio(logp_BT, part.reference_BT, both.response_BT, mean)
         )
 

@@ -170,7 +170,7 @@ def experience_of(
         outcomes = outcomes.replace(
             greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group]
         )
-    advantage_BT, target_BT = algorithms.advantages(config.algorithm, outcomes)
+    advantage_BT, target_BT = algorithms.compute_advantages(config.algorithm, outcomes)
     in_loss = config.kl_in_loss and rewarded.reference_BT is not None
     experience = Experience(
         rewarded.sequences,

@@ -24,7 +24,7 @@ from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, say_attention
 from perl_jax.models import passes
-from perl_jax.models.language_model import resting
+from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.objectives import kl, policy_gradient
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
@@ -101,7 +101,7 @@ class Programs:
                 lm,
                 config.microbatches,
                 temperature=config.temperature,
-                room=room,
+                max_response_length=room,
             ),
             out_shardings=rows,
             limit=SHAPES,
@@ -278,7 +278,7 @@ def _controlled(
 
 def _refreshed(dtype: str, policy: Adapter) -> Adapter:
     """The policy as a reference: a copy, at rest."""
-    return jax.tree.map(jnp.copy, resting(policy, dtype))
+    return jax.tree.map(jnp.copy, cast_frozen_role(policy, dtype))
 
 
 def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
@@ -525,7 +525,7 @@ def train_rl(
         fixed["reference"] = start
     elif config.kl.reference not in ("base", "none"):
         fixed["reference"] = model.load_role(config.kl.reference, "policy")[0]
-    fixed = {name: resting(role, model.lm.config.dtype) for name, role in fixed.items()}
+    fixed = {name: cast_frozen_role(role, model.lm.config.dtype) for name, role in fixed.items()}
     # Its float32 weights, of fully tuned models.
     del rewards
     if config.kl.reference != "base":

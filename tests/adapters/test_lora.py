@@ -17,7 +17,7 @@ from flax import nnx
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.models.decoder import Adapted, Linear
+from perl_jax.models.decoder import AdapterSpec, Linear
 from perl_jax.objectives import supervised
 from perl_jax.runtime import trees
 from perl_jax.runtime.programs import Program
@@ -409,7 +409,7 @@ def test_every_projection_drops_its_own_inputs():
     outputs = []
     for name in lora.projections:
         linear = Linear(
-            name, small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0)
+            name, small.CONFIG, AdapterSpec(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0)
         )
         linear.lora_a[...], linear.lora_b[...] = a_DR, b_RF
         outputs.append(np.array(linear(x_BTD, jax.random.key(1))))

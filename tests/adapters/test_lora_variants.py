@@ -81,7 +81,7 @@ def test_ranks_and_alphas_of_each_target():
 def test_layers_by_number_and_range(layers, expected):
     config = LoRAConfig(layers=layers)
     assert config.adapted_layers(4) == expected
-    assert [config.place_of(layer) for layer in range(4)] == [
+    assert [config.stack_index(layer) for layer in range(4)] == [
         expected.index(i) if i in expected else None for i in range(4)
     ]
 
@@ -156,10 +156,10 @@ def test_dora_starts_with_the_columns_norms():
 def test_first_values_and_quantised_leaves_are_awaited_one_by_one(monkeypatch):
     # On several CPU devices, the next program with collectives must not begin before the last has
     # ended.
-    waited, awaited = [], trees.awaited
-    monkeypatch.setattr(trees, "awaited", lambda tree: waited.append(1) or awaited(tree))
+    waited, block_on_cpu = [], trees.block_on_cpu
+    monkeypatch.setattr(trees, "block_on_cpu", lambda tree: waited.append(1) or block_on_cpu(tree))
     kernel_LDF = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)
-    lora_lib._by_layer(lora_lib._column_norms, kernel_LDF, (0, 2))
+    lora_lib._over_layers(lora_lib._column_norms, kernel_LDF, (0, 2))
     assert len(waited) == 2
     quantise_leaf("layers/mlp/gate/kernel", kernel_LDF, QuantiseConfig("int8"))
     assert len(waited) == 3
@@ -189,11 +189,11 @@ def test_pissa_starts_with_the_largest_singular_part():
 def test_a_start_from_weights_has_one_layers_kernel_in_float32_at_a_time(config, kind, monkeypatch):
     lm, compiled = small.changed(layers=16, width=64, head_dim=16, param_dtype="bfloat16"), []
 
-    def measured(function, kernel, index, original=lora_lib.on_layer):
+    def measured(function, kernel, index, original=lora_lib.apply_to_layer):
         compiled.append(original.lower(function, kernel, index).compile().memory_analysis())
         return original(function, kernel, index)
 
-    monkeypatch.setattr(lora_lib, "on_layer", measured)
+    monkeypatch.setattr(lora_lib, "apply_to_layer", measured)
     base = trees.map_named(
         lambda name, leaf: quantise_leaf(name, leaf, QuantiseConfig(kind)), small.make_base(lm)
     )
@@ -406,9 +406,9 @@ def test_a_stack_computes_the_sum_and_trains_the_top_alone():
     _, grads = small.gradient(small.sft_loss, small.LM, stacked, BASE, TOKENS)
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(grads.under))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads.lora))
-    with pytest.raises(UserError, match="magnitudes"):
+    with pytest.raises(UserError, match="A DoRA adapter cannot lie under"):
         lora_lib.stack(moved(LoRAConfig(rank=2, dora=True)), top, 3)
-    with pytest.raises(UserError, match="magnitudes"):
+    with pytest.raises(UserError, match="A DoRA adapter cannot go on top"):
         lora_lib.stack(top, moved(LoRAConfig(rank=2, dora=True)), 3)
 
 

@@ -149,7 +149,7 @@ def test_equal_responses_are_counted_before_and_after_cutting():
         rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE)
     )
     np.testing.assert_array_equal(
-        passes.differing(batch), [False, False, False, False, True, False, False, False]
+        passes.responses_differ(batch), [False, False, False, False, True, False, False, False]
     )
 
 

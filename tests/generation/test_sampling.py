@@ -200,7 +200,7 @@ def test_ties_with_the_kth_token_stay():
 def test_logprobs_are_of_the_distribution_that_was_drawn_from():
     config = SamplingConfig(1, temperature=0.5, top_k=2)
     logits_BV = np.repeat(LOGITS[:1], 200, axis=0)
-    token_B, logp_B = sampling.choose(keys(200), logits_BV, config)
+    token_B, logp_B = sampling.sample_tokens(keys(200), logits_BV, config)
     assert set(np.array(token_B)) == {1, 3}
     # Of the two tokens that are left, at the temperature.
     weight_V = np.where(np.isin(np.arange(LOGITS.shape[1]), [1, 3]), np.exp(LOGITS[0]) ** 2, 1e-30)
@@ -209,7 +209,7 @@ def test_logprobs_are_of_the_distribution_that_was_drawn_from():
 
 
 def test_temperature_zero_takes_the_most_likely():
-    token_B, logp_B = sampling.choose(keys(2), LOGITS, SamplingConfig(1, temperature=0.0))
+    token_B, logp_B = sampling.sample_tokens(keys(2), LOGITS, SamplingConfig(1, temperature=0.0))
     assert token_B.tolist() == [1, 0]
     np.testing.assert_allclose(logp_B, np.log([0.4, 0.2]), rtol=1e-5)
 
@@ -319,17 +319,17 @@ def test_merging_is_chosen_by_what_it_costs():
     low = jax.tree.map(lambda leaf: leaf.astype(np.float16), BASE)
     assert not sampling.merging_pays(low, ADAPTER, 400)
     assert (
-        sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400)[
-            1
-        ]
+        sampling.prepare_for_decoding(
+            small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400
+        )[1]
         is ADAPTER
     )
-    assert sampling.sampled_from(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
+    assert sampling.prepare_for_decoding(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
 
 
 def test_full_tuning_decodes_from_matrices_that_are_rounded_once():
     role = small.make_full(BASE)
-    read, adapter = sampling.sampled_from(
+    read, adapter = sampling.prepare_for_decoding(
         small.changed(dtype="bfloat16"), BASE, role, SamplingConfig(1), 400
     )
     assert adapter is None

@@ -67,7 +67,7 @@ def test_causal_mask_by_hand():
 
 
 def test_a_window_of_two_is_a_token_and_the_one_before_it():
-    seen_BTS = attention.within(2, np.array([[0, 1, 2]]), np.array([[0, 1, 2]]))
+    seen_BTS = attention.within_window(2, np.array([[0, 1, 2]]), np.array([[0, 1, 2]]))
     np.testing.assert_array_equal(seen_BTS, [[[1, 1, 1], [1, 1, 1], [0, 1, 1]]])
 
 
@@ -218,7 +218,7 @@ def test_attention_in_blocks_equals_the_formula_with_caps_and_windows(
     cotangent = cotangent * valid_BT[:, :, None, None]
     mask_BTS, positions_BT = attention.causal_mask(valid_BT), attention.positions(valid_BT)
     if window is not None:
-        mask_BTS = mask_BTS & attention.within(window, positions_BT, positions_BT)
+        mask_BTS = mask_BTS & attention.within_window(window, positions_BT, positions_BT)
     attend = lambda q, k, v: attention.attend_blocked(q, k, v, mask_BTS, 0.7, cap, wide=wide)
     out, gradients = jax.jit(
         lambda qkv, d: (lambda out, backward: (out, backward(d)))(*jax.vjp(attend, *qkv))
@@ -263,7 +263,7 @@ def test_where_no_kernel_of_a_gpu_fits_no_weights_exist_whole(monkeypatch, dtype
         windowed=(0, 2),
     )
     monkeypatch.setattr(language_model, "platform_of", lambda mesh: "gpu")
-    chosen = kernels.choose("gpu", config, "9.0").path
+    chosen = kernels.choose_attention("gpu", config, "9.0").path
     assert chosen == "blocked"
 
     def found(path: str) -> list[str]:
@@ -274,7 +274,7 @@ def test_where_no_kernel_of_a_gpu_fits_no_weights_exist_whole(monkeypatch, dtype
             else sharding.make_mesh(sharding.MeshConfig(**mesh), jax.devices()[:4]),
         )
         ids, flags = (jax.ShapeDtypeStruct((4, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-        layout = Layout(slots=4 * length // parts, parts=parts) if packed else None
+        layout = Layout(capacity=4 * length // parts, parts=parts) if packed else None
 
         def loss(weights, base, tokens_BT, valid_BT, response_BT):
             packing = pack(Tokens(tokens_BT, valid_BT, response_BT, layout))

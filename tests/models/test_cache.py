@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from perl_jax.models import attention
-from perl_jax.models.cache import Kept, attend_cached, keep
+from perl_jax.models.cache import CacheEntry, attend_cached, cache_entry
 from perl_jax.types import Tokens
 from tests import small
 
@@ -48,8 +48,8 @@ def cached(q, k, v, valid_BT, kind: str = "auto", spare: int = 2) -> jax.Array:
     numbers.
     """
     head_first = lambda x: jnp.swapaxes(x, 1, 2)
-    prompt = lambda x: keep(head_first(x[::SAMPLES, :LENGTH]), kind)
-    own = lambda x: keep(
+    prompt = lambda x: cache_entry(head_first(x[::SAMPLES, :LENGTH]), kind)
+    own = lambda x: cache_entry(
         head_first(
             np.concatenate(
                 [x[:, LENGTH:-1], np.full((ROWS, spare, *x.shape[2:]), 9.0, np.float32)], axis=1
@@ -81,7 +81,7 @@ def test_int8_keeps_a_scale_for_each_token_and_head():
         draw(3, 2, 5, HEAD_DIM)
         * np.array([1e-3, 1.0, 1e3, 0.0, 5.0], np.float32)[None, None, :, None]
     )
-    kept = keep(x, "int8")
+    kept = cache_entry(x, "int8")
     assert kept.values.dtype == jnp.int8 and kept.scale.shape == (3, 2, 5)
     # Half a step of the largest entry's 127.
     assert (
@@ -92,7 +92,7 @@ def test_int8_keeps_a_scale_for_each_token_and_head():
 
 def test_a_first_token_without_a_prompt_is_its_own_value():
     q, k, v = (draw(ROWS, 1, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    empty = Kept(jnp.zeros((ROWS, KV_HEADS, 2, HEAD_DIM)))
+    empty = CacheEntry(jnp.zeros((ROWS, KV_HEADS, 2, HEAD_DIM)))
     out = attend_cached(q, k, v, (empty,) * 4, np.zeros((ROWS, 4), bool))
     np.testing.assert_allclose(out[:, 0], np.repeat(v[:, 0], HEADS // KV_HEADS, axis=1), atol=1e-6)
 

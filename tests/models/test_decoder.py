@@ -16,7 +16,7 @@ from flax import nnx
 from perl_jax.errors import UserError
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import Adapted, Block, Linear, Outer, matmul
+from perl_jax.models.decoder import AdapterSpec, Block, Embedder, Linear, matmul
 from perl_jax.models.language_model import full_weights, last_valid
 from perl_jax.models.packing import pack
 from perl_jax.models.placement import Placement
@@ -249,8 +249,8 @@ def unrolled_logits(base, role, tokens):
     attend = functools.partial(attention.attend, mask_BTS=attention.causal_mask(tokens.valid_BT))
     place = Placement()
     outer, block = (
-        Outer(small.CONFIG, nnx.Rngs(0)),
-        Block(small.CONFIG, Adapted(small.LORA), nnx.Rngs(0)),
+        Embedder(small.CONFIG, nnx.Rngs(0)),
+        Block(small.CONFIG, AdapterSpec(small.LORA), nnx.Rngs(0)),
     )
     nnx.update(outer, base["outer"])
     x_BTD = outer.embed(tokens.tokens_BT, place)
@@ -369,7 +369,7 @@ def test_initial_weights():
 def test_dropout_keeps_the_adapters_mean():
     # One adapted projection, 4,000 masks: the mean of the dropped-out outputs is the plain output.
     lora = small.LoRAConfig(rank=5, alpha=10.0, targets="q", dropout=0.3)
-    linear = Linear("q", small.CONFIG, Adapted(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
+    linear = Linear("q", small.CONFIG, AdapterSpec(lora), (32, 24), ("embed", "heads"), nnx.Rngs(0))
     noise = np.random.default_rng(0)
     linear.lora_a[...], linear.lora_b[...] = (
         noise.standard_normal((32, 5)),

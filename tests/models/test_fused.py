@@ -32,7 +32,7 @@ def logits_of(lm, base, adapter):
 
 def read(lm, base, adapter, config=dataclasses.replace(CONFIG, fused=True)):
     """What decoding reads: it must be fused, and beside it no pair of attention may be left."""
-    base, adapter = sampling.sampled_from(lm, base, adapter, config, 10**6)
+    base, adapter = sampling.prepare_for_decoding(lm, base, adapter, config, 10**6)
     assert (
         set(base["layers"]["attention"]) >= {"qkv", "o"} and "q" not in base["layers"]["attention"]
     )
@@ -141,7 +141,7 @@ def test_dora_and_quantised_matrices_stay_as_they_are():
         base,
     )
     assert not fused.fusible(eight, None)
-    kept, adapter = sampling.sampled_from(
+    kept, adapter = sampling.prepare_for_decoding(
         small.LM, base, dora, dataclasses.replace(CONFIG, fused=True), 10**6
     )
     assert kept is base and adapter is dora

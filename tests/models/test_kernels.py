@@ -42,7 +42,7 @@ def padded(length: int) -> np.ndarray:
 def plain(q, k, v, valid_BT, *, window, scale, cap):
     mask_BTS, positions_BT = attention.causal_mask(valid_BT), attention.positions(valid_BT)
     if window is not None:
-        mask_BTS = mask_BTS & attention.within(window, positions_BT, positions_BT)
+        mask_BTS = mask_BTS & attention.within_window(window, positions_BT, positions_BT)
     return attention.attend(q, k, v, mask_BTS, scale, cap)
 
 
@@ -83,7 +83,7 @@ cudnn = functools.partial(kernels.cudnn, implementation="xla")
 def blocked(q, k, v, valid_BT, *, window, scale, cap, mesh):
     """Attention in blocks over a mesh, as GPUs have it where no kernel fits."""
     positions_BT = attention.positions(valid_BT)
-    mask_BTS = attention.causal_mask(valid_BT) & attention.within(
+    mask_BTS = attention.causal_mask(valid_BT) & attention.within_window(
         window, positions_BT, positions_BT
     )
     return kernels.blocked(q, k, v, mask_BTS, valid_BT, scale=scale, cap=cap, mesh=mesh, wide=True)
@@ -129,7 +129,7 @@ def test_splash_with_two_backward_kernels_equals_plain_attention(monkeypatch):
 
 
 def test_a_window_of_all_columns_is_none():
-    assert [kernels.narrower(window, 8) for window in (None, 1, 7, 8, 9)] == [
+    assert [kernels.effective_window(window, 8) for window in (None, 1, 7, 8, 9)] == [
         None,
         1,
         7,
@@ -239,7 +239,7 @@ def layers_total(attend, remat):
                     q_BTHK, k_BTNK, k_BTNK, valid_BT, window=window, scale=0.25, cap=None
                 )
             )
-            return x_BTHK + kernels.by_window(flag, call(9), call(None)), None
+            return x_BTHK + kernels.cond_on_window(flag, call(9), call(None)), None
 
         out_BTHK, _ = jax.lax.scan(
             remat(layer), x_BTHK, (weight_LKK, jnp.array([True, False, True]))
@@ -295,15 +295,19 @@ def test_the_platform_chooses():
     )
     usual = config(head_dim=128)
     assert (
-        kernels.choose("tpu", config(head_dim=20, dtype="float32", attention_cap=50.0)).path
+        kernels.choose_attention(
+            "tpu", config(head_dim=20, dtype="float32", attention_cap=50.0)
+        ).path
         == "splash"
     )
     assert [
-        kernels.choose("cpu", config(head_dim=20, attention_cap=50.0), devices=devices).path
+        kernels.choose_attention(
+            "cpu", config(head_dim=20, attention_cap=50.0), devices=devices
+        ).path
         for devices in (1, 8)
     ] == ["blocked", "plain"]
     found = {
-        capability: kernels.choose("gpu", usual, capability).path
+        capability: kernels.choose_attention("gpu", usual, capability).path
         for capability in (None, "7.5", "8.0", "9.0", "12.1", "gfx942")
     }
     assert found == {
@@ -315,7 +319,7 @@ def test_the_platform_chooses():
         "gfx942": "blocked",
     }
     assert [
-        kernels.choose("cuda", config(head_dim=256), capability).path
+        kernels.choose_attention("cuda", config(head_dim=256), capability).path
         for capability in ("8.9", "9.0", "10.0")
     ] == ["blocked", "cudnn", "blocked"]
 
@@ -331,11 +335,13 @@ def test_why_a_gpus_kernel_is_not_taken_is_said():
         "needs bfloat16, and activations are float32": {"head_dim": 64, "dtype": "float32"},
     }
     for words, fields in unfit.items():
-        path, why = kernels.choose("gpu", config(**{"dtype": "bfloat16", **fields}), "9.0")
+        path, why = kernels.choose_attention(
+            "gpu", config(**{"dtype": "bfloat16", **fields}), "9.0"
+        )
         assert path == "blocked" and words in why
     assert (
         "compute capability 8.0 or more, and this device has 7.5"
-        in kernels.choose("gpu", config(head_dim=64), "7.5").why
+        in kernels.choose_attention("gpu", config(head_dim=64), "7.5").why
     )
 
 

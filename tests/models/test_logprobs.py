@@ -179,7 +179,7 @@ def test_by_pieces_against_float64_numpy(columns, frozen, start):
     def found(hidden_BTD, weight_DV):
         # The matrix is traced, as in a program that is given it.
         head = lambda hidden_BCD: 5 * jnp.tanh(hidden_BCD @ weight_DV)
-        total = lambda hidden_BTD: logprobs.sequence_logprobs(
+        total = lambda hidden_BTD: logprobs.logprobs_from_hidden(
             head, hidden_BTD, tokens_BT, 0.7, start=start, columns=columns, frozen=frozen
         )
 
@@ -215,7 +215,7 @@ def test_no_logits_are_made_twice_or_kept_where_the_head_is_frozen():
 
     def gradient(frozen):
         def loss(hidden_BTD, weight_DV, tokens_BT):
-            return logprobs.sequence_logprobs(
+            return logprobs.logprobs_from_hidden(
                 lambda hidden: hidden @ weight_DV,
                 hidden_BTD,
                 tokens_BT,

@@ -67,8 +67,10 @@ def test_every_real_token_has_a_slot_and_copies_share_one(group, parts):
     back_BT = np.array(packing.spread(packed_WU))
     np.testing.assert_array_equal(back_BT[tokens.valid_BT], tokens.tokens_BT[tokens.valid_BT])
     # No slot is two different tokens'.
-    slot_BT, part_B = np.array(packing.slot_BT), np.arange(8) // (8 // parts)
-    places = {(part_B[b], slot_BT[b, t]) for b, t in zip(*np.nonzero(tokens.valid_BT), strict=True)}
+    index_BT, part_B = np.array(packing.index_BT), np.arange(8) // (8 // parts)
+    places = {
+        (part_B[b], index_BT[b, t]) for b, t in zip(*np.nonzero(tokens.valid_BT), strict=True)
+    }
     assert len(places) == real_tokens(tokens, group)
 
 
@@ -78,14 +80,14 @@ def test_both_gathers_have_the_gradients_of_their_sums():
     packing = pack(tokens.replace(layout=Layout(56, 1, GROUP)))
     x_WU3 = jax.random.normal(jax.random.key(0), (1, 56, 3))
     weight_BT3 = jax.random.normal(jax.random.key(1), (8, LENGTH, 3)) * tokens.valid_BT[:, :, None]
-    plain = lambda x: jnp.sum(x[0][packing.slot_BT] * weight_BT3)
+    plain = lambda x: jnp.sum(x[0][packing.index_BT] * weight_BT3)
     ours = lambda x: jnp.sum(packing.to_sequences(x) * weight_BT3)
     np.testing.assert_allclose(jax.grad(ours)(x_WU3), jax.grad(plain)(x_WU3), atol=1e-5)
     weight_WU3 = jax.random.normal(jax.random.key(2), (1, 56, 3)) * packing.filled_WU[:, :, None]
     # Copies equal, as hidden states of shared prompts are: each slot reads its first owner.
     x_BT3 = jax.random.normal(jax.random.key(3), (8, LENGTH, 3))
     plain = lambda x: jnp.sum(x.reshape(-1, 3)[packing.token_WU[0]] * weight_WU3[0])
-    ours = lambda x: jnp.sum(packing.attending(lambda q: q * x)(jnp.ones((1, 56, 3))) * weight_WU3)
+    ours = lambda x: jnp.sum(packing.unpacked(lambda q: q * x)(jnp.ones((1, 56, 3))) * weight_WU3)
     np.testing.assert_allclose(jax.grad(ours)(x_BT3), jax.grad(plain)(x_BT3), atol=1e-5)
 
 

@@ -108,15 +108,15 @@ def test_slots_give_the_same_tokens():
 
 def test_a_layers_leaves():
     stack = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.arange(3)}
-    parted = stacks.apart(stack)
+    parted = stacks.unstack(stack)
     for index in range(3):
         for tree in (stack, parted):
-            np.testing.assert_array_equal(stacks.of_layer(tree, index)["a"], stack["a"][index])
-    mixed = stacks.of_layer({"one": parted, "other": stack}, 2)
+            np.testing.assert_array_equal(stacks.take_layer(tree, index)["a"], stack["a"][index])
+    mixed = stacks.take_layer({"one": parted, "other": stack}, 2)
     np.testing.assert_array_equal(mixed["one"]["b"], mixed["other"]["b"])
-    doubled = stacks.each(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), parted)
+    doubled = stacks.map_stacks(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), parted)
     np.testing.assert_array_equal(doubled.layers[1]["a"], 2 * stack["a"][1])
-    assert stacks.collected([None, None]) is None
+    assert stacks.unstacked_outputs([None, None]) is None
 
 
 def test_no_cache_and_no_matrix_is_copied_at_each_token():
@@ -177,13 +177,15 @@ def test_turned_matrices():
         "mlp": {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()},
         "attention": {"q": {"kernel": rng.normal(size=(3, 4, 5))}},
     }
-    layer = stacks.of_layer(
-        stacks.apart(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stack)), 1
+    layer = stacks.take_layer(
+        stacks.unstack(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stack)), 1
     )
-    assert not stacks.is_turned(layer["attention"]["q"]["kernel"])
+    assert not stacks.is_transposed(layer["attention"]["q"]["kernel"])
     x_ND = rng.normal(size=(2, 4))
-    found_NF = stacks.rows(
-        layer["mlp"]["up"]["kernel"].of_columns(stacks.columns(jnp.asarray(x_ND, jnp.float32)))
+    found_NF = stacks.to_rows(
+        layer["mlp"]["up"]["kernel"].times_columns(
+            stacks.to_columns(jnp.asarray(x_ND, jnp.float32))
+        )
     )
     np.testing.assert_allclose(
         found_NF, x_ND @ stack["mlp"]["up"]["kernel"][1], rtol=1e-5, atol=1e-6
@@ -192,5 +194,7 @@ def test_turned_matrices():
 
 def test_over_several_devices_it_is_refused():
     lm = LanguageModel(small.CONFIG, sharding.make_mesh(sharding.MeshConfig(data=8)))
-    with pytest.raises(ValueError, match="one device"):
-        sampling.sampled_from(lm, small.make_base(), None, SamplingConfig(9, inlined=True), 1)
+    with pytest.raises(ValueError, match="single device"):
+        sampling.prepare_for_decoding(
+            lm, small.make_base(), None, SamplingConfig(9, inlined=True), 1
+        )

@@ -21,7 +21,7 @@ from perl_jax.hub.model import attention_paths, for_devices
 from perl_jax.models import stacks
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.models.layer_kinds import turns
+from perl_jax.models.layer_kinds import periodic_scans
 from perl_jax.planning.topology import topology
 from perl_jax.runtime import trees
 from perl_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
@@ -49,7 +49,7 @@ PROMPTS = small.make_tokens((("left", 3), ("left", 4), ("right", 5), ("both", 9)
     ],
 )
 def test_layers_are_cut_into_few_turns(kinds, expected):
-    assert turns(kinds, 0, len(kinds)) == expected
+    assert periodic_scans(kinds, 0, len(kinds)) == expected
     # Every layer once, and in every turn of a scan the same kinds.
     assert [index for start, stop, _ in expected for index in range(start, stop)] == list(
         range(len(kinds))
@@ -59,13 +59,13 @@ def test_layers_are_cut_into_few_turns(kinds, expected):
 
 
 def test_only_some_of_the_layers_are_cut():
-    assert turns("lglglgll", 1, 6) == [(1, 5, 2), (5, 6, 1)]
+    assert periodic_scans("lglglgll", 1, 6) == [(1, 5, 2), (5, 6, 1)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def decoded(lm: LanguageModel, parts: bool, rooms: tuple[int, ...], base, adapter, new_BC):
     """Logits of given tokens, decoded one after the other behind PROMPTS."""
-    base = base | {"layers": stacks.apart(base["layers"])} if parts else base
+    base = base | {"layers": stacks.unstack(base["layers"])} if parts else base
     first_PV, cache = lm.prefill(
         base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, rooms[0], SAMPLES
     )

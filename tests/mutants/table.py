@@ -144,12 +144,12 @@ LOSSES = _of(
     ),
     (
         "gradient-into-the-weight", "the truncated ratio of stale samples is differentiated",
-        "jax.lax.stop_gradient(jnp.minimum(ratio_BT, most))", "jnp.minimum(ratio_BT, most)",
+        "jax.lax.stop_gradient(jnp.minimum(ratio_BT, max_ratio))", "jnp.minimum(ratio_BT, max_ratio)",
         "objectives/test_ratios.py::test_stale_samples_weigh_their_truncated_ratio",
     ),
     (
         "truncated-below", "stale samples weigh at least the bound, not at most",
-        "jnp.minimum(ratio_BT, most)", "jnp.maximum(ratio_BT, most)",
+        "jnp.minimum(ratio_BT, max_ratio)", "jnp.maximum(ratio_BT, max_ratio)",
         "objectives/test_ratios.py::test_stale_samples_weigh_their_truncated_ratio",
     ),
     (
@@ -446,7 +446,7 @@ SAMPLING = (
         ("noise-used-twice", "the token in a block is drawn with the blocks' noise", "noise_BZ[:, blocks:]", "noise_BZ[:, :_BLOCK]", "generation/test_sampling.py::test_draws_over_several_blocks_follow_the_softmax"),
         ("rows-draw-alike", "all rows draw with one key", "functools.partial(jax.random.fold_in, "
                                                           "key))(row_B)", "functools.partial(jax.random.fold_in, key))(jnp.zeros_like(row_B))", "generation/test_sampling.py::test_the_key_alone_decides_the_draws"),
-        ("steps-draw-alike", "every token of a row is drawn with one key", "choose(row_keys_at(key_B, step), logits_BV, config)", "choose(key_B, logits_BV, config)", "generation/test_sampling.py::test_the_key_alone_decides_the_draws", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
+        ("steps-draw-alike", "every token of a row is drawn with one key", "sample_tokens(token_keys(key_B, step), logits_BV, config)", "sample_tokens(key_B, logits_BV, config)", "generation/test_sampling.py::test_the_key_alone_decides_the_draws", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
         ("one-stop-token", "only the first of several stop tokens ends a row", "jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))", "token_B == stop_ids[0]", "generation/test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
         ("tokens-after-the-stop", "columns behind the end hold sampled tokens", "jnp.where(done_B, config.pad_id, token_B)", "token_B", "generation/test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),
         ("logprobs-after-the-stop", "columns behind the end have log-probabilities", "jnp.where(done_B, 0.0, logp_B)", "logp_B", "generation/test_sampling.py::test_a_row_ends_with_the_first_of_several_stop_ids"),

@@ -56,7 +56,7 @@ def outcomes(**fields) -> Outcomes:
 def test_one_advantage_a_response(name, fields, each_B):
     config = AlgorithmConfig(name, **fields)
     found = outcomes(greedy_P=np.array([0.5, 4.0], np.float32) if name == "remax" else None)
-    advantage_BT, target_BT = jax.jit(lambda x: algorithms.advantages(config, x))(found)
+    advantage_BT, target_BT = jax.jit(lambda x: algorithms.compute_advantages(config, x))(found)
     np.testing.assert_allclose(
         advantage_BT, np.where(MASK_BT, np.array(each_B)[:, None], 0), rtol=1e-6, atol=1e-7
     )
@@ -65,7 +65,9 @@ def test_one_advantage_a_response(name, fields, each_B):
 
 def test_reinforce_reads_its_baseline_when_it_updates():
     config = AlgorithmConfig("reinforce")
-    advantage_BT, target_BT = jax.jit(lambda x: algorithms.advantages(config, x))(outcomes())
+    advantage_BT, target_BT = jax.jit(lambda x: algorithms.compute_advantages(config, x))(
+        outcomes()
+    )
     assert advantage_BT is None
     np.testing.assert_array_equal(target_BT, outside(0, [1, 1], [3], [2], [2, 2]))
     values_BT = outside(NAN, [0.5, 2], [3], [-1], [0, 4])
@@ -81,12 +83,14 @@ def test_ppo_by_hand():
     # -1.
     config = AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25, whiten=False)
     found = outcomes(values_BT=outside(NAN, [2, 4], [1], [5], [1, 0]))
-    advantage_BT, target_BT = jax.jit(lambda x: algorithms.advantages(config, x))(found)
+    advantage_BT, target_BT = jax.jit(lambda x: algorithms.compute_advantages(config, x))(found)
     np.testing.assert_array_equal(advantage_BT, outside(0, [-0.375, -3], [2], [-3], [-0.75, 2]))
     np.testing.assert_array_equal(target_BT, outside(0, [1.625, 1], [3], [2], [0.25, 2]))
     # Whitened, the advantages' mean and deviation over the six tokens: not the values' targets.
     whitened_BT, same_BT = jax.jit(
-        lambda x: algorithms.advantages(AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25), x)
+        lambda x: algorithms.compute_advantages(
+            AlgorithmConfig("ppo", gamma=0.5, gae_lambda=0.25), x
+        )
     )(found)
     raw = np.array([-0.375, -3, 2, -3, -0.75, 2])
     np.testing.assert_allclose(
@@ -100,7 +104,7 @@ def test_whitening_is_over_the_tokens():
     mask_BT = MASK_BT[:2]
     config = AlgorithmConfig("reinforce-mean", whiten=True)
     found = Outcomes(RETURN_B[:2], np.zeros(mask_BT.shape), mask_BT)
-    advantage_BT, _ = jax.jit(lambda x: algorithms.advantages(config, x))(found)
+    advantage_BT, _ = jax.jit(lambda x: algorithms.compute_advantages(config, x))(found)
     expected_BT = np.array([[0, -2, -2, 0], [0, 4, 0, 0]]) / 3 / np.sqrt(4 / 3)
     np.testing.assert_allclose(advantage_BT, expected_BT, rtol=1e-6)
 
@@ -118,7 +122,9 @@ def test_filler_rows_change_nothing(name):
         plain,
     )
     for filled, alone in zip(
-        algorithms.advantages(config, padded), algorithms.advantages(config, plain), strict=True
+        algorithms.compute_advantages(config, padded),
+        algorithms.compute_advantages(config, plain),
+        strict=True,
     ):
         assert (filled is None) == (alone is None)
         if filled is not None:
@@ -132,7 +138,7 @@ def test_no_gradient_flows_into_what_rollouts_were_worth(name):
 
     def total(numbers):
         found = Outcomes(*numbers[:2], MASK_BT, *numbers[2:])
-        advantage_BT, target_BT = algorithms.advantages(config, found)
+        advantage_BT, target_BT = algorithms.compute_advantages(config, found)
         if advantage_BT is None:
             advantage_BT = algorithms.critic_advantages(target_BT, found.values_BT, MASK_BT)
         return jnp.sum(jnp.square(advantage_BT)) + (
@@ -220,14 +226,20 @@ def test_defaults_of_each_algorithm(name):
         "ppo": "token",
     }
     assert config.reduction == by_name.get(name, "sequence")
-    assert config.length(77) == (77 if name == "dr-grpo" else None)
+    assert config.constant_length(77) == (77 if name == "dr-grpo" else None)
 
 
 def test_settings_replace_the_algorithms_own():
     config = AlgorithmConfig(
         "ppo", samples=3, epochs=2, minibatches=5, normalise="constant", whiten=False
     )
-    assert (config.group, config.updates, config.reduction, config.whitened, config.length(9)) == (
+    assert (
+        config.group,
+        config.updates,
+        config.reduction,
+        config.whitened,
+        config.constant_length(9),
+    ) == (
         3,
         10,
         "constant",
@@ -235,7 +247,7 @@ def test_settings_replace_the_algorithms_own():
         9,
     )
     config = AlgorithmConfig("dr-grpo", samples=2, normalise="token", whiten=True)
-    assert (config.group, config.reduction, config.whitened, config.length(9)) == (
+    assert (config.group, config.reduction, config.whitened, config.constant_length(9)) == (
         2,
         "token",
         True,
@@ -271,7 +283,7 @@ def test_settings_replace_the_algorithms_own():
         ),
         (
             {"name": "rloo", "normalise": "sequence"},
-            "rloo has one ratio a sequence, which needs sequence-mean.",
+            "rloo has one ratio per sequence, which needs sequence-mean.",
         ),
         (
             {"whiten": True},
@@ -329,14 +341,14 @@ def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
     """
     old_values_BT = outside(0, [2, 4], [1], [5], [1, 0])
     found = outcomes(values_BT=old_values_BT, greedy_P=np.array([0.5, 4.0], np.float32))
-    advantage_BT, target_BT = algorithms.advantages(config, found)
+    advantage_BT, target_BT = algorithms.compute_advantages(config, found)
     # Ratios from 1/4 to 4 in one response, and in others sequences' ratios of 3/2 and 2/3: out of
     # bounds by both signs.
     old_BT = outside(NAN, [-2, -2], [-2], [-2], [-2, -2])
     logp_BT = old_BT + np.log(outside(1, [1 / 4, 3], [3 / 2], [2 / 3], [4, 1 / 2]))
     values_BT = old_values_BT + outside(0, [0.3, -0.5], [1], [-1], [0.4, -0.6])
     monkeypatch.setattr(
-        policy_gradient, "token_logprobs", lambda *_, **__: (logp_BT, np.zeros_like(logp_BT))
+        policy_gradient, "logprobs_and_entropy", lambda *_, **__: (logp_BT, np.zeros_like(logp_BT))
     )
     monkeypatch.setattr(policy_gradient, "values", lambda *_: values_BT)
     batch = policy_gradient.Experience(

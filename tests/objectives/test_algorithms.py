@@ -1,9 +1,10 @@
 """Every policy gradient of the table: the expectation of its gradient over all batches there are.
 
 A batch is drawn from the 27 sequences of `tests.objectives.enumeration`, all of one prompt: with
-two rows there are 729 batches, with three 19683, and each goes through `algorithms.advantages` and
-`algorithms.policy_loss` as in a run. What is unbiased is compared with the slopes of its objective;
-what is not with its paper's formula, worked out in NumPy here. A counts sequences, N batches.
+two rows there are 729 batches, with three 19683, and each goes through
+`algorithms.compute_advantages` and `algorithms.policy_loss` as in a run. What is unbiased is
+compared with the slopes of its objective; what is not with its paper's formula, worked out in NumPy
+here. A counts sequences, N batches.
 """
 
 from __future__ import annotations
@@ -102,14 +103,16 @@ def library_gradient(
     def batch_loss(batch, logp_BT):
         outcomes, old_BT, reference_BT = batch
         mask_BT = outcomes.mask_BT
-        advantage_BT, target_BT = algorithms.advantages(config, outcomes.replace(greedy_P=greedy_P))
+        advantage_BT, target_BT = algorithms.compute_advantages(
+            config, outcomes.replace(greedy_P=greedy_P)
+        )
         assert (advantage_BT is None) == (config.name == "reinforce")
         if advantage_BT is None:
             advantage_BT = algorithms.critic_advantages(target_BT, outcomes.values_BT, mask_BT)
         loss = algorithms.policy_loss(config, logp_BT, old_BT, advantage_BT, mask_BT, ROOM)
         value = loss.mean if read == "mean" else loss.total / size
         if estimator is not None:
-            length, weight_B = config.length(ROOM), jnp.full(size, in_loss)
+            length, weight_B = config.constant_length(ROOM), jnp.full(size, in_loss)
             value += losses.kl_loss(
                 logp_BT,
                 reference_BT,
@@ -376,7 +379,7 @@ def test_groups_of_equal_returns_are_among_the_batches_and_give_nothing():
     assert len(equal_NB) == 12 + 2 * 3**2 + 9**2
     mask_BT = MASK_AT[equal_NB.ravel()]
     outcomes = Outcomes(SCORE_A[equal_NB.ravel()], np.zeros(mask_BT.shape), mask_BT)
-    advantage_BT, _ = algorithms.advantages(AlgorithmConfig("grpo", samples=2), outcomes)
+    advantage_BT, _ = algorithms.compute_advantages(AlgorithmConfig("grpo", samples=2), outcomes)
     np.testing.assert_array_equal(advantage_BT, np.zeros(mask_BT.shape))
 
 

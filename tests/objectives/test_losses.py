@@ -69,7 +69,7 @@ def test_a_length_belongs_to_the_constant_normalisation():
         ("sequence-mean", 5),
     ):
         with pytest.raises(
-            ValueError, match="a length belongs to the normalisation 'constant', and to no other"
+            ValueError, match="the normalisation 'constant' needs a length, and no other has one"
         ):
             losses.reduce_tokens(-LOGP_BT, MASK_BT, normalise, length)
 

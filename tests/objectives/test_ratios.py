@@ -174,7 +174,7 @@ def test_stale_samples_weigh_their_truncated_ratio(wrap):
     advantage_BT = np.full(MASK_BT.shape, NAN, np.float32)
     advantage_BT[MASK_BT] = [6, 0.5, -1]
     old_BT = older(LOG3, -LOG2, LOG2)
-    loss = lambda p, o, a: losses.reinforce(p, a, MASK_BT, old_BT=o, most=1.5)
+    loss = lambda p, o, a: losses.reinforce(p, a, MASK_BT, old_BT=o, max_ratio=1.5)
     found = wrap(loss)(LOGP_BT, old_BT, advantage_BT)
     np.testing.assert_allclose(found.total, 2 * (9 + 0.25 - 1.5), rtol=1e-6)
     assert found.weight == 2
@@ -188,21 +188,21 @@ def test_stale_samples_weigh_their_truncated_ratio(wrap):
         np.testing.assert_array_equal(gradient_BT, np.zeros(MASK_BT.shape))
     # Another mean of the same tokens: (9 + 0.25) / 2 in the first row.
     averaged = losses.reinforce(
-        LOGP_BT, advantage_BT, MASK_BT, "sequence-mean", old_BT=old_BT, most=1.5
+        LOGP_BT, advantage_BT, MASK_BT, "sequence-mean", old_BT=old_BT, max_ratio=1.5
     )
     np.testing.assert_allclose(averaged.total, 9.25 - 3, rtol=1e-6)
     constant = losses.reinforce(
-        LOGP_BT, advantage_BT, MASK_BT, "constant", length=4, old_BT=old_BT, most=1.5
+        LOGP_BT, advantage_BT, MASK_BT, "constant", length=4, old_BT=old_BT, max_ratio=1.5
     )
     np.testing.assert_allclose(constant.total, 15.5 / 4, rtol=1e-6)
 
 
 def test_fresh_samples_weigh_one(wrap):
     advantage_BT = np.where(MASK_BT, np.float32(3), NAN)
-    fresh = wrap(lambda p, o: losses.reinforce(p, advantage_BT, MASK_BT, old_BT=o, most=1.0))(
+    fresh = wrap(lambda p, o: losses.reinforce(p, advantage_BT, MASK_BT, old_BT=o, max_ratio=1.0))(
         LOGP_BT, LOGP_BT
     )
     assert fresh.total == losses.reinforce(LOGP_BT, advantage_BT, MASK_BT).total == 18
-    for options in ({"old_BT": LOGP_BT}, {"most": 2.0}):
-        with pytest.raises(ValueError, match="belong together"):
+    for options in ({"old_BT": LOGP_BT}, {"max_ratio": 2.0}):
+        with pytest.raises(ValueError, match="must be given together"):
             losses.reinforce(LOGP_BT, advantage_BT, MASK_BT, **options)

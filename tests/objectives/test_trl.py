@@ -77,7 +77,7 @@ def make_batch(level: str = "token") -> Batch:
 
 
 def our_advantages(config: AlgorithmConfig, return_B: np.ndarray, mask_BT: np.ndarray) -> jax.Array:
-    advantage_BT, target_BT = algorithms.advantages(
+    advantage_BT, target_BT = algorithms.compute_advantages(
         config, Outcomes(jnp.asarray(return_B), jnp.zeros(mask_BT.shape), mask_BT)
     )
     assert target_BT is None
@@ -246,7 +246,9 @@ def test_the_kl_in_the_loss(name):
         policy = our_policy_loss(config, given, advantage_BT, logits_BTV)
         return (
             policy
-            + losses.reduce_tokens(kl_BT, given.mask_BT, config.reduction, config.length(ROOM)).mean
+            + losses.reduce_tokens(
+                kl_BT, given.mask_BT, config.reduction, config.constant_length(ROOM)
+            ).mean
         )
 
     # TRL differentiates k3 itself; the objective has k2's gradient, which is another one.

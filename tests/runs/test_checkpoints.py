@@ -405,7 +405,7 @@ def artefact(tmp_path) -> pathlib.Path:
 
 def change_record(folder: pathlib.Path, **fields) -> None:
     path = folder / artefacts.RECORD
-    path.write_text(json.dumps(files.sealed(json.loads(path.read_text()) | fields)))
+    path.write_text(json.dumps(files.with_checksum(json.loads(path.read_text()) | fields)))
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora without head", "full"])

@@ -165,7 +165,7 @@ def process(monkeypatch):
     """Makes this process look like one of several."""
 
     def be(index: int) -> None:
-        monkeypatch.setattr(hosts, "several", lambda: True)
+        monkeypatch.setattr(hosts, "is_distributed", lambda: True)
         monkeypatch.setattr(jax, "process_index", lambda: index)
         hosts.share.cache_clear()
 
@@ -209,7 +209,7 @@ def test_shares(rows, processes, expected, process):
 def test_rows_that_are_not_one_run_a_process_are_refused(rows, processes, process):
     process(0)
     with pytest.raises(
-        UserError, match="The mesh does not give every process one run of a batch's rows"
+        UserError, match="The mesh does not give every process contiguous rows of a batch"
     ):
         hosts.share(Place(tuple(rows), processes))
 
@@ -224,13 +224,13 @@ def test_the_rows_of_a_share():
 
 
 def test_alone_everything_is_as_it_was():
-    assert not hosts.several() and hosts.is_writer() and not hosts.connected()
+    assert not hosts.is_distributed() and hosts.is_writer() and not hosts.connected()
     x = np.array([1 / 3, 2**60 + 1])
-    np.testing.assert_array_equal(hosts.every(x), x[None])
-    assert hosts.anyone(True) is True and hosts.agreed(False) is False
-    assert hosts.in_turn(lambda: 5) == 5 and hosts.leave(7) == 7
+    np.testing.assert_array_equal(hosts.all_gather(x), x[None])
+    assert hosts.any_process(True) is True and hosts.broadcast_flag(False) is False
+    assert hosts.writer_first(lambda: 5) == 5 and hosts.leave(7) == 7
     tree = {"a": jax.numpy.ones(3)}
-    assert hosts.whole(tree) is tree
+    assert hosts.fetch(tree) is tree
     mesh = sharding.make_mesh(sharding.MeshConfig())
     assert hosts.replicated(x, mesh) is x
     share = sharding.row_share(mesh)
@@ -272,27 +272,31 @@ def two_processes() -> None:
     """What each of two processes with two devices runs, by `python -m tests.runtime.test_hosts`."""
     hosts.connect("test", hosts.read_settings(os.environ))
     index, mesh = jax.process_index(), sharding.make_mesh(sharding.MeshConfig(fsdp=2))
-    assert jax.device_count() == 4 and hosts.several() and hosts.is_writer() == (index == 0)
+    assert jax.device_count() == 4 and hosts.is_distributed() and hosts.is_writer() == (index == 0)
     exact = np.array([1 / 3, -0.0, np.nan, np.pi]) * (1 + index)
     np.testing.assert_array_equal(
-        hosts.every(exact), np.array([1 / 3, -0.0, np.nan, np.pi]) * np.array([[1], [2]])
+        hosts.all_gather(exact), np.array([1 / 3, -0.0, np.nan, np.pi]) * np.array([[1], [2]])
     )
-    np.testing.assert_array_equal(hosts.every(np.asarray(2**60 + index)), [[2**60], [2**60 + 1]])
-    assert hosts.anyone(index == 1) and not hosts.anyone(False)
-    assert hosts.agreed(index == 0) and not hosts.agreed(index == 1)
+    np.testing.assert_array_equal(
+        hosts.all_gather(np.asarray(2**60 + index)), [[2**60], [2**60 + 1]]
+    )
+    assert hosts.any_process(index == 1) and not hosts.any_process(False)
+    assert hosts.broadcast_flag(index == 0) and not hosts.broadcast_flag(index == 1)
     share = sharding.row_share(mesh)
     assert share == Share(index, 2, (0, 1)) and share.leads
     rows = np.arange(16).reshape(8, 2)
     batch = sharding.put_batch(share.part(rows), mesh)
     assert batch.shape == (8, 2) and not batch.is_fully_addressable
-    np.testing.assert_array_equal(hosts.whole(batch), rows)
+    np.testing.assert_array_equal(hosts.fetch(batch), rows)
     np.testing.assert_array_equal(share.gather(share.part(rows)), rows)
     np.testing.assert_array_equal(np.asarray(hosts.replicated(rows, mesh)), rows)
     spread = sharding.row_share(sharding.make_mesh(sharding.MeshConfig(tensor=4)))
     assert spread == Share(0, 1, (0,)) and spread.leads == (index == 0)
     np.testing.assert_array_equal(spread.gather(rows if index == 0 else 0 * rows), rows)
     made = pathlib.Path(sys.argv[2])
-    assert hosts.in_turn(lambda: made.exists() or made.touch()) is (None if index == 0 else True)
+    assert hosts.writer_first(lambda: made.exists() or made.touch()) is (
+        None if index == 0 else True
+    )
     hosts.disconnect()
     assert not hosts.connected()
 
@@ -346,7 +350,7 @@ def damaged_checkpoints() -> None:
     )
     found, host = again.restore_newest(abstract)
     assert int(found.step) == 3 and host == {"cursor": 3}
-    np.testing.assert_array_equal(hosts.whole(found.roles["policy"].weights["kernel"]), kernel + 3)
+    np.testing.assert_array_equal(hosts.fetch(found.roles["policy"].weights["kernel"]), kernel + 3)
     # All go on together from there.
     assert again.latest_step() == 3
     again.save(state(4), {"cursor": 4})

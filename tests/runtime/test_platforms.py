@@ -36,14 +36,14 @@ def test_what_jax_may_look_for(devices, before, after, monkeypatch):
         ],
     )
     monkeypatch.delitem(sys.modules, "jax")
-    platforms.without_absent_chips()
+    platforms.use_cpu_if_no_accelerator()
     assert os.environ.get("JAX_PLATFORMS") == after
 
 
 def test_it_counts_after_jax_was_imported():
     code = (
         "import jax; from perl_jax import platforms; platforms.glob.glob = lambda _: []; "
-        "platforms.without_absent_chips(); print(jax.devices()[0].platform)"
+        "platforms.use_cpu_if_no_accelerator(); print(jax.devices()[0].platform)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(

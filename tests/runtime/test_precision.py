@@ -64,7 +64,7 @@ def loss(lm, adapter, base, tokens: Tokens):
 
 
 def step(lm, parts, base, adapter, tokens: Tokens):
-    base = base | {"layers": stacks.apart(base["layers"])} if parts else base
+    base = base | {"layers": stacks.unstack(base["layers"])} if parts else base
     _, cache = lm.prefill(base, adapter, tokens.tokens_BT, tokens.valid_BT, 3)
     return lm.decode(base, adapter, tokens.tokens_BT[:, 0], cache)[0]
 

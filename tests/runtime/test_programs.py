@@ -123,14 +123,14 @@ def test_freed_memory_goes_back_to_the_system():
     for piece in pieces[:-1]:
         libc.free(piece)
     before = resident()
-    programs.give_back_freed()
+    programs.release_freed_memory()
     assert before - resident() > 0.9 * size * number
     libc.free(pieces[-1])
 
 
 def test_what_compiling_leaves_is_given_back_once_a_shape(monkeypatch):
     times = []
-    monkeypatch.setattr(programs, "give_back_freed", lambda: times.append(1))
+    monkeypatch.setattr(programs, "release_freed_memory", lambda: times.append(1))
     double = Program("double", lambda x: 2 * x)
     for size in (3, 3, 4, 3):
         double(jnp.ones(size))

@@ -72,21 +72,21 @@ def mesh(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     ],
 )
 def test_partition_follows_the_rules(axes, shape, spec):
-    assert sharding.partition(axes, shape, mesh(2, 2, 2)) == PartitionSpec(*spec)
+    assert sharding.partition_spec(axes, shape, mesh(2, 2, 2)) == PartitionSpec(*spec)
 
 
 def test_two_dimensions_cannot_have_one_mesh_axis():
     with pytest.raises(ValueError, match="map two dimensions to one mesh axis"):
-        sharding.partition(("heads", "mlp"), (8, 8), mesh(2, 2, 2))
+        sharding.partition_spec(("heads", "mlp"), (8, 8), mesh(2, 2, 2))
     # One of the two is not divided, so that only one is split.
-    assert sharding.partition(("heads", "mlp"), (8, 7), mesh(2, 2, 2)) == PartitionSpec(
+    assert sharding.partition_spec(("heads", "mlp"), (8, 7), mesh(2, 2, 2)) == PartitionSpec(
         "tensor", None
     )
 
 
 def test_unknown_axis_is_an_error():
     with pytest.raises(KeyError, match="experts"):
-        sharding.partition(("experts", "embed"), (8, 8), mesh(2, 2, 2))
+        sharding.partition_spec(("experts", "embed"), (8, 8), mesh(2, 2, 2))
 
 
 def test_every_leaf_of_the_base_has_a_place():

@@ -165,7 +165,7 @@ def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones
     (packed, roles, layout), (padded, others, none) = run("on", mesh), run("off")
     assert (
         none is None
-        and dataclasses.replace(layout, slots=0) == expected
+        and dataclasses.replace(layout, capacity=0) == expected
         and packed.keys() == padded.keys()
     )
     for key in packed:

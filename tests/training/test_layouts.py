@@ -91,7 +91,7 @@ def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
             continue
         assert (
             fullest(batch.valid_BT.sum(axis=1), 1, microbatches)
-            <= batch.layout.slots
+            <= batch.layout.capacity
             <= 0.95 * 16 / microbatches * columns
         )
         assert batch.layout.microbatches == microbatches

@@ -357,7 +357,7 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     # key); ...
     noting(LanguageModel, "logprobs", 6)
     noting(LanguageModel, "values", 5)
-    noting(sampling, "choose", 0)
+    noting(sampling, "sample_tokens", 0)
     noting(step_lib, "gradients", 4)
     noting(jax.random, "bernoulli", 0)
     original = sampling.sample
@@ -390,8 +390,8 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
         "values": 2 * microbatches,
         "bernoulli": 2 * microbatches * 8,
     }
-    assert counts == whole | {"choose": counts["choose"]} and 2 * rows <= counts[
-        "choose"
+    assert counts == whole | {"sample_tokens": counts["sample_tokens"]} and 2 * rows <= counts[
+        "sample_tokens"
     ] <= 2 * rows * (4 + microbatches)
     keys = [tuple(key) for _, *key in seen]
     assert len(set(keys)) == len(keys)

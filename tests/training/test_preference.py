@@ -124,7 +124,7 @@ def test_soft_labels_margins_and_weights_reach_the_losses():
     ]
     settings = {"kind": "dpo", "beta": 0.3, "label_smoothing": 0.1, "mean": False}
     both = np.asarray(
-        passes.sequence_logprobs(small.LM, base, role, passes.both_sides(pairs)), np.float64
+        passes.sequence_logprobs(small.LM, base, role, passes.interleaved_pairs(pairs)), np.float64
     )
     ratios = [
         np.sum((own - reference) * side.response_BT, axis=1)

@@ -523,7 +523,7 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
         ),
         (
             lambda: {"algorithm": AlgorithmConfig("gspo", normalise="token")},
-            "gspo has one ratio a sequence, which needs sequence-mean.",
+            "gspo has one ratio per sequence, which needs sequence-mean.",
         ),
         (lambda: {"algorithm": AlgorithmConfig(normalise="row")}, "algorithm.normalise is 'row'"),
         (

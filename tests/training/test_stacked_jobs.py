@@ -61,7 +61,7 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
     ("fields", "message"),
     [
         ({"tuning": "full"}, "stack_on needs tuning lora"),
-        ({"lora": LoRAConfig(rank=2, dora=True)}, "magnitudes .DoRA. cannot go on top of another"),
+        ({"lora": LoRAConfig(rank=2, dora=True)}, "A DoRA adapter cannot go on top of another"),
     ],
 )
 def test_stacks_that_cannot_be(jobs, tmp_path, fields, message):

@@ -92,7 +92,7 @@ def other_record(role: str, **fields) -> Callable[[pathlib.Path], None]:
 
     def change(folder: pathlib.Path) -> None:
         path = folder / role / artefacts.RECORD
-        files.write_json(path, files.sealed(files.read_json(path) | fields))
+        files.write_json(path, files.with_checksum(files.read_json(path) | fields))
 
     return change
 

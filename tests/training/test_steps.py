@@ -549,7 +549,7 @@ def test_log_ratios_and_their_means_by_hand():
 def test_sides_come_back_as_they_went_in():
     chosen_B, rejected_B = np.arange(3.0), 10 + np.arange(3.0)
     np.testing.assert_array_equal(
-        passes.sides(passes.in_turn(chosen_B, rejected_B)), [chosen_B, rejected_B]
+        passes.split_pairs(passes.interleave(chosen_B, rejected_B)), [chosen_B, rejected_B]
     )
 
 

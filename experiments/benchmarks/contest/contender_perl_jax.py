@@ -27,7 +27,7 @@ from perl_jax.generation import programs as programs_lib
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, load_model
-from perl_jax.models.language_model import resting
+from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding
@@ -172,7 +172,9 @@ def rl_step(
     reward = moved(fresh_role(model, adapters, jax.random.key(2)), 3).replace(
         head=init_head(jax.random.key(1), model.lm.config.width)
     )
-    frozen = {"reference": resting(policy, dtype)} | ({"reward": reward} if config.reward else {})
+    frozen = {"reference": cast_frozen_role(policy, dtype)} | (
+        {"reward": reward} if config.reward else {}
+    )
     roles, records = {"policy": policy}, (RECORD,) if config.reward else ()
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     state = fit.initial_state(model, config, roles, optimizers, frozen, {"beta": config.kl.beta})
