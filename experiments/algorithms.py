@@ -1,16 +1,15 @@
 """Every policy gradient, and DPO, from one SFT adapter, with the default hyperparameters.
 
 Claim     REINFORCE (with a learned and with a mean baseline), RLOO, ReMax, GRPO, Dr. GRPO, GSPO,
-PPO, DPO and IPO each raise the true (gold) reward
-          of the embedded task by adapters alone, over three seeds. Every setting but the number of
-          steps is the command's default; two defaults (the floor of GRPO's deviation, DPO's beta)
-          were set after a first round of these runs had failed without them.
+          PPO, DPO and IPO each raise the true (gold) reward of the embedded task by adapters alone,
+          over three seeds. Every setting but the number of steps is the command's default; two
+          defaults (the floor of GRPO's deviation, DPO's beta) were set after a first round of these
+          runs had failed without them.
 Command   python experiments/algorithms.py
 Hardware  2 CPU cores
 Time      45 minutes
-Numbers   mean gains over 0.773: reinforce +0.142; reinforce-mean +0.136; rloo +0.135;
-          remax +0.135; grpo +0.136; dr-grpo +0.132; gspo +0.136; ppo +0.143; dpo +0.145;
-          ipo +0.149
+Numbers   mean gains over 0.773: reinforce +0.142; reinforce-mean +0.136; rloo +0.135; remax +0.135;
+          grpo +0.136; dr-grpo +0.132; gspo +0.136; ppo +0.143; dpo +0.145; ipo +0.149
           (runs/algorithms/table.md and algorithms.png are made by the command)
 """
 

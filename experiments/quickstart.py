@@ -8,8 +8,7 @@ Command   make run, or: python experiments/quickstart.py
 Hardware  2 CPU cores
 Time      14 minutes beside other work; not timed alone
 Numbers   reward model 84.4 % of 86.7 % (full tuning 83.5 %); true reward 0.789 -> 0.928, gain
-+0.139
-          (0.105 to 0.173), full tuning 0.786 -> 0.943
+          +0.139 (0.105 to 0.173), full tuning 0.786 -> 0.943
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ Claim     Two minutes of RL on two cores, with an adapter of 17,920 weights and 
           cheerful words less sad ones, visibly change what a pretrained Llama of 260,032 weights
           writes, while the KL to it stays near the 8 nats a story that are asked for.
 Command   python experiments/stories.py --model FOLDER    # TinyStories "stories260K" (llama2.c), as
-a Hugging Face folder Hardware  2 CPU cores Time      3 minutes Numbers   cheerful less sad words
-(at most 6 of each counted, as a share of 6) on openings with names
-          kept apart: 0.24 before, 0.66 as the best of 8, 0.95 after RL, at 7.6 nats of KL
+          a Hugging Face folder
+Hardware  2 CPU cores
+Time      3 minutes
+Numbers   cheerful less sad words (at most 6 of each counted, as a share of 6) on openings with
+          names kept apart: 0.24 before, 0.66 as the best of 8, 0.95 after RL, at 7.6 nats of KL
 """
 
 from __future__ import annotations

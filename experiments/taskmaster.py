@@ -11,11 +11,10 @@ Command   python experiments/taskmaster.py --task coffee --tuning lora --data-di
 Hardware  2 CPU cores
 Time      about 1 hour, 2 hours with three members
 Numbers   coffee, adapters, the commands' default hyperparameters: test AUC 0.655 (0.556 to 0.764),
-bag of
-          words 0.612 (difference -0.026 to +0.103); judge's win rate of RL over SFT 0.527 (0.480 to
-          0.574), its mean score +0.054. Ticketing: test AUC 0.514 (0.436 to 0.607; 0.611 and
-          0.608 with other seeds), win rate 0.524 (0.488 to 0.561); with --members 3 (RL of seeds
-          0, 1, 2) 0.548 (0.511 to 0.584), 0.514 (0.477 to 0.550), 0.542 (0.505 to 0.578).
+          bag of words 0.612 (difference -0.026 to +0.103); judge's win rate of RL over SFT 0.527
+          (0.480 to 0.574), its mean score +0.054. Ticketing: test AUC 0.514 (0.436 to 0.607; 0.611
+          and 0.608 with other seeds), win rate 0.524 (0.488 to 0.561); with --members 3 (RL of
+          seeds 0, 1, 2) 0.548 (0.511 to 0.584), 0.514 (0.477 to 0.550), 0.542 (0.505 to 0.578).
           (The intervals of win rates took contexts for independent; this version's are over
           dialogues, and wider.) See docs/log/taskmaster.md.
 """

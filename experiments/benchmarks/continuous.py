@@ -6,14 +6,16 @@ Command   python experiments/benchmarks/continuous.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      6 minutes
 Numbers   400 tokens a second through 32 slots, 193 waiting, 2.07 times, and 198, 91, 2.17 on a
-slower host; lengths 2 to 122 from the
-          5th to the 95th percentile
+          slower host; lengths 2 to 122 from the 5th to the 95th percentile
 
-The model is a Llama of 46 million random weights, so that its tokens are nearly uniform; a share of
-the vocabulary ends a response, which makes lengths geometric, cut at the room. Both ways have the
-same prompts, keys and number of rows at a time, and take turns. What the machine allows is counted
-and measured as in the contest (`contest/ceiling.py`): every row always busy, so that weights come
-from memory as seldom as can be. CONTEST_SIZE chooses the model here, too.
+The model is a Llama of 46 million random weights, so that its tokens are nearly uniform; a share
+of the
+vocabulary ends a response, which makes lengths geometric, cut at the room. Both ways have the same
+prompts, keys and number of rows at a time, and take turns. What the machine allows is counted
+and measured as in the contest
+(`contest/ceiling.py`): every row always busy, so that weights come from memory as seldom as can
+be. CONTEST_SIZE chooses the
+model here, too.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Conversations for cold movies, written by a language model from their metadata.
 
 Claim     Conversations that even a very small language model writes through perl_jax's sampler from
-a
-          movie's metadata make some movies findable that no training conversation mentions, fewer
-          than a template does; recommend.py --augmented shows it by frequency.
+          a movie's metadata make some movies findable that no training conversation mentions,
+          fewer than a template does; recommend.py --augmented shows it by frequency.
 Command   python experiments/conversational_recommendation/language_model.py --data-dir
-PATH_TO_REDIAL
+          PATH_TO_REDIAL
           python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL \\
               --augmented runs/conversational_recommendation/written/conversations.jsonl
           (--model writes with a model of yours; without it a small base is trained on the train

@@ -1,18 +1,17 @@
 """Conversational recommendation as retrieval, on ReDial's 1,342 test dialogues.
 
 Claim     BM25 over documents of metadata and training conversations, without any training, from
-1,813
-          of the 10,006 train dialogues, recalls about as many of ReDial's recommended movies as
-          KGSF is published with; what fields, similar seekers and made-up conversations add is in
-          one table, with and without movies that the conversation had already mentioned. Repeating
-          the context alone has a better recall at 1 than most published systems.
+          1,813 of the 10,006 train dialogues, recalls about as many of ReDial's recommended movies
+          as KGSF is published with; what fields, similar seekers and made-up conversations add is
+          in one table, with and without movies that the conversation had already mentioned.
+          Repeating the context alone has a better recall at 1 than most published systems.
 Command   python experiments/conversational_recommendation/recommend.py --data-dir PATH_TO_REDIAL
           (without --data-dir ReDial is downloaded, the whole train split with it)
 Hardware  2 CPU cores
 Time      2.2 minutes with one of the cores taken by other work; index of all fields 1.4 s, 4,600
-queries a second Numbers   recall at 1, 10, 50, all targets: BM25 .030 .168 .343 (metadata alone
-.022 .086 .139), with
-          similar seekers and made-up conversations .040 .191 .368; only movies not mentioned
+          queries a second
+Numbers   recall at 1, 10, 50, all targets: BM25 .030 .168 .343 (metadata alone .022 .086 .139),
+          with similar seekers and made-up conversations .040 .191 .368; only movies not mentioned
           before: .028 .140 .311 and .035 .156 .325; repeating the context .053 .145 .252,
           popularity .013 .060 .175. Published: KBRD .030 .163 .338, KGSF .039 .183 .378, UniCRS
           .051 .224 .428

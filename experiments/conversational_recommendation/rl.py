@@ -1,18 +1,16 @@
 """A policy that rewrites the conversation into a query, paid by the rank of the right movie.
 
 Claim     RL through perl_jax, with an adapter and the retrieval score as the reward function,
-raises the
-          reward of queries on ReDial's test dialogues beyond its interval over a supervised
-          imitation of a heuristic rewriting, from which it starts.
-Command   python experiments/conversational_recommendation/rl.py --data-dir PATH_TO_REDIAL
-          (--model uses a model of yours as the base instead of a small one trained on the spot)
+          raises the reward of queries on ReDial's test dialogues beyond its interval over a
+          supervised imitation of a heuristic rewriting, from which it starts.
+Command   python experiments/conversational_recommendation/rl.py --data-dir PATH_TO_REDIAL (--model
+          uses a model of yours as the base instead of a small one trained on the spot)
 Hardware  2 CPU cores
 Time      7 minutes beside other work, of which the base takes 4
 Numbers   reward on 562 test prompts: SFT .129, after 70 steps of RL .141, gain +.0121 (+.0054 to
-+.0197); recall
-          at 10 .045 to .058, at 50 .113 to .150, with queries such as "#1 #2 action" where SFT
-          wrote "#1". The heuristic itself has .151, the whole conversation .180: the base is very
-          small
+          +.0197); recall at 10 .045 to .058, at 50 .113 to .150, with queries such as "#1 #2
+          action" where SFT wrote "#1". The heuristic itself has .151, the whole conversation .180:
+          the base is very small
 """
 
 from __future__ import annotations

@@ -2,23 +2,25 @@
 comes to the device's own rates.
 
 Claim     On one GPU, a Llama of 8B in bfloat16: a reward step runs at more than 45 % of the rate of
-large products, and decoding reads
-          weights and caches at more than 60 % of a copy's bandwidth.
+          large products, and decoding reads weights and caches at more than 60 % of a copy's
+          bandwidth.
 Command   CONTEST_SIZE=8b python experiments/benchmarks/contest/accelerator.py --jobs
-generate,reward-equal,reward-ragged,rl-function Hardware  one NVIDIA H200 (141 GB; 32 GiB are used)
-Time      2 minutes Numbers   reward steps 0.172 s (60 %) and 0.186 s ragged (56 %); a decode step
-of 32 rows 6.0 ms, 2,557 of 4,104 GB/s (62 %); a GRPO step 1.20 s (62 %)
+          generate,reward-equal,reward-ragged,rl-function
+Hardware  one NVIDIA H200 (141 GB; 32 GiB are used)
+Time      2 minutes
+Numbers   reward steps 0.172 s (60 %) and 0.186 s ragged (56 %); a decode step of 32 rows 6.0 ms,
+          2,557 of 4,104 GB/s (62 %); a GRPO step 1.20 s (62 %)
 
 The work is the contest's (`work.py`), its weights drawn on the device. By job:
 
     reward-equal, reward-ragged   an update of a reward model on 8 pairs
     generate                      32 samples of 128 tokens; the seconds of a decode step are the
-    difference between those of
+difference between those of
                                   responses of 128 and of 8 tokens, divided by the 120 steps
     rl-model, rl-function         a whole step
 
-Shares are of a large bfloat16 product's operations a second and of a large copy's bytes, read and
-written (`ceiling_gpu.py`).
+Shares are of a large bfloat16 product's operations a second and of a large copy's bytes, read
+and written (`ceiling_gpu.py`).
 """
 
 from __future__ import annotations

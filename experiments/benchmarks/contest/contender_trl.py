@@ -2,21 +2,20 @@
 `contest.py`).
 
 Claim     What TRL takes for the steps of the contest at the fastest of its settings, its trainers
-and their training_step as
-          they are: RewardTrainer, RLOOTrainer, GRPOTrainer.
-Command   python experiments/benchmarks/contest/contender_trl.py --work FOLDER --job reward-equal
-          (a line when warm, then one for each line "step" that it reads)
+          and their training_step as they are: RewardTrainer, RLOOTrainer, GRPOTrainer.
+Command   python experiments/benchmarks/contest/contender_trl.py --work FOLDER --job reward-equal (a
+          line when warm, then one for each line "step" that it reads)
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      half a minute to the first line of a reward job, two minutes to that of an RL job
 Numbers   seconds a step: reward-equal 4.86, reward-ragged 6.56, rl-model 34.6, rl-function 28.7,
-generate 9.8
+          generate 9.8
 
 What was tried is in `BEST`'s comments; what a step takes beyond the work that was counted:
 - A batch of pairs is padded to its longest row; one pair at a time, only to the longer of its two.
 - RLOOTrainer computes the log-probabilities of its own samples again before it learns from them.
 - Without a GPU the logits of all positions are computed, of prompts as well.
 - Padding and eos are kept from being sampled by suppress_tokens, which costs a pass over the
-  logits.
+logits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""One GRPO step by Google's Tunix (google-tunix 0.1.7), driven line by line over its standard
-streams.
+"""One GRPO step by Google's Tunix (google-tunix 0.1.7), driven over its standard streams.
 
 Claim     What Tunix takes for the step the contest asks of every contender, at the fastest of its
           settings: RLCluster and GRPOLearner as they are, the vanilla rollout, a LoRA made by qwix,
@@ -10,7 +9,7 @@ Command   python experiments/benchmarks/contest/contender_tunix.py --work FOLDER
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      a minute to the first line
 Numbers   25.0 s a step (generate 10.4, reference 3.9, learn 10.6), 3,720 MiB; 22.8 and 26.4 s in
-runs before
+          runs before
 
 Where Tunix departs from the letter of the work, or would without the lines marked below:
 - Its Llama takes rope_theta in its configuration and rotates by 1e6 whatever that says; here the

@@ -1,8 +1,7 @@
 """Sampling from a policy: perl_jax beside transformers with PEFT.
 
 Claim     32 responses of 128 tokens are sampled in less than half of the time that transformers'
-generate takes with
-          the adapters merged.
+          generate takes with the adapters merged.
 Command   python experiments/benchmarks/contest/generate.py
 Hardware  2 CPU cores, 24 GiB, partly shared with other work (docs/log/speed_cpu.md)
 Time      6 minutes, and once a few more to install TRL (a gigabyte)
