@@ -8,8 +8,8 @@ Command   python experiments/planning.py --table memory     (and --table scaling
           plan
 Hardware  2 CPU cores, no TPU; libtpu (pip install -c constraints.txt -e '.[plan]')
 Time      the memory table about an hour, the scaling table 3 minutes
-Numbers   docs/planning.md has the memory table: adapters need 20 to 55 % of full tuning's memory for
-          reward, 16 to 39 % for RL. Sent a chip: 7.149 GB on 8 chips, 7.173 on 256
+Numbers   docs/planning.md has the memory table: adapters need 20 to 55 % of full tuning's memory
+          for reward, 16 to 39 % for RL. Sent a chip: 7.149 GB on 8 chips, 7.173 on 256
 
 Both sides: bfloat16 frozen weights and activations, Adafactor, float32 trained weights, every
 layer recomputed in the backward

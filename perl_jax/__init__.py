@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from perl_jax.errors import TrainingError, UserError
     from perl_jax.generation.config import RolloutConfig
     from perl_jax.generation.text import generate
+    from perl_jax.hub.export import export_peft
     from perl_jax.hub.model import Model, load_model
     from perl_jax.objectives.algorithms import Algorithm, AlgorithmConfig, register_algorithm
     from perl_jax.rewards.models import RewardModel, reward
@@ -60,6 +61,7 @@ _HOMES = {
     "Trained": "training.trained",
     "TrainingError": "errors",
     "UserError": "errors",
+    "export_peft": "hub.export",
     "generate": "generation.text",
     "load_model": "hub.model",
     "register_algorithm": "objectives.algorithms",
@@ -93,6 +95,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "__version__",
+    "export_peft",
     "generate",
     "load_model",
     "register_algorithm",

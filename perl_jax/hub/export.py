@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,57 +68,93 @@ class Exported:
     kept: float | None = None
 
 
+def export_peft(model: Model, role: Any, to: str | pathlib.Path) -> Exported:
+    """Writes an adapter for PEFT, reads it back and compares its outputs with the role's.
+
+    Args:
+        model: The base that the role was trained on.
+        role: What a training function returned, or a policy's adapter.
+        to: The folder to write; it must not exist yet.
+
+    Raises:
+        UserError: For a role that is no adapter, or a folder that exists. Nothing is kept of an
+            export whose outputs differ.
+    """
+    if isinstance(role, Adapter):
+        require(
+            role.head is None,
+            "An adapter with a head is exported with its record; give what the training function "
+            "returned.",
+        )
+        adapter, record = role, model.record("policy", role)
+    else:
+        adapter, record = role.adapter, role.record
+    with new_folder(str(to)) as folder:
+        folder.mkdir()
+        _write_peft(folder, model, adapter, record)
+        classifier.read_back(folder, model.tokenizer)
+        difference = verify.compare_peft(folder, model, adapter, record)
+    notes = _loading_notes(model, adapter, record, "peft")
+    return Exported(pathlib.Path(to), difference, "; ".join(notes))
+
+
 def run_export(config: ExportConfig) -> Exported:
     """Writes an export, reads it back and compares its outputs with the role's.
 
     Raises UserError, and keeps nothing, if they differ.
     """
     require(
-        config.format != "merged" or config.quantise.kind == "none",
-        "A merged export is made from unquantised weights; leave --quantise.kind out.",
-    )
-    require(
         config.format == "merged" or config.weights == "stored",
         "--weights is for merged exports; an adapter's own weights are float32.",
+    )
+    if config.format == "peft":
+        model = load_model(config)
+        adapter, record = model.load_role(config.adapter)
+        return export_peft(model, _Role(adapter, record), config.to)
+    require(
+        config.quantise.kind == "none",
+        "A merged export is made from unquantised weights; leave --quantise.kind out.",
     )
     in_float32 = config.weights == "float32"
     with new_folder(config.to) as folder:
         model = load_model(config)
         adapter, record = model.load_role(config.adapter)
         folder.mkdir()
-        write = {"peft": _write_peft, "merged": _write_merged}[config.format]
-        write(folder, config, model, adapter, record)
+        _write_merged(folder, config, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
-        kept = None
-        if config.format == "merged":
-            merged = verify.read_merged(folder, model, adapter, in_float32)
-            difference = verify.compare_merged(folder, merged, model, adapter, record)
-            kept = verify.share_kept(
-                merged, model, adapter, weights.find_model(config.model), in_float32
-            )
-        else:
-            difference = verify.compare_peft(folder, model, adapter, record)
-    notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
+        merged = verify.read_merged(folder, model, adapter, in_float32)
+        difference = verify.compare_merged(folder, merged, model, adapter, record)
+        kept = verify.share_kept(
+            merged, model, adapter, weights.find_model(config.model), in_float32
+        )
+    notes = [f"{kept:.1%} of the adapter's effect survived"]
+    notes += _loading_notes(model, adapter, record, "merged")
+    return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
+
+
+class _Role(NamedTuple):
+    """A role and its record."""
+
+    adapter: Adapter
+    record: Record
+
+
+def _loading_notes(model: Model, adapter: Adapter, record: Record, format: str) -> list[str]:
+    """Returns what people who load an export must know."""
+    notes = []
     if model.tokenizer.chat is not None and model.tokenizer.chat.uses_date:
         notes.append(
             "its chat template asks for the date, which was "
             f"{model.tokenizer.chat.date.isoformat()} here"
         )
     if record.has_head:
-        notes.append(
-            classifier.loader_note(
-                model.tokenizer,
-                classifier.pad_id_of(model.tokenizer),
-                classifier.exported_head(adapter, record)[1],
-                config.format,
-            )
-        )
-    return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
+        pad_id = classifier.pad_id_of(model.tokenizer)
+        offset = classifier.exported_head(adapter, record)[1]
+        notes.append(classifier.loader_note(model.tokenizer, pad_id, offset, format))
+    return notes
 
 
-def _write_peft(
-    folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record
-) -> None:
+def _write_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> None:
     """Writes the files of a PEFT adapter, with the tokenizer and the chat template of the role's
     training.
     """
