@@ -22,7 +22,7 @@ from perl_jax.data.store import named_group
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import load_model
-from perl_jax.rewards import scoring
+from perl_jax.rewards import compose, scoring
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
@@ -142,7 +142,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
         not hosts.broadcast_flag(output.exists()),
         f"{output} exists already; give --output a file that does not.",
     )
-    terms = scoring.read_terms(config.terms)
+    terms = compose.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]

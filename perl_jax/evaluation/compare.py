@@ -30,7 +30,7 @@ from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import Model, load_model, say_attention
 from perl_jax.models import passes
 from perl_jax.objectives import kl
-from perl_jax.rewards import scoring
+from perl_jax.rewards import compose, scoring
 from perl_jax.rewards.compose import Term
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.scoring import Scorer, response_texts
@@ -288,7 +288,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     now = provenance.fingerprints("evaluate", config)
     if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
         return folder
-    terms = scoring.read_terms(config.terms)
+    terms = compose.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)
     dataset = of_split(config.data, "prompts", config.split)

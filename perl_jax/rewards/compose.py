@@ -47,7 +47,7 @@ class Term:
         checks.number("weight", self.weight)
 
 
-def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
+def read_terms(source: str | pathlib.Path | None) -> tuple[Term, ...]:
     """Returns the reward terms described by a JSON list.
 
         [{"kind": "length", "weight": 0.2, "maximum": 50},
@@ -59,11 +59,14 @@ def read_terms(source: str | pathlib.Path) -> tuple[Term, ...]:
 
     Args:
         source: The JSON text, which must begin with `[`, or the path of a file that holds the list.
+            None gives no terms.
 
     Raises:
         UserError: The file cannot be read, the JSON is not valid, or a term is wrong. The message
             gives the term's number, counted from 1, and the field.
     """
+    if source is None:
+        return ()
     inline = str(source).lstrip().startswith("[")
     where = "The reward terms" if inline else f"The file of reward terms {source}"
     values = parse(str(source) if inline else read(pathlib.Path(source).expanduser()), where)

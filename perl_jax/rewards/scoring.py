@@ -22,7 +22,6 @@ from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
-from perl_jax.rewards import compose
 from perl_jax.rewards.compose import Composite, Term
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import Share, to_host
@@ -42,11 +41,6 @@ def combined(scores_MB: Array, combine: str | tuple[float, ...]) -> jax.Array:
 def role_name(index: int) -> str:
     """Returns the name of the index-th reward model among the frozen roles of the train state."""
     return "reward" if index == 0 else f"reward_{index}"
-
-
-def read_terms(source: str | None) -> tuple[Term, ...]:
-    """Returns the reward terms of `compose.read_terms`, or none if `source` is None."""
-    return () if source is None else compose.read_terms(source)
 
 
 def load_rewards(

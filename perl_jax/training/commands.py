@@ -13,7 +13,7 @@ from perl_jax import errors
 from perl_jax.data import targets
 from perl_jax.data.dataset import of_task
 from perl_jax.hub.model import ModelOptions, load_model
-from perl_jax.rewards import scoring
+from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import load_total
 from perl_jax.runs.folder import finished, open_run
@@ -166,7 +166,7 @@ def run_rl(config: RLCommand) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if not finished(artefact, folder / "cost.json"):
         rows = of_task(config.data, "prompts", ("train",))
-        terms = scoring.read_terms(config.terms)
+        terms = compose.read_terms(config.terms)
         model = load_model(config)
         frozen = load_frozen(model, config.stack_on)
         names, weight = config.reward, config.reward_weight

@@ -20,7 +20,7 @@ from perl_jax.evaluation.compare import Evaluation, Responses
 from perl_jax.generation.sampling import Rollout
 from perl_jax.models import passes
 from perl_jax.objectives.losses import LossSum
-from perl_jax.rewards import scoring
+from perl_jax.rewards import compose, scoring
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import provenance
 from perl_jax.runtime import sharding
@@ -235,7 +235,7 @@ def rollout_of(*texts: list[int]) -> Rollout:
 def test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs(monkeypatch):
     """2 x score - 0.5 x the share of excess words + 3 where an 8 is said."""
     monkeypatch.setattr(sharding, "row_share", lambda mesh: Share(0, 1, (0,)))
-    terms = scoring.read_terms(
+    terms = compose.read_terms(
         '[{"kind": "length", "weight": 0.5, "maximum": 1, "scale": 4}, {"kind": "words", "words": '
         '["8"], "weight": 3}]'
     )

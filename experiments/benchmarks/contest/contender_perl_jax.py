@@ -29,7 +29,7 @@ from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, load_model
 from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.objectives.algorithms import AlgorithmConfig
-from perl_jax.rewards import scoring
+from perl_jax.rewards import compose, scoring
 from perl_jax.runtime import sharding
 from perl_jax.training import cost, fit, rl
 from perl_jax.training import optimizers as optimizers_lib
@@ -183,7 +183,7 @@ def rl_step(
         scores = scoring.reward_program(model, records, config.combine, config.microbatches)
     programs = rl.Programs(model, config, scores, state, optimizers)
     scorer = scoring.Scorer(
-        model, programs.reward, scoring.read_terms(config.terms), config.reward_weight, rows
+        model, programs.reward, compose.read_terms(config.terms), config.reward_weight, rows
     ).__enter__()
     base = None if config.tuning == "full" else model.base
     dataset = of_rows("prompts", rows)
