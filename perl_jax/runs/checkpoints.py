@@ -184,7 +184,7 @@ class Checkpoints:
                 self._manager.delete(error.step)
             return found
         raise UserError(
-            f"{damaged[0]} There is no whole one; begin the run anew, in another --run folder."
+            f"{damaged[0]} No checkpoint is undamaged; start a new run in another --run folder."
         )
 
     def _check_seals(self) -> None:
