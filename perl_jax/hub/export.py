@@ -69,16 +69,16 @@ class Exported:
 
 
 def export_peft(model: Model, role: Any, to: str | pathlib.Path) -> Exported:
-    """Writes an adapter for PEFT, reads it back and compares its outputs with the role's.
+    """Writes a role as a PEFT adapter, reads it back and compares its outputs with the role's.
 
     Args:
-        model: The base that the role was trained on.
+        model: The base model that the role was trained on.
         role: What a training function returned, or a policy's adapter.
         to: The folder to write; it must not exist yet.
 
     Raises:
-        UserError: For a role that is no adapter, or a folder that exists. Nothing is kept of an
-            export whose outputs differ.
+        UserError: The role is not an adapter, the folder exists, or outputs differ. Nothing is kept
+            then.
     """
     if isinstance(role, Adapter):
         require(
@@ -127,7 +127,7 @@ def run_export(config: ExportConfig) -> Exported:
         kept = verify.share_kept(
             merged, model, adapter, weights.find_model(config.model), in_float32
         )
-    notes = [f"{kept:.1%} of the adapter's effect survived"]
+    notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
     notes += _loading_notes(model, adapter, record, "merged")
     return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
 
@@ -140,7 +140,7 @@ class _Role(NamedTuple):
 
 
 def _loading_notes(model: Model, adapter: Adapter, record: Record, format: str) -> list[str]:
-    """Returns what people who load an export must know."""
+    """Returns sentences for people who load an export; none if they need to know nothing."""
     notes = []
     if model.tokenizer.chat is not None and model.tokenizer.chat.uses_date:
         notes.append(

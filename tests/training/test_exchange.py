@@ -584,12 +584,16 @@ def test_an_export_carries_the_chat_template_that_the_role_was_trained_with(
     adapter = moved(model, VARIANTS["plain"], head=head)
     artefact = save(tmp_path / "artefact", model, adapter)
     _, record = model.load_role(artefact)
-    for form, write in (("peft", exporting._write_peft), ("merged", exporting._write_merged)):
-        config = exporting.ExportConfig(
-            model=model.name, adapter=str(artefact), format=form, to="-", template=given
-        )
+    config = exporting.ExportConfig(
+        model=model.name, adapter=str(artefact), format="merged", to="-", template=given
+    )
+    writers = {
+        "peft": exporting._write_peft,
+        "merged": lambda folder, *role: exporting._write_merged(folder, config, *role),
+    }
+    for form, write in writers.items():
         (tmp_path / form).mkdir()
-        write(tmp_path / form, config, model, adapter, record)
+        write(tmp_path / form, model, adapter, record)
         check_exported_tokenizer(
             tmp_path / form, model.tokenizer, {"auto": OWN, "none": None}.get(given, OTHER)
         )
