@@ -91,7 +91,10 @@ class Placement:
     stationary: bool = False
 
     def residual(self, x_BTD: Array) -> jax.Array:
-        """Constrains the activations between layers."""
+        """Constrains the activations between layers: rows split; when stationary, width too.
+
+        Rows are split over data and fsdp, or, when stationary, over data with the width over fsdp.
+        """
         if self.stationary:
             return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
         return sharding.constrain(x_BTD, self.mesh, ROWS, None, None)
@@ -106,13 +109,16 @@ class Placement:
         )
 
     def heads(self, x_BTHK: Array) -> jax.Array:
-        """Constrains queries, keys and values, beside the cache; the same in both layouts."""
+        """Constrains queries, keys and values: rows split, and heads over `tensor`.
+
+        It is the same in both layouts, so that they lie beside the cache.
+        """
         return sharding.constrain(
             x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None
         )
 
     def cache(self, part: Tree) -> Tree:
-        """Constrains keys or values of all layers, [L, B, N, S, ...], beside their queries."""
+        """Constrains keys or values of all layers, [L, B, N, S, ...], like `heads`."""
         entries = (None, ROWS, "tensor" if self.split_heads else None, None, None)
         return jax.tree.map(
             lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part
@@ -147,11 +153,11 @@ class Placement:
         return gather_weight(weight_DV, place(None, VOCABULARY), place(*own), dtype)
 
     def logits(self, logits_BTV: Array) -> jax.Array:
-        """Constrains logits, split over the vocabulary."""
+        """Constrains logits: rows over `data`, the vocabulary over tensor and fsdp."""
         return sharding.constrain(logits_BTV, self.mesh, "data", None, VOCABULARY)
 
     def next_logits(self, logits_BV: Array) -> jax.Array:
-        """Constrains logits to sample from, split over rows only."""
+        """Constrains logits to sample from: rows split over data and fsdp, the vocabulary whole."""
         return sharding.constrain(logits_BV, self.mesh, ROWS, None)
 
     def weights(
