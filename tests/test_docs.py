@@ -95,7 +95,20 @@ def test_what_a_page_names_exists(page: Path):
 def test_pages_name_the_package():
     """The patterns find something, so that the test above can fail."""
     found = [name for page in PAGES for name in NAME.findall(page.read_text())]
-    assert len(found) >= 3
+    assert len(found) >= 20
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "docs" / "examples").glob("*.py")), ids=lambda path: path.name
+)
+def test_the_examples_that_pages_show_are_the_files_that_tests_run(example: Path):
+    text = example.read_text().strip()
+    assert any(f"```python\n{text}\n```" in page.read_text() for page in PAGES), example.name
+
+
+def test_readme_is_read_in_three_minutes():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
 
 
 def test_every_page_is_in_the_navigation():
