@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from perl_jax.generation.config import RolloutConfig
     from perl_jax.generation.text import generate
     from perl_jax.hub.export import export_peft
+    from perl_jax.hub.families import Family, register_family
     from perl_jax.hub.model import Model, load_model
     from perl_jax.objectives.algorithms import Algorithm, AlgorithmConfig, register_algorithm
     from perl_jax.rewards.models import RewardModel, reward
@@ -45,6 +46,7 @@ _HOMES = {
     "AlgorithmConfig": "objectives.algorithms",
     "DPOConfig": "training.configs",
     "DataConfig": "data.config",
+    "Family": "hub.families",
     "KLConfig": "training.rl_config",
     "LoRAConfig": "adapters.lora",
     "MeshConfig": "runtime.sharding",
@@ -65,6 +67,7 @@ _HOMES = {
     "generate": "generation.text",
     "load_model": "hub.model",
     "register_algorithm": "objectives.algorithms",
+    "register_family": "hub.families",
     "reward": "rewards.models",
     "train_dpo": "training.dpo",
     "train_reward": "training.reward",
@@ -78,6 +81,7 @@ __all__ = [
     "AlgorithmConfig",
     "DPOConfig",
     "DataConfig",
+    "Family",
     "KLConfig",
     "LoRAConfig",
     "MeshConfig",
@@ -99,6 +103,7 @@ __all__ = [
     "generate",
     "load_model",
     "register_algorithm",
+    "register_family",
     "reward",
     "train_dpo",
     "train_reward",

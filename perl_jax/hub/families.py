@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from perl_jax.adapters.lora import ATTENTION, FEED_FORWARD
@@ -229,7 +230,7 @@ _GEMMA = {
     "final_logit_softcapping",
 }
 _GEMMA3 = {*_GEMMA, "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"}
-FAMILIES: Mapping[str, Family] = {
+_ENTRIES: dict[str, Family] = {
     "llama": Family(frozenset({*_BIASES, "hidden_act"}), _llama),
     "mistral": Family(frozenset({"sliding_window", "hidden_act"}), _mistral),
     "smollm3": Family(
@@ -249,6 +250,28 @@ FAMILIES: Mapping[str, Family] = {
         frozenset({"vocab_size", "num_attention_heads"}),
     ),
 }
+# What the model_type of a config.json may be; `register_family` adds to it.
+FAMILIES: Mapping[str, Family] = MappingProxyType(_ENTRIES)
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Makes a family of models known in this process.
+
+    The family's tensors have the names and shapes of Llama's (with norms and biases where the
+    settings say so), and transformers knows its config class.
+
+    Args:
+        model_type: As the family's config.json says it.
+        family: Which fields are read, and how they become fields of ModelConfig.
+
+    Raises:
+        UserError: For a model_type that is another family's.
+    """
+    require(
+        _ENTRIES.get(model_type, family) == family,
+        f"There is another family {model_type!r}; the package reads it already.",
+    )
+    _ENTRIES[model_type] = family
 
 
 def _biases(values: Any) -> tuple[str, ...]:

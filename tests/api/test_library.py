@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -14,12 +16,21 @@ import pytest
 
 import perl_jax as pj
 from perl_jax.data.tasks import data_options, get_task
+from perl_jax.hub import families, weights
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, advantages
 from perl_jax.runtime import sharding
 from tests import small
 from tests.golden import runs
 from tests.paths import STORIES
 
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
 DATA = pj.DataConfig(train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8)
 SETTINGS = {
@@ -273,7 +284,47 @@ def test_the_example_runs_from_end_to_end(tmp_path):
     assert (tmp_path / "tuned_adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["library", "custom_reward", "custom_task", "custom_algorithm"])
+@pytest.mark.parametrize(
+    "name", ["library", "custom_reward", "custom_task", "custom_algorithm", "custom_family"]
+)
 def test_the_examples_are_short(name):
     lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line.strip()]) <= 30, len(lines)
+
+
+@pytest.mark.slow
+def test_a_family_from_outside_the_package_has_the_logits_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    # Qwen2 is a Llama with these biases.
+    config = transformers.Qwen2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    twin = transformers.Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, leaf in twin.named_parameters():
+            if name.endswith("bias"):
+                leaf.normal_()
+    twin.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    fields = (*SHAPE, "num_key_value_heads", "max_position_embeddings", "hidden_act")
+    small_values = {name: values[name] for name in fields} | {"model_type": "house_llama"}
+    (tmp_path / "config.json").write_text(json.dumps(small_values))
+    with pytest.raises(pj.UserError, match="model_type 'house_llama'; supported: llama, mistral"):
+        families.read_config(tmp_path)
+    runpy.run_path(str(EXAMPLES / "custom_family.py"))
+    read = families.read_config(tmp_path)
+    assert read.biases == ("q", "k", "v")
+    tokens = small.make_tokens()
+    found = small.logits(LanguageModel(read), weights.load_base(tmp_path, read), None, tokens)
+    expected = small.torch_logits(twin, tokens)
+    np.testing.assert_allclose(
+        np.asarray(found)[tokens.valid_BT], expected[tokens.valid_BT], rtol=1e-4, atol=1e-4
+    )

@@ -312,7 +312,7 @@ def test_a_gemma_without_caps_has_none(tmp_path, tmp_path_factory):
         (
             "llama",
             {"residual_multiplier": 0.2},
-            "sets residual_multiplier 0.2, which llama is not known to have",
+            "sets residual_multiplier 0.2, which is not supported for llama",
         ),
         (
             "qwen2",
