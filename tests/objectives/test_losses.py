@@ -292,7 +292,7 @@ def test_value_loss_kept_near_the_old_values(wrap):
     for gradient_BT in others:
         np.testing.assert_array_equal(gradient_BT, np.zeros((2, 4)))
     for options in ({"old_BT": old_BT}, {"clip": 0.5}):
-        with pytest.raises(ValueError, match="old values and the distance to keep"):
+        with pytest.raises(ValueError, match="old_BT and clip must be given together"):
             losses.value_loss(values_BT, returns_BT, mask_BT, **options)
 
 
