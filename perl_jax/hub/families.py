@@ -250,22 +250,22 @@ _ENTRIES: dict[str, Family] = {
         frozenset({"vocab_size", "num_attention_heads"}),
     ),
 }
-# What the model_type of a config.json may be; `register_family` adds to it.
+# Families by the `model_type` of their config.json; `register_family` adds to them.
 FAMILIES: Mapping[str, Family] = MappingProxyType(_ENTRIES)
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Makes a family of models known in this process.
+    """Registers a model family for this process.
 
-    The family's tensors have the names and shapes of Llama's (with norms and biases where the
-    settings say so), and transformers knows its config class.
+    The tensors of the family must have the names and shapes of Llama's, with norms and biases as
+    its settings say. transformers must know its config class.
 
     Args:
-        model_type: As the family's config.json says it.
-        family: Which fields are read, and how they become fields of ModelConfig.
+        model_type: The `model_type` in the family's config.json.
+        family: The fields that are read, and how they become fields of ModelConfig.
 
     Raises:
-        UserError: For a model_type that is another family's.
+        UserError: Another family has this `model_type`.
     """
     require(
         _ENTRIES.get(model_type, family) == family,
