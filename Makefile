@@ -7,20 +7,27 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # Exact versions; another file for other versions of jax.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# An environment of its own, without jax: it is small, and pyright looks at perl_jax alone (pyproject.toml).
+LINT := $(VENV)/lint
+LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run lint test test-slow test-all golden mutants clean
+.PHONY: run lint docs test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
 
 # Format, style, types, and the documentation with its links. Formats and mends by itself: `ruff format . && ruff check --fix .`
-lint: $(VENV)/.installed-lint
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/mkdocs build --quiet --strict
+lint: $(LINT)/.installed
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs build --quiet --strict
+
+# The documentation as a site, which follows the files as they change.
+docs: $(LINT)/.installed
+	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs serve
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
@@ -50,8 +57,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(INSTALL) -e '.[test]'
 	touch $@
 
-$(VENV)/.installed-lint: $(VENV)/.installed
-	$(INSTALL) -e '.[lint]'
+$(LINT)/.installed: Makefile $(CONSTRAINTS)
+	test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(LINT_TOOLS)
 	touch $@
 
 clean:

@@ -68,13 +68,6 @@ setup(
             "scipy>=1.13",
             "pytrec_eval-terrier>=0.5.10",
         ],
-        # For `make lint`. Another version of ruff formats in another way, so it is pinned.
-        "lint": [
-            "ruff==0.17.6",
-            "pyright[nodejs]==1.1.414",
-            "mkdocs-material==9.8.2",
-            "mkdocstrings[python]>=1.0",
-        ],
     },
     entry_points={"console_scripts": ["perl-jax=perl_jax.cli.main:main"]},
     classifiers=["Programming Language :: Python :: 3"],

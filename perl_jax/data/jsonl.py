@@ -236,10 +236,12 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
+        """Returns the splits of each kind of rows: any kind may have any split."""
         return dict.fromkeys(KINDS, SPLITS)
 
     @classmethod
     def content(cls, kind: str, options: DataOptions) -> object:
+        """Returns whether one file was given, and each file's hash. UserError if there is none."""
         path = find(options)
         files = [path] if path.is_file() else [path / f"{split}.jsonl" for split in SPLITS]
         found = {file.name: file_hash(file) for file in files if file.is_file()}
@@ -250,10 +252,12 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+        """Returns the rows of a split, in the order of the file."""
         return (row for _, _, row in cls._numbered(kind, split, options))
 
     @classmethod
     def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
+        """Returns the file and the line of a row, for messages."""
         file, line, _ = next(itertools.islice(cls._numbered(kind, split, options), index, None))
         return f"{file}, line {line}"
 

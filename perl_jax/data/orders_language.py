@@ -40,6 +40,8 @@ SINGLE_ITEM_SHARE = 0.75
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Item:
+    """One drink of an order."""
+
     quantity: str
     size: str
     drink: str
@@ -48,6 +50,8 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
+    """What a customer orders, and where it is drunk."""
+
     items: tuple[Item, ...]
     place: str
 
@@ -68,6 +72,7 @@ def answer(order: Order) -> str:
 
 
 def sample_item(rng: random.Random, drink: str) -> Item:
+    """Draws quantity, size and milk of a drink."""
     return Item(rng.choice(QUANTITIES), rng.choice(SIZES), drink, rng.choice(MILKS))
 
 

@@ -93,6 +93,7 @@ class BatchSpec:
         )
 
     def longest(self, kind: str) -> int:
+        """Returns the most tokens that a row of this kind may have."""
         return self.max_prompt_length + (0 if kind == "prompts" else self.max_response_length)
 
 
@@ -126,6 +127,7 @@ class Batches:
 
     @property
     def truncated(self) -> Mapping[str, int]:
+        """How many prompts and responses were cut, by part of a row."""
         return self.rows.truncated
 
     @property
@@ -252,6 +254,7 @@ class BatchIterator(Iterator):
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
         return self.batches.steps_per_epoch
 
     def __next__(self) -> Batch:
@@ -321,6 +324,7 @@ def with_layout(batch: Batch, layout: Layout | None) -> Batch:
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:
+    """Returns a row's prompt and, where `response` is given, that response; [] for a filler."""
     if index == FILLER:
         return []
     return [rows.prompts[index], *([] if response is None else [rows.responses[response][index]])]
@@ -347,6 +351,7 @@ def right_padded(
 
 
 def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Prompts:
+    """Returns prompts that end in the last column, as sampling needs them."""
     tokens_BP, valid_BP = fill(
         [pieces_of(rows, index, None) for index in indices], columns, pad_id, left=True
     )
@@ -354,6 +359,7 @@ def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int)
 
 
 def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pairs:
+    """Returns comparisons: both responses with their prompt, right-padded. Filler rows weigh 0."""
     chosen = right_padded(rows, indices, columns, pad_id, response=0)
     rejected = right_padded(rows, indices, columns, pad_id, response=1)
     numbers = {
@@ -364,6 +370,7 @@ def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pa
 
 
 def labelled(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Labelled:
+    """Returns responses with a label or a rating each, right-padded. Filler rows weigh 0."""
     (values,) = rows.numbers.values()
     real_B = (indices != FILLER).astype(np.float32)
     return Labelled(right_padded(rows, indices, columns, pad_id), values[indices] * real_B, real_B)

@@ -74,10 +74,12 @@ class DataOptions:
 
     @property
     def cache_path(self) -> pathlib.Path:
+        """The folder of prepared files: as given, else the environment's, else in the home."""
         default = os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets"
         return pathlib.Path(self.cache_dir or default).expanduser()
 
     def size(self, split: str) -> int | None:
+        """Returns how many rows a split shall have; None: as many as the task has."""
         return self.train_size if split == "train" else self.evaluation_size
 
 
@@ -184,6 +186,7 @@ class RowSource(Sequence):
 
 
 def plain(value: object) -> str | float:
+    """Returns a stored value as a str or a float."""
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 
 

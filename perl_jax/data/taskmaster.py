@@ -56,6 +56,7 @@ class Rated:
 
     @property
     def prompt(self) -> str:
+        """The dialogue before the response, and the words that call for one."""
         return self.context + dialogue.CUE
 
 
@@ -170,6 +171,7 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
+        """Returns the splits of each kind of rows."""
         return KIND_SPLITS
 
     @classmethod
@@ -196,10 +198,12 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
     @classmethod
     def content(cls, kind: str, options: DataOptions) -> object:
+        """Returns the hashes of the files that a kind of rows is made from."""
         return [[file_hash(path) for path in paths] for paths in cls.kind_files(kind, options)]
 
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+        """Returns the rows of a split, made from upstream's files."""
         reward_files, data_files = cls.kind_files(kind, options)
         reward_rows = read_lists(reward_files)
         if data_files:
@@ -214,6 +218,7 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
 
 def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
+    """Yields every response of the assistant that is not empty, with the dialogue before it."""
     for turns in found:
         group = dialogue.group_of(turns)
         for prompt, response in dialogue.responses_of(turns):
@@ -222,10 +227,12 @@ def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
 
 
 def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
+    """Returns each dialogue as one text."""
     return ({"text": dialogue.rendered(turns)} for turns in found)
 
 
 def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
+    """Returns each rated response with its label, 1 for thumbs up and 0 for thumbs down."""
     return (
         {"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group}
         for row in rows
@@ -239,6 +246,7 @@ def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
+    """Returns the responses with thumbs up."""
     return (
         {"prompt": row.prompt, "response": row.response, "group": row.group}
         for row in rows
@@ -247,6 +255,7 @@ def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def context_rows(rows: Iterable[Rated]) -> Iterator[dict]:
+    """Returns each context that no other one continues, as a text."""
     return ({"text": context} for context in unextended(row.context for row in rows))
 
 
@@ -286,12 +295,15 @@ class BothBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
+        """Returns the splits of each kind of rows."""
         return {"corpus": KIND_SPLITS["corpus"]}
 
     @classmethod
     def content(cls, kind: str, options: DataOptions) -> object:
+        """Returns the hashes of the files that a kind of rows is made from."""
         return [task.content(kind, options) for task in cls.tasks]
 
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+        """Returns the rows of a split, made from upstream's files."""
         return itertools.chain.from_iterable(task.rows(kind, split, options) for task in cls.tasks)

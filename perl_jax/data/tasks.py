@@ -110,10 +110,12 @@ class PreparedTask:
 
     @property
     def name(self) -> str:
+        """The task's name on the command line."""
         return self.builder.name
 
     @functools.cached_property
     def splits(self) -> Mapping[str, Sequence[str]]:
+        """The splits of each kind of rows that the task has."""
         return dict(self.builder.kind_splits())
 
     def open(self, kind: str, split: str, options: DataOptions) -> Sequence[Mapping[str, Any]]:

@@ -52,6 +52,7 @@ class Ragged:
 
     @classmethod
     def of(cls, sequences: Iterable[Sequence[int]]) -> Ragged:
+        """Stores sequences of ids one after the other."""
         rows = [np.asarray(ids, np.int32) for ids in sequences]
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.int32), *rows]), offsets)
@@ -64,6 +65,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each sequence."""
         return np.diff(self.offsets)
 
 
@@ -271,6 +273,7 @@ def equal_rows(a: Ragged, b: Ragged) -> np.ndarray:
 
 
 def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) -> int:
+    """Returns how many sequences became shorter."""
     return sum(len(a) > len(b) for a, b in zip(whole, clipped, strict=True))
 
 

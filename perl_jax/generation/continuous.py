@@ -181,6 +181,7 @@ class ContinuousSampler:
     def __call__(
         self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array
     ) -> Rollout:
+        """Returns one response to each prompt, in the order of the prompts."""
         tokens_PS, valid_PS = (
             np.asarray(jax.device_get(hosts.fetch(x)))
             for x in (prompts.tokens_BP, prompts.valid_BP)

@@ -143,6 +143,7 @@ class Linear(nnx.Module):
             self.under_b = UnderParam(jnp.zeros((1, shape[1])), axes=("rank", axes[1]))
 
     def __call__(self, x_ND: Array, dropout_key: Array | None = None) -> jax.Array:
+        """Returns x W and what the adapters add to it, [N, F]."""
         out_NF = self._product(x_ND)
         if self.has_under:
             under_a, under_b = (
@@ -252,6 +253,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(initial((size or config.width,), config.param_dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> jax.Array:
+        """Returns x divided by its root mean square over the last axis, times the scale."""
         scale = self.scale[...]
         return _normed(x.reshape(-1, *x.shape[2:]), scale, self.epsilon, self.offset).reshape(
             x.shape
@@ -380,6 +382,7 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
+        """Returns the gated feed-forward layer's output, [B, T, D]."""
         x_ND = flatten_tokens(x_BTD)
         if self.gate.turned and self.up.turned and self.down.turned:
             return self._in_columns(x_ND).reshape(x_BTD.shape)

@@ -26,9 +26,11 @@ class Traceable(Protocol):
     """Anything with a name that can be traced: a `Program`, or a `Jitted` function."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in the plan."""
 
-    def trace(self, *args: Any) -> jax.stages.Traced: ...
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """Traces the program for arguments of these shapes."""
 
 
 @dataclasses.dataclass(frozen=True)

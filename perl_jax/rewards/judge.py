@@ -328,7 +328,7 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
     """Refuses redirects, which would send the key to another host and turn POST into GET."""
 
     def redirect_request(self, *arguments: Any) -> None:
-        return None
+        """Returns None, which urllib takes for a refusal."""
 
 
 def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:

@@ -128,6 +128,7 @@ class Program:
         return self._jitted.trace(*args)
 
     def __call__(self, *args: Any) -> Any:
+        """Runs the program; compiles it first where the arguments have a new signature."""
         leaves, structure = jax.tree.flatten(args)
         # Shardings belong to the signature: a program compiled for one mesh cannot take arrays of
         # another mesh.

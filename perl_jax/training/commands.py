@@ -77,6 +77,7 @@ class PolicyCommand(TrainingCommand):
 
     @property
     def has_adapters(self) -> bool:
+        """Whether the command reads or trains an adapter."""
         return super().has_adapters or self.policy is not None
 
 
@@ -111,6 +112,7 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
 
     @property
     def has_adapters(self) -> bool:
+        """Whether the command reads or trains an adapter."""
         return (
             super().has_adapters
             or bool(self.reward)

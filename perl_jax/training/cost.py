@@ -34,6 +34,7 @@ class Timings:
         return {f"time/{name}": value for name, value in seconds.items()}
 
     def medians(self) -> dict[str, float]:
+        """Returns the median seconds of each phase of a step."""
         return {name: statistics.median(values) for name, values in self.phases.items()}
 
 

@@ -133,6 +133,7 @@ class Programs:
         )
 
     def by_name(self) -> dict[str, Program]:
+        """Returns the programs that this algorithm has, by name."""
         names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
