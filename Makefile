@@ -13,7 +13,7 @@ LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run lint docs test test-slow test-all golden mutants clean
+.PHONY: run lint types docs test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
@@ -22,8 +22,10 @@ run: $(VENV)/.installed
 lint: $(LINT)/.installed
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/ruff check .
-	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs build --quiet --strict
+
+types: $(LINT)/.installed
+	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 
 # The documentation as a site, which follows the files as they change.
 docs: $(LINT)/.installed
