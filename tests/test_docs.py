@@ -115,3 +115,15 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
     assert [page for page in pages if page not in navigation] == []
+
+
+def test_the_api_page_has_every_public_name():
+    package = ast.parse((ROOT / "perl_jax" / "__init__.py").read_text())
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in package.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    page = (ROOT / "docs" / "api" / "index.md").read_text()
+    shown = re.findall(r"^::: perl_jax\.(\w+)$", page, flags=re.MULTILINE)
+    assert sorted([*shown, "__version__"]) == sorted(names)
