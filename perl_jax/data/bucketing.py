@@ -1,4 +1,4 @@
-"""Which rows go into which batch at which static length: a plan every process derives alike."""
+"""Plans which rows each batch holds and how long it is padded; every process gets one plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import numpy as np
 
 from perl_jax.errors import require
 
+# Padded lengths are multiples of this.
 MULTIPLE = 8
+# The row index that stands for no row: it fills up the last batch of an evaluation.
 FILLER = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One epoch's batches: `rows` int [batches, batch_size] (-1 is filler), `lengths` int
-    [batches].
+    """The batches of one epoch.
+
+    Attributes:
+        rows: Row indices of each batch, int [batches, batch_size]; -1 is filler.
+        lengths: Padded length of each batch in tokens, int [batches].
     """
 
     rows: np.ndarray
@@ -25,21 +30,25 @@ class Plan:
 
 
 def round_up(length: int, multiple: int = MULTIPLE) -> int:
-    """The next multiple."""
+    """Returns the smallest multiple of `multiple` that is at least `length`."""
     return -(-int(length) // multiple) * multiple
 
 
 def bucket_edges(lengths: Sequence[int], count: int, maximum: int) -> tuple[int, ...]:
-    """At most `count` padded lengths: the data's i/count quantiles, rounded up to multiples of 8.
+    """Returns at most `count` padded lengths, increasing.
 
-    The last one holds the longest row; none exceeds `maximum`, the longest a row can be.
+    They are the i/count quantiles of the rows' lengths (i = 1..count), rounded up to multiples of
+    8. The last one holds the longest row. None exceeds `maximum`, the longest that a row can be.
     """
     quantiles = np.quantile(np.asarray(lengths), np.arange(1, count + 1) / count, method="higher")
     return tuple(sorted({min(round_up(max(1, q)), maximum) for q in quantiles}))
 
 
 def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
-    """Explicit buckets, checked against the data. UserError unless increasing and long enough."""
+    """Returns explicit padded lengths as they are.
+
+    Raises UserError unless they are positive, increase, and hold the longest row.
+    """
     edges = tuple(edges)
     increasing = all(a < b for a, b in itertools.pairwise(edges))
     require(
@@ -56,19 +65,27 @@ def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
 def training_plan(
     lengths: np.ndarray, edges: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> Plan:
-    """Shuffled batches of one epoch; `len(lengths) // batch_size` of them in every epoch.
+    """Returns the shuffled batches of one epoch, len(lengths) // batch_size of them.
 
-    The rows are permuted by (seed, epoch) and grouped by the smallest bucket that holds them. What
-    is left of a bucket after whole batches joins the next larger one, in the permutation's order,
-    so only the final remainder is dropped. The order of the batches is shuffled too.
+    The rows are permuted by (seed, epoch) and grouped by the smallest bucket that holds them. The
+    rows of a bucket that do not fill a whole batch join the next larger bucket, in the order of the
+    permutation. So only the remainder of the largest bucket is dropped. The order of the batches is
+    shuffled too.
+
+    Args:
+        lengths: Tokens of each row.
+        edges: The buckets' padded lengths, increasing.
+        batch_size: Rows of a batch.
+        seed: The same in every epoch.
+        epoch: Number of the epoch, from 0.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
     bucket = np.searchsorted(edges, lengths[order])
     batches, padded, left = [], [], np.zeros(0, np.int64)
     for index, edge in enumerate(edges):
-        # Places in the permutation, sorted: no row is favoured for having come from a smaller
-        # bucket.
+        # Places in the permutation, sorted, so that rows left over from a smaller bucket have no
+        # advantage over others when a remainder is dropped.
         pool = np.sort(np.concatenate([left, np.flatnonzero(bucket == index)]))
         whole = len(pool) // batch_size * batch_size
         batches += list(order[pool[:whole]].reshape(-1, batch_size))
@@ -79,7 +96,7 @@ def training_plan(
 
 
 def evaluation_plan(lengths: np.ndarray, edges: Sequence[int], batch_size: int) -> Plan:
-    """Every row once, short rows first; the last batch is filled up with `FILLER`."""
+    """Returns batches with every row once, rows of short buckets first; `FILLER` ends the last."""
     bucket = np.searchsorted(edges, lengths)
     order = np.argsort(bucket, kind="stable")
     rows = np.concatenate([order, np.full(-len(order) % batch_size, FILLER, order.dtype)])
@@ -89,41 +106,52 @@ def evaluation_plan(lengths: np.ndarray, edges: Sequence[int], batch_size: int) 
 
 
 def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 1) -> int:
-    """Tokens of the fullest packed row: of a part of consecutive rows, in the microbatch that gets
-    most.
+    """Returns the number of tokens of the fullest packed row.
 
-    counts: of each row of a batch. Groups of rows are dealt to microbatches in turn, as
-    `microbatches.split_microbatches` deals them.
+    A batch is divided into parts of consecutive rows. Each part deals its groups of rows to the
+    microbatches in turn, as `microbatches.split_microbatches` does. One packed row holds what one
+    microbatch gets of one part.
+
+    Args:
+        counts: Tokens of each row of a batch.
+        parts: Parts of consecutive rows.
+        microbatches: Microbatches of each part.
+        group: Consecutive rows that stay together.
     """
     dealt = np.asarray(counts).reshape(parts, -1, microbatches, group)
     return int(dealt.sum(axis=(1, 3)).max())
 
 
 def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
-    """An order of a batch's rows in which parts and microbatches get about as many tokens each.
+    """Returns an order of a batch's rows that gives each packed row about as many tokens.
 
-    From the longest row to the shortest they are dealt out forth and back. Rows that do not divide
-    stay as they are.
+    The rows are dealt to the packed rows from the longest to the shortest, in alternating
+    direction. If the rows do not divide over parts times microbatches, the order is 0, 1, 2, ...
     """
     bins = parts * microbatches
     if bins == 1 or len(counts) % bins:
         return np.arange(len(counts))
     rounds = np.argsort(-np.asarray(counts), kind="stable").reshape(-1, bins)
     rounds[1::2] = rounds[1::2, ::-1]
-    # [round, part, microbatch] -> places as `fullest` reads them.
+    # [round, part, microbatch] -> the order of rows that `fullest` expects.
     return rounds.reshape(-1, parts, microbatches).swapaxes(0, 1).reshape(-1)
 
 
-# Packed rows are multiples of this long, and pay where they are shorter than the padded ones by a
-# twentieth.
+# Lengths of packed rows are multiples of SLOTS tokens. A batch is packed only if that makes it at
+# most WORTH times as long as padding does.
 SLOTS, WORTH = 16, 0.95
-# Eighths of the padded size are what batches are packed into that do not fit what was planned.
+# A batch that does not fit the planned size is packed into the next eighth of the padded size.
 LEVELS = 8
 
 
 def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
-    """The room that packed rows of a batch need, or None where packing is not worth it. padded: a
-    padded row's columns.
+    """Returns the length of packed rows that a batch needs, or None if packing gains too little.
+
+    Args:
+        counts: Tokens of each row of the batch.
+        parts: Parts of consecutive rows.
+        microbatches: Microbatches of each part.
+        padded: Tokens that one row takes with padding.
     """
     if len(counts) % (parts * microbatches):
         return None
@@ -133,8 +161,10 @@ def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int)
 
 
 def packed_sizes(planned: int, padded: int) -> list[int]:
-    """Sizes of packed rows, increasing: what is planned (0: nothing), and levels above it and above
-    half of the padded size.
+    """Returns the lengths that packed rows may have, increasing.
+
+    They are the planned length (0: none) and the eighths of the padded size that exceed both the
+    planned length and half of the padded size, as far as packing is worth it.
     """
     levels = (
         round_up(-(-padded * level // LEVELS), SLOTS) for level in range(LEVELS // 2 + 1, LEVELS)

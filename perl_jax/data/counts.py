@@ -1,4 +1,4 @@
-"""Numbers of rows in words, for the log and the report; imports nothing heavy."""
+"""Says in sentences how many rows were cut, for the log and the report; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Mapping
 
 
 def said_of(facts: Mapping[str, float], prompt_limit: int, response_limit: int) -> list[str]:
-    """Sentences on what a split's rows lost to fit, and on pairs in no order; none where nothing
-    was lost. facts: `tokenise.TokenRows.facts`.
+    """Returns sentences on what was cut from a split's rows, and on pairs of equal responses.
+
+    Returns no sentence where nothing was cut, nothing was rendered and no pair is equal.
+
+    Args:
+        facts: The numbers of `tokenise.TokenRows.facts`.
+        prompt_limit: max_prompt_length, in tokens.
+        response_limit: max_response_length, in tokens.
     """
     count, sentences = lambda name: int(facts.get(name, 0)), []
     rows, parts = count("rows"), []

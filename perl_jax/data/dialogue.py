@@ -1,8 +1,8 @@
-"""Taskmaster dialogues as text: one renderer for the reward rows and for both dialogue layouts.
+"""Renders Taskmaster dialogues as text: the reward rows, and the dialogues of TM-3 and TM-4.
 
-A turn is a dictionary in the reward data's form: `{"role": "user" | "agent", "text": ...}`,
+A turn is a dictionary in the form of the reward rows: `{"role": "user" | "agent", "text": ...}`,
 `{"role": "agent", "api": {name: arguments}}` or `{"role": "api", "response": {name: values}}`.
-Rendered, a turn is two lines, the speaker and what is said; an agent's call begins with `call`:
+A rendered turn is two lines: the speaker and the content. A call by the agent begins with `call`:
 
     user:
     can i get an espresso please
@@ -12,9 +12,9 @@ Rendered, a turn is two lines, the speaker and what is said; an agent's call beg
     get_menu_items(items=[{menu_item_id: "espresso-0001", name: "Espresso"}])
     agent:
 
-A prompt ends in `agent:` and a newline; the response is the one line that follows, so a whole
-dialogue is its prompt + response, joined by nothing, and a tokenizer that does not join a newline
-to the next line's first word gives the boundary the same tokens in both.
+A prompt ends with `agent:` and a newline; the response is the line that follows. So prompt +
+response is the text of the dialogue. A tokenizer whose tokens never join a newline to the next
+line's first word therefore gives prompt and response the same ids as the whole dialogue.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 Turn = Mapping[str, object]
+# Ends a prompt: the agent speaks next.
 CUE = "agent:\n"
 
 
 def rendered_value(value: object) -> str:
-    """JSON with bare keys."""
+    """Returns a value as JSON whose keys have no quotes."""
     if isinstance(value, Mapping):
         return (
             "{" + ", ".join(f"{key}: {rendered_value(item)}" for key, item in value.items()) + "}"
@@ -39,7 +40,10 @@ def rendered_value(value: object) -> str:
 
 
 def rendered_call(call: Mapping[str, object]) -> str:
-    """`name(key=value, ...)` of `{name: {key: value}}`; other values than mappings stand alone."""
+    """Returns a call {name: {key: value}} as `name(key=value, ...)`.
+
+    Values that are no mapping are written alone: {name: value} becomes `name(value)`.
+    """
     parts = []
     for name, values in call.items():
         pairs = values.items() if isinstance(values, Mapping) else [("", values)]
@@ -51,7 +55,7 @@ def rendered_call(call: Mapping[str, object]) -> str:
 
 
 def said(turn: Turn) -> str:
-    """What a turn says, on one line (white space within it becomes single spaces)."""
+    """Returns the content of a turn on one line; runs of white space become single spaces."""
     if "text" in turn:
         content = str(turn["text"])
     elif "api" in turn:
@@ -62,27 +66,27 @@ def said(turn: Turn) -> str:
 
 
 def rendered(turns: Sequence[Turn]) -> str:
-    """The turns as text, each ended by a newline."""
+    """Returns the turns as text; each turn ends with a newline."""
     return "".join(f"{turn['role']}:\n{said(turn)}\n" for turn in turns)
 
 
 def prompt_of(turns: Sequence[Turn]) -> str:
-    """The turns as text, then the cue for the agent."""
+    """Returns the turns as text, followed by the cue for the agent."""
     return rendered(turns) + CUE
 
 
 def group_of(turns: Sequence[Turn]) -> str:
-    """What keeps the rows of one dialogue together: the first user turn, letters and digits only.
+    """Returns the group of a dialogue's rows: the words of its first user turn in lower case.
 
-    Rows are turns and consecutive rows extend one dialogue. The first *two* user turns are no safe
-    key: a context with one user turn and its extension with two differ in it.
+    Consecutive rows of one dialogue share that turn. The first two user turns would not do: a
+    context that ends after one user turn and its extension by a second would be of two groups.
     """
     first = next((str(turn["text"]) for turn in turns if turn["role"] == "user"), "")
     return " ".join(re.findall(r"\w+", first.lower()))
 
 
 def responses_of(turns: Sequence[Turn]) -> Iterator[tuple[str, str]]:
-    """(prompt, response) of every agent turn that follows a user's first."""
+    """Yields (prompt, response) for every agent turn after the first user turn."""
     asked = False
     for index, turn in enumerate(turns):
         asked = asked or turn["role"] == "user"
@@ -91,17 +95,18 @@ def responses_of(turns: Sequence[Turn]) -> Iterator[tuple[str, str]]:
 
 
 def parsed(text: str) -> object:
-    """JSON of an annotation (raw tabs in its strings are tolerated). ValueError when it is
-    broken.
+    """Returns the JSON value of an annotation, whose strings may contain raw tabs.
+
+    Raises ValueError for text that is not JSON.
     """
     return json.loads(text, strict=False)
 
 
 def turns_of_tm4(utterances: Sequence[Mapping]) -> list[Turn]:
-    """The turns of a TM-4 dialogue, whose calls are annotations on the *user's* utterance.
+    """Returns the turns of a TM-4 dialogue, whose calls are annotations on the user's utterance.
 
-    They come after what the user says and before the assistant's next utterance. ValueError when an
-    annotation is not JSON, which is so of 19 of upstream's 3,710 dialogues.
+    The calls follow what the user says and precede the assistant's next utterance. Raises
+    ValueError for an annotation that is not JSON (19 of upstream's 3,710 dialogues have one).
     """
     turns: list[Turn] = []
     for utterance in utterances:
@@ -121,9 +126,10 @@ def turns_of_tm4(utterances: Sequence[Mapping]) -> list[Turn]:
 
 
 def turns_of_tm3(utterances: Sequence[Mapping]) -> list[Turn]:
-    """The turns of a TM-3 dialogue, whose calls stand in `apis` of an utterance.
+    """Returns the turns of a TM-3 dialogue, whose calls are in the field `apis` of an utterance.
 
-    Those on a user's utterance follow it; those on an assistant's were made for it and precede it.
+    Calls of a user's utterance follow it. Calls of an assistant's utterance precede it, because the
+    assistant made them before it spoke.
     """
     turns: list[Turn] = []
     for utterance in utterances:

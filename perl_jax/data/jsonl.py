@@ -1,6 +1,4 @@
-"""The user's own rows: UTF-8 JSON Lines, one object a line, checked with the line in the
-message.
-"""
+"""Reads and checks the user's own rows: UTF-8 JSON Lines, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -29,26 +27,33 @@ from perl_jax.data.store import (
 from perl_jax.errors import UserError, is_number, require
 from perl_jax.runtime.files import file_hash
 
-# The largest number that a batch, which is float32, can hold.
+# The largest number that the float32 arrays of a batch can hold.
 _LARGEST = float(np.finfo(np.float32).max)
-# Bounds of numbers.
+# The least and the greatest value of each column of numbers; others may be any finite number.
 RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
 
 def read_jsonl(
     path: pathlib.Path, fields: Sequence[str], others: bool = False
 ) -> list[dict[str, Any]]:
-    """The rows of a file, with just the wanted fields; blank lines are skipped.
-
-    others: every other field comes too, as it is; only `answer` and `group` are checked, which must
-    be a string that is not empty, or a number.
+    """Returns the rows of a file, with the fields that are asked for. Blank lines are skipped.
 
     `label` and `probability` are numbers in [0, 1], `weight` is 0 or more, `margin` and `rating`
-    are any numbers, `group` is a string or a number, every other wanted field is a string that is
-    not empty; `DEFAULTS` may be absent. Where comparisons are wanted, a line may hold `ranked`, two
-    or more responses from best to worst, in the place of `chosen` and `rejected`: it gives every
-    pair, their weights adding up to the line's (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
-    UserError naming file, line (from 1), field.
+    are any finite numbers, and `group` is a string or a number. Every other field that is asked for
+    is a string that is not empty. The fields of `DEFAULTS` may be missing.
+
+    A line of comparisons may hold `ranked`, two or more responses from best to worst, instead of
+    `chosen` and `rejected`. It makes one row for every pair of responses; the weights of these rows
+    add up to the weight of the line (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
+
+    Args:
+        path: The file.
+        fields: The fields that are asked for.
+        others: Whether to keep all other fields too. They are not checked, except that `answer` and
+            `group` must be a number or a string that is not empty.
+
+    Raises:
+        UserError: Names the file, the line (from 1) and the field.
     """
     return [row for _, row in numbered_rows(path, fields, others)]
 
@@ -56,7 +61,7 @@ def read_jsonl(
 def numbered_rows(
     path: pathlib.Path, fields: Sequence[str], others: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
-    """`read_jsonl`, each row with the number of its line."""
+    """Returns (number of the line from 1, row) for each row of a file; see `read_jsonl`."""
     path = pathlib.Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
@@ -76,7 +81,10 @@ def numbered_rows(
 def parse_line(
     line: bytes, fields: Sequence[str], where: str, others: bool = False
 ) -> list[dict[str, Any]]:
-    """A line's row, or rows of ranked responses; `where` opens the message of any error."""
+    """Returns the row of a line, or the rows of its ranked responses (`read_jsonl`).
+
+    Raises UserError; `where` begins the message.
+    """
     try:
         # utf-8-sig: the byte order mark that some editors put before the first line is not content.
         value = json.loads(
@@ -96,9 +104,9 @@ def parse_line(
 def checked_rows(
     value: Any, fields: Sequence[str], where: str, others: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns the row that an object is, or the rows of its ranked responses (`read_jsonl`).
+    """Returns the row of a JSON object, or the rows of its ranked responses (`read_jsonl`).
 
-    where: begins the message of any UserError.
+    Raises UserError; `where` begins the message.
     """
     require(
         isinstance(value, Mapping),
@@ -116,8 +124,9 @@ def checked_rows(
 
 
 def check_name(value: Any, field: str, where: str) -> None:
-    """UserError, opened by `where`, unless a field's value can be compared with others: an answer,
-    a group.
+    """Raises UserError unless a value is a number or a text that is not empty.
+
+    `answer` and `group` must be such values, because they are compared with others.
     """
     good = is_number(value) or (isinstance(value, str) and bool(value.strip()))
     require(
@@ -128,7 +137,10 @@ def check_name(value: Any, field: str, where: str) -> None:
 
 
 def ranked_pairs(value: dict, where: str) -> list[dict]:
-    """Every pair of a ranking, the better one chosen; together they weigh what the line does."""
+    """Returns a row for every pair of a ranking, the better response as `chosen`.
+
+    Each row has the weight of the line divided by the number of pairs.
+    """
     ranked = value["ranked"]
     require(
         isinstance(ranked, list) and len(ranked) >= 2,
@@ -146,7 +158,10 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
 
 
 def checked(value: dict, field: str, where: str) -> str | float:
-    """A field of a line's object as rows have it, or its default; UserError, opened by `where`."""
+    """Returns the value of one field of a row, or its default.
+
+    Raises UserError for a value that `read_jsonl` does not allow; `where` begins the message.
+    """
     if field not in value and field in DEFAULTS:
         return DEFAULTS[field]
     require(field in value, f"{where}: the field {field} is missing.")
@@ -179,8 +194,9 @@ def checked(value: dict, field: str, where: str) -> str | float:
 
 
 def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's fields, each of which may be there once: JSON's readers disagree on which of two
-    counts.
+    """Returns the fields of a JSON object. Raises UserError for a field that is there twice.
+
+    JSON readers disagree on which of the two values counts.
     """
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -189,9 +205,7 @@ def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(value: Any, where: str, field: str = "") -> None:
-    """UserError for half of a surrogate pair, which no file can hold, in any text or name of a
-    line.
-    """
+    """Raises UserError for a text or name with half of a surrogate pair: UTF-8 cannot hold it."""
     if isinstance(value, dict):
         for name, item in value.items():
             _check_text(name, where, field or name.encode("utf-8", "replace").decode())
@@ -207,12 +221,18 @@ def _check_text(value: Any, where: str, field: str = "") -> None:
 
 
 def split_of(text: str) -> str:
-    """The split of a row of a single file, by a hash of its group, prompt or text: 80 / 10 / 10."""
+    """Returns the split of a row of a single file, by a hash of its group, prompt or text.
+
+    80 % of the hashes are train, 10 % validation, 10 % test.
+    """
     return part_of(text, TENTHS)
 
 
 def find(options: DataOptions) -> pathlib.Path:
-    """The file or folder of the user's rows; UserError if none is named or there."""
+    """Returns the file or folder of the user's rows.
+
+    Raises UserError if `data_dir` is not given or does not exist.
+    """
     require(
         options.data_dir is not None,
         "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them.",
@@ -223,12 +243,14 @@ def find(options: DataOptions) -> pathlib.Path:
 
 
 class JsonlBuilder(RowsBuilder):
-    """One file, split 80/10/10 by a hash of the group (of the prompt, where a row names no group)
-    so that equal ones stay together, or a folder with train.jsonl, validation.jsonl and test.jsonl
-    (a split without a file has no rows).
+    """Reads the user's own rows from a JSON Lines file, or from a folder of such files.
 
-    A prompt's other columns reach the rewards as they are; those of other kinds of rows are
-    dropped.
+    A single file is split 80/10/10 by a hash of each row's group (of its prompt, if the row has no
+    group), so that the rows of a group stay in one split. A folder has train.jsonl,
+    validation.jsonl and test.jsonl; a split without a file has no rows.
+
+    Other columns of prompts are passed to the rewards unchanged. Other columns of other kinds of
+    rows are dropped.
     """
 
     name = "jsonl"
@@ -265,7 +287,7 @@ class JsonlBuilder(RowsBuilder):
     def _numbered(
         cls, kind: str, split: str, options: DataOptions
     ) -> Iterator[tuple[pathlib.Path, int, dict]]:
-        """(file, line, row) of a split's rows."""
+        """Yields (file, number of the line, row) for each row of a split."""
         path, fields, others = find(options), KINDS[kind], kind in OPEN
         if path.is_file():
             return (

@@ -1,8 +1,9 @@
-"""The embedded task: take a coffee-bar order. Known gold reward, simulated clerks and raters.
+"""The embedded task `orders`: take an order at a coffee bar. The true (gold) reward is known.
 
-No download: every row is derived from a seed. Clerks of mixed competence answer customers, raters
-prefer by the gold reward with noise, so a judge's best possible accuracy is known
-(`noise_ceiling`), and learning, over-optimisation and label noise can be measured exactly.
+Nothing is downloaded: every row is generated from a seed. Simulated clerks, more or less reliable,
+answer customers. Simulated raters prefer responses by the gold reward, with noise. So the best
+accuracy that any reward model can reach is known (`noise_ceiling`), and learning, over-optimisation
+and the effect of label noise can be measured exactly.
 """
 
 from __future__ import annotations
@@ -55,7 +56,15 @@ SIZES_OF_SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What is wrong with a response: the wrong slots of matched items, and counts of the rest."""
+    """What is wrong with a response.
+
+    Attributes:
+        slots: The wrong slots of matched items.
+        missing: Number of requested items that are missing.
+        extra: Number of items that were not requested.
+        place: Whether the place is wrong or missing.
+        malformed: Number of segments that are neither a call nor the place.
+    """
 
     slots: tuple[str, ...]
     missing: int
@@ -65,20 +74,21 @@ class Grade:
 
     @property
     def reward(self) -> float:
+        """Returns the gold reward, in [-1, 1] (`gold_reward`)."""
         cost = SLOT_COST * (len(self.slots) + self.place) + MISSING_COST * self.missing
         cost += EXTRA_COST * self.extra + MALFORMED_COST * self.malformed
         return max(-1.0, 1.0 - cost)
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Spoken names of what is wrong, each once, in a fixed order."""
+        """Returns the spoken names of what is wrong, each once, in a fixed order."""
         named = [f"wrong {SLOTS[slot]}" for slot in SLOTS if slot in self.slots]
         named += ["missing drink"] * bool(self.missing) + ["extra drink"] * bool(self.extra)
         return (*named, *["wrong place"] * self.place, *["garbled"] * bool(self.malformed))
 
 
 def parse_call(segment: Sequence[str]) -> Item | None:
-    """The item of a well-formed `add QUANTITY SIZE DRINK MILK`, else None."""
+    """Returns the item of a well-formed `add QUANTITY SIZE DRINK MILK`, otherwise None."""
     if len(segment) != 5 or segment[0] != "add":
         return None
     _, quantity, size, drink, milk = segment
@@ -87,10 +97,10 @@ def parse_call(segment: Sequence[str]) -> Item | None:
 
 
 def parse_response(response: str) -> tuple[list[Item], str | None, int]:
-    """(items, place or None, malformed segments) of a `;`-separated response.
+    """Returns (items, place or None, number of malformed segments) of a response.
 
-    The place counts only as the last segment. Any other segment that is not a call is malformed,
-    an empty one too; an empty response has one (empty) segment.
+    Segments are separated by `;`. The last segment may be the place. Every other segment that is
+    not a call is malformed, an empty one too. An empty response has one empty segment.
     """
     segments: list[list[str]] = [[]]
     for word in response.split():
@@ -105,14 +115,16 @@ def parse_response(response: str) -> tuple[list[Item], str | None, int]:
 
 
 def wrong_slots(wanted: Item, given: Item) -> tuple[str, ...]:
+    """Returns the names of the slots in which two items differ."""
     return tuple(slot for slot in SLOTS if getattr(wanted, slot) != getattr(given, slot))
 
 
 def match_items(wanted: Sequence[Item], given: Sequence[Item]) -> tuple[tuple[str, ...], int, int]:
-    """(wrong slots, missing, extra) of the cheapest matching of given to wanted items.
+    """Returns (wrong slots, missing, extra) of the cheapest matching of given to wanted items.
 
-    Dynamic programming over subsets of the (few) wanted items: linear in the given ones, so a
-    degenerate response of many calls costs no more than it must.
+    The matching is found by dynamic programming over subsets of the wanted items, of which there
+    are few. Its time is linear in the number of given items, so that a degenerate response with
+    many calls is graded quickly.
     """
     best: dict[frozenset[int], tuple[float, tuple[str, ...]]] = {frozenset(): (0.0, ())}
     for item in given:
@@ -132,28 +144,29 @@ def match_items(wanted: Sequence[Item], given: Sequence[Item]) -> tuple[tuple[st
 
 
 def grade(order: Order, response: str) -> Grade:
-    """What is wrong with `response` as an answer to `order`; total over strings."""
+    """Returns what is wrong with a response to an order. Any string is a response."""
     items, place, malformed = parse_response(response)
     slots, missing, extra = match_items(order.items, items)
     return Grade(slots, missing, extra, place != order.place, malformed)
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """The true quality of a response, in [-1, 1]; 1 only for a perfect order.
+    """Returns the true reward of a response, in [-1, 1]; 1 only for a perfect order.
 
         g = max(-1, 1 - 0.5 (wrong slots + wrong or missing place + malformed segments)
                       - 1.5 (missing items) - 1.0 (extra items))
 
-    Given items are matched to the requested ones at the least cost, in any order; the slots of a
+    Given items are matched to requested items at the least cost, in any order. The slots of a
     matched item are drink, quantity, size and milk. Words after the place make the last segment
-    malformed and the place missing. Total over strings: a prompt that asks for nothing gives -1.
+    malformed and the place missing. The reward is defined for all strings; a prompt that is not a
+    request gives -1.
     """
     order = parse_request(prompt)
     return -1.0 if order is None else grade(order, response).reward
 
 
 def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """`gold_reward` of each pair, float32."""
+    """Returns `gold_reward` of each prompt and its response, float32 [n]."""
     pairs = zip(prompts, responses, strict=True)
     return np.asarray([gold_reward(prompt, response) for prompt, response in pairs], np.float32)
 
@@ -162,10 +175,12 @@ def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
 
 
 def other(rng: random.Random, options: Iterable, value):
+    """Returns a random one of the options other than `value`."""
     return rng.choice([option for option in options if option != value])
 
 
 def with_item(order: Order, index: int, item: Item) -> Order:
+    """Returns an order with one item replaced."""
     items = (*order.items[:index], item, *order.items[index + 1 :])
     return dataclasses.replace(order, items=items)
 
@@ -240,8 +255,8 @@ MISHEARD = {
     "place": wrong_place, "missing": missing_item, "extra": extra_item, "swapped": swapped_slots,
 }  # fmt: skip
 MISWRITTEN = {"no place": without_place, "garbled": garbled}
-# Telling that one misheard slot is wrong takes a comparison of two words far apart, which a base of
-# three layers does not learn in a minute; most errors are of kinds that it can tell.
+# To see that one slot was misheard, a model has to compare two words that are far apart. A base of
+# three layers does not learn that in a minute, so most errors are of kinds that it can recognise.
 ERROR_WEIGHTS = {
     "quantity": 1, "size": 1, "milk": 1, "drink": 1, "swapped": 1,
     "place": 8, "missing": 8, "extra": 8, "no place": 8, "garbled": 8,
@@ -249,7 +264,7 @@ ERROR_WEIGHTS = {
 
 
 def kinds_of_errors(rng: random.Random, count: int) -> list[str]:
-    """Different kinds of errors, drawn by weight without replacement."""
+    """Returns distinct kinds of errors, drawn by `ERROR_WEIGHTS` without replacement."""
     kinds, weights = [*ERROR_WEIGHTS], [*ERROR_WEIGHTS.values()]
     drawn: list[str] = []
     while len(drawn) < count:
@@ -259,8 +274,11 @@ def kinds_of_errors(rng: random.Random, count: int) -> list[str]:
 
 
 def clerk(rng: random.Random, order: Order, error_rate: float) -> str:
-    """A clerk's response: wrong with probability `error_rate`, then with the same probability wrong
-    in a second and a third way. Errors that happen to cancel are drawn again."""
+    """Returns a clerk's response, with 0 to 3 kinds of errors.
+
+    The first error has probability `error_rate`; after each error the next one has the same
+    probability. Errors that cancel each other are drawn again.
+    """
     count = 0
     while count < 3 and rng.random() < error_rate:
         count += 1
@@ -270,7 +288,7 @@ def clerk(rng: random.Random, order: Order, error_rate: float) -> str:
         for kind in kinds:
             heard = MISHEARD[kind](rng, heard) if kind in MISHEARD else heard
         text = answer(heard)
-        # In the table's order: leaving the place out writes the text anew.
+        # In the order of the table, because "no place" writes the text anew.
         for kind in [kind for kind in MISWRITTEN if kind in kinds]:
             text = MISWRITTEN[kind](rng, heard, text)
         if (grade(order, text).reward < 1.0) == (count > 0):
@@ -278,7 +296,7 @@ def clerk(rng: random.Random, order: Order, error_rate: float) -> str:
 
 
 def reaction(order: Order, response: str) -> str:
-    """What the customer says to a response: that it is right, or how much and what is wrong."""
+    """Returns what the customer says to a response: that it is right, or what is wrong with it."""
     faults = grade(order, response).faults
     if not faults:
         return "thanks , that is right"
@@ -293,36 +311,40 @@ def sigmoid(x: float) -> float:
 
 
 def preference_probability(reward_a: float, reward_b: float) -> float:
-    """p(a is preferred to b) = sigmoid(k (g_a - g_b)), k = 2 (Bradley-Terry over the gold
-    reward).
+    """Returns p(a is preferred to b) = sigmoid(k (g_a - g_b)) with k = 2 and gold rewards g.
+
+    This is the Bradley-Terry model over the gold reward.
     """
     return sigmoid(RATER_STEEPNESS * (reward_a - reward_b))
 
 
 def thumb_probability(reward: float) -> float:
-    """p(thumbs up) = sigmoid(k (g - 0.6)), k = 5: 0.88 for a perfect order, 0.38 with a wrong
-    slot.
+    """Returns p(thumbs up) = sigmoid(k (g - 0.6)) with k = 5 and the gold reward g.
+
+    The probability is 0.88 for a perfect order and 0.38 for one with a wrong slot.
     """
     return sigmoid(THUMB_STEEPNESS * (reward - THUMB_THRESHOLD))
 
 
 def noise_ceiling(probabilities: Sequence[float]) -> float:
-    """mean(max(p, 1 - p)): the expected accuracy of a judge that knows the gold reward."""
+    """Returns mean(max(p, 1 - p)), the expected accuracy of a judge that knows the gold reward."""
     p = np.asarray(probabilities, np.float64)
     return float(np.mean(np.maximum(p, 1.0 - p)))
 
 
 def split_of(order: Order) -> str:
-    """The split an order belongs to, by a hash of its content: the same for every seed and kind."""
+    """Returns the split of an order, by a hash of its content: equal for all seeds and kinds."""
     return part_of(order.content, TENTHS)
 
 
 def row_rng(seed: int, kind: str, split: str, index: int) -> random.Random:
+    """Returns the random generator of one row, which depends on the arguments alone."""
     digest = hashlib.blake2b(f"{seed}/{kind}/{split}/{index}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 def sample_order_of(rng: random.Random, split: str) -> Order:
+    """Draws orders until one belongs to the split; returns it."""
     while True:
         order = sample_order(rng)
         if split_of(order) == split:
@@ -330,7 +352,7 @@ def sample_order_of(rng: random.Random, split: str) -> Order:
 
 
 def comparison(rng: random.Random, order: Order, prompt: str) -> dict:
-    """Two different responses by clerks of mixed competence, as a simulated rater orders them."""
+    """Returns a comparison of two different clerks' responses, ordered by a simulated rater."""
     first = clerk(rng, order, rng.choice(COMPARED_ERROR_RATES))
     second = first
     while second == first:
@@ -342,7 +364,7 @@ def comparison(rng: random.Random, order: Order, prompt: str) -> dict:
 
 
 def row(kind: str, split: str, seed: int, index: int) -> dict:
-    """Row `index` of a kind and split: a function of its arguments alone, whatever the size."""
+    """Returns row `index` of a kind and split; the number of rows does not change it."""
     rng = row_rng(seed, kind, split, index)
     order = sample_order_of(rng, split)
     prompt = spoken_order(rng, order)
@@ -361,7 +383,7 @@ def row(kind: str, split: str, seed: int, index: int) -> dict:
 
 
 def rows(kind: str, split: str, seed: int = 0, size: int | None = None) -> Iterator[dict]:
-    """The rows of a kind (`SIZES_OF_SPLITS`) and split, `size` of them or the default number."""
+    """Yields `size` rows of a kind and split; None: the number in `SIZES_OF_SPLITS`."""
     count = SIZES_OF_SPLITS[kind][split] if size is None else size
     return (row(kind, split, seed, index) for index in range(count))
 

@@ -1,9 +1,9 @@
-"""The language of the order-taking task: orders, what customers say, and the words of both.
+"""The language of the task `orders`: orders, what customers say, and the vocabulary.
 
-An order is one or two drinks, each with a quantity, a size and a milk, and whether it is taken
-away. A customer says it in one of many ways (phrasing, order of the slots, fillers, synonyms for
-the place). Every text is lower-case words separated by single spaces, so a whitespace tokenizer
-over `vocabulary()` covers the task; `black` is the milk of a drink without.
+An order is one or two drinks, each with a quantity, a size and a milk, and a place: to go or here.
+A customer can say it in many ways: with other phrases, fillers, synonyms for the place and another
+order of the parts. Every text is lower-case words separated by single spaces, so that a tokenizer
+of whole words with `vocabulary()` covers the task. The milk of a drink without milk is `black`.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ class Order:
 
     @property
     def content(self) -> str:
-        """The order's text with its items sorted: equal for two orders of the same things."""
+        """Returns the order's text with its items sorted: equal for orders of equal items."""
         return answer(Order(tuple(sorted(self.items)), self.place))
 
 
 def call(item: Item) -> str:
-    """The structured call that adds one item."""
+    """Returns the structured call that adds one item."""
     return f"add {item.quantity} {item.size} {item.drink} {item.milk}"
 
 
 def answer(order: Order) -> str:
-    """The right response to an order, for example `add two large latte oat ; to go`."""
+    """Returns the right response to an order, for example `add two large latte oat ; to go`."""
     return " ; ".join([*map(call, order.items), order.place])
 
 
@@ -77,14 +77,14 @@ def sample_item(rng: random.Random, drink: str) -> Item:
 
 
 def sample_order(rng: random.Random) -> Order:
-    """One or two items of different drinks, and a place."""
+    """Returns a random order: one or two items of different drinks, and a place."""
     count = 1 if rng.random() < SINGLE_ITEM_SHARE else 2
     drinks = rng.sample(DRINKS, count)
     return Order(tuple(sample_item(rng, drink) for drink in drinks), rng.choice(PLACES))
 
 
 def spoken_item(rng: random.Random, item: Item) -> str:
-    """One item as a customer may say it, at most 8 words."""
+    """Returns one item as a customer may say it, in at most 8 words."""
     cups = "cup" if item.quantity == "one" else "cups"
     if item.milk == NO_MILK or rng.random() < 0.5:
         return f"{item.quantity} {item.size} {cups} of {item.milk} {item.drink}"
@@ -92,7 +92,7 @@ def spoken_item(rng: random.Random, item: Item) -> str:
 
 
 def spoken_order(rng: random.Random, order: Order) -> str:
-    """The prompt: what the customer says, then the cue for the assistant. At most 28 words."""
+    """Returns a prompt of at most 28 words: what the customer says, then the assistant's cue."""
     place = rng.choice(SPOKEN_PLACES[order.place])
     opener, request = rng.choice(OPENERS), rng.choice(REQUESTS)
     items = f" {rng.choice(CONNECTORS)} ".join(spoken_item(rng, item) for item in order.items)
@@ -110,7 +110,7 @@ def spoken_order(rng: random.Random, order: Order) -> str:
 
 
 def parse_item(words: list[str]) -> Item | None:
-    """The item that a stretch of a request asks for, None when a slot is not said."""
+    """Returns the item that a part of a request asks for; None if one of its slots is missing."""
     said = [
         next((word for word in words if word in options), None)
         for options in (QUANTITIES, SIZES, DRINKS, MILKS)
@@ -119,7 +119,7 @@ def parse_item(words: list[str]) -> Item | None:
 
 
 def parse_request(prompt: str) -> Order | None:
-    """The order a prompt asks for; None when the text is not a request of this language."""
+    """Returns the order that a prompt asks for; None if the text is not a request."""
     words = prompt.split()
     stretches: list[list[str]] = [[]]
     for word in words:
@@ -137,13 +137,13 @@ REACTION_WORDS = (
     "thanks", "that", "is", "right", "wrong", "missing", "extra", "number", "size", "milk", "drink",
     "place", "garbled", *(word for phrase in MISTAKES for word in phrase.split()),
 )  # fmt: skip
-# The assistant's turn ends as its responses do, with the eos token of the tokenizers made here (and
-# of the Llama family's): a base then knows it, and what follows it: how the turn was received.
+# In corpus rows the assistant's turn ends with the eos token of the tokenizers that this package
+# makes (and of the Llama family). So a base learns that token, and the reaction that follows it.
 END_OF_TURN = "</s>"
 
 
 def vocabulary() -> list[str]:
-    """The sorted closed list of words that prompts, responses and reactions are made of."""
+    """Returns all words of prompts, responses and reactions, sorted."""
     phrases = [*OPENERS, *REQUESTS, *FILLERS, *CONNECTORS, CUSTOMER, ASSISTANT, *PLACES]
     phrases += [spoken for options in SPOKEN_PLACES.values() for spoken in options]
     words = {word for phrase in phrases for word in phrase.split()}

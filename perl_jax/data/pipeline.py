@@ -1,8 +1,9 @@
-"""The input pipeline: rows -> token batches of few static shapes, sharded, resumable.
+"""The input pipeline: turns rows into batches of tokens with few static shapes.
 
-Rows are tokenised once into memory. Each epoch has a plan (`bucketing`) that every process derives
-from the same numbers; a process materialises only its contiguous slice of each batch. Grain runs
-the collation in prefetching threads and keeps the cursor.
+All rows are tokenised once and kept in memory. Each epoch has a plan (`bucketing`) that says which
+rows each batch holds. Every process derives the same plan and builds only its own contiguous slice
+of each batch. Grain builds batches ahead in a thread and keeps the data cursor, from which a run
+resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from perl_jax.errors import UserError, positive, require
 from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
 Batch = Tokens | Pairs | Labelled | Prompts
-# Batches that are looked at for how much room packed rows need, in whole epochs.
+# How many batches are examined to choose the lengths of packed rows, rounded up to whole epochs.
 _PLANNED = 512
 PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
@@ -43,16 +44,25 @@ PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 class BatchSpec:
     """How rows are batched.
 
-    batch_size: rows of a whole batch, over all processes.
-    max_prompt_length, max_response_length: in tokens; longer ones are cut (`tokenise`).
-    bucket_count: padded lengths derived from the data; buckets: explicit ones instead.
-    shuffle_seed: None is evaluation: fixed order, last batch filled up; otherwise rows and batches
-        are shuffled in each epoch and the remainder of an epoch is dropped.
-    epochs: None repeats for ever.
-    process_index, process_count: which contiguous slice of each batch this process gets.
-    packed: batches say how they are packed (`types.Layout`), where that is worth it; parts:
-    consecutive
-        rows that stay together on a device, microbatches: of the update.
+    Attributes:
+        batch_size: Rows of a whole batch, over all processes.
+        max_prompt_length: Most tokens of a prompt; longer prompts are cut (`tokenise`).
+        max_response_length: Most tokens of a response; longer responses are cut.
+        bucket_count: At most how many padded lengths are derived from the data.
+        buckets: Explicit padded lengths, increasing; None: derived ones.
+        shuffle_seed: Seed of the order of rows and batches, which is another in each epoch; the
+            rows that do not fill a last batch are dropped. None, for evaluation: a fixed order, and
+            the last batch is filled up with filler rows.
+        epochs: How many epochs to iterate; None: without end.
+        process_index: Which contiguous slice of each batch this process builds.
+        process_count: How many slices there are.
+        packed: Whether batches carry a `types.Layout`, which says how their rows are packed.
+            Batches that packing would hardly shorten carry none.
+        parts: Into how many parts of consecutive rows the mesh divides a batch.
+        microbatches: Microbatches of the update that reads the batches.
+
+    Raises:
+        UserError: For a number out of range, or a batch that does not divide over the processes.
     """
 
     batch_size: int
@@ -93,16 +103,25 @@ class BatchSpec:
         )
 
     def longest(self, kind: str) -> int:
-        """Returns the most tokens that a row of this kind may have."""
+        """Returns the most tokens that a row of a kind can have, without the template's tail."""
         return self.max_prompt_length + (0 if kind == "prompts" else self.max_response_length)
 
 
 class Batches:
-    """The batches of tokenised rows: `len`-less, iterable, every iteration starts at the beginning.
+    """The batches of tokenised rows. Every iteration starts at the first batch; there is no `len`.
 
-    steps_per_epoch: batches of one epoch. lengths: the padded lengths batches may have.
-    columns: a digest of what the rows have beside their tokens (`columns_digest`).
-    Raises UserError when training has fewer rows than a batch, or explicit buckets do not fit.
+    Attributes:
+        rows: The tokenised rows.
+        spec: How they are batched.
+        pad_id: The token id of padding.
+        columns: A digest of what the rows hold beside their tokens (`columns_digest`).
+        lengths: The padded lengths that batches may have, increasing.
+        steps_per_epoch: Batches of one epoch.
+        plan: epoch -> its `Plan`.
+
+    Raises:
+        UserError: Without rows, with fewer rows than one training batch, or if explicit buckets are
+            too short for the longest row.
     """
 
     def __init__(self, rows: TokenRows, spec: BatchSpec, pad_id: int, columns: str = "") -> None:
@@ -127,12 +146,15 @@ class Batches:
 
     @property
     def truncated(self) -> Mapping[str, int]:
-        """How many prompts and responses were cut, by part of a row."""
+        """Returns how many prompts and responses were cut, by name (`TokenRows.truncated`)."""
         return self.rows.truncated
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides which rows a step gets; a cursor is only valid with the same."""
+        """Returns a digest of all that decides which rows a step gets.
+
+        A data cursor is only valid for batches with the fingerprint that it was saved with.
+        """
         spec, digest = self.spec, hashlib.blake2b(digest_size=8)
         digest.update(np.ascontiguousarray(self.rows.lengths).tobytes())
         digest.update(
@@ -142,7 +164,7 @@ class Batches:
 
     @functools.cached_property
     def content(self) -> str:
-        """Of what the rows hold: their tokens, numbers and, for prompts, every column."""
+        """Returns a digest of the rows' tokens, their numbers and, for prompts, all columns."""
         digest = hashlib.blake2b(self.columns.encode(), digest_size=8)
         for ragged in (self.rows.prompts, *self.rows.responses):
             digest.update(np.ascontiguousarray(ragged.lengths).tobytes())
@@ -158,13 +180,15 @@ class Batches:
         return training_plan(lengths, self.lengths, spec.batch_size, spec.shuffle_seed, epoch)
 
     def rows_of(self, step: int) -> np.ndarray:
-        """The source rows of a whole batch, -1 for filler."""
+        """Returns the indices of a whole batch's rows in the split, [batch_size]; filler: -1."""
         epoch, index = divmod(step, self.steps_per_epoch)
         return self._arranged(self.plan(epoch).rows[index])
 
     def _arranged(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of a packed batch in an order that fills its packed rows evenly. Prompts keep
-        theirs: samples depend on it.
+        """Returns the rows of a batch, reordered so that its packed rows fill evenly.
+
+        Batches that are not packed keep their order. So do prompts, because the samples that are
+        drawn for a prompt depend on its place in the batch.
         """
         spec = self.spec
         if not spec.packed or self.rows.kind == "prompts":
@@ -172,11 +196,11 @@ class Batches:
         return rows[balanced(self._counts(rows), spec.parts, spec.microbatches)]
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of the rows of a batch, a pair's prompt counted once."""
+        """Returns the number of tokens of each row of a batch; a pair's prompt counts once."""
         return np.where(rows == FILLER, 0, self._tokens[rows])
 
     def batch(self, step: int) -> Batch:
-        """This process's slice of the batch of a step (random access; the iterator's function)."""
+        """Returns this process's slice of the batch of a step; any step may be asked for."""
         epoch, index = divmod(step, self.steps_per_epoch)
         share = self.spec.batch_size // self.spec.process_count
         start = share * self.spec.process_index
@@ -185,8 +209,9 @@ class Batches:
         return with_layout(batch, self._layout(rows, columns)) if self.spec.packed else batch
 
     def _layout(self, rows: np.ndarray, columns: int) -> Layout | None:
-        """The packing of a batch: the smallest that holds it of the few that its padded length has;
-        None: padded.
+        """Returns how a batch is packed: the smallest planned size that holds it.
+
+        Returns None where the batch stays padded.
         """
         spec, own = self.spec, self._slots(rows, columns)
         fits = () if own is None else (size for size in self._sizes.get(columns, ()) if size >= own)
@@ -195,23 +220,25 @@ class Batches:
 
     @property
     def _group(self) -> int:
-        """Rows of the model's batch that a row of the source is."""
+        """Returns how many rows of the model's batch a data row makes: 2 for a pair, else 1."""
         return 2 if self.rows.kind == "comparisons" else 1
 
     def _slots(self, rows: np.ndarray, columns: int) -> int | None:
-        """What a batch needs at least; None: packing it is not worth it."""
+        """Returns the shortest packed rows that hold a batch; None: packing gains too little."""
         return packed_slots(
             self._counts(rows), self.spec.parts, self.spec.microbatches, columns * self._group
         )
 
     @functools.cached_property
     def _sizes(self) -> dict[int, list[int]]:
-        """Sizes of packed rows for each padded length: what the first batches need, and a few above
-        for what later ones mix.
+        """Returns the sizes of packed rows that may be used with each padded length.
+
+        They are the size that the first batches need, and a few larger ones for later batches that
+        need more. Few sizes keep the number of compiled programs small.
         """
         spec, most = self.spec, dict.fromkeys(self.lengths, 0)
         epochs = 1 if spec.shuffle_seed is None else -(-_PLANNED // self.steps_per_epoch)
-        # The first epoch last: it stays in the cache of plans.
+        # In reverse, so that the first epoch's plan is still cached when iteration begins.
         for plan in map(self.plan, reversed(range(epochs))):
             for rows, length in zip(plan.rows, plan.lengths.tolist(), strict=True):
                 most[length] = max(most[length], self._slots(self._arranged(rows), length) or 0)
@@ -222,7 +249,7 @@ class Batches:
 
     @functools.cached_property
     def _tokens(self) -> np.ndarray:
-        """Tokens of each row of the source, a pair's prompt counted once."""
+        """Returns the number of tokens of each row of the split; a pair's prompt counts once."""
         return self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
 
     def __iter__(self) -> BatchIterator:
@@ -230,7 +257,7 @@ class Batches:
 
 
 class Steps(Sequence):
-    """Step numbers, as a random-access source for Grain."""
+    """The numbers 0 to count - 1, as a random-access source for Grain."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -243,7 +270,11 @@ class Steps(Sequence):
 
 
 class BatchIterator(Iterator):
-    """Iterates over batches; its state is a small JSON value from which it continues exactly."""
+    """Iterates over batches; its state is a small JSON value from which it continues exactly.
+
+    Attributes:
+        batches: The batches that are iterated.
+    """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -254,14 +285,17 @@ class BatchIterator(Iterator):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
+        """Returns the number of batches of one epoch."""
         return self.batches.steps_per_epoch
 
     def __next__(self) -> Batch:
         return next(self._iterator)
 
     def get_state(self) -> dict:
-        """The cursor: batches handed out so far (prefetched ones do not count)."""
+        """Returns the data cursor: how many batches were returned, and digests of the rows.
+
+        Batches that were prefetched but not returned do not count.
+        """
         return {
             "grain": self._iterator.get_state(),
             "rows": self.batches.fingerprint,
@@ -269,9 +303,10 @@ class BatchIterator(Iterator):
         }
 
     def set_state(self, state: Mapping) -> None:
-        """Continues where `get_state` was taken. UserError if the rows or batching differ since.
+        """Continues after the last batch that was returned before `get_state`.
 
-        A state of an older version has no `content`; then only the rows' lengths are compared.
+        Raises UserError if the rows or the batch settings are not those of the state. A state of an
+        older version has no `content`; then only the lengths of the rows are compared.
         """
         if state.get("rows") != self.batches.fingerprint:
             raise UserError(
@@ -287,15 +322,22 @@ class BatchIterator(Iterator):
 
 
 def make_batches(rows: Iterable[Mapping], kind: str, encoder: Encoder, spec: BatchSpec) -> Batches:
-    """Batches of a kind's rows: demonstrations and corpus -> Tokens, comparisons -> Pairs,
-    labels and ratings -> Labelled, prompts -> Prompts."""
+    """Tokenises rows and returns their batches.
+
+    Demonstrations and corpus rows become `Tokens`, comparisons `Pairs`, labels and ratings
+    `Labelled`, prompts `Prompts`.
+
+    Raises:
+        RowError: For a row that cannot be encoded.
+        UserError: See `Batches`.
+    """
     rows = list(rows)
     tokens = tokenise(rows, kind, encoder, spec.max_prompt_length, spec.max_response_length)
     return Batches(tokens, spec, encoder.pad_id, columns_digest(rows) if kind in OPEN else "")
 
 
 def columns_digest(rows: Iterable[Mapping]) -> str:
-    """Of all columns of all rows: rewards read the text of prompts, and other columns."""
+    """Returns a digest of all columns of all rows; rewards read columns other than the prompt."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         digest.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
@@ -303,12 +345,15 @@ def columns_digest(rows: Iterable[Mapping]) -> str:
 
 
 def collate(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Batch:
-    """The batch of some rows at a padded length; index -1 is an all-False row of weight 0."""
+    """Returns the batch of the rows at `indices`, padded to `columns` tokens.
+
+    Index -1 makes a filler row: no token is valid and the row's weight is 0.
+    """
     return COLLATE[rows.kind](rows, indices, columns, pad_id)
 
 
 def with_layout(batch: Batch, layout: Layout | None) -> Batch:
-    """The batch with its packing on every set of tokens."""
+    """Returns a batch with the layout set on each of its `Tokens`; prompts are unchanged."""
     if isinstance(batch, Tokens):
         return batch.replace(layout=layout)
     if isinstance(batch, Pairs):
@@ -324,7 +369,7 @@ def with_layout(batch: Batch, layout: Layout | None) -> Batch:
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:
-    """Returns a row's prompt and, where `response` is given, that response; [] for a filler."""
+    """Returns the token ids of a row: its prompt and, if named, one response. Filler has none."""
     if index == FILLER:
         return []
     return [rows.prompts[index], *([] if response is None else [rows.responses[response][index]])]
@@ -333,8 +378,10 @@ def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndar
 def right_padded(
     rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int, response: int = 0
 ) -> Tokens:
-    """Prompt, response, the template's tail, padding; the response mask covers the response's
-    tokens, its end included.
+    """Returns sequences [rows, columns]: prompt, response, the chat template's tail, padding.
+
+    The response mask covers the response's tokens with the one that ends the turn, but not the
+    tail. `response` is the number of the response that is read (0: chosen, 1: rejected).
     """
     tokens_BT, valid_BT = fill(
         [pieces_of(rows, index, response) for index in indices], columns, pad_id
@@ -351,7 +398,7 @@ def right_padded(
 
 
 def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Prompts:
-    """Returns prompts that end in the last column, as sampling needs them."""
+    """Returns prompts [rows, columns] with the padding on the left, so that all end together."""
     tokens_BP, valid_BP = fill(
         [pieces_of(rows, index, None) for index in indices], columns, pad_id, left=True
     )
@@ -359,7 +406,7 @@ def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int)
 
 
 def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pairs:
-    """Returns comparisons: both responses with their prompt, right-padded. Filler rows weigh 0."""
+    """Returns comparisons with their weights, probabilities and margins; all 0 for filler."""
     chosen = right_padded(rows, indices, columns, pad_id, response=0)
     rejected = right_padded(rows, indices, columns, pad_id, response=1)
     numbers = {
@@ -370,7 +417,7 @@ def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pa
 
 
 def labelled(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Labelled:
-    """Returns responses with a label or a rating each, right-padded. Filler rows weigh 0."""
+    """Returns responses with their labels or ratings, and weight 1 (filler: weight 0)."""
     (values,) = rows.numbers.values()
     real_B = (indices != FILLER).astype(np.float32)
     return Labelled(right_padded(rows, indices, columns, pad_id), values[indices] * real_B, real_B)

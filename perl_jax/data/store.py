@@ -1,8 +1,7 @@
-"""Prepared rows on disk: TFDS builders that write array_record files, and the source that reads
-them.
+"""Writes rows to array_record files with TensorFlow Datasets (TFDS) builders, and reads them.
 
-TensorFlow is never imported: rows are written by `GeneratorBasedBuilder` with
-`file_format="array_record"` and read by `as_data_source`.
+TensorFlow itself is never imported: `GeneratorBasedBuilder` writes the rows with
+`file_format="array_record"`, and `as_data_source` reads them.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import tensorflow_datasets as tfds
 from perl_jax.errors import UserError, one_of, positive, require
 from perl_jax.runtime.files import digest, file_hash
 
+# The columns of each kind of rows.
 KINDS: dict[str, tuple[str, ...]] = {
     "demonstrations": ("prompt", "response", "group"),
     "comparisons": ("prompt", "chosen", "rejected", "probability", "margin", "weight", "group"),
@@ -35,17 +35,21 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt",),
     "corpus": ("text",),
 }
+# Columns that hold numbers; all others hold text.
 NUMBERS = ("probability", "margin", "weight", "label", "rating")
-# What a row may leave out. probability: of chosen being preferred, NaN where not known. margin: by
-# how much chosen is better, for the loss. weight: of the pair. group: the name of the row's
-# dialogue or topic, "" where its prompt stands for it (`group_of`); prompts have it among their
-# other columns.
+# Defaults of the columns that a row may leave out.
+# probability: that `chosen` is preferred; NaN: not known.
+# margin: by how much `chosen` is better; the loss reads it.
+# weight: of the pair in losses and measures.
+# group: the name of the row's dialogue or topic; "": the prompt is the group (`group_of`). Rows of
+#   the kind `prompts` have it among their other columns.
 DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0, "group": ""}
-# Kinds whose rows may have other columns, of any JSON values, for rewards to read (such as
-# `answer`); they are stored in one column, as the text of a JSON object.
+# Kinds whose rows may have other columns, with any JSON values, that rewards read (such as
+# `answer`). They are stored together in the column OTHERS, as the text of a JSON object.
 OPEN = ("prompts",)
 OTHERS = "others"
 SPLITS = ("train", "validation", "test")
+# The environment variable that names the folder of prepared rows.
 CACHE_VARIABLE = "PERL_JAX_CACHE"
 
 
@@ -53,11 +57,14 @@ CACHE_VARIABLE = "PERL_JAX_CACHE"
 class DataOptions:
     """Where rows come from and how many are wanted.
 
-    data_dir: a local copy of the data set's upstream folder; for `jsonl` the file or folder.
-    cache_dir: where prepared files live; None: $PERL_JAX_CACHE, or ~/.cache/perl_jax/datasets.
-    seed: of the embedded task's rows; it has no effect on the others.
-    train_size, evaluation_size: rows of the train split, and of each other split. The embedded task
-        generates as many; the others give at most so many, the first ones. None: all there are.
+    Attributes:
+        data_dir: A local copy of the task's upstream folder; for `jsonl` the file or the folder.
+        cache_dir: The folder of prepared rows; None: $PERL_JAX_CACHE, or
+            ~/.cache/perl_jax/datasets.
+        seed: Seed of the rows that the task `orders` generates; other tasks ignore it.
+        train_size: Rows of the train split. `orders` generates so many; other tasks give at most
+            their first so many. None: all.
+        evaluation_size: The same for each other split.
     """
 
     data_dir: str | None = None
@@ -74,25 +81,29 @@ class DataOptions:
 
     @property
     def cache_path(self) -> pathlib.Path:
-        """The folder of prepared files: as given, else the environment's, else in the home."""
+        """Returns the folder of prepared rows."""
         default = os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets"
         return pathlib.Path(self.cache_dir or default).expanduser()
 
     def size(self, split: str) -> int | None:
-        """Returns how many rows a split shall have; None: as many as the task has."""
+        """Returns how many rows of a split are wanted; None: all."""
         return self.train_size if split == "train" else self.evaluation_size
 
 
 class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A task's builder: one config for each kind of rows, splits and rows in a fixed order.
+    """Base class of the builders that write a task's rows, with one TFDS config for each kind.
 
-    A task derives from it, sets `name` and `sources` (the package's files that determine its rows,
-    besides what `content` says) and implements `kind_splits`, `content` and `rows`.
+    A subclass implements `kind_splits`, `content` and `rows`, which gives rows in a fixed order.
+
+    Attributes:
+        name: The name of the task.
+        sources: Files of this folder whose code determines the rows.
+        options: Where rows come from and how many are wanted.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=kind) for kind in KINDS]
-    # Stated, because TFDS 4.9.10 needs an undeclared package (importlib_resources) to find it.
+    # Set here because TFDS 4.9.10 finds it with importlib_resources, which it does not require.
     code_path: ClassVar = pathlib.Path(__file__)
     sources: ClassVar[tuple[str, ...]] = ()
 
@@ -103,23 +114,21 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     @classmethod
     @abc.abstractmethod
     def kind_splits(cls) -> Mapping[str, tuple[str, ...]]:
-        """The splits of each kind the task has."""
+        """Returns the splits of each kind of rows that the task has."""
 
     @classmethod
     @abc.abstractmethod
     def content(cls, kind: str, options: DataOptions) -> object:
-        """A JSON value that, with the code, determines the rows: seeds, sizes, files' hashes."""
+        """Returns a JSON value that, with the code, determines the rows: seeds, sizes, hashes."""
 
     @classmethod
     @abc.abstractmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterable[Mapping[str, object]]:
-        """The rows of one kind and split, in order; those of `OPEN` kinds with any other
-        columns.
-        """
+        """Yields the rows of a kind and split in order; `OPEN` kinds may have other columns."""
 
     @classmethod
     def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
-        """Where a message says that a row is, by its number in the split from 0."""
+        """Returns where a message says that a row is. `index`: its number in the split, from 0."""
         return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -128,8 +137,8 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         features = {
             name: np.float64 if name in NUMBERS else tfds.features.Text() for name in stored
         }
-        # The generator's order is kept: it is the order users see, and the pipeline shuffles
-        # anyway.
+        # TFDS would shuffle the rows. Their order is kept, so that messages can number them; the
+        # pipeline shuffles later.
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.name,
@@ -153,8 +162,9 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
-    """A row as it is stored: what it leaves out at its default, other columns (`OPEN`) as one
-    text.
+    """Returns a row as it is stored, with defaults filled in.
+
+    The other columns of an `OPEN` kind become the text of one JSON object.
     """
     fields = KINDS[kind]
     stored = {field: value for field, value in DEFAULTS.items() if field in fields} | dict(row)
@@ -165,9 +175,10 @@ def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
 
 
 class RowSource(Sequence):
-    """Random access to prepared rows as dictionaries of str and float (stored as float32).
+    """Gives random access to prepared rows, as dictionaries of str and float.
 
-    The other columns of an `OPEN` kind are beside them, as they were given.
+    The other columns of an `OPEN` kind are among a row's fields, as they were given. `limit` keeps
+    the first so many records only.
     """
 
     def __init__(self, records: Sequence, limit: int | None = None) -> None:
@@ -186,41 +197,40 @@ class RowSource(Sequence):
 
 
 def plain(value: object) -> str | float:
-    """Returns a stored value as a str or a float."""
+    """Returns a stored value as Python has it: bytes as text, a number as float."""
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 
 
 def named_group(row: Mapping[str, Any]) -> str:
-    """What a row's `group` says; "" where it has none."""
+    """Returns a row's `group` as text; "" if the row has none."""
     group = row.get("group")
     return "" if group is None else str(group)
 
 
 def group_of(row: Mapping[str, Any]) -> str:
-    """The group that a row is not independent of: its `group`, or else its prompt.
+    """Returns the group of a row: its `group`, or else its prompt without outer white space.
 
-    Intervals take the rows of one group together (`perl_jax.evaluation.intervals`): the pairs of a
-    ranking, the turns of a dialogue. White space at both ends of a prompt does not count.
+    Rows of one group are not independent: the pairs of a ranking, the turns of a dialogue.
+    Confidence intervals treat a group as one unit (`perl_jax.evaluation.intervals`).
     """
     return named_group(row) or row["prompt"].strip()
 
 
 def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
-    """The part whose percentiles [low, high) a text's hash is in: the same for ever, whatever else
-    there is.
+    """Returns the part whose percentiles [low, high) contain the text's hash.
+
+    The part depends on the text alone: other rows, seeds and sizes do not change it.
     """
     percentile = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
     return next(part for part, (low, high) in percentiles.items() if low <= percentile < high)
 
 
-# Train, validation, test.
+# The percentiles of hashes that make up each split.
 TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
 def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> str:
-    """16 hex digits of everything that determines the rows: the code that makes them and
-    `content`.
-    """
+    """Returns a digest (16 hex digits) of all that determines the rows: code and `content`."""
     folder = pathlib.Path(__file__).parent
     code = {name: file_hash(folder / name) for name in sorted({"store.py", *builder.sources})}
     value = [builder.name, kind, code, builder.content(kind, options)]
@@ -228,12 +238,12 @@ def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> 
 
 
 def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> pathlib.Path:
-    """The folder of a kind's prepared files; made if it does not exist.
+    """Returns the folder of a kind's prepared rows; writes it first if it does not exist.
 
-    The folder's name holds the content's fingerprint, so stale rows cannot be read. It is made
-    under a temporary name beside the final one and renamed when complete: a process killed midway
-    leaves only a `.preparing-*` folder that nothing reads, and of two processes that race one wins
-    and the other uses what the winner made.
+    The folder's name contains the fingerprint of its rows, so that outdated rows are never read.
+    The folder is written under a temporary name and renamed when it is complete. A process that is
+    killed leaves only a `.preparing-*` folder, which nothing reads. When two processes write at the
+    same time, both use the folder that is renamed first.
     """
     final = options.cache_path / f"{builder.name}-{kind}-{fingerprint(builder, kind, options)}"
     if final.is_dir():
@@ -242,7 +252,7 @@ def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> path
     tfds.disable_progress_bar()
     temporary = tempfile.mkdtemp(prefix=f".preparing-{final.name}-", dir=options.cache_path)
     try:
-        # TFDS prints what it does to standard output, which belongs to the command's own output.
+        # TFDS prints its progress to standard output, which is kept for the command's results.
         with contextlib.redirect_stdout(io.StringIO()):
             builder(options, data_dir=temporary, config=kind).download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
@@ -257,14 +267,15 @@ def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> path
 
 
 class NoRows(UserError):
-    """A split of a task without rows: an error where they are needed, no more than a fact where
-    they are not.
-    """
+    """Is raised for a split without rows; callers that can do without that split catch it."""
 
 
 def open_rows(builder: type[RowsBuilder], kind: str, split: str, options: DataOptions) -> RowSource:
-    """A split's rows, prepared first if need be. UserError for an unknown kind or split; NoRows for
-    a split without rows.
+    """Returns the rows of a split, at most `options.size(split)`; prepares them if necessary.
+
+    Raises:
+        UserError: For a kind or split that the task does not have.
+        NoRows: For a split without rows.
     """
     splits = builder.kind_splits()
     one_of(f"{builder.name}: kind", kind, splits)

@@ -1,5 +1,7 @@
-"""What scores are held against: weights of pairs, labels, ratings; refused where nothing can be
-measured.
+"""Reads what scores are compared with: labels, ratings, weights of pairs.
+
+Each function raises UserError for rows on which no measure is defined. Its arguments `task` and
+`split` name the rows in messages.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from perl_jax.data.pipeline import Batches
 
 
 def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
-    """The rows' labels, in [0, 1]; AUC and balanced accuracy need some above 0.5 and some below."""
+    """Returns the rows' labels, each in [0, 1].
+
+    Raises UserError unless some labels are above 0.5 and some are not: AUC and balanced accuracy
+    need both classes.
+    """
     labels = np.asarray([row["label"] for row in rows])
     errors.require(
         bool((labels > 0.5).any() and (labels <= 0.5).any()),
@@ -24,7 +30,11 @@ def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
 
 
 def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
-    """The rows' weights: the pairs of one ranking count as much as its line says together."""
+    """Returns the weights of the comparisons, float64 [rows].
+
+    The weights of one ranking's pairs add up to the weight of its line.
+    Raises UserError unless some pair with different responses has a weight above 0.
+    """
     weights = np.asarray([row["weight"] for row in rows], np.float64)
     counts = any(row["weight"] > 0 and row["chosen"] != row["rejected"] for row in rows)
     errors.require(
@@ -36,8 +46,9 @@ def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
 
 
 def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.ndarray:
-    """`pair_weights`, 0 where the two responses are equal as they were cut: those are in no order,
-    right or wrong.
+    """Returns `pair_weights`, with 0 where the two responses are equal after cutting.
+
+    A pair of equal responses has no right order. Raises UserError if no weight is above 0.
     """
     weights = pair_weights(rows, task, split) * ~batches.rows.equal
     errors.require(
@@ -49,8 +60,14 @@ def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.
 
 
 def check_pairs(soft: str | None, rows: Any, task: str, split: str) -> None:
-    """UserError for comparisons that weigh nothing, and where in the split `soft`, whose labels are
-    to be probabilities, none is known.
+    """Raises UserError if no comparison has a weight above 0, or if soft labels are not known.
+
+    Args:
+        soft: The split whose probabilities serve as soft labels, of which at least one must be
+            known; None: no split's.
+        rows: The comparisons.
+        task: The name of the dataset.
+        split: The split of the rows.
     """
     pair_weights(rows, task, split)
     known = split != soft or bool(np.isfinite([row["probability"] for row in rows]).any())
@@ -62,7 +79,7 @@ def check_pairs(soft: str | None, rows: Any, task: str, split: str) -> None:
 
 
 def ratings(rows: Any, task: str, split: str) -> np.ndarray:
-    """The rows' ratings; a correlation needs two different ones."""
+    """Returns the rows' ratings. Raises UserError unless two differ: a correlation needs that."""
     found = np.asarray([row["rating"] for row in rows])
     errors.require(
         len(np.unique(found)) > 1,

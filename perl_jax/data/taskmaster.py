@@ -1,19 +1,21 @@
-"""Taskmaster coffee ordering (TM-4) and movie ticketing (TM-3): turns with a thumbs up or down.
+"""The Taskmaster tasks: coffee ordering (TM-4) and movie ticketing (TM-3), rated turn by turn.
 
-Released with PERL (arXiv 2403.10704, version 1) at github google-research-datasets/Taskmaster,
-CC BY 4.0. A reward row is a context, a generated agent turn and a reward of 0 or 1.
+The data was released with PERL (arXiv 2403.10704, version 1) at github
+google-research-datasets/Taskmaster under CC BY 4.0. A reward row is a context, a generated agent
+turn and a reward: 1 for a thumbs up, 0 for a thumbs down.
 
-Rows of one dialogue share its first user turn (`dialogue.group_of`), which is their `group`; a hash
-of that puts them in one part: train 47 %, judge 23 %, validation 10 %, test 20 % of the groups.
-`judge` rows (labels and comparisons) are for the reward model that judges win rates: it must not
-have been trained on what trained the reward model under study. Prompts, and demonstrations and
-corpus of whole dialogues, use train and judge together.
+The rows of one dialogue share its first user turn (`dialogue.group_of`), which is their `group`. A
+hash of the group puts them into one part: train has 47 % of the groups, judge 23 %, validation 10 %
+and test 20 %. The `judge` rows (labels and comparisons) train the reward model that decides win
+rates, which must not have seen the rows of the reward model under study. The train split of
+prompts, and of demonstrations and corpus made from whole dialogues, is the parts train and judge
+together.
 
-Comparisons are natural: one up-rated and one down-rated response to the same context.
-Demonstrations are every agent turn, text or call, of the TM-4 dialogues, after the greeting that
-nearly all reward rows open with. For ticketing they come from `TM-3-2020/data` when the local copy
-has it; otherwise they are the up-rated generations of the reward rows (of the train part for
-training), and the corpus is the contexts of those rows that no other context extends.
+A comparison is one up-rated and one down-rated response to the same context. Demonstrations are all
+agent turns, text or call, of the TM-4 dialogues; dialogues begin with the greeting that nearly all
+reward rows begin with. Demonstrations of ticketing come from `TM-3-2020/data` if the local copy has
+that folder. Otherwise they are the up-rated responses of the reward rows, and the corpus is the
+contexts of these rows that are not the beginning of another context.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from perl_jax.runtime.files import file_hash
 
 COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
 BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"
+# The percentiles of hashes that make up each part.
 PERCENTILES = {"train": (0, 47), "judge": (47, 70), "validation": (70, 80), "test": (80, 100)}
 JUDGED = (*SPLITS, "judge")
 KIND_SPLITS = {
@@ -47,7 +50,14 @@ KIND_SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rated:
-    """One reward row, rendered. group: equal for all rows that may be of one dialogue."""
+    """A rendered reward row.
+
+    Attributes:
+        group: Equal for all rows that may be of one dialogue.
+        context: The turns before the response.
+        response: The rated agent turn, on one line.
+        label: 1 for a thumbs up, 0 for a thumbs down.
+    """
 
     group: str
     context: str
@@ -56,22 +66,25 @@ class Rated:
 
     @property
     def prompt(self) -> str:
-        """The dialogue before the response, and the words that call for one."""
+        """Returns the context, followed by the cue for the agent."""
         return self.context + dialogue.CUE
 
 
 def part_of(group: str) -> str:
-    """The part of a group of dialogues."""
+    """Returns the part that a group's rows are in: train, judge, validation or test."""
     return store.part_of(group, PERCENTILES)
 
 
 def parts(split: str, *, judged: bool) -> tuple[str, ...]:
-    """The parts that make up a split; without a judge's split of its own, train includes it."""
+    """Returns the parts that make up a split.
+
+    `judged` says whether the kind has a split `judge`; without one, train includes its part.
+    """
     return ("train", "judge") if split == "train" and not judged else (split,)
 
 
 def read_turns(row: Mapping, field: str, index: int) -> list[dialogue.Turn]:
-    """A reward row's JSON string field as turns. UserError that names the row."""
+    """Returns the turns in a JSON text field of a reward row. Raises UserError, with the row."""
     try:
         value = json.loads(row[field])
     except (KeyError, TypeError, ValueError) as error:
@@ -90,7 +103,7 @@ def read_turns(row: Mapping, field: str, index: int) -> list[dialogue.Turn]:
 
 
 def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
-    """Reward rows, rendered, in upstream's order."""
+    """Yields the reward rows, rendered, in upstream's order. Raises UserError for a bad row."""
     for index, row in enumerate(rows):
         context, generation = (
             read_turns(row, "context", index),
@@ -107,7 +120,7 @@ def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
 
 
 def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Every pair of an up-rated and a down-rated response, of different text, to one context."""
+    """Yields every pair of an up-rated and a different down-rated response to one context."""
     by_context: dict[str, tuple[dict, dict]] = {}
     groups: dict[str, str] = {}
     for row in rows:
@@ -126,7 +139,7 @@ def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def unextended(contexts: Iterable[str]) -> Iterator[str]:
-    """The different contexts that are not the beginning of another, sorted."""
+    """Yields the distinct contexts that are not the beginning of another one, sorted."""
     ordered = sorted({context for context in contexts if context})
     for context, following in zip(ordered, [*ordered[1:], ""], strict=True):
         if not following.startswith(context):
@@ -134,7 +147,7 @@ def unextended(contexts: Iterable[str]) -> Iterator[str]:
 
 
 def greeting_of(reward_rows: Iterable[Mapping]) -> list[dialogue.Turn]:
-    """The agent's turn that most reward rows open with: the dialogues lack it."""
+    """Returns the agent turn that most reward rows begin with; the dialogues do not have it."""
     contexts = [read_turns(row, "context", index) for index, row in enumerate(reward_rows)]
     openings = [
         context[0].get("text") for context in contexts if context and context[0]["role"] == "agent"
@@ -148,7 +161,10 @@ def dialogues(
     read: Callable[[Sequence[Mapping]], list],
     greeting: list[dialogue.Turn],
 ) -> Iterator[list[dialogue.Turn]]:
-    """Dialogues as turns behind the greeting; those with broken annotations are left out."""
+    """Yields the turns of each dialogue, with the greeting before a first turn of the user.
+
+    Dialogues with annotations that cannot be read are left out. `read` turns utterances into turns.
+    """
     for conversation in conversations:
         try:
             turns = read(conversation["utterances"])
@@ -158,14 +174,19 @@ def dialogues(
 
 
 class TaskmasterBuilder(RowsBuilder, skip_registration=True):
-    """What the two tasks share. reward_folder, data_folder: upstream's; read: a dialogue's
-    reader.
+    """Base class of the two Taskmaster tasks.
+
+    Attributes:
+        folder: Upstream's folder.
+        reward_count: How many files of reward rows upstream has.
+        data_count: How many files of dialogues to download; 0: dialogues are only read from a local
+            copy that has them.
+        read: Turns the utterances of a dialogue into turns.
     """
 
     sources = ("taskmaster.py", "dialogue.py", "upstream.py")
     folder: ClassVar[str]
     reward_count: ClassVar[int]
-    # Dialogue files to download; 0: dialogues are used only from a local copy that has them.
     data_count: ClassVar[int]
     read: ClassVar[Callable]
 
@@ -176,7 +197,10 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
     @classmethod
     def files(cls, options: DataOptions, what: str, base_url: str = BASE_URL) -> list[pathlib.Path]:
-        """Upstream's `reward` or `data` files; none for dialogues that are not to be had."""
+        """Returns the files of upstream's folder `reward` or `data`, downloaded if necessary.
+
+        Returns no files for dialogues that are not downloaded and not in the local copy.
+        """
         folder = f"{cls.folder}/{what}"
         if options.data_dir is not None:
             optional = what == "data" and not cls.data_count
@@ -192,7 +216,7 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
     def kind_files(
         cls, kind: str, options: DataOptions
     ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """(reward files, dialogue files) that a kind is made from."""
+        """Returns (files of reward rows, files of dialogues) that a kind is made from."""
         whole = kind in ("demonstrations", "corpus")
         return cls.files(options, "reward"), cls.files(options, "data") if whole else []
 
@@ -218,7 +242,7 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
 
 
 def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
-    """Yields every response of the assistant that is not empty, with the dialogue before it."""
+    """Yields a demonstration for each agent turn that is not empty."""
     for turns in found:
         group = dialogue.group_of(turns)
         for prompt, response in dialogue.responses_of(turns):
@@ -227,12 +251,12 @@ def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
 
 
 def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
-    """Returns each dialogue as one text."""
+    """Yields the text of each dialogue."""
     return ({"text": dialogue.rendered(turns)} for turns in found)
 
 
 def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Returns each rated response with its label, 1 for thumbs up and 0 for thumbs down."""
+    """Yields each rated response with its label."""
     return (
         {"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group}
         for row in rows
@@ -240,13 +264,13 @@ def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Each different context once."""
+    """Yields each distinct context once, as a prompt."""
     groups = {row.prompt: row.group for row in rows}
     return ({"prompt": prompt, "group": group} for prompt, group in groups.items())
 
 
 def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Returns the responses with thumbs up."""
+    """Yields the up-rated responses as demonstrations."""
     return (
         {"prompt": row.prompt, "response": row.response, "group": row.group}
         for row in rows
@@ -255,7 +279,7 @@ def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def context_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Returns each context that no other one continues, as a text."""
+    """Yields the contexts that are not the beginning of another one, as a corpus."""
     return ({"text": context} for context in unextended(row.context for row in rows))
 
 
@@ -285,8 +309,9 @@ class TicketingBuilder(TaskmasterBuilder):
 
 
 class BothBuilder(RowsBuilder):
-    """The corpora of both, coffee's rows first: text for a base, as ticketing's reward rows alone
-    give too few (138).
+    """The corpora of both tasks, coffee's rows first, to train a base on.
+
+    Ticketing alone has too few rows for that: its reward rows make a corpus of 138.
     """
 
     name = "taskmaster"

@@ -25,10 +25,12 @@ Gold = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
 class TaskLike(Protocol):
-    """What a job asks of a task.
+    """What a job needs of a task.
 
-    name: what messages call the task. splits: the splits of each kind of rows (`data.store.KINDS`).
-    gold: (prompts, responses) -> true rewards [n]; None where these are not known.
+    Attributes:
+        name: The name of the task in messages.
+        splits: The splits of each kind of rows (`data.store.KINDS`) that the task has.
+        gold: (prompts, responses) -> true rewards [n]; None: these are not known.
     """
 
     name: str
@@ -47,7 +49,7 @@ class TaskLike(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Rows from a Python function: the task that is written outside the package.
+    """A task whose rows come from a Python function; tasks outside the package are made with it.
 
     `--data.task path/to/file.py:NAME` and `--data.task module:NAME` read the object NAME. Rows are
     checked as lines of JSON Lines are; columns with a default may be missing.
@@ -102,7 +104,13 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedTask:
-    """A task whose rows are prepared once as array_record files (`data.store.RowsBuilder`)."""
+    """A task whose rows are written once to array_record files (`data.store.RowsBuilder`).
+
+    Attributes:
+        builder: Writes the rows.
+        description: One sentence on the task.
+        gold: (prompts, responses) -> true rewards [n]; None: these are not known.
+    """
 
     builder: type[RowsBuilder]
     description: str

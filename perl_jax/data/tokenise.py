@@ -1,4 +1,4 @@
-"""Rows of text to ragged token arrays, with one stated truncation rule."""
+"""Turns rows of text into ragged arrays of tokens, and cuts what is too long."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from perl_jax.errors import UserError, one_of
 
 
 class Encoder(Protocol):
-    """What the pipeline asks of a tokenizer."""
+    """What the pipeline needs of a tokenizer.
+
+    Attributes:
+        pad_id: The token id of padding.
+        bos_id: The id that begins a prompt; None: the tokenizer has none.
+        tail_ids: Ids that the chat template writes after a response's last token.
+    """
 
     pad_id: int
     bos_id: int | None
-    # What the chat template writes after a response's last token.
     tail_ids: Sequence[int]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a prompt, after which a response is written (with bos where there is one)."""
+        """Returns the ids of a prompt, with bos first where the tokenizer has one."""
 
     def is_rendered(self, text: str) -> bool:
-        """Whether a prompt already is what the chat template makes."""
+        """Returns whether a prompt was already rendered by the chat template."""
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
         """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template.
@@ -35,16 +40,19 @@ class Encoder(Protocol):
         """
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a complete response, the token that ends the turn at the end."""
+        """Returns the ids of a complete response; the last one ends the turn."""
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of free text: bos, text, eos."""
+        """Returns the ids of free text: bos, text, eos."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """Sequences of different lengths in one int32 array: row i is values[offsets[i]:offsets[i +
-    1]].
+    """Sequences of different lengths in one array.
+
+    Attributes:
+        values: The sequences' ids one after another, int32.
+        offsets: Sequence i is values[offsets[i] : offsets[i + 1]], int64 [sequences + 1].
     """
 
     values: np.ndarray
@@ -52,7 +60,7 @@ class Ragged:
 
     @classmethod
     def of(cls, sequences: Iterable[Sequence[int]]) -> Ragged:
-        """Stores sequences of ids one after the other."""
+        """Returns sequences of ids as one ragged array."""
         rows = [np.asarray(ids, np.int32) for ids in sequences]
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return cls(np.concatenate([np.zeros(0, np.int32), *rows]), offsets)
@@ -65,25 +73,29 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence."""
+        """Returns the length of each sequence, int64 [sequences]."""
         return np.diff(self.offsets)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """A split's rows in tokens.
+    """The rows of a split as tokens.
 
-    prompts: what no loss is taken over (of corpus rows: the first token, which is bos).
-    responses: one Ragged, two for comparisons (chosen, rejected), none for prompts.
-    numbers: float32 by field, for comparisons (`NUMBERS`), labels and ratings.
-    truncated: how many prompts and responses were cut, for the log. cut: rows with anything cut.
-    templated: prompts that were cut with the chat template left whole. rendered: prompts that came
-    rendered. tails: of each response, how many of its last tokens are the template's tail, which no
-    loss is taken
-        over (`Tokenizer.tail_ids`); a response that was cut has none. Empty: no response has one.
-    equal: of each comparison, whether its two responses are the same tokens, cut as they are; None:
-    these
-        are no comparisons. equal_uncut: comparisons that would be equal without a cut too.
+    Attributes:
+        kind: The kind of the rows (`store.KINDS`).
+        prompts: The tokens that no loss is taken on; of corpus rows the first token, which is bos.
+        responses: One `Ragged`; two for comparisons (chosen, rejected); none for prompts.
+        numbers: The columns of `store.NUMBERS` that the kind has, float32 [rows] each.
+        truncated: How many prompts and responses were cut, by the name of the column.
+        rendered: How many prompts the chat template had already rendered.
+        tails: For each of `responses`, how many of each row's last tokens are the chat template's
+            tail (`Encoder.tail_ids`), [rows]. No loss is taken on the tail; a response that was cut
+            has none. Empty if the template writes no tail.
+        cut: How many rows have a prompt or a response that was cut.
+        templated: How many prompts were cut with the chat template left whole.
+        equal: Whether the two responses of each comparison, after cutting, are the same tokens,
+            bool [rows]; None for other kinds.
+        equal_uncut: How many comparisons have two responses that are equal before cutting.
     """
 
     kind: str
@@ -100,8 +112,10 @@ class TokenRows:
 
     @property
     def facts(self) -> dict[str, int]:
-        """Numbers of rows for the log and the report: all, cut ones, rendered prompts, pairs in no
-        order.
+        """Returns numbers of rows for the log and the report.
+
+        They count all rows, rows that were cut, rendered prompts, and comparisons with two equal
+        responses.
         """
         found = {"rows": len(self.prompts), "cut": self.cut} | {
             f"cut_{what}": number for what, number in self.truncated.items()
@@ -117,16 +131,17 @@ class TokenRows:
 
     @property
     def longest_tail(self) -> int:
-        """Tokens of the longest tail."""
+        """Returns the number of tokens of the longest tail."""
         return max((int(tail.max(initial=0)) for tail in self.tails), default=0)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens a row needs: prompt plus the longest of its responses."""
+        """Returns the tokens that each row needs: its prompt and the longest of its responses."""
         responses = [response.lengths for response in self.responses]
         return self.prompts.lengths + (np.maximum.reduce(responses) if responses else 0)
 
 
+# The columns of each kind that hold responses.
 RESPONSES = {
     "demonstrations": ("response",),
     "comparisons": ("chosen", "rejected"),
@@ -138,10 +153,10 @@ RESPONSES = {
 
 
 def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]:
-    """The last `limit` tokens of a prompt; a leading bos stays, before the last `limit - 1`.
+    """Returns the last `limit` ids of a prompt; after a leading bos, the last `limit - 1`.
 
-    The end is kept because it is what the response answers; a model trained with bos needs it
-    first.
+    The end is kept because the response answers the end. A leading bos is kept because a model that
+    was trained with bos needs it.
     """
     ids = list(ids)
     if len(ids) <= limit:
@@ -152,8 +167,11 @@ def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]
 
 
 class RowError(UserError):
-    """What is wrong with one row. index: its number in the source, from 0; reason: the sentence,
-    without it.
+    """Says what is wrong with one row.
+
+    Attributes:
+        index: The row's number in the split, from 0.
+        reason: The message without that number.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -164,7 +182,7 @@ class RowError(UserError):
 def encoded(
     rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], Any], field: str
 ) -> list[Any]:
-    """encode(text) of a field of every row; RowError for one that cannot be encoded."""
+    """Returns encode(text) of a field of every row. Raises RowError if encoding a row fails."""
     found = []
     for index, row in enumerate(rows):
         try:
@@ -175,9 +193,7 @@ def encoded(
 
 
 def clip_response(ids: Sequence[int], limit: int) -> list[int]:
-    """The first `limit` tokens of a response: a longer one loses its eos, none is put in its
-    place.
-    """
+    """Returns the first `limit` ids of a response. A response that is cut has no eos."""
     return list(ids[:limit])
 
 
@@ -188,13 +204,15 @@ def tokenise(
     prompt_limit: int,
     response_limit: int,
 ) -> TokenRows:
-    """Tokenises all rows of a kind once.
+    """Tokenises all rows of a kind and cuts those that are too long.
 
-    Prompts keep the end of their text (`Encoder.shortened_prompt`, `clip_prompt`), responses their
-    first tokens (`clip_response`), corpus texts their first prompt_limit + response_limit. A
-    response that is whole is followed by the template's tail, beyond response_limit. Every corpus
-    token but the first is a response token. RowError for a row that has no tokens to begin with, or
-    cannot be encoded.
+    Prompts keep their end (`Encoder.shortened_prompt`, `clip_prompt`). Responses keep their
+    beginning (`clip_response`). A response that is not cut is followed by the chat template's tail,
+    which does not count towards `response_limit`. Corpus texts keep their first
+    prompt_limit + response_limit tokens; every token but the first counts as response.
+
+    Raises:
+        RowError: For a row that cannot be encoded, or whose prompt has no tokens.
     """
     one_of("kind", kind, RESPONSES)
     rows = list(rows)
@@ -273,15 +291,20 @@ def equal_rows(a: Ragged, b: Ragged) -> np.ndarray:
 
 
 def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) -> int:
-    """Returns how many sequences became shorter."""
+    """Returns how many sequences are shorter in `clipped` than in `whole`."""
     return sum(len(a) > len(b) for a, b in zip(whole, clipped, strict=True))
 
 
 def fill(
     sequences: Iterable[Sequence[np.ndarray]], columns: int, pad_id: int, *, left: bool = False
 ):
-    """(tokens, valid), each [rows, columns], of sequences given as pieces to join; padded on one
-    side.
+    """Returns (tokens int32, valid bool), each [rows, columns].
+
+    Args:
+        sequences: The pieces of each sequence, which are joined.
+        columns: The padded length; no sequence may be longer.
+        pad_id: The id of padding.
+        left: Whether the padding is on the left.
     """
     joined = [list(itertools.chain.from_iterable(pieces)) for pieces in sequences]
     tokens = np.full((len(joined), columns), pad_id, np.int32)

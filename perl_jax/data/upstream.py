@@ -1,4 +1,4 @@
-"""A data set's upstream files: a local copy, or downloaded once into the cache."""
+"""Finds a data set's upstream files in a local copy, or downloads them once into the cache."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ TIMEOUT_SECONDS = 60
 
 
 def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Downloads base_url/name to folder/name unless it is there; whole or not at all.
+    """Returns folder/name; downloads it from base_url/name if it does not exist.
 
-    UserError with the address and the reason when it cannot be read or is not what its name says
-    (a ZIP archive; anything else must be JSON).
+    An interrupted download leaves no file of that name. Raises UserError, with the address and the
+    reason, if the download fails or gives something else than its name says: a ZIP archive for a
+    name that ends in .zip, JSON for any other name.
     """
     target = folder / name
     if target.exists():
@@ -53,7 +54,7 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def check(name: str, body: bytes) -> None:
-    """ValueError unless the bytes are a whole ZIP archive, or JSON, as the name says."""
+    """Raises ValueError unless the bytes are a whole ZIP archive, or JSON, as the name says."""
     if not name.endswith(".zip"):
         json.loads(body)
         return
@@ -66,7 +67,7 @@ def check(name: str, body: bytes) -> None:
 
 
 def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
-    """The JSON files of a local copy's sub-folder, sorted. UserError when there are none."""
+    """Returns the JSON files of a local copy's folder, sorted. Raises UserError without any."""
     path = pathlib.Path(data_dir).expanduser() / folder
     found = sorted(path.glob("*.json"))
     require(
@@ -77,7 +78,10 @@ def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
 
 
 def read_lists(paths: Sequence[pathlib.Path]) -> list[dict]:
-    """The objects of JSON files that each hold a list, in order. UserError for anything else."""
+    """Returns the objects of JSON files that each hold a list of objects, in order.
+
+    Raises UserError for a file that holds anything else.
+    """
     objects: list[dict] = []
     for path in paths:
         value = read_json(path)
