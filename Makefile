@@ -18,12 +18,13 @@ MUTANTS_ARGS ?=
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
 
-# Format, style, types, and the documentation with its links. Formats and mends by itself: `ruff format . && ruff check --fix .`
+# Format, style, and the documentation with its links.
 lint: $(LINT)/.installed
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/ruff check .
 	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs build --quiet --strict
 
+# Types. Not part of `lint` until it finds nothing.
 types: $(LINT)/.installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
 

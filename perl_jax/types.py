@@ -21,13 +21,13 @@ ids: the padding id may equal an end-of-sequence id, and a prompt may contain ei
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = jax.Array | np.ndarray
 Tree = Any
 
 
