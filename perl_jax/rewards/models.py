@@ -60,14 +60,14 @@ class RewardTotal:
     terms).
 
     Attributes:
-        models: Reward models on the devices.
+        models: Reward models on the devices, or folders of reward artefacts.
         combine: How the models' normalised scores are combined: `mean`, `min`, or one weight per
             model for a weighted sum.
         weight: The factor of the combined score.
         terms: Rewards computed on the host.
     """
 
-    models: tuple[RewardModel, ...] = ()
+    models: tuple[RewardModel | str | pathlib.Path, ...] = ()
     combine: str | tuple[float, ...] = "mean"
     weight: float = 1.0
     terms: tuple[Term, ...] = ()
@@ -78,9 +78,16 @@ class RewardTotal:
             "There is no reward: give reward models, or terms.",
         )
 
+    def loaded(self, model: Model) -> RewardTotal:
+        """Returns the total with reward models in the place of folders."""
+        read = lambda one: (
+            one if isinstance(one, RewardModel) else RewardModel(*model.load_role(one, "reward"))
+        )
+        return dataclasses.replace(self, models=tuple(map(read, self.models)))
+
     @property
     def records(self) -> tuple[Record, ...]:
-        """The records of the reward models."""
+        """The records of the loaded reward models."""
         return tuple(model.record for model in self.models)
 
     @property
@@ -93,7 +100,8 @@ def total_of(rewards: Iterable[Any] | RewardTotal) -> RewardTotal:
     """Returns the sum of rewards, each with its own weight.
 
     Args:
-        rewards: Reward models, terms and functions; or a total, which is returned unchanged.
+        rewards: Reward models, folders of reward artefacts, terms and functions; or a total, which
+            is returned unchanged.
 
     Raises UserError for anything else.
     """
@@ -101,24 +109,11 @@ def total_of(rewards: Iterable[Any] | RewardTotal) -> RewardTotal:
         return rewards
     models, terms = [], []
     for item in rewards:
-        if isinstance(item, RewardModel):
+        if isinstance(item, (RewardModel, str, pathlib.Path)):
             models.append(item)
         elif isinstance(item, Term):
             terms.append(item)
         else:
             terms.append(reward(item))
-    return RewardTotal(tuple(models), tuple(model.weight for model in models), 1.0, tuple(terms))
-
-
-def load_total(
-    model: Model,
-    folders: Sequence[str | pathlib.Path],
-    combine: str,
-    weight: float,
-    terms: Sequence[Term],
-) -> RewardTotal:
-    """Loads reward artefacts; returns weight * (mean or min of their scores) + (weighted sum of
-    terms).
-    """
-    models = tuple(RewardModel(*model.load_role(folder, "reward")) for folder in folders)
-    return RewardTotal(models, combine, weight, tuple(terms))
+    weights = tuple(getattr(model, "weight", 1.0) for model in models)
+    return RewardTotal(tuple(models), weights, 1.0, tuple(terms))

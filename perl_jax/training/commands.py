@@ -15,7 +15,7 @@ from perl_jax.data.dataset import of_task
 from perl_jax.hub.model import ModelOptions, load_model
 from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
-from perl_jax.rewards.models import load_total
+from perl_jax.rewards.models import RewardTotal
 from perl_jax.runs.folder import finished, open_run
 from perl_jax.runs.run import Run
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
@@ -23,7 +23,6 @@ from perl_jax.training.dpo import train_dpo
 from perl_jax.training.reward import reward_job, train_reward
 from perl_jax.training.rl import train_rl
 from perl_jax.training.rl_config import RLConfig
-from perl_jax.training.roles import load_frozen
 from perl_jax.training.sft import train_sft
 
 
@@ -126,8 +125,8 @@ def run_sft(config: SFTCommand) -> pathlib.Path:
     artefact = folder / "adapters" / "policy"
     if not finished(artefact, folder / "cost.json"):
         rows = of_task(config.data, "demonstrations", ("train", "validation"))
-        model = load_model(config)
-        train_sft(model, rows, config, frozen=load_frozen(model, config.stack_on), run=Run(folder))
+        # No name here holds the model: full tuning lets go of the base.
+        train_sft(load_model(config), rows, config, frozen=config.stack_on, run=Run(folder))
     return artefact
 
 
@@ -142,10 +141,7 @@ def run_reward(config: RewardCommand) -> pathlib.Path:
             soft = config.split if config.soft_labels else None
             check = functools.partial(targets.check_pairs, soft)
         rows = of_task(config.data, job.kind, (config.split, "validation", "test"), check)
-        model = load_model(config)
-        train_reward(
-            model, rows, config, frozen=load_frozen(model, config.stack_on), run=Run(folder)
-        )
+        train_reward(load_model(config), rows, config, frozen=config.stack_on, run=Run(folder))
     return artefact
 
 
@@ -156,9 +152,14 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
     if not finished(artefact, folder / "evaluation.json"):
         check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
         rows = of_task(config.data, "comparisons", ("train", "validation", "test"), check)
-        model = load_model(config)
-        frozen = load_frozen(model, config.stack_on)
-        train_dpo(model, rows, config, policy=config.policy, frozen=frozen, run=Run(folder))
+        train_dpo(
+            load_model(config),
+            rows,
+            config,
+            policy=config.policy,
+            frozen=config.stack_on,
+            run=Run(folder),
+        )
     return artefact
 
 
@@ -169,17 +170,13 @@ def run_rl(config: RLCommand) -> pathlib.Path:
     if not finished(artefact, folder / "cost.json"):
         rows = of_task(config.data, "prompts", ("train",))
         terms = compose.read_terms(config.terms)
-        model = load_model(config)
-        frozen = load_frozen(model, config.stack_on)
-        names, weight = config.reward, config.reward_weight
         train_rl(
-            model,
+            load_model(config),
             rows,
             config,
-            # Held by no name here: fully tuned models would lie in memory twice.
-            rewards=load_total(model, names, config.combine, weight, terms),
+            rewards=RewardTotal(config.reward, config.combine, config.reward_weight, terms),
             policy=config.policy,
-            frozen=frozen,
+            frozen=config.stack_on,
             run=Run(folder),
         )
     return artefact

@@ -88,7 +88,7 @@ def train_dpo(
     policy: Adapter | str | pathlib.Path | None = None,
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
-    frozen: Adapter | None = None,
+    frozen: Adapter | str | pathlib.Path | None = None,
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:

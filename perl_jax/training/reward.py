@@ -114,9 +114,9 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     order: list[np.ndarray] = []
     for index, batch in enumerate(batches):
         order.append(batches.rows_of(index))
-        for out, score_B in zip(
-            sides, program(base, adapter, sharding.put_batch(batch, model.mesh)), strict=True
-        ):
+        scores = program(base, adapter, sharding.put_batch(batch, model.mesh))
+        # Labelled rows have one side.
+        for out, score_B in zip(sides, scores, strict=False):
             out.append(to_host(score_B))
     rows = np.concatenate(order)
     real = rows >= 0
@@ -171,7 +171,7 @@ def train_reward(
     *,
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
-    frozen: Adapter | None = None,
+    frozen: Adapter | str | pathlib.Path | None = None,
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:

@@ -475,7 +475,7 @@ def train_rl(
     rewards: Iterable[Any] | RewardTotal,
     policy: Adapter | str | pathlib.Path | None = None,
     validation: Iterable[Row] = (),
-    frozen: Adapter | None = None,
+    frozen: Adapter | str | pathlib.Path | None = None,
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
@@ -506,6 +506,7 @@ def train_rl(
     rewards = total_of(rewards)
     config.check_value_head(len(rewards.models))
     start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
+    rewards = rewards.loaded(model)
     if run is not None and not isinstance(run, Run):
         run = open_library_run("rl", config, run, model, dataset, _begins_with(start, rewards))
     if done := load_finished(run, model, "policy", "cost.json"):

@@ -14,23 +14,27 @@ from perl_jax.training.configs import TrainingConfig
 
 
 def fresh_role(
-    model: Model, config: TrainingConfig, key: jax.Array, frozen: Adapter | None = None
+    model: Model,
+    config: TrainingConfig,
+    key: jax.Array,
+    frozen: Adapter | str | pathlib.Path | None = None,
 ) -> Adapter:
     """Returns a fresh trainable tree: a LoRA adapter that leaves the base as it is, or all weights.
 
-    frozen: an adapter that stays as it is beneath the fresh one.
+    frozen: an adapter, or the folder of one, that stays as it is beneath the fresh one.
     """
     if config.tuning == "full":
         _require_dense(model)
         return weights_program(model.lm)(model.base)
     fresh = model.lm.init_adapter(key, config.lora, model.base)
-    return fresh if frozen is None else lora.stack(frozen, fresh, model.lm.config.layers)
+    below = load_frozen(model, frozen)
+    return fresh if below is None else lora.stack(below, fresh, model.lm.config.layers)
 
 
-def load_frozen(model: Model, folder: str | None) -> Adapter | None:
+def load_frozen(model: Model, folder: Adapter | str | pathlib.Path | None) -> Adapter | None:
     """Reads the adapter to train a fresh one upon. Raises UserError for fully tuned weights."""
-    if folder is None:
-        return None
+    if folder is None or isinstance(folder, Adapter):
+        return folder
     adapter, record = model.load_role(folder)
     require(
         record.tuning == "lora",
@@ -44,7 +48,7 @@ def starting_role(
     config: TrainingConfig,
     policy: Adapter | str | pathlib.Path | None,
     key: jax.Array,
-    frozen: Adapter | None = None,
+    frozen: Adapter | str | pathlib.Path | None = None,
 ) -> Adapter:
     """Returns the role that training goes on from, in the job's tuning.
 

@@ -38,7 +38,7 @@ def train_sft(
     config: SFTConfig | None = None,
     *,
     validation: Iterable[Row] = (),
-    frozen: Adapter | None = None,
+    frozen: Adapter | str | pathlib.Path | None = None,
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:

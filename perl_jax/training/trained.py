@@ -89,10 +89,12 @@ def open_library_run(
     return Run(open_run(job, config, run, prints))
 
 
-def content_of(adapter: Adapter | None) -> Any:
-    """Returns a JSON value of a role's leaves and settings, to compare runs by."""
+def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
+    """Returns a JSON value of a role, in memory or in a folder, to compare runs by."""
     if adapter is None:
         return None
+    if not isinstance(adapter, Adapter):
+        return artefacts.content_of(pathlib.Path(adapter))
     settings = None if adapter.config is None else files.to_dict(adapter.config)
     return [trees.digests(adapter), settings]
 

@@ -18,7 +18,7 @@ import perl_jax as pj
 from perl_jax.data.tasks import data_options, get_task
 from perl_jax.hub import families, weights
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, advantages
+from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, compute_advantages
 from perl_jax.runtime import sharding
 from tests import small
 from tests.golden import runs
@@ -177,7 +177,7 @@ def test_an_algorithm_from_outside_the_package_has_its_own_advantages():
     config = AlgorithmConfig("twice-the-return")
     mask_BT = np.array([[False, True, True], [False, True, False]] * 2)
     return_B = np.float32([1.0, -2.0, 3.0, 0.5])
-    found, target = advantages(config, Outcomes(return_B, None, mask_BT))
+    found, target = compute_advantages(config, Outcomes(return_B, None, mask_BT))
     np.testing.assert_array_equal(found, np.where(mask_BT, 2 * return_B[:, None], 0))
     assert target is None and config.group == 4
     with pytest.raises(pj.UserError, match="There is another algorithm 'rloo'"):

@@ -586,7 +586,7 @@ def test_a_small_model_of_a_fine_tuned_file_gives_transformers_logits(name, tmp_
         (
             "llama3.1-8b",
             {"embedding_multiplier": 12.0, "neftune_noise_alpha": 5},
-            "sets embedding_multiplier 12.0, which llama",
+            "sets embedding_multiplier 12.0, which is not supported for llama",
         ),
         ("gemma3-270m", {"hidden_size": None}, "has no field 'hidden_size'"),
         ("qwen3-0.6b", {"vocab_size": None}, "has no field 'vocab_size'"),

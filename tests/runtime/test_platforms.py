@@ -42,7 +42,7 @@ def test_what_jax_may_look_for(devices, before, after, monkeypatch):
 
 def test_it_counts_after_jax_was_imported():
     code = (
-        "import jax; from perl_jax import platforms; platforms.glob.glob = lambda _: []; "
+        "import jax; from perl_jax.runtime import platforms; platforms.glob.glob = lambda _: []; "
         "platforms.use_cpu_if_no_accelerator(); print(jax.devices()[0].platform)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}

@@ -441,7 +441,7 @@ def test_an_imported_config_keeps_what_is_even_over_layers(tmp_path, model):
             "init_lora_weights 'pissa_niter_4', which changes the base's weights",
         ),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']; only 'score'"),
-        ({"use_something_new": True}, "sets use_something_new, which is not known here"),
+        ({"use_something_new": True}, "sets use_something_new, which is not supported"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )

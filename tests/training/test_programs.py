@@ -18,6 +18,7 @@ from perl_jax.evaluation.score import ScoreConfig, score
 from perl_jax.generation.text import GenerateConfig, run_generate
 from perl_jax.hub.export import ExportConfig, run_export
 from perl_jax.planning.known import APART, COMMANDS, PLANNED, unknown
+from perl_jax.training import dpo, reward, rl, sft
 from perl_jax.training import loop as loop_lib
 from perl_jax.training.commands import DPOCommand, run_dpo, run_reward, run_rl, run_sft
 from perl_jax.training.state import TrainState
@@ -135,12 +136,13 @@ def test_full_tuning_has_its_weights_on_the_devices_once(jobs, tmp_path, monkeyp
     matrices = lambda adapter: sum(leaf.shape == shape for leaf in jax.tree.leaves(adapter))
     found: list[tuple[int, int]] = []
 
-    def begins(folder, config, state, loop):
+    def begins(config, state, *_):
         gc.collect()
         found.append((alive() - before, matrices(state)))
         raise Began
 
-    monkeypatch.setattr(loop_lib, "train", begins)
+    for module in (sft, reward, dpo, rl):
+        monkeypatch.setattr(module, "train", begins)
     gc.collect()
     before = alive()
     common = {"tuning": "full", "steps": 1}
