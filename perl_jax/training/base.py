@@ -1,7 +1,7 @@
-"""Small bases trained on the spot, for tasks that have to run without a download.
+"""Trains small bases from random weights, for quickstarts and tests that download nothing.
 
-Full tuning of a random decoder on a task's `corpus` rows, saved as a Hugging Face folder that every
-command takes as --model. For quickstarts and tests: pre-training at scale is not this package's.
+A decoder is trained on a task's `corpus` rows and saved as a Hugging Face folder, which every
+command takes as --model. Pre-training at scale is not a purpose of this package.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from perl_jax import errors
 from perl_jax.data import orders_language
 from perl_jax.data.dataset import Dataset, of_task
 from perl_jax.data.loading import check_context
-from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import Model, for_devices, weights_program
 from perl_jax.hub.tokenizer import Tokenizer, train_bpe, word_tokenizer
+from perl_jax.hub.weights import save_base
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
-from perl_jax.runs import folder as folder_lib
+from perl_jax.runs.folder import finished, open_run
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
@@ -65,8 +65,7 @@ class BaseConfig(TrainingCommand):
             f"width is {self.width}; it must be a multiple of heads, {self.heads}.",
         )
         self.check_headless("base")
-        # Nothing is loaded that could be quantised, and the tokenizer that is made has no chat
-        # template.
+        # No base is loaded that could be quantised, and the new tokenizer has no chat template.
         errors.unread(
             self,
             ("quantise.kind", "data.template", "data.template_date"),
@@ -101,13 +100,16 @@ def _tokenizer(config: BaseConfig, dataset: Dataset) -> Tokenizer:
 
 
 def train_base(config: BaseConfig) -> pathlib.Path:
-    """Trains a base and writes its folder; returns it. A finished one is left as it is."""
-    folder = folder_lib.open_run("base", config)
+    """Trains a base and writes its folder; returns the folder. A finished base is left as it is.
+
+    Raises UserError if the folder holds a model that another run trained.
+    """
+    folder = open_run("base", config)
     target = pathlib.Path(config.model)
-    if folder_lib.finished(target / "config.json"):
-        if folder_lib.finished(folder / "cost.json"):
+    if finished(target / "config.json"):
+        if finished(folder / "cost.json"):
             return target
-        ours = folder_lib.finished(folder / "checkpoints")
+        ours = finished(folder / "checkpoints")
         errors.require(
             ours,
             f"{target} already holds a model that this run did not train; give another --model "
@@ -149,9 +151,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
 
 
 def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
-    """Tokenizer and weights first, `config.json` last: its presence says that the folder is
-    whole.
-    """
+    """Writes tokenizer and weights first and `config.json` last, which marks a complete folder."""
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
-    hf_checkpoint.save_base(target, shape, weights, tokenizer.token_ids())
+    save_base(target, shape, weights, tokenizer.token_ids())

@@ -28,7 +28,7 @@ from perl_jax.training.sft import train_sft
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingCommand(ModelOptions, TrainingConfig):
-    """What every training command has beside the settings of its job.
+    """What every training command has in addition to the settings of its job.
 
     Attributes:
         run: The run's folder; the same command again resumes it.
@@ -52,7 +52,7 @@ class TrainingCommand(ModelOptions, TrainingConfig):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether a role of the job is, or may be, an adapter."""
+        """Returns whether a role of the job is, or may be, an adapter."""
         return self.tuning == "lora"
 
 

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Literal
 
 from perl_jax import errors
-from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.adapters.lora import TUNINGS, LoRAConfig
 from perl_jax.data.config import DataConfig
 from perl_jax.training.optimizers import OptimizerConfig
 
@@ -51,7 +50,7 @@ class TrainingConfig:
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        errors.one_of("tuning", self.tuning, lora_lib.TUNINGS)
+        errors.one_of("tuning", self.tuning, TUNINGS)
         for field in (
             "steps",
             "batch_size",
@@ -88,7 +87,7 @@ class TrainingConfig:
 
     @property
     def profiled(self) -> tuple[int, ...]:
-        """The numbers of the steps to trace."""
+        """Returns the numbers of the steps to trace. Raises UserError for anything else."""
         return errors.numbers("profile", self.profile, "20-22 or 5,20")
 
     def check_headless(self, job: str) -> None:
@@ -181,5 +180,5 @@ class DPOConfig(TrainingConfig):
 
     @property
     def strength(self) -> float:
-        """beta, or the loss's own."""
+        """Returns beta, or the default of the loss."""
         return {"dpo": 0.5, "ipo": 0.1}[self.loss] if self.beta is None else self.beta

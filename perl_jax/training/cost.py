@@ -1,4 +1,4 @@
-"""What a run costs: seconds a step, memory, sizes."""
+"""Measures what a run costs: seconds per step, memory, sizes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,31 @@ from perl_jax.training.state import TrainState
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds of each phase of each step; medians leave the compiling first steps out."""
+    """The seconds of each phase of each step.
+
+    Their median is hardly changed by the first steps, which compile.
+
+    Attributes:
+        phases: Seconds of each step, by the name of the phase.
+    """
 
     phases: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add(self, **seconds: float) -> dict[str, float]:
-        """Records one step's phases; returns them as metrics."""
+        """Records the seconds of one step's phases; returns them as metrics `time/<phase>`."""
         for name, value in seconds.items():
             self.phases.setdefault(name, []).append(value)
         return {f"time/{name}": value for name, value in seconds.items()}
 
     def medians(self) -> dict[str, float]:
-        """Returns the median seconds of each phase of a step."""
+        """Returns the median seconds of each phase."""
         return {name: statistics.median(values) for name, values in self.phases.items()}
 
 
 def peak_measured() -> int | None:
-    """Peak bytes on this process's first device, or of the process where the device (a CPU) keeps
-    no account.
+    """Returns the peak bytes in use on this process's first device.
+
+    A CPU device does not report them; the peak memory of the process is returned there.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -53,10 +60,10 @@ def peak_measured() -> int | None:
 def peak_compiled(
     model: Model, state: TrainState, programs: Mapping[str, Program]
 ) -> dict[str, int]:
-    """For each program: what stays resident (base, state) plus what the compiler says it adds.
+    """Returns peak bytes by program: base and state, plus what the compiler says the program adds.
 
-    Global bytes of base and state, and one device's temporaries: on one device the peak of a job.
-    Full tuning reads no base, so none is counted for it.
+    Base and state are counted whole, the program's temporaries on one device. So the sum is the
+    peak of a job on one device. The base is left out where no role reads it, as in full tuning.
     """
     tuned = any(role.weights is not None for role in state.roles.values())
     readers = [*state.roles.values(), *state.frozen.values()]
@@ -77,11 +84,11 @@ def write_cost(
     programs: Mapping[str, Program],
     timings: Timings,
 ) -> None:
-    """`cost.json`: sizes, seconds a step, memory, attention paths; what the report compares tunings
-    by.
+    """Writes `cost.json`: sizes, seconds per step, memory, attention paths.
 
-    peak_bytes_measured: of the process (`peak_measured`) where it is largest; those of each are
-    beside it. Seconds are of the process that writes.
+    The report compares tunings by these numbers. `peak_bytes_measured` is the largest
+    `peak_measured` of all processes; `peak_bytes_measured_by_process` has that of each. Seconds are
+    medians of the process that writes.
     """
     peaks = peak_compiled(model, state, programs)
     medians = timings.medians()

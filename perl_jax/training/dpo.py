@@ -18,9 +18,9 @@ from perl_jax.data.store import group_of
 from perl_jax.evaluation import statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
-from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel, cast_frozen_role
+from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
 from perl_jax.runs.folder import write_results
@@ -39,7 +39,7 @@ from perl_jax.types import Pairs
 
 @functools.lru_cache(maxsize=8)
 def reference_program(lm: LanguageModel, microbatches: int) -> Program:
-    """(base or None, reference, tokens) -> its log-probabilities."""
+    """Returns the compiled program (base or None, reference, tokens) -> logp_BT."""
     return Program(
         "reference",
         functools.partial(passes.logprobs_in_microbatches, lm, microbatches),
@@ -48,7 +48,7 @@ def reference_program(lm: LanguageModel, microbatches: int) -> Program:
 
 
 def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pairs) -> Preferences:
-    """Comparisons and what the frozen reference says of both sides."""
+    """Returns comparisons with the reference's log-probabilities of both responses."""
     reference = state.frozen["reference"]
     both = passes.interleaved_pairs(pairs)
     logp_BT = reference_program(model.lm, microbatches)(
@@ -58,7 +58,7 @@ def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pa
 
 
 def job_of(config: DPOConfig) -> Supervised:
-    """The supervised job that DPO is, once the reference's log-probabilities are there."""
+    """Returns DPO as a supervised job, whose batches get the reference's log-probabilities."""
     settings = {
         "kind": config.loss,
         "beta": config.strength,
@@ -178,7 +178,10 @@ def evaluate_dpo(
 
 
 def implicit_program(model: Model, config: DPOConfig) -> Program:
-    """(base or None, policy, preferences) -> log pi / pi_ref of both sides."""
+    """Returns the compiled program (base or None, policy, preferences) -> log-ratios.
+
+    The log-ratios log(pi / pi_ref) are (chosen_B, rejected_B).
+    """
     return Program(
         "implicit",
         functools.partial(_implicit, model.lm, config.token_mean, config.microbatches),
@@ -196,4 +199,4 @@ def _implicit(
             preference.response_log_ratio(logp_BT, part.reference_BT, both.response_BT, mean)
         )
 
-    return microbatches_lib.each_microbatch(of_rows, batch, microbatches)
+    return each_microbatch(of_rows, batch, microbatches)

@@ -1,8 +1,8 @@
-"""From judged rollouts to experience: what an RL update learns from, before it or inside it.
+"""Turns scored rollouts into experience, the batch that an RL update learns from.
 
-With several updates a rollout, the policy's log-probabilities are taken first, and experience is
-made of them. A single update meets the policy as it sampled: it takes them itself, and makes
-experience of them on its way (`one_pass`).
+With several updates per rollout, a separate pass computes the policy's log-probabilities before
+the first update, and experience is made from them. With a single update per rollout, the update
+computes these log-probabilities itself and makes the experience in the same pass (`one_pass`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from perl_jax.types import Array, Tokens
 
 @flax.struct.dataclass
 class RolloutStatistics:
-    """Means over rows (or response tokens) of one batch of rollouts, for the log."""
+    """Statistics of one batch of rollouts, for the log.
+
+    Attributes:
+        values: Means over rows or response tokens, by name.
+        finite: Whether all scores and returns are finite, bool [].
+    """
 
     values: dict[str, Array]
     finite: Array
@@ -34,13 +39,20 @@ class RolloutStatistics:
 
 @flax.struct.dataclass
 class Judged:
-    """A batch of rollouts with all that was measured on it.
+    """A batch of scored rollouts with their log-probabilities and values.
 
-    score_B: before shaping. policy_BT, reference_BT: log-probabilities, by one program.
-    reference_BT None: no reference. policy_BT: with `one_pass` read by the KL alone, and where
-    `measured` says so; elsewhere the update's own are. values_BT: of the state before each token,
-    where the algorithm needs them now. greedy, greedy_score_P: each prompt's greedy response and
-    its score, where it is the baseline. beta: the KL's coefficient.
+    Attributes:
+        rollout: The sampled responses.
+        score_B: Scores before shaping.
+        policy_BT: The policy's log-probabilities. With `one_pass` only the KL reads them, and only
+            if `measured` is true; otherwise the update computes its own. None: not computed.
+        beta: The KL's coefficient, [].
+        reference_BT: The reference's log-probabilities, by the same program as `policy_BT`. None:
+            no reference.
+        measured: Whether `policy_BT` holds the policy's log-probabilities, bool [].
+        values_BT: The critic's value of the state before each token. None: no critic.
+        greedy: The greedy response to each prompt, if the algorithm's baseline is its score.
+        greedy_score_P: The scores of `greedy`.
     """
 
     rollout: Rollout
@@ -56,12 +68,22 @@ class Judged:
 
 @flax.struct.dataclass
 class Rewarded:
-    """What experience is made of once the update has the policy's log-probabilities; rows lead in
-    all.
+    """Rollouts with shaped scores; with the policy's log-probabilities they become experience.
 
-    sampled_BT: the sampler's log-probabilities. score_B: shaped. policy_BT, reference_BT,
-    measured_B, values_BT, beta_B: as in `Judged`. greedy_B: the shaped score of the prompt's greedy
-    response. group: rows that have to be dealt out together.
+    The first axis of every array is the rows, so that microbatches can be split off.
+
+    Attributes:
+        sequences: Prompts and responses.
+        sampled_BT: The sampler's log-probabilities.
+        score_B: Shaped scores.
+        beta_B: `Judged.beta` on every row.
+        measured_B: `Judged.measured` on every row.
+        policy_BT: As in `Judged`.
+        reference_BT: As in `Judged`.
+        values_BT: As in `Judged`.
+        greedy_B: The shaped score of the greedy response to the row's prompt. None: no such
+            baseline.
+        group: How many consecutive rows have to stay in one microbatch.
     """
 
     sequences: Tokens
@@ -77,12 +99,16 @@ class Rewarded:
 
 
 def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
-    """Whether the update itself can take the policy's log-probabilities, so that no pass goes
-    before it.
+    """Returns whether the update itself computes the policy's log-probabilities.
 
-    A single update meets the policy as it sampled, unless there is dropout. What its advantages
-    compare (a prompt's samples; the batch, where it is whitened) must be in one microbatch. parts:
-    of the mesh's rows.
+    No separate pass is needed then. There must be a single update per rollout and no dropout, so
+    that the policy in the update is the policy that sampled. All rows that an advantage compares (a
+    prompt's samples, or the whole batch if it is whitened) must be in one microbatch.
+
+    Args:
+        config: Settings of RL.
+        parts: Parts that the mesh splits a batch's rows into.
+        dropout: The policy's dropout.
     """
     algorithm = config.algorithm
     if algorithm.updates > 1 or dropout > 0:
@@ -97,10 +123,16 @@ def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
 def assemble(
     config: RLConfig, parts: int, one: bool, judged: Judged
 ) -> tuple[Experience | Rewarded, RolloutStatistics]:
-    """Judged rollouts -> experience, and what the log says of them.
+    """Returns the input of the update, and the statistics of the rollouts for the log.
 
-    one: whether it will be one pass; what depends on the policy's log-probabilities is then left to
-    the update (`experience_of`).
+    The input is `Rewarded` if the update computes the policy's log-probabilities, and otherwise
+    `Experience`.
+
+    Args:
+        config: Settings of RL.
+        parts: Parts that the mesh splits a batch's rows into.
+        one: The result of `one_pass`.
+        judged: The scored rollouts.
     """
     rollout, mask_BT = judged.rollout, judged.rollout.sequences.response_BT
     paid = functools.partial(shaped, config.shaping, config.data.max_response_length)
@@ -144,12 +176,19 @@ def assemble(
 def experience_of(
     config: RLConfig, rewarded: Rewarded, policy_BT: Array
 ) -> tuple[Experience, losses.Logs]:
-    """Experience from rewards and the policy's log-probabilities, without gradient; sums for the
-    log.
+    """Returns experience, and sums for the log; no gradient flows through either.
 
-    The KL is of numbers from one program where those are known, so that it is exactly 0 between
-    equals. With the KL in the reward R = (1 - beta) s - beta sum_t kl_t, s the shaped score (or s -
-    beta sum_t kl_t); with the KL in the loss R = s.
+    With the KL in the reward the return is R = (1 - beta) s - beta sum_t kl_t for a shaped score s
+    (with `kl.whole_score` R = s - beta sum_t kl_t). With the KL in the loss R = s.
+
+    Where `rewarded.policy_BT` was measured, the KL reads it instead of `policy_BT`: it comes from
+    the same program as the reference's log-probabilities, so that the KL of a policy to itself is
+    exactly 0.
+
+    Args:
+        config: Settings of RL.
+        rewarded: Rollouts with shaped scores.
+        policy_BT: The log-probabilities of the policy before the first update.
     """
     policy_BT, mask_BT = jax.lax.stop_gradient(policy_BT), rewarded.sequences.response_BT
     reference_BT = from_BT = policy_BT
@@ -166,7 +205,8 @@ def experience_of(
     )
     outcomes = Outcomes(return_B, rewards_BT, mask_BT, rewarded.values_BT)
     if rewarded.greedy_B is not None:
-        # Without its KL: any number that depends on the prompt alone leaves the gradient exact.
+        # The greedy response's KL is left out of this baseline. The gradient stays unbiased,
+        # because the baseline depends on the prompt alone.
         outcomes = outcomes.replace(
             greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group]
         )

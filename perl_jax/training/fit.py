@@ -1,4 +1,4 @@
-"""One loop over labelled batches, for SFT, reward models, DPO and small bases."""
+"""The supervised loop that SFT, reward models, DPO and small bases share."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from perl_jax.data.dataset import Dataset
 from perl_jax.data.loading import load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.hub.model import Model, say_attention
-from perl_jax.models import microbatches as microbatches_lib
+from perl_jax.models.microbatches import summed_microbatches
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
-from perl_jax.training import optimizers as optimizers_lib
-from perl_jax.training import state as state_lib
 from perl_jax.training import step
 from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.loop import Loop
-from perl_jax.training.state import TrainState
+from perl_jax.training.optimizers import Optimizers, make_optimizer
+from perl_jax.training.state import TrainState, init_state
 from perl_jax.types import Tree
 
 
 def step_program(model: Model, update: Callable, state: TrainState) -> Program:
-    """A jitted update(state, base, batch, ...): state donated, the others not, results where the
-    state is.
+    """Returns the compiled program of an update: (state, base, batch, ...) -> (state, metrics).
+
+    The state is donated; base and batch are not. The new state has the shardings of the old one.
     """
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
-    # Every padded length may come packed too.
+    # Batches of each padded length may be packed or not.
     return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)
 
 
@@ -41,11 +41,20 @@ def initial_state(
     model: Model,
     config: TrainingConfig,
     roles: dict[str, Adapter],
-    optimizers: optimizers_lib.Optimizers,
+    optimizers: Optimizers,
     frozen: Mapping[str, Adapter] | None = None,
     controls: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Step 0, placed on the mesh; its arrays are its own."""
+    """Returns the state of step 0 on the mesh. It shares no arrays with the given roles.
+
+    Args:
+        model: The base and its mesh.
+        config: Settings; the seed makes the state's key.
+        roles: The roles to train, by name.
+        optimizers: One for each of them.
+        frozen: Roles that the job reads but does not train, by name.
+        controls: Initial values of the numbers that the loop adapts (the KL's coefficient).
+    """
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
     given = (
         model.place(roles),
@@ -57,33 +66,43 @@ def initial_state(
 
 def begin_program(
     model: Model,
-    optimizers: optimizers_lib.Optimizers,
+    optimizers: Optimizers,
     controls: Mapping[str, float] | None,
     roles: Tree,
     frozen: Tree,
     key: jax.Array | jax.ShapeDtypeStruct,
 ) -> Program:
-    """(roles, frozen roles, key data) -> the state of step 0, for arguments of these shapes."""
+    """Returns the compiled program (roles, frozen roles, key data) -> the state of step 0.
+
+    Only the shapes and dtypes of the last three arguments are read.
+    """
 
     def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
-        return state_lib.init_state(
-            roles, optimizers, jax.random.wrap_key_data(data), frozen, controls
-        )
+        return init_state(roles, optimizers, jax.random.wrap_key_data(data), frozen, controls)
 
     places = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
     return Program("begin", make, out_shardings=places, limit=1)
 
 
-# A state's mean of each held-out sum: the loss first, then the logs.
+# state -> the means over the held-out rows: `loss` and the objective's logs (`held_out_loss`).
 HeldOut = Callable[[TrainState], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """What a supervised job is made of: role, kind of rows, objective, validation.
+    """What distinguishes one supervised job from another.
 
-    prepare(model, state, batch): what is added to a placed batch before the update; None: nothing.
-    truth(rows, task, split): what scores are held against, where it is not the comparison itself.
+    Attributes:
+        job: The name that messages begin with.
+        role: The name of the trained role.
+        kind: The kind of rows that the job trains on.
+        objective: (lm, roles, base, batch, key) -> (loss, logs), both as sums with weights.
+        validate: (model, held-out loss, state, batches, truth) -> validation metrics.
+        best: The validation metric whose best step is kept; None: the last step is.
+        shown: Names of the metrics on the progress line.
+        prepare: (model, state, batch) -> the batch that the objective reads; None: the batch as it
+            is.
+        truth: (rows, task, split) -> what scores are compared with; None: nothing.
     """
 
     job: str
@@ -97,7 +116,7 @@ class Supervised:
     truth: Callable[[Any, str, str], np.ndarray] | None = None
 
     def ready(self, model: Model, state: TrainState, batch: Tree) -> Tree:
-        """A batch as the objective takes it, on its devices."""
+        """Returns a batch on the mesh's devices, in the form that the objective reads."""
         batch = sharding.put_batch(batch, model.mesh)
         return batch if self.prepare is None else self.prepare(model, state, batch)
 
@@ -108,14 +127,14 @@ def begin(
     job: Supervised,
     role: Adapter,
     frozen_roles: Mapping[str, Adapter] | None = None,
-) -> tuple[TrainState, optimizers_lib.Optimizers]:
-    """The state that one role is trained from, and its optimizer.
+) -> tuple[TrainState, Optimizers]:
+    """Returns the state that the training of one role begins with, and the role's optimizer.
 
-    The state's arrays are its own: let go of the role that is given, or its weights are on the
-    devices twice.
+    The state copies the role: delete the given role afterwards, or its weights are on the devices
+    twice.
     """
     optimizers = {
-        job.role: optimizers_lib.make_optimizer(
+        job.role: make_optimizer(
             config.optimizer, config.steps, config.tuning, model.lm.config.width
         )
     }
@@ -129,7 +148,7 @@ def supervised_loop(
     config: TrainingConfig,
     job: Supervised,
     state: TrainState,
-    optimizers: optimizers_lib.Optimizers,
+    optimizers: Optimizers,
 ) -> tuple[Loop, Program]:
     """Returns the loop that trains a role on a split of labelled rows, and the update's program.
 
@@ -137,7 +156,7 @@ def supervised_loop(
     `config.evaluate_every` steps, and the best of these steps is kept where the job has a measure
     to choose it by.
 
-    state: of step 0 (`begin`); only shapes and shardings are read.
+    Only the shapes and shardings of `state` (`begin`) are read.
     """
     seed, size, parts = config.seed, config.batch_size, config.microbatches
     batches = load_batches(model, dataset, split, config.data, size, seed, parts)
@@ -168,9 +187,9 @@ def learn_program(
     config: TrainingConfig,
     job: Supervised,
     state: TrainState,
-    optimizers: optimizers_lib.Optimizers,
+    optimizers: Optimizers,
 ) -> Program:
-    """(state, base or None, batch) -> (state, metrics)."""
+    """Returns the compiled update (state, base or None, batch) -> (state, metrics)."""
     update = functools.partial(
         step.train_step, functools.partial(job.objective, model.lm), optimizers, config.microbatches
     )
@@ -178,8 +197,9 @@ def learn_program(
 
 
 def held_out_program(model: Model, config: TrainingConfig, job: Supervised) -> Program:
-    """(roles, base or None, batch) -> the objective's sums over a held-out batch, in the update's
-    microbatches.
+    """Returns the compiled program (roles, base or None, batch) -> (loss, logs), as sums.
+
+    It computes the objective on a held-out batch, in as many microbatches as the update.
     """
     return Program(
         "validate",
@@ -193,8 +213,8 @@ def held_out_program(model: Model, config: TrainingConfig, job: Supervised) -> P
 def _held_out(
     objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree
 ) -> tuple:
-    """The objective without dropout: (loss, logs) as sums."""
-    return microbatches_lib.summed_microbatches(
+    """Computes the objective without dropout; returns (loss, logs) as sums."""
+    return summed_microbatches(
         lambda part: objective(roles, frozen, part, None), batch, microbatches
     )
 
@@ -202,8 +222,9 @@ def _held_out(
 def held_out_loss(
     model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches
 ) -> dict[str, float]:
-    """Means over all held-out rows, `loss` and the objective's logs: sums and weights added,
-    divided once.
+    """Returns means over all held-out rows: `loss` and the objective's logs.
+
+    Sums and weights are added over all batches and divided once.
     """
     frozen = model.base if any(role.weights is None for role in state.roles.values()) else None
     sums: dict[str, list[float]] = {}

@@ -1,5 +1,7 @@
-"""How a batch of rollouts is dealt out and packed: few sizes, whatever the lengths that were
-sampled.
+"""Chooses how a batch of rollouts is divided into updates and packed.
+
+Sampled responses have any length, but every packed length is another program to compile. So packed
+lengths are chosen from a few sizes.
 """
 
 from __future__ import annotations
@@ -14,11 +16,10 @@ from perl_jax.training import step
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.types import Layout
 
-# Sizes that the room of a batch's responses is packed into: so many programs at most for each
-# length of prompts.
+# How many packed lengths there are for each padded length of the prompts: those for responses that
+# fill 1/LEVELS, 2/LEVELS, ... of `max_response_length` on average.
 LEVELS = 4
-# They are multiples of this long: short responses share sizes, which would else turn up one by one
-# as lengths do.
+# Packed lengths are multiples of this, so that short responses have few packed lengths too.
 MULTIPLE = 64
 
 
@@ -31,11 +32,17 @@ def rollout_layout(
     microbatches: int,
     orders_XY: np.ndarray | None = None,
 ) -> Layout | None:
-    """The layout of rollouts with so many real tokens in each row's prompt and response; None: not
-    worth it.
+    """Returns how rollouts are packed; None: they stay padded, as packing would gain too little.
 
-    columns: of the prompts. microbatches: of the pass that reads them. orders_XY: the rows of each
-    update, which all have one layout (`step.dealt`); None: one pass over all rows as they are.
+    Args:
+        model: The base; says whether batches are packed.
+        config: Settings of RL.
+        prompt_B: Number of tokens of each row's prompt.
+        response_B: Number of tokens of each row's response.
+        columns: The padded length of the prompts.
+        microbatches: Microbatches of the pass that reads the rollouts.
+        orders_XY: The rows of each update (`step.dealt`), which all get one layout. None: one pass
+            over all rows in their order.
     """
     if not model.packs(config.data.packing):
         return None
@@ -68,20 +75,21 @@ def rollout_layout(
 
 
 def dealt_group(config: RLConfig, rows: int, parts: int) -> int:
-    """Rows that stay together when rollouts are dealt out to so many parts: a prompt's samples,
-    where whole groups divide.
+    """Returns how many consecutive rows stay together when `rows` are divided into `parts`.
+
+    A prompt's samples stay together if their groups divide evenly over the parts; otherwise rows
+    are divided one by one.
     """
     samples = config.algorithm.group
     return samples if rows % (parts * samples) == 0 else 1
 
 
 def updates_rows(config: RLConfig, key: jax.Array) -> np.ndarray | None:
-    """The rows of each of an RL step's updates (`step.dealt`); None: a single one takes them as
-    they are.
+    """Returns the rows of each update of an RL step (`step.dealt`), int [updates, rows].
 
-    A prompt's samples stay together where whole groups divide over the minibatches, so that packing
-    can compute their prompt once; on every mesh and in any number of microbatches, so that all
-    learn the same.
+    Returns None for a single update, which takes all rows in their order. A prompt's samples stay
+    together if their groups divide evenly over the minibatches, so that packing can compute the
+    prompt once. Neither the mesh nor the number of microbatches changes the result.
     """
     algorithm = config.algorithm
     if algorithm.updates == 1:

@@ -36,7 +36,7 @@ OnStep = Callable[[dict[str, Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What the loops of SFT, reward models, DPO and RL differ in.
+    """What distinguishes the loops of SFT, reward models, DPO and RL.
 
     Attributes:
         job: The name that messages and the progress line begin with.
@@ -59,7 +59,7 @@ class Loop:
 
 
 class Memory:
-    """The place of `Checkpoints` in a run without a folder: holds a copy of the best state."""
+    """Stands in for `Checkpoints` in a run without a folder: holds a copy of the best state."""
 
     def __init__(self, best: str | None) -> None:
         self._best = best
@@ -187,8 +187,9 @@ def train(
 
 
 def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]) -> None:
-    """Raises TrainingError where `finite`, which is taken out of the metrics, is False: a loss, a
-    gradient, an updated weight or a log-probability is NaN or infinite.
+    """Removes `finite` from the metrics; raises TrainingError if it is False.
+
+    It is False if a loss, a gradient, an updated weight or a log-probability is NaN or infinite.
     """
     if not bool(metrics.pop("finite")):
         bad = [

@@ -1,4 +1,4 @@
-"""The optimizer of each role: its settings, its schedule, its default learning rate."""
+"""Makes the optimizer of a role: settings, learning-rate schedule, default learning rate."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class OptimizerConfig:
         for field in ("b1", "b2"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field} is {value!r}; it must lie in [0, 1).")
-        # Adafactor has no momentum here, its own decay of squares and its own epsilons.
+        # Adafactor is used without momentum, with its own decay of squares and its own epsilons.
         for field in ("b1", "b2", "epsilon"):
             read_by(
                 f"optimizer.{field}",
@@ -79,12 +79,13 @@ class OptimizerConfig:
             )
 
 
+# The optimizer of each role, by name.
 Optimizers = Mapping[str, optax.GradientTransformation]
 
 
-# The paper's best reward-model rates (arXiv 2403.10704): adapters 1e-4, full tuning 1e-5. The
-# factor of ten is the field's rule too. Bases narrower than WIDTH take more, in proportion to
-# (WIDTH / width)^POWER: found on the small bases that are trained on the spot
+# The paper's best rates for reward models (arXiv 2403.10704): 1e-4 for adapters and 1e-5 for full
+# tuning. A factor of ten between the two is usual. On bases narrower than WIDTH the rates are
+# multiplied by (WIDTH / width)^POWER, which was found on small bases
 # (docs/log/hyperparameters.md).
 DEFAULT_RATES = {"lora": 1e-4, "full": 1e-5}
 
@@ -93,7 +94,11 @@ WIDTH, POWER = 2048, 0.75
 
 
 def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule:
-    """Linear warm-up to `rate`, then constant, or linear or cosine decay to 0 at `steps`."""
+    """Returns the learning-rate schedule of a run of `steps` updates.
+
+    A linear warm-up to `rate` is followed by a constant rate, or by a linear or cosine decay that
+    reaches 0 at `steps`.
+    """
     rest = max(steps - config.warmup_steps, 1)
     after = {
         "constant": lambda: optax.constant_schedule(rate),
@@ -102,7 +107,7 @@ def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule
     }[config.schedule]()
     if config.warmup_steps == 0:
         return after
-    # Begins at rate / warmup, not 0: the first update counts.
+    # The warm-up begins at rate / warmup_steps: at 0 the first update would change nothing.
     warmup = optax.linear_schedule(
         rate / config.warmup_steps, rate, max(config.warmup_steps - 1, 1)
     )
@@ -110,12 +115,13 @@ def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule
 
 
 def _rule(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW or Adafactor with a learning-rate schedule."""
     if config.name == "adamw":
         return optax.adamw(
             rate, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay
         )
-    # Without the parameter-scale factor: B starts at zero, and updates scaled by its size would
-    # leave it there.
+    # Updates are not multiplied by the scale of the parameters: B starts at zero, and would stay
+    # there.
     return optax.adafactor(
         rate,
         multiply_by_parameter_scale=False,
@@ -126,8 +132,10 @@ def _rule(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
 
 
 def learning_rate(config: OptimizerConfig, tuning: str, width: int = WIDTH) -> float:
-    """The configured rate, or the default of the tuning for a base of that width (of hidden
-    states).
+    """Returns the configured learning rate, or the default of the tuning.
+
+    The default is DEFAULT_RATES[tuning] * max(1, WIDTH / width)^POWER, where `width` is the size of
+    the base's hidden states.
     """
     if config.learning_rate is not None:
         return config.learning_rate
@@ -137,10 +145,17 @@ def learning_rate(config: OptimizerConfig, tuning: str, width: int = WIDTH) -> f
 def make_optimizer(
     config: OptimizerConfig, steps: int, tuning: str = "lora", width: int = WIDTH
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm over the role's trainable leaves, then the rule, head apart.
+    """Returns a role's optimizer: gradient clipping, then AdamW or Adafactor.
 
-    Clipping comes first and over lora, head and weights together: one bound on one update.
-    With lora_b_ratio (LoRA+, Hayou et al. 2024, arXiv 2402.12354) B has the rate times the ratio.
+    The gradient is clipped by its global norm over all trainable leaves (LoRA, head and weights
+    together). The head has its own learning rate. With `lora_b_ratio` (LoRA+, Hayou et al. 2024,
+    arXiv 2402.12354) the rate of B is that of A times the ratio.
+
+    Args:
+        config: Settings of the optimizer.
+        steps: Updates of the run; the schedule ends there.
+        tuning: lora or full; decides the default learning rate.
+        width: The size of the base's hidden states; decides the default learning rate too.
     """
     plus = config.lora_b_ratio != 1.0
 

@@ -27,9 +27,9 @@ from perl_jax.data.targets import (
 from perl_jax.evaluation import intervals, statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
-from perl_jax.models import microbatches as microbatches_lib
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.run import Run
@@ -45,7 +45,7 @@ from perl_jax.training.state import TrainState
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 from perl_jax.types import Labelled, Pairs, Tree
 
-# Rows of the training split whose scores define mean 0 and variance 1.
+# How many rows of the training split are scored to normalise scores to mean 0 and variance 1.
 _REFERENCE_ROWS = 512
 
 
@@ -91,7 +91,10 @@ def validate_regression(
 
 @functools.lru_cache(maxsize=8)
 def score_program(lm: LanguageModel, microbatches: int) -> Program:
-    """(base, adapter, batch) -> the scores of its rows: (chosen_B, rejected_B), or (score_B,)."""
+    """Returns the compiled program (base or None, adapter, batch) -> raw scores.
+
+    The scores are (chosen_B, rejected_B) for comparisons and (score_B,) for labelled rows.
+    """
     return Program("score", functools.partial(_scores, lm, microbatches), limit=SHAPES)
 
 
@@ -103,11 +106,14 @@ def _scores(
             return passes.pair_scores(lm, base, adapter, part)
         return (passes.scores(lm, base, adapter, part.tokens),)
 
-    return microbatches_lib.each_microbatch(of_rows, batch, microbatches)
+    return each_microbatch(of_rows, batch, microbatches)
 
 
 def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.ndarray, ...]:
-    """Raw scores in the source's order: (chosen, rejected) of pairs, (score,) of labelled rows."""
+    """Returns the raw scores of all rows in the order of the split, without filler.
+
+    They are (chosen [rows], rejected [rows]) for comparisons and (score [rows],) for labelled rows.
+    """
     program = score_program(model.lm, batches.spec.microbatches)
     base = model.base if adapter.weights is None else None
     sides: tuple[list, list] = ([], [])
@@ -154,7 +160,7 @@ REWARD = {
 
 
 def reward_job(config: RewardConfig) -> Supervised:
-    """The supervised job that an objective is."""
+    """Returns the supervised job of `config.objective`."""
     job = REWARD[config.objective]
     if config.objective != "pairwise":
         return job
@@ -241,10 +247,9 @@ def train_reward(
 def reference_moments(
     model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[float, float]:
-    """Returns mean and standard deviation of raw scores over the first responses that were trained
-    on.
+    """Returns mean and standard deviation of the raw scores of the first training responses.
 
-    Raises UserError where all scores are equal.
+    Raises UserError if all scores are equal.
     """
     batches = load_batches(
         model,
@@ -270,10 +275,12 @@ def reference_moments(
 def evaluate_reward(
     model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Held-out quality on the test split, for `evaluation.json`, and the raw score of every row.
+    """Evaluates a reward model on the test split.
 
-    n: rows. groups: what they are independent draws of (`data.store.group_of`), which intervals are
-    over.
+    Returns:
+        The measures for `evaluation.json`, and the raw scores of all rows by name. `n` is the
+        number of rows and `groups` the number of groups (`data.store.group_of`); confidence
+        intervals take groups, not rows, to be independent.
     """
     kind, rows = dataset.kind, dataset.rows("test")
     batches = load_batches(
@@ -341,7 +348,7 @@ def validation_threshold(
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers that travel with the artefact."""
+    """Returns the measures that the artefact's record holds."""
     names = ("auc", "balanced_accuracy", "correlation", "pairwise_accuracy")
     out = {name: results[name]["value"] for name in names if name in results}
     return out | ({"ece": results["ece"]} if "ece" in results else {})

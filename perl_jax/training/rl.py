@@ -1,4 +1,7 @@
-"""RL: sample, score, compare with the reference, learn; every phase is one compiled program."""
+"""Policy-gradient RL: sample responses, score them, compare them with the reference, learn.
+
+Each phase of a step is a compiled program of its own.
+"""
 
 from __future__ import annotations
 
@@ -34,29 +37,41 @@ from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
-from perl_jax.training import optimizers as optimizers_lib
-from perl_jax.training import state as state_lib
-from perl_jax.training import step as step_lib
 from perl_jax.training.experience import Judged, assemble, experience_of, one_pass
 from perl_jax.training.fit import initial_state, step_program
 from perl_jax.training.layouts import rollout_layout, updates_rows
 from perl_jax.training.loop import Loop, OnStep, train
+from perl_jax.training.optimizers import Optimizers, make_optimizer
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.roles import starting_role
-from perl_jax.training.state import TrainState
+from perl_jax.training.state import SAMPLE, SHUFFLE, TrainState
+from perl_jax.training.step import train_epochs, train_step
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 from perl_jax.types import Layout, Prompts, Tree
 
-# What the artefacts' step is chosen by.
+# The validation metric whose best step the artefacts hold.
 SELECTED_BY = "validation/reward"
-# Prompts of a validation whose first response is kept to be read.
+# How many prompts of a validation have their first response written to the run's folder.
 _KEPT = 8
-# Folded into the seed's key: 1 makes the train state's, 2 a head.
+# Folded into the seed's key for the samples of validations. Fold 1 makes the train state's key and
+# fold 2 the key of a head.
 _VALIDATION = 3
 
 
 class Programs:
-    """The compiled pieces of one RL step; None: what the algorithm does without."""
+    """The compiled programs of one RL step; None for a program that the algorithm does not need.
+
+    Attributes:
+        sample: Samples responses.
+        greedy: Decodes the greedy responses of a greedy baseline.
+        reward: Scores responses with the reward models.
+        logprobs: Computes log-probabilities, of the policy or of the reference.
+        values: Computes the critic's values.
+        assemble: Makes the update's input from scored rollouts (`experience.assemble`).
+        learn: Updates the trained roles.
+        refresh: Copies the policy to become the new reference.
+        one_pass: Whether the update itself computes the policy's log-probabilities.
+    """
 
     def __init__(
         self,
@@ -64,13 +79,13 @@ class Programs:
         config: RLConfig,
         reward: Program | None,
         state: TrainState,
-        optimizers: optimizers_lib.Optimizers,
+        optimizers: Optimizers,
     ):
         lm, algorithm = model.lm, config.algorithm
         room = config.data.max_response_length
         shared = model.shared_prompts(config.batch_size, algorithm.group)
         rows = sharding.batch_sharding(model.mesh)
-        # Of an adapter's own configuration: it may come from an artefact.
+        # The adapter's own settings count: it may come from an artefact.
         lora = state.roles["policy"].config
         self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
         made_of = functools.partial(experience_of, config) if self.one_pass else None
@@ -84,7 +99,7 @@ class Programs:
             experience_of=made_of,
         )
         update = functools.partial(
-            step_lib.train_step if algorithm.updates == 1 else step_lib.train_epochs,
+            train_step if algorithm.updates == 1 else train_epochs,
             objective,
             optimizers,
             config.microbatches,
@@ -133,17 +148,23 @@ class Programs:
         )
 
     def by_name(self) -> dict[str, Program]:
-        """Returns the programs that this algorithm has, by name."""
+        """Returns the programs that are not None, by name."""
         names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """What a step needs besides the state: the model, the programs, the rewards, the rows.
+    """What an RL step needs besides the state and the batch.
 
-    base: None in full tuning, where the state's own weights stand in for it. rows: those of
-    `dataset` that the batches are made of.
+    Attributes:
+        model: The base, its tokenizer and its mesh.
+        base: The base's weights; None in full tuning, where the roles have their own.
+        programs: The compiled programs.
+        scorer: Scores rollouts.
+        dataset: The prompts, and their true reward where one is known.
+        rows: The rows of `dataset` that `row_B` of a batch is an index into.
+        config: Settings of RL.
     """
 
     model: Model
@@ -158,13 +179,24 @@ class Rollouts:
 def advance(
     job: Rollouts, state: TrainState, batch: Prompts
 ) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
-    """One RL step: rollouts from the policy as it is, scored, compared, learned from.
+    """Makes one RL step: samples responses, scores them, updates the policy.
 
-    The sampling key is the step's own, apart from the one that the update splits for dropout.
+    Sampling and the update have different keys, both derived from the state's key and step.
+
+    Args:
+        job: Model, programs, rewards and settings.
+        state: Of step s; it is donated.
+        batch: The prompts of the step.
+
+    Returns:
+        The state of step s + 1, the metrics, and the seconds of the phases sample, score and learn.
+
+    Raises:
+        TrainingError: If sampler and trainer disagree on log-probabilities (`max_mismatch`).
     """
     config, programs, base = job.config, job.programs, job.base
     clocks = [time.perf_counter()]
-    key = jax.random.key_data(state.step_key(state_lib.SAMPLE))
+    key = jax.random.key_data(state.step_key(SAMPLE))
     policy = state.roles["policy"]
     repeated = batch.repeated(config.algorithm.group)
     shared = job.model.shared_prompts(config.batch_size, config.algorithm.group)
@@ -178,8 +210,8 @@ def advance(
         else programs.greedy(base, policy, sharding.put_batch(batch, job.model.mesh), key)
     )
     clocks.append(time.perf_counter())
-    # The rows of each update, where there are several: they decide how these are packed.
-    orders_XY = updates_rows(config, state.step_key(state_lib.SHUFFLE))
+    # With several updates: the rows of each, which decide how long its packed rows must be.
+    orders_XY = updates_rows(config, state.step_key(SHUFFLE))
     whole, part = _layouts(job, rollout, batch.tokens_BP.shape[1], orders_XY)
     packed = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
     score_B, scores = job.scorer(state.frozen, packed, repeated.row_B)
@@ -190,7 +222,8 @@ def advance(
     judged = Judged(
         rollout=rollout,
         score_B=score_B,
-        # An array of its kind where it is not read.
+        # If the policy is not measured, nothing reads this array. The reference's is passed in its
+        # place, so that `assemble` has arguments of the same shapes.
         policy_BT=programs.logprobs(base, policy, packed.sequences) if measured else reference_BT,
         beta=state.controls["beta"],
         reference_BT=reference_BT,
@@ -223,10 +256,14 @@ def advance(
 def _layouts(
     job: Rollouts, rollout: Rollout, columns: int, orders_XY: np.ndarray | None
 ) -> tuple[Layout | None, Layout | None]:
-    """How rollouts are packed for the passes over all of them, and for an update's microbatches.
+    """Returns the layouts of the passes over all rollouts, and of the updates; None: padded.
 
-    columns: of the prompts. Several updates (orders_XY: their rows) have the layout that the
-    fullest of them needs.
+    Args:
+        job: Model and settings.
+        rollout: The sampled responses.
+        columns: The padded length of the prompts.
+        orders_XY: The rows of each update. All updates get the layout that the fullest one needs.
+            None: a single update reads all rows.
     """
     count = lambda mask_BT: to_host(jnp.sum(mask_BT, axis=1))
     response_B = count(rollout.sequences.response_BT)
@@ -236,12 +273,16 @@ def _layouts(
 
 
 def _may_be_one(config: RLConfig, step: int) -> bool:
-    """Whether the reference may be the policy as it is at the beginning of this step."""
+    """Returns whether policy and reference may be equal when this step begins.
+
+    They may be at the first step and after each refresh. The KL is then computed from one program,
+    so that it is exactly 0.
+    """
     return step == 0 or (config.kl.refresh is not None and step % config.kl.refresh == 0)
 
 
 def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:
-    """Log-probabilities under the reference."""
+    """Returns the log-probabilities of the rollouts under the reference; None: no reference."""
     kind = job.config.kl.reference
     if kind == "none":
         return None
@@ -256,10 +297,10 @@ def _reference(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array 
 def _controlled(
     config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array
 ) -> TrainState:
-    """The state after what the loop adapts: the KL's coefficient, the reference."""
+    """Adapts the KL's coefficient and refreshes the reference where the settings ask for it."""
     settings = config.kl
     if settings.target is not None:
-        # Below 1, at which the score would count nothing.
+        # The coefficient stays below 1: at 1 the score would have weight 1 - beta = 0.
         beta = kl.adaptive_beta(
             state.controls["beta"],
             mean_kl,
@@ -272,17 +313,18 @@ def _controlled(
             controls={"beta": jax.device_put(beta, state.controls["beta"].sharding)}
         )
     if settings.refresh is not None and int(state.step) % settings.refresh == 0:
-        # A copy: the policy's own buffers are given to the next update.
+        # `refresh` copies the policy, whose own buffers are donated to the next update.
         state = state.replace(frozen=state.frozen | {"reference": refresh(state.roles["policy"])})
     return state
 
 
 def _refreshed(dtype: str, policy: Adapter) -> Adapter:
-    """The policy as a reference: a copy, at rest."""
+    """Returns a copy of the policy as a frozen role, in the dtype of frozen roles."""
     return jax.tree.map(jnp.copy, cast_frozen_role(policy, dtype))
 
 
 def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
+    """Raises TrainingError if sampler and trainer disagree by more than `max_mismatch`."""
     if mismatch > config.max_mismatch:
         raise TrainingError(
             f"Step {step}: the sampler and the trainer disagree on log-probabilities, mean "
@@ -293,7 +335,10 @@ def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
 
 
 def _derived(values: dict[str, float]) -> dict[str, float]:
-    """Spreads and the critic's explained variance, from the sums that microbatches added up."""
+    """Returns the advantages' standard deviation and the critic's explained variance.
+
+    They are computed from means of squares, which are taken out of `values`.
+    """
     variance = lambda name: max(values.pop(f"{name}/square") - values[f"{name}/mean"] ** 2, 0.0)
     out = {"advantage/std": variance("advantage") ** 0.5}
     if "return/mean" in values:
@@ -303,8 +348,12 @@ def _derived(values: dict[str, float]) -> dict[str, float]:
 
 
 def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarray:
-    """The true reward of each sampled response, from its text and its prompt's. row_B: of this
-    process's rows.
+    """Returns the true reward of each sampled response, [B].
+
+    Args:
+        job: Has the dataset that knows the true reward.
+        row_B: Indices into `job.rows`, of this process's rows.
+        rollout: The responses.
     """
     share = sharding.row_share(job.model.mesh)
     texts = response_texts(job.model.tokenizer, rollout, share)
@@ -312,11 +361,11 @@ def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarr
 
 
 def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts, Batches] | None:
-    """Returns what `validate` needs: the job with the first validation prompts, and their batches.
-    None when the run has no validation.
+    """Returns the job with the first validation prompts, and their batches, for `validate`.
 
-    A batch has as many prompts as a training batch, and one of the given padded lengths where that
-    holds the prompts: then training and validation share all compiled programs.
+    Returns None for a run without validation. A batch has as many prompts as a training batch. It
+    has one of the training batches' padded `lengths` if that holds its prompts, so that training
+    and validation share compiled programs.
     """
     config, dataset = job.config, job.dataset
     if config.validation_prompts == 0:
@@ -343,11 +392,17 @@ def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts,
 def validate(
     job: Rollouts, batches: Batches, state: TrainState
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Samples responses to held-out prompts; returns means over them and a few of them to read.
+    """Samples responses to held-out prompts; returns means over them, and a few of them to read.
 
-    As many responses to a prompt as in training, with the same keys at every step of a run: they
-    depend on the seed and not on the step. Reward: the score before shaping; kl: E sum_t log pi -
-    log pi_ref, to the reference as it is. TrainingError where a measure is not finite.
+    Each prompt gets as many responses as in training. The sampling keys depend on the seed and not
+    on the step, so that the validations of a run are comparable.
+
+    The means are: `reward`, the score before shaping; `kl`, E[sum_t log pi - log pi_ref] to the
+    current reference; `length` in tokens; `eos_rate`, the share of finished responses; and `gold`,
+    the true reward where it is known. Their names begin with `validation/`.
+
+    Raises:
+        TrainingError: If a mean is NaN or infinite.
     """
     config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
     group, key = (
@@ -359,7 +414,7 @@ def validate(
     samples: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
-        # Where the state's key is: a program is compiled for places too.
+        # The key has the same sharding as in training; with another `sample` would compile again.
         data = jax.device_put(
             np.asarray(jax.random.key_data(jax.random.fold_in(key, index))),
             sharding.replicated(job.model.mesh),
@@ -368,7 +423,7 @@ def validate(
         whole, _ = _layouts(job, rollout, batch.tokens_BP.shape[1], None)
         rollout = rollout.replace(sequences=rollout.sequences.replace(layout=whole))
         mask_BT = rollout.sequences.response_BT
-        # For the terms filler prompts have the first row's text.
+        # Filler prompts have row -1; the reward terms read row 0 for them.
         row_B = np.maximum(batch.repeated(group).row_B, 0)
         measured = {
             "reward": job.scorer(state.frozen, rollout, row_B)[0],
@@ -423,7 +478,15 @@ def kept_step(
     step: int,
     selected: bool,
 ) -> dict[str, float]:
-    """Prints which step the artefacts are of; returns what its validation measured."""
+    """Prints which step the artefacts hold; returns the validation metrics of that step.
+
+    Args:
+        folder: Of the run; None: the run has none.
+        metrics: One row per step.
+        config: Settings of RL.
+        step: The step that the artefacts hold.
+        selected: Whether the best validated step was chosen.
+    """
     found = next((row for row in metrics if row["step"] == step), {})
     measured = {name: value for name, value in found.items() if name.startswith("validation/")}
     if selected:
@@ -437,16 +500,14 @@ def kept_step(
     return measured
 
 
-def make_optimizers(
-    config: RLConfig, roles: Iterable[str], width: int
-) -> optimizers_lib.Optimizers:
-    """One for each trained role, with its own rate."""
+def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> Optimizers:
+    """Returns one optimizer for each trained role, with the role's own learning rate."""
     rates = {
         "policy": config.optimizer.learning_rate,
         "value": config.value_learning_rate or config.optimizer.learning_rate,
     }
     updates = config.steps * config.algorithm.updates
-    make = lambda rate: optimizers_lib.make_optimizer(
+    make = lambda rate: make_optimizer(
         dataclasses.replace(config.optimizer, learning_rate=rate), updates, config.tuning, width
     )
     return {name: make(rates[name]) for name in roles}
@@ -515,7 +576,7 @@ def train_rl(
     config.check_stale(0.0 if start.config is None else start.config.dropout)
     algorithm, records, terms = config.algorithm, rewards.records, rewards.terms
     combine, weight = rewards.combine, rewards.weight
-    # Policy, reference and critic all begin as the policy that training starts from.
+    # Policy, reference and critic all begin as `start`.
     roles = {"policy": start}
     fixed = {role_name(index): one.adapter for index, one in enumerate(rewards.models)}
     if algorithm.rule.critic:
@@ -528,13 +589,13 @@ def train_rl(
     elif config.kl.reference not in ("base", "none"):
         fixed["reference"] = model.load_role(config.kl.reference, "policy")[0]
     fixed = {name: cast_frozen_role(role, model.lm.config.dtype) for name, role in fixed.items()}
-    # Its float32 weights, of fully tuned models.
+    # Frees the float32 weights of fully tuned reward models; `fixed` has them in the frozen dtype.
     del rewards
     if config.kl.reference != "base":
         model = model.relieved((*roles.values(), *fixed.values()))
     optimizers = make_optimizers(config, roles, model.lm.config.width)
     state = initial_state(model, config, roles, optimizers, fixed, {"beta": config.kl.beta})
-    # The state's arrays are its own: these would be on the devices a second time.
+    # The state has copies of these roles, which would stay on the devices a second time.
     del start, roles, fixed
     prompts = config.batch_size // algorithm.group
     batches = load_batches(model, dataset, "train", config.data, prompts, config.seed)

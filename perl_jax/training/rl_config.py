@@ -100,9 +100,8 @@ class RLConfig(TrainingConfig):
         value_learning_rate: The value model's own rate; None: the policy's.
         max_mismatch: The run fails when the mean of exp|sampler - trainer logprob| exceeds this.
         validation_prompts: The first so many prompts of the validation split are answered every
-            evaluate_every
-            steps and at the end; 0: none. Data without that split are trained on without
-            validation.
+            evaluate_every steps and at the end; 0: none. Data without that split are trained on
+            without validation.
         select: Which step the artefacts are of: the validated one with the best mean reward, or the
             last.
     """
@@ -125,8 +124,8 @@ class RLConfig(TrainingConfig):
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
         errors.one_of("select", self.select, ("best", "last"))
-        # A gradient needs the log-probabilities of what was sampled from; the trainer has those of
-        # the whole softmax.
+        # The gradient needs log-probabilities of the distribution that was sampled from, and the
+        # trainer computes those of the whole softmax.
         for field, value in (("top_k", self.rollout.top_k), ("top_p", self.rollout.top_p)):
             whole = (
                 f"rollout.{field} is {value!r}; RL learns from the whole distribution: leave "
@@ -182,7 +181,8 @@ class RLConfig(TrainingConfig):
             f"kl.estimator is {self.kl.estimator!r}; in the {place} it must be "
             f"{' or '.join(estimators)}.",
         )
-        # The gain of the adaptive coefficient, batch_size / horizon, could turn its sign.
+        # An update multiplies the adaptive coefficient by at least 1 - 0.2 batch_size / horizon,
+        # which must stay positive.
         short = self.kl.target is not None and self.batch_size >= 5 * self.kl.horizon
         errors.require(
             not short,
@@ -207,19 +207,17 @@ class RLConfig(TrainingConfig):
             algorithms.check_read(option, value, default, self.algorithm.name)
 
     def check_value_head(self, models: int) -> None:
-        """Raises UserError where the value head is to begin as a reward model's, and there is no
-        reward model.
-        """
+        """Raises UserError for `value_head` reward in a run without reward models."""
         errors.require(
             self.value_head == "zero" or models > 0,
             "value_head reward begins with a reward artefact's head; there is none.",
         )
 
     def check_stale(self, dropout: float) -> None:
-        """UserError for bounds on stale samples where there are none.
+        """Raises UserError for bounds on policy ratios and values that can never take effect.
 
-        In the only update of a rollout every ratio is 1, and the values are the old ones, unless
-        there is dropout (the policy's).
+        In a single update per rollout all ratios are 1 and all values are the old ones, unless the
+        policy has dropout.
         """
         if self.algorithm.updates > 1 or (dropout > 0 and self.tuning == "lora"):
             return
@@ -234,10 +232,10 @@ class RLConfig(TrainingConfig):
 
     @property
     def kl_in_loss(self) -> bool:
-        """Whether the KL is a term of the loss; otherwise it is in the reward."""
+        """Returns whether the KL is a term of the loss; otherwise it is in the reward."""
         return (self.kl.place or self.algorithm.rule.kl) == "loss"
 
     @property
     def estimator(self) -> str:
-        """Of the KL, where it is placed."""
+        """Returns the estimator of the KL: the given one, or k1 in the reward, k3 in the loss."""
         return self.kl.estimator or ("k3" if self.kl_in_loss else "k1")

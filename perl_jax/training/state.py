@@ -1,4 +1,4 @@
-"""The train state: all that a job changes."""
+"""The train state: all arrays that training changes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from perl_jax.adapters.lora import Adapter, trainable
 from perl_jax.training.optimizers import Optimizers
 from perl_jax.types import Array, Tree
 
-# Uses of a step's key (`TrainState.step_key`).
+# What a step's random numbers are for (`TrainState.step_key`).
 UPDATE, SAMPLE, SHUFFLE = 0, 1, 2
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a job changes; what a checkpoint holds beside the data cursor. No base leaf.
+    """All arrays that training changes. A checkpoint holds this state and the data cursor.
 
-    step: int32, steps done (RL: batches of rollouts, each of one or more updates). roles: the
-    trained tree of each role. optimizers: Optax state of each role. frozen: roles the job reads but
-    does not train (RL: reference, reward). key: raw uint32 key data; every use folds in the step,
-    so none repeats. controls: numbers that the loop adapts (the KL coefficient).
+    The weights of the base are not part of it.
+
+    Attributes:
+        step: Number of steps that are done, int32 []. In RL a step is one batch of rollouts, with
+            one or more updates.
+        roles: The trained roles, by name.
+        optimizers: The Optax state of each role.
+        frozen: Roles that the job reads but does not train (in RL the reference and the reward
+            models), by name.
+        key: Key data of the run, uint32. Each use folds in the step, so that no random numbers
+            repeat.
+        controls: Numbers that the loop adapts, such as the KL's coefficient, float32 [] each.
     """
 
     step: Array
@@ -34,10 +42,10 @@ class TrainState:
     controls: dict[str, Array] = flax.struct.field(default_factory=dict)
 
     def step_key(self, use: int) -> jax.Array:
-        """The key of one use (`UPDATE`, `SAMPLE`, `SHUFFLE`) of the coming step.
+        """Returns the key of the coming step for one use: `UPDATE`, `SAMPLE` or `SHUFFLE`.
 
-        Uses are folded in, not split off: fold_in(key, i) and split(key, n)[i] are the same key, so
-        a step's key that was itself split would meet its own folds again.
+        The use is folded into the step's key. fold_in(key, i) and split(key, n)[i] are the same
+        key, so the step's key itself is never split: its parts would equal the keys of the uses.
         """
         return jax.random.fold_in(
             jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step), use
@@ -51,10 +59,17 @@ def init_state(
     frozen: dict[str, Adapter] | None = None,
     controls: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Step 0 of a job over fresh or loaded roles.
+    """Returns the state of step 0.
 
-    Every role is copied: the state is donated step by step, and two roles (policy and reference,
-    say) that begin equal must not share buffers.
+    Every role is copied. The state is donated at each step, so two roles that begin equal, such as
+    policy and reference, must not share buffers.
+
+    Args:
+        roles: The roles to train, by name.
+        optimizers: One for each of them.
+        key: The key of the run.
+        frozen: Roles that the job reads but does not train, by name.
+        controls: Initial values of the numbers that the loop adapts.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     states = {name: optimizers[name].init(trainable(role)) for name, role in roles.items()}

@@ -1,8 +1,8 @@
 """Training steps: pure functions of (state, frozen, batch), the same for adapters and full tuning.
 
-A job supplies one objective: objective(roles, frozen, batch, key) -> (LossSum, logs), where
-`roles` is the differentiated tree and `frozen` everything that is not (the base, references,
-reward models). Losses and logs are sums with weights, so microbatches add and are divided once.
+A job has one objective: objective(roles, frozen, batch, key) -> (LossSum, logs). `roles` is
+differentiated; `frozen` (the weights of the base) is not. Losses and logs are sums with weights, so
+that those of microbatches can be added and divided once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ def gradients(
     key: jax.Array,
     microbatches: int,
 ) -> tuple[LossSum, Logs, dict[str, Adapter]]:
-    """Sum of losses, logs, and d(total)/d(roles) / weight over the whole batch.
+    """Returns the sum of losses, the logs, and the gradient of the batch's mean loss.
 
-    The gradient of the mean over the batch, whatever the microbatches' shares of the weight:
-    totals, weights and gradients are added in float32 and divided once. What lies frozen under an
-    adapter is not differentiated.
+    The gradient is d(total)/d(roles) / weight over the whole batch. Totals, weights and gradients
+    of the microbatches are added in float32 and divided once, so that microbatches of different
+    weight give the same gradient as one batch. Pairs that lie frozen under an adapter (`under`) are
+    not differentiated.
     """
     under = {name: role.under for name, role in roles.items()}
     roles = {name: trainable(role) for name, role in roles.items()}
@@ -107,11 +108,19 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
 def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
-    """[epochs x minibatches, rows / minibatches]: the rows of each update. Every epoch deals them
-    out anew.
+    """Returns the rows of each update, int [epochs * minibatches, rows / minibatches].
 
-    group: consecutive rows that stay together. Raises ValueError where whole groups do not divide
-    over the minibatches.
+    Each epoch is another random division of all rows into minibatches.
+
+    Args:
+        key: Of the divisions.
+        rows: Number of rows of the batch.
+        epochs: How often each row is used.
+        minibatches: Updates in an epoch.
+        group: How many consecutive rows stay together.
+
+    Raises:
+        ValueError: If the groups do not divide evenly over the minibatches.
     """
     check_divides(rows, minibatches, group, "minibatches")
     first_EX = group * jax.vmap(lambda key: jax.random.permutation(key, rows // group))(
