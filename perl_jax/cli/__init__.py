@@ -1,1 +1,1 @@
-"""The command: arguments to a config, a config to a call of the library."""
+"""The command line: parses arguments into a config and calls the library with it."""

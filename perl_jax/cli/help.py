@@ -1,7 +1,8 @@
-"""What the help begins with: commands by groups, and the flags that most runs need."""
+"""The beginning of the help texts: groups of commands, and the flags that most runs need."""
 
 from __future__ import annotations
 
+# The commands of each group, in the order of the usage text.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Train": ("sft", "reward", "dpo", "rl", "base"),
     "Use and measure": ("generate", "score", "evaluate", "best-of", "report"),
@@ -32,6 +33,7 @@ _REWARD = {
     "--reward": "folders of reward artefacts",
     "--terms": "other rewards: rules, Python functions, judges",
 }
+# The flags that most runs of a command need, with a short explanation each.
 FIRST: dict[str, dict[str, str]] = {
     "sft": {**_TRAINING, **_ADAPTER},
     "reward": {**_TRAINING, **_ADAPTER, "--objective": "pairwise, pointwise or regression"},
@@ -82,7 +84,7 @@ FIRST: dict[str, dict[str, str]] = {
 
 
 def description(name: str, summary: str) -> str:
-    """Returns a command's summary and its first flags, one a line."""
+    """Returns a command's summary, followed by the flags that most runs need, one per line."""
     flags = FIRST.get(name)
     if flags is None:
         return summary

@@ -1,4 +1,4 @@
-"""The `perl-jax` command: one sub-command a job, flags made from the jobs' configs."""
+"""The `perl-jax` command: one sub-command per job, with flags made from the job's config."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-# Orbax and absl speak on standard error at import and on every save; warnings of the package itself
-# still show.
+# Silences what TensorFlow's libraries, Orbax and absl print on standard error at import and at each
+# checkpoint. Warnings of this package still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Transformers says at import that it has no torch, which is how it should be here.
+# Transformers warns at import that PyTorch is missing, which this package does not need.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
 from perl_jax import __version__  # noqa: E402
@@ -41,6 +41,7 @@ class ReportConfig:
 
 
 def _done(what: str, path: pathlib.Path) -> None:
+    """Prints on standard error what was written and where, from the process that writes."""
     from perl_jax.runtime import hosts
 
     if hosts.is_writer():
@@ -144,7 +145,7 @@ def _report(config: ReportConfig) -> None:
 def _plan(config: Any) -> None:
     import jax
 
-    # On a TPU host the chips are left to whoever uses them.
+    # A plan needs no accelerator; on a TPU host the chips stay free for running jobs.
     jax.config.update("jax_platforms", "cpu")
     from perl_jax.planning import command, search, text
     from perl_jax.runtime import files
@@ -163,9 +164,12 @@ def _plan(config: Any) -> None:
 
 
 def _config(name: str) -> type:
-    """The config class of a command; imported on demand, so that --help and errors are quick."""
+    """Returns the config class of a command.
+
+    It is imported on demand, so that the usage text and errors in a command's name come quickly.
+    """
     from perl_jax.evaluation import best_of, compare, score
-    from perl_jax.generation import text as text_lib
+    from perl_jax.generation import text
     from perl_jax.hub import average, export, import_peft, show
     from perl_jax.planning.config import PlanConfig
     from perl_jax.training import base, commands
@@ -178,7 +182,7 @@ def _config(name: str) -> type:
         "best-of": best_of.BestOfConfig,
         "base": base.BaseConfig,
         "evaluate": compare.EvaluateConfig,
-        "generate": text_lib.GenerateConfig,
+        "generate": text.GenerateConfig,
         "score": score.ScoreConfig,
         "report": ReportConfig,
         "export": export.ExportConfig,
@@ -189,8 +193,9 @@ def _config(name: str) -> type:
     }[name]
 
 
-# Commands that several processes can run as one; the others are one process's.
+# Commands that can run in several processes together; the others run in one process.
 TOGETHER = ("sft", "reward", "rl", "dpo", "best-of", "evaluate", "base")
+# The function and the summary of each command.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sft": (_sft, "fit a policy to demonstrations"),
     "reward": (_reward, "fit a reward model to comparisons, labels or ratings"),
@@ -222,8 +227,10 @@ def _usage() -> str:
 
 
 def _connect(name: str) -> None:
-    """Becomes one of several processes where the environment says so, before anything touches a
-    device.
+    """Joins the other processes of a run if the environment names them.
+
+    This must happen before any device is used. Raises UserError for a command that runs in one
+    process.
     """
     from perl_jax.runtime import hosts
 
@@ -236,7 +243,7 @@ def _connect(name: str) -> None:
 
 
 def _failed(name: str, why: object, status: int) -> int:
-    """Says why and ends with the status."""
+    """Prints why a command failed, leaves the other processes, and returns the exit status."""
     from perl_jax.runtime import hosts
 
     print(f"perl-jax {name}: {why}", file=sys.stderr)
@@ -246,9 +253,12 @@ def _failed(name: str, why: object, status: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    0 fine, 1 the run failed, 2 the user's error, 143 stopped by SIGTERM with its state saved. One
-    of several processes that fails does not return: the others, in collectives with it, cannot go
-    on.
+    The statuses are: 0 success; 1 the run failed; 2 the user made an error; 130 interrupted from
+    the keyboard; 141 the reader of standard output has closed it; 143 stopped by SIGTERM, with the
+    state saved.
+
+    If one of several processes fails, it ends without returning. The other processes cannot go on
+    without it, because they wait for it in collective operations.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -287,8 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(name, "stopped; the same command resumes from the last checkpoint.", 130)
     except BrokenPipeError:
-        # The reader has gone (`| head`): say nothing, and let nothing be flushed into the closed
-        # pipe at exit.
+        # The reader has closed the pipe, as `| head` does. Standard output is replaced, so that
+        # nothing is flushed into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
