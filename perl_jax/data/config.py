@@ -26,13 +26,13 @@ class DataConfig:
         max_prompt_length: In tokens, with those of the chat template. A longer prompt loses the
             beginning of its text; a prompt that came rendered loses its first turns.
         max_response_length: In tokens. A longer response loses its end, eos too. In sampling, the
-            most tokens of a response.
+            largest number of new tokens.
         template: How prompts become a chat turn: auto (the tokenizer's chat template; a prompt that
             is rendered already stays as it is), none, or a file with a Jinja template.
-        template_date: The date that a template gets which asks for today's, so that a resumed run
-            has the same tokens.
-        packing: Compute every real token once, without padding; what rows have in common (a pair's
-            prompt, a prompt's samples) is computed a single time. auto: on CPUs and GPUs.
+        template_date: The date that is given to a template which asks for the current date, so that
+            a resumed run has the same tokens.
+        packing: Put the tokens of several rows into one row instead of padding each; a prompt that
+            rows share (a pair, a prompt's samples) is computed once. auto: on CPUs and GPUs.
     """
 
     task: str = "orders"

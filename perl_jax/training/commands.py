@@ -94,8 +94,8 @@ class RewardCommand(TrainingCommand, RewardConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOCommand(PolicyCommand, DPOConfig):
-    """Fit a policy to comparisons directly, without a reward model; it is compared with where it
-    starts.
+    """Fit a policy to comparisons directly, without a reward model; the reference is the policy
+    that training starts from.
     """
 
 

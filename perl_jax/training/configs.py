@@ -118,8 +118,8 @@ class RewardConfig(TrainingConfig):
     Attributes:
         objective: pairwise (Bradley-Terry on comparisons), pointwise (cross-entropy on labels) or
             regression (squared error to ratings).
-        split: What to train on; judge is a part kept apart for a judge of win rates.
-        soft_labels: A comparison's probability, where known, is its label.
+        split: Which split to train on; judge is kept apart for the judge of win rates.
+        soft_labels: Use a comparison's probability as its label, where it is known.
         centring: Weight of (chosen + rejected)^2, which keeps the scores of pairs around 0.
     """
 
@@ -141,17 +141,17 @@ class RewardConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainingConfig):
-    """Fit a policy to comparisons directly, without a reward model; it is compared with where it
-    starts.
+    """Fit a policy to comparisons directly, without a reward model; the reference is the policy
+    that training starts from.
 
     Attributes:
         loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023).
-        beta: How strongly the policy is held to where it starts; None: 0.5 for dpo (its paper's for
-            summaries: at 0.1 short, noisily labelled responses drift, docs/log/algorithms.md), 0.1
-            for ipo.
-        label_smoothing: Share of comparisons taken to be the wrong way round; dpo only.
-        soft_labels: A comparison's probability, where known, is its label; dpo only.
-        token_mean: Compare log-ratios a token instead of those of whole responses.
+        beta: How strongly the policy is kept near the reference; None: 0.5 for dpo (its paper's
+            value for summaries: with 0.1 short, noisily labelled responses drift,
+            docs/log/algorithms.md), 0.1 for ipo.
+        label_smoothing: Assumed share of comparisons whose label is wrong; dpo only.
+        soft_labels: Use a comparison's probability as its label, where it is known; dpo only.
+        token_mean: Compare the mean log-ratio of a response's tokens instead of their sum.
     """
 
     loss: Literal["dpo", "ipo"] = "dpo"

@@ -34,8 +34,8 @@ class OptimizerConfig:
         schedule: After the warm-up: constant, or linear or cosine decay to 0.
         warmup_steps: Steps of linear warm-up; 0: none.
         clip_norm: Largest global norm of a role's gradient; None: no clipping.
-        weight_decay: Share of the weights that a step takes off: times the rate with adamw, as it
-            is with adafactor.
+        weight_decay: Share of the weights that a step subtracts; adamw multiplies it by the
+            learning rate, adafactor does not.
         b1: Decay of AdamW's mean of gradients.
         b2: Decay of AdamW's mean of squared gradients.
         epsilon: AdamW's epsilon; 1e-5 instead of 1e-8, because policy gradients are small and rare.

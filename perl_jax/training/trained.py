@@ -28,7 +28,7 @@ class Trained:
     Attributes:
         adapter: The role's tree: LoRA leaves and head, or all weights after full tuning.
         record: What an artefact of the role says of itself.
-        metrics: One object a step: `step` and the step's metrics.
+        metrics: One object per step: `step` and the step's metrics.
         evaluation: Measures on the test rows; empty where there are none.
         others: Further trained roles by name, such as RL's `value`.
         folder: Of the artefact, where the run has a folder.
