@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import runpy
 import subprocess
@@ -23,6 +24,7 @@ from perl_jax.runtime import sharding
 from tests import small
 from tests.golden import runs
 from tests.paths import STORIES
+from tests.xla import xla_flags
 
 SHAPE = (
     "vocab_size",
@@ -277,6 +279,8 @@ def test_the_example_runs_from_end_to_end(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        # As a newcomer's machine has it: one device.
+        env={**os.environ, "XLA_FLAGS": xla_flags(1)},
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
