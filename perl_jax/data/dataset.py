@@ -59,8 +59,6 @@ def of_rows(
     train: Iterable[Row] | Dataset,
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
-    *,
-    gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None,
 ) -> Dataset:
     """Returns rows in memory as a dataset; a dataset of the kind is returned as it is.
 
@@ -87,7 +85,7 @@ def of_rows(
         ]
         if found:
             splits[split] = found
-    return Dataset("the given rows", kind, splits, place, lambda: files.digest(splits), gold)
+    return Dataset("the given rows", kind, splits, place, lambda: files.digest(splits))
 
 
 def _without_defaults(row: Any) -> Any:

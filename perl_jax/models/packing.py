@@ -137,7 +137,7 @@ def pack(tokens: Tokens) -> Packing | None:
 
 
 def _by_part(x_BT: Array, parts: int) -> jax.Array:
-    """Returns [W, b T, ...] from [B, T, ...]."""
+    """Splits B rows into W parts and joins the tokens of a part: [B, T, ...] -> [W, b T, ...]."""
     return jnp.reshape(x_BT, (parts, -1, *x_BT.shape[2:]))
 
 

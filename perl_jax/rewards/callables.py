@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from perl_jax.rewards import checks
-from perl_jax.rewards.worker import checked_values, wants_rows
+from perl_jax.rewards.worker import checked_values, listed, wants_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,5 @@ class CallableReward:
         if not len(responses):
             return np.zeros(0, np.float64)
         arguments = (prompts, responses, rows) if self.takes_rows else (prompts, responses)
-        found = self.function(*arguments)
-        # An array, a generator, any sequence will do; anything else is refused by its type.
-        apart = isinstance(found, (str, bytes, Mapping, Set)) or not isinstance(found, Iterable)
-        values = found if apart else list(found)
+        values = listed(self.function(*arguments))
         return np.asarray(checked_values(self.name, values, responses), np.float64)

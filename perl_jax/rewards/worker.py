@@ -162,16 +162,23 @@ def call(target: str, function: Callable, arguments: tuple) -> Any:
     Raises UserError if the function raises.
     """
     try:
-        result = function(*arguments)
-        kept = isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable)
         # Listed here, because a generator runs the function's code.
-        return result if kept else list(result)
+        return listed(function(*arguments))
     except BaseException as error:  # also SystemExit, which would end the worker silently
         traceback.print_exc()
         where = location(error.__traceback__, target.rpartition(":")[0])
         raise UserError(
             f"The reward function {target} raised {described(error)}{where}."
         ) from error
+
+
+def listed(result: Any) -> Any:
+    """Returns an array, a generator or any other sequence as a list.
+
+    Texts, mappings, sets and what cannot be gone through are returned unchanged.
+    """
+    kept = isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable)
+    return result if kept else list(result)
 
 
 def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[float]:

@@ -115,10 +115,8 @@ def train_dpo(
     config = config or DPOConfig()
     dataset = of_rows("comparisons", rows, validation, test)
     start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
-    begins = (
-        {"the policy": content_of(start)} if run is not None and not isinstance(run, Run) else {}
-    )
-    run = open_library_run("dpo", config, run, model, dataset, begins)
+    depends_on = lambda start=start: {"the policy": content_of(start)}
+    run = open_library_run("dpo", config, run, model, dataset, depends_on)
     if done := load_finished(run, model, "policy", "evaluation.json"):
         return done
     check_context(model, config.data)
@@ -126,7 +124,7 @@ def train_dpo(
     state, optimizers = begin(
         model, config, job, start, {"reference": cast_frozen_role(start, model.lm.config.dtype)}
     )
-    del start
+    del start, depends_on
     loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
     folder = None if run is None else run.folder
     state, timings, metrics = train(config, state, loop, folder, on_step)

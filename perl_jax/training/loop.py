@@ -170,10 +170,12 @@ def train(
                 progress.update(
                     step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row}
                 )
-                if writes and folder is None:
-                    rows.append(encode_row(step, row))
-                if writes and on_step is not None:
-                    on_step(encode_row(step, row))
+                if writes and (folder is None or on_step is not None):
+                    encoded = encode_row(step, row)
+                    if folder is None:
+                        rows.append(encoded)
+                    if on_step is not None:
+                        on_step(encoded)
                 if stop:
                     raise Stopped(
                         f"stopped by SIGTERM after step {step}, which is saved; the same command "

@@ -205,9 +205,8 @@ def train_reward(
     config = config or RewardConfig()
     job = reward_job(config)
     dataset = of_rows(job.kind, rows, validation, test)
-    run = open_library_run(
-        "reward", config, run, model, dataset, {"the frozen adapter": content_of(frozen)}
-    )
+    depends_on = lambda: {"the frozen adapter": content_of(frozen)}
+    run = open_library_run("reward", config, run, model, dataset, depends_on)
     if done := load_finished(run, model, "reward", "evaluation.json"):
         return done
     check_context(model, config.data)

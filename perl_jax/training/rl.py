@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +33,9 @@ from perl_jax.objectives import kl, policy_gradient
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
 from perl_jax.rewards.scoring import Scorer, response_texts, role_name
+from perl_jax.runs.provenance import source_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import hosts, sharding
+from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
@@ -568,8 +570,10 @@ def train_rl(
     config.check_value_head(len(rewards.models))
     start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
     rewards = rewards.loaded(model)
-    if run is not None and not isinstance(run, Run):
-        run = open_library_run("rl", config, run, model, dataset, _begins_with(start, rewards))
+    depends_on = functools.partial(_depends_on, start, rewards)
+    run = open_library_run("rl", config, run, model, dataset, depends_on)
+    # It would keep the float32 weights of fully tuned roles.
+    del depends_on
     if done := load_finished(run, model, "policy", "cost.json"):
         return done
     check_context(model, config.data)
@@ -635,14 +639,28 @@ def train_rl(
     return Trained(state.roles["policy"], made["policy"], metrics, others=others, folder=folder)
 
 
-def _begins_with(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
+def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
     """Returns JSON values of what a run depends on besides rows and base, by name."""
-    values = {"the policy": content_of(policy)}
+    values = {
+        "the policy": content_of(policy),
+        "the weights of rewards": [rewards.combine, rewards.weight],
+    }
     for index, model in enumerate(rewards.models):
         values[f"reward model {index + 1}"] = [content_of(model.adapter), model.weight]
     for term in rewards.terms:
-        function = getattr(term.reward, "function", None)
-        code = getattr(function, "__code__", None)
-        source = repr(term.reward) if code is None else code.co_code.hex() + repr(code.co_consts)
-        values[f"the reward {term.name}"] = [source, term.weight]
+        values[f"the reward {term.name}"] = [_source(term.reward), term.weight]
     return values
+
+
+def _source(reward: Any) -> str:
+    """Returns what decides a term's numbers: the source of its function, or its settings."""
+    function = getattr(reward, "function", None)
+    if isinstance(function, str):
+        return files.file_hash(source_of(function)) + repr(reward)
+    if function is None:
+        return repr(reward)
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        # Typed at a prompt, or an object that is called: its name is all that stays the same.
+        return reward.name

@@ -60,9 +60,8 @@ def train_sft(
     """
     config = config or SFTConfig()
     dataset = of_rows(SFT.kind, rows, validation)
-    run = open_library_run(
-        "sft", config, run, model, dataset, {"the frozen adapter": content_of(frozen)}
-    )
+    depends_on = lambda: {"the frozen adapter": content_of(frozen)}
+    run = open_library_run("sft", config, run, model, dataset, depends_on)
     if done := load_finished(run, model, "policy", "cost.json"):
         return done
     check_context(model, config.data)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from perl_jax.adapters.lora import Adapter
@@ -70,13 +69,14 @@ def open_library_run(
     run: str | pathlib.Path | Run | None,
     model: Model,
     dataset: Dataset,
-    depends_on: Mapping[str, Any],
+    depends_on: Callable[[], Mapping[str, Any]],
 ) -> Run | None:
     """Returns an opened run, or None for a run without a folder.
 
     A command has opened its folder already. A folder given to a training function is opened here:
     the run is the same one when its settings, the base, the tokenizer, the rows and everything in
-    `depends_on` (JSON values by name) are what they were. Raises UserError that names what is not.
+    `depends_on` (returns JSON values by name) are what they were. Raises UserError that names what
+    is not.
     """
     if run is None or isinstance(run, Run):
         return run
@@ -84,7 +84,7 @@ def open_library_run(
         f"the base {model.name}": files.digest(model.fingerprint),
         f"the tokenizer of {model.name}": files.digest(model.tokenizer.fingerprint),
         f"the rows of {dataset.name}": files.digest(dataset.content()),
-        **{name: files.digest(value) for name, value in depends_on.items()},
+        **{name: files.digest(value) for name, value in depends_on().items()},
     }
     return Run(open_run(job, config, run, prints))
 
@@ -113,6 +113,6 @@ def load_finished(run: Run | None, model: Model, role: str, last: str) -> Traine
         if path.name != role and (path / artefacts.RECORD).exists()
     }
     path = run.folder / "evaluation.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    evaluation = files.read_json(path) if path.exists() else {}
     metrics = read_metrics(run.folder / FILE_NAME)
     return Trained(adapter, record, metrics, evaluation, others, run.artefact(role))

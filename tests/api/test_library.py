@@ -20,7 +20,9 @@ from perl_jax.data.tasks import data_options, get_task
 from perl_jax.hub import families, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, compute_advantages
+from perl_jax.rewards.models import total_of
 from perl_jax.runtime import sharding
+from perl_jax.training import rl
 from tests import small
 from tests.golden import runs
 from tests.paths import STORIES
@@ -169,6 +171,22 @@ def test_rl_is_paid_by_functions_and_models_by_their_weights(model):
         assert row["reward/score"] == pytest.approx(0.5 * row["reward/term/length"] + 1, abs=1e-5)
     assert asked and all(marked[mark]["prompt"] == prompt for prompt, mark in asked)
     assert tuned.record.role == "policy" and not tuned.others
+
+
+def test_a_run_knows_a_reward_again_by_its_source():
+    """Two imports of one file are as two processes: their code objects lie at other addresses."""
+    load = lambda name: runpy.run_path(str(EXAMPLES / "custom_reward.py"))[name]
+    found = [
+        rl._depends_on(None, total_of([pj.reward(load("brevity"), weight=weight)]))
+        for weight in (1.0, 1.0, 2.0)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert "1 for a response of at most" in found[0]["the reward brevity"][0]
+
+    def brevity(prompts, responses):
+        return [0.0 for _ in responses]
+
+    assert rl._depends_on(None, total_of([brevity])) != found[0]
 
 
 def test_an_algorithm_from_outside_the_package_has_its_own_advantages():

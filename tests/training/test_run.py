@@ -258,7 +258,9 @@ def lengths_and_compilations(
 
 
 def check_growth(history: list[tuple[int, int]], programs_a_length: int) -> None:
-    """Compilations: so many for each new padded length, none for one that was seen before."""
+    """Checks that each new padded length compiles `programs_a_length` programs, and that a length
+    that was seen before compiles none.
+    """
     seen = set()
     for length, count in history:
         seen.add(length)

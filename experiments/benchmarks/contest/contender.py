@@ -109,8 +109,9 @@ def peak_memory() -> int:
 
 
 def processor_seconds() -> float:
-    """Of all threads of this process and of those below it, living (to a clock tick, 10 ms) or
-    ended and waited for.
+    """Returns the processor seconds of this process and of all processes that it has started.
+
+    Running processes are counted to a clock tick (10 ms), ended ones once they are waited for.
     """
     seconds = time.process_time() + sum(os.times()[2:4])
     for folder in descendants():
