@@ -97,7 +97,7 @@ def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
     """
     if groups is None:
         return np.arange(n), n
-    keys = groups.tolist() if isinstance(groups, np.ndarray) else list(groups)
+    keys = list(groups)
     if len(keys) != n:
         raise ValueError(f"groups has {len(keys)} values but there are {n} rows")
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}

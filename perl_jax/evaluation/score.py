@@ -107,6 +107,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.",
     )
     program = measure_program(model.lm, config.temperature)
+    normalise = float if record is None or record.role != "reward" else record.normalise
     out: list[dict[str, Any]] = [dict(row) for row in rows]
     for index, batch in enumerate(batches):
         logp_BT, score_B = to_host(
@@ -121,7 +122,6 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
                 "logprob": float(np.sum(token_logprobs, dtype=np.float64)),
             }
             if score_B is not None:
-                normalise = record.normalise if record.role == "reward" else float
                 out[row]["score"] = float(normalise(float(score_B[i])))
     return out
 

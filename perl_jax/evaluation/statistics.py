@@ -314,9 +314,9 @@ def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[flo
 
 def sigmoid(x: Array | Sequence[float]) -> np.ndarray:
     """Returns 1 / (1 + exp(-x)) in float64, without overflow."""
-    x = np.asarray(x, dtype=np.float64)
-    small = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1.0, small) / (1.0 + small)
+    values = np.asarray(x, dtype=np.float64)
+    small = np.exp(-np.abs(values))
+    return np.where(values >= 0, 1.0, small) / (1.0 + small)
 
 
 def preference_probabilities(
@@ -382,7 +382,7 @@ def reliability(
                     observed.n,
                     observed.low,
                     observed.high,
-                    observed.groups,
+                    len(set(group_B[inside_B].tolist())),
                 )
             )
     return table
@@ -427,7 +427,8 @@ def tally(outcomes: Array | Sequence[float], groups: Groups = None) -> WinRate:
         raise ValueError("outcomes must be 0, 0.5 or 1")
     wins, ties, losses = (int((outcomes_B == value).sum()) for value in (1.0, 0.5, 0.0))
     rate = proportion(outcomes_B, groups)
-    return WinRate(wins, ties, losses, rate.value, rate.low, rate.high, rate.groups)
+    _, count = group_numbers(groups, outcomes_B.size)
+    return WinRate(wins, ties, losses, rate.value, rate.low, rate.high, count)
 
 
 def win_rate(

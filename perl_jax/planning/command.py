@@ -53,8 +53,8 @@ class Plan:
         """The largest peak of all programs, in bytes per device; None if the compiler refused one
         without naming a size.
         """
-        peaks = [program.peak for program in self.programs]
-        return None if None in peaks else max(peaks)
+        peaks = [program.peak for program in self.programs if program.peak is not None]
+        return max(peaks) if len(peaks) == len(self.programs) else None
 
     @property
     def fits(self) -> bool:
@@ -69,7 +69,7 @@ class Plan:
     def largest(self) -> Measured | None:
         """The program with the largest peak; None if there is no program or the peak is unknown."""
         return (
-            max(self.programs, key=lambda program: program.peak)
+            max(self.programs, key=lambda program: program.peak or 0)
             if self.programs and self.peak is not None
             else None
         )

@@ -123,10 +123,12 @@ class PlanConfig:
         """Returns the mesh for a number of devices; raises UserError if `mesh` cannot be read."""
         if self.mesh is None:
             return MeshConfig(data=1, fsdp=devices, adapters=self.adapters)
-        parts = [
-            re.fullmatch(r"(data|fsdp|tensor)=(\d+)", part.strip()) for part in self.mesh.split(",")
-        ]
-        errors.require(all(parts), f"mesh is {self.mesh!r}; write it as data=2,fsdp=4,tensor=2.")
+        texts = self.mesh.split(",")
+        found = [re.fullmatch(r"(data|fsdp|tensor)=(\d+)", text.strip()) for text in texts]
+        parts = [part for part in found if part]
+        errors.require(
+            parts == found, f"mesh is {self.mesh!r}; write it as data=2,fsdp=4,tensor=2."
+        )
         return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
 
     def job_config(self) -> ModelOptions:

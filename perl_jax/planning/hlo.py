@@ -224,9 +224,8 @@ def group_size(instruction: Instruction, module: Module) -> int:
     """
     pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
     if pairs:
-        return _longest_chain(
-            [tuple(map(int, p.split(","))) for p in re.findall(r"(\d+,\d+)", pairs)]
-        )
+        found = re.findall(r"(\d+),(\d+)", pairs)
+        return _longest_chain([(int(sends), int(receives)) for sends, receives in found])
     listed = instruction.attribute(r"replica_groups=\{\{([\d,]*)\}")
     if listed:
         return listed.count(",") + 1

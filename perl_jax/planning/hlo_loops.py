@@ -70,12 +70,13 @@ def source(frame: Frame, name: str) -> Value:
     if (
         instruction.opcode == "parameter"
         and frame.outer
+        and frame.caller
         and frame.caller.opcode in ("fusion", "call")
     ):
         return source(frame.outer, frame.caller.operands[int(instruction.literal)])
     if instruction.opcode == "get-tuple-element":
-        index = int(instruction.attribute(r"index=(\d+)"))
-        return element(source(frame, instruction.operands[0]), index) or Value(frame, instruction)
+        tuple_value = source(frame, instruction.operands[0])
+        return element(tuple_value, instruction.tuple_index) or Value(frame, instruction)
     return Value(frame, instruction)
 
 
@@ -86,8 +87,9 @@ def element(value: Value, index: int) -> Value | None:
     instruction, frame = value.instruction, value.frame
     if instruction.opcode == "tuple":
         return value.operand(index)
-    if instruction.opcode == "parameter" and frame.caller and frame.caller.opcode == "while":
-        instruction, frame = frame.caller, frame.outer
+    caller, outer = frame.caller, frame.outer
+    if instruction.opcode == "parameter" and caller and outer and caller.opcode == "while":
+        instruction, frame = caller, outer
     if instruction.opcode == "while" and unchanged(frame.module, instruction, index):
         return element(source(frame, instruction.operands[0]), index)
     return None
@@ -105,7 +107,7 @@ def unchanged(module: Module, loop: Instruction, index: int) -> bool:
             continue
         if last.opcode != "get-tuple-element":
             return False
-        at, state = int(last.attribute(r"index=(\d+)")), body.instructions[last.operands[0]]
+        at, state = last.tuple_index, body.instructions[last.operands[0]]
         if state.opcode != "while" or not unchanged(module, state, at):
             return state.opcode == "parameter" and at == index
         before = body.instructions[state.operands[0]]
@@ -126,7 +128,7 @@ def carried(value: Value) -> int | None:
         and state.frame.caller
         and state.frame.caller.opcode == "while"
     )
-    return int(value.instruction.attribute(r"index=(\d+)")) if of_loop else None
+    return value.instruction.tuple_index if of_loop else None
 
 
 def constant(value: Value) -> int | None:
@@ -137,8 +139,10 @@ def constant(value: Value) -> int | None:
     if instruction.opcode == "constant":
         return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
     if instruction.opcode in ARITHMETIC:
-        sides = [constant(value.operand(i)) for i in (0, 1)]
-        return None if None in sides else ARITHMETIC[instruction.opcode](*sides)
+        left, right = constant(value.operand(0)), constant(value.operand(1))
+        if left is None or right is None:
+            return None
+        return ARITHMETIC[instruction.opcode](left, right)
     return None
 
 
@@ -157,7 +161,7 @@ def trips(frame: Frame, loop: Instruction) -> int | None:
     if test.instruction.opcode != "compare":
         return None
     sides = [test.operand(0), test.operand(1)]
-    direction = test.instruction.attribute(r"direction=(\w+)")
+    direction = test.instruction.attribute(r"direction=(\w+)") or ""
     if carried(sides[0]) is None:
         sides, direction = sides[::-1], MIRRORED.get(direction)
     index, bound = carried(sides[0]), constant(sides[1])

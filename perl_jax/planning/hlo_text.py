@@ -117,6 +117,11 @@ class Instruction:
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
+    @property
+    def tuple_index(self) -> int:
+        """The number of the element that a `get-tuple-element` takes."""
+        return int(matched(re.search(r"index=(\d+)", self.attributes))[1])
+
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
@@ -166,6 +171,13 @@ def bits(dtype: str) -> int:
     return 8 if dtype.startswith("f8") else BITS[dtype]
 
 
+def matched(found: re.Match[str] | None) -> re.Match[str]:
+    """Returns a match that a module's text must have; raises ValueError for None."""
+    if found is None:
+        raise ValueError("The text is not that of an HLO module.")
+    return found
+
+
 def leaves(shape: Shape) -> Iterator[Array]:
     """Yields the arrays of a shape, depth first."""
     if isinstance(shape, Array):
@@ -177,7 +189,7 @@ def leaves(shape: Shape) -> Iterator[Array]:
 
 def parse_array(text: str) -> Array:
     """Parses `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`; a bounded dimension `<=8` counts as 8."""
-    dtype, dims, layout = _ARRAY.match(text).groups()
+    dtype, dims, layout = matched(_ARRAY.match(text)).groups()
     sizes = tuple(int(d.strip("<=? ") or 0) for d in dims.split(",")) if dims else ()
     order, _, rest = (layout or "").partition(":")
     tile = re.search(r"T\(([\d,]+)\)", rest)
@@ -197,7 +209,7 @@ def parse_array(text: str) -> Array:
 def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
     """Parses the shape at a position of the text; returns it and the position after it."""
     if text[at] != "(":
-        found = _ARRAY.match(text, at)
+        found = matched(_ARRAY.match(text, at))
         return parse_array(found[0]), found.end()
     parts, at = [], at + 1
     while text[at] != ")":
@@ -217,10 +229,10 @@ def parse_instruction(line: str) -> Instruction | None:
     if head is None:
         return None
     shape, at = _parse_shape(line, head.end())
-    opcode = _OPCODE.match(line, at)
+    opcode = matched(_OPCODE.match(line, at))
     depth, end = 1, opcode.end()
     while depth:
-        paren = _PARENS.search(line, end)
+        paren = matched(_PARENS.search(line, end))
         depth, end = depth + (1 if paren[0] == "(" else -1), paren.end()
     inside = line[opcode.end() : end - 1]
     operands = () if opcode[1] in ("constant", "parameter") else tuple(_NAME.findall(inside))

@@ -157,16 +157,17 @@ def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
     in place.
     """
     root = inner.result
+    outputs = (fusion.shape,) if isinstance(fusion.shape, Array) else fusion.shape
     if root.opcode == "custom-call" and target(root) == "AsyncCollectiveDone":
         return 0
     if root.opcode == "custom-call" and target(root) == "AsyncCollectiveStart":
         handed_on = {int(i) for i in re.findall(r"\{(\d+)\}: \(", fusion.attributes)}
-        return sum(hbm(shape) for i, shape in enumerate(fusion.shape) if i not in handed_on)
+        return sum(hbm(shape) for i, shape in enumerate(outputs) if i not in handed_on)
     if root.opcode != "tuple":
         return _output_bytes(fusion.shape, root, inner, module)
     made = [
         (inner.instructions[name], shape)
-        for name, shape in zip(root.operands, fusion.shape, strict=True)
+        for name, shape in zip(root.operands, outputs, strict=True)
     ]
     return sum(
         _output_bytes(shape, value, inner, module)
@@ -198,13 +199,18 @@ def origin(computation: Computation, name: str, module: Module) -> Instruction:
     instruction = computation.instructions[name]
     if instruction.opcode in ("bitcast", "copy"):
         before = computation.instructions[instruction.operands[0]]
-        moves = instruction.opcode == "copy" and instruction.shape.order != before.shape.order
+        moves = instruction.opcode == "copy" and _orders(instruction) != _orders(before)
         return instruction if moves else origin(computation, before.name, module)
     if instruction.opcode == "fusion" and len(instruction.operands) == 1:
         inner = module.computations[instruction.called["calls"]]
         if origin(inner, inner.root, module).opcode == "parameter":
             return origin(computation, instruction.operands[0], module)
     return instruction
+
+
+def _orders(instruction: Instruction) -> list[tuple[int, ...]]:
+    """Returns the order of the dimensions of each array of an instruction's result."""
+    return [array.order for array in leaves(instruction.shape)]
 
 
 def in_place(update: Instruction, computation: Computation, module: Module) -> bool:
@@ -232,7 +238,7 @@ def demand(computation: Computation, module: Module, wanted: int | None = None) 
             need[name] += 0 if of[name].opcode == "parameter" else elements(of[name].shape)
     else:
         need[root.name] = elements(root.shape) if wanted is None else wanted
-    for instruction in reversed(of.values()):
+    for instruction in reversed(list(of.values())):
         count = min(need[instruction.name], elements(instruction.shape))
         if (instruction is root and root.opcode == "tuple") or not count:
             continue

@@ -6,7 +6,6 @@ runs. Only weights and rows are missing.
 
 from __future__ import annotations
 
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
+from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel, cast_frozen_role
 from perl_jax.objectives import preference
@@ -43,14 +43,12 @@ from perl_jax.training.commands import (
     SFTCommand,
     TrainingCommand,
 )
+from perl_jax.training.configs import DPOConfig
 from perl_jax.training.experience import Judged
 from perl_jax.training.optimizers import make_optimizer
 from perl_jax.training.reward import reward_job, score_program
 from perl_jax.training.state import TrainState
 from perl_jax.types import Labelled, Pairs, Tokens, Tree
-
-# Special ids; no program's size depends on their values.
-_TOKENIZER = types.SimpleNamespace(stop_ids=(1,), stop_part=(1,), tail_ids=(), pad_id=0)
 
 
 def planned_model(
@@ -70,7 +68,9 @@ def planned_model(
         )
 
     base = trees.map_named(leaf, lm.abstract_base())
-    return Model(name, lm, base, _TOKENIZER, "-", quantise, shard_adapters)
+    # Only special ids are read of it, and no program's size depends on their values.
+    tokenizer = word_tokenizer(())
+    return Model(name, lm, base, tokenizer, "-", quantise, shard_adapters)
 
 
 def plan_job(model: Model, config: TrainingCommand) -> Planned:
@@ -128,7 +128,7 @@ def _supervised(
     program = fit.learn_program(model, config, job, state, optimizers)
     base = _base(model, config)
     pieces, measures = [], []
-    if job.prepare is not None:
+    if isinstance(config, DPOConfig):
         both, reference = jax.eval_shape(passes.interleaved_pairs, batch), state.frozen["reference"]
         before = dpo.reference_program(model.lm, config.microbatches)
         args = (

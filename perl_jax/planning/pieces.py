@@ -28,6 +28,7 @@ class Traceable(Protocol):
     @property
     def name(self) -> str:
         """The name in the plan."""
+        ...
 
     def trace(self, *args: Any) -> jax.stages.Traced:
         """Traces the program for arguments of these shapes."""

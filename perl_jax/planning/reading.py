@@ -154,7 +154,7 @@ def _slots(
             None,
         )
         own = base
-    elif should_merge(base, policy, sampler.config, sampler.TOKENS):
+    elif policy is not None and should_merge(base, policy, sampler.config, sampler.TOKENS):
         # Merged copies of the adapted matrices are held beside the base during sampling.
         own = {}
         for name, kernel in adapted_kernels(base, policy).items():
@@ -203,7 +203,8 @@ def _slots_placed(model: Model, state: Slots) -> Slots:
         ),
     )
     found = map_rows(state, layers, rows)
-    return found.replace(cache=found.cache.replace(step=_everywhere(model, state.cache.step)))
+    cache = dataclasses.replace(found.cache, step=_everywhere(model, state.cache.step))
+    return dataclasses.replace(found, cache=cache)
 
 
 def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
@@ -316,7 +317,7 @@ def _export(model: Model, config: ExportConfig, role: Role) -> Planned:
     pieces = []
     for function, read in (
         (model.lm.score, adapter),
-        (model.lm.logits, adapter.replace(head=None)),
+        (model.lm.logits, dataclasses.replace(adapter, head=None)),
     ):
         pieces.append(
             Piece(Jitted(function.__name__, jax.jit(function)), (model.base, read, *probe), own)

@@ -119,10 +119,11 @@ def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
     """Returns which axes are rings: on v5e and v6e axes of 16 chips, else all axes if each is a
     multiple of 4.
     """
-    sizes = (*shape, 1)[:3]
+    x, y, z = (*shape, 1)[:3]
     if CHIPS[generation].ici_links == 4:
-        return tuple(size == 16 for size in sizes)
-    return (all(size % 4 == 0 for size in sizes),) * 3
+        return x == 16, y == 16, z == 16
+    rings = x % 4 == y % 4 == z % 4 == 0
+    return rings, rings, rings
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:

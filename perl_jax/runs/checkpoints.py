@@ -147,7 +147,7 @@ class Checkpoints:
             raise UserError(
                 f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}"
             ) from error
-        if not fits:
+        if seal is not None and not fits:
             other = sorted(
                 name
                 for name in wanted.keys() | seal["state"].keys()

@@ -363,17 +363,18 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._stream.isatty():
-            self._live = rich.progress.Progress(
+            live = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=24),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TextColumn("{task.fields[shown]}", markup=False),
                 console=rich.console.Console(file=self._stream),
             )
-            self._live.start()
-            self._task = self._live.add_task(
+            live.start()
+            self._task = live.add_task(
                 self._stage, total=self._total, completed=self._start, shown=""
             )
+            self._live = live
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -306,7 +306,7 @@ def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
     bins = entry(run.evaluation, "reliability")
     for item in bins if isinstance(bins, list) else []:
         predicted, observed, n = (number(item, key) for key in ("predicted", "observed", "n"))
-        if None in (predicted, observed, n) or n < 1:
+        if predicted is None or observed is None or n is None or n < 1:
             continue
         if 0 <= predicted <= 1 and 0 <= observed <= 1:
             shown = wilson(observed * int(n), int(n))

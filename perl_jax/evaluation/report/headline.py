@@ -406,18 +406,22 @@ def cost_sentence(experiment: Experiment) -> str:
         if lora is None or full is None:
             continue
         parts = []
-        times = [number(run.cost, "seconds_per_step") for run in (lora, full)]
-        if all(times):
+        if times := both_numbers(lora, full, "seconds_per_step"):
             pace = formats.speed(*times)
             parts.append(f"took the {pace}" if pace == "same time" else f"was {pace}")
         for key in ("peak_bytes_measured", "peak_bytes_compiled"):
-            peaks = [number(run.cost, key) for run in (lora, full)]
-            if all(peaks):
+            if peaks := both_numbers(lora, full, key):
                 parts.append(f"peaked at {formats.share_of(*peaks)} of its memory")
                 break
         if parts:
             return f"Against full tuning, {name} with LoRA {' and '.join(parts)}."
     return ""
+
+
+def both_numbers(one: Run, other: Run, key: str) -> tuple[float, float] | None:
+    """Returns a cost of two runs; None if one of them is missing or 0."""
+    first, second = number(one.cost, key), number(other.cost, key)
+    return (first, second) if first and second else None
 
 
 def summary_paragraph(experiment: Experiment) -> Html:

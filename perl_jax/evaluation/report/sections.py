@@ -49,7 +49,7 @@ def baseline_table(experiment: Experiment) -> Html:
     """Returns the section that compares reward models with baselines, by AUC and balanced
     accuracy.
     """
-    lines: list[list[object]] = []
+    lines: list[list[str]] = []
     baselines: dict[str, object] = {}
     for run in experiment.runs_of("reward"):
         found = entry(run.evaluation, "baselines")
