@@ -59,7 +59,7 @@ def positive(field: str, value: float, *, zero: bool = False) -> None:
     require(good, f"{field} is {value!r}; it must be a finite number {bound}.")
 
 
-def whole(field: str, value: int) -> None:
+def whole(field: str, value: float) -> None:
     """Raises UserError if `value` is not an integer above 0."""
     require(
         isinstance(value, int) and value > 0,

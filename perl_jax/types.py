@@ -84,7 +84,7 @@ class Tokens:
         return (
             self
             if self.layout is None
-            else self.replace(layout=dataclasses.replace(self.layout, microbatches=1))
+            else dataclasses.replace(self, layout=dataclasses.replace(self.layout, microbatches=1))
         )
 
 

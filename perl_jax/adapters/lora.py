@@ -90,7 +90,8 @@ class LoRAConfig:
             f"{', '.join(LINEAR)}.",
         )
         for target in self.projections:
-            errors.whole(f"lora.ranks of {target}", self.rank_of(target))
+            rank = _pattern("ranks", self.ranks).get(target, self.rank)
+            errors.whole(f"lora.ranks of {target}", int(rank) if rank == int(rank) else rank)
             errors.positive(f"lora.alphas of {target}", self.alpha_of(target))
         for field, pattern in (("ranks", self.ranks), ("alphas", self.alphas)):
             outside = sorted(set(_pattern(field, pattern)) - set(self.projections))
@@ -130,8 +131,7 @@ class LoRAConfig:
 
     def rank_of(self, target: str) -> int:
         """Returns the rank R of one target."""
-        found = _pattern("ranks", self.ranks).get(target, self.rank)
-        return int(found) if found == int(found) else found
+        return int(_pattern("ranks", self.ranks).get(target, self.rank))
 
     def alpha_of(self, target: str) -> float:
         """Returns the alpha of one target."""
@@ -223,10 +223,17 @@ class Adapter:
     under: Tree | None = None
     config: LoRAConfig | None = flax.struct.field(pytree_node=False, default=None)
 
+    @property
+    def lora_config(self) -> LoRAConfig:
+        """The config of `lora`; raises ValueError for a role without LoRA."""
+        if self.config is None:
+            raise ValueError("a role without LoRA has no LoRA config")
+        return self.config
+
 
 def trainable(adapter: Adapter) -> Adapter:
     """Returns the part that is differentiated and that optimizers update: all but `under`."""
-    return adapter.replace(under=None)
+    return dataclasses.replace(adapter, under=None)
 
 
 def under_ranks(under: Tree | None) -> dict[str, int] | None:
@@ -278,9 +285,7 @@ def init_lora(
         if module in pairs:
             return pairs[module][part]
         if part == "magnitude":
-            return _over_layers(
-                initial_value_function(config, module), kernels[module], adapted_layers
-            )
+            return _over_layers(_column_norms, kernels[module], adapted_layers)
         if part == {"b-zero": "lora_b", "a-zero": "lora_a"}[config.init]:
             return jnp.zeros(spec.shape, spec.dtype)
         bound = 1.0 / math.sqrt(spec.shape[-2])
@@ -329,10 +334,15 @@ def initial_value_function(config: LoRAConfig, module: str) -> Callable[[jax.Arr
     """
     target = _target(f"{module}/")
     if config.init == "pissa":
-        return functools.partial(
-            singular_pair, rank=config.rank_of(target), scale=config.scale_of(target)
-        )
+        return _pissa_function(config, target)
     return _column_norms if config.dora else None
+
+
+def _pissa_function(config: LoRAConfig, target: str) -> Callable[[jax.Array], Tree]:
+    """Returns the function from a layer's float32 kernel to PiSSA's {lora_a, lora_b}."""
+    return functools.partial(
+        singular_pair, rank=config.rank_of(target), scale=config.scale_of(target)
+    )
 
 
 def _column_norms(kernel_DF: jax.Array) -> jax.Array:
@@ -364,7 +374,7 @@ def _pissa(
         rank <= most,
         f"The lora.rank of {target} is {rank}; with lora.init pissa it can be {most} at most.",
     )
-    return _over_layers(initial_value_function(config, module), kernel_LDF, adapted_layers)
+    return _over_layers(_pissa_function(config, target), kernel_LDF, adapted_layers)
 
 
 def _target(name: str) -> str:
@@ -378,7 +388,7 @@ def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
     The leaves cover all `layers` layers (zeros where there is no adapter), and B includes the scale
     times `factor`. Raises UserError for DoRA, because its output is not a sum of base and adapter.
     """
-    config = adapter.config
+    config = adapter.lora_config
     require(not config.dora, "A DoRA adapter cannot lie under another adapter.")
     adapted = jnp.array(config.adapted_layers(layers))
     out: dict = {}
@@ -401,8 +411,8 @@ def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
     Its output is the sum of both and of the frozen pairs under either. Raises UserError for DoRA.
     """
     parts = [summed_pairs(frozen, layers)] + ([] if fresh.under is None else [fresh.under])
-    require(not fresh.config.dora, "A DoRA adapter cannot go on top of another adapter.")
-    return fresh.replace(under=_concatenated(parts))
+    require(not fresh.lora_config.dora, "A DoRA adapter cannot go on top of another adapter.")
+    return dataclasses.replace(fresh, under=_concatenated(parts))
 
 
 def _concatenated(parts: Sequence[Tree]) -> Tree:
@@ -562,13 +572,14 @@ def merged_kernel(adapter: Adapter, module: str, layer: int, kernel_DF: jax.Arra
     if f"{module}/lora_a" not in lora:
         return kernel_DF
     *_, target = module.split("/")
-    index = adapter.config.stack_index(layer)
+    config = adapter.lora_config
+    index = config.stack_index(layer)
     if index is None:
         return kernel_DF
-    moved_DF = kernel_DF + adapter.config.scale_of(target) * precision.matmul(
+    moved_DF = kernel_DF + config.scale_of(target) * precision.matmul(
         lora[f"{module}/lora_a"][index], lora[f"{module}/lora_b"][index]
     )
-    if not adapter.config.dora:
+    if not config.dora:
         return moved_DF
     return (
         moved_DF * (lora[f"{module}/magnitude"][index] / jnp.linalg.norm(moved_DF, axis=0))[None, :]

@@ -24,6 +24,7 @@ from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import load_model
 from perl_jax.rewards import compose, scoring
 from perl_jax.rewards.config import RewardOptions
+from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
 from perl_jax.runtime import files, hosts, sharding
@@ -146,7 +147,8 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     model = load_model(config)
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
-    rewards, records = scoring.load_rewards(model, config.reward)
+    rewards = RewardTotal(config.reward, config.combine, config.reward_weight, terms).loaded(model)
+    roles, records = rewards.roles, rewards.records
     dataset = of_split(config.data, "prompts", config.split)
     rows, number = dataset.rows(config.split), config.batch_size // config.n
     batches = load_batches(model, dataset, config.split, config.data, number, None)
@@ -159,7 +161,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     program = scoring.reward_program(model, records, config.combine) if records else None
     key = jax.random.key(config.seed)
     made: dict[int, dict[str, Any]] = {}
-    with Scorer(model, program, terms, config.reward_weight, rows) as scorer:
+    with Scorer(model, program, rewards.terms, rewards.weight, rows) as scorer:
         for index, batch in enumerate(batches):
             # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
             repeated = batch.repeated(config.n)
@@ -167,7 +169,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
             rollout = sample(
                 base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index))
             )
-            score_B = to_host(scorer(rewards, rollout, np.maximum(repeated.row_B, 0))[0])
+            score_B = to_host(scorer(roles, rollout, np.maximum(repeated.row_B, 0))[0])
             rollout = to_host(rollout)
             columns = {
                 "score": score_B,

@@ -31,8 +31,8 @@ from perl_jax.hub.model import Model, load_model, say_attention
 from perl_jax.models import passes
 from perl_jax.objectives import kl
 from perl_jax.rewards import compose, scoring
-from perl_jax.rewards.compose import Term
 from perl_jax.rewards.config import RewardOptions
+from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.runs import provenance
 from perl_jax.runs.metrics import environment
@@ -301,17 +301,19 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     facts = noted(dataset, config.split, config.data, batches)
     with contextlib.ExitStack() as stack:
 
-        def rater(
-            folders: Sequence[str], combine: str, terms: Sequence[Term], weight: float
-        ) -> tuple[Scorer, Mapping[str, Adapter]]:
+        def rater(rewards: RewardTotal) -> tuple[Scorer, Mapping[str, Adapter]]:
             """Returns a started scorer and its reward models by role name."""
-            models, records = scoring.load_rewards(model, folders)
-            program = scoring.reward_program(model, records, combine) if records else None
-            return stack.enter_context(Scorer(model, program, terms, weight, rows)), models
+            rewards = rewards.loaded(model)
+            records = rewards.records
+            program = scoring.reward_program(model, records, rewards.combine) if records else None
+            scorer = Scorer(model, program, rewards.terms, rewards.weight, rows)
+            return stack.enter_context(scorer), rewards.roles
 
-        raters = {"proxy": rater(config.reward, config.combine, terms, config.reward_weight)}
+        raters = {
+            "proxy": rater(RewardTotal(config.reward, config.combine, config.reward_weight, terms))
+        }
         if config.judge:
-            raters["judge"] = rater(config.judge, "mean", (), 1.0)
+            raters["judge"] = rater(RewardTotal(config.judge))
         job = Evaluation(
             model=model,
             sample=sample_program(

@@ -228,6 +228,8 @@ def abstract_adapter(
             lambda s: jax.ShapeDtypeStruct(s.shape, np.float32), lm.abstract_base()
         )
         return Adapter(weights=weights, head=head)
+    if lora is None:
+        raise ValueError(f"tuning {tuning} needs a LoRA config")
     return Adapter(
         lora=lm.abstract_lora(lora),
         head=head,

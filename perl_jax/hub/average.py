@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import tyro
@@ -57,7 +58,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
         require(
             len(roles) == 1, f"Adapters of different roles ({', '.join(roles)}) cannot be averaged."
         )
-        values = {}
+        values: dict[str, Any] = {}
         if roles == ["reward"]:
             # The summed head gives the weighted sum of raw scores, so its moments are weighted
             # sums too.

@@ -159,7 +159,8 @@ def _write_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Re
     training.
     """
     head, offset = classifier.exported_head(adapter, record)
-    values, tensors = peft.to_peft(adapter.replace(head=head), model.lm.config, model.name)
+    with_head = dataclasses.replace(adapter, head=head)
+    values, tensors = peft.to_peft(with_head, model.lm.config, model.name)
     files.write_json(folder / "adapter_config.json", values)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     # With the chat template that the role was trained with, which may not be the base's.

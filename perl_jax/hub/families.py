@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from perl_jax.adapters.lora import ATTENTION, FEED_FORWARD
 from perl_jax.errors import UserError, require
@@ -304,7 +304,11 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
     ones.
     """
     kind = found.get("rope_type", "default")
-    scalings = {"default": "none", "linear": "linear", "llama3": "llama3"}
+    scalings: dict[str, Literal["none", "linear", "llama3"]] = {
+        "default": "none",
+        "linear": "linear",
+        "llama3": "llama3",
+    }
     require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
     known = {
         "rope_type",
@@ -334,8 +338,9 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
         names = {"theta": "rope_theta"} | ({"factor": "factor"} if kind == "linear" else {})
     missing = sorted(name for name in names.values() if found.get(name) is None)
     require(not missing, f"{source} has rope type {kind!r} without {', '.join(missing)}.")
-    values = {field: found[name] for field, name in names.items()}
-    return Rope(scaling=scalings[kind], **values | {"theta": float(values["theta"])})
+    values: Settings = {field: found[name] for field, name in names.items()}
+    values["theta"] = float(values["theta"])
+    return Rope(scaling=scalings[kind], **values)
 
 
 def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
@@ -365,10 +370,10 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
         if inner in FAMILIES
         else ""
     )
-    require(
-        kind in FAMILIES,
-        f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}.",
-    )
+    if kind is None or kind not in FAMILIES:
+        raise UserError(
+            f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}."
+        )
     family = FAMILIES[kind]
     for field in _SHAPE:
         require(

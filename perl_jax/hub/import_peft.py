@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import tyro
@@ -42,9 +43,10 @@ def run_import(config: ImportConfig) -> pathlib.Path:
     with new_folder(config.to) as written:
         model = load_model(config)
         adapter, offset = peft.read_peft(folder, model.lm.config)
-        values = {}
+        values: dict[str, Any] = {}
         if adapter.head is not None:
-            adapter = adapter.replace(head=adapter.head | {"bias": jnp.float32(offset)})
+            head = adapter.head | {"bias": jnp.float32(offset)}
+            adapter = dataclasses.replace(adapter, head=head)
         role = "policy" if adapter.head is None else peft.head_facts(folder)["role"]
         if role == "reward":
             # Imported scores are used unchanged.

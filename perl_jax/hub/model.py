@@ -200,7 +200,7 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
             an option is unknown.
     """
     if isinstance(model, ModelOptions):
-        options = model if not options else dataclasses.replace(model, **options)
+        settings = model if not options else dataclasses.replace(model, **options)
     else:
         fields = dataclasses.fields(TemplateOptions)
         known = [field.name for field in fields if field.name != "model"]
@@ -209,28 +209,28 @@ def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Mode
             not unknown,
             f"load_model has no option {', '.join(unknown)}; it has {', '.join(known)}.",
         )
-        options = TemplateOptions(model=str(model), **options)
+        settings = TemplateOptions(model=str(model), **options)
     use_cpu_if_no_accelerator()
-    use_compilation_cache(options.compile_cache)
-    folder = weights.find_model(options.model)
-    lm, tokenizer = described(options, folder)
+    use_compilation_cache(settings.compile_cache)
+    folder = weights.find_model(settings.model)
+    lm, tokenizer = described(settings, folder)
     marks: dict[str, bytes] = {}
 
     def finish(name: str, leaf: jax.Array) -> Tree:
         """Records a leaf's fingerprint and returns the leaf as it is held."""
         # Before quantisation: the fingerprint identifies the unquantised base.
         marks[name] = trees.leaf_mark(name, leaf)
-        return quantise_leaf(name, leaf, options.quantise)
+        return quantise_leaf(name, leaf, settings.quantise)
 
     base = weights.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
     return Model(
-        str(options.model),
+        str(settings.model),
         lm,
         base,
         tokenizer,
         trees.fingerprint_of_marks(marks),
-        options.quantise,
-        options.mesh.adapters == "sharded",
+        settings.quantise,
+        settings.mesh.adapters == "sharded",
     )
 
 

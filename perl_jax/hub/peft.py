@@ -134,10 +134,8 @@ def to_peft(
     )
     if adapter.under is not None:
         adapter = average([adapter], [1.0], config.layers)
-    lora, modules = (
-        adapter.config,
-        {name: linear.module for name, linear in _linears(config).items()},
-    )
+    lora = adapter.lora_config
+    modules = {name: linear.module for name, linear in _linears(config).items()}
     tensors = {}
     for name, leaf in trees.named_leaves(adapter.lora).items():
         _, _, projection, part = name.split("/")
@@ -274,9 +272,9 @@ def from_peft(
             _padded(pairs.get((index, projection)), ranks[projection], scales[projection])
             for index in layers
         ]
-        missing = next((parts for parts in stacked if parts is not None), None)
+        present = next(parts for parts in stacked if parts is not None)
         stacked = [
-            parts if parts is not None else {k: np.zeros_like(v) for k, v in missing.items()}
+            parts if parts is not None else {k: np.zeros_like(v) for k, v in present.items()}
             for parts in stacked
         ]
         for part in stacked[0]:
@@ -415,10 +413,8 @@ def _lora_config(
     general one.
     """
     # The other values are exceptions.
-    rank, alpha = (
-        max(sorted(set(found.values())), key=list(found.values()).count)
-        for found in (ranks, alphas)
-    )
+    rank = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+    alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)
     others = lambda found, general: ",".join(
         f"{p}={value:g}" for p, value in found.items() if value != general
     )

@@ -91,8 +91,8 @@ class Tokenizer:
                 f"model has no embedding (it has {self.vocab_size}).",
             )
         # Padding is masked, so its id does not matter; eos replaces a missing one.
-        padded = inner.pad_token_id is not None and inner.pad_token_id < self.vocab_size
-        self.pad_id: int = inner.pad_token_id if padded else self.eos_id
+        pad_id: int | None = inner.pad_token_id
+        self.pad_id: int = self.eos_id if pad_id is None or pad_id >= self.vocab_size else pad_id
         outside = sorted(i for i in stop_ids if not 0 <= i < self.vocab_size)
         require(
             not outside,
@@ -180,15 +180,14 @@ class Tokenizer:
         if the prompt is rendered differently from this template, because it is then unknown what
         must stay. Raises UserError if what must stay has more than `limit` tokens.
         """
-        if self.chat is None:
+        chat = self.chat
+        if chat is None:
             return None
         if not self.is_rendered(text):
-            return self._longest_end(
-                text, limit, lambda content: self._plain(self.chat.prompt(content))
-            )
-        turns = self.chat.turns(text)
+            return self._longest_end(text, limit, lambda content: self._plain(chat.prompt(content)))
+        turns = chat.turns(text)
         if turns is None:
-            cue = len(self._plain(self.chat.after))
+            cue = len(self._plain(chat.after))
             require(
                 cue < limit,
                 f"The end of the chat template of {self.inner.name_or_path}, after a user's text, "

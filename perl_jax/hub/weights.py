@@ -133,10 +133,9 @@ def _check(
     """Raises one UserError that lists everything in which the files do not fit the config."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in abstract.items():
-        shape = spec.shape[1:] if name.startswith("layers/") else spec.shape
-        expected |= dict.fromkeys(
-            families.tensor_names(name, config), shape[::-1] if families.transposed(name) else shape
-        )
+        shape: tuple[int, ...] = spec.shape[1:] if name.startswith("layers/") else spec.shape
+        stored_shape = shape[::-1] if families.transposed(name) else shape
+        expected |= dict.fromkeys(families.tensor_names(name, config), stored_shape)
     ignored = {"lm_head.weight"} if config.tied_embeddings else set()
     ignored |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     problems = [f"missing {name}" for name in sorted(set(expected) - set(stored))]

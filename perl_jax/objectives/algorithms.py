@@ -312,6 +312,8 @@ def compute_advantages(
         # Filler rows have no response token and do not count in the mean.
         advantage_B = return_B - masked_mean(return_B, jnp.any(mask_BT, axis=1))
     elif kind == "greedy":
+        if outcomes.greedy_P is None:
+            raise ValueError("the advantage 'greedy' needs the greedy responses' returns greedy_P")
         advantage_B = (return_PG - outcomes.greedy_P[:, None]).reshape(-1)
     elif kind == "leave-one-out":
         advantage_B = advantages.leave_one_out(return_PG).reshape(-1)

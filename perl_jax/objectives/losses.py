@@ -297,7 +297,7 @@ def value_loss(
     returns_BT = jax.lax.stop_gradient(masked_values(returns_BT, mask_BT))
     values_BT = masked_values(values_BT, mask_BT)
     loss_BT = jnp.square(returns_BT - values_BT)
-    if old_BT is not None:
+    if old_BT is not None and clip is not None:
         old_BT = jax.lax.stop_gradient(masked_values(old_BT, mask_BT))
         near_BT = old_BT + jnp.clip(values_BT - old_BT, -clip, clip)
         loss_BT = jnp.maximum(loss_BT, jnp.square(returns_BT - near_BT))

@@ -96,9 +96,14 @@ def policy_gradient_objective(
         max_response_length=max_response_length,
     )
     batch, known = (batch, {}) if experience_of is None else experience_of(batch, logp_BT)
-    advantage_BT, terms = batch.advantage_BT, {}
+    advantage_BT, terms, critic_logs = batch.advantage_BT, {}, {}
     length = config.constant_length(max_response_length)
     if config.rule.critic:
+        target_BT = batch.target_BT
+        if target_BT is None:
+            raise ValueError(
+                f"the algorithm {config.name} has a value model, which needs target_BT"
+            )
         values_BT = values(lm, base, roles["value"], sequences, value_key)
         clipping = (
             {}
@@ -106,10 +111,13 @@ def policy_gradient_objective(
             else {"old_BT": batch.old_value_BT, "clip": config.value_clip}
         )
         terms["value/loss"] = losses.value_loss(
-            values_BT, batch.target_BT, mask_BT, config.reduction, length=length, **clipping
+            values_BT, target_BT, mask_BT, config.reduction, length=length, **clipping
         )
         if advantage_BT is None:
-            advantage_BT = algorithms.critic_advantages(batch.target_BT, values_BT, mask_BT)
+            advantage_BT = algorithms.critic_advantages(target_BT, values_BT, mask_BT)
+        critic_logs = _moments("return", target_BT, mask_BT) | _moments(
+            "value/error", target_BT - values_BT, mask_BT
+        )
     terms["policy/loss"] = algorithms.policy_loss(
         config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, max_response_length
     )
@@ -134,11 +142,8 @@ def policy_gradient_objective(
             },
         ),
         **_moments("advantage", advantage_BT, mask_BT),
+        **critic_logs,
     }
-    if config.rule.critic:
-        logs |= _moments("return", batch.target_BT, mask_BT) | _moments(
-            "value/error", batch.target_BT - values_BT, mask_BT
-        )
     return LossSum(sum(term.total for term in terms.values()), terms["policy/loss"].weight), logs
 
 

@@ -49,6 +49,13 @@ class Worker:
     pipe: connection.Connection | None = None
     takes_rows: bool = False
 
+    @property
+    def running(self) -> tuple[subprocess.Popen, connection.Connection]:
+        """The process and the pipe; raises RuntimeError while no process runs."""
+        if self.process is None or self.pipe is None:
+            raise RuntimeError("no worker process runs")
+        return self.process, self.pipe
+
     def start(self, target: str, seconds: float) -> None:
         """Starts a process and loads the function in it.
 
@@ -92,8 +99,9 @@ class Worker:
             list(responses),
             [dict(row) for row in rows] if self.takes_rows else [],
         )
+        _, pipe = self.running
         try:
-            self.pipe.send(message)
+            pipe.send(message)
             return self.receive(target, seconds, what)
         except OSError:
             self.ended(target, what)
@@ -112,12 +120,13 @@ class Worker:
         Raises:
             UserError: The message is an error, none came in time, or the process has ended.
         """
+        process, pipe = self.running
         latest = time.monotonic() + seconds
         try:
-            while not self.pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
+            while not pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
                 # Check the process too: a child process that it left behind can keep the pipe open.
                 # Its last message may have arrived since the poll.
-                if self.process.poll() is not None and not self.pipe.poll():
+                if process.poll() is not None and not pipe.poll():
                     self.ended(target, what)
                 if time.monotonic() >= latest:
                     self.kill()
@@ -125,7 +134,7 @@ class Worker:
                         f"The reward function {target} took longer than {seconds:g} s for {what} "
                         "and was ended."
                     )
-            kind, content = self.pipe.recv()
+            kind, content = pipe.recv()
         except (EOFError, OSError):
             self.ended(target, what)
         require(kind != "error", content)
@@ -147,20 +156,23 @@ class Worker:
         """Waits up to `GRACE_SECONDS` for the process to exit; returns its exit code, or None if it
         still runs.
         """
+        process, _ = self.running
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE_SECONDS)
-        return self.process.returncode
+            process.wait(GRACE_SECONDS)
+        return process.returncode
 
     def kill(self) -> None:
         """Kills the process and all processes that it started."""
         if self.process is None:
             return
-        if self.process.poll() is None:  # else another process may have its number by now
+        process, pipe = self.running
+        if process.poll() is None:  # else another process may have its number by now
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended since
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdin.close()
-        self.pipe.close()
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+        pipe.close()
         self.process = self.pipe = None
 
     def close(self) -> None:
@@ -169,7 +181,7 @@ class Worker:
         """
         if self.process is None:
             return
-        self.pipe.close()
+        self.running[1].close()
         self.wait()
         self.kill()
 

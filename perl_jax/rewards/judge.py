@@ -238,6 +238,7 @@ class Judge:
 
         Raises UserError when all attempts have failed.
         """
+        failure: Unreadable | Unavailable | None = None
         for attempt in range(self.retries + 1):
             wait = 0.0
             try:

@@ -14,6 +14,7 @@ from perl_jax.hub.model import Model
 from perl_jax.rewards import checks
 from perl_jax.rewards.callables import CallableReward
 from perl_jax.rewards.compose import Term
+from perl_jax.rewards.scoring import role_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,22 @@ class RewardTotal:
         return dataclasses.replace(self, models=tuple(map(read, self.models)))
 
     @property
+    def loaded_models(self) -> tuple[RewardModel, ...]:
+        """The reward models; raises ValueError while one of them is a folder (`loaded`)."""
+        found = tuple(one for one in self.models if isinstance(one, RewardModel))
+        if len(found) < len(self.models):
+            raise ValueError("the reward models are folders that have not been loaded")
+        return found
+
+    @property
     def records(self) -> tuple[Record, ...]:
         """The records of the loaded reward models."""
-        return tuple(model.record for model in self.models)
+        return tuple(model.record for model in self.loaded_models)
+
+    @property
+    def roles(self) -> dict[str, Adapter]:
+        """The adapters of the loaded reward models, by their names in the train state."""
+        return {role_name(index): one.adapter for index, one in enumerate(self.loaded_models)}
 
     @property
     def first_weight(self) -> float:

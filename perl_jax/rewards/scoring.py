@@ -43,18 +43,11 @@ def role_name(index: int) -> str:
     return "reward" if index == 0 else f"reward_{index}"
 
 
-def load_rewards(
-    model: Model, folders: Sequence[str]
-) -> tuple[dict[str, Adapter], tuple[Record, ...]]:
-    """Loads reward artefacts; returns their adapters, by role name, and their records."""
-    loaded = [model.load_role(folder, "reward") for folder in folders]
-    return {role_name(i): adapter for i, (adapter, _) in enumerate(loaded)}, tuple(
-        record for _, record in loaded
-    )
-
-
 def reward_program(
-    model: Model, records: tuple[Record, ...], combine: str, microbatches: int = 1
+    model: Model,
+    records: tuple[Record, ...],
+    combine: str | tuple[float, ...],
+    microbatches: int = 1,
 ) -> Program:
     """Returns the compiled program (base, reward adapters, sequences) -> (score_B, scores_MB).
 
@@ -149,7 +142,7 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
 def _scores(
     lm: LanguageModel,
     records: tuple[Record, ...],
-    combine: str,
+    combine: str | tuple[float, ...],
     ends: TurnEnd | None,
     microbatches: int,
     base: Tree,
@@ -183,7 +176,8 @@ class Scorer:
 
     Attributes:
         model: The base model, its tokenizer and mesh.
-        program: The program of `reward_program`; None without reward models.
+        program: The program of `reward_program`; None without reward models, and then there are
+            terms.
         weight: The factor of the reward models' score.
         rows: The data rows of the prompts, indexed by `row_B`.
         terms: The terms as one `Composite`; None without terms.
@@ -235,7 +229,8 @@ class Scorer:
             rollout: The sampled responses.
             row_B: Indices into `rows` of this process's part of the batch.
         """
-        score_B, logs = None, {}
+        parts: list[Array] = []
+        logs: dict[str, float] = {}
         if self.program is not None:
             # Ordered by number: the state is sorted by name, with reward_10 before reward_2.
             names = (role_name(index) for index in itertools.count())
@@ -249,29 +244,30 @@ class Scorer:
                     for i, scores_B in enumerate(to_host(scores_MB))
                 }
                 logs["reward/disagreement"] = float(np.mean(spread_B))
+            parts.append(score_B if self.weight == 1.0 else self.weight * score_B)
         if self.terms is not None:
-            columns = self._columns(rollout, row_B)
+            columns = self._columns(self.terms, rollout, row_B)
             logs |= {
                 f"reward/term/{name}": float(np.mean(column)) for name, column in columns.items()
             }
             total_B = hosts.replicated(
                 np.asarray(self.terms.total(columns), np.float32), self.model.mesh
             )
-            score_B = jnp.asarray(total_B) if score_B is None else self.weight * score_B + total_B
-        elif self.weight != 1.0:
-            score_B = self.weight * score_B
-        return score_B, logs
+            parts.append(jnp.asarray(total_B))
+        return sum(parts[1:], start=parts[0]), logs
 
-    def _columns(self, rollout: Rollout, row_B: np.ndarray) -> dict[str, np.ndarray]:
+    def _columns(
+        self, terms: Composite, rollout: Rollout, row_B: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Returns each term's rewards of all rows. Each row is scored once, by the process that
         holds it.
         """
         share = sharding.row_share(self.model.mesh)
         rows = [self.rows[int(row)] for row in row_B]
         texts = response_texts(self.model.tokenizer, rollout, share)
-        columns = {term.name: np.zeros(len(rows), np.float64) for term in self.terms.terms}
+        columns = {term.name: np.zeros(len(rows), np.float64) for term in terms.terms}
         if share.leads:
-            columns = self.terms([row["prompt"] for row in rows], texts, rows)
+            columns = terms([row["prompt"] for row in rows], texts, rows)
         return {name: share.gather(column) for name, column in columns.items()}
 
 

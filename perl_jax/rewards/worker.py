@@ -92,7 +92,6 @@ def load(target: str) -> Callable:
         raise UserError(
             f"The reward function {target} cannot be imported: {described(error)}{where}."
         ) from error
-    function = getattr(module, name, None)
     own = [
         key
         for key, value in vars(module).items()
@@ -102,6 +101,7 @@ def load(target: str) -> Callable:
         hasattr(module, name),
         f"{source} has no function {name!r}; it has {', '.join(own) or 'none'}.",
     )
+    function = getattr(module, name)
     require(
         callable(function),
         f"The reward function {target} is a {type(function).__name__}; it must be a function.",
@@ -117,6 +117,8 @@ def load_file(source: str) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     # Not the file's own name, which may be that of a standard module (json.py, random.py).
     spec = importlib.util.spec_from_file_location("_reward_function_file", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"Python cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -207,10 +209,10 @@ def checked_value(target: str, value: Any, index: int, response: str) -> float:
     where = f"at index {index}, for the response {response[:SHOWN]!r}"
     number = to_float(value)
     kind = type(value).__name__
-    require(
-        number is not None,
-        f"The reward function {target} returned a {kind} {where}; it must be a number.",
-    )
+    if number is None:
+        raise UserError(
+            f"The reward function {target} returned a {kind} {where}; it must be a number."
+        )
     require(
         math.isfinite(number),
         f"The reward function {target} returned {number} {where}; it must be a finite number.",

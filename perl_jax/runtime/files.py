@@ -48,7 +48,11 @@ def _restore(hint: Any, value: Any) -> Any:
     """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples."""
     candidates = typing.get_args(hint) or (hint,)
     for candidate in candidates:
-        if dataclasses.is_dataclass(candidate) and isinstance(value, Mapping):
+        if (
+            isinstance(candidate, type)
+            and dataclasses.is_dataclass(candidate)
+            and isinstance(value, Mapping)
+        ):
             return from_dict(candidate, value)
     return tuple(value) if isinstance(value, list) else value
 

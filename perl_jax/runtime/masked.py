@@ -76,8 +76,8 @@ def masked_values(x: Array, mask: Array) -> jax.Array:
 
 def at_least_float32(x: Array | float) -> jax.Array:
     """Returns x as float32; float64 stays float64."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    array = jnp.asarray(x)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _variance(deviation: jax.Array, mask: Array, axis: Axis, ddof: int) -> jax.Array:

@@ -582,7 +582,7 @@ def train_rl(
     combine, weight = rewards.combine, rewards.weight
     # Policy, reference and critic all begin as `start`.
     roles = {"policy": start}
-    fixed = {role_name(index): one.adapter for index, one in enumerate(rewards.models)}
+    fixed = rewards.roles
     if algorithm.rule.critic:
         head = init_head(None, model.lm.config.width)
         if config.value_head == "reward":
@@ -645,7 +645,7 @@ def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
         "the policy": content_of(policy),
         "the weights of rewards": [rewards.combine, rewards.weight],
     }
-    for index, model in enumerate(rewards.models):
+    for index, model in enumerate(rewards.loaded_models):
         values[f"reward model {index + 1}"] = [content_of(model.adapter), model.weight]
     for term in rewards.terms:
         values[f"the reward {term.name}"] = [_source(term.reward), term.weight]

@@ -549,7 +549,7 @@ LOOPS = (
         "rewards/scoring.py",
         ("the-most-for-the-least", "combine min takes the most generous member's score", '"min": jnp.min', '"min": jnp.max', "training/test_measures.py::test_an_ensemble_pays_the_mean_or_the_least_of_normalised_scores"),
         ("an-end-for-all", "a response that did not end is scored as if it had", "jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(response_BT", "jnp.any(response_BT", "hub/test_chat.py::test_a_rollout_is_scored_as_the_row_that_it_is"),
-        ("terms-weighed-twice", "the reward model's weight multiplies the terms too", "self.weight * score_B + total_B", "self.weight * (score_B + total_B)", "training/test_measures.py::test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs"),
+        ("terms-weighed-twice", "the reward model's weight multiplies the terms too", "parts.append(jnp.asarray(total_B))", "parts.append(self.weight * jnp.asarray(total_B))", "training/test_measures.py::test_a_reward_is_the_models_by_its_weight_and_the_terms_by_theirs"),
     ),
     *_of(
         "hub/classifier.py",

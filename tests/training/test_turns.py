@@ -19,6 +19,7 @@ from perl_jax.hub import import_peft
 from perl_jax.hub.model import Model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.rewards import scoring
+from perl_jax.rewards.models import RewardTotal
 from perl_jax.training import reward
 from perl_jax.types import Tokens
 from tests.hub.test_chat import CHATML, GEMMAS, LINE, byte_tokenizer
@@ -108,10 +109,13 @@ def rollout_of(tokenizer: Tokenizer, ended: dict[str, list[int]], room: int = LO
 
 def rollout_scores(model: Model, artefact: pathlib.Path, rollout: Rollout) -> np.ndarray:
     """What the RL loop pays, with nothing but the reward model."""
-    adapters, records = scoring.load_rewards(model, [str(artefact)])
-    scorer = scoring.Scorer(model, scoring.reward_program(model, records, "mean"), (), 1.0, ROWS)
+    rewards = RewardTotal((artefact,)).loaded(model)
+    program = scoring.reward_program(model, rewards.records, rewards.combine)
+    scorer = scoring.Scorer(model, program, rewards.terms, rewards.weight, ROWS)
     return np.array(
-        jax.device_get(scorer(adapters, rollout, np.zeros(len(rollout.finished_B), np.int32))[0])
+        jax.device_get(
+            scorer(rewards.roles, rollout, np.zeros(len(rollout.finished_B), np.int32))[0]
+        )
     )
 
 
