@@ -475,10 +475,9 @@ ADAPTERS = (
     *_of(
         "adapters/lora.py",
         ("scaling-rules-swapped", "plain LoRA has rank-stabilised LoRA's scale", "(math.sqrt(rank) if self.rank_stabilised else rank)", "(rank if self.rank_stabilised else math.sqrt(rank))", "adapters/test_lora.py::test_scale_is_alpha_over_rank"),
-        ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + "
-                                                                 "adapter.config.scale_of(target)", "moved_DF = kernel_DF - adapter.config.scale_of(target)", "adapters/test_lora.py::test_merged_equals_applied"),
+        ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + config.scale_of(target)", "moved_DF = kernel_DF - config.scale_of(target)", "adapters/test_lora.py::test_merged_equals_applied"),
         ("dora-norm-without-its-cross-term", "DoRA's norm has half of the cross term", "2 * scale * cross", "scale * cross", "adapters/test_lora_variants.py::test_output_norms_need_no_merged_weight"),
-        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return adapter.replace(under=None)", "return adapter", "adapters/test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
+        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return dataclasses.replace(adapter, under=None)", "return adapter", "adapters/test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
         ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "adapters/test_lora_variants.py::test_an_average_by_hand"),
     ),
     *_of(
