@@ -16,7 +16,7 @@ MUTANTS_ARGS ?=
 .PHONY: run lint types docs test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
-	$(HUGE_PAGES) $(VENV)/bin/python experiments/quickstart.py $(RUN_ARGS)
+	$(HUGE_PAGES) $(VENV)/bin/python -m experiments.orders.quickstart $(RUN_ARGS)
 
 # Format, style, and the documentation with its links.
 lint: $(LINT)/.installed

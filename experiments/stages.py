@@ -42,8 +42,8 @@ class Experiment:
 
 
 def flags(**values: object) -> tuple[str, ...]:
-    """`--data.task orders --steps 100` for data__task="orders", steps=100; several values for a
-    list; None is left out.
+    """`--data.task jsonl --steps 100` for data__task="jsonl", steps=100; several values for a list;
+    None is left out.
     """
     out: list[str] = []
     for name, value in values.items():

@@ -13,7 +13,6 @@ import pytest
 from tests.mutants.table import MUTANTS, Mutant
 
 TESTS = pathlib.Path(__file__).parent
-PACKAGE = TESTS.parent / "perl_jax"
 
 
 @functools.cache
@@ -37,7 +36,7 @@ def test_every_planted_error_has_its_place_and_its_tests():
     problems = []
     for mutant in MUTANTS:
         try:
-            mutant.planted(text_of(PACKAGE / mutant.file))
+            mutant.planted(text_of(TESTS.parent / mutant.path))
         except (OSError, ValueError) as error:
             problems.append(f"{mutant.name}: {error}")
         if not mutant.tests or mutant.old == mutant.new:

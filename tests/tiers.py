@@ -33,11 +33,11 @@ TIERS: dict[str, dict[str, str]] = {
         "test_the_selected_step_is_kept_and_said_after_a_resume": SLOW,
         "test_means_are_those_of_responses_measured_one_by_one": SLOW,
     },
-    "data/test_taskmaster.py": {
+    "experiments/test_taskmaster.py": {
         "test_real_coffee_demonstrations_look_like_reward_rows": SLOW,
-        "test_real_counts_and_disjoint_parts[taskmaster_coffee-3228-2775-852-617]": SLOW,
+        "test_real_counts_and_disjoint_parts[coffee]": SLOW,
         "test_real_extensions_stay_on_one_side": SLOW,
-        "test_real_counts_and_disjoint_parts[taskmaster_ticketing-3667-573-260-22]": SLOW,
+        "test_real_counts_and_disjoint_parts[ticketing]": SLOW,
     },
     "experiments/test_contest.py": {
         "test_perl_jax_takes_the_steps_that_it_is_asked_for": EXHAUSTIVE,

@@ -12,7 +12,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 _MODEL = {"--model": "a Hugging Face folder, or a name on the hub"}
 _ROWS = {
-    "--data.task": "orders, jsonl, ..., or PATH.py:NAME for a task of your own",
+    "--data.task": "jsonl (JSON Lines), or PATH.py:NAME for a task made in Python",
     "--data.data-dir": "the file or folder of the rows",
 }
 _LENGTHS = {

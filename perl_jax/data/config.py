@@ -15,10 +15,10 @@ class DataConfig:
     """Which rows a job reads, and how they become batches.
 
     Attributes:
-        task: orders (embedded), taskmaster_coffee, taskmaster_ticketing, taskmaster (the corpora of
-            both), jsonl (your own files), or PATH.py:NAME or MODULE:NAME for a `perl_jax.Task`.
-        data_dir: The data set's folder; for jsonl the file or the folder.
-        data_seed: Seed of the rows that orders generates.
+        task: jsonl (your own JSON Lines), or PATH.py:NAME or MODULE:NAME for a `perl_jax.Task`.
+        data_dir: For jsonl the file or the folder of the rows; for a task that reads a data set the
+            folder of its files.
+        data_seed: Seed of the rows of a task that generates them.
         train_size: Read at most so many rows of the training split; None: all.
         evaluation_size: Read at most so many rows of each other split; None: all.
         bucket_count: Pad rows to at most so many different lengths. A batch holds rows of similar
@@ -35,7 +35,7 @@ class DataConfig:
             rows share (a pair, a prompt's samples) is computed once. auto: on CPUs and GPUs.
     """
 
-    task: str = "orders"
+    task: str = "jsonl"
     data_dir: str | None = None
     data_seed: int = 0
     train_size: int | None = None
@@ -55,14 +55,4 @@ class DataConfig:
             self.bucket_count <= LENGTHS,
             f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a "
             "program to compile.",
-        )
-        if ":" not in self.task:
-            errors.read_by(
-                "data.data_seed", self.data_seed, 0, f"the task {self.task}", ("the task orders",)
-            )
-        embedded = self.task == "orders" and self.data_dir is not None
-        errors.require(
-            not embedded,
-            f"data.data_dir is {self.data_dir!r}, which the task orders (embedded) does not read; "
-            "leave it out, or give data.task.",
         )

@@ -12,7 +12,7 @@ import numpy as np
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import checked_rows
 from perl_jax.data.store import DEFAULTS, KINDS, OPEN, DataOptions, NoRows, named_group
-from perl_jax.data.tasks import TaskLike, data_options, get_task
+from perl_jax.data.tasks import TaskLike, data_options, task_of
 from perl_jax.errors import one_of, require
 from perl_jax.runtime import files, hosts
 
@@ -119,7 +119,7 @@ def of_task(
     Raises:
         UserError: For a needed split without rows, or rows that `check` refuses.
     """
-    task, options = get_task(config.task), data_options(config)
+    task, options = task_of(config), data_options(config)
     one_of(f"{task.name}: kind", kind, task.splits)
     others = [split for split in task.splits[kind] if split not in needed]
 
@@ -140,7 +140,7 @@ def of_task(
 
 def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
     """Opens one split of a task's rows. Raises UserError for a split without rows."""
-    task, options = get_task(config.task), data_options(config)
+    task, options = task_of(config), data_options(config)
     rows = hosts.writer_first(lambda: task.open(kind, split, options))
     return _of_splits(task, options, kind, {split: rows})
 

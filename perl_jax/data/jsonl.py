@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -235,7 +235,8 @@ def find(options: DataOptions) -> pathlib.Path:
     """
     require(
         options.data_dir is not None,
-        "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them.",
+        "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them; --data.task "
+        "PATH.py:NAME names another task.",
     )
     path = pathlib.Path(options.data_dir).expanduser()
     require(path.exists(), f"There is no file or folder {path}.")
@@ -254,7 +255,6 @@ class JsonlBuilder(RowsBuilder):
     """
 
     name = "jsonl"
-    sources: ClassVar = ("jsonl.py",)
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,9 +63,9 @@ class DataOptions:
         data_dir: A local copy of the task's upstream folder; for `jsonl` the file or the folder.
         cache_dir: The folder of prepared rows; None: $PERL_JAX_CACHE, or
             ~/.cache/perl_jax/datasets.
-        seed: Seed of the rows that the task `orders` generates; other tasks ignore it.
-        train_size: Rows of the train split. `orders` generates so many; other tasks give at most
-            their first so many. None: all.
+        seed: Seed of the rows of a task that generates them.
+        train_size: Rows of the train split. A task that generates rows makes so many; others give
+            at most their first so many. None: all.
         evaluation_size: The same for each other split.
     """
 
@@ -97,7 +99,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Attributes:
         name: The name of the task.
-        sources: Files of this folder whose code determines the rows.
+        sources: Modules whose code determines the rows, beside the builder's own.
         options: Where rows come from and how many are wanted.
     """
 
@@ -105,7 +107,11 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=kind) for kind in KINDS]
     # Set here because TFDS 4.9.10 finds it with importlib_resources, which it does not require.
     code_path: ClassVar = pathlib.Path(__file__)
-    sources: ClassVar[tuple[str, ...]] = ()
+    sources: ClassVar[tuple[ModuleType, ...]] = ()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        # TFDS would register the builder, and refuse another one of its name.
+        super().__init_subclass__(**{**keywords, "skip_registration": True})
 
     def __init__(self, options: DataOptions, *, data_dir: str, config: str) -> None:
         self.options = options
@@ -231,9 +237,11 @@ TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> str:
     """Returns a digest (16 hex digits) of all that determines the rows: code and `content`."""
-    folder = pathlib.Path(__file__).parent
-    code = {name: file_hash(folder / name) for name in sorted({"store.py", *builder.sources})}
-    value = [builder.name, kind, code, builder.content(kind, options)]
+    classes = [found for found in builder.__mro__ if issubclass(found, RowsBuilder)]
+    # As a dictionary, each file once: several classes may be in one.
+    code = dict.fromkeys(inspect.getfile(source) for source in (*classes, *builder.sources))
+    hashes = [file_hash(pathlib.Path(file)) for file in code]
+    value = [builder.name, kind, hashes, builder.content(kind, options)]
     return digest(value)
 
 

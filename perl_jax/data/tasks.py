@@ -4,47 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import JsonlBuilder, checked_rows
-from perl_jax.data.orders import OrdersBuilder, gold_rewards
 from perl_jax.data.store import KINDS, OPEN, DataOptions, NoRows, RowsBuilder, open_rows
-from perl_jax.data.taskmaster import BothBuilder, CoffeeBuilder, TicketingBuilder
-from perl_jax.errors import UserError, one_of, require
+from perl_jax.errors import UserError, default_of, one_of, require
 from perl_jax.runtime import files
 
 Gold = Callable[[Sequence[str], Sequence[str]], np.ndarray]
+# Settings of `DataConfig` that only some tasks read.
+OPTIONS = ("data_dir", "data_seed")
 
 
 class TaskLike(Protocol):
-    """What a job needs of a task.
+    """What a job needs of a task."""
 
-    Attributes:
-        name: The name of the task in messages.
-        splits: The splits of each kind of rows (`data.store.KINDS`) that the task has.
-        gold: (prompts, responses) -> true rewards [n]; None: these are not known.
-    """
+    @property
+    def name(self) -> str:
+        """The name of the task in messages."""
+        raise NotImplementedError
 
-    name: str
-    splits: Mapping[str, Sequence[str]]
-    gold: Gold | None
+    @property
+    def splits(self) -> Mapping[str, Sequence[str]]:
+        """The splits of each kind of rows (`data.store.KINDS`) that the task has."""
+        raise NotImplementedError
+
+    @property
+    def gold(self) -> Gold | None:
+        """(prompts, responses) -> true rewards [n]; None: these are not known."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Sequence[str] | None:
+        """All words of the task's texts; None: there may be any words."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> Sequence[str]:
+        """Which of `OPTIONS` the task reads."""
+        raise NotImplementedError
 
     def open(self, kind: str, split: str, options: DataOptions) -> Sequence[Mapping[str, Any]]:
         """Returns the rows of a split. Raises NoRows for a split without rows."""
+        raise NotImplementedError
 
     def content(self, kind: str, options: DataOptions) -> object:
         """Returns a JSON value that determines the rows."""
+        raise NotImplementedError
 
     def place(self, kind: str, split: str, options: DataOptions, index: int) -> str:
         """Returns where a message says that a row is."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +81,22 @@ class Task:
         splits: The splits of each kind of rows that the task has, such as
             {"demonstrations": ("train", "validation")}.
         gold: (prompts, responses) -> true rewards [n], which evaluations report; None: not known.
+        vocabulary: All words of the texts, which are separated by spaces; `perl-jax base` then
+            makes a tokenizer of whole words. None: there may be any words.
+        options: Which of the settings `data_dir` and `data_seed` the function reads; a job refuses
+            the other one.
     """
 
     name: str
     rows: Callable[[str, str, DataOptions], Iterable[Mapping[str, Any]]]
     splits: Mapping[str, Sequence[str]]
     gold: Gold | None = None
+    vocabulary: Sequence[str] | None = None
+    options: Sequence[str] = OPTIONS
 
     def __post_init__(self) -> None:
+        for option in self.options:
+            one_of(f"{self.name}: option", option, OPTIONS)
         for kind in self.splits:
             one_of(f"{self.name}: kind", kind, KINDS)
 
@@ -108,13 +136,15 @@ class PreparedTask:
 
     Attributes:
         builder: Writes the rows.
-        description: One sentence on the task.
         gold: (prompts, responses) -> true rewards [n]; None: these are not known.
+        vocabulary: All words of the texts; None: there may be any words (`Task`).
+        options: Which of the settings `data_dir` and `data_seed` the builder reads.
     """
 
     builder: type[RowsBuilder]
-    description: str
     gold: Gold | None = None
+    vocabulary: Sequence[str] | None = None
+    options: Sequence[str] = OPTIONS
 
     @property
     def name(self) -> str:
@@ -139,28 +169,30 @@ class PreparedTask:
         return self.builder.place(kind, split, options, index)
 
 
-TASKS: dict[str, PreparedTask] = {
-    task.name: task
-    for task in (
-        PreparedTask(
-            OrdersBuilder,
-            "Embedded: structured coffee orders, simulated raters, known reward.",
-            gold_rewards,
-        ),
-        PreparedTask(
-            CoffeeBuilder, "Taskmaster TM-4: coffee ordering, thumbs up or down on single turns."
-        ),
-        PreparedTask(
-            TicketingBuilder, "Taskmaster TM-3: movie ticketing, thumbs up or down on single turns."
-        ),
-        PreparedTask(
-            BothBuilder, "Taskmaster TM-4 and TM-3: the corpora of both, to train a base on."
-        ),
-        PreparedTask(
-            JsonlBuilder, "Your own rows: a JSON Lines file, or a folder with one for each split."
-        ),
-    )
+TASKS: dict[str, TaskLike] = {JsonlBuilder.name: PreparedTask(JsonlBuilder, options=("data_dir",))}
+# Data sets that were once built in -> the task's file in this project's repository, and its name.
+FORMER = {
+    "orders": "experiments/orders/data.py:ORDERS",
+    "taskmaster_coffee": "experiments/taskmaster/data.py:COFFEE",
+    "taskmaster_ticketing": "experiments/taskmaster/data.py:TICKETING",
+    "taskmaster": "experiments/taskmaster/data.py:BOTH",
 }
+
+
+def task_of(config: DataConfig) -> TaskLike:
+    """Returns the task that a config names (`get_task`).
+
+    Raises UserError if there is no such task, or if the config sets one of `OPTIONS` that the task
+    does not read.
+    """
+    task = get_task(config.task)
+    for option in (option for option in OPTIONS if option not in task.options):
+        value = vars(config)[option]
+        require(
+            value == default_of(DataConfig, option),
+            f"data.{option} is {value!r}, which the task {task.name} does not read; leave it out.",
+        )
+    return task
 
 
 def get_task(name: str) -> TaskLike:
@@ -172,29 +204,47 @@ def get_task(name: str) -> TaskLike:
     source, colon, attribute = name.rpartition(":")
     if not colon:
         require(
+            name not in FORMER,
+            f"data.task is {name!r}, which is not part of the package any more; give its file in "
+            f"the repository of perl_jax: {FORMER.get(name)}.",
+        )
+        require(
             name in TASKS,
-            f"data.task is {name!r}; it must be one of {', '.join(TASKS)}, or PATH.py:NAME or "
-            "MODULE:NAME for a task of your own.",
+            f"data.task is {name!r}; it must be {', '.join(TASKS)}, or PATH.py:NAME or MODULE:NAME "
+            "for a task outside the package.",
         )
         return TASKS[name]
-    found = vars(_module(source, name)).get(attribute)
-    good = all(hasattr(found, field) for field in ("name", "splits", "open", "content", "place"))
+    try:
+        found = vars(_module(source)).get(attribute)
+    except UserError as error:
+        raise UserError(f"data.task is {name!r}; {error}") from error
+    needed = ("name", "splits", "gold", "vocabulary", "options", "open", "content", "place")
     require(
-        good,
+        all(hasattr(found, field) for field in needed),
         f"data.task is {name!r}; {source} has no perl_jax.Task that is called {attribute}.",
     )
     return found
 
 
 @functools.cache
-def _module(source: str, name: str) -> Any:
-    """Imports a file or a module once."""
+def _module(source: str) -> ModuleType:
+    """Imports a module, or a file once.
+
+    A file is imported as a package whose folder is the file's, so that `from .other import x` finds
+    other.py beside it. Raises UserError if there is no such file or the import fails.
+    """
     try:
         if not source.endswith(".py"):
             return importlib.import_module(source)
         path = pathlib.Path(source).expanduser().resolve()
-        require(path.is_file(), f"data.task is {name!r}; there is no file {path}.")
-        spec = importlib.util.spec_from_file_location(f"perl_jax_task_{path.stem}", path)
+        require(path.is_file(), f"there is no file {path}.")
+        unique = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
+        spec = importlib.util.spec_from_file_location(
+            f"perl_jax_task_{path.stem}_{unique}",
+            path,
+            submodule_search_locations=[str(path.parent)],
+        )
+        assert spec is not None and spec.loader is not None  # a path that ends in .py has a loader
         module = importlib.util.module_from_spec(spec)
         # Dataclasses look their own module up by its name.
         sys.modules[spec.name] = module
@@ -203,9 +253,7 @@ def _module(source: str, name: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"data.task is {name!r}; importing {source} failed: {type(error).__name__}: {error}."
-        ) from error
+        raise UserError(f"importing {source} failed: {type(error).__name__}: {error}.") from error
 
 
 def data_options(config: DataConfig) -> DataOptions:

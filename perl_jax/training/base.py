@@ -12,9 +12,9 @@ import pathlib
 import jax
 
 from perl_jax import errors
-from perl_jax.data import orders_language
 from perl_jax.data.dataset import Dataset, of_task
 from perl_jax.data.loading import check_context
+from perl_jax.data.tasks import TaskLike, task_of
 from perl_jax.hub.model import Model, for_devices, weights_program
 from perl_jax.hub.tokenizer import Tokenizer, train_bpe, word_tokenizer
 from perl_jax.hub.weights import save_base
@@ -42,7 +42,7 @@ class BaseConfig(TrainingCommand):
         layers: Number of layers.
         heads: Query heads; they must divide the width.
         kv_heads: Key and value heads; they must divide the query heads.
-        vocab_size: Of the byte-level BPE trained on the corpus; orders, whose vocabulary is closed,
+        vocab_size: Of the byte-level BPE trained on the corpus; a task with a closed vocabulary
             has its words instead.
     """
 
@@ -72,13 +72,6 @@ class BaseConfig(TrainingCommand):
             "base",
             ("sft", "reward", "rl", "dpo"),
         )
-        if self.data.task == "orders":
-            errors.unread(
-                self,
-                ("vocab_size",),
-                "the task orders, whose words are its vocabulary,",
-                ("any other task",),
-            )
 
 
 CORPUS = Supervised(
@@ -92,10 +85,23 @@ CORPUS = Supervised(
 )
 
 
-def _tokenizer(config: BaseConfig, dataset: Dataset) -> Tokenizer:
-    """Returns the words of `orders`, whose vocabulary is closed; otherwise a BPE of the corpus."""
-    if config.data.task == "orders":
-        return word_tokenizer(orders_language.vocabulary())
+def _task(config: BaseConfig) -> TaskLike:
+    """Returns the task of the corpus. Raises UserError if it does not read a setting."""
+    task = task_of(config.data)
+    if task.vocabulary is not None:
+        errors.unread(
+            config,
+            ("vocab_size",),
+            f"the task {task.name}, whose words are its vocabulary,",
+            ("a task with any words",),
+        )
+    return task
+
+
+def _tokenizer(config: BaseConfig, task: TaskLike, dataset: Dataset) -> Tokenizer:
+    """Returns the words of a task with a closed vocabulary; otherwise a BPE of the corpus."""
+    if task.vocabulary is not None:
+        return word_tokenizer(list(task.vocabulary))
     return train_bpe((row["text"] for row in dataset.rows("train")), config.vocab_size)
 
 
@@ -104,6 +110,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
 
     Raises UserError if the folder holds a model that another run trained.
     """
+    task = _task(config)
     folder = open_run("base", config)
     target = pathlib.Path(config.model)
     if finished(target / "config.json"):
@@ -117,7 +124,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
         )
     dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
     use_compilation_cache(config.compile_cache)
-    tokenizer = _tokenizer(config, dataset)
+    tokenizer = _tokenizer(config, task, dataset)
     shape = ModelConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         width=config.width,

@@ -25,7 +25,7 @@ from perl_jax.runtime import sharding
 from perl_jax.training import rl
 from tests import small
 from tests.golden import runs
-from tests.paths import STORIES
+from tests.paths import ORDERS, STORIES
 from tests.xla import xla_flags
 
 SHAPE = (
@@ -36,7 +36,9 @@ SHAPE = (
     "num_attention_heads",
 )
 EXAMPLES = pathlib.Path(__file__).parents[2] / "docs" / "examples"
-DATA = pj.DataConfig(train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8)
+DATA = pj.DataConfig(
+    task=ORDERS, train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8
+)
 SETTINGS = {
     "data": DATA,
     "lora": pj.LoRAConfig(rank=4, alpha=8.0),
@@ -64,7 +66,7 @@ def model(one_device, tmp_path_factory) -> pj.Model:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[dict]]:
     """The rows that the golden SFT run reads, by split."""
-    task = get_task("orders")
+    task = get_task(ORDERS)
     return {
         split: list(task.open("demonstrations", split, data_options(DATA)))
         for split in ("train", "validation")
@@ -123,7 +125,7 @@ def test_a_folder_makes_a_run_that_goes_on_where_it_stopped(model, rows, tmp_pat
 
 @pytest.mark.slow
 def test_the_best_validated_step_is_returned_without_a_folder_too(model, tmp_path):
-    task = get_task("orders")
+    task = get_task(ORDERS)
     splits = [
         list(task.open("comparisons", split, data_options(DATA)))
         for split in ("train", "validation", "test")
@@ -142,8 +144,8 @@ def test_the_best_validated_step_is_returned_without_a_folder_too(model, tmp_pat
 
 @pytest.mark.slow
 def test_rl_is_paid_by_functions_and_models_by_their_weights(model):
-    prompts = list(get_task("orders").open("prompts", "train", data_options(DATA)))
-    pairs = list(get_task("orders").open("comparisons", "train", data_options(DATA)))
+    prompts = list(get_task(ORDERS).open("prompts", "train", data_options(DATA)))
+    pairs = list(get_task(ORDERS).open("comparisons", "train", data_options(DATA)))
     judge = pj.train_reward(model, pairs, pj.RewardConfig(**SETTINGS))
     asked = []
 
@@ -224,7 +226,7 @@ def test_a_task_in_a_file_gives_checked_rows():
         ("{0}/task.py:TASK", "SUMS = 3", r"has no perl_jax\.Task that is called TASK"),
         ("{0}/task.py:TASK", "1 / 0", r"importing .*task\.py failed: ZeroDivisionError"),
         ("no_such_module:TASK", "", r"importing no_such_module failed: ModuleNotFoundError"),
-        ("sums", "", r"it must be one of orders, .*, or PATH\.py:NAME or MODULE:NAME"),
+        ("sums", "", r"it must be jsonl, or PATH\.py:NAME or MODULE:NAME for a task outside"),
     ],
 )
 def test_a_task_that_cannot_be_opened_is_a_sentence(name, content, message, tmp_path):

@@ -18,6 +18,7 @@ from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.runs.metrics import read_metrics
 from tests import small
+from tests.paths import ORDERS
 
 WORDS = ["good", "bad", "fine", "tea", "coffee", "please", "yes", "no", "thanks"]
 JOBS = list(command.COMMANDS)
@@ -159,7 +160,7 @@ def test_folders_that_hold_no_model(capsys, tmp_path):
     (torn / "config.json").write_text("{")
     for folder in (empty, odd, torn, tmp_path / "nowhere"):
         for job, more in (
-            ("sft", ("--run", tmp_path / "run")),
+            ("sft", ("--run", tmp_path / "run", "--data.task", ORDERS)),
             ("generate", ("--prompt", "hello")),
         ):
             status, error = failure(capsys, job, "--model", folder, *more)
@@ -219,7 +220,7 @@ def test_files_and_folders_that_are_missing(model_folder, capsys, tmp_path):
     for arguments in (
         ("score", "--model", model_folder, "--input", gone),
         ("report", gone),
-        ("rl", *common, "--reward", gone),
+        ("rl", *common, "--data.task", ORDERS, "--reward", gone),
         ("generate", "--model", model_folder, "--adapter", gone, "--prompt", "tea"),
         ("sft", *common, "--data.task", "jsonl", "--data.data-dir", gone),
     ):

@@ -1,4 +1,4 @@
-"""Prepared rows: the registry, atomic preparation, stale data, races, and no TensorFlow."""
+"""Prepared rows: atomic preparation, stale data, races, and no TensorFlow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,46 @@ import threading
 
 import pytest
 
-from perl_jax.data import orders, store
+from perl_jax.data import store
 from perl_jax.data.store import DataOptions
-from perl_jax.data.tasks import TASKS, get_task
+from perl_jax.data.tasks import PreparedTask, get_task
 from perl_jax.errors import UserError
+from tests.paths import ORDERS
 
 SMALL = {"train_size": 20, "evaluation_size": 6}
+KINDS = ("corpus", "demonstrations", "comparisons", "labels", "prompts")
 
 
-class Answered(orders.OrdersBuilder, skip_registration=True):
+def made(kind, split, size):
+    """Rows whose texts and numbers say which row they are."""
+    for n in range(size):
+        fields = store.KINDS[kind]
+        yield {
+            field: n / 7 if field in store.NUMBERS else f"{field} {n} of {split}"
+            for field in fields
+            if field != "group"
+        }
+
+
+class Counted(store.RowsBuilder):
+    """A task that generates its rows."""
+
+    name = "counted"
+
+    @classmethod
+    def kind_splits(cls):
+        return dict.fromkeys(KINDS, store.SPLITS)
+
+    @classmethod
+    def content(cls, kind, options):
+        return {"seed": options.seed, "sizes": [options.size(split) for split in store.SPLITS]}
+
+    @classmethod
+    def rows(cls, kind, split, options):
+        return made(kind, split, options.size(split))
+
+
+class Answered(Counted):
     """A task whose prompts have answers."""
 
     name = "answered"
@@ -29,26 +60,29 @@ class Answered(orders.OrdersBuilder, skip_registration=True):
         return ({"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3))
 
 
-class Broken(orders.OrdersBuilder, skip_registration=True):
+class Broken(Counted):
     """Fails after three rows."""
 
     name = "broken"
 
     @classmethod
     def rows(cls, kind, split, options):
-        yield from orders.rows(kind, split, size=3)
+        yield from made(kind, split, 3)
         raise OSError("disk on fire")
+
+
+COUNTED = PreparedTask(Counted)
 
 
 def options(tmp_path, **fields) -> DataOptions:
     return DataOptions(cache_dir=str(tmp_path / "cache"), **{**SMALL, **fields})
 
 
-@pytest.mark.parametrize("kind", list(orders.OrdersBuilder.kind_splits()))
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
     for split, size in (("train", 20), ("validation", 6), ("test", 6)):
-        source = get_task("orders").open(kind, split, options(tmp_path))
-        expected = list(orders.rows(kind, split, size=size))
+        source = COUNTED.open(kind, split, options(tmp_path))
+        expected = list(made(kind, split, size))
         assert len(source) == len(expected) == size
         for index, row in enumerate(expected):
             assert set(source[index]) == set(store.KINDS[kind])
@@ -68,38 +102,23 @@ def test_a_task_of_ones_own_may_give_prompts_other_columns(tmp_path):
     ]
 
 
-def test_registry_and_its_errors(tmp_path):
-    assert list(TASKS) == [
-        "orders",
-        "taskmaster_coffee",
-        "taskmaster_ticketing",
-        "taskmaster",
-        "jsonl",
-    ]
-    task = get_task("orders")
-    assert tuple(task.splits) == ("corpus", "demonstrations", "comparisons", "labels", "prompts")
-    assert task.gold(["x"], ["y"]).tolist() == [-1.0]
-    assert get_task("jsonl").gold is None
-    assert "judge" in get_task("taskmaster_coffee").splits["labels"]
-    with pytest.raises(
-        UserError, match="task is 'tea'; it must be one of orders, taskmaster_coffee"
-    ):
-        get_task("tea")
+def test_kinds_splits_and_sizes_that_a_task_does_not_have(tmp_path):
+    assert tuple(COUNTED.splits) == KINDS
     with pytest.raises(
         UserError, match="kind is 'pairs'; it must be one of corpus, demonstrations"
     ):
-        task.open("pairs", "train", options(tmp_path))
+        COUNTED.open("pairs", "train", options(tmp_path))
     with pytest.raises(
         UserError, match="split of labels is 'judge'; it must be one of train, validation, test"
     ):
-        task.open("labels", "judge", options(tmp_path))
+        COUNTED.open("labels", "judge", options(tmp_path))
     with pytest.raises(UserError, match=r"data\.train_size is 0"):
         options(tmp_path, train_size=0)
 
 
 def test_folder_changes_with_seed_size_kind_and_code_only(tmp_path, monkeypatch):
     prints = {
-        store.fingerprint(orders.OrdersBuilder, kind, options(tmp_path, **fields))
+        store.fingerprint(Counted, kind, options(tmp_path, **fields))
         for kind, fields in [
             ("labels", {}),
             ("labels", {"seed": 1}),
@@ -109,17 +128,17 @@ def test_folder_changes_with_seed_size_kind_and_code_only(tmp_path, monkeypatch)
     }
     assert len(prints) == 4
     again = DataOptions(cache_dir="elsewhere", data_dir="unused", **SMALL)
-    assert store.fingerprint(orders.OrdersBuilder, "labels", again) in prints
+    assert store.fingerprint(Counted, "labels", again) in prints
     monkeypatch.setattr(store, "file_hash", lambda path: "another version of the code")
-    assert store.fingerprint(orders.OrdersBuilder, "labels", options(tmp_path)) not in prints
+    assert store.fingerprint(Counted, "labels", options(tmp_path)) not in prints
 
 
 def test_prepared_rows_are_used_again(tmp_path, monkeypatch):
-    task = get_task("orders")
+    task = COUNTED
     first = task.open("prompts", "train", options(tmp_path))[0]
     (folder,) = (tmp_path / "cache").iterdir()
-    assert folder.name.startswith("orders-prompts-")
-    monkeypatch.setattr(orders, "rows", None)  # would fail if called
+    assert folder.name.startswith("counted-prompts-")
+    monkeypatch.setattr(Counted, "rows", None)  # would fail if called
     assert task.open("prompts", "train", options(tmp_path))[0] == first
 
 
@@ -140,7 +159,7 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
         "target)\n"
         f"options = DataOptions(cache_dir={str(tmp_path / 'cache')!r}, train_size=20, "
         "evaluation_size=6)\n"
-        "get_task('orders').open('prompts', 'train', options)\n"
+        f"get_task({ORDERS!r}).open('prompts', 'train', options)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
@@ -148,8 +167,7 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
     assert done.returncode == 9, done.stderr
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".preparing-orders-prompts-")
-    source = get_task("orders").open("prompts", "train", options(tmp_path))
-    assert [source[i] for i in range(20)] == list(orders.rows("prompts", "train", size=20))
+    assert len(get_task(ORDERS).open("prompts", "train", options(tmp_path))) == 20
 
 
 def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
@@ -157,7 +175,7 @@ def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
     both_ready, original, folders = threading.Barrier(2), os.rename, []
 
     def rename_together(source, target):
-        if ".preparing-orders" in os.path.basename(str(source)):
+        if ".preparing-counted" in os.path.basename(str(source)):
             both_ready.wait(timeout=60)
         original(source, target)
 
@@ -166,14 +184,14 @@ def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         store.contextlib, "redirect_stdout", lambda stream: store.contextlib.nullcontext()
     )
-    run = lambda: folders.append(store.prepare(orders.OrdersBuilder, "prompts", options(tmp_path)))
+    run = lambda: folders.append(store.prepare(Counted, "prompts", options(tmp_path)))
     threads = [threading.Thread(target=run) for _ in range(2)]
     [thread.start() for thread in threads]
     [thread.join(timeout=120) for thread in threads]
     assert len(folders) == 2
     assert folders[0] == folders[1]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folders[0].name]
-    assert len(get_task("orders").open("prompts", "train", options(tmp_path))) == 20
+    assert len(COUNTED.open("prompts", "train", options(tmp_path))) == 20
 
 
 def test_cache_variable_is_the_default(tmp_path, monkeypatch):
@@ -202,7 +220,7 @@ def test_tensorflow_is_not_imported_and_nothing_is_printed(tmp_path):
         "import sys\n"
         "from perl_jax.data.tasks import DataOptions, get_task\n"
         f"options = DataOptions(cache_dir={str(tmp_path)!r}, train_size=5, evaluation_size=2)\n"
-        "assert len(get_task('orders').open('labels', 'train', options)) == 5\n"
+        f"assert len(get_task({ORDERS!r}).open('labels', 'train', options)) == 5\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow was imported'\n"
     )
     done = subprocess.run(

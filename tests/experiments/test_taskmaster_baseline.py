@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 
 import numpy as np
 import pytest
 
+from experiments.taskmaster import run as taskmaster
+from experiments.taskmaster.data import TICKETING
 from perl_jax.data.store import DataOptions
-from perl_jax.data.tasks import get_task
 from perl_jax.evaluation import statistics
 
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+DATA = pathlib.Path(__file__).parents[2] / "experiments" / "taskmaster" / "data.py"
 WORDS = ("yes", "no", "maybe", "later", "never", "always")
 
 
@@ -34,19 +34,13 @@ def turns(film: int, said: int, noise: np.random.Generator) -> dict:
 def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    taskmaster = importlib.import_module("taskmaster")
     monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
     noise = np.random.default_rng(0)
     folder = tmp_path / "data" / "TM-3-2020" / "reward"
     folder.mkdir(parents=True)
     rows = [turns(film, said, noise) for film in range(80) for said in range(4)]
     (folder / "reward_00.json").write_text(json.dumps(rows))
-    test = list(
-        get_task("taskmaster_ticketing").open(
-            "labels", "test", DataOptions(data_dir=str(tmp_path / "data"))
-        )
-    )
+    test = list(TICKETING.open("labels", "test", DataOptions(data_dir=str(tmp_path / "data"))))
     labels, dialogues = np.array([row["label"] for row in test]), [row["group"] for row in test]
     scores = labels + noise.normal(size=len(labels))
     run: pathlib.Path = tmp_path / "run" / "lora" / "reward"
@@ -54,7 +48,7 @@ def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(
     # An evaluation of an older version, whose AUC is a number.
     (run / "evaluation.json").write_text(json.dumps({"auc": 0.5, "ece": 0.1}))
     (run / "scores.json").write_text(json.dumps({"score": scores.tolist()}))
-    taskmaster.add_baseline(tmp_path / "run", "taskmaster_ticketing", str(tmp_path / "data"))
+    taskmaster.add_baseline(tmp_path / "run", f"{DATA}:TICKETING", str(tmp_path / "data"))
     found = json.loads((run / "evaluation.json").read_text())
     assert (
         found["auc"]["value"] == pytest.approx(statistics.auc(scores, labels))

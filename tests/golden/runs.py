@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import pytest
 
+from experiments.orders.language import vocabulary
 from perl_jax.adapters.lora import LoRAConfig
-from perl_jax.data import orders_language
 from perl_jax.data.config import DataConfig
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import word_tokenizer
@@ -34,6 +34,7 @@ from perl_jax.training.commands import (
 )
 from perl_jax.training.optimizers import OptimizerConfig
 from tests import small
+from tests.paths import ORDERS
 
 FILE = pathlib.Path(__file__).with_name("metrics.json")
 # Numbers of each step, by the name of the run.
@@ -44,7 +45,7 @@ def make_base(folder: pathlib.Path) -> str:
     """Writes a small decoder, drawn by NumPy, with the words of the task `orders`; returns its
     folder.
     """
-    tokenizer = word_tokenizer(orders_language.vocabulary())
+    tokenizer = word_tokenizer(vocabulary())
     words = -(-len(tokenizer) // 8) * 8
     config = ModelConfig(
         vocab_size=words,
@@ -79,7 +80,11 @@ def _run_all(root: pathlib.Path) -> Metrics:
     common = {
         "model": make_base(root / "base"),
         "data": DataConfig(
-            train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8
+            task=ORDERS,
+            train_size=32,
+            evaluation_size=16,
+            max_prompt_length=8,
+            max_response_length=8,
         ),
         "lora": LoRAConfig(rank=4, alpha=8.0),
         "optimizer": OptimizerConfig(name="adamw", learning_rate=3e-3),

@@ -157,7 +157,7 @@ def unfit(copy: Copy, mutants: Iterable[Mutant]) -> tuple[set[str], str]:
 
 def outcome(mutant: Mutant, copy: Copy) -> Outcome:
     """Plants a mutant in a copy, runs its tests, and takes it out again."""
-    path = copy.folder / "perl_jax" / mutant.file
+    path = copy.folder / mutant.path
     original = path.read_text(encoding="utf-8")
     begin = time.perf_counter()
     path.write_text(mutant.planted(original), encoding="utf-8")

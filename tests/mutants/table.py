@@ -16,7 +16,9 @@ import tokenize
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """file: within perl_jax/. tests: pytest's names of tests, within tests/."""
+    """file: within perl_jax/, or experiments/ with its name. tests: pytest's names of tests, within
+    tests/.
+    """
 
     name: str
     file: str
@@ -25,6 +27,11 @@ class Mutant:
     what: str
     tests: tuple[str, ...]
     survives: str = ""
+
+    @property
+    def path(self) -> str:
+        """The file, from the root of the repository."""
+        return self.file if self.file.startswith("experiments/") else f"perl_jax/{self.file}"
 
     def planted(self, text: str) -> str:
         """The file's text with the error in it; ValueError unless the text to replace is there once.
@@ -43,7 +50,7 @@ class Mutant:
         ]
         if len(places) != 1:
             raise ValueError(
-                f"{self.name}: the text to replace is {len(places)} times in perl_jax/{self.file}; "
+                f"{self.name}: the text to replace is {len(places)} times in {self.path}; "
                 f"it must be there once:\n{self.old}"
             )
         first, last = found[places[0]], found[places[0] + len(words) - 1]
@@ -355,13 +362,13 @@ DATA = (
         ("prompt-in-two-splits", "rows of one prompt go to different splits", "split_of(named_group(row) or row[fields[0]]) == split", "split_of(str(row)) == split", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
     ),
     *_of(
-        "data/dialogue.py",
-        ("dialogue-in-two-splits", "a context and its extension are of different groups", "first = next((str(turn[\"text\"]) for turn in turns if turn[\"role\"] == \"user\"), \"\")", "first = \" \".join(str(turn[\"text\"]) for turn in turns if turn[\"role\"] == \"user\")", "data/test_taskmaster.py::test_a_context_and_its_extension_are_one_group"),
+        "experiments/taskmaster/dialogue.py",
+        ("dialogue-in-two-splits", "a context and its extension are of different groups", "first = next((str(turn[\"text\"]) for turn in turns if turn[\"role\"] == \"user\"), \"\")", "first = \" \".join(str(turn[\"text\"]) for turn in turns if turn[\"role\"] == \"user\")", "experiments/test_taskmaster.py::test_a_context_and_its_extension_are_one_group"),
     ),
     *_of(
-        "data/taskmaster.py",
-        ("judge-trained-on", "the reward model trains on the judge's part", 'if split == "train" and not judged else', 'if split == "train" else', "data/test_taskmaster.py::test_the_judges_part_trains_no_reward_model"),
-        ("a-response-against-itself", "comparisons of a text with the same text", "if chosen != rejected:", "if True:", "data/test_taskmaster.py::test_comparisons_are_all_pairs_of_different_text_on_one_context"),
+        "experiments/taskmaster/data.py",
+        ("judge-trained-on", "the reward model trains on the judge's part", 'if split == "train" and not judged else', 'if split == "train" else', "experiments/test_taskmaster.py::test_the_judges_part_trains_no_reward_model"),
+        ("a-response-against-itself", "comparisons of a text with the same text", "if chosen != rejected:", "if True:", "experiments/test_taskmaster.py::test_comparisons_are_all_pairs_of_different_text_on_one_context"),
     ),
     *_of(
         "hub/tokenizer.py",

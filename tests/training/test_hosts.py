@@ -25,6 +25,7 @@ import pytest
 from perl_jax.cli import main as command
 from perl_jax.errors import Stopped
 from perl_jax.training import commands, loop
+from tests.paths import ORDERS
 from tests.training import tiny
 from tests.training.test_run import assert_same_runs, saved_state
 from tests.xla import xla_flags
@@ -33,6 +34,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
 BATCH = 16
 SETTINGS = (
+    "--data.task",
+    ORDERS,
     "--data.train-size",
     "32",
     "--data.evaluation-size",
@@ -318,6 +321,8 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
 @pytest.mark.slow
 def test_evaluation_and_best_of_n_see_all_rows(jobs, tmp_path):
     data = (
+        "--data.task",
+        ORDERS,
         "--data.train-size",
         "32",
         "--data.evaluation-size",

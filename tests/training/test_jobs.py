@@ -17,6 +17,7 @@ from perl_jax.evaluation.report import write_report
 from perl_jax.runtime import trees
 from perl_jax.training import commands
 from tests import small
+from tests.paths import ORDERS
 from tests.training import tiny
 
 
@@ -35,7 +36,7 @@ def pointwise(jobs, tmp_path_factory):
 def reference_scores(model, artefact: pathlib.Path, kind: str) -> np.ndarray:
     """Raw scores of every response of the training split, by a forward pass a row, unpadded."""
     adapter, _ = tiny.load(artefact, model)
-    source = get_task("orders").open(kind, "train", data_options(tiny.DATA))
+    source = get_task(ORDERS).open(kind, "train", data_options(tiny.DATA))
     scores = []
     for row in source:
         for field in ("chosen", "rejected") if kind == "comparisons" else ("response",):
@@ -147,7 +148,7 @@ def test_evaluation_of_a_pairwise_reward(jobs, model):
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
     # Two of the 16 pairs are equal once they are cut to 8 tokens: neither right nor wrong, they
     # count nowhere.
-    rows = list(get_task("orders").open("comparisons", "test", data_options(tiny.DATA)))
+    rows = list(get_task(ORDERS).open("comparisons", "test", data_options(tiny.DATA)))
     cut = lambda text: model.tokenizer.response_ids(text)[:8]
     counted = [row["probability"] for row in rows if cut(row["chosen"]) != cut(row["rejected"])]
     assert (len(rows), accuracy["n"]) == (16, 14) and len(counted) == 14
@@ -214,13 +215,13 @@ def samples(run: pathlib.Path) -> list[dict]:
 
 def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
     prompts = [
-        row["prompt"] for row in get_task("orders").open("prompts", "test", data_options(tiny.DATA))
+        row["prompt"] for row in get_task(ORDERS).open("prompts", "test", data_options(tiny.DATA))
     ]
     found = samples(jobs.root / "rl")
     assert [row["prompt"] for row in found] == prompts
     for row in found:
         for side in ("sft", "rl"):
-            gold = get_task("orders").gold([row["prompt"]], [row[side]["text"]])[0]
+            gold = get_task(ORDERS).gold([row["prompt"]], [row[side]["text"]])[0]
             assert row[side]["gold"] == pytest.approx(gold)
 
 

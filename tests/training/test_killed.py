@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from tests.paths import ORDERS
 from tests.training import tiny
 from tests.training.test_run import assert_same_runs
 from tests.xla import xla_flags
@@ -18,6 +19,8 @@ from tests.xla import xla_flags
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 SETTINGS = (
+    "--data.task",
+    ORDERS,
     "--data.train-size",
     "32",
     "--data.evaluation-size",

@@ -24,6 +24,7 @@ from perl_jax.training import commands
 from perl_jax.training.commands import DPOCommand, run_dpo
 from perl_jax.types import Pairs
 from tests import small
+from tests.paths import ORDERS
 from tests.training import tiny
 
 
@@ -475,7 +476,7 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
     # Every second prompt names its dialogue, which its demonstration is of too.
     asked = [
         {"prompt": row["prompt"]} | ({"group": f"talk {i}"} if i % 2 else {})
-        for i, row in enumerate(get_task("orders").open("prompts", "test", data_options(tiny.DATA)))
+        for i, row in enumerate(get_task(ORDERS).open("prompts", "test", data_options(tiny.DATA)))
     ]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     given = EMPTY | {"data": dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(prompts))}

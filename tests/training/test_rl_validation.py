@@ -20,6 +20,7 @@ from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runtime import trees
 from perl_jax.training import commands, loop, rl
 from tests import small
+from tests.paths import ORDERS
 from tests.training import tiny
 
 RLOO = AlgorithmConfig(name="rloo", samples=2)
@@ -56,7 +57,7 @@ def ran(jobs, tmp_path_factory):
 
 def test_samples_are_of_held_out_prompts_with_their_own_rewards(ran):
     folder, config = ran
-    task = get_task("orders")
+    task = get_task(ORDERS)
     held_out = [
         row["prompt"] for row in task.open("prompts", "validation", data_options(config.data))
     ][:6]

@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from perl_jax.adapters.lora import LoRAConfig
-from perl_jax.data.config import DataConfig
 from perl_jax.errors import TrainingError, UserError
 from perl_jax.evaluation import compare
 from perl_jax.generation.config import RolloutConfig
@@ -392,7 +391,7 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
         ),
         (
             {"data": dataclasses.replace(tiny.DATA, task="chess")},
-            "task is 'chess'; it must be one of orders",
+            "task is 'chess'; it must be jsonl, or PATH",
         ),
         (
             {"data": dataclasses.replace(tiny.DATA, train_size=5)},
@@ -604,16 +603,6 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
             lambda: {"shaping": ShapingConfig(overlong_penalty=2.0)},
             "shaping.overlong_penalty is 2.0, which nothing reads while shaping.overlong_buffer "
             "is 0; leave it out, or give shaping.overlong_buffer.",
-        ),
-        (
-            lambda: {"data": DataConfig(task="jsonl", data_dir="d", data_seed=1)},
-            "data.data_seed is 1, which the task jsonl does not read; leave it out (the task "
-            "orders reads it).",
-        ),
-        (
-            lambda: {"data": DataConfig(data_dir="d")},
-            "data.data_dir is 'd', which the task orders (embedded) does not read; leave it out, "
-            "or give data.task.",
         ),
         (
             lambda: {"combine": "min"},

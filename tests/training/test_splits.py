@@ -17,6 +17,7 @@ from perl_jax.errors import UserError
 from perl_jax.training import base as base_lib
 from perl_jax.training import commands
 from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
+from tests.paths import ORDERS
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +207,9 @@ def test_groups_that_two_splits_share_are_said_too(tmp_path, capsys):
 def test_splits_apart_are_not_mentioned_and_one_that_nobody_needs_may_be_missing(tmp_path, capsys):
     one = of_task(folder_of(tmp_path, train=answers("train")), "prompts", ("train",))
     assert tuple(one.splits) == ("train",)
-    all_splits = of_task(DataConfig(train_size=8, evaluation_size=8), "prompts", ("train",)).splits
+    all_splits = of_task(
+        DataConfig(task=ORDERS, train_size=8, evaluation_size=8), "prompts", ("train",)
+    ).splits
     assert tuple(all_splits) == ("train", "validation", "test")
     assert capsys.readouterr().out == ""
 

@@ -26,9 +26,10 @@ from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.planning.config import PlanConfig
 from perl_jax.rewards.judge import Judge
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training.base import BaseConfig
+from perl_jax.training.base import BaseConfig, train_base
 from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
 from perl_jax.training.rl_config import KLConfig
+from tests.paths import ORDERS
 
 # A value of each LoRA option that is not its default.
 LORA = {
@@ -79,9 +80,6 @@ REFUSED: list[tuple[type, Callable[[], dict[str, Any]], str]] = [
     (BaseConfig, lambda: {"data": DataConfig(template="none")}, "data.template is 'none', which "
                                                                 "base does not read"),
     (BaseConfig, lambda: {"data": DataConfig(template_date="2025-02-01")}, "data.template_date is '2025-02-01', which base does not read"),
-    (BaseConfig, lambda: {"vocab_size": 99}, "vocab_size is 99, which the task orders, whose "
-                                             "words are its vocabulary, does not read; leave it "
-                                             "out (any other task reads it)."),
     (RLCommand, lambda: {"rollout": RolloutConfig(adapters="merged"), "tuning": "full"}, "rollout.adapters is 'merged', which tuning full does not read"),
     (RLCommand, lambda: {"validation_prompts": 0, "evaluate_every": 7}, "evaluate_every is 7, which rl without validation_prompts does not read"),
     (RLCommand, lambda: {"kl": KLConfig(beta=0.0, whole_score=True)}, "kl.whole_score is True, which nothing reads while kl.beta is 0; leave it out, or give kl.beta."),
@@ -121,3 +119,14 @@ def test_options_that_are_read_are_taken(make, fields):
     values = fields()
     config = make(**NEEDED[make] | values)
     assert all(getattr(config, name) == value for name, value in values.items())
+
+
+def test_a_closed_vocabulary_has_no_size(tmp_path):
+    data = DataConfig(task=ORDERS)
+    with pytest.raises(UserError) as error:
+        train_base(BaseConfig(run=str(tmp_path / "r"), model="m", data=data, vocab_size=99))
+    assert str(error.value) == (
+        "vocab_size is 99, which the task orders, whose words are its vocabulary, does not read; "
+        "leave it out (a task with any words reads it)."
+    )
+    assert not (tmp_path / "r").exists()

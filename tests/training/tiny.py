@@ -23,9 +23,12 @@ from perl_jax.training.commands import (
     run_sft,
 )
 from perl_jax.training.optimizers import OptimizerConfig
+from tests.paths import ORDERS
 
 # Nearly every prompt is longer than this, so that all batches have one length.
-DATA = DataConfig(train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8)
+DATA = DataConfig(
+    task=ORDERS, train_size=32, evaluation_size=16, max_prompt_length=8, max_response_length=8
+)
 # No two kinds of leaf have one shape: rank 5 is no size of the base.
 COMMON = {
     "data": DATA,

@@ -4,7 +4,7 @@ Claim     With LoRA adapters alone, over one frozen base, the reward model comes
           the accuracy that its raters' noise allows, and RL raises the true (gold) reward far
           beyond its confidence interval, as full tuning does, with a few per cent of the weights
           trained. Every hyperparameter but steps and batch sizes is the commands' default.
-Command   make run, or: python experiments/quickstart.py
+Command   make run, or: python -m experiments.orders.quickstart
 Hardware  2 CPU cores
 Time      14 minutes beside other work; not timed alone
 Numbers   reward model 84.4 % of 86.7 % (full tuning 83.5 %); true reward 0.789 -> 0.928, gain
@@ -17,7 +17,7 @@ import argparse
 import pathlib
 import sys
 
-from stages import PRETRAINING, Experiment, Stage, flags, run_stages, whole_job
+from experiments.stages import PRETRAINING, Experiment, Stage, flags, run_stages, whole_job
 
 EXPERIMENT = Experiment(
     title="Taking coffee orders: adapters against full tuning",
@@ -31,6 +31,7 @@ EXPERIMENT = Experiment(
     task="orders",
     hardware="2 CPU cores",
 )
+TASK = flags(data__task="experiments/orders/data.py:ORDERS")
 LENGTHS = flags(data__max_prompt_length=40, data__max_response_length=32)
 
 
@@ -40,7 +41,10 @@ def base_stage(model: pathlib.Path, steps: int) -> Stage:
     lengths = flags(data__max_prompt_length=64, data__max_response_length=64)
     training = flags(steps=steps, batch_size=32, evaluate_every=200)
     return Stage(
-        "base", "base", "full", (*flags(model=model), *shape, *lengths, *PRETRAINING, *training)
+        "base",
+        "base",
+        "full",
+        (*flags(model=model), *TASK, *shape, *lengths, *PRETRAINING, *training),
     )
 
 
@@ -56,7 +60,7 @@ def main() -> int:
     model = root / "base" / "model"
     steps = lambda n: max(2, round(n * arguments.scale))
     stages = [base_stage(model, steps(600))]
-    common = (*flags(model=model), *LENGTHS)
+    common = (*flags(model=model), *TASK, *LENGTHS)
     train = lambda count, batch, **more: flags(steps=steps(count), batch_size=batch, **more)
     for tuning in ("lora", "full"):
         stages += whole_job(

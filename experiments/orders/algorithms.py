@@ -1,11 +1,11 @@
 """Every policy gradient, and DPO, from one SFT adapter, with the default hyperparameters.
 
 Claim     REINFORCE (with a learned and with a mean baseline), RLOO, ReMax, GRPO, Dr. GRPO, GSPO,
-          PPO, DPO and IPO each raise the true (gold) reward of the embedded task by adapters alone,
+          PPO, DPO and IPO each raise the true (gold) reward of the orders task by adapters alone,
           over three seeds. Every setting but the number of steps is the command's default; two
           defaults (the floor of GRPO's deviation, DPO's beta) were set after a first round of these
           runs had failed without them.
-Command   python experiments/algorithms.py
+Command   python -m experiments.orders.algorithms
 Hardware  2 CPU cores
 Time      45 minutes
 Numbers   mean gains over 0.773: reinforce +0.142; reinforce-mean +0.136; rloo +0.135; remax +0.135;
@@ -27,9 +27,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from quickstart import LENGTHS, base_stage
-from stages import PRETRAINING, Stage, flags
 
+from experiments.orders.quickstart import LENGTHS, TASK, base_stage
+from experiments.stages import PRETRAINING, Stage, flags
 from perl_jax.objectives.algorithms import ALGORITHMS
 from perl_jax.runs.metrics import read_metrics
 from perl_jax.runtime import files
@@ -66,6 +66,7 @@ def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
     steps = lambda n: max(2, round(n * scale))
     train = lambda n, **more: (
         *flags(model=model),
+        *TASK,
         *LENGTHS,
         *PRETRAINING,
         *flags(steps=steps(n), batch_size=32, **more),
@@ -83,7 +84,7 @@ def stages_of(
     """Training and evaluation of one algorithm and seed."""
     policy, reward = root / "sft/adapters/policy", root / "reward/adapters/reward"
     folder = f"{name}/{seed}"
-    common = (*flags(model=model, seed=seed), *LENGTHS)
+    common = (*flags(model=model, seed=seed), *TASK, *LENGTHS)
     if name in ("dpo", "ipo"):
         # As many comparisons as the others have episodes.
         train = (
@@ -107,7 +108,9 @@ def stages_of(
     )
     return [
         Stage(folder, train[0], "lora", (*common, *train[1], *flags(checkpoint_every=steps))),
-        Stage(f"{folder}/test", "evaluate", "lora", (*flags(model=model), *LENGTHS, *measure)),
+        Stage(
+            f"{folder}/test", "evaluate", "lora", (*flags(model=model), *TASK, *LENGTHS, *measure)
+        ),
     ]
 
 

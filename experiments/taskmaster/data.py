@@ -28,11 +28,14 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from perl_jax.data import dialogue, store
+from perl_jax.data import store, upstream
 from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder
+from perl_jax.data.tasks import PreparedTask
 from perl_jax.data.upstream import fetch, local_files, read_lists
 from perl_jax.errors import UserError, require
 from perl_jax.runtime.files import file_hash
+
+from . import dialogue
 
 COMMIT = "d92cb6af3005f1dc09c39e75e7daf4a04905e00b"
 BASE_URL = f"https://raw.githubusercontent.com/google-research-datasets/Taskmaster/{COMMIT}"
@@ -173,7 +176,7 @@ def dialogues(
         yield turns if turns and turns[0]["role"] == "agent" else [*greeting, *turns]
 
 
-class TaskmasterBuilder(RowsBuilder, skip_registration=True):
+class TaskmasterBuilder(RowsBuilder):
     """Base class of the two Taskmaster tasks.
 
     Attributes:
@@ -184,7 +187,7 @@ class TaskmasterBuilder(RowsBuilder, skip_registration=True):
         read: Turns the utterances of a dialogue into turns.
     """
 
-    sources = ("taskmaster.py", "dialogue.py", "upstream.py")
+    sources = (dialogue, upstream)
     folder: ClassVar[str]
     reward_count: ClassVar[int]
     data_count: ClassVar[int]
@@ -332,3 +335,10 @@ class BothBuilder(RowsBuilder):
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
         """Returns the rows of a split, made from upstream's files."""
         return itertools.chain.from_iterable(task.rows(kind, split, options) for task in cls.tasks)
+
+
+# `--data.task experiments/taskmaster/data.py:COFFEE`, and so on.
+COFFEE, TICKETING, BOTH = (
+    PreparedTask(builder, options=("data_dir",))
+    for builder in (CoffeeBuilder, TicketingBuilder, BothBuilder)
+)

@@ -1,4 +1,4 @@
-"""The embedded task `orders`: take an order at a coffee bar. The true (gold) reward is known.
+"""The task `orders`: take an order at a coffee bar. The true (gold) reward is known.
 
 Nothing is downloaded: every row is generated from a seed. Simulated clerks, more or less reliable,
 answer customers. Simulated raters prefer responses by the gold reward, with noise. So the best
@@ -16,7 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perl_jax.data.orders_language import (
+from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
+from perl_jax.data.tasks import PreparedTask
+
+from . import language
+from .language import (
     DRINKS,
     END_OF_TURN,
     MILKS,
@@ -34,9 +38,17 @@ from perl_jax.data.orders_language import (
     spoken_order,
     vocabulary,
 )
-from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
 
-__all__ = ["clerk", "gold_reward", "gold_rewards", "grade", "noise_ceiling", "rows", "vocabulary"]
+__all__ = [
+    "ORDERS",
+    "clerk",
+    "gold_reward",
+    "gold_rewards",
+    "grade",
+    "noise_ceiling",
+    "rows",
+    "vocabulary",
+]
 
 SLOT_COST, MISSING_COST, EXTRA_COST, MALFORMED_COST = 0.5, 1.5, 1.0, 0.5
 SLOTS = {"drink": "drink", "quantity": "number", "size": "size", "milk": "milk"}
@@ -389,10 +401,10 @@ def rows(kind: str, split: str, seed: int = 0, size: int | None = None) -> Itera
 
 
 class OrdersBuilder(RowsBuilder):
-    """Writes the embedded task's rows."""
+    """Writes the task's rows."""
 
     name = "orders"
-    sources = ("orders.py", "orders_language.py")
+    sources = (language,)
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
@@ -405,3 +417,9 @@ class OrdersBuilder(RowsBuilder):
     @classmethod
     def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
         return rows(kind, split, options.seed, options.size(split))
+
+
+# `--data.task experiments/orders/data.py:ORDERS`
+ORDERS = PreparedTask(
+    OrdersBuilder, gold=gold_rewards, vocabulary=tuple(vocabulary()), options=("data_seed",)
+)

@@ -1,4 +1,4 @@
-"""The language of the task `orders`: orders, what customers say, and the vocabulary.
+"""The language of the orders task: orders, what customers say, and the vocabulary.
 
 An order is one or two drinks, each with a quantity, a size and a milk, and a place: to go or here.
 A customer can say it in many ways: with other phrases, fillers, synonyms for the place and another

@@ -10,9 +10,10 @@ import threading
 import numpy as np
 import pytest
 
-from perl_jax.data import dialogue, store, taskmaster, upstream
+from experiments.taskmaster import data as taskmaster
+from experiments.taskmaster import dialogue
+from perl_jax.data import store, upstream
 from perl_jax.data.store import DataOptions
-from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from tests.paths import TASKMASTER as REAL
 
@@ -214,34 +215,34 @@ def small_upstream(folder, *, dialogues_too):
     return DataOptions(data_dir=str(folder), cache_dir=str(folder / "cache"))
 
 
-def opened(name, kind, split, options):
-    source = get_task(name).open(kind, split, options)
+def opened(task, kind, split, options):
+    source = task.open(kind, split, options)
     return [source[i] for i in range(len(source))]
 
 
 def test_ticketing_demonstrations_without_dialogues_are_up_rated_train_rows(tmp_path):
     options = small_upstream(tmp_path, dialogues_too=False)
-    labels = opened("taskmaster_ticketing", "labels", "train", options)
-    found = opened("taskmaster_ticketing", "demonstrations", "train", options)
+    labels = opened(taskmaster.TICKETING, "labels", "train", options)
+    found = opened(taskmaster.TICKETING, "demonstrations", "train", options)
     up = [(row["prompt"], row["response"]) for row in labels if row["label"] == 1]
     assert [(row["prompt"], row["response"]) for row in found] == up
     # Every kind of row says which dialogue it is of: prompts are `user: film 3`, behind a greeting.
     for kind in ("labels", "demonstrations", "comparisons", "prompts"):
-        for row in opened("taskmaster_ticketing", kind, "train", options):
+        for row in opened(taskmaster.TICKETING, kind, "train", options):
             assert row["group"] == store.group_of(row) == row["prompt"].split("\n")[-3]
-    corpus = opened("taskmaster_ticketing", "corpus", "train", options)
+    corpus = opened(taskmaster.TICKETING, "corpus", "train", options)
     assert {row["text"] + dialogue.CUE for row in corpus} == {row["prompt"] for row in labels}
 
 
 def test_ticketing_demonstrations_come_from_dialogues_when_there(tmp_path):
     options = small_upstream(tmp_path, dialogues_too=True)
-    found = opened("taskmaster_ticketing", "demonstrations", "train", options)
+    found = opened(taskmaster.TICKETING, "demonstrations", "train", options)
     assert {row["response"] for row in found} == {"tickets?"}
     # The dialogues lack the greeting that the reward rows open with.
     assert all(row["prompt"].startswith("agent:\nWelcome!\nuser:\nhi ") for row in found)
     splits = ("train", "validation", "test")
     assert (
-        sum(len(opened("taskmaster_ticketing", "corpus", split, options)) for split in splits) == 60
+        sum(len(opened(taskmaster.TICKETING, "corpus", split, options)) for split in splits) == 60
     )
 
 
@@ -257,10 +258,10 @@ def test_the_corpus_of_both_is_both_corpora(tmp_path):
     for split in ("train", "validation", "test"):
         own = [
             row
-            for task in ("taskmaster_coffee", "taskmaster_ticketing")
+            for task in (taskmaster.COFFEE, taskmaster.TICKETING)
             for row in opened(task, "corpus", split, options)
         ]
-        assert opened("taskmaster", "corpus", split, options) == own
+        assert opened(taskmaster.BOTH, "corpus", split, options) == own
 
 
 def test_missing_copy_is_named(tmp_path):
@@ -270,10 +271,10 @@ def test_missing_copy_is_named(tmp_path):
         match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream "
         r"folder\.$",
     ):
-        get_task("taskmaster_coffee").open("labels", "train", options)
+        taskmaster.COFFEE.open("labels", "train", options)
     write_json(tmp_path / "TM-4-2024" / "reward" / "reward_00.json", {"not": "a list"})
     with pytest.raises(UserError, match=r"reward_00\.json must hold a JSON list of objects"):
-        get_task("taskmaster_coffee").open("labels", "train", options)
+        taskmaster.COFFEE.open("labels", "train", options)
 
 
 # ------------------------------------------------------------------------------ downloads
@@ -348,11 +349,12 @@ def first_user_turn(prompt):
 
 @needs_real_data
 @pytest.mark.parametrize(
-    ("name", "rows", "up", "groups", "pairs"),
-    [("taskmaster_coffee", 3228, 2775, 852, 617), ("taskmaster_ticketing", 3667, 573, 260, 22)],
+    ("task", "rows", "up", "groups", "pairs"),
+    [(taskmaster.COFFEE, 3228, 2775, 852, 617), (taskmaster.TICKETING, 3667, 573, 260, 22)],
+    ids=["coffee", "ticketing"],
 )
-def test_real_counts_and_disjoint_parts(real, name, rows, up, groups, pairs):
-    labels = {split: opened(name, "labels", split, real) for split in taskmaster.JUDGED}
+def test_real_counts_and_disjoint_parts(real, task, rows, up, groups, pairs):
+    labels = {split: opened(task, "labels", split, real) for split in taskmaster.JUDGED}
     whole = [row for part in labels.values() for row in part]
     assert len(whole) == rows
     assert sum(row["label"] for row in whole) == up
@@ -365,10 +367,10 @@ def test_real_counts_and_disjoint_parts(real, name, rows, up, groups, pairs):
         assert abs(len(labels[split]) / rows - share) < 0.05
         assert min(np.mean([row["label"] for row in labels[split]]), 0.9) > 0.1
     compared = [
-        row for split in taskmaster.JUDGED for row in opened(name, "comparisons", split, real)
+        row for split in taskmaster.JUDGED for row in opened(task, "comparisons", split, real)
     ]
     assert len(compared) == pairs
-    prompts = opened(name, "prompts", "train", real)
+    prompts = opened(task, "prompts", "train", real)
     assert {row["prompt"] for row in prompts} == {
         row["prompt"] for row in labels["train"] + labels["judge"]
     }
@@ -379,7 +381,7 @@ def test_real_extensions_stay_on_one_side(real):
     """A row whose context begins with another row's context and response is in that row's part."""
     part_of = {}
     labels = {
-        split: opened("taskmaster_ticketing", "labels", split, real) for split in taskmaster.JUDGED
+        split: opened(taskmaster.TICKETING, "labels", split, real) for split in taskmaster.JUDGED
     }
     for split, part in labels.items():
         part_of.update({row["prompt"]: split for row in part})
@@ -397,8 +399,8 @@ def test_real_extensions_stay_on_one_side(real):
 
 @needs_real_data
 def test_real_coffee_demonstrations_look_like_reward_rows(real):
-    found = opened("taskmaster_coffee", "demonstrations", "validation", real)
-    labels = opened("taskmaster_coffee", "labels", "validation", real)
+    found = opened(taskmaster.COFFEE, "demonstrations", "validation", real)
+    labels = opened(taskmaster.COFFEE, "labels", "validation", real)
     assert 1500 < len(found) < 3000
     opening = labels[0]["prompt"].partition("user:\n")[0]
     assert np.mean([row["prompt"].startswith(opening) for row in labels]) > 0.95

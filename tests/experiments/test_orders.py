@@ -10,9 +10,9 @@ import random
 import numpy as np
 import pytest
 
-from perl_jax.data import orders, orders_language
-from perl_jax.data import orders_language as language
-from perl_jax.data.orders_language import (
+from experiments.orders import data as orders
+from experiments.orders import language
+from experiments.orders.language import (
     END_OF_TURN,
     Item,
     Order,
@@ -85,7 +85,7 @@ def test_gold_reward_by_hand(response, reward):
 
 def test_gold_reward_is_total_and_1_only_for_a_perfect_order():
     rng = random.Random(0)
-    words = orders_language.vocabulary()
+    words = language.vocabulary()
     assert orders.gold_reward("no request at all", RIGHT) == -1.0
     for _ in range(300):
         reward = orders.gold_reward(PROMPT, " ".join(rng.choices(words, k=rng.randrange(40))))
@@ -174,7 +174,7 @@ def test_three_orders_of_four_are_of_one_item_and_slots_are_drawn_evenly():
 
 
 def test_language_round_trip_stays_in_vocabulary_and_length():
-    rng, words, longest, varieties = random.Random(1), set(orders_language.vocabulary()), 0, set()
+    rng, words, longest, varieties = random.Random(1), set(language.vocabulary()), 0, set()
     for _ in range(4000):
         order = sample_order(rng)
         prompt = spoken_order(rng, order)
@@ -191,16 +191,16 @@ def test_language_round_trip_stays_in_vocabulary_and_length():
     assert longest == LONGEST_PROMPT == language.MAX_PROMPT_WORDS
     assert len(varieties) > 3900
     assert len(words) <= 200
-    assert orders_language.vocabulary() == sorted(words)
+    assert language.vocabulary() == sorted(words)
 
 
 def test_every_generated_word_is_known_and_a_turn_ends_in_eos():
     word_level, texts = (
-        word_tokenizer(orders_language.vocabulary()),
+        word_tokenizer(language.vocabulary()),
         [row["text"] for row in orders.rows("corpus", "train", size=500)],
     )
     byte_level, unknown = train_bpe(texts[:50], 300), word_level.inner.unk_token_id
-    assert END_OF_TURN not in orders_language.vocabulary()
+    assert END_OF_TURN not in language.vocabulary()
     for text in texts:
         ids = word_level.text_ids(text)
         assert unknown not in ids
@@ -359,7 +359,7 @@ def test_clerks_single_errors_on_one_item_by_hand():
 )
 def test_reactions_by_hand(response, said):
     assert orders.reaction(ORDER, response) == said
-    assert set(said.split()) <= set(orders_language.vocabulary())
+    assert set(said.split()) <= set(language.vocabulary())
 
 
 def test_raters_formulas_by_hand():

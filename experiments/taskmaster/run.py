@@ -4,8 +4,9 @@ Claim     On Taskmaster Coffee (TM-4) and Ticketing (TM-3), split so that no dia
           sides, the whole job runs on a small base trained from dialogues (Coffee's; for Ticketing
           both), and reports whether its reward model ranks turns better than a bag-of-words
           regression, and whether RL raises the score of a judge trained on a disjoint part.
-Command   python experiments/taskmaster.py --task coffee --tuning lora --data-dir PATH_TO_TASKMASTER
-          (without --data-dir the data are downloaded; --model uses a model of yours as the base;
+Command   python -m experiments.taskmaster.run --task coffee --tuning lora --data-dir PATH
+          (PATH: a checkout of the Taskmaster repository;
+          without --data-dir the data are downloaded; --model uses a model of yours as the base;
           Ticketing's numbers are without TM-3's 23,789 dialogues, on which a whole checkout would
           train base and SFT too: not run)
 Hardware  2 CPU cores
@@ -27,9 +28,18 @@ import pathlib
 import sys
 
 import numpy as np
-from bag_of_words import baseline
-from stages import PRETRAINING, Experiment, Stage, artefacts, ensemble, flags, run_stages, whole_job
 
+from experiments.stages import (
+    PRETRAINING,
+    Experiment,
+    Stage,
+    artefacts,
+    ensemble,
+    flags,
+    run_stages,
+    whole_job,
+)
+from experiments.taskmaster.bag_of_words import baseline
 from perl_jax.data.store import DataOptions, group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.evaluation import statistics
@@ -37,9 +47,11 @@ from perl_jax.evaluation.report import formats
 from perl_jax.runtime import files
 
 LENGTHS = {"coffee": (320, 64), "ticketing": (448, 64)}
+DATA = "experiments/taskmaster/data.py"
+TASKS = {"coffee": f"{DATA}:COFFEE", "ticketing": f"{DATA}:TICKETING"}
 # What the small base is trained on: the 138 contexts of ticketing's reward rows alone are learned
 # by heart.
-CORPORA = {"coffee": "taskmaster_coffee", "ticketing": "taskmaster"}
+CORPORA = {"coffee": TASKS["coffee"], "ticketing": f"{DATA}:BOTH"}
 
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
@@ -121,8 +133,8 @@ def main() -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     arguments = parser.parse_args()
-    task = f"taskmaster_{arguments.task}"
-    root = pathlib.Path(arguments.run or f"runs/{task}")
+    task = TASKS[arguments.task]
+    root = pathlib.Path(arguments.run or f"runs/taskmaster_{arguments.task}")
     steps = lambda n: max(2, round(n * arguments.scale))
     prompt, response = LENGTHS[arguments.task]
     prompt = arguments.max_prompt_length or prompt
@@ -173,7 +185,7 @@ def main() -> int:
     experiment = Experiment(
         title=f"{name}: adapters against full tuning",
         summary=summary,
-        task=task,
+        task=f"taskmaster_{arguments.task}",
         hardware="2 CPU cores",
     )
     return run_stages(

@@ -1,5 +1,5 @@
 """The baseline a reward model has to beat: logistic regression on words and word pairs.
-`taskmaster.py` imports it.
+`run.py` imports it.
 
 Features: tf-idf of unigrams and bigrams, (1 + log tf) (log((1 + n) / (1 + df)) + 1), rows scaled to
 length 1. Loss: mean cross-entropy + |w|^2 / (2 n C), C chosen by AUC on validation rows.

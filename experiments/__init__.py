@@ -1,0 +1,1 @@
+"""Experiments, run from the root of the repository: `python -m experiments.orders.quickstart`."""

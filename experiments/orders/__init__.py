@@ -1,0 +1,1 @@
+"""Coffee orders, a generated task with a known true reward: the quickstart, and every algorithm."""

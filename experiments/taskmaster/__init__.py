@@ -1,0 +1,1 @@
+"""Taskmaster Coffee and Ticketing: the whole job on real dialogues with real ratings."""
