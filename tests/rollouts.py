@@ -19,7 +19,7 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.rewards.scoring import Scorer, reward_program
 from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training import rl
+from perl_jax.training import rl_programs, rl_step
 from perl_jax.training.commands import RLCommand
 from perl_jax.training.fit import initial_state
 from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
@@ -116,12 +116,12 @@ class Rehearsal:
             model, config, roles, optimizers, frozen, {"beta": config.kl.beta}
         )
         scores = reward_program(model, (RECORD,), config.combine, config.microbatches)
-        self.programs = rl.Programs(model, config, scores, self.state, optimizers)
+        self.programs = rl_programs.Programs(model, config, scores, self.state, optimizers)
         base = None if config.tuning == "full" else model.base
         scorer = Scorer(model, self.programs.reward, (), 1.0, None)
         task = types.SimpleNamespace(gold=None)
-        job = rl.Rollouts(model, base, self.programs, scorer, task, None, config)
-        self._advance = functools.partial(rl.advance, job)
+        job = rl_step.Rollouts(model, base, self.programs, scorer, task, None, config)
+        self._advance = functools.partial(rl_step.advance, job)
 
     def step(self, batch: Prompts) -> dict[str, float]:
         """One update; returns its metrics."""

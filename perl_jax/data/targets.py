@@ -50,7 +50,7 @@ def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.
 
     A pair of equal responses has no right order. Raises UserError if no weight is above 0.
     """
-    weights = pair_weights(rows, task, split) * ~batches.rows.equal
+    weights = pair_weights(rows, task, split) * batches.rows.different
     errors.require(
         bool(weights.any()),
         f"Every comparison of the {split} split of {task} has weight 0, or two responses that are "

@@ -111,6 +111,16 @@ class TokenRows:
     equal_uncut: int = 0
 
     @property
+    def different(self) -> np.ndarray:
+        """Returns whether the two responses of each comparison differ after cutting, bool [rows].
+
+        Raises ValueError for rows of another kind.
+        """
+        if self.equal is None:
+            raise ValueError(f"{self.kind} have one response, and nothing to compare it with")
+        return ~self.equal
+
+    @property
     def facts(self) -> dict[str, int]:
         """Returns numbers of rows for the log and the report.
 

@@ -6,7 +6,6 @@ runs. Only weights and rows are missing.
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +33,7 @@ from perl_jax.planning.pieces import (
 from perl_jax.planning.reading import RECORD, sampling
 from perl_jax.rewards import scoring
 from perl_jax.runtime import sharding, trees
-from perl_jax.training import dpo, fit, rl, sft, step
+from perl_jax.training import dpo, fit, rl, rl_programs, sft, step
 from perl_jax.training.commands import (
     DPOCommand,
     PolicyCommand,
@@ -222,7 +221,7 @@ def _rl(model: Model, config: RLCommand) -> Planned:
     if rewards:
         records = (RECORD,) * len(rewards)
         scores = scoring.reward_program(model, records, config.combine, config.microbatches)
-    programs = rl.Programs(model, config, scores, state, optimizers)
+    programs = rl_programs.Programs(model, config, scores, state, optimizers)
     base, batch = _base(model, config), config.batch_size
     prompt, room = config.data.max_prompt_length, config.data.max_response_length
     sampled = lambda program, rows, samples: sampling(

@@ -22,6 +22,7 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import finished, open_run
+from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
@@ -148,7 +149,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     state, optimizers = begin(model, config, CORPUS, role)
     del initial, base, role
     loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
-    state, timings, _ = train(config, state, loop, folder)
+    state, timings, _ = train(config, state, loop, Run(folder))
     weights = hosts.fetch(state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)

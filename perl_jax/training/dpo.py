@@ -126,8 +126,7 @@ def train_dpo(
     )
     del start, depends_on
     loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
-    folder = None if run is None else run.folder
-    state, timings, metrics = train(config, state, loop, folder, on_step)
+    state, timings, metrics = train(config, state, loop, run, on_step)
     policy = state.roles["policy"]
     results, measured = {}, {}
     if "test" in dataset.splits:

@@ -7,6 +7,7 @@ computes these log-probabilities itself and makes the experience in the same pas
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -207,9 +208,8 @@ def experience_of(
     if rewarded.greedy_B is not None:
         # The greedy response's KL is left out of this baseline. The gradient stays unbiased,
         # because the baseline depends on the prompt alone.
-        outcomes = outcomes.replace(
-            greedy_P=(weight_B * rewarded.greedy_B)[:: config.algorithm.group]
-        )
+        greedy_P = (weight_B * rewarded.greedy_B)[:: config.algorithm.group]
+        outcomes = dataclasses.replace(outcomes, greedy_P=greedy_P)
     advantage_BT, target_BT = algorithms.compute_advantages(config.algorithm, outcomes)
     in_loss = config.kl_in_loss and rewarded.reference_BT is not None
     experience = Experience(

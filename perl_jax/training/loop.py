@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from perl_jax.data.pipeline import BatchIterator
 from perl_jax.errors import Stopped, TrainingError, require
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.metrics import (
@@ -24,6 +25,7 @@ from perl_jax.runs.metrics import (
     read_metrics,
 )
 from perl_jax.runs.profile import Profile
+from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts
 from perl_jax.runtime.hosts import Termination
 from perl_jax.training.configs import TrainingConfig
@@ -42,7 +44,7 @@ class Loop:
         job: The name that messages and the progress line begin with.
         advance: (state, batch) -> (state, metrics, seconds of each phase): one step. The metrics
             have the key `finite`.
-        batches: An iterator with get_state and set_state.
+        batches: The batches; a checkpoint holds their cursor.
         validate: state -> (metrics, rows for `runs.metrics.SamplesWriter`); None: no validation.
         best: The validation metric whose best step is returned; None: the last step is.
         shown: Names of the metrics on the progress line.
@@ -51,11 +53,43 @@ class Loop:
 
     job: str
     advance: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any], dict[str, float]]]
-    batches: Iterator
+    batches: BatchIterator
     validate: Callable[[TrainState], tuple[dict[str, float], list[dict[str, Any]]]] | None
     best: str | None
     shown: tuple[str, ...]
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Keeper(Protocol):
+    """What the loop needs of `Checkpoints`, or of `Memory` in a run without a folder."""
+
+    def latest_step(self) -> int | None:
+        """Returns the step to resume from; None: there is none."""
+        ...
+
+    def best_step(self) -> int | None:
+        """Returns the step with the best metric."""
+        ...
+
+    def save(
+        self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
+    ) -> None:
+        """Saves a state, with its validation metrics where there are any."""
+        ...
+
+    def restore(
+        self, abstract: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns (state, host state) of a step."""
+        ...
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns (state, host state) of the newest step that can be read."""
+        ...
+
+    def close(self) -> None:
+        """Releases what is held."""
+        ...
 
 
 class Memory:
@@ -71,7 +105,7 @@ class Memory:
 
     def best_step(self) -> int:
         """Returns the step of the best state."""
-        return int(self._state.step)
+        return int(self._held().step)
 
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
@@ -82,9 +116,21 @@ class Memory:
             # The arrays of `state` are donated to the next step.
             self._state = jax.tree.map(jnp.copy, state)
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state."""
-        return self._state, {}
+    def restore(
+        self, abstract: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the best state, the only one that is held."""
+        return self._held(), {}
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the best state, the only one that is held."""
+        return self._held(), {}
+
+    def _held(self) -> TrainState:
+        """Returns the copy; raises ValueError before a step has been validated."""
+        if self._state is None:
+            raise ValueError("no validated step has been saved")
+        return self._state
 
     def close(self) -> None:
         """Has nothing to release."""
@@ -94,7 +140,7 @@ def train(
     config: TrainingConfig,
     state: TrainState,
     loop: Loop,
-    folder: pathlib.Path | None = None,
+    run: Run | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[TrainState, Timings, list[dict[str, Any]]]:
     """Runs the loop to `config.steps`; returns the best or last state, timings, rows of metrics.
@@ -109,7 +155,7 @@ def train(
         config: How long to train, how often to validate and to save.
         state: Its arrays are used up.
         loop: The job.
-        folder: Of the run.
+        run: The opened run; None: a run without a folder.
         on_step: Is called after each step with the row {"step": step, metric: number, ...}, on the
             process that writes.
 
@@ -118,6 +164,7 @@ def train(
         Stopped: After SIGTERM to any process of a run with a folder, at the end of the step, which
             is saved.
     """
+    folder = None if run is None else run.folder
     if folder is None:
         written = {name: vars(config)[name] for name in ("tensorboard", "wandb", "profile")}
         for name, value in written.items():
@@ -125,7 +172,7 @@ def train(
                 not value, f"{name} is {value!r}, which is written into a run's folder; give run."
             )
     timings, rows = Timings(), []
-    keeper = (
+    keeper: Keeper = (
         Memory(loop.best)
         if folder is None
         else Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)

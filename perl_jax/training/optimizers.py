@@ -164,8 +164,8 @@ def make_optimizer(
         sides = trees.map_named(
             lambda leaf, _: "lora_b" if plus and leaf.endswith("lora_b") else "body", role.lora
         )
-        return role.replace(
-            lora=sides, weights=name(role.weights, "body"), head=name(role.head, "head")
+        return dataclasses.replace(
+            role, lora=sides, weights=name(role.weights, "body"), head=name(role.head, "head")
         )
 
     body_rate = learning_rate(config, tuning, width)

@@ -56,12 +56,11 @@ def validate_pairs(
 
     Pairs of equal responses count in the loss but not in that share.
     """
-    scores = score_batches(model, state.roles["reward"], batches)
+    chosen, rejected = score_batches(model, state.roles["reward"], batches)
+    counted = weights * batches.rows.different
     return {
         "validation/loss": held_out(state)["loss"],
-        "validation/accuracy": statistics.pairwise_accuracy(
-            *scores, weights * ~batches.rows.equal
-        ).value,
+        "validation/accuracy": statistics.pairwise_accuracy(chosen, rejected, counted).value,
     }
 
 
@@ -212,15 +211,13 @@ def train_reward(
     check_context(model, config.data)
     # Fold 1 makes the train state's key.
     body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
-    role = fresh_role(model, config, body_key, frozen).replace(
-        head=init_head(head_key, model.lm.config.width)
-    )
+    role = fresh_role(model, config, body_key, frozen)
+    role = dataclasses.replace(role, head=init_head(head_key, model.lm.config.width))
     model = model.relieved((role,))
     state, optimizers = begin(model, config, job, role)
     del role
     loop, program = supervised_loop(model, dataset, config.split, config, job, state, optimizers)
-    folder = None if run is None else run.folder
-    state, timings, metrics = train(config, state, loop, folder, on_step)
+    state, timings, metrics = train(config, state, loop, run, on_step)
     adapter = state.roles["reward"]
     mean, std = reference_moments(model, dataset, config, adapter)
     results, scores = {}, {}
@@ -304,14 +301,15 @@ def evaluate_reward(
     if kind == "comparisons":
         weights = differing_weights(rows, dataset.name, "test", batches)
         counted = np.flatnonzero(weights > 0)
-        scores, groups = tuple(side[counted] for side in scores), [groups[row] for row in counted]
+        chosen, rejected = (side[counted] for side in scores)
+        groups = [groups[row] for row in counted]
         results["pairwise_accuracy"] = dataclasses.asdict(
-            statistics.pairwise_accuracy(*scores, weights[counted], groups)
+            statistics.pairwise_accuracy(chosen, rejected, weights[counted], groups)
         )
         known = np.asarray([row["probability"] for row in rows])[counted]
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
-        probabilities, labels = statistics.preference_probabilities(*scores)
+        probabilities, labels = statistics.preference_probabilities(chosen, rejected)
         groups = [*groups, *groups]
     else:
         labels = both_classes(rows, dataset.name, "test")

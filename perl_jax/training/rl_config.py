@@ -119,7 +119,8 @@ class RLConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.algorithm, str):
-            object.__setattr__(self, "algorithm", AlgorithmConfig(name=self.algorithm))
+            named = dataclasses.replace(AlgorithmConfig(), name=self.algorithm)
+            object.__setattr__(self, "algorithm", named)
         super().__post_init__()
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
@@ -166,9 +167,9 @@ class RLConfig(TrainingConfig):
             "episodes and needs 2 or more.",
         )
         self.shaping.check_room(self.data.max_response_length)
-        apart = not (self.algorithm.rule.greedy and self.shaping.whiten)
+        whitened_by_greedy = self.algorithm.rule.greedy and self.shaping.whiten
         errors.require(
-            apart,
+            not whitened_by_greedy,
             "shaping.whiten is over the batch's samples; remax compares them with greedy "
             "responses: leave it out.",
         )

@@ -70,8 +70,7 @@ def train_sft(
     state, optimizers = begin(model, config, SFT, role)
     del role
     loop, program = supervised_loop(model, dataset, "train", config, SFT, state, optimizers)
-    folder = None if run is None else run.folder
-    state, timings, metrics = train(config, state, loop, folder, on_step)
+    state, timings, metrics = train(config, state, loop, run, on_step)
     policy = state.roles["policy"]
     record = model.record("policy", policy, step=int(state.step))
     if run is None:

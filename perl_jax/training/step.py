@@ -7,6 +7,7 @@ that those of microbatches can be added and divided once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -44,7 +45,7 @@ def gradients(
     roles = {name: trainable(role) for name, role in roles.items()}
 
     def total(roles, microbatch, key):
-        whole = {name: role.replace(under=under[name]) for name, role in roles.items()}
+        whole = {name: dataclasses.replace(role, under=under[name]) for name, role in roles.items()}
         loss, logs = objective(whole, frozen, microbatch, key)
         return loss.total, (loss, logs)
 
@@ -100,10 +101,12 @@ def train_step(
         updates, opt_states[name] = optimizers[name].update(
             grads[name], state.optimizers[name], trainable(role)
         )
-        roles[name] = optax.apply_updates(trainable(role), updates).replace(under=role.under)
+        updated = optax.apply_updates(trainable(role), updates)
+        roles[name] = dataclasses.replace(updated, under=role.under)
         metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
     metrics["finite"] = trees.all_finite((loss, grads, roles))
-    return state.replace(step=state.step + 1, roles=roles, optimizers=opt_states), metrics
+    new = dataclasses.replace(state, step=state.step + 1, roles=roles, optimizers=opt_states)
+    return new, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
@@ -157,4 +160,5 @@ def train_epochs(
 
     last, metrics = jax.lax.scan(update, state, (orders_XY, keys_X))
     finite = jnp.all(metrics.pop("finite"))
-    return last.replace(step=state.step + 1), jax.tree.map(jnp.mean, metrics) | {"finite": finite}
+    last = dataclasses.replace(last, step=state.step + 1)
+    return last, jax.tree.map(jnp.mean, metrics) | {"finite": finite}

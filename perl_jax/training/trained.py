@@ -16,6 +16,7 @@ from perl_jax.hub.model import Model
 from perl_jax.rewards.models import RewardModel
 from perl_jax.runs.folder import finished, open_run
 from perl_jax.runs.metrics import FILE_NAME, read_metrics
+from perl_jax.runs.provenance import Fingerprints
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, trees
 
@@ -80,7 +81,7 @@ def open_library_run(
     """
     if run is None or isinstance(run, Run):
         return run
-    prints = {
+    prints: Fingerprints = {
         f"the base {model.name}": files.digest(model.fingerprint),
         f"the tokenizer of {model.name}": files.digest(model.tokenizer.fingerprint),
         f"the rows of {dataset.name}": files.digest(dataset.content()),

@@ -416,7 +416,7 @@ EVALUATION = (
     *(
     _of(
         "training/reward.py",
-        ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "statistics.pairwise_accuracy(*scores, weights[counted], groups)", "statistics.pairwise_accuracy(*scores, weights[counted])", "training/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
+        ("rankings-pairs-for-rankings", "a reward model's accuracy takes pairs for independent", "statistics.pairwise_accuracy(chosen, rejected, weights[counted], groups)", "statistics.pairwise_accuracy(chosen, rejected, weights[counted])", "training/test_planted.py::test_intervals_are_over_the_groups_of_rows"),
         ("threshold-of-the-test-split", "the threshold is chosen on the test rows", 'dataset, "validation", config.data', 'dataset, "test", config.data', "training/test_planted.py::test_the_threshold_is_chosen_on_validation_rows"),
         ("scores-in-batch-order", "scores are held against other rows' labels", "back = np.argsort(rows[real])", "back = np.arange(real.sum())", "training/test_measures.py::test_scores_come_back_in_the_order_of_the_rows"),
         ("divided-by-the-variance", "a reward is normalised by its variance", "std = float(scores.std())", "std = float(scores.var())", "training/test_measures.py::test_a_rewards_scores_are_normalised_by_their_mean_and_deviation"),
@@ -526,9 +526,12 @@ LOOPS = (
         ("loss-kl-rewarded-too", "a KL in the loss is in the reward too", "jnp.zeros_like(rewarded.beta_B) if config.kl_in_loss else rewarded.beta_B", "rewarded.beta_B", "training/test_policy_gradient.py::test_a_kl_in_the_loss_leaves_the_return_alone"),
     ),
     *_of(
-        "training/rl.py",
+        "training/rl_step.py",
         ("reference-never-refreshed", "kl.refresh counts from a step that never comes", "int(state.step) % settings.refresh == 0", "int(state.step) % settings.refresh == settings.refresh", "training/test_measures.py::test_the_reference_becomes_the_policy_every_so_many_steps"),
         ("controller-counts-one-episode", "the coefficient changes as if an update had one episode", "episodes=config.batch_size, horizon", "episodes=1, horizon", "training/test_measures.py::test_the_coefficient_rises_where_the_kl_is_above_its_target"),
+    ),
+    *_of(
+        "training/rl.py",
         ("rl-on-test-prompts", "RL trains on the test split", 'load_batches(model, dataset, "train", config.data', 'load_batches(model, dataset, "test", config.data', "training/test_planted.py::test_every_job_trains_on_the_rows_of_the_train_split[rl]"),
     ),
     *(

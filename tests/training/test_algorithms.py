@@ -21,7 +21,7 @@ from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import trees
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training import commands, layouts, rl
+from perl_jax.training import commands, layouts, rl, rl_step
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.types import Layout
 from tests import small
@@ -311,7 +311,7 @@ def test_explained_variance_and_spreads_by_hand():
         for name, pair in sums.items()
         for kind, x in zip(("mean", "square"), pair, strict=True)
     }
-    assert rl._derived(values) == {"advantage/std": 2.0, "value/explained_variance": 0.75}
+    assert rl_step._derived(values) == {"advantage/std": 2.0, "value/explained_variance": 0.75}
     # Returns that do not vary have nothing to explain.
     values = {
         "advantage/mean": 0.0,
@@ -321,7 +321,7 @@ def test_explained_variance_and_spreads_by_hand():
         "value/error/mean": 0.0,
         "value/error/square": 1.0,
     }
-    assert rl._derived(values)["value/explained_variance"] == 0.0
+    assert rl_step._derived(values)["value/explained_variance"] == 0.0
 
 
 @pytest.mark.slow

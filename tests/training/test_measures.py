@@ -23,9 +23,10 @@ from perl_jax.objectives.losses import LossSum
 from perl_jax.rewards import compose, scoring
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import provenance
+from perl_jax.runs.run import Run
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import Share
-from perl_jax.training import commands, dpo, fit, reward, rl
+from perl_jax.training import commands, dpo, fit, reward, rl_programs, rl_step
 from perl_jax.training import loop as loop_lib
 from perl_jax.training.commands import DPOCommand
 from perl_jax.training.rl_config import KLConfig
@@ -399,7 +400,7 @@ def test_the_coefficient_rises_where_the_kl_is_above_its_target(kl, beta):
         np.int32(1), {}, {}, {}, np.zeros(2, np.uint32), {"beta": jax.device_put(np.float32(0.1))}
     )
     assert float(
-        rl._controlled(config, None, state, np.float32(kl)).controls["beta"]
+        rl_step._controlled(config, None, state, np.float32(kl)).controls["beta"]
     ) == pytest.approx(beta)
 
 
@@ -414,8 +415,8 @@ def test_the_reference_becomes_the_policy_every_so_many_steps():
             np.int32(step), {"policy": policy}, {}, {"reference": start}, np.zeros(2, np.uint32), {}
         )
         found.append(
-            rl._controlled(
-                config, functools.partial(rl._refreshed, "float32"), state, np.float32(0.0)
+            rl_step._controlled(
+                config, functools.partial(rl_programs._refreshed, "float32"), state, np.float32(0.0)
             )
             .frozen["reference"]
             .lora["q"]
@@ -498,7 +499,7 @@ def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp
     )
     kept = Kept(3, None if done is None else state)
     monkeypatch.setattr(loop_lib, "Checkpoints", lambda *_, **__: kept)
-    found, _, rows = loop_lib.train(config, state, loop, tmp_path)
+    found, _, rows = loop_lib.train(config, state, loop, Run(tmp_path))
     assert [row["step"] for row in rows][-2:] == [3, 4]
     assert int(found.step) == step and seen == ([1, 2, 3, 4] if done is None else [3, 4])
 

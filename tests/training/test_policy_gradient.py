@@ -21,7 +21,7 @@ from perl_jax.objectives import supervised
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runtime import trees
-from perl_jax.training import rl
+from perl_jax.training import rl_programs
 from perl_jax.training import step as step_lib
 from perl_jax.training.experience import Judged, assemble, one_pass
 from perl_jax.training.layouts import LEVELS
@@ -246,7 +246,7 @@ def test_one_pass_is_the_update_of_two(case, monkeypatch):
     found = {}
     for one in (True, False):
         if not one:
-            monkeypatch.setattr(rl, "one_pass", lambda *_: False)
+            monkeypatch.setattr(rl_programs, "one_pass", lambda *_: False)
         run = Rehearsal(placed_model(LM, BASE), TRAINED, REWARD, config)
         assert run.programs.one_pass == one
         # The second step's policy is not the reference.

@@ -18,7 +18,7 @@ from perl_jax.evaluation.report.curves import kept_sentence
 from perl_jax.evaluation.report.load import read_experiment
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runtime import trees
-from perl_jax.training import commands, loop, rl
+from perl_jax.training import commands, loop, rl, rl_validation
 from tests import small
 from tests.paths import ORDERS
 from tests.training import tiny
@@ -249,13 +249,13 @@ def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(jobs, tmp_path, monkeypatch):
-    original = rl.gold_rewards
+    original = rl_validation.gold_rewards
 
     def gold(job, row_B, rollout):
         values = original(job, row_B, rollout)
         return np.full_like(values, np.nan) if len(job.rows) == 6 else values
 
-    monkeypatch.setattr(rl, "gold_rewards", gold)
+    monkeypatch.setattr(rl_validation, "gold_rewards", gold)
     with pytest.raises(
         TrainingError, match=r"The validation of step 1 gave NaN or infinity .validation/gold."
     ):

@@ -37,6 +37,8 @@ from perl_jax.training import reward as reward_lib
 from perl_jax.training.commands import RewardCommand, RLCommand
 from perl_jax.training.optimizers import OptimizerConfig
 from perl_jax.training.rl_config import KLConfig
+from perl_jax.training.rl_programs import Programs
+from perl_jax.training.rl_step import Rollouts, advance
 from perl_jax.training.roles import fresh_role
 
 KINDS = {
@@ -181,17 +183,17 @@ def rl_step(
     scores = None
     if records:
         scores = scoring.reward_program(model, records, config.combine, config.microbatches)
-    programs = rl.Programs(model, config, scores, state, optimizers)
+    programs = Programs(model, config, scores, state, optimizers)
     scorer = scoring.Scorer(
         model, programs.reward, compose.read_terms(config.terms), config.reward_weight, rows
     ).__enter__()
     base = None if config.tuning == "full" else model.base
     dataset = of_rows("prompts", rows)
-    job = rl.Rollouts(model, base, programs, scorer, dataset, rows, config)
+    job = Rollouts(model, base, programs, scorer, dataset, rows, config)
     held = [state]
 
     def step(number: int, parts: contender.Parts) -> int:
-        held[0], metrics, seconds = rl.advance(
+        held[0], metrics, seconds = advance(
             job, held[0], batches.batch(number % batches.steps_per_epoch)
         )
         finite(metrics)

@@ -1,0 +1,182 @@
+"""Validation in RL: responses to held-out prompts, and the step that is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from perl_jax.data.loading import load_batches
+from perl_jax.data.pipeline import Batches
+from perl_jax.errors import TrainingError
+from perl_jax.objectives import kl
+from perl_jax.rewards.scoring import response_texts
+from perl_jax.runtime import hosts, sharding
+from perl_jax.runtime.hosts import to_host
+from perl_jax.training.rl_config import RLConfig
+from perl_jax.training.rl_step import (
+    Rollouts,
+    gold_rewards,
+    layouts_of,
+    reference_logprobs,
+    with_layout,
+)
+from perl_jax.training.state import TrainState
+
+# The validation metric whose best step the artefacts hold.
+SELECTED_BY = "validation/reward"
+
+
+# How many prompts of a validation have their first response written to the run's folder.
+_KEPT = 8
+
+
+# Folded into the seed's key for the samples of validations. Fold 1 makes the train state's key and
+# fold 2 the key of a head.
+_VALIDATION = 3
+
+
+def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts, Batches] | None:
+    """Returns the job with the first validation prompts, and their batches, for `validate`.
+
+    Returns None for a run without validation. A batch has as many prompts as a training batch. It
+    has one of the training batches' padded `lengths` if that holds its prompts, so that training
+    and validation share compiled programs.
+    """
+    config, dataset = job.config, job.dataset
+    if config.validation_prompts == 0:
+        return None
+    if "validation" not in dataset.splits:
+        if hosts.is_writer():
+            print(
+                f"There are no validation prompts in {dataset.name}: nothing is validated, and "
+                "the last step is kept.",
+                flush=True,
+            )
+        return None
+    longest, most = config.data.max_prompt_length, config.validation_prompts
+    lengths = lengths if lengths[-1] >= longest else (*lengths, longest)
+    number = config.batch_size // config.algorithm.group
+    batches = load_batches(
+        job.model, dataset, "validation", config.data, number, None, most=most, lengths=lengths
+    )
+    source = dataset.rows("validation")
+    rows = [source[index] for index in range(min(most, len(source)))]
+    return dataclasses.replace(job, rows=rows, scorer=job.scorer.over(rows)), batches
+
+
+def validate(
+    job: Rollouts, batches: Batches, state: TrainState
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Samples responses to held-out prompts; returns means over them, and a few of them to read.
+
+    Each prompt gets as many responses as in training. The sampling keys depend on the seed and not
+    on the step, so that the validations of a run are comparable.
+
+    The means are: `reward`, the score before shaping; `kl`, E[sum_t log pi - log pi_ref] to the
+    current reference; `length` in tokens; `eos_rate`, the share of finished responses; and `gold`,
+    the true reward where it is known. Their names begin with `validation/`.
+
+    Raises:
+        TrainingError: If a mean is NaN or infinite.
+    """
+    config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
+    group, key = (
+        config.algorithm.group,
+        jax.random.fold_in(jax.random.key(config.seed), _VALIDATION),
+    )
+    shared = job.model.shared_prompts(config.batch_size, group)
+    columns: dict[str, list[np.ndarray]] = {}
+    samples: list[dict[str, Any]] = []
+    for index, batch in enumerate(batches):
+        prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
+        # The key has the same sharding as in training; with another `sample` would compile again.
+        data = jax.device_put(
+            np.asarray(jax.random.key_data(jax.random.fold_in(key, index))),
+            sharding.replicated(job.model.mesh),
+        )
+        rollout = programs.sample(base, policy, prompts, data)
+        whole, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
+        rollout = with_layout(rollout, whole)
+        mask_BT = rollout.sequences.response_BT
+        # Filler prompts have row -1; the reward terms read row 0 for them.
+        row_B = np.maximum(batch.repeated(group).row_B, 0)
+        measured = {
+            "reward": job.scorer(state.frozen, rollout, row_B)[0],
+            "length": jnp.sum(mask_BT, axis=1),
+            "eos_rate": rollout.finished_B,
+        }
+        reference_BT = reference_logprobs(job, state, rollout)
+        if reference_BT is not None:
+            measured["kl"] = kl.sequence_kl(
+                kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT
+            )
+        measured = {
+            name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()
+        }
+        gold_B = gold_rewards(job, row_B, rollout)
+        if gold_B is not None:
+            measured["gold"] = np.asarray(gold_B, np.float64)
+        rows_B = np.repeat(batches.rows_of(index), group)
+        for name, value_B in measured.items():
+            columns.setdefault(name, []).append(value_B[rows_B >= 0])
+        texts = response_texts(job.model.tokenizer, rollout)
+        for place in np.flatnonzero(rows_B >= 0)[::group].tolist():
+            if len(samples) < _KEPT:
+                measures = {
+                    name: float(measured[name][place])
+                    for name in ("reward", "gold")
+                    if name in measured
+                }
+                samples.append(
+                    {
+                        "prompt": job.rows[int(rows_B[place])]["prompt"],
+                        "response": texts[place],
+                        **measures,
+                    }
+                )
+    means = {
+        f"validation/{name}": float(np.mean(np.concatenate(parts)))
+        for name, parts in columns.items()
+    }
+    bad = [name for name, value in means.items() if not np.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"The validation of step {int(state.step)} gave NaN or infinity ({', '.join(bad)}); "
+            "the run stopped, its last checkpoint is untouched."
+        )
+    return means, samples
+
+
+def kept_step(
+    folder: pathlib.Path | None,
+    metrics: Sequence[Mapping[str, Any]],
+    config: RLConfig,
+    step: int,
+    selected: bool,
+) -> dict[str, float]:
+    """Prints which step the artefacts hold; returns the validation metrics of that step.
+
+    Args:
+        folder: Of the run; None: the run has none.
+        metrics: One row per step.
+        config: Settings of RL.
+        step: The step that the artefacts hold.
+        selected: Whether the best validated step was chosen.
+    """
+    found = next((row for row in metrics if row["step"] == step), {})
+    measured = {name: value for name, value in found.items() if name.startswith("validation/")}
+    if selected:
+        reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
+        last = "" if folder is None else f"; the last step is in {folder / 'checkpoints'}"
+        print(
+            f"rl: the artefacts are of step {step} of {config.steps}, {reason}{last}.", flush=True
+        )
+    else:
+        print(f"rl: the artefacts are of step {step}, the last.", flush=True)
+    return measured
