@@ -78,7 +78,7 @@ def even_base(lm: LanguageModel, seed: int = 0) -> Tree:
 
 
 def rl_config(**fields: Any) -> RLCommand:
-    data = DataConfig(max_prompt_length=8, max_response_length=fields.pop("room", 6))
+    data = DataConfig(max_prompt_length=8, max_response_length=fields.pop("max_response", 6))
     return RLCommand(
         **{
             "run": "-",

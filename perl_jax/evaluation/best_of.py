@@ -89,7 +89,7 @@ class BestOfConfig(RewardOptions):
             "which response is the best; leave it out."
         )
         errors.require(not self.shaping.whiten, whitened)
-        self.shaping.check_room(self.data.max_response_length)
+        self.shaping.check_length(self.data.max_response_length)
 
 
 def kl_bound(n: int) -> float:

@@ -106,15 +106,19 @@ class Responses:
     groups: list[str] | None = None
 
 
-def logprob_program(model: Model, temperature: float, room: int) -> Program:
+def logprob_program(model: Model, temperature: float, max_response: int) -> Program:
     """Returns the compiled program (base, policy, sequences) -> log-probabilities [B, T].
 
     Args:
         temperature: The sampling temperature, which divides the logits; 0 (greedy) counts as 1.
-        room: Only the last `room` columns, which hold responses, are computed; the others are 0.
+        max_response: Only the last `max_response` columns, which hold responses, are computed; the
+            others are 0.
     """
     logprobs = functools.partial(
-        passes.sequence_logprobs, model.lm, temperature=temperature or 1.0, max_response_length=room
+        passes.sequence_logprobs,
+        model.lm,
+        temperature=temperature or 1.0,
+        max_response_length=max_response,
     )
     return Program(
         "logprobs", logprobs, limit=SHAPES, out_shardings=sharding.batch_sharding(model.mesh)

@@ -101,10 +101,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         raise UserError(f"{config.input}, line {numbers[error.index]}: {error.reason}") from error
     if any(batches.truncated.values()):
         raise UserError(_first_too_long(config, model.tokenizer, rows))
-    longest, room = int(batches.rows.lengths.max()), model.lm.config.max_positions
+    longest, positions = int(batches.rows.lengths.max()), model.lm.config.max_positions
     errors.require(
-        longest <= room,
-        f"{config.input} has a row of {longest} tokens; {model.name} has {room} positions.",
+        longest <= positions,
+        f"{config.input} has a row of {longest} tokens; {model.name} has {positions} positions.",
     )
     program = measure_program(model.lm, config.temperature)
     normalise = float if record is None or record.role != "reward" else record.normalise

@@ -223,9 +223,9 @@ def _rl(model: Model, config: RLCommand) -> Planned:
         scores = scoring.reward_program(model, records, config.combine, config.microbatches)
     programs = rl_programs.Programs(model, config, scores, state, optimizers)
     base, batch = _base(model, config), config.batch_size
-    prompt, room = config.data.max_prompt_length, config.data.max_response_length
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
     sampled = lambda program, rows, samples: sampling(
-        model, program, state.roles["policy"], base, rows, samples, prompt, room
+        model, program, state.roles["policy"], base, rows, samples, prompt, response
     )
     pieces, rollout = sampled(programs.sample, batch, model.shared_prompts(batch, algorithm.group))
     greedy = None
@@ -246,7 +246,7 @@ def _rl(model: Model, config: RLCommand) -> Planned:
         if config.kl.reference == "base":
             pieces.append(Piece(programs.logprobs, (model.base, None, sequences), rollout))
     numbers = lambda rows: rows_of(model, jax.ShapeDtypeStruct((rows,), jnp.float32))
-    each_BT = rows_of(model, jax.ShapeDtypeStruct((batch, prompt + room), jnp.float32))
+    each_BT = rows_of(model, jax.ShapeDtypeStruct((batch, prompt + response), jnp.float32))
     values_BT = None
     if programs.values is not None:
         pieces.append(reading(programs.values, reward, state.roles["value"]))

@@ -100,7 +100,7 @@ def sampling(
     rows: int,
     samples: int,
     prompt: int,
-    room: int,
+    response: int,
 ) -> tuple[list[Piece], Rollout]:
     """Returns (the programs of a sampler, the shapes of its rollout).
 
@@ -111,9 +111,9 @@ def sampling(
         rows: The responses.
         samples: The responses that share one copy of their prompt.
         prompt: The prompt's columns.
-        room: The response's columns.
+        response: The response's columns.
     """
-    columns = prompt + room
+    columns = prompt + response
     sequences = Tokens(ids(rows, columns), flags(rows, columns), flags(rows, columns))
     each = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
     rollout = rows_of(
@@ -132,8 +132,8 @@ def sampling(
             program,
             args,
             prompts,
-            (cache_of(model, number, prompt), cache_of(model, rows, room)),
-            room - 1,
+            (cache_of(model, number, prompt), cache_of(model, rows, response)),
+            response - 1,
         )
     ], rollout
 
@@ -212,12 +212,12 @@ def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
     roles = {"policy": policy, "baseline": policy} | rewards
-    prompt, room = config.data.max_prompt_length, config.data.max_response_length
-    program = programs.sample_program(model, room, config.temperature, config.rollout)
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    program = programs.sample_program(model, response, config.temperature, config.rollout)
     sampled, rollout = sampling(
-        model, program, policy, model.base, config.batch_size, 1, prompt, room
+        model, program, policy, model.base, config.batch_size, 1, prompt, response
     )
-    logprobs = compare.logprob_program(model, config.temperature, room)
+    logprobs = compare.logprob_program(model, config.temperature, response)
     pieces = [*sampled, Piece(logprobs, (model.base, policy, rollout.sequences), rollout)]
     return _planned(model, roles, pieces + _rewarded(model, config.combine, rewards, rollout))
 
@@ -237,12 +237,12 @@ def _best_of(model: Model, config: BestOfConfig, role: Role) -> Planned:
     """Returns the plan of `best-of`."""
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
-    prompt, room = config.data.max_prompt_length, config.data.max_response_length
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
     shared = model.shared_prompts(config.batch_size, config.n)
-    program = programs.sample_program(model, room, config.temperature, config.rollout, shared)
+    program = programs.sample_program(model, response, config.temperature, config.rollout, shared)
     base = model.base if policy.weights is None else None
     sampled, rollout = sampling(
-        model, program, policy, base, config.batch_size, shared, prompt, room
+        model, program, policy, base, config.batch_size, shared, prompt, response
     )
     return _planned(
         model,
@@ -260,13 +260,13 @@ def _generate(model: Model, config: GenerateConfig, role: Role) -> Planned:
     """Returns the plan of `generate`; the prompt is planned with one token per character of
     `config.prompt`.
     """
-    policy, columns, room = (
+    policy, columns, response = (
         role.shapes(model, head=False),
         len(config.prompt),
         config.max_new_tokens,
     )
     sampler: SamplingConfig = programs.sampling_config(
-        model, room, config.temperature, top_k=config.top_k, top_p=config.top_p
+        model, response, config.temperature, top_k=config.top_k, top_p=config.top_p
     )
     program = programs.batch_sampler(model, sampler, config.samples)
     prompts = _everywhere(
@@ -276,8 +276,8 @@ def _generate(model: Model, config: GenerateConfig, role: Role) -> Planned:
         program,
         (model.base, policy, prompts, key_data(model)),
         prompts,
-        (cache_of(model, 1, columns), cache_of(model, config.samples, room)),
-        room - 1,
+        (cache_of(model, 1, columns), cache_of(model, config.samples, response)),
+        response - 1,
     )
     return _planned(model, {"policy": policy}, [piece])
 

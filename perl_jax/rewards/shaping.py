@@ -47,23 +47,23 @@ class ShapingConfig:
         )
         errors.require(taken, f"{penalty}; leave it out, or give shaping.overlong_buffer.")
 
-    def check_room(self, room: int) -> None:
-        """Raises UserError unless `overlong_buffer` is at most `room`, the longest response in
-        tokens.
-        """
+    def check_length(self, max_response: int) -> None:
+        """Raises UserError if `overlong_buffer` is above `max_response`, the longest response."""
         errors.require(
-            self.overlong_buffer <= room,
-            f"shaping.overlong_buffer is {self.overlong_buffer}; a response has at most {room} "
-            "tokens.",
+            self.overlong_buffer <= max_response,
+            f"shaping.overlong_buffer is {self.overlong_buffer}; a response has at most "
+            f"{max_response} tokens.",
         )
 
 
-def shaped(shaping: ShapingConfig, room: int, score_B: Array, rollout: Rollout) -> jax.Array:
+def shaped(
+    shaping: ShapingConfig, max_response: int, score_B: Array, rollout: Rollout
+) -> jax.Array:
     """Returns shaped scores [B]: clipped, whitened, then with penalties subtracted
     (`ShapingConfig`).
 
     Args:
-        room: The longest response in tokens (max_new_tokens).
+        max_response: The longest response in tokens (max_new_tokens).
     """
     mask_BT = rollout.sequences.response_BT
     score_B = advantages.shape_scores(
@@ -73,5 +73,9 @@ def shaped(shaping: ShapingConfig, room: int, score_B: Array, rollout: Rollout) 
         score_B, rollout.finished_B, shaping.missing_eos_penalty
     )
     return advantages.overlong_penalty(
-        score_B, jnp.sum(mask_BT, axis=1), room, shaping.overlong_buffer, shaping.overlong_penalty
+        score_B,
+        jnp.sum(mask_BT, axis=1),
+        max_response,
+        shaping.overlong_buffer,
+        shaping.overlong_penalty,
     )

@@ -46,8 +46,9 @@ def rollout_layout(
     """
     if not model.packs(config.data.packing):
         return None
-    orders_XY = np.arange(len(prompt_B))[None] if orders_XY is None else orders_XY
-    rows, parts, room = orders_XY.shape[1], model.row_parts, config.data.max_response_length
+    max_response = config.data.max_response_length
+    read_XY = np.arange(len(prompt_B))[None] if orders_XY is None else orders_XY
+    rows, parts = read_XY.shape[1], model.row_parts
     group = dealt_group(config, rows, parts * microbatches)
     if rows % (parts * microbatches):
         return None
@@ -59,17 +60,17 @@ def rollout_layout(
             microbatches,
             group,
         )
-        for order_Y in orders_XY
+        for order_Y in read_XY
     )
     each = rows // (parts * microbatches)
     sizes = [
-        round_up(each // group * columns + each * room * level // LEVELS, MULTIPLE)
+        round_up(each // group * columns + each * max_response * level // LEVELS, MULTIPLE)
         for level in range(1, LEVELS + 1)
     ]
     slots = next(size for size in sizes if size >= need)
     return (
         Layout(slots, parts, group, microbatches)
-        if slots <= WORTH * each * (columns + room)
+        if slots <= WORTH * each * (columns + max_response)
         else None
     )
 

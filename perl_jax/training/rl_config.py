@@ -166,7 +166,7 @@ class RLConfig(TrainingConfig):
             f"batch_size is {self.batch_size}; {self.algorithm.name} compares the batch's "
             "episodes and needs 2 or more.",
         )
-        self.shaping.check_room(self.data.max_response_length)
+        self.shaping.check_length(self.data.max_response_length)
         whitened_by_greedy = self.algorithm.rule.greedy and self.shaping.whiten
         errors.require(
             not whitened_by_greedy,

@@ -47,7 +47,7 @@ class Programs:
         optimizers: Optimizers,
     ):
         lm, algorithm = model.lm, config.algorithm
-        room = config.data.max_response_length
+        max_response = config.data.max_response_length
         shared = model.shared_prompts(config.batch_size, algorithm.group)
         rows = sharding.batch_sharding(model.mesh)
         # The adapter's own settings count: it may come from an artefact.
@@ -60,7 +60,7 @@ class Programs:
             algorithm,
             config.temperature,
             config.estimator,
-            room,
+            max_response,
             experience_of=made_of,
         )
         update = functools.partial(
@@ -69,9 +69,13 @@ class Programs:
             optimizers,
             config.microbatches,
         )
-        self.sample = sample_program(model, room, config.temperature, config.rollout, shared)
+        self.sample = sample_program(
+            model, max_response, config.temperature, config.rollout, shared
+        )
         self.greedy = (
-            sample_program(model, room, 0.0, config.rollout) if algorithm.rule.greedy else None
+            sample_program(model, max_response, 0.0, config.rollout)
+            if algorithm.rule.greedy
+            else None
         )
         self.reward = reward
         self.logprobs = Program(
@@ -81,7 +85,7 @@ class Programs:
                 lm,
                 config.microbatches,
                 temperature=config.temperature,
-                max_response_length=room,
+                max_response_length=max_response,
             ),
             out_shardings=rows,
             limit=SHAPES,

@@ -137,8 +137,8 @@ def test_several_updates_a_rollout_move_the_ratio():
 def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones(
     algorithm, microbatches, mesh, expected, monkeypatch
 ):
-    # Packed rows have no room to spare; and one token in six ends a response, far shorter than its
-    # room.
+    # Packed rows have no room to spare; and one token in six ends a response, far shorter than
+    # the longest one.
     monkeypatch.setattr(layouts, "MULTIPLE", 1)
     monkeypatch.setattr(layouts, "LEVELS", 400)
 

@@ -101,8 +101,12 @@ def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
     assert len(shapes) <= 2 * len(batches.lengths)
 
 
-def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> Layout | None:
-    config = rl_config(room=room, algorithm=AlgorithmConfig(name="rloo", samples=4), **fields)
+def layout(
+    response, max_response=32, prompt=4, columns=8, microbatches=1, **fields
+) -> Layout | None:
+    config = rl_config(
+        max_response=max_response, algorithm=AlgorithmConfig(name="rloo", samples=4), **fields
+    )
     response_B = np.broadcast_to(np.asarray(response), 8)
     return rollout_layout(model(), config, np.full(8, prompt), response_B, columns, microbatches)
 
@@ -111,8 +115,8 @@ def layout(response, room=32, prompt=4, columns=8, microbatches=1, **fields) -> 
     ("response", "slots"), [(1, 128), (15, 128), (16, 192), (24, 256), (31, 256), (32, 320)]
 )
 def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
-    # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the room is 64 tokens,
-    # and padded rows have 320.
+    # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the longest responses
+    # is 64 tokens, and padded rows have 320.
     assert layout(response) == (Layout(slots, 1, 4) if slots <= 0.95 * 320 else None)
     assert len({layout(n) for n in range(33)}) <= LEVELS + 1
 
@@ -125,7 +129,9 @@ def test_groups_that_microbatches_would_part_share_nothing():
 def test_updates_have_the_layout_of_the_fullest():
     # Rows of 4 prompt tokens; the second update gets the two long responses, 74 tokens with what is
     # beside them.
-    config = rl_config(room=32, algorithm=AlgorithmConfig(name="rloo", samples=2, minibatches=2))
+    config = rl_config(
+        max_response=32, algorithm=AlgorithmConfig(name="rloo", samples=2, minibatches=2)
+    )
     response_B = np.array([1, 1, 32, 32, 1, 1, 1, 1])
     orders = lambda *rows: np.array(rows)
     of = lambda orders_XY: rollout_layout(
@@ -169,9 +175,10 @@ def test_rows_that_do_not_divide_over_minibatches_are_refused():
 
 
 def test_packing_can_be_switched_off():
-    config = rl_config(room=32)
+    config = rl_config(max_response=32)
     off = rl_config(
-        room=32, data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off")
+        max_response=32,
+        data=type(config.data)(max_prompt_length=8, max_response_length=32, packing="off"),
     )
     assert rollout_layout(model(), off, np.full(8, 4), np.full(8, 1), 8, 1) is None
     assert rollout_layout(model(), config, np.full(8, 4), np.full(8, 1), 8, 1) is not None

@@ -56,7 +56,7 @@ def rollout() -> Rollout:
 def assembled(score_B, policy_BT, reference_BT, beta: float, penalty: float = 0.0, **fields):
     """What `assemble` makes of the rollout above, by REINFORCE unless an algorithm is given."""
     config = rl_config(
-        shaping=ShapingConfig(missing_eos_penalty=penalty), room=3, batch_size=4, **fields
+        shaping=ShapingConfig(missing_eos_penalty=penalty), max_response=3, batch_size=4, **fields
     )
     return assemble(
         config, 1, False, Judged(rollout(), score_B, policy_BT, np.float32(beta), reference_BT)
@@ -133,7 +133,7 @@ def test_scores_are_clipped_whitened_and_then_penalised():
     shaping = ShapingConfig(
         clip=5.0, whiten=True, missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer=2
     )
-    config = rl_config(shaping=shaping, room=3, batch_size=4)
+    config = rl_config(shaping=shaping, max_response=3, batch_size=4)
     target_BT = assemble(
         config, 1, False, Judged(rollout(), score_B, logp_BT, np.float32(0), logp_BT)
     )[0].target_BT
@@ -374,14 +374,14 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
         placed_model(LM, BASE),
         policy,
         REWARD,
-        rl_config(room=4 + microbatches, microbatches=microbatches, max_mismatch=1e9),
+        rl_config(max_response=4 + microbatches, microbatches=microbatches, max_mismatch=1e9),
     )
     for seed in range(2):
         run.step(prompts(LM, seed))
     jax.effects_barrier()
     counts = {what: sum(name == what for name, *_ in seen) for what in {name for name, *_ in seen}}
     # Two roles, two layers, two projections; the sampler draws once for each row and token of the
-    # room.
+    # longest response.
     rows = run.config.batch_size
     whole = {
         "gradients": 2,
@@ -421,7 +421,7 @@ def test_a_sampler_that_disagrees_stops_the_run(monkeypatch):
 
 def talkative() -> tuple[Tree, Adapter]:
     """A base and a policy whose responses have all lengths within a few dozen steps, short ones and
-    ones that fill their room.
+    ones of the most tokens.
     """
     noise = np.random.default_rng(0)
     move = lambda share, leaf: leaf + share * noise.standard_normal(leaf.shape).astype(leaf.dtype)
@@ -441,7 +441,7 @@ def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots, minibatc
     config = rl_config(
         algorithm=AlgorithmConfig(name="rloo", samples=4, minibatches=minibatches),
         rollout=RolloutConfig(slots=slots),
-        room=16,
+        max_response=16,
         temperature=1.3,
     )
     base, policy = talkative()
