@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from perl_jax.evaluation.intervals import SAMPLES, bootstrap_mean
+from perl_jax.evaluation.resampling import SAMPLES, bootstrap_mean
 
 CUTS = (1, 10, 50)
 MEASURES = ("recall@1", "recall@10", "recall@50", "mrr", "ndcg@10", "ndcg@50")

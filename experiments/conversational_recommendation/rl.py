@@ -37,8 +37,9 @@ from texts import heuristic_query, query_prompt
 from perl_jax.data.config import DataConfig
 from perl_jax.errors import UserError, require
 from perl_jax.evaluation.best_of import BestOfConfig, run_best_of
-from perl_jax.evaluation.intervals import Estimate, paired_bootstrap
+from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats
+from perl_jax.evaluation.resampling import paired_bootstrap
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.runs.metrics import read_metrics
 from perl_jax.runtime import files, platforms

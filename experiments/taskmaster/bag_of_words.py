@@ -17,7 +17,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
-from perl_jax.evaluation import statistics
+from perl_jax.evaluation import calibration, statistics
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
@@ -61,7 +61,7 @@ def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) 
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logits = features @ weights[:-1] + weights[-1]
-        probabilities = statistics.sigmoid(logits)
+        probabilities = calibration.sigmoid(logits)
         loss = np.mean(np.logaddexp(0, logits) - labels * logits) + weights[:-1] @ weights[:-1] / (
             2 * rows * strength
         )

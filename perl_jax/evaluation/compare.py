@@ -23,7 +23,7 @@ from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.store import group_of
 from perl_jax.data.tasks import Gold
-from perl_jax.evaluation import intervals, statistics
+from perl_jax.evaluation import intervals, resampling, statistics
 from perl_jax.generation.config import GREEDY, RolloutConfig
 from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.programs import sample_program
@@ -35,7 +35,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.runs import provenance
-from perl_jax.runs.metrics import environment
+from perl_jax.runs.environment import environment
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
@@ -246,7 +246,7 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
     out = {"win_rate": {**dataclasses.asdict(wins), "judge": judge}}
     if policy.gold is not None:
         out["gold_gain"] = dataclasses.asdict(
-            intervals.paired_bootstrap(policy.gold, baseline.gold, policy.groups)
+            resampling.paired_bootstrap(policy.gold, baseline.gold, policy.groups)
         )
     return out
 

@@ -11,7 +11,7 @@ import jax
 
 from perl_jax import errors
 from perl_jax.runs import provenance
-from perl_jax.runs.metrics import environment
+from perl_jax.runs.environment import environment
 from perl_jax.runtime import files, hosts
 
 # The file with fingerprints of a run's inputs, beside its config.json.

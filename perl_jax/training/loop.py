@@ -19,12 +19,12 @@ from perl_jax.runs.metrics import (
     FILE_NAME,
     MetricsWriter,
     NoMetrics,
-    Progress,
     SamplesWriter,
     encode_row,
     read_metrics,
 )
 from perl_jax.runs.profile import Profile
+from perl_jax.runs.progress import Progress
 from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts
 from perl_jax.runtime.hosts import Termination

@@ -24,7 +24,7 @@ from perl_jax.data.targets import (
     pair_weights,
     ratings,
 )
-from perl_jax.evaluation import intervals, statistics
+from perl_jax.evaluation import calibration, intervals, statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
@@ -309,7 +309,7 @@ def evaluate_reward(
         known = np.asarray([row["probability"] for row in rows])[counted]
         if np.isfinite(known).all():
             results["noise_ceiling"] = float(np.mean(np.maximum(known, 1 - known)))
-        probabilities, labels = statistics.preference_probabilities(chosen, rejected)
+        probabilities, labels = calibration.preference_probabilities(chosen, rejected)
         groups = [*groups, *groups]
     else:
         labels = both_classes(rows, dataset.name, "test")
@@ -322,11 +322,11 @@ def evaluate_reward(
             "accuracy": intervals.proportion((scores[0] >= threshold) == yes, groups),
         }
         results |= {name: dataclasses.asdict(found) for name, found in measures.items()}
-        probabilities = statistics.sigmoid(scores[0])
-    table = statistics.reliability(probabilities, labels, groups=groups)
+        probabilities = calibration.sigmoid(scores[0])
+    table = calibration.reliability(probabilities, labels, groups=groups)
     results |= {
-        "ece": statistics.expected_calibration_error(table),
-        "brier": statistics.brier(probabilities, labels),
+        "ece": calibration.expected_calibration_error(table),
+        "brier": calibration.brier(probabilities, labels),
         "reliability": [dataclasses.asdict(row) for row in table],
     }
     return results | facts, named

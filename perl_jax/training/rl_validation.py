@@ -30,12 +30,8 @@ from perl_jax.training.state import TrainState
 
 # The validation metric whose best step the artefacts hold.
 SELECTED_BY = "validation/reward"
-
-
 # How many prompts of a validation have their first response written to the run's folder.
 _KEPT = 8
-
-
 # Folded into the seed's key for the samples of validations. Fold 1 makes the train state's key and
 # fold 2 the key of a head.
 _VALIDATION = 3

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from perl_jax.evaluation import intervals
+from perl_jax.evaluation import calibration, intervals, resampling
 from perl_jax.evaluation import statistics as statistics_lib
 from perl_jax.evaluation.intervals import Estimate
 
@@ -53,20 +53,20 @@ class TestRowsOfTheirOwn:
 
     def test_one_value_has_no_interval(self):
         assert intervals.mean_ci([2.0]) == Estimate(2.0, None, None, 1, 1)
-        assert intervals.paired_bootstrap([2.0], [1.0]).low is None
+        assert resampling.paired_bootstrap([2.0], [1.0]).low is None
 
     def test_bootstrap_is_paired_and_seeded(self):
         prompt = NOISE.normal(0, 100, 400)  # shared by both, far larger than the difference
         a, b = prompt + 1 + NOISE.normal(0, 0.5, 400), prompt
-        found = intervals.paired_bootstrap(a, b, seed=3)
-        assert found == intervals.paired_bootstrap(a, b, seed=3)
-        assert found != intervals.paired_bootstrap(a, b, seed=4)
+        found = resampling.paired_bootstrap(a, b, seed=3)
+        assert found == resampling.paired_bootstrap(a, b, seed=3)
+        assert found != resampling.paired_bootstrap(a, b, seed=4)
         normal = intervals.mean_ci(a - b)
         assert found.value == pytest.approx(np.mean(a - b))
         assert (found.low, found.high) == pytest.approx((normal.low, normal.high), abs=0.01)
 
     def test_bootstrap_of_equal_rows_is_exact(self):
-        found = intervals.paired_bootstrap(np.full(7, 2.0), np.full(7, 0.5))
+        found = resampling.paired_bootstrap(np.full(7, 2.0), np.full(7, 0.5))
         assert (found.low, found.value, found.high) == (1.5, 1.5, 1.5)
 
     def test_the_bootstrap_of_a_mean_is_that_of_any_statistic(self):
@@ -74,21 +74,21 @@ class TestRowsOfTheirOwn:
         samples.
         """
         x_B, groups = NOISE.normal(size=60), NOISE.integers(0, 12, 60)
-        general = intervals.bootstrap(
+        general = resampling.bootstrap(
             lambda weights_BS: x_B @ weights_BS / weights_BS.sum(axis=0), 60, groups
         )
-        assert dataclasses.astuple(intervals.bootstrap_mean(x_B, groups)) == pytest.approx(
+        assert dataclasses.astuple(resampling.bootstrap_mean(x_B, groups)) == pytest.approx(
             dataclasses.astuple(general)
         )
 
     def test_percentiles_by_hand(self):
         # Four rows: t(3) = 3.182446 times sqrt(4 / 3) is 3.674772, and Phi(-3.674772) = 0.000119.
-        low, high = intervals.percentiles(np.arange(100_001) / 100_000, 3, 0.95)
+        low, high = resampling.percentiles(np.arange(100_001) / 100_000, 3, 0.95)
         assert (low, high) == (pytest.approx(0.000119, abs=3e-6), pytest.approx(1 - low, abs=1e-9))
 
     @pytest.mark.parametrize("confidence", [0, 1, 95])
     def test_confidence_is_checked(self, confidence):
-        for estimate in (intervals.mean_ci, intervals.proportion, intervals.bootstrap_mean):
+        for estimate in (intervals.mean_ci, intervals.proportion, resampling.bootstrap_mean):
             with pytest.raises(ValueError, match="confidence"):
                 estimate([0.5, 1], confidence=confidence)
 
@@ -140,11 +140,11 @@ class TestGroups:
         [
             intervals.mean_ci,
             intervals.proportion,
-            intervals.bootstrap_mean,
+            resampling.bootstrap_mean,
             lambda x, groups: statistics_lib.auc_estimate(x, LABELS[: len(x)], groups),
             lambda x, groups: statistics_lib.balanced_accuracy_estimate(x, LABELS[: len(x)], 0.5, groups),
             lambda x, groups: statistics_lib.correlation_estimate(x, LABELS[: len(x)], groups),
-            lambda x, groups: statistics_lib.reliability(x, LABELS[: len(x)], 1, groups)[0],
+            lambda x, groups: calibration.reliability(x, LABELS[: len(x)], 1, groups)[0],
             lambda x, groups: statistics_lib.both_orders(x > 0.5, x < 0.3, groups),
         ],
     )  # fmt: skip
@@ -166,7 +166,7 @@ class TestGroups:
         often = lambda values: np.repeat(values, 8)
         for estimate in (
             intervals.mean_ci,
-            intervals.bootstrap_mean,
+            resampling.bootstrap_mean,
             lambda x, groups: statistics_lib.auc_estimate(
                 x, labels_B if len(x) == 40 else often(labels_B), groups
             ),
@@ -326,7 +326,7 @@ def stated(random: np.random.Generator, count: int) -> tuple[tuple, np.ndarray]:
 
 def upper_bin(p, labels, groups):
     """The interval of the labels' mean where 0.6 <= p < 0.8."""
-    found = statistics_lib.reliability(p, labels, 5, groups)[3]
+    found = calibration.reliability(p, labels, 5, groups)[3]
     return Estimate(found.observed, found.observed_low, found.observed_high, found.n)
 
 
@@ -344,7 +344,7 @@ STUDIES = {
     # Weights that add up to 1 a ranking are worth fewer rows by themselves.
     "weighted pairs": Study(rankings, statistics_lib.pairwise_accuracy, IN_ORDER, 0.93),
     "win rate": Study(outcomes, win_rate, (PHI(-0.2 / math.sqrt(3)) + PHI(0.8 / math.sqrt(3))) / 2, 0.75),
-    "gain": Study(outcomes, lambda a, b, groups: intervals.paired_bootstrap(a, b, groups, SAMPLES), 0.3, 0.75),
+    "gain": Study(outcomes, lambda a, b, groups: resampling.paired_bootstrap(a, b, groups, SAMPLES), 0.3, 0.75),
     "mean": Study(outcomes, lambda a, b, groups: intervals.mean_ci(a, groups), 0.3, 0.6),
     "reliability bin": Study(stated, upper_bin, 0.7, 0.93),
     "AUC": Study(turns, lambda s, y, groups: statistics_lib.auc_estimate(s, y, groups, SAMPLES), PHI(1 / math.sqrt(2 * 1.28)), 0.88),

@@ -8,13 +8,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from perl_jax.evaluation import intervals, statistics
-from perl_jax.evaluation.statistics import Bin, WinRate
+from perl_jax.evaluation import calibration, intervals, resampling, statistics
+from perl_jax.evaluation.calibration import Bin
+from perl_jax.evaluation.statistics import WinRate
 
 NOISE = np.random.default_rng(7)
 SCORES = np.round(NOISE.normal(size=301), 1)  # rounded: many ties
 LABELS = (SCORES + NOISE.normal(size=301) > 0.6).astype(int)
-PROBABILITIES = statistics.sigmoid(SCORES)
+PROBABILITIES = calibration.sigmoid(SCORES)
 
 
 class TestPairwise:
@@ -89,10 +90,10 @@ class TestClassifier:
         assert statistics.balanced_accuracy(SCORES, LABELS, 0.3) == pytest.approx(
             sklearn.balanced_accuracy_score(LABELS, SCORES >= 0.3), abs=1e-12
         )
-        assert statistics.brier(PROBABILITIES, LABELS) == pytest.approx(
+        assert calibration.brier(PROBABILITIES, LABELS) == pytest.approx(
             sklearn.brier_score_loss(LABELS, PROBABILITIES), abs=1e-12
         )
-        assert statistics.log_loss(PROBABILITIES, LABELS) == pytest.approx(
+        assert calibration.log_loss(PROBABILITIES, LABELS) == pytest.approx(
             sklearn.log_loss(LABELS, PROBABILITIES), abs=1e-12
         )
 
@@ -116,12 +117,12 @@ class TestEstimates:
     def test_samples_are_drawn_groups(self, name):
         plain, estimate = self.MEASURES[name]
         found = estimate(SCORES, LABELS, self.GROUPS, 50)
-        counts_GS = np.concatenate(list(intervals.draws(43, 301, 50, 0)), axis=1)
+        counts_GS = np.concatenate(list(resampling.draws(43, 301, 50, 0)), axis=1)
         rows = [
             np.repeat(np.arange(301), counts.astype(int)[self.GROUPS]) for counts in counts_GS.T
         ]
         slow = [plain(SCORES[drawn], LABELS[drawn]) for drawn in rows]
-        expected = intervals.percentiles(np.asarray(slow), 42, 0.95)
+        expected = resampling.percentiles(np.asarray(slow), 42, 0.95)
         assert found.value == pytest.approx(plain(SCORES, LABELS), abs=1e-12)
         assert (found.low, found.high) == pytest.approx(expected, abs=1e-12) and (
             found.n,
@@ -141,38 +142,38 @@ class TestEstimates:
 
 class TestCalibration:
     def test_sigmoid_does_not_overflow(self):
-        np.testing.assert_allclose(statistics.sigmoid([-800, 0, 800]), [0, 0.5, 1])
-        np.testing.assert_allclose(statistics.sigmoid([math.log(3)]), [0.75])
+        np.testing.assert_allclose(calibration.sigmoid([-800, 0, 800]), [0, 0.5, 1])
+        np.testing.assert_allclose(calibration.sigmoid([math.log(3)]), [0.75])
 
     def test_brier_and_log_loss_by_hand(self):
-        assert statistics.brier([0.75, 0.5], [1, 0]) == (0.0625 + 0.25) / 2
+        assert calibration.brier([0.75, 0.5], [1, 0]) == (0.0625 + 0.25) / 2
         expected = -(math.log(0.75) + math.log(0.5)) / 2
-        assert statistics.log_loss([0.75, 0.5], [1, 0]) == pytest.approx(expected)
-        assert statistics.log_loss([0.0], [1], epsilon=1e-3) == pytest.approx(-math.log(1e-3))
+        assert calibration.log_loss([0.75, 0.5], [1, 0]) == pytest.approx(expected)
+        assert calibration.log_loss([0.0], [1], epsilon=1e-3) == pytest.approx(-math.log(1e-3))
 
     def test_reliability_by_hand(self):
-        table = statistics.reliability([0.0, 0.1, 0.5, 0.9, 1.0], [0, 1, 1, 1, 1], bins=2)
+        table = calibration.reliability([0.0, 0.1, 0.5, 0.9, 1.0], [0, 1, 1, 1, 1], bins=2)
         half, all_right = intervals.wilson(1, 2), intervals.wilson(3, 3)
         assert table == [
             Bin(0.0, 0.5, 0.05, 0.5, 2, half.low, half.high, 2),
             Bin(0.5, 1.0, pytest.approx(0.8), 1.0, 3, all_right.low, 1.0, 3),
         ]
         # (2 |0.05 - 0.5| + 3 |0.8 - 1|) / 5
-        assert statistics.expected_calibration_error(table) == pytest.approx(0.3)
+        assert calibration.expected_calibration_error(table) == pytest.approx(0.3)
 
     def test_empty_bins_are_left_out(self):
-        table = statistics.reliability([0.05, 0.95], [0, 1])
+        table = calibration.reliability([0.05, 0.95], [0, 1])
         assert [row.n for row in table] == [1, 1]
 
     def test_preferences_are_asked_in_both_orders(self):
-        p, labels = statistics.preference_probabilities([math.log(3)], [0.0])
+        p, labels = calibration.preference_probabilities([math.log(3)], [0.0])
         np.testing.assert_allclose(p, [0.75, 0.25])
         np.testing.assert_array_equal(labels, [1, 0])
 
     @pytest.mark.parametrize("p", [[-0.1], [1.1]])
     def test_probabilities_are_checked(self, p):
         with pytest.raises(ValueError, match="probabilities"):
-            statistics.brier(p, [1])
+            calibration.brier(p, [1])
 
 
 class TestPolicies:

@@ -389,12 +389,15 @@ EVALUATION = (
                                                             "(~called_B[~labels_B]).mean()) / 2", "(called_B == labels_B).mean()", "evaluation/test_statistics.py"),
         ("threshold-excluded", "a score at the threshold is a no", "called_B = scores_B >= "
                                                                    "threshold", "called_B = scores_B > threshold", "evaluation/test_statistics.py"),
-        ("bins-count-alike", "calibration's bins count alike, however many rows they have", "sum(row.n * abs(row.predicted - row.observed) for row in table) / total", "sum(abs(row.predicted - row.observed) for row in table) / len(table)", "evaluation/test_statistics.py"),
-        ("bin-edges", "a probability at an edge is in the lower bin", 'np.searchsorted(edges, p_B, side="right") - 1', 'np.searchsorted(edges, p_B, side="left") - 1', "evaluation/test_statistics.py"),
         ("judge-of-positions-wins", "the second order's answer is not turned round", "(ab_B + (1 - ba_B)) / 2", "(ab_B + ba_B) / 2", "evaluation/test_statistics.py"),
         ("last-ngram-lost", "a response's last n-gram is not counted", "range(len(tokens) - n + 1)", "range(len(tokens) - n)", "evaluation/test_statistics.py"),
-        ("one-order-asked", "calibration sees each pair with the chosen response first only", "np.concatenate([p_B, 1 - p_B]), np.concatenate([np.ones_like(p_B), np.zeros_like(p_B)])", "p_B, np.ones_like(p_B)", "evaluation/test_statistics.py"),
         ("ties-lose-in-samples", "the bootstrap's AUC counts tied scores as a loss", "(below_DS[above_U] + below_DS[upto_U]), axis=0) / 2", "below_DS[above_U], axis=0)", "evaluation/test_statistics.py::TestEstimates::test_samples_are_drawn_groups"),
+    ),
+    *_of(
+        "evaluation/calibration.py",
+        ("bins-count-alike", "calibration's bins count alike, however many rows they have", "sum(row.n * abs(row.predicted - row.observed) for row in table) / total", "sum(abs(row.predicted - row.observed) for row in table) / len(table)", "evaluation/test_statistics.py"),
+        ("bin-edges", "a probability at an edge is in the lower bin", 'np.searchsorted(edges, p_B, side="right") - 1', 'np.searchsorted(edges, p_B, side="left") - 1', "evaluation/test_statistics.py"),
+        ("one-order-asked", "calibration sees each pair with the chosen response first only", "np.concatenate([p_B, 1 - p_B]), np.concatenate([np.ones_like(p_B), np.zeros_like(p_B)])", "p_B, np.ones_like(p_B)", "evaluation/test_statistics.py"),
     ),
     *_of(
         "evaluation/intervals.py",
@@ -402,6 +405,9 @@ EVALUATION = (
         ("wilson-half-width", "Wilson's interval has z^2 / 4n", "z**2 / (4 * n**2)", "z**2 / (4 * n)", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_wilson_by_hand"),
         ("rows-for-groups", "intervals take every row for independent", "if groups is None:\n        return np.arange(n), n", "if True:\n        return np.arange(n), n", "evaluation/test_intervals.py::test_95_per_cent_of_intervals_over_groups_hold_the_truth"),
         ("large-groups-count-alike", "degrees of freedom count groups of whatever size", "_effective_rows(np.bincount(group_B, w_B)) + 1e-6", "int(group_B.max()) + 1", "evaluation/test_intervals.py::TestGroups::test_a_few_large_groups_decide"),
+    ),
+    *_of(
+        "evaluation/resampling.py",
         ("few-groups-like-many", "the bootstrap's percentiles are those of many groups", "cdf(-t * math.sqrt((degrees + 1) / degrees))", "cdf(-normal_quantile(confidence))", "evaluation/test_intervals.py::TestRowsOfTheirOwn::test_percentiles_by_hand"),
     ),
     *_of(

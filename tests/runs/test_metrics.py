@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.runs import metrics
-from perl_jax.runs.metrics import MetricsWriter, Progress, read_metrics, without_timing
+from perl_jax.runs import environment, metrics, progress
+from perl_jax.runs.metrics import MetricsWriter, read_metrics, without_timing
+from perl_jax.runs.progress import Progress
 
 
 def write_steps(folder, steps, resume_step=None, clock=0.0):
@@ -216,14 +217,14 @@ class TestProgress:
         assert "accuracy 0.75" in stream.getvalue()
 
     def test_durations(self):
-        assert [metrics.duration(s) for s in (0.2, 59.6, 380, 7500)] == [
+        assert [progress.duration(s) for s in (0.2, 59.6, 380, 7500)] == [
             "0 s", "1 min 00 s", "6 min 20 s", "2 h 05 min",
         ]  # fmt: skip
 
 
 class TestEnvironment:
     def test_names_what_decides_the_numbers(self):
-        found = metrics.environment()
+        found = environment.environment()
         assert found["python"].startswith("3.")
         assert found["packages"]["jax"].split(".")[0].isdigit()
         assert found["devices"] >= 1 and found["backend"] in ("cpu", "gpu", "tpu")
@@ -242,8 +243,8 @@ class TestEnvironment:
         (tmp_path / "code" / "a.py").write_text("x = 1\n")
         git("add", "code")
         git("commit", "-q", "-m", "one")
-        clean = metrics.git_commit(tmp_path / "code")
+        clean = environment.git_commit(tmp_path / "code")
         assert clean is not None and len(clean) == 40
-        assert metrics.git_commit(tmp_path / "installed") is None
+        assert environment.git_commit(tmp_path / "installed") is None
         (tmp_path / "code" / "a.py").write_text("x = 2\n")
-        assert metrics.git_commit(tmp_path / "code") == f"{clean}-dirty"
+        assert environment.git_commit(tmp_path / "code") == f"{clean}-dirty"

@@ -18,7 +18,7 @@ from perl_jax.data import loading
 from perl_jax.data.dataset import Dataset, of_rows, of_split
 from perl_jax.data.tasks import data_options, get_task
 from perl_jax.data.tokenise import Ragged, TokenRows, clip_prompt, clip_response
-from perl_jax.evaluation import compare, intervals, statistics
+from perl_jax.evaluation import calibration, compare, intervals, resampling, statistics
 from perl_jax.generation import programs
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.runtime import trees
@@ -114,7 +114,7 @@ def test_intervals_are_over_the_groups_of_rows(monkeypatch):
         != dataclasses.asdict(statistics.auc_estimate(scores[0], labels))
     )
     assert [found[name]["groups"] for name in ("balanced_accuracy", "accuracy")] == [3, 3]
-    expected = statistics.reliability(statistics.sigmoid(scores[0]), labels, groups=groups)
+    expected = calibration.reliability(calibration.sigmoid(scores[0]), labels, groups=groups)
     assert found["reliability"] == [dataclasses.asdict(row) for row in expected]
     found = evaluated("comparisons", ranked, tuple(scores))
     assert (
@@ -136,7 +136,7 @@ def test_intervals_are_over_the_groups_of_rows(monkeypatch):
         intervals.mean_ci(scores[0], groups)
     )
     against = compare.compare(ours, theirs, "gold")
-    assert against["gold_gain"] == dataclasses.asdict(intervals.paired_bootstrap(*scores, groups))
+    assert against["gold_gain"] == dataclasses.asdict(resampling.paired_bootstrap(*scores, groups))
     assert against["win_rate"] == dataclasses.asdict(
         statistics.win_rate(*scores, groups=groups)
     ) | {"judge": "gold"}

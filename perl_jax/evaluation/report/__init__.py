@@ -15,7 +15,7 @@ not report it), `phases` ({name: seconds of a step}) and `compilations`.
 
 `evaluation.json` of a reward run holds `n`, `groups`, `pairwise_accuracy`, `noise_ceiling`, `auc`,
 `balanced_accuracy`, `accuracy`, `correlation`, `ece`, `reliability` (the bins of
-`perl_jax.evaluation.statistics.reliability`) and `baselines` ({name: {"auc",
+`perl_jax.evaluation.calibration.reliability`) and `baselines` ({name: {"auc",
 "balanced_accuracy"}}).
 
 `evaluation.json` of an RL or DPO run holds `policies`, `win_rate`
@@ -49,7 +49,7 @@ from perl_jax.evaluation.report.headline import headline_table, summary_paragrap
 from perl_jax.evaluation.report.load import Experiment, read_experiment
 from perl_jax.evaluation.report.markup import Html, join, section, tag
 from perl_jax.evaluation.report.style import CSS
-from perl_jax.runs.metrics import duration
+from perl_jax.runs.progress import duration
 from perl_jax.runtime.files import write_atomically
 
 __all__ = ["write_report"]

@@ -21,7 +21,7 @@ from perl_jax.evaluation.report.load import (
     tuning_name,
 )
 from perl_jax.evaluation.report.markup import Html, figure, join, section, table, tag, with_interval
-from perl_jax.runs import metrics
+from perl_jax.runs import progress
 from perl_jax.runs.metrics import TIMING_PREFIX
 
 POLICY_COLUMNS = {
@@ -299,7 +299,7 @@ def reproduce(experiment: Experiment) -> Html:
         parts.append(tag("pre", experiment.command, class_="command"))
     facts = [("Hardware", experiment.hardware), ("Task", experiment.task)]
     if experiment.seconds is not None:
-        facts.append(("Time in all", metrics.duration(experiment.seconds)))
+        facts.append(("Time in all", progress.duration(experiment.seconds)))
     environment = next(
         (e for r in experiment.runs if isinstance(e := r.config.get("environment"), Mapping)), {}
     )
