@@ -15,7 +15,9 @@ import pytest
 from experiments.orders.language import vocabulary
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.data.config import DataConfig
+from perl_jax.data.dataset import of_task
 from perl_jax.hub import weights as hf_checkpoint
+from perl_jax.hub.model import ModelOptions, load_model
 from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
@@ -32,7 +34,9 @@ from perl_jax.training.commands import (
     run_rl,
     run_sft,
 )
+from perl_jax.training.configs import RewardConfig
 from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.reward import train_reward
 from tests import small
 from tests.paths import ORDERS
 
@@ -66,8 +70,8 @@ def make_base(folder: pathlib.Path) -> str:
 
 
 def run_all(root: pathlib.Path) -> Metrics:
-    """SFT, a reward model, DPO and RL by two algorithms, on one device; returns their metrics but
-    for those of the clock.
+    """SFT, reward models of comparisons and of labels, DPO and RL by two algorithms, on one device;
+    returns their metrics but for those of the clock.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -106,10 +110,22 @@ def _run_all(root: pathlib.Path) -> Metrics:
                 **common,
             )
         )
-    return {
+    found = {
         name: without_timing(read_metrics(root / name / "metrics.jsonl"))
         for name in ("sft", "reward", "dpo", "ppo", "rloo")
     }
+    return found | {"labels": _labels(common)}
+
+
+def _labels(common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two steps of a reward model that learns from labels, without validation and a folder."""
+    settings = {name: value for name, value in common.items() if name != "model"} | {"steps": 2}
+    config = RewardConfig(objective="pointwise", **settings)
+    rows = list(of_task(config.data, "labels", ("train",)).rows("train"))
+    trained = train_reward(load_model(ModelOptions(model=common["model"])), rows, config)
+    moments = {"score_mean": trained.record.score_mean, "score_std": trained.record.score_std}
+    *steps, last = without_timing(trained.metrics)
+    return [*steps, last | moments]
 
 
 def read_file() -> Metrics:
