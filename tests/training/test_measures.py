@@ -315,9 +315,9 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
         3,
     ]
     # Row 2's responses are equal as they were cut: in no order, it does not count.
-    monkeypatch.setattr(
-        Planned, "rows", types.SimpleNamespace(different=np.arange(5) != 2, facts={})
-    )
+    equal = np.arange(5) == 2
+    rows = types.SimpleNamespace(equal=equal, different=~equal, facts={})
+    monkeypatch.setattr(Planned, "rows", rows)
     found = dpo.evaluate_dpo(MODEL, dataset, config, job, state)["pairwise_accuracy"]
     assert found["value"] == pytest.approx((4 + 5) / 12) and found["n"] == 4
 
