@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 
 from tests.xla import xla_flags
 
@@ -103,6 +104,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(
                 f"tests/tiers.py names tests that do not exist: {', '.join(absent)}."
             )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collects tests without Python's garbage collector, which afterwards no longer visits what
+    was made by then.
+
+    A visit to all modules of JAX and its libraries takes as long as a short test.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(20_000, 10, 10)
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
