@@ -27,44 +27,13 @@ from perl_jax.errors import Stopped
 from perl_jax.training import commands, loop
 from tests.paths import ORDERS
 from tests.training import tiny
+from tests.training.processes import PATIENCE, ROOT, Limit, settings, steps_done
 from tests.training.test_run import assert_same_runs, saved_state
 from tests.xla import xla_flags
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
 BATCH = 16
-SETTINGS = (
-    "--data.task",
-    ORDERS,
-    "--data.train-size",
-    "32",
-    "--data.evaluation-size",
-    "16",
-    "--data.max-prompt-length",
-    "8",
-    "--data.max-response-length",
-    "8",
-    "--lora.rank",
-    "5",
-    "--lora.dropout",
-    "0.2",
-    "--optimizer.name",
-    "adamw",
-    "--optimizer.learning-rate",
-    "3e-3",
-    "--optimizer.schedule",
-    "cosine",
-    "--batch-size",
-    str(BATCH),
-    "--microbatches",
-    "2",
-    "--steps",
-    str(STEPS),
-    "--evaluate-every",
-    "4",
-    "--checkpoint-every",
-    "3",
-)
+SETTINGS = settings("--optimizer.name", "adamw", steps=STEPS, batch_size=BATCH, checkpoint_every=3)
 # What goes on from the jobs' policy has its dropout, which is none; a later option takes the place
 # of an earlier one.
 UNDROPPED = ("--lora.dropout", "0")
@@ -73,8 +42,6 @@ FULL = ("--tuning", "full", "--lora.rank", "8", "--lora.dropout", "0")
 HEARTBEAT = 10
 # Within which the others end: heartbeats, and time for a busy machine to notice.
 BOUND = 9 * HEARTBEAT
-# Longer than any run takes, on a machine that does other things too.
-PATIENCE = 300
 RULE = (
     '[{"kind": "length", "maximum": 3, "scale": 4}, {"kind": "regex", "pattern": "coffee|tea", '
     '"weight": 0.5}]'
@@ -113,6 +80,8 @@ class Started:
         together = {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count),
+            # On a busy machine one may start much later than the other.
+            "PERL_JAX_CONNECT_SECONDS": str(PATIENCE),
             "PERL_JAX_HEARTBEAT_SECONDS": str(HEARTBEAT),
         }
         self.run, self.logs, self.processes = (
@@ -145,21 +114,19 @@ class Started:
     def wait(
         self, status: int = 0, indices: Sequence[int] | None = None, seconds: float = PATIENCE
     ) -> None:
-        """Until these (all) have ended with the status."""
-        end = time.monotonic() + seconds
+        """Until these (all) have ended with the status. seconds: of `Limit`."""
+        limit = Limit(self.processes, seconds)
         for index in range(len(self.processes)) if indices is None else indices:
-            found = self.processes[index].wait(timeout=max(end - time.monotonic(), 0.01))
+            found = limit.wait(self.processes[index])
             assert found == status, (
                 f"process {index}: status {found}\n{self.printed(index)[-4000:]}"
             )
 
     def wait_for_step(self, step: int) -> None:
         """Until the row of a step is written."""
-        end = time.monotonic() + PATIENCE
+        limit = Limit(self.processes, PATIENCE)
         while steps_done(self.run) < step:
-            assert time.monotonic() < end and self.processes[0].poll() is None, self.printed()[
-                -4000:
-            ]
+            assert not limit.passed() and self.processes[0].poll() is None, self.printed()[-4000:]
             time.sleep(0.005)
 
     def end(self) -> None:
@@ -189,11 +156,6 @@ def whole(job: str, run: pathlib.Path, arguments: Sequence[str], **layout: int) 
     """A run from where it is to its end."""
     with started(job, run, arguments, **layout) as processes:
         processes.wait()
-
-
-def steps_done(run: pathlib.Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def assert_close_runs(

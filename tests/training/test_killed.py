@@ -11,43 +11,13 @@ import time
 
 import pytest
 
-from tests.paths import ORDERS
 from tests.training import tiny
+from tests.training.processes import PATIENCE, ROOT, Limit, settings, steps_done
 from tests.training.test_run import assert_same_runs
 from tests.xla import xla_flags
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
-SETTINGS = (
-    "--data.task",
-    ORDERS,
-    "--data.train-size",
-    "32",
-    "--data.evaluation-size",
-    "16",
-    "--data.max-prompt-length",
-    "8",
-    "--data.max-response-length",
-    "8",
-    "--lora.rank",
-    "5",
-    "--lora.dropout",
-    "0.2",
-    "--optimizer.learning-rate",
-    "3e-3",
-    "--optimizer.schedule",
-    "cosine",
-    "--batch-size",
-    "8",
-    "--microbatches",
-    "2",
-    "--steps",
-    str(STEPS),
-    "--evaluate-every",
-    "4",
-    "--checkpoint-every",
-    "2",
-)
+SETTINGS = settings(steps=STEPS, batch_size=8, checkpoint_every=2)
 
 pytestmark = pytest.mark.slow
 
@@ -61,13 +31,8 @@ def start(job: str, run: pathlib.Path, arguments: tuple[str, ...]) -> subprocess
 
 
 def finish(process: subprocess.Popen, run: pathlib.Path) -> None:
-    status = process.wait(timeout=300)
+    status = Limit([process], PATIENCE).wait(process)
     assert status == 0, pathlib.Path(f"{run}.log").read_text()[-3000:]
-
-
-def steps_done(run: pathlib.Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def kill_at(process: subprocess.Popen, run: pathlib.Path, step: int, delay: float) -> int:
