@@ -48,25 +48,28 @@ _TESTS = pathlib.Path(__file__).parent
 
 
 class ByFile(loadscope.LoadScopeScheduling):
-    """Sends all tests of a file to one worker, and all files that use one experiment's runs: they
-    share what is made and compiled once.
+    """Sends all tests of a file to one worker, and all files of a group: those that use one
+    experiment's runs make and compile them once, those that compare with torch import it once.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         return _group(nodeid.partition("::")[0])
 
 
+# Group -> its folder and a pattern that its files have; a file is in the first that fits.
+_GROUPS = {
+    "jobs": ("tests/training/", r"^def test_\w+\([^)]*\b(?:jobs|base)\b"),
+    "torch": ("tests/", r"importorskip\(\"torch\"\)|\b(?:load_torch|write_twin|trl_reference)\b"),
+}
+
+
 @functools.cache
 def _group(file: str) -> str:
-    return (
-        "jobs"
-        if re.search(
-            r"^def test_\w+\([^)]*\bjobs\b",
-            (_TESTS.parent / file).read_text(encoding="utf-8"),
-            re.MULTILINE,
-        )
-        else file
-    )
+    text = (_TESTS.parent / file).read_text(encoding="utf-8")
+    for name, (folder, pattern) in _GROUPS.items():
+        if file.startswith(folder) and re.search(pattern, text, re.MULTILINE):
+            return name
+    return file
 
 
 def pytest_xdist_make_scheduler(

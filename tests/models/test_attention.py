@@ -149,14 +149,11 @@ def test_attention_in_blocks_has_the_values_and_gradients_of_plain_attention(
     )
     np.testing.assert_allclose(np.array(blocked)[valid_BT], np.array(plain)[valid_BT], atol=1e-6)
     assert np.isfinite(blocked).all()
-    expected = jax.grad(total(attention.attend), argnums=(0, 1, 2))(q, k, v)
-    for got, want in zip(
-        jax.grad(total(attention.attend_blocked), argnums=(0, 1, 2))(q, k, v), expected, strict=True
-    ):
+    gradients = lambda total: jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
+    expected = gradients(total(attention.attend))
+    for got, want in zip(gradients(total(attention.attend_blocked)), expected, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6)
-    everything = jax.grad(
-        lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS)), argnums=(0, 1, 2)
-    )(q, k, v)
+    everything = gradients(lambda *x: jnp.sum(attention.attend_blocked(*x, mask_BTS)))
     assert all(np.isfinite(g).all() for g in everything)
 
 

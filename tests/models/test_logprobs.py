@@ -121,13 +121,14 @@ def test_gradients_against_finite_differences():
         logits_BTV, tokens_BT = batch(scale=1.0)
         weights_BT = np.random.default_rng(1).normal(size=(B, T))
 
+        @jax.jit
         def total(logits_BTV):
             logp_BT = logprobs.next_token_logprobs(logits_BTV, tokens_BT, 0.7)
             entropy_BT = logprobs.next_token_entropy(logits_BTV, 0.7)
             return jnp.sum(weights_BT * (logp_BT + 2 * entropy_BT))
 
         logits_BTV = logits_BTV.astype(np.float64)
-        gradient_BTV = jax.grad(total)(logits_BTV)
+        gradient_BTV = jax.jit(jax.grad(total))(logits_BTV)
         assert gradient_BTV.dtype == jnp.float64
         for index in [(0, 0, 0), (1, 2, 3), (2, 3, 6), (0, 4, 1)]:
             step_BTV = np.zeros_like(logits_BTV)
@@ -241,7 +242,7 @@ def test_extreme_and_banned_logits():
         lambda x: logprobs.next_token_logprobs(x, tokens_BT).sum(),
         lambda x: logprobs.next_token_entropy(x).sum(),
     ):
-        assert np.all(np.isfinite(jax.grad(function)(logits_BTV)))
+        assert np.all(np.isfinite(jax.jit(jax.grad(function))(logits_BTV)))
 
 
 def test_an_id_outside_the_vocabulary_is_not_silent():
