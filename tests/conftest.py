@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 
 from tests.xla import xla_flags
@@ -121,6 +122,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        # Tracing makes many objects and little garbage.
         gc.set_threshold(20_000, 10, 10)
         gc.enable()
 
@@ -135,11 +137,11 @@ def dataset_cache(tmp_path_factory: pytest.TempPathFactory):
 
 # What was compiled while tests were collected: each worker would do it again before its first test.
 _compiled_early: list[str] = []
-_collecting = True
+_collected = threading.Event()
 
 
 def _compiled(event: str, _seconds: float, **_details: object) -> None:
-    if _collecting and "backend_compile" in event:
+    if "backend_compile" in event and not _collected.is_set():
         _compiled_early.append(event)
 
 
@@ -148,8 +150,7 @@ jax.monitoring.register_event_duration_secs_listener(_compiled)
 
 def pytest_collection_finish() -> None:
     """Refuses test modules that compute with JAX when they are imported."""
-    global _collecting  # noqa: PLW0603  one state for the whole process
-    _collecting = False
+    _collected.set()
     if _compiled_early:
         raise pytest.UsageError(
             f"{len(_compiled_early)} programs were compiled while tests were collected; make "

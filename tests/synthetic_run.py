@@ -27,10 +27,14 @@ COST = {
 }
 # RL is paid by two reward models and three terms.
 SETTINGS = {
-    "rl": {"reward": ["reward_a", "reward_b"], "combine": "min", "terms": "terms.json",
-           "algorithm": {"name": "reinforce"}},
+    "rl": {
+        "reward": ["reward_a", "reward_b"],
+        "combine": "min",
+        "terms": "terms.json",
+        "algorithm": {"name": "reinforce"},
+    },
     "dpo": {"loss": "dpo"},
-}  # fmt: skip
+}
 NASTY = "<script>alert('x')</script> & \"quoted\" </pre> \u0007 \ud800"
 
 
@@ -52,29 +56,32 @@ def rl_rows(tuning: str, steps: int, noise: np.random.Generator) -> list[dict[st
         if tuning == "full":
             gold -= 0.9 * max(0.0, done - 0.6) ** 1.2
         wobble = noise.normal(0, 0.05, 6)
-        rows.append({
-            "reward/score": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
-            "reward/gold": gold + wobble[1],
-            "reward/return": 1.6 * (1 - np.exp(-3 * done)) + wobble[0],
-            "reward/model_0": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
-            "reward/model_1": 1.5 * (1 - np.exp(-5 * done)) + wobble[2],
-            "reward/disagreement": 0.1 + 0.3 * done ** 2 + 0.2 * abs(wobble[3]),
-            "reward/term/length": -0.3 * (1 - done) + 0.1 * wobble[3],
-            "reward/term/format": 0.5 + 0.4 * done + 0.2 * wobble[4],
-            "reward/term/is the order complete, by my_rewards.py": 0.2 + 0.2 * done + wobble[5],
-            "kl/sequence": (14.0 if tuning == "full" else 8.0) * done + 0.4 * abs(wobble[2]) * done,
-            "kl/token": 0.4 * done,
-            # It stays as it is: the page leaves it out.
-            "kl/beta": 0.05,
-            "response/length": 24 + 4 * done + 10 * wobble[3],
-            "response/eos_rate": 0.97 + 0.02 * done,
-            "response/entropy": 2.1 - 0.8 * done + wobble[4],
-            "value/explained_variance": 0.7 * (1 - np.exp(-6 * done)) + wobble[5],
-            "policy/gradient_norm": 0.8 + abs(wobble[0]),
-            "sampler/mismatch": 1.0 + 1e-4 * abs(wobble[1]),
-            "time/step": 0.5,
-            "time/sample": 0.31,
-        })  # fmt: skip
+        rows.append(
+            {
+                "reward/score": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
+                "reward/gold": gold + wobble[1],
+                "reward/return": 1.6 * (1 - np.exp(-3 * done)) + wobble[0],
+                "reward/model_0": 1.9 * (1 - np.exp(-3 * done)) + wobble[0],
+                "reward/model_1": 1.5 * (1 - np.exp(-5 * done)) + wobble[2],
+                "reward/disagreement": 0.1 + 0.3 * done**2 + 0.2 * abs(wobble[3]),
+                "reward/term/length": -0.3 * (1 - done) + 0.1 * wobble[3],
+                "reward/term/format": 0.5 + 0.4 * done + 0.2 * wobble[4],
+                "reward/term/is the order complete, by my_rewards.py": 0.2 + 0.2 * done + wobble[5],
+                "kl/sequence": (14.0 if tuning == "full" else 8.0) * done
+                + 0.4 * abs(wobble[2]) * done,
+                "kl/token": 0.4 * done,
+                # It stays as it is: the page leaves it out.
+                "kl/beta": 0.05,
+                "response/length": 24 + 4 * done + 10 * wobble[3],
+                "response/eos_rate": 0.97 + 0.02 * done,
+                "response/entropy": 2.1 - 0.8 * done + wobble[4],
+                "value/explained_variance": 0.7 * (1 - np.exp(-6 * done)) + wobble[5],
+                "policy/gradient_norm": 0.8 + abs(wobble[0]),
+                "sampler/mismatch": 1.0 + 1e-4 * abs(wobble[1]),
+                "time/step": 0.5,
+                "time/sample": 0.31,
+            }
+        )
     return rows
 
 
@@ -159,11 +166,18 @@ def policy_evaluation(job: str, tuning: str) -> dict[str, Any]:
         }
     return {
         "policies": policies,
-        "win_rate": {"wins": 401, "ties": 38, "losses": 73, "rate": 0.8203, "low": 0.785,
-                     "high": 0.851, "judge": "gold"},
+        "win_rate": {
+            "wins": 401,
+            "ties": 38,
+            "losses": 73,
+            "rate": 0.8203,
+            "low": 0.785,
+            "high": 0.851,
+            "judge": "gold",
+        },
         "gold_gain": measure(gold - 0.214, 0.028, 512),
         "config": {"reward": ["reward_a", "reward_b"], "judge": ["judge_a", "judge_b"]},
-    }  # fmt: skip
+    }
 
 
 def sample_rows(job: str, tuning: str, prompts: int) -> list[dict[str, Any]]:
@@ -172,11 +186,17 @@ def sample_rows(job: str, tuning: str, prompts: int) -> list[dict[str, Any]]:
     for i in range(prompts):
         prompt = f"User: Can I get a large latte, number {i}?\nAssistant:"
         answers = {
-            "sft": {"text": "Sure, what size would you like?", "gold": 0.1 * (i % 4),
-                    "proxy": -0.2},
-            "rl": {"text": f"A large latte, coming up! Anything else? {end}", "gold": 0.9,
-                   "proxy": 1.73},
-        }  # fmt: skip
+            "sft": {
+                "text": "Sure, what size would you like?",
+                "gold": 0.1 * (i % 4),
+                "proxy": -0.2,
+            },
+            "rl": {
+                "text": f"A large latte, coming up! Anything else? {end}",
+                "gold": 0.9,
+                "proxy": 1.73,
+            },
+        }
         if i == 1:
             prompt, answers["rl"]["text"] = NASTY, NASTY
         rows.append({"prompt": prompt, **answers})
@@ -191,10 +211,18 @@ def make_run(folder: Path, job: str, tuning: str, steps: int = 60, seed: int = 0
         for step, row in enumerate(make, start=1):
             writer.write(step, row)
     environment = {"python": "3.12.1", "device": "cpu", "packages": {"jax": "0.10.2"}}
-    write_json(folder / "config.json", {
-        "job": job, "tuning": tuning, "learning_rate": 1e-4, "batch": 64, "steps": steps,
-        **SETTINGS.get(job, {}), "environment": environment,
-    })  # fmt: skip
+    write_json(
+        folder / "config.json",
+        {
+            "job": job,
+            "tuning": tuning,
+            "learning_rate": 1e-4,
+            "batch": 64,
+            "steps": steps,
+            **SETTINGS.get(job, {}),
+            "environment": environment,
+        },
+    )
     if job != "base":
         write_json(folder / "cost.json", cost(job, tuning))
     if job == "reward":
@@ -215,15 +243,18 @@ def make_experiment(folder: Path, steps: int = 60) -> Path:
             name = f"{tuning}/{job}"
             runs.append({"name": name, "job": job, "tuning": tuning, "folder": name})
             make_run(folder / name, job, tuning, steps, 2 * seed + (tuning == "full"))
-    write_json(folder / "experiment.json", {
-        "title": "Quickstart: LoRA beside full tuning",
-        "summary": "A small model learns to take coffee orders from preferences.",
-        "command": "make run",
-        "hardware": "2 CPU cores",
-        "seconds": 583.2,
-        "task": "coffee orders",
-        "runs": runs,
-    })  # fmt: skip
+    write_json(
+        folder / "experiment.json",
+        {
+            "title": "Quickstart: LoRA beside full tuning",
+            "summary": "A small model learns to take coffee orders from preferences.",
+            "command": "make run",
+            "hardware": "2 CPU cores",
+            "seconds": 583.2,
+            "task": "coffee orders",
+            "runs": runs,
+        },
+    )
     return folder
 
 

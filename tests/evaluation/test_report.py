@@ -96,9 +96,17 @@ def copy(experiment, tmp_path):
 class TestExperiment:
     def test_sections_in_order(self, page):
         assert page.sections == [
-            "headline", "curves", "gold", "calibration", "baselines", "policies", "samples",
-            "health", "time", "reproduce",
-        ]  # fmt: skip
+            "headline",
+            "curves",
+            "gold",
+            "calibration",
+            "baselines",
+            "policies",
+            "samples",
+            "health",
+            "time",
+            "reproduce",
+        ]
 
     def test_stands_alone(self, page):
         assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
@@ -110,16 +118,22 @@ class TestExperiment:
 
     def test_headline_rows(self, page):
         assert page.row("Pairwise accuracy") == [
-            "78.1 % (76.3 to 79.9)", "77.4 % (75.6 to 79.2)", "+0.7 points",
-        ]  # fmt: skip
+            "78.1 % (76.3 to 79.9)",
+            "77.4 % (75.6 to 79.2)",
+            "+0.7 points",
+        ]
         assert page.row("Noise ceiling of the labels")[0] == "85.0 %"
         # Groups come in the order reward, RL, SFT.
         assert page.row("Gain in gold reward") == [
-            "+0.659 (0.631 to 0.687)", "+0.477 (0.449 to 0.505)", "+0.18",
-        ]  # fmt: skip
+            "+0.659 (0.631 to 0.687)",
+            "+0.477 (0.449 to 0.505)",
+            "+0.18",
+        ]
         assert page.row("Trained parameters (share of all)", 1) == [
-            "394 k (1.37 %)", "56.6 M (100.00 %)", "0.70 % of full",
-        ]  # fmt: skip
+            "394 k (1.37 %)",
+            "56.6 M (100.00 %)",
+            "0.70 % of full",
+        ]
         assert page.row("Checkpoint", 1)[0] == "4.74 MB (base 113 MB)"
         assert page.row("Time a step, median", 1) == ["0.512 s", "0.671 s", "1.31× faster"]
         assert page.row("Peak memory, compiled") == ["1.32 GB", "2.71 GB", "49 % of full"]
@@ -139,9 +153,11 @@ class TestExperiment:
 
     def test_policies_and_wins(self, page):
         assert page.row("RL, LoRA")[:4] == [
-            "0.873 (0.852 to 0.894)", "1.746 (1.696 to 1.796)", "1.397 (1.337 to 1.457)",
+            "0.873 (0.852 to 0.894)",
+            "1.746 (1.696 to 1.796)",
+            "1.397 (1.337 to 1.457)",
             "8.10 (7.80 to 8.40)",
-        ]  # fmt: skip
+        ]
         wins = ["the gold reward", "401", "38", "73", "82.0 % (78.5 to 85.1)"]
         for name in ("RL, LoRA", "RL, Full tuning", "DPO, LoRA", "DPO, Full tuning"):
             assert page.row(name, 1) == wins
@@ -149,17 +165,23 @@ class TestExperiment:
     def test_dpo_is_measured_as_rl_is(self, page):
         assert page.row("Gold reward, after DPO")[0] == "0.773 (0.752 to 0.794)"
         assert page.row("Gain in gold reward", 1) == [
-            "+0.559 (0.531 to 0.587)", "+0.377 (0.349 to 0.405)", "+0.18",
-        ]  # fmt: skip
+            "+0.559 (0.531 to 0.587)",
+            "+0.377 (0.349 to 0.405)",
+            "+0.18",
+        ]
         assert page.row("Win rate of DPO over SFT, ties half")[0] == "82.0 % (78.5 to 85.1)"
         assert "DPO moved the gold reward from 0.214 to 0.773, a gain of +0.559" in page.text
         assert page.row("DPO, LoRA")[0] == "0.773 (0.752 to 0.794)"
         # Both start from the SFT policy of their tuning: one line, one answer to each prompt.
         policies = [row[0] for row in page.rows if len(row) == 9]
         assert policies[1:] == [
-            "SFT, LoRA", "RL, LoRA", "SFT, Full tuning", "RL, Full tuning", "DPO, LoRA",
+            "SFT, LoRA",
+            "RL, LoRA",
+            "SFT, Full tuning",
+            "RL, Full tuning",
+            "DPO, LoRA",
             "DPO, Full tuning",
-        ]  # fmt: skip
+        ]
         assert page.text.count("Sure, what size would you like?") == 2 * 12
         assert page.text.count("coming up! Anything else? (DPO)") == 2 * 11
 
@@ -185,16 +207,22 @@ class TestExperiment:
         titles = [alt.partition(". ")[0] for alt in page.alts]
         first = titles.index("RL: score by reward models and terms")
         assert titles[first : first + 5] == [
-            "RL: score by reward models and terms", "RL: return that it learns from",
-            "RL: gold reward", "RL: reward, by part (LoRA)", "RL: reward, by part (Full tuning)",
-        ]  # fmt: skip
+            "RL: score by reward models and terms",
+            "RL: return that it learns from",
+            "RL: gold reward",
+            "RL: reward, by part (LoRA)",
+            "RL: reward, by part (Full tuning)",
+        ]
         assert "Disagreement of the reward models" in titles
         parts = next(alt for alt in page.alts if alt.startswith("RL: reward, by part (LoRA)"))
         names = [part.partition(" goes from ")[0] for part in parts.partition(". ")[2].split("; ")]
         assert names == [
-            "reward model 0", "reward model 1", "term length", "term format",
+            "reward model 0",
+            "reward model 1",
+            "term length",
+            "term format",
             "term is the order complete, by my_rewards.py",
-        ]  # fmt: skip
+        ]
         assert "trained on the proxy (the reward models and terms);" in page.text
         assert "the policy exploits the reward models and terms." in page.text
 
@@ -318,10 +346,15 @@ class TestSingleRun:
 
     @pytest.mark.parametrize(
         ("judge", "artefacts", "expected"),
-        [("gold", ["a"], "the gold reward"), ("judge", ["a", "b"], "the mean of 2 judges"),
-         ("judge", ["a"], "a judge's reward model"), ("judge", "a", "a judge's reward model"),
-         ("proxy", [], "the proxy reward"), ("my friend", None, "my friend")],
-    )  # fmt: skip
+        [
+            ("gold", ["a"], "the gold reward"),
+            ("judge", ["a", "b"], "the mean of 2 judges"),
+            ("judge", ["a"], "a judge's reward model"),
+            ("judge", "a", "a judge's reward model"),
+            ("proxy", [], "the proxy reward"),
+            ("my friend", None, "my friend"),
+        ],
+    )
     def test_who_judged(self, tmp_path, blank_pictures, judge, artefacts, expected):
         folder = make_run(tmp_path / "rl", "rl", "lora")
         found = json.loads((folder / "evaluation.json").read_text())
@@ -548,9 +581,17 @@ class TestHostileText:
 class TestFormats:
     @pytest.mark.parametrize(
         ("value", "expected"),
-        [(0, "0"), (0.01234, "0.0123"), (4.567, "4.57"), (1234.6, "1235"), (-0.5, "−0.500"),
-         (1e-7, "1.00e−7"), (2.5e9, "2.50e9"), (9.999, "10.00")],
-    )  # fmt: skip
+        [
+            (0, "0"),
+            (0.01234, "0.0123"),
+            (4.567, "4.57"),
+            (1234.6, "1235"),
+            (-0.5, "−0.500"),
+            (1e-7, "1.00e−7"),
+            (2.5e9, "2.50e9"),
+            (9.999, "10.00"),
+        ],
+    )
     def test_significant(self, value, expected):
         assert formats.significant(value) == expected
 

@@ -40,8 +40,12 @@ class TestRows:
         line = (tmp_path / "metrics.jsonl").read_text()
         assert "NaN" not in line and "Infinity" not in line
         assert json.loads(line) == {
-            "step": 1, "train/loss": None, "a": 1.0, "b": None, "nonfinite": ["train/loss", "b"],
-        }  # fmt: skip
+            "step": 1,
+            "train/loss": None,
+            "a": 1.0,
+            "b": None,
+            "nonfinite": ["train/loss", "b"],
+        }
 
     @pytest.mark.parametrize("name", ["step", "nonfinite"])
     def test_reserved_names_are_refused(self, name):
@@ -218,8 +222,11 @@ class TestProgress:
 
     def test_durations(self):
         assert [progress.duration(s) for s in (0.2, 59.6, 380, 7500)] == [
-            "0 s", "1 min 00 s", "6 min 20 s", "2 h 05 min",
-        ]  # fmt: skip
+            "0 s",
+            "1 min 00 s",
+            "6 min 20 s",
+            "2 h 05 min",
+        ]
 
 
 class TestEnvironment:
@@ -234,8 +241,10 @@ class TestEnvironment:
         def git(*arguments):
             subprocess.run(
                 ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
-                cwd=tmp_path, check=True, capture_output=True,
-            )  # fmt: skip
+                cwd=tmp_path,
+                check=True,
+                capture_output=True,
+            )
 
         git("init", "-q")
         (tmp_path / "code").mkdir()
