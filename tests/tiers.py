@@ -148,7 +148,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_gradients_of_scores_are_those_of_values_at_the_last_real_token": SLOW,
         "test_gradients_of_scores_are_those_of_values_at_the_last_real_token[plain-lora]": QUICK,
     },
-    "models/test_fused.py": {
+    "generation/test_fused.py": {
         "test_full_tuning_and_a_merged_copy_are_fused": SLOW,
         "test_in_bfloat16_pairs_act_by_themselves": SLOW,
         "test_dora_and_quantised_matrices_stay_as_they_are": SLOW,
@@ -176,14 +176,6 @@ TIERS: dict[str, dict[str, str]] = {
         "test_losses_and_gradients_equal_the_padded_ones[1-1-pairs]": SLOW,
         "test_losses_and_gradients_equal_the_padded_ones[1-2-pairs]": QUICK,
         "test_losses_and_gradients_equal_the_padded_ones[1-2-rl]": SLOW,
-    },
-    "models/test_stacks.py": {
-        "test_adapters_of_some_layers_what_lies_under_them_and_full_weights": EXHAUSTIVE,
-        "test_no_cache_and_no_matrix_is_copied_at_each_token": SLOW,
-        "test_quantised_matrices_and_caches": SLOW,
-        "test_sampling_gives_the_same_tokens": EXHAUSTIVE,
-        "test_sampling_gives_the_same_tokens[settings0-lm0]": QUICK,
-        "test_slots_give_the_same_tokens": SLOW,
     },
     "planning/test_command.py": {
         "test_a_search_lists_what_fits_best_first": EXHAUSTIVE,

@@ -1,4 +1,4 @@
-"""Config of how responses are decoded."""
+"""Configs of how tokens are sampled and decoded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 from typing import Literal
 
 from perl_jax import errors
-from perl_jax.generation.sampling import ADAPTERS
-from perl_jax.models.cache import CACHES, CacheKind
+from perl_jax.generation.cache import CACHES, CacheKind
+
+ADAPTERS = ("auto", "applied", "merged")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,48 @@ class RolloutConfig:
         if self.top_p is not None:
             errors.require(
                 0 < self.top_p <= 1, f"rollout.top_p is {self.top_p!r}; it must lie in (0, 1]."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are sampled, and how decoding is computed.
+
+    Attributes:
+        max_new_tokens: C, the largest number of response tokens, the stop token included.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep the k most likely tokens, and ties with the k-th; None: off.
+        top_p: Keep the smallest set of most likely tokens with at least this probability; None:
+            off.
+        stop_ids: Tokens that end a row; the stop token is part of the response.
+        pad_id: Token in the columns after the end.
+        cache: Dtype of the cached keys and values; auto: the activations' dtype.
+        adapters: applied: compute the adapter for every token; merged: merge it into a copy of the
+            base; auto: what costs less (`prepare_for_decoding`).
+        fused: Compute attention's projections and their adapters as few large products, from a copy
+            of their weights (`generation.fused`), where possible.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    cache: CacheKind = "auto"
+    adapters: Literal["auto", "applied", "merged"] = "auto"
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        errors.whole("sampling.max_new_tokens", self.max_new_tokens)
+        errors.positive("sampling.temperature", self.temperature, zero=True)
+        errors.one_of("sampling.cache", self.cache, CACHES)
+        errors.one_of("sampling.adapters", self.adapters, ADAPTERS)
+        if self.top_k is not None:
+            errors.whole("sampling.top_k", self.top_k)
+        if self.top_p is not None:
+            errors.require(
+                0 < self.top_p <= 1, f"sampling.top_p is {self.top_p!r}; it must lie in (0, 1]."
             )
 
 

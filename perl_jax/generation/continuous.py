@@ -25,18 +25,19 @@ import numpy as np
 from perl_jax import errors
 from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
+from perl_jax.generation import fused
+from perl_jax.generation.cache import KVCache, WindowCache
+from perl_jax.generation.config import SamplingConfig
+from perl_jax.generation.decoding import decode, prefill
+from perl_jax.generation.prepare import prepare_for_decoding
 from perl_jax.generation.sampling import (
     Rollout,
-    SamplingConfig,
     is_stop,
     make_rollout,
-    prepare_for_decoding,
     row_keys,
     sample_tokens,
     token_keys,
 )
-from perl_jax.models import fused, stacks
-from perl_jax.models.cache import KVCache, WindowCache
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.placement import Placement
 from perl_jax.runtime import hosts, sharding
@@ -138,7 +139,6 @@ class ContinuousSampler:
         place, options = functools.partial(_constrained, lm), decoding_options(lm.mesh, quantised)
         self.merge = Program("merge", lora.merge)
         self.fuse = Program("fuse", fused.fuse)
-        self.part = Program("part", stacks.unstack)
         # Bounds on compilations: for each prompt length, with and without an adapter, there are two
         # sizes of admissions, HALVINGS + 1 sizes of batches, and the halvings between them.
         lengths = 2 * LENGTHS
@@ -165,7 +165,6 @@ class ContinuousSampler:
             for program in (
                 self.merge,
                 self.fuse,
-                self.part,
                 self.vacant,
                 self.admit,
                 self.decode,
@@ -188,7 +187,7 @@ class ContinuousSampler:
         )
         # Weights that are not merged are not passed through a program, which would copy them.
         base, adapter = prepare_for_decoding(
-            self.lm, base, adapter, self.config, self.TOKENS, self.merge, self.fuse, self.part
+            self.lm, base, adapter, self.config, self.TOKENS, self.merge, self.fuse
         )
         responses = _Responses(tokens_PS, valid_PS.astype(bool), self.samples, self.config)
         waiting = deque(int(p) for p in np.flatnonzero(responses.valid_PS.any(axis=1)))
@@ -355,8 +354,8 @@ def _vacant(
     def read() -> KVCache:
         """Returns the cache that `prefill` would give; only its shapes are used."""
         tokens_BS = jnp.zeros((slots, prompt_1S.shape[1]), jnp.int32)
-        return lm.prefill(
-            base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache
+        return prefill(
+            lm, base, adapter, tokens_BS, tokens_BS == 0, config.max_new_tokens, kind=config.cache
         )[1]
 
     cache = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), jax.eval_shape(read))
@@ -382,7 +381,6 @@ def map_rows(
 ) -> Slots:
     """Returns the state with `layers` applied to arrays [L, slots, ...] and `rows` to others."""
     cache = state.cache
-    layers = rows if cache.row_axis == 0 else layers
 
     def changed(part: WindowCache) -> WindowCache:
         """Returns a part of the cache with its layers and rows mapped."""
@@ -441,16 +439,14 @@ def _admit(
     key: Array,
 ) -> Slots:
     """Reads prompts into the slots of their samples, and samples each one's first token."""
-    logits_AV, read = lm.prefill(base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
+    logits_AV, read = prefill(lm, base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
     samples, slots = slot_AG.shape[1], state.done_B.shape[0]
     # Filler gets a slot after the last one, where mode="drop" writes nothing.
     slot_X, row_X = jnp.where(slot_AG < 0, slots, slot_AG).reshape(-1), row_AG.reshape(-1)
     wide = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
     rows = lambda whole, new: whole.at[slot_X].set(new, mode="drop")
-    axis = state.cache.row_axis
-    own = (slice(None),) * axis + (slot_X,)
-    stacks = lambda whole, new: jax.tree.map(
-        lambda x, y: x.at[own].set(wide(y, axis), mode="drop"), whole, new
+    layers = lambda whole, new: jax.tree.map(
+        lambda x, y: x.at[:, slot_X].set(wide(y, 1), mode="drop"), whole, new
     )
     fresh = lambda array, value: rows(
         array, jnp.full((slot_X.shape[0], *array.shape[1:]), value, array.dtype)
@@ -459,8 +455,8 @@ def _admit(
     def admitted(part: WindowCache, new: WindowCache) -> WindowCache:
         """Returns a part of the cache with the new prompts in their slots."""
         return part.replace(
-            prompt_k=stacks(part.prompt_k, new.prompt_k),
-            prompt_v=stacks(part.prompt_v, new.prompt_v),
+            prompt_k=layers(part.prompt_k, new.prompt_k),
+            prompt_v=layers(part.prompt_v, new.prompt_v),
             prompt_visible_PS=rows(part.prompt_visible_PS, wide(new.prompt_visible_PS)),
             prompt_position_PS=rows(part.prompt_position_PS, wide(new.prompt_position_PS)),
             # Forget what the slot's previous row decoded.
@@ -515,7 +511,7 @@ def _decode(
     def advance(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
         """Decodes one token of every active row."""
         step, state = carry
-        logits_BV, cache = lm.decode(base, adapter, state.token_B, state.cache, config.cache)
+        logits_BV, cache = decode(lm, base, adapter, state.token_B, state.cache, config.cache)
         token_B, logp_B = sample_tokens(token_keys(key_B, state.length_B), logits_BV, config)
         # A row that has ended writes after the last column, where mode="drop" writes nothing.
         column_B = jnp.where(state.done_B, config.max_new_tokens, state.length_B)

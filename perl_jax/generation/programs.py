@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 from perl_jax.generation import sampling
-from perl_jax.generation.config import RolloutConfig
+from perl_jax.generation.config import RolloutConfig, SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
-from perl_jax.generation.sampling import SamplingConfig
 from perl_jax.hub.model import Model
 from perl_jax.runtime.platforms import decoding_options, platform_of
 from perl_jax.runtime.programs import SHAPES, Program
-
-# Largest number of layers that are inlined in sampling; more would take minutes to compile.
-_INLINED = 16
 
 
 def sampling_config(
@@ -34,18 +29,8 @@ def sampling_config(
         platform_of(model.mesh) == "gpu"
         and model.mesh.shape["fsdp"] == model.mesh.shape["tensor"] == 1
     )
-    inlined = (
-        platform_of(model.mesh) == "cpu"
-        and model.mesh.size == 1
-        and model.lm.config.layers <= _INLINED
-    )
-    # On a CPU reading empty cache columns costs time, and there is memory for a growing cache.
-    # Inlined layers are compiled once per stage, so they get fewer stages.
-    stages = 1 if max_new_tokens < 64 or platform_of(model.mesh) != "cpu" else 2 if inlined else 4
     settings = {
-        "stages": stages,
         "fused": fused,
-        "inlined": inlined,
         "stop_ids": model.tokenizer.stop_ids,
         "pad_id": model.tokenizer.pad_id,
     } | more
@@ -72,7 +57,7 @@ def sample_program(
     if rollout.slots is not None:
         return ContinuousSampler(
             model.lm,
-            dataclasses.replace(sampler, stages=1),
+            sampler,
             samples,
             rollout.slots,
             quantised=model.quantise.kind != "none",

@@ -6,77 +6,20 @@ can replace it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from perl_jax import errors
-from perl_jax.adapters import lora
 from perl_jax.adapters.lora import Adapter
-from perl_jax.adapters.quantise import is_quantised
-from perl_jax.models import fused, stacks
-from perl_jax.models.cache import CACHES, CacheKind
-from perl_jax.models.language_model import LanguageModel, cast_frozen_role
+from perl_jax.generation.config import SamplingConfig
+from perl_jax.generation.decoding import decode, prefill
+from perl_jax.generation.prepare import prepare_for_decoding
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.logprobs import token_logprobs
-from perl_jax.runtime import trees
 from perl_jax.types import Array, Prompts, Tokens, Tree
-
-ADAPTERS = ("auto", "applied", "merged")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are sampled, and how decoding is computed.
-
-    Attributes:
-        max_new_tokens: C, the largest number of response tokens, the stop token included.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Keep the k most likely tokens, and ties with the k-th; None: off.
-        top_p: Keep the smallest set of most likely tokens with at least this probability; None:
-            off.
-        stop_ids: Tokens that end a row; the stop token is part of the response.
-        pad_id: Token in the columns after the end.
-        cache: Dtype of the cached keys and values; auto: the activations' dtype.
-        stages: Number of steps in which the cache grows. A token then reads fewer empty columns,
-            but the cache exists twice for a moment when it grows.
-        adapters: applied: compute the adapter for every token; merged: merge it into a copy of the
-            base; auto: what costs less (`prepare_for_decoding`).
-        inlined: Inline the layers, with weights and caches in separate arrays per layer
-            (`models.stacks`). Not on several devices.
-        fused: Compute attention's projections and their adapters as few large products, from a copy
-            of their weights (`models.fused`), where possible.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    stop_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-    cache: CacheKind = "auto"
-    stages: int = 1
-    adapters: Literal["auto", "applied", "merged"] = "auto"
-    inlined: bool = False
-    fused: bool = False
-
-    def __post_init__(self) -> None:
-        errors.whole("sampling.max_new_tokens", self.max_new_tokens)
-        errors.positive("sampling.temperature", self.temperature, zero=True)
-        errors.whole("sampling.stages", self.stages)
-        errors.one_of("sampling.cache", self.cache, CACHES)
-        errors.one_of("sampling.adapters", self.adapters, ADAPTERS)
-        if self.top_k is not None:
-            errors.whole("sampling.top_k", self.top_k)
-        if self.top_p is not None:
-            errors.require(
-                0 < self.top_p <= 1, f"sampling.top_p is {self.top_p!r}; it must lie in (0, 1]."
-            )
 
 
 @flax.struct.dataclass
@@ -179,104 +122,6 @@ def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))
 
 
-def prepare_for_decoding(
-    lm: LanguageModel,
-    base: Tree,
-    adapter: Adapter | None,
-    config: SamplingConfig,
-    tokens: int,
-    merge: Callable[[Tree, Adapter], Tree] = lora.merge,
-    fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
-    part: Callable[[Tree], stacks.Unstacked] = stacks.unstack,
-) -> tuple[Tree, Adapter | None]:
-    """Returns (base, adapter) in the form that decoding reads.
-
-    The adapter is merged into a copy of the base where `should_merge` says so, and kept otherwise.
-    Full tuning's weights are cast to the activations' dtype, as every product would do. Attention's
-    projections are fused and layers are unstacked if the config says so.
-
-    Args:
-        lm: The model's functions.
-        base: The frozen base.
-        adapter: The policy; None: the base itself.
-        config: How decoding is computed.
-        tokens: Number of tokens that will be computed.
-        merge: Merges an adapter into the kernels that it changes.
-        fuse: Fuses attention's weights.
-        part: Unstacks the layers' weights.
-
-    Raises ValueError if `config.inlined` is set on several devices.
-    """
-    if adapter is not None and adapter.weights is not None:
-        base, adapter = cast_frozen_role(adapter, lm.config.dtype).weights, None
-    if should_merge(base, adapter, config, tokens):
-        moved: dict = {}
-        for name, kernel in adapted_kernels(base, adapter).items():
-            trees.insert(moved, name, kernel)
-        merged = trees.named_leaves(merge(moved, adapter))
-        # The merged policy needs no adapter; sampling does not read a head.
-        base, adapter = trees.map_named(merged.get, base), None
-    if config.fused and fused.fusible(base, adapter):
-        attention = fuse(base["layers"]["attention"], adapter)
-        base, adapter = (
-            base | {"layers": base["layers"] | {"attention": attention}},
-            fused.without_attention(adapter),
-        )
-    if config.inlined:
-        if lm.mesh is not None and lm.mesh.size > 1:
-            raise ValueError(
-                "sampling.inlined needs a single device: arrays of single layers have no sharding"
-            )
-        base = base | {"layers": part(base["layers"])}
-    return base, cast_pairs(adapter, lm.config.dtype)
-
-
-def cast_pairs(adapter: Adapter | None, dtype: str) -> Adapter | None:
-    """Returns the adapter with its low-rank pairs in the activations' dtype `dtype`.
-
-    Every product would cast them anyway. DoRA adapters are returned unchanged, because their norms
-    need the pairs in full precision.
-    """
-    leaves = () if adapter is None else jax.tree.leaves((adapter.lora, adapter.under))
-    if all(leaf.dtype == dtype for leaf in leaves) or (
-        adapter.config is not None and adapter.config.dora
-    ):
-        return adapter
-    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    return adapter.replace(lora=cast(adapter.lora), under=cast(adapter.under))
-
-
-def should_merge(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:
-    """Returns whether `prepare_for_decoding` merges; depends on shapes and dtypes only."""
-    if adapter is None or adapter.lora is None or config.adapters == "applied":
-        return False
-    return config.adapters == "merged" or merging_pays(base, adapter, tokens)
-
-
-def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
-    """Returns whether merging costs fewer operations than applying the adapter to `tokens` tokens.
-
-    Merging costs 2 R D F operations per matrix once, applying 2 R (D + F) per token. For kernels
-    that are not float32 the answer is False: rounding to bfloat16 would lose small updates, and the
-    sampled policy would differ from the trained one.
-    """
-    kernels = adapted_kernels(base, adapter).values()
-    if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):
-        return False
-    shapes = [leaf.shape[1:] for leaf in kernels]
-    return sum(d * f for d, f in shapes) < tokens * sum(d + f for d, f in shapes)
-
-
-def adapted_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
-    """Returns the base's kernels that an adapter changes, keyed by path name."""
-    moved = lora.adapted_modules(adapter)
-    return {
-        name: leaf
-        for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items()
-        if name.endswith("/kernel") and name.removesuffix("/kernel") in moved
-    }
-
-
 @functools.partial(jax.jit, static_argnames=("lm", "config", "samples"))
 def sample(
     lm: LanguageModel,
@@ -315,12 +160,8 @@ def sample(
     base, adapter = prepare_for_decoding(
         lm, base, adapter, config, tokens_PS.size + rows * max_new_tokens
     )
-    # Largest number of tokens of each stage.
-    limits = sorted(
-        {-(-max_new_tokens * stage // config.stages) for stage in range(1, config.stages + 1)}
-    )
-    logits_PV, cache = lm.prefill(
-        base, adapter, tokens_PS, valid_PS, limits[0], samples, config.cache
+    logits_PV, cache = prefill(
+        lm, base, adapter, tokens_PS, valid_PS, max_new_tokens, samples, config.cache
     )
     key_B = row_keys(key, jnp.arange(rows))
 
@@ -345,7 +186,7 @@ def sample(
     def advance(carry):
         """Decodes the previous token and samples the next one."""
         step, token_B, cache, made = carry
-        logits_BV, cache = lm.decode(base, adapter, token_B, cache, config.cache)
+        logits_BV, cache = decode(lm, base, adapter, token_B, cache, config.cache)
         token_B, made = append_tokens(step, logits_BV, made)
         return step + 1, token_B, cache, made
 
@@ -358,13 +199,8 @@ def sample(
         jnp.int32(0), repeated(logits_PV), (done_B, tokens_BC, logp_BC, length_B)
     )
     carry = (jnp.int32(1), token_B, cache, made)
-    for limit in limits:
-        step, token_B, cache, made = carry
-        carry = (step, token_B, cache.grown(limit), made)
-        carry = jax.lax.while_loop(
-            lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0]), advance, carry
-        )
-    step, _, _, (_, tokens_BC, logp_BC, length_B) = carry
+    goes_on = lambda carry: (carry[0] < max_new_tokens) & ~jnp.all(carry[3][0])
+    step, _, _, (_, tokens_BC, logp_BC, length_B) = jax.lax.while_loop(goes_on, advance, carry)
     return make_rollout(
         repeated(tokens_PS.astype(jnp.int32)),
         repeated(valid_PS.astype(bool)),

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from perl_jax.adapters import lora
+from perl_jax.adapters.full import full_weights
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.errors import one_of, require, unread
@@ -21,7 +22,7 @@ from perl_jax.hub.chat import DATE
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import config, kernels
 from perl_jax.models.config import ATTENTION, REMAT, ModelConfig
-from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.platforms import platform_of, use_cpu_if_no_accelerator
 from perl_jax.runtime.programs import Program, use_compilation_cache

@@ -88,7 +88,7 @@ class ModelConfig:
             products with weights; full: whole layers.
         unroll: Number of layers inlined per turn of the layer scan; results do not depend on it. 1
             compiles deep models quickly; a CPU trains a shallow model up to 1.7 times as fast
-            unrolled. Decoding has its own option (`sampling.SamplingConfig.inlined`).
+            unrolled.
         attention: How whole sequences are attended to. plain: XLA operations, on any platform;
             blocked: the same in blocks of queries, so that the [B, H, T, T] weights never exist
             whole; splash, cudnn: kernels for TPUs and GPUs.

@@ -21,15 +21,17 @@ from perl_jax.adapters.lora import LINEAR, LoRAConfig, output_norms
 from perl_jax.adapters.quantise import dense, is_quantised
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.fused import GROUPS
 from perl_jax.models.packing import gather
 from perl_jax.models.placement import Placement
-from perl_jax.models.stacks import is_transposed, to_columns, to_rows
 from perl_jax.runtime import precision, sharding
 from perl_jax.types import Array, Tree
 
 # (q_BTHK, k_BTNK, v_BTNK) -> out_BTHK over whole sequences; the function contains the mask.
 Attend = Callable[[Array, Array, Array], Array]
+
+
+# Attention projections with the same input, keyed by the name of their fused product.
+FUSED = {"qkv": ("q", "k", "v"), "o": ("o",)}
 
 
 class LoRAParam(nnx.Variable):
@@ -47,8 +49,8 @@ class AdapterSpec:
     Attributes:
         lora: Config of the adapter. None: no adapter.
         under: Projections with frozen pairs (`Adapter.under`).
-        fused: For fused attention (`models.fused`): names of the fused products that include pairs.
-            None: attention is not fused.
+        fused: For fused attention (`generation.fused`): names of the fused products that include
+            pairs. None: attention is not fused.
     """
 
     lora: LoRAConfig | None = None
@@ -160,20 +162,8 @@ class Linear(nnx.Module):
     def _product(self, x_ND: Array) -> jax.Array:
         """Returns x W."""
         kernel = self.kernel.get_value()
-        if is_transposed(kernel):
-            return to_rows(kernel.times_columns(to_columns(x_ND)))
         # A quantised matrix is cast; it has no gradient.
         return matmul(x_ND, dense(kernel).astype(x_ND.dtype) if is_quantised(kernel) else kernel)
-
-    @property
-    def turned(self) -> bool:
-        """Whether the layer is only a transposed matrix, without adapter and bias."""
-        return (
-            is_transposed(self.kernel.get_value())
-            and self.lora is None
-            and not self.has_under
-            and self.bias is None
-        )
 
     def _adapted(self, x_ND: Array, out_NF: Array, dropout_key: Array | None) -> jax.Array:
         """Returns x W + s (x A) B from x W = out_NF; for DoRA that times m / ||W + s A B||."""
@@ -200,8 +190,8 @@ class Linear(nnx.Module):
 class FusedLinear(nnx.Module):
     """Several linear layers of one input with their adapters, computed as few products.
 
-    The layers are x W + (x A) B + bias. The first product is with [W | A] (`models.fused`). Only
-    the output widths are fixed here; the ranks are those of the weights that are merged in.
+    The layers are x W + (x A) B + bias. The first product is with [W | A] (`generation.fused`).
+    Only the output widths are fixed here; the ranks are those of the weights that are merged in.
     """
 
     def __init__(
@@ -297,10 +287,10 @@ class Attention(nnx.Module):
         if self.fused:
             inputs = ((config.width, query), (config.width, key_value), (config.width, key_value))
             self.qkv = FusedLinear(
-                GROUPS["qkv"], config, "qkv" in adapted.fused, inputs, ("embed", "heads")
+                FUSED["qkv"], config, "qkv" in adapted.fused, inputs, ("embed", "heads")
             )
             self.o = FusedLinear(
-                GROUPS["o"],
+                FUSED["o"],
                 config,
                 "o" in adapted.fused,
                 ((query, config.width),),
@@ -384,26 +374,11 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
         """Returns the gated feed-forward layer's output, [B, T, D]."""
         x_ND = flatten_tokens(x_BTD)
-        if self.gate.turned and self.up.turned and self.down.turned:
-            return self._in_columns(x_ND).reshape(x_BTD.shape)
         features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
         gated_BTF = _gated(
             self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key))
         )
         return self.down(flatten_tokens(gated_BTF), key).reshape(x_BTD.shape)
-
-    def _in_columns(self, x_ND: Array) -> jax.Array:
-        """Returns the same output for transposed matrices, with tokens as columns in between.
-
-        For a single device only.
-        """
-        gate, up, down = (linear.kernel.get_value() for linear in (self.gate, self.up, self.down))
-        x_DN = to_columns(x_ND)
-        return to_rows(
-            down.times_columns(
-                _gated(self.activation, gate.times_columns(x_DN), up.times_columns(x_DN))
-            )
-        )
 
 
 class Block(nnx.Module):
@@ -518,14 +493,3 @@ class Embedder(nnx.Module):
         return attention.soft_cap(
             place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap
         )
-
-    def logits_by_columns(self, hidden_ND: Array) -> jax.Array:
-        """Returns logits_NV of few tokens, computed with tokens as columns (`stacks.Transposed`).
-
-        For a single device whose products are faster that way. The embedding already has the right
-        layout.
-        """
-        logits_VN = precision.matmul(
-            self.embedding[...].astype(hidden_ND.dtype), to_columns(hidden_ND), jnp.float32
-        )
-        return attention.soft_cap(to_rows(logits_VN), self.config.logit_cap)

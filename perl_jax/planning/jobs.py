@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.hub.tokenizer import word_tokenizer
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel, cast_frozen_role
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import preference
 from perl_jax.planning import starting
 from perl_jax.planning.pieces import (

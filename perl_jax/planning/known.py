@@ -110,9 +110,8 @@ PLANNED: dict[str, tuple[Known, ...]] = {
         ),
     ),
 }
-# Continuous batching on a CPU or GPU only: splits the base into layers, and joins the attention
-# projections.
-ELSEWHERE = ("part", "fuse")
+# Continuous batching on a GPU only: fuses the attention projections.
+ELSEWHERE = ("fuse",)
 # Operations that run outside a program -> the largest array that they may touch.
 APART: dict[str, Size] = {
     **dict.fromkeys(
@@ -124,7 +123,6 @@ APART: dict[str, Size] = {
             "_threefry_seed",
             "_threefry_fold_in",
             "_threefry_split",
-            "unstack",
             "stage",
             "_reduce_sum",
             "_reduce_any",

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
+from perl_jax.generation.cache import own_columns
 from perl_jax.hub.model import Model
-from perl_jax.models.cache import own_columns
 from perl_jax.runtime import sharding, trees
 from perl_jax.types import Tree
 

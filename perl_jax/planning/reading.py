@@ -9,27 +9,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.evaluation import compare, score
 from perl_jax.evaluation.best_of import BestOfConfig
 from perl_jax.evaluation.compare import EvaluateConfig
 from perl_jax.evaluation.score import ScoreConfig
 from perl_jax.generation import programs
+from perl_jax.generation.config import SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler, Slots, map_rows
-from perl_jax.generation.sampling import (
-    Rollout,
-    SamplingConfig,
-    adapted_kernels,
-    cast_pairs,
-    should_merge,
-)
+from perl_jax.generation.prepare import adapted_kernels, cast_pairs, should_merge
+from perl_jax.generation.sampling import Rollout
 from perl_jax.generation.text import GenerateConfig
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.export import ExportConfig
 from perl_jax.hub.model import Model, ModelOptions
 from perl_jax.hub.verify import PROBE
-from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.planning import starting
 from perl_jax.planning.pieces import (
     Jitted,

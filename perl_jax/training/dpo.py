@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data import targets
 from perl_jax.data.dataset import Dataset, Row, of_rows
@@ -19,7 +20,7 @@ from perl_jax.evaluation import statistics
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel, cast_frozen_role
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter, init_head
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, say_attention
-from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
 from perl_jax.rewards.scoring import Scorer

@@ -12,6 +12,7 @@ import pytest
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.adapters.quantise import QuantiseConfig, dense, is_quantised, quantise_leaf
 from perl_jax.errors import UserError
+from perl_jax.generation.decoding import decode, prefill
 from perl_jax.runtime import trees
 from tests import small
 
@@ -124,10 +125,12 @@ def test_more_bits_are_nearer():
 def test_cached_decoding_reads_the_quantised_base():
     base = quantised("int8")
     prompt_BP, valid_BP = TOKENS.tokens_BT[:2, :8], np.ones((2, 8), bool)
-    first_BV, cache = jax.jit(small.LM.prefill, static_argnums=4)(
-        base, None, prompt_BP, valid_BP, 2
+    first_BV, cache = jax.jit(prefill, static_argnums=(0, 5))(
+        small.LM, base, None, prompt_BP, valid_BP, 2
     )
-    second_BV, _ = jax.jit(small.LM.decode)(base, None, TOKENS.tokens_BT[:2, 8], cache)
+    second_BV, _ = jax.jit(decode, static_argnums=0)(
+        small.LM, base, None, TOKENS.tokens_BT[:2, 8], cache
+    )
     full_BTV = jax.jit(small.LM.logits)(base, None, TOKENS.tokens_BT[:2, :9], np.ones((2, 9), bool))
     np.testing.assert_allclose(first_BV, full_BTV[:, 7], atol=2e-5)
     np.testing.assert_allclose(second_BV, full_BTV[:, 8], atol=2e-5)

@@ -12,8 +12,8 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.generation import sampling
+from perl_jax.generation.config import SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
-from perl_jax.generation.sampling import SamplingConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import sharding
 from perl_jax.runtime.sharding import MeshConfig, make_mesh

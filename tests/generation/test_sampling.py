@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.generation import sampling
-from perl_jax.generation.sampling import SamplingConfig
+from perl_jax.generation import prepare, sampling
+from perl_jax.generation.config import SamplingConfig
 from perl_jax.hub import families
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import Tokenizer
@@ -290,11 +290,11 @@ def test_the_key_alone_decides_the_draws():
 
 
 def test_a_rows_draws_depend_on_its_number_alone():
-    # Three samples of each prompt, from shared prompts or from copies of them; in a growing cache;
+    # Three samples of each prompt, from shared prompts or from copies of them;
     # merged or not.
     config = SamplingConfig(C, stop_ids=(7,), pad_id=PAD)
     apart = sample(config, prompts=jax.tree.map(lambda x: np.repeat(x, 3, axis=0), PROMPTS))
-    for more in ({"stages": 4, "adapters": "merged"}, {"adapters": "applied"}):
+    for more in ({"adapters": "merged"}, {"adapters": "applied"}):
         shared = sample(dataclasses.replace(config, **more), samples=3)
         assert responses(shared) == responses(apart)
         np.testing.assert_allclose(shared.logp_BT, apart.logp_BT, atol=2e-5)
@@ -315,21 +315,21 @@ def test_a_cache_of_fewer_bits_has_nearly_the_same_logprobs():
 def test_merging_is_chosen_by_what_it_costs():
     # R D F once against R (D + F) a token, here D F / (D + F) = 16 to 32 tokens: few tokens are
     # applied, many merged.
-    assert not sampling.merging_pays(BASE, ADAPTER, 4) and sampling.merging_pays(BASE, ADAPTER, 400)
+    assert not prepare.merging_pays(BASE, ADAPTER, 4) and prepare.merging_pays(BASE, ADAPTER, 400)
     low = jax.tree.map(lambda leaf: leaf.astype(np.float16), BASE)
-    assert not sampling.merging_pays(low, ADAPTER, 400)
+    assert not prepare.merging_pays(low, ADAPTER, 400)
     assert (
-        sampling.prepare_for_decoding(
+        prepare.prepare_for_decoding(
             small.LM, BASE, ADAPTER, SamplingConfig(1, adapters="applied"), 400
         )[1]
         is ADAPTER
     )
-    assert sampling.prepare_for_decoding(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
+    assert prepare.prepare_for_decoding(small.LM, BASE, ADAPTER, SamplingConfig(1), 400)[1] is None
 
 
 def test_full_tuning_decodes_from_matrices_that_are_rounded_once():
     role = small.make_full(BASE)
-    read, adapter = sampling.prepare_for_decoding(
+    read, adapter = prepare.prepare_for_decoding(
         small.changed(dtype="bfloat16"), BASE, role, SamplingConfig(1), 400
     )
     assert adapter is None
@@ -427,13 +427,13 @@ def test_the_loop_ends_when_every_row_has():
     ("room", "stop_ids", "expected"), [(1, (), 0), (13, (), 12), (13, tuple(range(61)), 0)]
 )
 def test_no_token_is_decoded_that_none_follows(room, stop_ids, expected, monkeypatch):
-    counted, decode = [], LanguageModel.decode
+    counted, decode = [], sampling.decode
 
     def counting(*arguments):
         jax.debug.callback(lambda: counted.append(1))
         return decode(*arguments)
 
-    monkeypatch.setattr(LanguageModel, "decode", counting)
+    monkeypatch.setattr(sampling, "decode", counting)
     # A padding token of its own: what is traced here is no other test's program.
     rollout = jax.block_until_ready(
         sample(SamplingConfig(room, temperature=0.0, stop_ids=stop_ids, pad_id=59))
@@ -494,7 +494,6 @@ def test_a_batch_of_filler_samples_nothing():
             "sampling.cache is 'int4'; it must be one of auto, float32, bfloat16, int8.",
         ),
         ({"adapters": "folded"}, "sampling.adapters is 'folded'"),
-        ({"stages": 0}, "sampling.stages is 0"),
         ({"top_p": 0.0}, "sampling.top_p is 0.0; it must lie in (0, 1]."),
         ({"top_p": 1.5}, "sampling.top_p is 1.5"),
     ],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
+from perl_jax.generation.decoding import decode, prefill
 from perl_jax.hub import families, peft, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import trees
@@ -180,10 +181,10 @@ def test_cached_decoding_equals_the_full_forward(case):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(lm, base, prompt, new_BC):
-    first_BV, cache = lm.prefill(base, None, prompt.tokens_BT, prompt.valid_BT, 18)
+    first_BV, cache = prefill(lm, base, None, prompt.tokens_BT, prompt.valid_BT, 18)
 
     def step(cache, token_B):
-        logits_BV, cache = lm.decode(base, None, token_B, cache)
+        logits_BV, cache = decode(lm, base, None, token_B, cache)
         return cache, logits_BV
 
     return first_BV, jnp.swapaxes(jax.lax.scan(step, cache, new_BC.T)[1], 0, 1)

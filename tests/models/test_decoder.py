@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from perl_jax.adapters.full import full_weights
 from perl_jax.errors import UserError
+from perl_jax.generation.decoding import decode, prefill
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.decoder import AdapterSpec, Block, Embedder, Linear, matmul
-from perl_jax.models.language_model import full_weights, last_valid
+from perl_jax.models.language_model import last_valid
 from perl_jax.models.packing import pack
 from perl_jax.models.placement import Placement
 from perl_jax.runtime import trees
@@ -40,10 +42,12 @@ def test_adapters_and_full_weights_differ_from_the_base():
 @functools.partial(jax.jit, static_argnums=0)
 def teacher_forced(lm, role, prompt, new_BC):
     """Logits of prefilling a prompt and then decoding given tokens one by one, and the cache."""
-    first_BV, cache = lm.prefill(BASE, role, prompt.tokens_BT, prompt.valid_BT, new_BC.shape[1] + 2)
+    first_BV, cache = prefill(
+        lm, BASE, role, prompt.tokens_BT, prompt.valid_BT, new_BC.shape[1] + 2
+    )
 
     def step(cache, token_B):
-        logits_BV, cache = lm.decode(BASE, role, token_B, cache)
+        logits_BV, cache = decode(lm, BASE, role, token_B, cache)
         return cache, logits_BV
 
     cache, rest_CBV = jax.lax.scan(step, cache, new_BC.T)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax.adapters.full import full_weights
 from perl_jax.models import attention, passes
 from perl_jax.models import microbatches as microbatches_lib
-from perl_jax.models.language_model import full_weights
 from perl_jax.models.packing import pack
 from perl_jax.objectives import policy_gradient, supervised
 from perl_jax.objectives.algorithms import AlgorithmConfig

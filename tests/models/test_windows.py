@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from perl_jax.generation import sampling
+from perl_jax.generation.config import SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
-from perl_jax.generation.sampling import SamplingConfig
+from perl_jax.generation.decoding import decode, prefill
 from perl_jax.hub import families
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.model import attention_paths, for_devices
-from perl_jax.models import stacks
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.layer_kinds import periodic_scans
@@ -62,38 +62,32 @@ def test_only_some_of_the_layers_are_cut():
     assert periodic_scans("lglglgll", 1, 6) == [(1, 5, 2), (5, 6, 1)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def decoded(lm: LanguageModel, parts: bool, rooms: tuple[int, ...], base, adapter, new_BC):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decoded(lm: LanguageModel, columns: int, base, adapter, new_BC):
     """Logits of given tokens, decoded one after the other behind PROMPTS."""
-    base = base | {"layers": stacks.unstack(base["layers"])} if parts else base
-    first_PV, cache = lm.prefill(
-        base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, rooms[0], SAMPLES
+    first_PV, cache = prefill(
+        lm, base, adapter, PROMPTS.tokens_BT, PROMPTS.valid_BT, columns, SAMPLES
     )
 
     def step(cache, token_B):
-        logits_BV, cache = lm.decode(base, adapter, token_B, cache)
+        logits_BV, cache = decode(lm, base, adapter, token_B, cache)
         return cache, logits_BV
 
-    out = [jnp.repeat(first_PV, SAMPLES, axis=0)[None]]
-    for start, stop in zip((0, *rooms), rooms, strict=False):
-        cache = cache.grown(stop)
-        cache, logits_CBV = jax.lax.scan(step, cache, new_BC.T[start:stop])
-        out.append(logits_CBV)
-    return jnp.swapaxes(jnp.concatenate(out), 0, 1)
+    first_1BV = jnp.repeat(first_PV, SAMPLES, axis=0)[None]
+    _, logits_CBV = jax.lax.scan(step, cache, new_BC.T)
+    return jnp.swapaxes(jnp.concatenate([first_1BV, logits_CBV]), 0, 1)
 
 
 @pytest.mark.parametrize(
-    ("lm", "parts", "rooms"),
+    ("lm", "columns"),
     [
-        (MIXED, False, (STEPS,)),
-        pytest.param(MIXED, True, (2, STEPS), marks=pytest.mark.slow),
-        pytest.param(MIXED, False, (3, 6, STEPS), marks=pytest.mark.slow),
-        pytest.param(EVERY, False, (2, STEPS), marks=pytest.mark.slow),
-        pytest.param(EVERY, True, (STEPS,), marks=pytest.mark.slow),
+        (MIXED, STEPS),
+        pytest.param(MIXED, STEPS + 2, marks=pytest.mark.slow),
+        pytest.param(EVERY, STEPS, marks=pytest.mark.slow),
     ],
-    ids=["mixed", "mixed-inlined", "mixed-growing", "every", "every-inlined"],
+    ids=["mixed", "mixed-spare", "every"],
 )
-def test_a_cache_of_the_windows_length_gives_the_logits_of_the_whole_sequence(lm, parts, rooms):
+def test_a_cache_of_the_windows_length_gives_the_logits_of_the_whole_sequence(lm, columns):
     base, adapter = small.make_base(lm), small.make_adapter(lm)
     rows = SAMPLES * len(PROMPTS.tokens_BT)
     new_BC = np.random.default_rng(3).integers(61, size=(rows, STEPS), dtype=np.int32)
@@ -105,14 +99,14 @@ def test_a_cache_of_the_windows_length_gives_the_logits_of_the_whole_sequence(lm
     expected = np.concatenate(
         [full_BTV[np.arange(rows), last_B][:, None], full_BTV[:, 17:]], axis=1
     )
-    found = decoded(lm, parts, rooms, base, adapter, new_BC)
+    found = decoded(lm, columns, base, adapter, new_BC)
     np.testing.assert_allclose(found, expected, atol=3e-5)
     np.testing.assert_array_equal(np.argmax(found, axis=-1), np.argmax(expected, axis=-1))
 
 
 def cache_of(lm: LanguageModel, room: int, kind: str = "auto"):
-    read = lambda base: lm.prefill(
-        base, None, PROMPTS.tokens_BT, PROMPTS.valid_BT, room, SAMPLES, kind
+    read = lambda base: prefill(
+        lm, base, None, PROMPTS.tokens_BT, PROMPTS.valid_BT, room, SAMPLES, kind
     )[1]
     return jax.eval_shape(read, lm.abstract_base())
 
@@ -219,11 +213,11 @@ def test_gemma_3_decodes_beyond_its_window():
     @jax.jit
     def both(base):
         hidden_BTD = lm.hidden(base, None, tokens_BT, valid_BT)
-        full = lm._logits(base, None, hidden_BTD[:, length - 1 :], lm._place())
-        first_BV, cache = lm.prefill(base, None, tokens_BT[:, :length], valid_BT[:, :length], more)
+        full = lm.logits_of(base, None, hidden_BTD[:, length - 1 :], lm.placement())
+        first_BV, cache = prefill(lm, base, None, tokens_BT[:, :length], valid_BT[:, :length], more)
 
         def step(cache, token_B):
-            logits_BV, cache = lm.decode(base, None, token_B, cache)
+            logits_BV, cache = decode(lm, base, None, token_B, cache)
             return cache, logits_BV
 
         cache, rest = jax.lax.scan(step, cache, tokens_BT.T[length:])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from perl_jax.adapters.full import full_weights
 from perl_jax.errors import UserError
-from perl_jax.models.language_model import full_weights
 from perl_jax.objectives import supervised as supervised_lib
 from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runtime import sharding, trees

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax.adapters.full import full_weights
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.data.config import DataConfig
 from perl_jax.errors import TrainingError
@@ -16,7 +17,7 @@ from perl_jax.generation import sampling
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.sampling import Rollout
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel, full_weights
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards.shaping import ShapingConfig

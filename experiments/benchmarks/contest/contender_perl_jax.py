@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import work
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_rows
@@ -27,7 +28,6 @@ from perl_jax.generation import programs as programs_lib
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, load_model
-from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.rewards import compose, scoring
 from perl_jax.runtime import sharding

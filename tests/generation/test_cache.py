@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from perl_jax.generation.cache import CacheEntry, cache_entry
+from perl_jax.generation.decoding import attend_cached, decode, prefill
 from perl_jax.models import attention
-from perl_jax.models.cache import CacheEntry, attend_cached, cache_entry
 from perl_jax.types import Tokens
 from tests import small
 
@@ -98,22 +99,18 @@ def test_a_first_token_without_a_prompt_is_its_own_value():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def decoded(lm, prompt: Tokens, samples: int, rooms: tuple[int, ...], new_BC):
-    """Logits of decoding given tokens, the cache growing to each room in turn; then columns are
-    used again.
-    """
-    first_PV, cache = lm.prefill(BASE, ROLE, prompt.tokens_BT, prompt.valid_BT, rooms[0], samples)
+def decoded(lm, prompt: Tokens, samples: int, columns: int, new_BC):
+    """Logits of decoding given tokens behind the prompts."""
+    first_PV, cache = prefill(lm, BASE, ROLE, prompt.tokens_BT, prompt.valid_BT, columns, samples)
     out = [jnp.repeat(first_PV, samples, axis=0)]
     for step in range(new_BC.shape[1]):
-        if step in rooms:
-            cache = cache.grown(rooms[rooms.index(step) + 1])
-        logits_BV, cache = lm.decode(BASE, ROLE, new_BC[:, step], cache)
+        logits_BV, cache = decode(lm, BASE, ROLE, new_BC[:, step], cache)
         out.append(logits_BV)
     return jnp.stack(out, axis=1)
 
 
-@pytest.mark.parametrize("rooms", [(6,), (2, 3, 6)])
-def test_samples_of_a_prompt_share_what_was_read_once(rooms):
+@pytest.mark.parametrize("columns", [5, 6])
+def test_samples_of_a_prompt_share_what_was_read_once(columns):
     # Left-padded and unpadded prompts, three rows each, against the whole sequences without a
     # cache.
     prompt = small.make_tokens([("none", 6), ("left", 4)], 6)
@@ -123,5 +120,5 @@ def test_samples_of_a_prompt_share_what_was_read_once(rooms):
     valid_BT = np.concatenate([wide(prompt.valid_BT), np.ones(new_BC.shape, bool)], axis=1)
     full_BTV = small.logits(small.LM, BASE, ROLE, Tokens(tokens_BT, valid_BT, valid_BT))
     np.testing.assert_allclose(
-        decoded(small.LM, prompt, SAMPLES, rooms, new_BC), full_BTV[:, 5:], atol=2e-5
+        decoded(small.LM, prompt, SAMPLES, columns, new_BC), full_BTV[:, 5:], atol=2e-5
     )

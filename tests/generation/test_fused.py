@@ -12,10 +12,9 @@ import pytest
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters import quantise
 from perl_jax.adapters.lora import LoRAConfig
-from perl_jax.generation import sampling
+from perl_jax.generation import fused, prepare, sampling
+from perl_jax.generation.config import SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
-from perl_jax.generation.sampling import SamplingConfig
-from perl_jax.models import fused
 from perl_jax.runtime import trees
 from perl_jax.types import Prompts
 from tests import small
@@ -32,7 +31,7 @@ def logits_of(lm, base, adapter):
 
 def read(lm, base, adapter, config=dataclasses.replace(CONFIG, fused=True)):
     """What decoding reads: it must be fused, and beside it no pair of attention may be left."""
-    base, adapter = sampling.prepare_for_decoding(lm, base, adapter, config, 10**6)
+    base, adapter = prepare.prepare_for_decoding(lm, base, adapter, config, 10**6)
     assert (
         set(base["layers"]["attention"]) >= {"qkv", "o"} and "q" not in base["layers"]["attention"]
     )
@@ -141,7 +140,7 @@ def test_dora_and_quantised_matrices_stay_as_they_are():
         base,
     )
     assert not fused.fusible(eight, None)
-    kept, adapter = sampling.prepare_for_decoding(
+    kept, adapter = prepare.prepare_for_decoding(
         small.LM, base, dora, dataclasses.replace(CONFIG, fused=True), 10**6
     )
     assert kept is base and adapter is dora

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import is_quantised
+from perl_jax.models.decoder import FUSED
 from perl_jax.runtime import trees
 from perl_jax.types import Array, Tree
 
-# Projections with the same input, keyed by the name of their fused product.
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",)}
 # Rows of a matrix are padded to a multiple of this many columns, 128 bytes in bfloat16, so that
 # each row begins at an aligned address.
 ALIGNED = 64
@@ -61,7 +60,7 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
     layers = kernels["q"].shape[0]
     pairs = {} if adapter is None else trees.named_leaves(lora_lib.summed_pairs(adapter, layers))
-    for group, names in GROUPS.items():
+    for group, names in FUSED.items():
         own, widths = [kernels[name] for name in names], [kernels[name].shape[-1] for name in names]
         downs, ups, start = [], [], 0
         for name, width in zip(names, widths, strict=True):

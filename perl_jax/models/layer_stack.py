@@ -1,0 +1,241 @@
+"""Runs all layers of a model as scans over their stacked weights.
+
+Layers form runs with and without an adapter, and a run is scanned by its repeating pattern of layer
+kinds. So the number of layers that are compiled does not grow with the depth of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters.lora import Adapter
+from perl_jax.models.config import ModelConfig
+from perl_jax.models.decoder import FUSED, AdapterSpec, Block
+from perl_jax.models.layer_kinds import adapter_runs, periodic_scans
+from perl_jax.models.network import network
+from perl_jax.models.placement import Placement, save_all_but_weights
+from perl_jax.types import Array, Tree
+
+# (block, x, the layer's entries of `per_layer`, its kind, its entry of `caches`) -> (x, output).
+Layer = Callable[[Block, jax.Array, Any, Hashable, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+    """The layers of a model with their weights and adapters, ready to run.
+
+    Attributes:
+        config: Shape and options of the decoder.
+        place: Sharding constraints of the pass.
+        weights: The layers' weights, leaves stacked over L.
+        adapter: The adapter; None: the base itself.
+        base_shardings: Shardings of `weights`, keyed by path name within a layer.
+        lora_shardings: Shardings of the adapter's leaves, keyed likewise.
+    """
+
+    config: ModelConfig
+    place: Placement
+    weights: Tree
+    adapter: Adapter | None
+    base_shardings: Mapping[str, NamedSharding]
+    lora_shardings: Mapping[str, NamedSharding]
+
+    def run(
+        self,
+        layer: Layer,
+        x: jax.Array,
+        per_layer: Tree = None,
+        *,
+        kinds: Sequence[Hashable] | None = None,
+        caches: Mapping[Hashable, Tree] | None = None,
+        backward: bool = False,
+        last: Layer | None = None,
+    ) -> tuple[jax.Array, dict[Hashable, Tree]]:
+        """Runs all layers; returns x after the last one, and the layers' outputs.
+
+        The outputs are a dict from each kind to the outputs of the layers of this kind, stacked.
+        Layers below the lowest adapted one have no backward pass, because nothing in them is
+        trained.
+
+        Args:
+            layer: Runs one layer.
+            x: Input of the first layer.
+            per_layer: Leaves [L, ...] of which each layer gets its own entry; None: nothing.
+            kinds: A static argument for each layer, such as its window. None: None for all.
+            caches: For each kind, leaves stacked over the layers of this kind, of which each layer
+                gets its own entry. None: None for all.
+            backward: Whether there may be a backward pass. Only then `config.remat` and
+                `config.unroll` are read.
+            last: Replaces `layer` for the last layer; its x may have another shape.
+        """
+        number = self.config.layers
+        kinds = (None,) * number if kinds is None else tuple(kinds)
+        members = {kind: [i for i in range(number) if kinds[i] == kind] for kind in kinds}
+        caches = dict.fromkeys(members) if caches is None else caches
+        # Index of each layer among those of its kind.
+        order_L = jnp.array([members[kind].index(i) for i, kind in enumerate(kinds)], jnp.int32)
+        stacks = (self.weights, self._under, per_layer)
+        outs: dict[Hashable, list[Tree]] = {kind: [] for kind in members}
+        for start, stop, period, adapted in self._scans(kinds, last is not None):
+            alike = kinds[start : start + period]
+            through = layer if last is None or stop < number else last
+            # One scan of all layers reads the stacks as its inputs. Otherwise each layer picks its
+            # own entries: slicing a run out of the stacks would copy the run.
+            whole = stop - start == number and period == 1
+
+            def turn(x: jax.Array, inputs: tuple) -> tuple[jax.Array, list[Tree]]:
+                """Runs the consecutive layers of one repetition of the scan."""
+                index, loras, taken = inputs
+                made = []
+                for offset, kind in enumerate(alike):
+                    if whole:
+                        (weights, under, leaves), cache = taken
+                    else:
+                        pick = functools.partial(_picked, index + offset)
+                        weights, under, leaves = jax.tree.map(pick, stacks)
+                        order = (
+                            index + offset
+                            if len(members) == 1
+                            else _picked(index + offset, order_L)
+                        )
+                        cache = jax.tree.map(functools.partial(_picked, order), caches[kind])
+                    # An entry taken by an index would be kept for the backward pass; an input of
+                    # the scan is there already.
+                    mine = loras if period == 1 else jax.tree.map(lambda leaf: leaf[offset], loras)
+                    block = self._block(weights, mine, under)
+                    x, out = through(block, x, leaves, kind, cache)
+                    made.append(out)
+                return x, made
+
+            turn = self._rematerialised(turn, picked=not whole) if backward else turn
+            inputs = (
+                jnp.arange(start, stop, period),
+                self._loras(start, stop, period) if adapted else None,
+                (stacks, caches[kinds[0]]) if whole else None,
+            )
+            if through is last:
+                x, made = turn(x, jax.tree.map(lambda leaf: leaf[0], inputs))
+                made = jax.tree.map(lambda leaf: leaf[None], made)
+            else:
+                unroll = min(self.config.unroll, stop - start) if backward else 1
+                x, made = jax.lax.scan(turn, x, inputs, unroll=unroll)
+            for kind in dict.fromkeys(alike):
+                own = [out for out, other in zip(made, alike, strict=True) if other == kind]
+                outs[kind].append(jax.tree.map(_interleaved, *own))
+        return x, {kind: jax.tree.map(_concatenated, *parts) for kind, parts in outs.items()}
+
+    def _scans(
+        self, kinds: Sequence[Hashable], last_apart: bool
+    ) -> list[tuple[int, int, int, bool]]:
+        """Returns the scans (start, stop, period, whether its layers have an adapter)."""
+        return [
+            (*scan, adapted)
+            for first, stop, adapted in adapter_runs(
+                self._adapted_layers, self.config.layers, last_apart
+            )
+            for scan in periodic_scans(kinds, first, stop)
+        ]
+
+    @property
+    def _adapted_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with an adapter."""
+        if self.adapter is None or self.adapter.lora is None:
+            return ()
+        return self.adapter.config.adapted_layers(self.config.layers)
+
+    @property
+    def _under(self) -> Tree:
+        """The frozen pairs under the adapter, leaves stacked over L; None: there are none."""
+        return (
+            None
+            if self.adapter is None or self.adapter.under is None
+            else self.adapter.under["layers"]
+        )
+
+    def _loras(self, start: int, stop: int, period: int) -> Tree:
+        """Returns the adapter's leaves of some layers, [repetitions, period, ...].
+
+        With period 1 they are [layers, ...].
+        """
+        first = self._adapted_layers.index(start)
+        shape = (-1,) if period == 1 else (-1, period)
+        return jax.tree.map(
+            lambda leaf: leaf[first : first + stop - start].reshape(*shape, *leaf.shape[1:]),
+            self.adapter.lora["layers"],
+        )
+
+    def _block(self, weights: Tree, mine: Tree | None, under: Tree | None) -> Block:
+        """Returns the module of one layer with its leaves, sharded as `place` reads them.
+
+        Args:
+            weights: The layer's weights.
+            mine: The leaves of its adapter; None: it has none.
+            under: Its frozen pairs; None: it has none.
+        """
+        trained = self.adapter is not None and self.adapter.weights is not None
+        # Trained weights are moved in the activations' dtype; frozen ones already have it.
+        weights = self.place.weights(
+            weights, self.base_shardings, self.config.dtype if trained else None
+        )
+        mine = self.place.weights(mine, self.lora_shardings)
+        attention = weights["attention"]
+        spec = AdapterSpec(
+            lora=None if mine is None else self.adapter.config,
+            under=() if under is None else tuple(lora_lib.under_ranks(under)),
+            fused=tuple(name for name in FUSED if "up" in attention[name])
+            if "qkv" in attention
+            else None,
+        )
+        leaves = (part for part in (weights, mine, under) if part is not None)
+        return nnx.merge(network(self.config, spec).block, *leaves)
+
+    def _rematerialised(self, turn: Callable, picked: bool) -> Callable:
+        """Returns a function that keeps for the backward pass only what `config.remat` says.
+
+        It never keeps gathered weights. picked: whether a layer takes its weights out of a stack.
+        """
+        if self.config.remat == "none":
+            if not picked and (self.place.mesh is None or self.place.mesh.shape["fsdp"] == 1):
+                return turn
+            return jax.checkpoint(turn, prevent_cse=False, policy=save_all_but_weights)
+        policies = jax.checkpoint_policies
+        kept = {
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "full": policies.nothing_saveable,
+        }[self.config.remat]
+        return jax.checkpoint(turn, prevent_cse=False, policy=kept)
+
+
+def within_a_layer(shardings: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
+    """Returns the shardings of the layers' leaves, keyed by path name within a layer."""
+    return {
+        name.removeprefix("layers/"): sharding
+        for name, sharding in shardings.items()
+        if name.startswith("layers/")
+    }
+
+
+def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
+    """Returns entry `index` of a leaf that is stacked over layers."""
+    return jax.lax.dynamic_index_in_dim(leaf_L, index, keepdims=False)
+
+
+def _interleaved(*leaves: jax.Array) -> jax.Array:
+    """Returns [layers, ...] in the order of the layers, given each offset's [repetitions, ...]."""
+    if len(leaves) == 1:
+        return leaves[0]
+    return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
+
+def _concatenated(*parts: jax.Array) -> jax.Array:
+    """Returns the outputs of several scans, concatenated along the layers."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
