@@ -36,6 +36,13 @@ class CacheEntry:
     values: Array
     scale: Array | None = None
 
+    def grown(self, more: int) -> CacheEntry:
+        """Returns the entry with `more` empty token columns after the last."""
+        pad = lambda x, axis: jnp.pad(
+            x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        )
+        return CacheEntry(pad(self.values, -2), None if self.scale is None else pad(self.scale, -1))
+
     def with_token(self, new: CacheEntry, column: Array) -> CacheEntry:
         """Returns the entry with one token written to a column.
 
@@ -136,6 +143,17 @@ class WindowCache:
             )[:, 0]
         )
 
+    def grown(self, max_new_tokens: int) -> WindowCache:
+        """Returns the cache with columns for `max_new_tokens` tokens; new columns come last."""
+        more = own_columns(max_new_tokens, self.window) - self.own_visible_BC.shape[1]
+        pad = lambda x_BC: jnp.pad(x_BC, ((0, 0), (0, more)))
+        return self.replace(
+            own_k=self.own_k.grown(more),
+            own_v=self.own_v.grown(more),
+            own_visible_BC=pad(self.own_visible_BC),
+            own_position_BC=pad(self.own_position_BC),
+        )
+
     def appended(
         self, k_LB1NK: Array, v_LB1NK: Array, position_B: Array, step: Array, kind: CacheKind
     ) -> WindowCache:
@@ -172,6 +190,13 @@ class KVCache:
     parts: tuple[WindowCache, ...]
     position_B: Array
     step: Array
+
+    def grown(self, max_new_tokens: int) -> KVCache:
+        """Returns the cache with columns for `max_new_tokens` tokens per row.
+
+        Call it before any column is reused.
+        """
+        return self.replace(parts=tuple(part.grown(max_new_tokens) for part in self.parts))
 
 
 def own_columns(max_new_tokens: int, window: int | None) -> int:

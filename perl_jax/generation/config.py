@@ -58,6 +58,8 @@ class SamplingConfig:
         stop_ids: Tokens that end a row; the stop token is part of the response.
         pad_id: Token in the columns after the end.
         cache: Dtype of the cached keys and values; auto: the activations' dtype.
+        stages: Number of steps in which the cache grows. A token then reads fewer empty columns,
+            but the cache exists twice for a moment when it grows.
         adapters: applied: compute the adapter for every token; merged: merge it into a copy of the
             base; auto: what costs less (`prepare_for_decoding`).
         fused: Compute attention's projections and their adapters as few large products, from a copy
@@ -71,12 +73,14 @@ class SamplingConfig:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
     cache: CacheKind = "auto"
+    stages: int = 1
     adapters: Literal["auto", "applied", "merged"] = "auto"
     fused: bool = False
 
     def __post_init__(self) -> None:
         errors.whole("sampling.max_new_tokens", self.max_new_tokens)
         errors.positive("sampling.temperature", self.temperature, zero=True)
+        errors.whole("sampling.stages", self.stages)
         errors.one_of("sampling.cache", self.cache, CACHES)
         errors.one_of("sampling.adapters", self.adapters, ADAPTERS)
         if self.top_k is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -30,6 +31,8 @@ def sampling_config(
         and model.mesh.shape["fsdp"] == model.mesh.shape["tensor"] == 1
     )
     settings = {
+        # On a CPU reading empty cache columns costs a seventh of the time of a decoding step.
+        "stages": 2 if platform_of(model.mesh) == "cpu" and max_new_tokens >= 64 else 1,
         "fused": fused,
         "stop_ids": model.tokenizer.stop_ids,
         "pad_id": model.tokenizer.pad_id,
@@ -57,7 +60,7 @@ def sample_program(
     if rollout.slots is not None:
         return ContinuousSampler(
             model.lm,
-            sampler,
+            dataclasses.replace(sampler, stages=1),
             samples,
             rollout.slots,
             quantised=model.quantise.kind != "none",

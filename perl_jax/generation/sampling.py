@@ -160,8 +160,12 @@ def sample(
     base, adapter = prepare_for_decoding(
         lm, base, adapter, config, tokens_PS.size + rows * max_new_tokens
     )
+    # Largest number of tokens of each stage.
+    limits = sorted(
+        {-(-max_new_tokens * stage // config.stages) for stage in range(1, config.stages + 1)}
+    )
     logits_PV, cache = prefill(
-        lm, base, adapter, tokens_PS, valid_PS, max_new_tokens, samples, config.cache
+        lm, base, adapter, tokens_PS, valid_PS, limits[0], samples, config.cache
     )
     key_B = row_keys(key, jnp.arange(rows))
 
@@ -199,8 +203,12 @@ def sample(
         jnp.int32(0), repeated(logits_PV), (done_B, tokens_BC, logp_BC, length_B)
     )
     carry = (jnp.int32(1), token_B, cache, made)
-    goes_on = lambda carry: (carry[0] < max_new_tokens) & ~jnp.all(carry[3][0])
-    step, _, _, (_, tokens_BC, logp_BC, length_B) = jax.lax.while_loop(goes_on, advance, carry)
+    for limit in limits:
+        step, token_B, cache, made = carry
+        carry = (step, token_B, cache.grown(limit), made)
+        goes_on = lambda carry, limit=limit: (carry[0] < limit) & ~jnp.all(carry[3][0])
+        carry = jax.lax.while_loop(goes_on, advance, carry)
+    step, _, _, (_, tokens_BC, logp_BC, length_B) = carry
     return make_rollout(
         repeated(tokens_PS.astype(jnp.int32)),
         repeated(valid_PS.astype(bool)),

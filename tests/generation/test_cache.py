@@ -99,17 +99,21 @@ def test_a_first_token_without_a_prompt_is_its_own_value():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def decoded(lm, prompt: Tokens, samples: int, columns: int, new_BC):
-    """Logits of decoding given tokens behind the prompts."""
-    first_PV, cache = prefill(lm, BASE, ROLE, prompt.tokens_BT, prompt.valid_BT, columns, samples)
+def decoded(lm, prompt: Tokens, samples: int, columns: tuple[int, ...], new_BC):
+    """Logits of decoding given tokens; at the steps in `columns` the cache grows to the next."""
+    first_PV, cache = prefill(
+        lm, BASE, ROLE, prompt.tokens_BT, prompt.valid_BT, columns[0], samples
+    )
     out = [jnp.repeat(first_PV, samples, axis=0)]
     for step in range(new_BC.shape[1]):
+        if step in columns:
+            cache = cache.grown(columns[columns.index(step) + 1])
         logits_BV, cache = decode(lm, BASE, ROLE, new_BC[:, step], cache)
         out.append(logits_BV)
     return jnp.stack(out, axis=1)
 
 
-@pytest.mark.parametrize("columns", [5, 6])
+@pytest.mark.parametrize("columns", [(6,), (2, 3, 6)])
 def test_samples_of_a_prompt_share_what_was_read_once(columns):
     # Left-padded and unpadded prompts, three rows each, against the whole sequences without a
     # cache.

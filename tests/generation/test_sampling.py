@@ -290,11 +290,11 @@ def test_the_key_alone_decides_the_draws():
 
 
 def test_a_rows_draws_depend_on_its_number_alone():
-    # Three samples of each prompt, from shared prompts or from copies of them;
+    # Three samples of each prompt, from shared prompts or from copies of them; in a growing cache;
     # merged or not.
     config = SamplingConfig(C, stop_ids=(7,), pad_id=PAD)
     apart = sample(config, prompts=jax.tree.map(lambda x: np.repeat(x, 3, axis=0), PROMPTS))
-    for more in ({"adapters": "merged"}, {"adapters": "applied"}):
+    for more in ({"stages": 4, "adapters": "merged"}, {"adapters": "applied"}):
         shared = sample(dataclasses.replace(config, **more), samples=3)
         assert responses(shared) == responses(apart)
         np.testing.assert_allclose(shared.logp_BT, apart.logp_BT, atol=2e-5)
@@ -493,6 +493,7 @@ def test_a_batch_of_filler_samples_nothing():
             {"cache": "int4"},
             "sampling.cache is 'int4'; it must be one of auto, float32, bfloat16, int8.",
         ),
+        ({"stages": 0}, "sampling.stages is 0"),
         ({"adapters": "folded"}, "sampling.adapters is 'folded'"),
         ({"top_p": 0.0}, "sampling.top_p is 0.0; it must lie in (0, 1]."),
         ({"top_p": 1.5}, "sampling.top_p is 1.5"),
