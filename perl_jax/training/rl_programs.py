@@ -7,11 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter
 from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
-from perl_jax.models.language_model import cast_frozen_role
 from perl_jax.objectives import policy_gradient
 from perl_jax.runtime import sharding
 from perl_jax.runtime.programs import SHAPES, Program
