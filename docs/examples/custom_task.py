@@ -5,7 +5,7 @@ import numpy as np
 import perl_jax as pj
 
 
-def rows(kind, split, options):
+def rows(kind, split, config):
     """Sums of two numbers; the last digit of the first decides the split."""
     parts = {"train": range(8), "validation": [8], "test": [9]}[split]
     for a, b in ((10 * tens + last, b) for last in parts for tens in range(3) for b in range(10)):

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 
-from perl_jax.data.store import DataOptions
+from perl_jax.data.store import cache_folder
 from perl_jax.data.upstream import fetch
 from perl_jax.errors import UserError, require
 from perl_jax.runtime.files import read_json
@@ -264,7 +264,7 @@ def read_redial(data_dir: str | None) -> ReDial:
     be read.
     """
     if data_dir is None:
-        folder = download(DataOptions().cache_path / "redial-849e9eb")
+        folder = download(cache_folder() / "redial-849e9eb")
     else:
         folder = pathlib.Path(data_dir).expanduser()
         require(

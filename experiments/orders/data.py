@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from perl_jax.data.store import SPLITS, TENTHS, DataOptions, RowsBuilder, part_of
+from perl_jax.data.config import DataConfig
+from perl_jax.data.store import SPLITS, TENTHS, RowsBuilder, part_of
 from perl_jax.data.tasks import PreparedTask
 
 from . import language
@@ -411,12 +412,12 @@ class OrdersBuilder(RowsBuilder):
         return dict.fromkeys(SIZES_OF_SPLITS, SPLITS)
 
     @classmethod
-    def content(cls, kind: str, options: DataOptions) -> object:
-        return {"seed": options.seed, "sizes": {split: options.size(split) for split in SPLITS}}
+    def content(cls, kind: str, config: DataConfig) -> object:
+        return {"seed": config.data_seed, "sizes": {split: config.size(split) for split in SPLITS}}
 
     @classmethod
-    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
-        return rows(kind, split, options.seed, options.size(split))
+    def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
+        return rows(kind, split, config.data_seed, config.size(split))
 
 
 # `--data.task experiments/orders/data.py:ORDERS`

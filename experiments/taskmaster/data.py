@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from perl_jax.data import store, upstream
-from perl_jax.data.store import SPLITS, DataOptions, RowsBuilder
+from perl_jax.data.config import DataConfig
+from perl_jax.data.store import SPLITS, RowsBuilder
 from perl_jax.data.tasks import PreparedTask
 from perl_jax.data.upstream import fetch, local_files, read_lists
 from perl_jax.errors import UserError, require
@@ -199,39 +200,39 @@ class TaskmasterBuilder(RowsBuilder):
         return KIND_SPLITS
 
     @classmethod
-    def files(cls, options: DataOptions, what: str, base_url: str = BASE_URL) -> list[pathlib.Path]:
+    def files(cls, config: DataConfig, what: str, base_url: str = BASE_URL) -> list[pathlib.Path]:
         """Returns the files of upstream's folder `reward` or `data`, downloaded if necessary.
 
         Returns no files for dialogues that are not downloaded and not in the local copy.
         """
         folder = f"{cls.folder}/{what}"
-        if options.data_dir is not None:
+        if config.data_dir is not None:
             optional = what == "data" and not cls.data_count
-            absent = not (pathlib.Path(options.data_dir).expanduser() / folder).is_dir()
-            return [] if optional and absent else local_files(options.data_dir, folder)
+            absent = not (pathlib.Path(config.data_dir).expanduser() / folder).is_dir()
+            return [] if optional and absent else local_files(config.data_dir, folder)
         count = cls.reward_count if what == "reward" else cls.data_count
-        cached = options.cache_path / "downloads" / f"taskmaster-{COMMIT[:7]}"
+        cached = store.cache_folder() / "downloads" / f"taskmaster-{COMMIT[:7]}"
         return [
             fetch(base_url, f"{folder}/{what}_{index:02}.json", cached) for index in range(count)
         ]
 
     @classmethod
     def kind_files(
-        cls, kind: str, options: DataOptions
+        cls, kind: str, config: DataConfig
     ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         """Returns (files of reward rows, files of dialogues) that a kind is made from."""
         whole = kind in ("demonstrations", "corpus")
-        return cls.files(options, "reward"), cls.files(options, "data") if whole else []
+        return cls.files(config, "reward"), cls.files(config, "data") if whole else []
 
     @classmethod
-    def content(cls, kind: str, options: DataOptions) -> object:
+    def content(cls, kind: str, config: DataConfig) -> object:
         """Returns the hashes of the files that a kind of rows is made from."""
-        return [[file_hash(path) for path in paths] for paths in cls.kind_files(kind, options)]
+        return [[file_hash(path) for path in paths] for paths in cls.kind_files(kind, config)]
 
     @classmethod
-    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+    def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
         """Returns the rows of a split, made from upstream's files."""
-        reward_files, data_files = cls.kind_files(kind, options)
+        reward_files, data_files = cls.kind_files(kind, config)
         reward_rows = read_lists(reward_files)
         if data_files:
             found = dialogues(read_lists(data_files), cls.read, greeting_of(reward_rows))
@@ -327,14 +328,14 @@ class BothBuilder(RowsBuilder):
         return {"corpus": KIND_SPLITS["corpus"]}
 
     @classmethod
-    def content(cls, kind: str, options: DataOptions) -> object:
+    def content(cls, kind: str, config: DataConfig) -> object:
         """Returns the hashes of the files that a kind of rows is made from."""
-        return [task.content(kind, options) for task in cls.tasks]
+        return [task.content(kind, config) for task in cls.tasks]
 
     @classmethod
-    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+    def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
         """Returns the rows of a split, made from upstream's files."""
-        return itertools.chain.from_iterable(task.rows(kind, split, options) for task in cls.tasks)
+        return itertools.chain.from_iterable(task.rows(kind, split, config) for task in cls.tasks)
 
 
 # `--data.task experiments/taskmaster/data.py:COFFEE`, and so on.

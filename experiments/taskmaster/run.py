@@ -40,7 +40,8 @@ from experiments.stages import (
     whole_job,
 )
 from experiments.taskmaster.bag_of_words import baseline
-from perl_jax.data.store import DataOptions, group_of
+from perl_jax.data.config import DataConfig
+from perl_jax.data.store import group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.evaluation import statistics
 from perl_jax.evaluation.report import formats
@@ -56,9 +57,9 @@ CORPORA = {"coffee": TASKS["coffee"], "ticketing": f"{DATA}:BOTH"}
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
     """Puts the bag-of-words numbers beside every reward model's, for the report."""
-    options = DataOptions(data_dir=data_dir)
+    config = DataConfig(data_dir=data_dir)
     splits = {
-        split: list(get_task(task).open("labels", split, options))
+        split: list(get_task(task).open("labels", split, config))
         for split in ("train", "validation", "test")
     }
     labels = np.asarray([row["label"] for row in splits["test"]])

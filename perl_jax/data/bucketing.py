@@ -53,11 +53,11 @@ def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
     increasing = all(a < b for a, b in itertools.pairwise(edges))
     require(
         bool(edges) and edges[0] > 0 and increasing,
-        f"batch.buckets is {edges}; it must increase from above 0.",
+        f"lengths is {edges}; it must increase from above 0.",
     )
     require(
         longest <= edges[-1],
-        f"batch.buckets ends at {edges[-1]}, but the longest row has {longest} tokens.",
+        f"lengths ends at {edges[-1]}, but the longest row has {longest} tokens.",
     )
     return edges
 
@@ -103,72 +103,3 @@ def evaluation_plan(lengths: np.ndarray, edges: Sequence[int], batch_size: int) 
     rows = rows.reshape(-1, batch_size)
     longest = [max(lengths[row] for row in batch if row != FILLER) for batch in rows]
     return Plan(rows, np.asarray(edges)[np.searchsorted(edges, longest)])
-
-
-def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 1) -> int:
-    """Returns the number of tokens of the fullest packed row.
-
-    A batch is divided into parts of consecutive rows. Each part deals its groups of rows to the
-    microbatches in turn, as `microbatches.split_microbatches` does. One packed row holds what one
-    microbatch gets of one part.
-
-    Args:
-        counts: Tokens of each row of a batch.
-        parts: Parts of consecutive rows.
-        microbatches: Microbatches of each part.
-        group: Consecutive rows that stay together.
-    """
-    dealt = np.asarray(counts).reshape(parts, -1, microbatches, group)
-    return int(dealt.sum(axis=(1, 3)).max())
-
-
-def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
-    """Returns an order of a batch's rows that gives each packed row about as many tokens.
-
-    The rows are dealt to the packed rows from the longest to the shortest, in alternating
-    direction. If the rows do not divide over parts times microbatches, the order is 0, 1, 2, ...
-    """
-    bins = parts * microbatches
-    if bins == 1 or len(counts) % bins:
-        return np.arange(len(counts))
-    rounds = np.argsort(-np.asarray(counts), kind="stable").reshape(-1, bins)
-    rounds[1::2] = rounds[1::2, ::-1]
-    # [round, part, microbatch] -> the order of rows that `fullest` expects.
-    return rounds.reshape(-1, parts, microbatches).swapaxes(0, 1).reshape(-1)
-
-
-# Lengths of packed rows are multiples of SLOTS tokens. A batch is packed only if that makes it at
-# most WORTH times as long as padding does.
-SLOTS, WORTH = 16, 0.95
-# A batch that does not fit the planned size is packed into the next eighth of the padded size.
-LEVELS = 8
-
-
-def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
-    """Returns the length of packed rows that a batch needs, or None if packing gains too little.
-
-    Args:
-        counts: Tokens of each row of the batch.
-        parts: Parts of consecutive rows.
-        microbatches: Microbatches of each part.
-        padded: Tokens that one row takes with padding.
-    """
-    if len(counts) % (parts * microbatches):
-        return None
-    slots = round_up(fullest(counts, parts, microbatches), SLOTS)
-    whole = len(counts) // (parts * microbatches) * padded
-    return slots if slots <= WORTH * whole else None
-
-
-def packed_sizes(planned: int, padded: int) -> list[int]:
-    """Returns the lengths that packed rows may have, increasing.
-
-    They are the planned length (0: none) and the eighths of the padded size that exceed both the
-    planned length and half of the padded size, as far as packing is worth it.
-    """
-    levels = (
-        round_up(-(-padded * level // LEVELS), SLOTS) for level in range(LEVELS // 2 + 1, LEVELS)
-    )
-    return ([planned] if planned else []) + [
-        size for size in levels if planned < size <= WORTH * padded
-    ]

@@ -56,3 +56,15 @@ class DataConfig:
             f"bucket_count is {self.bucket_count}; it must be at most {LENGTHS}: each length is a "
             "program to compile.",
         )
+        errors.positive("data_seed", self.data_seed, zero=True)
+        for field in ("train_size", "evaluation_size"):
+            if getattr(self, field) is not None:
+                errors.positive(f"data.{field}", getattr(self, field))
+
+    def size(self, split: str) -> int | None:
+        """Returns how many rows of a split are wanted; None: all."""
+        return self.train_size if split == "train" else self.evaluation_size
+
+    def longest(self, kind: str) -> int:
+        """Returns the most tokens that a row of a kind can have, without the template's tail."""
+        return self.max_prompt_length + (0 if kind == "prompts" else self.max_response_length)

@@ -11,8 +11,8 @@ import numpy as np
 
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import checked_rows
-from perl_jax.data.store import DEFAULTS, KINDS, OPEN, DataOptions, NoRows, named_group
-from perl_jax.data.tasks import TaskLike, data_options, task_of
+from perl_jax.data.store import DEFAULTS, KINDS, OPEN, NoRows, named_group
+from perl_jax.data.tasks import TaskLike, task_of
 from perl_jax.errors import one_of, require
 from perl_jax.runtime import files, hosts
 
@@ -119,7 +119,7 @@ def of_task(
     Raises:
         UserError: For a needed split without rows, or rows that `check` refuses.
     """
-    task, options = task_of(config), data_options(config)
+    task = task_of(config)
     one_of(f"{task.name}: kind", kind, task.splits)
     others = [split for split in task.splits[kind] if split not in needed]
 
@@ -127,7 +127,7 @@ def of_task(
         found = {}
         for split in (*needed, *others):
             try:
-                found[split] = task.open(kind, split, options)
+                found[split] = task.open(kind, split, config)
             except NoRows:
                 if split in needed:
                     raise
@@ -135,21 +135,21 @@ def of_task(
 
     splits = hosts.writer_first(opened)
     _compare_splits(task.name, kind, splits, needed, check)
-    return _of_splits(task, options, kind, splits)
+    return _of_splits(task, config, kind, splits)
 
 
 def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
     """Opens one split of a task's rows. Raises UserError for a split without rows."""
-    task, options = task_of(config), data_options(config)
-    rows = hosts.writer_first(lambda: task.open(kind, split, options))
-    return _of_splits(task, options, kind, {split: rows})
+    task = task_of(config)
+    rows = hosts.writer_first(lambda: task.open(kind, split, config))
+    return _of_splits(task, config, kind, {split: rows})
 
 
 def _of_splits(
-    task: TaskLike, options: DataOptions, kind: str, splits: Mapping[str, Sequence[Row]]
+    task: TaskLike, config: DataConfig, kind: str, splits: Mapping[str, Sequence[Row]]
 ) -> Dataset:
-    place = lambda split, index: task.place(kind, split, options, index)
-    return Dataset(task.name, kind, splits, place, lambda: task.content(kind, options), task.gold)
+    place = lambda split, index: task.place(kind, split, config, index)
+    return Dataset(task.name, kind, splits, place, lambda: task.content(kind, config), task.gold)
 
 
 def _compare_splits(

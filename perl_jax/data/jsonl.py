@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from perl_jax.data.config import DataConfig
 from perl_jax.data.store import (
     DEFAULTS,
     KINDS,
@@ -19,7 +20,6 @@ from perl_jax.data.store import (
     OPEN,
     SPLITS,
     TENTHS,
-    DataOptions,
     RowsBuilder,
     named_group,
     part_of,
@@ -228,17 +228,17 @@ def split_of(text: str) -> str:
     return part_of(text, TENTHS)
 
 
-def find(options: DataOptions) -> pathlib.Path:
+def find(config: DataConfig) -> pathlib.Path:
     """Returns the file or folder of the user's rows.
 
     Raises UserError if `data_dir` is not given or does not exist.
     """
     require(
-        options.data_dir is not None,
+        config.data_dir is not None,
         "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them; --data.task "
         "PATH.py:NAME names another task.",
     )
-    path = pathlib.Path(options.data_dir).expanduser()
+    path = pathlib.Path(config.data_dir).expanduser()
     require(path.exists(), f"There is no file or folder {path}.")
     return path
 
@@ -262,9 +262,9 @@ class JsonlBuilder(RowsBuilder):
         return dict.fromkeys(KINDS, SPLITS)
 
     @classmethod
-    def content(cls, kind: str, options: DataOptions) -> object:
+    def content(cls, kind: str, config: DataConfig) -> object:
         """Returns whether one file was given, and each file's hash. UserError if there is none."""
-        path = find(options)
+        path = find(config)
         files = [path] if path.is_file() else [path / f"{split}.jsonl" for split in SPLITS]
         found = {file.name: file_hash(file) for file in files if file.is_file()}
         require(
@@ -273,22 +273,22 @@ class JsonlBuilder(RowsBuilder):
         return [path.is_file(), found]
 
     @classmethod
-    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterator[dict]:
+    def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
         """Returns the rows of a split, in the order of the file."""
-        return (row for _, _, row in cls._numbered(kind, split, options))
+        return (row for _, _, row in cls._numbered(kind, split, config))
 
     @classmethod
-    def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
+    def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns the file and the line of a row, for messages."""
-        file, line, _ = next(itertools.islice(cls._numbered(kind, split, options), index, None))
+        file, line, _ = next(itertools.islice(cls._numbered(kind, split, config), index, None))
         return f"{file}, line {line}"
 
     @classmethod
     def _numbered(
-        cls, kind: str, split: str, options: DataOptions
+        cls, kind: str, split: str, config: DataConfig
     ) -> Iterator[tuple[pathlib.Path, int, dict]]:
         """Yields (file, number of the line, row) for each row of a split."""
-        path, fields, others = find(options), KINDS[kind], kind in OPEN
+        path, fields, others = find(config), KINDS[kind], kind in OPEN
         if path.is_file():
             return (
                 (path, line, row)

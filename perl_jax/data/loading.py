@@ -5,7 +5,7 @@ from __future__ import annotations
 from perl_jax.data.config import DataConfig
 from perl_jax.data.counts import said_of
 from perl_jax.data.dataset import Dataset
-from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
+from perl_jax.data.pipeline import Batches, make_batches
 from perl_jax.data.tokenise import RowError
 from perl_jax.errors import UserError, require
 from perl_jax.hub.model import Model
@@ -58,23 +58,21 @@ def load_batches(
     rows = dataset.rows(split)
     if most is not None:
         rows = [rows[index] for index in range(min(most, len(rows)))]
-    share = sharding.row_share(model.mesh)
-    spec = BatchSpec(
-        batch_size=batch_size,
-        max_prompt_length=config.max_prompt_length,
-        max_response_length=config.max_response_length,
-        bucket_count=config.bucket_count,
-        buckets=lengths,
-        shuffle_seed=seed,
-        epochs=None if seed is not None else 1,
-        process_index=share.index,
-        process_count=share.count,
-        packed=model.packs(config.packing),
-        parts=model.row_parts,
-        microbatches=microbatches,
-    )
     try:
-        return make_batches(rows, dataset.kind, model.tokenizer, spec)
+        return make_batches(
+            rows,
+            dataset.kind,
+            model.tokenizer,
+            config,
+            batch_size,
+            seed=seed,
+            epochs=None if seed is not None else 1,
+            lengths=lengths,
+            share=sharding.row_share(model.mesh),
+            packed=model.packs(config.packing),
+            parts=model.row_parts,
+            microbatches=microbatches,
+        )
     except RowError as error:
         raise UserError(f"{dataset.place(split, error.index)}: {error.reason}") from error
 

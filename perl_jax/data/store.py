@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import hashlib
 import inspect
 import io
@@ -25,7 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from perl_jax.errors import UserError, one_of, positive, require
+from perl_jax.data.config import DataConfig
+from perl_jax.errors import UserError, one_of, require
 from perl_jax.runtime.files import digest, file_hash
 
 # The columns of each kind of rows.
@@ -55,41 +55,9 @@ SPLITS = ("train", "validation", "test")
 CACHE_VARIABLE = "PERL_JAX_CACHE"
 
 
-@dataclasses.dataclass(frozen=True)
-class DataOptions:
-    """Where rows come from and how many are wanted.
-
-    Attributes:
-        data_dir: A local copy of the task's upstream folder; for `jsonl` the file or the folder.
-        cache_dir: The folder of prepared rows; None: $PERL_JAX_CACHE, or
-            ~/.cache/perl_jax/datasets.
-        seed: Seed of the rows of a task that generates them.
-        train_size: Rows of the train split. A task that generates rows makes so many; others give
-            at most their first so many. None: all.
-        evaluation_size: The same for each other split.
-    """
-
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    seed: int = 0
-    train_size: int | None = None
-    evaluation_size: int | None = None
-
-    def __post_init__(self) -> None:
-        positive("data.seed", self.seed, zero=True)
-        for field in ("train_size", "evaluation_size"):
-            if getattr(self, field) is not None:
-                positive(f"data.{field}", getattr(self, field))
-
-    @property
-    def cache_path(self) -> pathlib.Path:
-        """Returns the folder of prepared rows."""
-        default = os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets"
-        return pathlib.Path(self.cache_dir or default).expanduser()
-
-    def size(self, split: str) -> int | None:
-        """Returns how many rows of a split are wanted; None: all."""
-        return self.train_size if split == "train" else self.evaluation_size
+def cache_folder() -> pathlib.Path:
+    """Returns the folder of prepared rows: $PERL_JAX_CACHE, or ~/.cache/perl_jax/datasets."""
+    return pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets").expanduser()
 
 
 class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -100,7 +68,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     Attributes:
         name: The name of the task.
         sources: Modules whose code determines the rows, beside the builder's own.
-        options: Where rows come from and how many are wanted.
+        settings: Where rows come from and how many are wanted.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -113,8 +81,8 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # TFDS would register the builder, and refuse another one of its name.
         super().__init_subclass__(**{**keywords, "skip_registration": True})
 
-    def __init__(self, options: DataOptions, *, data_dir: str, config: str) -> None:
-        self.options = options
+    def __init__(self, settings: DataConfig, *, data_dir: str, config: str) -> None:
+        self.settings = settings
         super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
     @classmethod
@@ -124,16 +92,16 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     @abc.abstractmethod
-    def content(cls, kind: str, options: DataOptions) -> object:
+    def content(cls, kind: str, config: DataConfig) -> object:
         """Returns a JSON value that, with the code, determines the rows: seeds, sizes, hashes."""
 
     @classmethod
     @abc.abstractmethod
-    def rows(cls, kind: str, split: str, options: DataOptions) -> Iterable[Mapping[str, object]]:
+    def rows(cls, kind: str, split: str, config: DataConfig) -> Iterable[Mapping[str, object]]:
         """Yields the rows of a kind and split in order; `OPEN` kinds may have other columns."""
 
     @classmethod
-    def place(cls, kind: str, split: str, options: DataOptions, index: int) -> str:
+    def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns where a message says that a row is. `index`: its number in the split, from 0."""
         return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
 
@@ -155,7 +123,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         kind, generators = self.builder_config.name, {}
         for split in self.kind_splits()[kind]:
-            rows = iter(self.rows(kind, split, self.options))
+            rows = iter(self.rows(kind, split, self.settings))
             # TFDS refuses a split without rows, so such a split is left out.
             first = next(rows, None)
             if first is not None:
@@ -235,17 +203,17 @@ def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
 TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
-def fingerprint(builder: type[RowsBuilder], kind: str, options: DataOptions) -> str:
+def fingerprint(builder: type[RowsBuilder], kind: str, config: DataConfig) -> str:
     """Returns a digest (16 hex digits) of all that determines the rows: code and `content`."""
     classes = [found for found in builder.__mro__ if issubclass(found, RowsBuilder)]
     # As a dictionary, each file once: several classes may be in one.
     code = dict.fromkeys(inspect.getfile(source) for source in (*classes, *builder.sources))
     hashes = [file_hash(pathlib.Path(file)) for file in code]
-    value = [builder.name, kind, hashes, builder.content(kind, options)]
+    value = [builder.name, kind, hashes, builder.content(kind, config)]
     return digest(value)
 
 
-def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> pathlib.Path:
+def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathlib.Path:
     """Returns the folder of a kind's prepared rows; writes it first if it does not exist.
 
     The folder's name contains the fingerprint of its rows, so that outdated rows are never read.
@@ -253,16 +221,16 @@ def prepare(builder: type[RowsBuilder], kind: str, options: DataOptions) -> path
     killed leaves only a `.preparing-*` folder, which nothing reads. When two processes write at the
     same time, both use the folder that is renamed first.
     """
-    final = options.cache_path / f"{builder.name}-{kind}-{fingerprint(builder, kind, options)}"
+    final = cache_folder() / f"{builder.name}-{kind}-{fingerprint(builder, kind, config)}"
     if final.is_dir():
         return final
-    options.cache_path.mkdir(parents=True, exist_ok=True)
+    cache_folder().mkdir(parents=True, exist_ok=True)
     tfds.disable_progress_bar()
-    temporary = tempfile.mkdtemp(prefix=f".preparing-{final.name}-", dir=options.cache_path)
+    temporary = tempfile.mkdtemp(prefix=f".preparing-{final.name}-", dir=cache_folder())
     try:
         # TFDS prints its progress to standard output, which is kept for the command's results.
         with contextlib.redirect_stdout(io.StringIO()):
-            builder(options, data_dir=temporary, config=kind).download_and_prepare(
+            builder(config, data_dir=temporary, config=kind).download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
         os.rename(temporary, final)
@@ -278,8 +246,8 @@ class NoRows(UserError):
     """Is raised for a split without rows; callers that can do without that split catch it."""
 
 
-def open_rows(builder: type[RowsBuilder], kind: str, split: str, options: DataOptions) -> RowSource:
-    """Returns the rows of a split, at most `options.size(split)`; prepares them if necessary.
+def open_rows(builder: type[RowsBuilder], kind: str, split: str, config: DataConfig) -> RowSource:
+    """Returns the rows of a split, at most `config.size(split)`; prepares them if necessary.
 
     Raises:
         UserError: For a kind or split that the task does not have.
@@ -288,8 +256,8 @@ def open_rows(builder: type[RowsBuilder], kind: str, split: str, options: DataOp
     splits = builder.kind_splits()
     one_of(f"{builder.name}: kind", kind, splits)
     one_of(f"{builder.name}: split of {kind}", split, splits[kind])
-    folder = prepare(builder, kind, options)
-    reader = builder(options, data_dir=str(folder), config=kind)
+    folder = prepare(builder, kind, config)
+    reader = builder(config, data_dir=str(folder), config=kind)
     if split not in reader.info.splits:
         raise NoRows(f"{builder.name} has no {kind} rows in its {split} split.")
-    return RowSource(reader.as_data_source(split), options.size(split))
+    return RowSource(reader.as_data_source(split), config.size(split))

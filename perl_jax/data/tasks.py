@@ -17,7 +17,7 @@ import numpy as np
 
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import JsonlBuilder, checked_rows
-from perl_jax.data.store import KINDS, OPEN, DataOptions, NoRows, RowsBuilder, open_rows
+from perl_jax.data.store import KINDS, OPEN, NoRows, RowsBuilder, open_rows
 from perl_jax.errors import UserError, default_of, one_of, require
 from perl_jax.runtime import files
 
@@ -54,15 +54,15 @@ class TaskLike(Protocol):
         """Which of `OPTIONS` the task reads."""
         raise NotImplementedError
 
-    def open(self, kind: str, split: str, options: DataOptions) -> Sequence[Mapping[str, Any]]:
+    def open(self, kind: str, split: str, config: DataConfig) -> Sequence[Mapping[str, Any]]:
         """Returns the rows of a split. Raises NoRows for a split without rows."""
         raise NotImplementedError
 
-    def content(self, kind: str, options: DataOptions) -> object:
+    def content(self, kind: str, config: DataConfig) -> object:
         """Returns a JSON value that determines the rows."""
         raise NotImplementedError
 
-    def place(self, kind: str, split: str, options: DataOptions, index: int) -> str:
+    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns where a message says that a row is."""
         raise NotImplementedError
 
@@ -76,8 +76,8 @@ class Task:
 
     Attributes:
         name: What messages call the task.
-        rows: (kind, split, options) -> the rows of a split, the same ones at each call. `options`
-            has `data_dir` and `seed` as the command line gives them.
+        rows: (kind, split, config) -> the rows of a split, the same ones at each call. `config`
+            has the settings of the command line, such as `data_dir` and `data_seed`.
         splits: The splits of each kind of rows that the task has, such as
             {"demonstrations": ("train", "validation")}.
         gold: (prompts, responses) -> true rewards [n], which evaluations report; None: not known.
@@ -88,7 +88,7 @@ class Task:
     """
 
     name: str
-    rows: Callable[[str, str, DataOptions], Iterable[Mapping[str, Any]]]
+    rows: Callable[[str, str, DataConfig], Iterable[Mapping[str, Any]]]
     splits: Mapping[str, Sequence[str]]
     gold: Gold | None = None
     vocabulary: Sequence[str] | None = None
@@ -100,32 +100,32 @@ class Task:
         for kind in self.splits:
             one_of(f"{self.name}: kind", kind, KINDS)
 
-    def open(self, kind: str, split: str, options: DataOptions) -> list[dict[str, Any]]:
+    def open(self, kind: str, split: str, config: DataConfig) -> list[dict[str, Any]]:
         """Returns the checked rows of a split. Raises NoRows for a split without rows."""
-        found = self._checked(kind, split, options)
+        found = self._checked(kind, split, config)
         if not found:
             raise NoRows(f"{self.name} has no {kind} rows in its {split} split.")
-        return found[: options.size(split)]
+        return found[: config.size(split)]
 
-    def _checked(self, kind: str, split: str, options: DataOptions) -> list[dict[str, Any]]:
+    def _checked(self, kind: str, split: str, config: DataConfig) -> list[dict[str, Any]]:
         one_of(f"{self.name}: kind", kind, self.splits)
         if split not in self.splits[kind]:
             return []
         return [
             checked
-            for index, row in enumerate(self.rows(kind, split, options))
+            for index, row in enumerate(self.rows(kind, split, config))
             for checked in checked_rows(
-                row, KINDS[kind], self.place(kind, split, options, index), kind in OPEN
+                row, KINDS[kind], self.place(kind, split, config, index), kind in OPEN
             )
         ]
 
-    def content(self, kind: str, options: DataOptions) -> object:
+    def content(self, kind: str, config: DataConfig) -> object:
         """Returns a digest of all rows of a kind."""
         return {
-            split: files.digest(self._checked(kind, split, options)) for split in self.splits[kind]
+            split: files.digest(self._checked(kind, split, config)) for split in self.splits[kind]
         }
 
-    def place(self, kind: str, split: str, options: DataOptions, index: int) -> str:
+    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns where a message says that a row is."""
         return f"{self.name}, row {index + 1} of the {kind} in the {split} split"
 
@@ -156,17 +156,17 @@ class PreparedTask:
         """The splits of each kind of rows that the task has."""
         return dict(self.builder.kind_splits())
 
-    def open(self, kind: str, split: str, options: DataOptions) -> Sequence[Mapping[str, Any]]:
+    def open(self, kind: str, split: str, config: DataConfig) -> Sequence[Mapping[str, Any]]:
         """Returns the rows of a split, prepared if need be. Raises NoRows where there are none."""
-        return open_rows(self.builder, kind, split, options)
+        return open_rows(self.builder, kind, split, config)
 
-    def content(self, kind: str, options: DataOptions) -> object:
+    def content(self, kind: str, config: DataConfig) -> object:
         """Returns a JSON value that determines the rows: seeds, sizes, hashes of files."""
-        return self.builder.content(kind, options)
+        return self.builder.content(kind, config)
 
-    def place(self, kind: str, split: str, options: DataOptions, index: int) -> str:
+    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns where a message says that a row is."""
-        return self.builder.place(kind, split, options, index)
+        return self.builder.place(kind, split, config, index)
 
 
 TASKS: dict[str, TaskLike] = {JsonlBuilder.name: PreparedTask(JsonlBuilder, options=("data_dir",))}
@@ -254,13 +254,3 @@ def _module(source: str) -> ModuleType:
         raise
     except Exception as error:
         raise UserError(f"importing {source} failed: {type(error).__name__}: {error}.") from error
-
-
-def data_options(config: DataConfig) -> DataOptions:
-    """Returns what a task is told of a job's data."""
-    return DataOptions(
-        data_dir=config.data_dir,
-        seed=config.data_seed,
-        train_size=config.train_size,
-        evaluation_size=config.evaluation_size,
-    )

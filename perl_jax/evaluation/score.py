@@ -13,8 +13,9 @@ import numpy as np
 
 from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
+from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import numbered_rows
-from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.pipeline import make_batches
 from perl_jax.data.tokenise import RowError
 from perl_jax.errors import UserError
 from perl_jax.hub.model import TemplateOptions, load_model
@@ -88,15 +89,13 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     )
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
-    spec = BatchSpec(
-        config.batch_size,
-        config.max_prompt_length,
-        config.max_response_length,
-        shuffle_seed=None,
-        epochs=1,
+    data = DataConfig(
+        max_prompt_length=config.max_prompt_length, max_response_length=config.max_response_length
     )
     try:
-        batches = make_batches(rows, "demonstrations", model.tokenizer, spec)
+        batches = make_batches(
+            rows, "demonstrations", model.tokenizer, data, config.batch_size, seed=None, epochs=1
+        )
     except RowError as error:
         raise UserError(f"{config.input}, line {numbers[error.index]}: {error.reason}") from error
     if any(batches.truncated.values()):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.tasks import data_options, task_of
+from perl_jax.data.tasks import task_of
 from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, families, weights
 from perl_jax.runtime import files
@@ -195,4 +195,4 @@ def rows_content(kind: str, config: DataConfig) -> Any:
     """Returns what determines the rows of a kind: hashes of their files, or a synthetic task's seed
     and sizes.
     """
-    return task_of(config).content(kind, data_options(config))
+    return task_of(config).content(kind, config)

@@ -9,18 +9,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from perl_jax.data.bucketing import WORTH, fullest, round_up
+from perl_jax.data.packing import fullest, rollout_capacity
 from perl_jax.hub.model import Model
 from perl_jax.runtime.hosts import to_host
 from perl_jax.training import step
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.types import Layout
-
-# How many packed lengths there are for each padded length of the prompts: those for responses that
-# fill 1/LEVELS, 2/LEVELS, ... of `max_response_length` on average.
-LEVELS = 4
-# Packed lengths are multiples of this, so that short responses have few packed lengths too.
-MULTIPLE = 64
 
 
 def rollout_layout(
@@ -63,16 +57,8 @@ def rollout_layout(
         for order_Y in read_XY
     )
     each = rows // (parts * microbatches)
-    sizes = [
-        round_up(each // group * columns + each * max_response * level // LEVELS, MULTIPLE)
-        for level in range(1, LEVELS + 1)
-    ]
-    slots = next(size for size in sizes if size >= need)
-    return (
-        Layout(slots, parts, group, microbatches)
-        if slots <= WORTH * each * (columns + max_response)
-        else None
-    )
+    capacity = rollout_capacity(need, each, group, columns, max_response)
+    return None if capacity is None else Layout(capacity, parts, group, microbatches)
 
 
 def dealt_group(config: RLConfig, rows: int, parts: int) -> int:

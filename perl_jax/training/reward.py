@@ -113,7 +113,7 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
 
     They are (chosen [rows], rejected [rows]) for comparisons and (score [rows],) for labelled rows.
     """
-    program = score_program(model.lm, batches.spec.microbatches)
+    program = score_program(model.lm, batches.microbatches)
     base = model.base if adapter.weights is None else None
     sides: tuple[list, list] = ([], [])
     order: list[np.ndarray] = []

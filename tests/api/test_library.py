@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import perl_jax as pj
-from perl_jax.data.tasks import data_options, get_task
+from perl_jax.data.tasks import get_task
 from perl_jax.hub import families, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, compute_advantages
@@ -68,8 +68,7 @@ def rows() -> dict[str, list[dict]]:
     """The rows that the golden SFT run reads, by split."""
     task = get_task(ORDERS)
     return {
-        split: list(task.open("demonstrations", split, data_options(DATA)))
-        for split in ("train", "validation")
+        split: list(task.open("demonstrations", split, DATA)) for split in ("train", "validation")
     }
 
 
@@ -127,8 +126,7 @@ def test_a_folder_makes_a_run_that_goes_on_where_it_stopped(model, rows, tmp_pat
 def test_the_best_validated_step_is_returned_without_a_folder_too(model, tmp_path):
     task = get_task(ORDERS)
     splits = [
-        list(task.open("comparisons", split, data_options(DATA)))
-        for split in ("train", "validation", "test")
+        list(task.open("comparisons", split, DATA)) for split in ("train", "validation", "test")
     ]
     train, validation, test = splits
     config = pj.RewardConfig(**SETTINGS | {"evaluate_every": 1})
@@ -144,8 +142,8 @@ def test_the_best_validated_step_is_returned_without_a_folder_too(model, tmp_pat
 
 @pytest.mark.slow
 def test_rl_is_paid_by_functions_and_models_by_their_weights(model):
-    prompts = list(get_task(ORDERS).open("prompts", "train", data_options(DATA)))
-    pairs = list(get_task(ORDERS).open("comparisons", "train", data_options(DATA)))
+    prompts = list(get_task(ORDERS).open("prompts", "train", DATA))
+    pairs = list(get_task(ORDERS).open("comparisons", "train", DATA))
     judge = pj.train_reward(model, pairs, pj.RewardConfig(**SETTINGS))
     asked = []
 
@@ -210,7 +208,7 @@ def test_an_algorithm_from_outside_the_package_has_its_own_advantages():
 
 def test_a_task_in_a_file_gives_checked_rows():
     task = get_task(f"{EXAMPLES / 'custom_task.py'}:SUMS")
-    options = data_options(pj.DataConfig(train_size=3))
+    options = pj.DataConfig(train_size=3)
     train = task.open("demonstrations", "train", options)
     assert [row["prompt"] for row in train] == ["0 + 0 =", "0 + 1 =", "0 + 2 ="]
     assert train[1] == {"prompt": "0 + 1 =", "response": " 1", "group": ""}
@@ -242,7 +240,7 @@ def test_rows_of_a_task_are_checked_like_lines_of_a_file():
         pj.UserError,
         match="mine, row 2 of the demonstrations in the train split: the field response is missing",
     ):
-        task.open("demonstrations", "train", data_options(DATA))
+        task.open("demonstrations", "train", DATA)
 
 
 @pytest.mark.parametrize(

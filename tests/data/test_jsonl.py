@@ -9,7 +9,8 @@ import math
 import pytest
 
 from perl_jax.data import jsonl
-from perl_jax.data.store import KINDS, DataOptions, group_of
+from perl_jax.data.config import DataConfig
+from perl_jax.data.store import KINDS, group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 
@@ -99,10 +100,8 @@ def test_errors_of_whole_files(tmp_path):
         jsonl.read_jsonl(tmp_path / "gone.jsonl", ("prompt",))
 
 
-def opened(path, kind, split, cache):
-    source = get_task("jsonl").open(
-        kind, split, DataOptions(data_dir=str(path), cache_dir=str(cache))
-    )
+def opened(path, kind, split):
+    source = get_task("jsonl").open(kind, split, DataConfig(data_dir=str(path)))
     return [source[i] for i in range(len(source))]
 
 
@@ -110,8 +109,7 @@ def test_one_file_is_split_by_prompt(tmp_path):
     rows = [{"prompt": f"question {i % 100}", "response": f"answer {i}"} for i in range(200)]
     path = write(tmp_path / "rows.jsonl", *rows)
     parts = {
-        split: opened(path, "demonstrations", split, tmp_path / "c")
-        for split in ("train", "validation", "test")
+        split: opened(path, "demonstrations", split) for split in ("train", "validation", "test")
     }
     assert sorted(row["response"] for part in parts.values() for row in part) == sorted(
         row["response"] for row in rows
@@ -129,19 +127,19 @@ def test_folder_with_a_file_for_each_split(tmp_path):
     folder.mkdir()
     write(folder / "train.jsonl", {"text": "one"}, {"text": "two"})
     write(folder / "test.jsonl", {"text": "three"})
-    assert opened(folder, "corpus", "train", tmp_path / "c") == [{"text": "one"}, {"text": "two"}]
-    assert opened(folder, "corpus", "test", tmp_path / "c") == [{"text": "three"}]
+    assert opened(folder, "corpus", "train") == [{"text": "one"}, {"text": "two"}]
+    assert opened(folder, "corpus", "test") == [{"text": "three"}]
     with pytest.raises(UserError, match="jsonl has no corpus rows in its validation split"):
-        opened(folder, "corpus", "validation", tmp_path / "c")
+        opened(folder, "corpus", "validation")
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
     write(folder / "train.jsonl", {"prompt": "old"})
-    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "old"}]
+    assert opened(folder, "prompts", "train") == [{"prompt": "old"}]
     write(folder / "train.jsonl", {"prompt": "new"})
-    assert opened(folder, "prompts", "train", tmp_path / "c") == [{"prompt": "new"}]
+    assert opened(folder, "prompts", "train") == [{"prompt": "new"}]
 
 
 def test_other_columns_of_prompts_come_as_they_are(tmp_path):
@@ -154,7 +152,7 @@ def test_other_columns_of_prompts_come_as_they_are(tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
     write(folder / "train.jsonl", *rows)
-    found = opened(folder, "prompts", "train", tmp_path / "c")
+    found = opened(folder, "prompts", "train")
     assert found == rows and [type(row.get("answer")) for row in found] == [
         int,
         float,
@@ -163,21 +161,19 @@ def test_other_columns_of_prompts_come_as_they_are(tmp_path):
     ]
     # A single file too; other kinds keep what they need alone.
     path = write(tmp_path / "one.jsonl", *rows)
-    assert sorted(
-        json.dumps(row) for row in every_split(path, "prompts", tmp_path / "c")
-    ) == sorted(map(json.dumps, rows))
+    assert sorted(json.dumps(row) for row in every_split(path, "prompts")) == sorted(
+        map(json.dumps, rows)
+    )
     path = write(tmp_path / "two.jsonl", {"prompt": "p", "response": "r", "source": "s"})
-    assert every_split(path, "demonstrations", tmp_path / "c") == [
-        {"prompt": "p", "response": "r", "group": ""}
-    ]
+    assert every_split(path, "demonstrations") == [{"prompt": "p", "response": "r", "group": ""}]
 
 
-def every_split(path, kind, cache):
+def every_split(path, kind):
     """The rows of all splits, those left out that have none."""
     splits = []
     for split in ("train", "validation", "test"):
         with contextlib.suppress(UserError):
-            splits += opened(path, kind, split, cache)
+            splits += opened(path, kind, split)
     return splits
 
 
@@ -189,10 +185,7 @@ def test_one_file_is_split_by_group_where_rows_name_one(tmp_path, kind):
         for i in range(400)
     ]
     path = write(tmp_path / "rows.jsonl", *rows, {"prompt": "alone", "response": "r"})
-    parts = {
-        split: opened(path, kind, split, tmp_path / "c")
-        for split in ("train", "validation", "test")
-    }
+    parts = {split: opened(path, kind, split) for split in ("train", "validation", "test")}
     found = [{group_of(row) for row in part} for part in parts.values()]
     assert sum(map(len, found)) == len(set.union(*found)) == 101 and "alone" in set.union(*found)
     assert sum(map(len, parts.values())) == 401 and min(map(len, parts.values())) > 10
@@ -207,7 +200,7 @@ def test_a_group_is_a_text_or_a_number(tmp_path, group, kind):
         match=r"a\.jsonl, line 1: the field group is .*; it must be a text that is not empty, or "
         r"a number\.$",
     ):
-        opened(path, kind, "train", tmp_path / "c")
+        opened(path, kind, "train")
 
 
 def test_the_group_of_a_row():
@@ -226,24 +219,25 @@ def test_an_answer_is_a_text_or_a_number(tmp_path, answer):
         match=r"a\.jsonl, line 1: the field answer is .*; it must be a text that is not empty, or "
         r"a number\.$",
     ):
-        opened(path, "prompts", "train", tmp_path / "c")
+        opened(path, "prompts", "train")
 
 
-def test_errors_through_the_task(tmp_path):
+def test_errors_through_the_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "c"))
     with pytest.raises(
         UserError, match=r"The task jsonl needs --data\.data-dir: a \.jsonl file, or a folder"
     ):
-        get_task("jsonl").open("prompts", "train", DataOptions(cache_dir=str(tmp_path)))
+        get_task("jsonl").open("prompts", "train", DataConfig())
     with pytest.raises(UserError, match=r"There is no file or folder .*nowhere"):
-        opened(tmp_path / "nowhere", "prompts", "train", tmp_path / "c")
+        opened(tmp_path / "nowhere", "prompts", "train")
     (tmp_path / "hollow").mkdir()
     with pytest.raises(
         UserError, match=r"hollow holds none of train\.jsonl, validation\.jsonl, test\.jsonl"
     ):
-        opened(tmp_path / "hollow", "prompts", "train", tmp_path / "c")
+        opened(tmp_path / "hollow", "prompts", "train")
     path = write(tmp_path / "bad.jsonl", {"prompt": "p", "chosen": "a", "rejected": ""})
     with pytest.raises(UserError, match=r"bad\.jsonl, line 1: the field rejected is empty"):
-        opened(path, "comparisons", "train", tmp_path / "c")
+        opened(path, "comparisons", "train")
     assert not [name for name in (tmp_path / "c").iterdir() if "comparisons" in name.name]
 
 
@@ -344,4 +338,4 @@ def test_what_no_batch_or_file_can_hold_is_refused_in_every_split(tmp_path, line
     for name in ("train", "validation", "test"):
         (folder / f"{name}.jsonl").write_text(good + (line if name == split else good))
     with pytest.raises(UserError, match=f"{split}.jsonl, line 2: .*{message}"):
-        opened(folder, "ratings", split, tmp_path / "c")
+        opened(folder, "ratings", split)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from perl_jax.data import bucketing, counts, tokenise
-from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.config import DataConfig
+from perl_jax.data.pipeline import make_batches
 from perl_jax.errors import UserError
 from perl_jax.models import passes
+from perl_jax.runtime.hosts import Share
 from perl_jax.types import Labelled, Pairs, Prompts, Tokens
 
 PAD, BOS, EOS = 2, 1, 2  # padding is eos on purpose: nothing may be inferred from ids
@@ -61,13 +63,17 @@ def labels_of_lengths(lengths, response=1):
     ]
 
 
-def spec(**fields):
-    return BatchSpec(
-        **{"batch_size": 2, "max_prompt_length": 64, "max_response_length": 64, **fields}
+def spec(batch_size=2, seed=0, max_prompt_length=64, max_response_length=64, bucket_count=4, **how):
+    """Arguments of `make_batches` behind the encoder."""
+    config = DataConfig(
+        max_prompt_length=max_prompt_length,
+        max_response_length=max_response_length,
+        bucket_count=bucket_count,
     )
+    return {"config": config, "batch_size": batch_size, "seed": seed, **how}
 
 
-EVALUATE = {"shuffle_seed": None, "epochs": 1}
+EVALUATE = {"seed": None, "epochs": 1}
 
 
 def rows_seen(batches, epochs=1):
@@ -146,7 +152,7 @@ def test_equal_responses_are_counted_before_and_after_cutting():
     ]
     # As a batch says, row by row.
     (batch,) = make_batches(
-        rows, "comparisons", Numbers(), spec(batch_size=8, max_response_length=3, **EVALUATE)
+        rows, "comparisons", Numbers(), **spec(batch_size=8, max_response_length=3, **EVALUATE)
     )
     np.testing.assert_array_equal(
         passes.responses_differ(batch), [False, False, False, False, True, False, False, False]
@@ -158,7 +164,7 @@ def test_equal_responses_are_counted_before_and_after_cutting():
 
 def test_demonstrations_by_hand_with_filler():
     rows = [{"prompt": "3 4", "response": "5"}]
-    batches = make_batches(rows, "demonstrations", Numbers(), spec(**EVALUATE))
+    batches = make_batches(rows, "demonstrations", Numbers(), **spec(**EVALUATE))
     check(
         next(iter(batches)),
         tokens(
@@ -173,7 +179,7 @@ def test_demonstrations_by_hand_with_filler():
 def test_corpus_by_hand_learns_all_but_the_first_token(bos, ids):
     text = "3 4" if bos else "3 4 9"
     batches = make_batches(
-        [{"text": text}], "corpus", Numbers(bos_id=bos), spec(batch_size=1, **EVALUATE)
+        [{"text": text}], "corpus", Numbers(bos_id=bos), **spec(batch_size=1, **EVALUATE)
     )
     check(
         next(iter(batches)),
@@ -197,7 +203,7 @@ def test_pairs_by_hand_share_the_longer_sides_bucket():
     batch = next(
         iter(
             make_batches(
-                rows, "comparisons", Numbers(), spec(batch_size=1, buckets=(8, 16), **EVALUATE)
+                rows, "comparisons", Numbers(), **spec(batch_size=1, lengths=(8, 16), **EVALUATE)
             )
         )
     )
@@ -229,7 +235,9 @@ def test_a_filler_pair_weighs_nothing():
             "weight": 0.25,
         }
     ]
-    batch = next(iter(make_batches(rows, "comparisons", Numbers(), spec(batch_size=2, **EVALUATE))))
+    batch = next(
+        iter(make_batches(rows, "comparisons", Numbers(), **spec(batch_size=2, **EVALUATE)))
+    )
     assert not batch.chosen.valid_BT[1].any() and not batch.rejected.valid_BT[1].any()
     for numbers_B, number in (
         (batch.weight_B, 0.25),
@@ -241,7 +249,7 @@ def test_a_filler_pair_weighs_nothing():
 
 def test_labels_by_hand_with_filler():
     rows = [{"prompt": "3", "response": "4", "label": 0.25}]
-    batch = next(iter(make_batches(rows, "labels", Numbers(), spec(**EVALUATE))))
+    batch = next(iter(make_batches(rows, "labels", Numbers(), **spec(**EVALUATE))))
     assert isinstance(batch, Labelled)
     check(
         batch,
@@ -259,7 +267,7 @@ def test_labels_by_hand_with_filler():
 
 def test_prompts_by_hand_are_left_padded_and_know_their_row():
     rows = [{"prompt": "3 4"}, {"prompt": "5"}, {"prompt": "6"}]
-    batches = list(make_batches(rows, "prompts", Numbers(), spec(**EVALUATE)))
+    batches = list(make_batches(rows, "prompts", Numbers(), **spec(**EVALUATE)))
     assert len(batches) == 2
     check(
         batches[0],
@@ -330,7 +338,7 @@ def test_shapes_are_bounded_by_the_buckets_and_rows_fit():
     rng = np.random.default_rng(1)
     rows = labels_of_lengths(rng.integers(3, 90, 150))
     batches = make_batches(
-        rows, "labels", Numbers(), spec(batch_size=8, max_prompt_length=100, epochs=3)
+        rows, "labels", Numbers(), **spec(batch_size=8, max_prompt_length=100, epochs=3)
     )
     shapes = collections.Counter(batch.tokens.tokens_BT.shape for batch in batches)
     assert 2 <= len(shapes) <= 4
@@ -340,14 +348,14 @@ def test_shapes_are_bounded_by_the_buckets_and_rows_fit():
         rows,
         "labels",
         Numbers(),
-        spec(batch_size=8, max_prompt_length=100, bucket_count=1, epochs=1),
+        **spec(batch_size=8, max_prompt_length=100, bucket_count=1, epochs=1),
     )
     assert len({batch.tokens.tokens_BT.shape for batch in one}) == 1
 
 
 def test_evaluation_covers_every_row_once_with_weights():
     rows = labels_of_lengths([3 + i % 20 for i in range(37)])
-    batches = make_batches(rows, "labels", Numbers(), spec(batch_size=8, **EVALUATE))
+    batches = make_batches(rows, "labels", Numbers(), **spec(batch_size=8, **EVALUATE))
     seen = list(batches)
     assert len(seen) == batches.steps_per_epoch == 5
     weight = np.concatenate([batch.weight_B for batch in seen])
@@ -366,7 +374,7 @@ def test_evaluation_covers_every_row_once_with_weights():
 def test_epochs_are_shuffled_differently_and_reproducibly():
     rows = labels_of_lengths([9] * 40)
     one, same, other = (
-        make_batches(rows, "labels", Numbers(), spec(shuffle_seed=seed)) for seed in (1, 1, 2)
+        make_batches(rows, "labels", Numbers(), **spec(seed=seed)) for seed in (1, 1, 2)
     )
     first, second = np.split(rows_seen(one, epochs=2), 2)
     assert sorted(first) == sorted(second) == list(range(40))
@@ -375,17 +383,17 @@ def test_epochs_are_shuffled_differently_and_reproducibly():
     assert not np.array_equal(rows_seen(other), first)
 
 
-@pytest.mark.parametrize("fields", [{"shuffle_seed": 3, "epochs": 2}, EVALUATE])
+@pytest.mark.parametrize("fields", [{"seed": 3, "epochs": 2}, EVALUATE])
 def test_processes_slices_make_up_the_whole_batch(fields):
     rows = labels_of_lengths(np.random.default_rng(2).integers(3, 60, 43))
-    whole = list(make_batches(rows, "labels", Numbers(), spec(batch_size=8, **fields)))
+    whole = list(make_batches(rows, "labels", Numbers(), **spec(batch_size=8, **fields)))
     parts = [
         list(
             make_batches(
                 rows,
                 "labels",
                 Numbers(),
-                spec(batch_size=8, process_index=i, process_count=4, **fields),
+                **spec(batch_size=8, share=Share(i, 4, (0,) * 4), **fields),
             )
         )
         for i in range(4)
@@ -408,13 +416,13 @@ def assert_same_batches(a, b):
 )  # an epoch is 5 steps: within, at an end, beyond
 def test_resuming_yields_the_batches_that_would_have_come(stop):
     rows = labels_of_lengths(np.random.default_rng(3).integers(3, 60, 21))
-    whole = list(make_batches(rows, "labels", Numbers(), spec(batch_size=4, epochs=3)))
+    whole = list(make_batches(rows, "labels", Numbers(), **spec(batch_size=4, epochs=3)))
     assert len(whole) == 15
-    iterator = iter(make_batches(rows, "labels", Numbers(), spec(batch_size=4, epochs=3)))
+    iterator = iter(make_batches(rows, "labels", Numbers(), **spec(batch_size=4, epochs=3)))
     assert iterator.steps_per_epoch == 5
     assert_same_batches([next(iterator) for _ in range(stop)], whole[:stop])
     state = json.loads(json.dumps(iterator.get_state()))
-    resumed = iter(make_batches(rows, "labels", Numbers(), spec(batch_size=4, epochs=3)))
+    resumed = iter(make_batches(rows, "labels", Numbers(), **spec(batch_size=4, epochs=3)))
     next(resumed)  # a used iterator can be set as well as a fresh one
     resumed.set_state(state)
     assert resumed.get_state() == state
@@ -424,7 +432,7 @@ def test_resuming_yields_the_batches_that_would_have_come(stop):
 
 def test_endless_without_epochs():
     rows = labels_of_lengths([9] * 6)
-    iterator = iter(make_batches(rows, "labels", Numbers(), spec()))
+    iterator = iter(make_batches(rows, "labels", Numbers(), **spec()))
     seen = np.concatenate([next(iterator).label_B for _ in range(12)])
     assert collections.Counter(np.round(seen * 100).astype(int).tolist()) == dict.fromkeys(
         range(6), 4
@@ -433,18 +441,20 @@ def test_endless_without_epochs():
 
 def test_a_cursor_of_other_rows_or_settings_is_refused():
     rows = labels_of_lengths([9] * 20)
-    state = iter(make_batches(rows, "labels", Numbers(), spec())).get_state()
+    state = iter(make_batches(rows, "labels", Numbers(), **spec())).get_state()
     for changed in (
-        make_batches(rows[:-1], "labels", Numbers(), spec()),
-        make_batches(rows, "labels", Numbers(), spec(batch_size=4)),
-        make_batches(rows, "labels", Numbers(), spec(shuffle_seed=1)),
+        make_batches(rows[:-1], "labels", Numbers(), **spec()),
+        make_batches(rows, "labels", Numbers(), **spec(batch_size=4)),
+        make_batches(rows, "labels", Numbers(), **spec(seed=1)),
     ):
         with pytest.raises(
             UserError, match="data cursor was saved with other rows or batch settings"
         ):
             iter(changed).set_state(state)
     # How many processes share a batch may change between runs.
-    iter(make_batches(rows, "labels", Numbers(), spec(process_count=2))).set_state(state)
+    iter(make_batches(rows, "labels", Numbers(), **spec(share=Share(0, 2, (0, 0))))).set_state(
+        state
+    )
 
 
 def test_a_cursor_of_rows_with_other_content_is_refused():
@@ -466,10 +476,10 @@ def test_a_cursor_of_rows_with_other_content_is_refused():
         ("prompts", prompts, [prompts[0] | {"prompt": words(4, 99)}, *prompts[1:]]),
     ):
         state = json.loads(
-            json.dumps(iter(make_batches(rows, kind, Numbers(), spec())).get_state())
+            json.dumps(iter(make_batches(rows, kind, Numbers(), **spec())).get_state())
         )
-        iter(make_batches(list(map(dict, rows)), kind, Numbers(), spec())).set_state(state)
-        changed = iter(make_batches(other, kind, Numbers(), spec()))
+        iter(make_batches(list(map(dict, rows)), kind, Numbers(), **spec())).set_state(state)
+        changed = iter(make_batches(other, kind, Numbers(), **spec()))
         with pytest.raises(
             UserError,
             match="The rows of --data are others than those that the data cursor was saved with",
@@ -486,27 +496,27 @@ def test_a_cursor_of_rows_with_other_content_is_refused():
     ("fields", "message"),
     [
         (
-            {"batch_size": 6, "process_count": 4},
-            r"batch\.batch_size is 6; it must be a multiple of the 4 processes",
+            {"batch_size": 6, "share": Share(0, 4, (0,) * 4)},
+            r"batch_size is 6; it must be a multiple of the 4 processes",
         ),
-        ({"batch_size": 0}, r"batch\.batch_size is 0; it must be"),
+        ({"batch_size": 0}, r"batch_size is 0; it must be"),
         (
-            {"process_index": 2, "process_count": 2},
-            r"batch\.process_index is 2; it must lie in \[0, 2\)",
+            {"share": Share(2, 2, (0, 0))},
+            r"share\.index is 2; it must lie in \[0, 2\)",
         ),
-        ({"epochs": 0}, r"batch\.epochs is 0"),
-        ({"buckets": (8, 8)}, r"batch\.buckets is \(8, 8\); it must increase"),
-        ({"buckets": (8,)}, r"batch\.buckets ends at 8, but the longest row has 9 tokens"),
-        ({"batch_size": 16}, r"There are 5 labels rows, fewer than batch\.batch_size, which is 16"),
+        ({"epochs": 0}, r"epochs is 0"),
+        ({"lengths": (8, 8)}, r"lengths is \(8, 8\); it must increase"),
+        ({"lengths": (8,)}, r"lengths ends at 8, but the longest row has 9 tokens"),
+        ({"batch_size": 16}, r"There are 5 labels rows, fewer than batch_size, which is 16"),
     ],
 )
 def test_user_errors(fields, message):
     with pytest.raises(UserError, match=message):
-        make_batches(labels_of_lengths([9] * 5), "labels", Numbers(), spec(**fields))
+        make_batches(labels_of_lengths([9] * 5), "labels", Numbers(), **spec(**fields))
 
 
 def test_no_rows_and_unknown_kind():
     with pytest.raises(UserError, match="There are no labels rows"):
-        make_batches([], "labels", Numbers(), spec(**EVALUATE))
+        make_batches([], "labels", Numbers(), **spec(**EVALUATE))
     with pytest.raises(UserError, match="kind is 'pairs'; it must be one of demonstrations"):
-        make_batches([], "pairs", Numbers(), spec())
+        make_batches([], "pairs", Numbers(), **spec())

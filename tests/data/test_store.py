@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from perl_jax.data import store
-from perl_jax.data.store import DataOptions
+from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import PreparedTask, get_task
 from perl_jax.errors import UserError
 from tests.paths import ORDERS
@@ -42,12 +42,12 @@ class Counted(store.RowsBuilder):
         return dict.fromkeys(KINDS, store.SPLITS)
 
     @classmethod
-    def content(cls, kind, options):
-        return {"seed": options.seed, "sizes": [options.size(split) for split in store.SPLITS]}
+    def content(cls, kind, config):
+        return {"seed": config.data_seed, "sizes": [config.size(split) for split in store.SPLITS]}
 
     @classmethod
-    def rows(cls, kind, split, options):
-        return made(kind, split, options.size(split))
+    def rows(cls, kind, split, config):
+        return made(kind, split, config.size(split))
 
 
 class Answered(Counted):
@@ -56,7 +56,7 @@ class Answered(Counted):
     name = "answered"
 
     @classmethod
-    def rows(cls, kind, split, options):
+    def rows(cls, kind, split, config):
         return ({"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3))
 
 
@@ -66,7 +66,7 @@ class Broken(Counted):
     name = "broken"
 
     @classmethod
-    def rows(cls, kind, split, options):
+    def rows(cls, kind, split, config):
         yield from made(kind, split, 3)
         raise OSError("disk on fire")
 
@@ -74,14 +74,20 @@ class Broken(Counted):
 COUNTED = PreparedTask(Counted)
 
 
-def options(tmp_path, **fields) -> DataOptions:
-    return DataOptions(cache_dir=str(tmp_path / "cache"), **{**SMALL, **fields})
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A folder of prepared rows for each test."""
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def small(**fields) -> DataConfig:
+    return DataConfig(**{**SMALL, **fields})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
     for split, size in (("train", 20), ("validation", 6), ("test", 6)):
-        source = COUNTED.open(kind, split, options(tmp_path))
+        source = COUNTED.open(kind, split, small())
         expected = list(made(kind, split, size))
         assert len(source) == len(expected) == size
         for index, row in enumerate(expected):
@@ -96,7 +102,7 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
 
 
 def test_a_task_of_ones_own_may_give_prompts_other_columns(tmp_path):
-    source = store.open_rows(Answered, "prompts", "train", options(tmp_path))
+    source = store.open_rows(Answered, "prompts", "train", small())
     assert [source[i] for i in range(3)] == [
         {"prompt": f"{n}?", "answer": n, "note": {"n": [n]}} for n in range(3)
     ]
@@ -107,44 +113,44 @@ def test_kinds_splits_and_sizes_that_a_task_does_not_have(tmp_path):
     with pytest.raises(
         UserError, match="kind is 'pairs'; it must be one of corpus, demonstrations"
     ):
-        COUNTED.open("pairs", "train", options(tmp_path))
+        COUNTED.open("pairs", "train", small())
     with pytest.raises(
         UserError, match="split of labels is 'judge'; it must be one of train, validation, test"
     ):
-        COUNTED.open("labels", "judge", options(tmp_path))
+        COUNTED.open("labels", "judge", small())
     with pytest.raises(UserError, match=r"data\.train_size is 0"):
-        options(tmp_path, train_size=0)
+        small(train_size=0)
 
 
 def test_folder_changes_with_seed_size_kind_and_code_only(tmp_path, monkeypatch):
     prints = {
-        store.fingerprint(Counted, kind, options(tmp_path, **fields))
+        store.fingerprint(Counted, kind, small(**fields))
         for kind, fields in [
             ("labels", {}),
-            ("labels", {"seed": 1}),
+            ("labels", {"data_seed": 1}),
             ("labels", {"train_size": 21}),
             ("prompts", {}),
         ]
     }
     assert len(prints) == 4
-    again = DataOptions(cache_dir="elsewhere", data_dir="unused", **SMALL)
+    again = DataConfig(data_dir="unused", **SMALL)
     assert store.fingerprint(Counted, "labels", again) in prints
     monkeypatch.setattr(store, "file_hash", lambda path: "another version of the code")
-    assert store.fingerprint(Counted, "labels", options(tmp_path)) not in prints
+    assert store.fingerprint(Counted, "labels", small()) not in prints
 
 
 def test_prepared_rows_are_used_again(tmp_path, monkeypatch):
     task = COUNTED
-    first = task.open("prompts", "train", options(tmp_path))[0]
+    first = task.open("prompts", "train", small())[0]
     (folder,) = (tmp_path / "cache").iterdir()
     assert folder.name.startswith("counted-prompts-")
     monkeypatch.setattr(Counted, "rows", None)  # would fail if called
-    assert task.open("prompts", "train", options(tmp_path))[0] == first
+    assert task.open("prompts", "train", small())[0] == first
 
 
 def test_failure_midway_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk on fire"):
-        store.open_rows(Broken, "prompts", "train", options(tmp_path))
+        store.open_rows(Broken, "prompts", "train", small())
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -152,14 +158,14 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
     """Dies at the last moment, before the rename: the folder that readers look for is not there."""
     code = (
         "import os\n"
-        "from perl_jax.data.tasks import DataOptions, get_task\n"
+        "from perl_jax.data.config import DataConfig\n"
+        "from perl_jax.data.tasks import get_task\n"
         "rename = os.rename\n"
         "ours = lambda path: os.path.basename(path).startswith('.preparing-')\n"
         "os.rename = lambda source, target: os._exit(9) if ours(source) else rename(source, "
         "target)\n"
-        f"options = DataOptions(cache_dir={str(tmp_path / 'cache')!r}, train_size=20, "
-        "evaluation_size=6)\n"
-        f"get_task({ORDERS!r}).open('prompts', 'train', options)\n"
+        "config = DataConfig(train_size=20, evaluation_size=6)\n"
+        f"get_task({ORDERS!r}).open('prompts', 'train', config)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
@@ -167,7 +173,7 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
     assert done.returncode == 9, done.stderr
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".preparing-orders-prompts-")
-    assert len(get_task(ORDERS).open("prompts", "train", options(tmp_path))) == 20
+    assert len(get_task(ORDERS).open("prompts", "train", small())) == 20
 
 
 def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
@@ -184,27 +190,27 @@ def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         store.contextlib, "redirect_stdout", lambda stream: store.contextlib.nullcontext()
     )
-    run = lambda: folders.append(store.prepare(Counted, "prompts", options(tmp_path)))
+    run = lambda: folders.append(store.prepare(Counted, "prompts", small()))
     threads = [threading.Thread(target=run) for _ in range(2)]
     [thread.start() for thread in threads]
     [thread.join(timeout=120) for thread in threads]
     assert len(folders) == 2
     assert folders[0] == folders[1]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folders[0].name]
-    assert len(COUNTED.open("prompts", "train", options(tmp_path))) == 20
+    assert len(COUNTED.open("prompts", "train", small())) == 20
 
 
 def test_cache_variable_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "by variable"))
-    assert DataOptions().cache_path == tmp_path / "by variable"
+    assert store.cache_folder() == tmp_path / "by variable"
     monkeypatch.delenv("PERL_JAX_CACHE")
-    assert DataOptions().cache_path.parts[-3:] == (".cache", "perl_jax", "datasets")
+    assert store.cache_folder().parts[-3:] == (".cache", "perl_jax", "datasets")
 
 
 def test_unknown_probability_survives_storage(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
-    wanted = DataOptions(data_dir=str(path), cache_dir=str(tmp_path / "cache"))
+    wanted = DataConfig(data_dir=str(path))
     splits = []
     for split in store.SPLITS:
         try:
@@ -218,9 +224,10 @@ def test_unknown_probability_survives_storage(tmp_path):
 def test_tensorflow_is_not_imported_and_nothing_is_printed(tmp_path):
     code = (
         "import sys\n"
-        "from perl_jax.data.tasks import DataOptions, get_task\n"
-        f"options = DataOptions(cache_dir={str(tmp_path)!r}, train_size=5, evaluation_size=2)\n"
-        f"assert len(get_task({ORDERS!r}).open('labels', 'train', options)) == 5\n"
+        "from perl_jax.data.config import DataConfig\n"
+        "from perl_jax.data.tasks import get_task\n"
+        "config = DataConfig(train_size=5, evaluation_size=2)\n"
+        f"assert len(get_task({ORDERS!r}).open('labels', 'train', config)) == 5\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow was imported'\n"
     )
     done = subprocess.run(

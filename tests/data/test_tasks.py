@@ -113,7 +113,14 @@ def named(source: str) -> Iterator[str]:
 
 def test_the_package_names_no_data_set():
     files = sorted(PACKAGE.rglob("*.py"))
-    found = {str(path): [*named(path.read_text(encoding="utf-8"))] for path in files}
+    texts = {str(path): path.read_text(encoding="utf-8") for path in files}
+    # Only what holds such a word at all is parsed.
+    found = {
+        path: [*named(text)]
+        for path, text in texts.items()
+        if DATA_SETS.search(text) or '"orders"' in text
+    }
+    assert len(found) < len(texts)
     assert not any(found.values()), found
 
 

@@ -13,7 +13,7 @@ import pytest
 from experiments.taskmaster import data as taskmaster
 from experiments.taskmaster import dialogue
 from perl_jax.data import store, upstream
-from perl_jax.data.store import DataOptions
+from perl_jax.data.config import DataConfig
 from perl_jax.errors import UserError
 from tests.paths import TASKMASTER as REAL
 
@@ -212,7 +212,7 @@ def small_upstream(folder, *, dialogues_too):
         ]
         talks.append({"utterances": broken})
         write_json(folder / "TM-3-2020" / "data" / "data_00.json", talks)
-    return DataOptions(data_dir=str(folder), cache_dir=str(folder / "cache"))
+    return DataConfig(data_dir=str(folder))
 
 
 def opened(task, kind, split, options):
@@ -265,7 +265,7 @@ def test_the_corpus_of_both_is_both_corpora(tmp_path):
 
 
 def test_missing_copy_is_named(tmp_path):
-    options = DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
+    options = DataConfig(data_dir=str(tmp_path))
     with pytest.raises(
         UserError,
         match=r"no \.json files in .*TM-4-2024/reward; data_dir must name a copy of the upstream "
@@ -299,12 +299,13 @@ def server(tmp_path):
         running.shutdown()
 
 
-def test_downloads_once_and_whole(server, tmp_path):
+def test_downloads_once_and_whole(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
     folder, base, asked = server
     for index in range(taskmaster.TicketingBuilder.reward_count):
         name = f"reward_{index:02}.json"
         write_json(folder / "TM-3-2020" / "reward" / name, [rated([user("u")], GREETING, 1.0)])
-    options = DataOptions(cache_dir=str(tmp_path / "cache"))
+    options = DataConfig()
     files = taskmaster.TicketingBuilder.files(options, "reward", base)
     assert [path.name for path in files] == [f"reward_{index:02}.json" for index in range(8)]
     assert len(upstream.read_lists(files)) == 8
@@ -338,7 +339,7 @@ def test_failed_downloads_leave_nothing_and_say_what_to_do(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    return DataOptions(data_dir=str(REAL), cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return DataConfig(data_dir=str(REAL))
 
 
 def first_user_turn(prompt):

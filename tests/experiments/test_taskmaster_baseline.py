@@ -10,7 +10,7 @@ import pytest
 
 from experiments.taskmaster import run as taskmaster
 from experiments.taskmaster.data import TICKETING
-from perl_jax.data.store import DataOptions
+from perl_jax.data.config import DataConfig
 from perl_jax.evaluation import statistics
 
 DATA = pathlib.Path(__file__).parents[2] / "experiments" / "taskmaster" / "data.py"
@@ -40,7 +40,7 @@ def test_the_baselines_and_the_reward_model_are_compared_over_dialogues(
     folder.mkdir(parents=True)
     rows = [turns(film, said, noise) for film in range(80) for said in range(4)]
     (folder / "reward_00.json").write_text(json.dumps(rows))
-    test = list(TICKETING.open("labels", "test", DataOptions(data_dir=str(tmp_path / "data"))))
+    test = list(TICKETING.open("labels", "test", DataConfig(data_dir=str(tmp_path / "data"))))
     labels, dialogues = np.array([row["label"] for row in test]), [row["group"] for row in test]
     scores = labels + noise.normal(size=len(labels))
     run: pathlib.Path = tmp_path / "run" / "lora" / "reward"

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.config import DataConfig
+from perl_jax.data.pipeline import make_batches
 from perl_jax.data.tokenise import tokenise
 from perl_jax.errors import UserError
 from perl_jax.hub import templates
@@ -268,7 +269,13 @@ def test_the_tail_is_read_by_scores_and_not_by_losses():
     tokenizer = byte_tokenizer(CHATML)
     rows = [{"prompt": "Is it?", "chosen": "Yes.", "rejected": "A long answer."}]
     batches = make_batches(
-        rows, "comparisons", tokenizer, BatchSpec(1, 64, 8, shuffle_seed=None, epochs=1)
+        rows,
+        "comparisons",
+        tokenizer,
+        DataConfig(max_prompt_length=64, max_response_length=8),
+        1,
+        seed=None,
+        epochs=1,
     )
     (pair,) = batches
     for tokens, text, cut in (

@@ -338,18 +338,21 @@ DATA = (
                                   "none", "np.searchsorted(edges, lengths[order])", 'np.searchsorted(edges, lengths[order], side="right")', "data/test_pipeline.py::test_a_row_as_long_as_a_bucket_is_in_it"),
     ),
     *_of(
-        "data/pipeline.py",
+        "data/collate.py",
         ("first-token-not-learned", "the response's first token is in no loss", "(column_T >= prompt_B[:, None])", "(column_T > prompt_B[:, None])", "data/test_pipeline.py::test_demonstrations_by_hand_with_filler"),
         ("eos-not-learned", "the token that ends a response is in no loss", "(column_T < ends_B[:, None])", "(column_T < ends_B[:, None] - 1)", "data/test_pipeline.py::test_demonstrations_by_hand_with_filler"),
         ("tail-learned", "the template's tail is in the loss", "ends_B = valid_BT.sum(axis=1) - "
                                                                "tail_B", "ends_B = valid_BT.sum(axis=1)", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
         ("rejected-is-chosen", "both sides of a pair are the chosen response", "pad_id, response=1)", "pad_id, response=0)", "data/test_pipeline.py::test_pairs_by_hand_share_the_longer_sides_bucket"),
         ("filler-pairs-count", "filler pairs have the weight of the last row", "np.where(indices == FILLER, 0, values[indices]) for", "values[indices] for", "data/test_pipeline.py::test_a_filler_pair_weighs_nothing"),
+    ),
+    *_of(
+        "data/pipeline.py",
         ("cursor-one-ahead", "a resumed run skips a batch", 'self._iterator.set_state(dict(state["grain"]))', 'self._iterator.set_state(dict(state["grain"]))\n        next(self._iterator)', "data/test_pipeline.py::test_resuming_yields_the_batches_that_would_have_come"),
-        ("cursor-without-the-seed", "a cursor does not notice another seed", "(self.rows.kind, spec.batch_size, spec.shuffle_seed, self.lengths)", "(self.rows.kind, spec.batch_size, self.lengths)", "data/test_pipeline.py::test_a_cursor_of_other_rows_or_settings_is_refused"),
+        ("cursor-without-the-seed", "a cursor does not notice another seed", "(self.rows.kind, self.batch_size, self.seed, self.lengths)", "(self.rows.kind, self.batch_size, self.lengths)", "data/test_pipeline.py::test_a_cursor_of_other_rows_or_settings_is_refused"),
         ("cursor-without-tokens", "a cursor does not notice other tokens of the same lengths", "digest.update(np.ascontiguousarray(ragged.values).tobytes())", "pass", "data/test_pipeline.py::test_a_cursor_of_rows_with_other_content_is_refused"),
         ("cursor-without-numbers", "a cursor does not notice flipped labels", "name.encode() + np.ascontiguousarray(values).tobytes()", "name.encode()", "data/test_pipeline.py::test_a_cursor_of_rows_with_other_content_is_refused"),
-        ("processes-read-alike", "every process takes the batch's first rows", "start = share * self.spec.process_index", "start = 0", "data/test_pipeline.py::test_processes_slices_make_up_the_whole_batch"),
+        ("processes-read-alike", "every process takes the batch's first rows", "self._share.part(rows)", "rows[: len(rows) // self._share.count]", "data/test_pipeline.py::test_processes_slices_make_up_the_whole_batch"),
     ),
     *_of(
         "data/store.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perl_jax.data.store import DataOptions
+from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Regex, Words
@@ -139,9 +139,7 @@ def test_exact_match_names_the_row(row, message):
 def test_exact_match_reads_any_column_of_ones_own_rows(tmp_path):
     """An empty response was paid 1 where prompts had no answer."""
     (tmp_path / "train.jsonl").write_text('{"prompt": "6 x 7?", "ground_truth": 42}\n')
-    rows = get_task("jsonl").open(
-        "prompts", "train", DataOptions(data_dir=str(tmp_path), cache_dir=str(tmp_path / "c"))
-    )
+    rows = get_task("jsonl").open("prompts", "train", DataConfig(data_dir=str(tmp_path)))
     assert rewards(ExactMatch("ground_truth"), "", "42", rows=[rows[0], rows[0]]) == [0, 1]
     with pytest.raises(
         UserError,

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from perl_jax.data.tasks import data_options, get_task
+from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import compare
 from perl_jax.evaluation.report import write_report
@@ -36,7 +36,7 @@ def pointwise(jobs, tmp_path_factory):
 def reference_scores(model, artefact: pathlib.Path, kind: str) -> np.ndarray:
     """Raw scores of every response of the training split, by a forward pass a row, unpadded."""
     adapter, _ = tiny.load(artefact, model)
-    source = get_task(ORDERS).open(kind, "train", data_options(tiny.DATA))
+    source = get_task(ORDERS).open(kind, "train", tiny.DATA)
     scores = []
     for row in source:
         for field in ("chosen", "rejected") if kind == "comparisons" else ("response",):
@@ -148,7 +148,7 @@ def test_evaluation_of_a_pairwise_reward(jobs, model):
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1
     # Two of the 16 pairs are equal once they are cut to 8 tokens: neither right nor wrong, they
     # count nowhere.
-    rows = list(get_task(ORDERS).open("comparisons", "test", data_options(tiny.DATA)))
+    rows = list(get_task(ORDERS).open("comparisons", "test", tiny.DATA))
     cut = lambda text: model.tokenizer.response_ids(text)[:8]
     counted = [row["probability"] for row in rows if cut(row["chosen"]) != cut(row["rejected"])]
     assert (len(rows), accuracy["n"]) == (16, 14) and len(counted) == 14
@@ -214,9 +214,7 @@ def samples(run: pathlib.Path) -> list[dict]:
 
 
 def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
-    prompts = [
-        row["prompt"] for row in get_task(ORDERS).open("prompts", "test", data_options(tiny.DATA))
-    ]
+    prompts = [row["prompt"] for row in get_task(ORDERS).open("prompts", "test", tiny.DATA)]
     found = samples(jobs.root / "rl")
     assert [row["prompt"] for row in found] == prompts
     for row in found:

@@ -8,13 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.data.bucketing import balanced, fullest, packed_sizes, packed_slots
-from perl_jax.data.pipeline import Batches, BatchSpec
+from perl_jax.data.config import DataConfig
+from perl_jax.data.packing import (
+    ROLLOUT_LEVELS,
+    balanced,
+    fullest,
+    packed_sizes,
+    packed_slots,
+)
+from perl_jax.data.pipeline import Batches
 from perl_jax.data.tokenise import Ragged, TokenRows
 from perl_jax.hub.model import Model
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.training import step as step_lib
-from perl_jax.training.layouts import LEVELS, rollout_layout, updates_rows
+from perl_jax.training.layouts import rollout_layout, updates_rows
 from perl_jax.types import Layout
 from tests import small
 from tests.rollouts import placed_model, rl_config
@@ -72,14 +79,18 @@ def test_a_length_has_the_size_that_is_planned_and_levels_above():
 @pytest.mark.parametrize(("rows", "microbatches"), [(64, 1), (256, 1), (640, 4)])
 def test_later_epochs_are_packed_as_the_first_is(rows, microbatches):
     lengths = np.random.default_rng(rows).integers(8, 120, rows)
-    spec = BatchSpec(16, 64, 64, packed=True, microbatches=microbatches)
+    config = DataConfig(max_prompt_length=64, max_response_length=64)
     ragged = lambda lengths: Ragged.of([np.ones(n, np.int32) for n in lengths])
     batches = Batches(
         TokenRows(
             "demonstrations", ragged(lengths // 2), (ragged(lengths - lengths // 2),), {}, {}
         ),
-        spec,
+        config,
+        16,
         0,
+        seed=0,
+        packed=True,
+        microbatches=microbatches,
     )
     padded, shapes = [], set()
     for step in range(6 * batches.steps_per_epoch):
@@ -118,7 +129,7 @@ def test_rollouts_go_to_the_smallest_of_a_few_sizes(response, slots):
     # Two prompts of 4 tokens in 8 columns and eight responses; a quarter of the longest responses
     # is 64 tokens, and padded rows have 320.
     assert layout(response) == (Layout(slots, 1, 4) if slots <= 0.95 * 320 else None)
-    assert len({layout(n) for n in range(33)}) <= LEVELS + 1
+    assert len({layout(n) for n in range(33)}) <= ROLLOUT_LEVELS + 1
 
 
 def test_groups_that_microbatches_would_part_share_nothing():

@@ -16,7 +16,7 @@ import pytest
 
 from perl_jax.data import loading
 from perl_jax.data.dataset import Dataset, of_rows, of_split
-from perl_jax.data.tasks import data_options, get_task
+from perl_jax.data.tasks import get_task
 from perl_jax.data.tokenise import Ragged, TokenRows, clip_prompt, clip_response
 from perl_jax.evaluation import calibration, compare, intervals, resampling, statistics
 from perl_jax.generation import programs
@@ -224,7 +224,7 @@ def test_every_job_trains_on_the_rows_of_the_train_split(job, jobs, model, tmp_p
     with pytest.raises(Reached):
         begin()
     iterator = seen["iterator"]
-    rows = get_task(ORDERS).open(kind, "train", data_options(tiny.DATA))
+    rows = get_task(ORDERS).open(kind, "train", tiny.DATA)
     batch, tokenizer = next(iterator), model.tokenizer
     for place, index in enumerate(iterator.batches.rows_of(0).tolist()):
         row = rows[index]
@@ -312,7 +312,7 @@ def test_accuracy_of_dpo_counts_what_is_chosen(jobs, model):
         model, of_split(tiny.DATA, "comparisons", "test"), config, dpo.job_of(config), state
     )
     right = []
-    for row in get_task(ORDERS).open("comparisons", "test", data_options(tiny.DATA)):
+    for row in get_task(ORDERS).open("comparisons", "test", tiny.DATA):
         prompt = clip_prompt(model.tokenizer.prompt_ids(row["prompt"]), 8, model.tokenizer.bos_id)
         sides = [
             clip_response(model.tokenizer.response_ids(row[side]), 8)

@@ -11,7 +11,7 @@ import pytest
 
 from perl_jax.data import loading
 from perl_jax.data.dataset import of_split
-from perl_jax.data.tasks import data_options, get_task
+from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import best_of
 from perl_jax.evaluation.best_of import BestOfConfig, best_response, run_best_of
@@ -208,7 +208,7 @@ def test_comparisons_count_by_their_weights(jobs, tmp_path):
     results, scores = (
         tiny.read(tmp_path / "reward" / f"{name}.json") for name in ("evaluation", "scores")
     )
-    found = get_task("jsonl").open("comparisons", "test", data_options(data))
+    found = get_task("jsonl").open("comparisons", "test", data)
     weights = [row["weight"] for row in found]
     assert len(weights) == 4 * 6 + 8 and sum(weights) == pytest.approx(12)
     right = np.array(scores["chosen"]) > np.array(scores["rejected"])
@@ -476,7 +476,7 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
     # Every second prompt names its dialogue, which its demonstration is of too.
     asked = [
         {"prompt": row["prompt"]} | ({"group": f"talk {i}"} if i % 2 else {})
-        for i, row in enumerate(get_task(ORDERS).open("prompts", "test", data_options(tiny.DATA)))
+        for i, row in enumerate(get_task(ORDERS).open("prompts", "test", tiny.DATA))
     ]
     (prompts / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     given = EMPTY | {"data": dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(prompts))}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.data.tasks import data_options, get_task
+from perl_jax.data.tasks import get_task
 from perl_jax.errors import TrainingError
 from perl_jax.evaluation.report import formats
 from perl_jax.evaluation.report.curves import kept_sentence
@@ -58,9 +58,7 @@ def ran(jobs, tmp_path_factory):
 def test_samples_are_of_held_out_prompts_with_their_own_rewards(ran):
     folder, config = ran
     task = get_task(ORDERS)
-    held_out = [
-        row["prompt"] for row in task.open("prompts", "validation", data_options(config.data))
-    ][:6]
+    held_out = [row["prompt"] for row in task.open("prompts", "validation", config.data)][:6]
     found = samples(folder)
     assert [row["step"] for row in found] == [1] * 6 + [2] * 6 + [3] * 6
     assert {row["prompt"] for row in found} == set(held_out) and len(held_out) == 6

@@ -395,7 +395,7 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
         ),
         (
             {"data": dataclasses.replace(tiny.DATA, train_size=5)},
-            "There are 5 demonstrations rows, fewer than batch.batch_size, which is 8.",
+            "There are 5 demonstrations rows, fewer than batch_size, which is 8.",
         ),
     ],
 )

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.data.pipeline import BatchSpec, make_batches
+from perl_jax.data.config import DataConfig
+from perl_jax.data.pipeline import make_batches
 from perl_jax.evaluation.score import ScoreConfig, score
 from perl_jax.generation.sampling import Rollout
 from perl_jax.hub import import_peft
@@ -149,9 +150,11 @@ def test_a_trainers_score_is_that_of_rows_of_the_command_and_of_rollouts(name, t
     expected = trainer_scores(classifier, tokenizer)
     assert expected.std() > 0.1
     # Rows of data, in training and in evaluation.
-    spec = BatchSpec(2, LONGEST, LONGEST, shuffle_seed=None, epochs=1)
+    data = DataConfig(max_prompt_length=LONGEST, max_response_length=LONGEST)
     scores = reward.score_batches(
-        model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec)
+        model,
+        adapter,
+        make_batches(ROWS, "comparisons", model.tokenizer, data, 2, seed=None, epochs=1),
     )
     np.testing.assert_allclose(np.stack(scores, axis=1), expected, atol=1e-4)
     # The score command.
@@ -178,10 +181,12 @@ def test_a_trainers_score_is_that_of_rows_of_the_command_and_of_rollouts(name, t
     found = rollout_scores(model, artefact, rollout_of(tokenizer, ended)).reshape(2, 2, 3)
     np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, axis=2), atol=1e-4)
     # Unfinished ones, as a row of data that was cut: no end is put in their place.
-    spec = BatchSpec(2, LONGEST, 2, shuffle_seed=None, epochs=1)
+    data = DataConfig(max_prompt_length=LONGEST, max_response_length=2)
     cut = np.stack(
         reward.score_batches(
-            model, adapter, make_batches(ROWS, "comparisons", model.tokenizer, spec)
+            model,
+            adapter,
+            make_batches(ROWS, "comparisons", model.tokenizer, data, 2, seed=None, epochs=1),
         ),
         axis=1,
     )

@@ -114,8 +114,8 @@ def measured(
     rows = contender.read_rows(folder, job)
     batches = contender_perl_jax.batches_of(model, rows, job, config)
     print(
-        f"\n{job}: packed {batches.spec.packed}, attention {model.lm.config.attention}, remat "
-        f"{model.lm.config.remat}",
+        f"\n{job}: packed {batches.packer is not None}, attention {model.lm.config.attention}, "
+        f"remat {model.lm.config.remat}",
         flush=True,
     )
     found: dict[str, float] = {}

@@ -23,7 +23,7 @@ from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_rows
-from perl_jax.data.pipeline import Batches, BatchSpec, make_batches
+from perl_jax.data.pipeline import Batches, make_batches
 from perl_jax.generation import programs as programs_lib
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.hub.artefacts import Record
@@ -117,17 +117,17 @@ def endless(model: Model) -> Model:
 
 def batches_of(model: Model, rows: Sequence[dict[str, str]], job: str, config: Any) -> Batches:
     """The file's batches in its order, over and over."""
-    spec = BatchSpec(
-        batch_size=work.PAIRS if KINDS[job] == "comparisons" else work.PROMPTS,
-        max_prompt_length=config.data.max_prompt_length,
-        max_response_length=config.data.max_response_length,
-        bucket_count=1,
-        shuffle_seed=None,
+    return make_batches(
+        rows,
+        KINDS[job],
+        model.tokenizer,
+        dataclasses.replace(config.data, bucket_count=1),
+        work.PAIRS if KINDS[job] == "comparisons" else work.PROMPTS,
+        seed=None,
         packed=model.packs(config.data.packing),
         parts=model.row_parts,
         microbatches=config.microbatches,
     )
-    return make_batches(rows, KINDS[job], model.tokenizer, spec)
 
 
 def reward_step(model: Model, config: RewardCommand, batches: Batches) -> Taken:
@@ -247,7 +247,7 @@ def run(options: argparse.Namespace, protocol: contender.Protocol) -> None:
     lm = model.lm.config
     settings = (
         f"{options.tuning}, {config.microbatches} microbatches, {lm.dtype}, attention "
-        f"{lm.attention}, packed {batches.spec.packed}, defaults otherwise"
+        f"{lm.attention}, packed {batches.packer is not None}, defaults otherwise"
     )
     compiled_mib = {name: count / 2**20 for name, count in compiled().items()}
     protocol.ready(
