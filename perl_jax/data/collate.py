@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import numpy as np
 
 from perl_jax.data.bucketing import FILLER
@@ -21,18 +24,18 @@ def collate(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> 
 
 def with_layout(batch: Batch, layout: Layout | None) -> Batch:
     """Returns a batch with the layout set on each of its `Tokens`; prompts are unchanged."""
-    if isinstance(batch, Tokens):
-        return batch.replace(layout=layout)
-    if isinstance(batch, Pairs):
-        return batch.replace(
-            chosen=batch.chosen.replace(layout=layout),
-            rejected=batch.rejected.replace(layout=layout),
-        )
-    return (
-        batch.replace(tokens=batch.tokens.replace(layout=layout))
-        if isinstance(batch, Labelled)
-        else batch
-    )
+    packed = functools.partial(dataclasses.replace, layout=layout)
+    match batch:
+        case Tokens():
+            return packed(batch)
+        case Pairs():
+            return dataclasses.replace(
+                batch, chosen=packed(batch.chosen), rejected=packed(batch.rejected)
+            )
+        case Labelled():
+            return dataclasses.replace(batch, tokens=packed(batch.tokens))
+        case Prompts():
+            return batch
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:

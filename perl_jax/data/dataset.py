@@ -74,7 +74,7 @@ def of_rows(
     given = {"train": list(train), "validation": list(validation), "test": list(test)}
     require(bool(given["train"]), f"There are no {kind} rows to train on; give at least one.")
     place = lambda split, index: f"Row {index + 1} of the {split} rows"
-    splits: dict[str, list[Row]] = {}
+    splits: dict[str, Sequence[Row]] = {}
     for split, rows in given.items():
         found = [
             checked

@@ -151,7 +151,7 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
         f"{where}: give ranked, or chosen and rejected, not both.",
     )
     pairs = list(itertools.combinations(ranked, 2))
-    weight = checked(value, "weight", where) / len(pairs)
+    weight = float(checked(value, "weight", where)) / len(pairs)
     return [
         value | {"chosen": better, "rejected": worse, "weight": weight} for better, worse in pairs
     ]
@@ -233,11 +233,11 @@ def find(config: DataConfig) -> pathlib.Path:
 
     Raises UserError if `data_dir` is not given or does not exist.
     """
-    require(
-        config.data_dir is not None,
-        "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them; --data.task "
-        "PATH.py:NAME names another task.",
-    )
+    if config.data_dir is None:
+        raise UserError(
+            "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them; --data.task "
+            "PATH.py:NAME names another task."
+        )
     path = pathlib.Path(config.data_dir).expanduser()
     require(path.exists(), f"There is no file or folder {path}.")
     return path

@@ -180,13 +180,13 @@ class Batches:
 
 
 class Steps(Sequence):
-    """The numbers 0 to count - 1, as a random-access source for Grain."""
+    """The numbers 0 to size - 1, as a random-access source for Grain."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, size: int) -> None:
+        self._size = size
 
     def __len__(self) -> int:
-        return self.count
+        return self._size
 
     def __getitem__(self, step: int) -> int:
         return step

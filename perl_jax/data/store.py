@@ -60,7 +60,7 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets").expanduser()
 
 
-class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RowsBuilder(tfds.core.GeneratorBasedBuilder):
     """Base class of the builders that write a task's rows, with one TFDS config for each kind.
 
     A subclass implements `kind_splits`, `content` and `rows`, which gives rows in a fixed order.
@@ -166,11 +166,11 @@ class RowSource(Sequence):
         if not 0 <= index < self._size:
             raise IndexError(f"row {index} of {self._size}")
         row = {name: plain(value) for name, value in self._records[index].items()}
-        others = json.loads(row.pop(OTHERS, "{}"))
+        others = json.loads(str(row.pop(OTHERS, "{}")))
         return row | others
 
 
-def plain(value: object) -> str | float:
+def plain(value: bytes | float) -> str | float:
     """Returns a stored value as Python has it: bytes as text, a number as float."""
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 

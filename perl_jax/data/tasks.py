@@ -151,7 +151,7 @@ class PreparedTask:
         """The task's name on the command line."""
         return self.builder.name
 
-    @functools.cached_property
+    @property
     def splits(self) -> Mapping[str, Sequence[str]]:
         """The splits of each kind of rows that the task has."""
         return dict(self.builder.kind_splits())
@@ -215,7 +215,7 @@ def get_task(name: str) -> TaskLike:
         )
         return TASKS[name]
     try:
-        found = vars(_module(source)).get(attribute)
+        found: Any = vars(_module(source)).get(attribute)
     except UserError as error:
         raise UserError(f"data.task is {name!r}; {error}") from error
     needed = ("name", "splits", "gold", "vocabulary", "options", "open", "content", "place")

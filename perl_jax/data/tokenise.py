@@ -16,34 +16,44 @@ from perl_jax.errors import UserError, one_of
 
 
 class Encoder(Protocol):
-    """What the pipeline needs of a tokenizer.
+    """What the pipeline needs of a tokenizer."""
 
-    Attributes:
-        pad_id: The token id of padding.
-        bos_id: The id that begins a prompt; None: the tokenizer has none.
-        tail_ids: Ids that the chat template writes after a response's last token.
-    """
+    @property
+    def pad_id(self) -> int:
+        """The token id of padding."""
+        raise NotImplementedError
 
-    pad_id: int
-    bos_id: int | None
-    tail_ids: Sequence[int]
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a prompt; None: the tokenizer has none."""
+        raise NotImplementedError
+
+    @property
+    def tail_ids(self) -> Sequence[int]:
+        """Ids that the chat template writes after a response's last token."""
+        raise NotImplementedError
 
     def prompt_ids(self, text: str) -> list[int]:
         """Returns the ids of a prompt, with bos first where the tokenizer has one."""
+        raise NotImplementedError
 
     def is_rendered(self, text: str) -> bool:
         """Returns whether a prompt was already rendered by the chat template."""
+        raise NotImplementedError
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
         """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template.
         Returns None when the caller must cut the ids instead.
         """
+        raise NotImplementedError
 
     def response_ids(self, text: str) -> list[int]:
         """Returns the ids of a complete response; the last one ends the turn."""
+        raise NotImplementedError
 
     def text_ids(self, text: str) -> list[int]:
         """Returns the ids of free text: bos, text, eos."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +200,7 @@ class RowError(UserError):
 
 
 def encoded(
-    rows: Sequence[Mapping[str, str | float]], encode: Callable[[str], Any], field: str
+    rows: Sequence[Mapping[str, Any]], encode: Callable[[str], Any], field: str
 ) -> list[Any]:
     """Returns encode(text) of a field of every row. Raises RowError if encoding a row fails."""
     found = []
@@ -208,7 +218,7 @@ def clip_response(ids: Sequence[int], limit: int) -> list[int]:
 
 
 def tokenise(
-    rows: Iterable[Mapping[str, str | float]],
+    rows: Iterable[Mapping[str, Any]],
     kind: str,
     encoder: Encoder,
     prompt_limit: int,
