@@ -105,7 +105,9 @@ def rollout_capacity(
         max_response: The largest number of tokens of a response.
     """
     sizes = [
-        round_up(rows // group * columns + rows * max_response * level // ROLLOUT_LEVELS, ROLLOUT_SLOTS)
+        round_up(
+            rows // group * columns + rows * max_response * level // ROLLOUT_LEVELS, ROLLOUT_SLOTS
+        )
         for level in range(1, ROLLOUT_LEVELS + 1)
     ]
     capacity = next(size for size in sizes if size >= need)
