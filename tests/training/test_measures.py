@@ -48,7 +48,7 @@ MODEL = types.SimpleNamespace(
 class Planned:
     """Batches of the rows above."""
 
-    spec = types.SimpleNamespace(microbatches=1)
+    microbatches = 1
     rows = types.SimpleNamespace(equal=np.zeros(5, bool), different=np.ones(5, bool), facts={})
 
     def __init__(self, make):
