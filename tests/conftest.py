@@ -21,13 +21,16 @@ from collections.abc import Iterator
 
 from tests.xla import xla_flags
 
-# Before jax is imported: it reads these once.
+# Before jax, NumPy and torch are imported: they read these once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Threads of torch and NumPy compute while they wait for each other: a tiny model takes up to thirty
+# times as long with two of them as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers inherit it: they are started by the process that gets here first.
@@ -42,7 +45,7 @@ import jax
 import pytest
 from xdist.scheduler import loadscope
 
-from tests.tiers import QUICK, TIERS, tier_of
+from tests.tiers import QUICK, SECONDS, TIERS, tier_of
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _TESTS = pathlib.Path(__file__).parent
@@ -50,11 +53,19 @@ _TESTS = pathlib.Path(__file__).parent
 
 class ByFile(loadscope.LoadScopeScheduling):
     """Sends all tests of a file to one worker, and all files of a group: those that use one
-    experiment's runs make and compile them once, those that compare with torch import it once.
+    experiment's runs make and compile them once, those that compare with torch import it once. The
+    longest come first.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         return _group(nodeid.partition("::")[0])
+
+    def _assign_work_unit(self, node: object) -> None:
+        seconds = lambda scope: SECONDS.get(
+            scope.removeprefix("tests/"), 0.1 * len(self.workqueue[scope])
+        )
+        self.workqueue.move_to_end(max(self.workqueue, key=seconds), last=False)
+        super()._assign_work_unit(node)
 
 
 # Group -> its folder and a pattern that its files have; a file is in the first that fits.

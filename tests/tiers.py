@@ -278,6 +278,28 @@ TIERS: dict[str, dict[str, str]] = {
     },
 }
 
+# File or group of files (tests/conftest.py) -> about the seconds of processor of its quick tests. The
+# longest begin first, so that all workers end at one time. What is not here counts a tenth of a
+# second a test.
+SECONDS = {
+    "torch": 135,
+    "jobs": 90,
+    "evaluation/test_report.py": 20,
+    "training/test_policy_gradient.py": 20,
+    "golden/test_golden.py": 20,
+    "adapters/test_lora_variants.py": 20,
+    "training/test_steps.py": 20,
+    "models/test_decoder.py": 17,
+    "runs/test_checkpoints.py": 14,
+    "models/test_packing.py": 10,
+    "hub/test_chat.py": 10,
+    "models/test_logprobs.py": 8,
+    "cli/test_commands.py": 10,
+    "objectives/test_losses.py": 10,
+    "objectives/test_algorithms.py": 8,
+    "models/test_attention.py": 9,
+}
+
 
 def tier_of(file: str, test: str) -> str | None:
     """The tier that the table gives a test; None: the table does not name it. file: relative to
