@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -31,4 +33,4 @@ def cast_frozen_role(adapter: Adapter, dtype: str) -> Adapter:
     cast = lambda name, leaf: (
         leaf.astype(dtype) if name.endswith(("kernel", "embedding", "lm_head")) else leaf
     )
-    return adapter.replace(weights=trees.map_named(cast, adapter.weights))
+    return dataclasses.replace(adapter, weights=trees.map_named(cast, adapter.weights))

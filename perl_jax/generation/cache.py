@@ -10,6 +10,7 @@ and of the row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -147,7 +148,8 @@ class WindowCache:
         """Returns the cache with columns for `max_new_tokens` tokens; new columns come last."""
         more = own_columns(max_new_tokens, self.window) - self.own_visible_BC.shape[1]
         pad = lambda x_BC: jnp.pad(x_BC, ((0, 0), (0, more)))
-        return self.replace(
+        return dataclasses.replace(
+            self,
             own_k=self.own_k.grown(more),
             own_v=self.own_v.grown(more),
             own_visible_BC=pad(self.own_visible_BC),
@@ -169,7 +171,8 @@ class WindowCache:
         column = self.column(step)
         entry = lambda new_LB1NK: cache_entry(jnp.swapaxes(new_LB1NK, -3, -2), kind)
         here_C = jnp.arange(self.own_visible_BC.shape[1]) == column
-        return self.replace(
+        return dataclasses.replace(
+            self,
             own_k=self.own_k.with_token(entry(k_LB1NK), column),
             own_v=self.own_v.with_token(entry(v_LB1NK), column),
             own_visible_BC=self.own_visible_BC | here_C[None, :],
@@ -196,7 +199,9 @@ class KVCache:
 
         Call it before any column is reused.
         """
-        return self.replace(parts=tuple(part.grown(max_new_tokens) for part in self.parts))
+        return dataclasses.replace(
+            self, parts=tuple(part.grown(max_new_tokens) for part in self.parts)
+        )
 
 
 def own_columns(max_new_tokens: int, window: int | None) -> int:

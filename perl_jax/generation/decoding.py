@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -122,14 +124,17 @@ def decode(
         layer,
         outer.embed(token_B[:, None], place),
         kinds.by_layer,
-        kinds=lm.config.windows,
+        windows=lm.config.windows,
         caches={part.window: part.by_layer for part in cache.parts},
     )
 
     def appended(part: WindowCache) -> WindowCache:
         """Returns a part of the cache with the new token in it."""
-        part = part.appended(*new[part.window], cache.position_B, cache.step, kind)
-        return part.replace(own_k=place.cache(part.own_k), own_v=place.cache(part.own_v))
+        k_LB1NK, v_LB1NK = new[part.window]
+        part = part.appended(k_LB1NK, v_LB1NK, cache.position_B, cache.step, kind)
+        return dataclasses.replace(
+            part, own_k=place.cache(part.own_k), own_v=place.cache(part.own_v)
+        )
 
     after = KVCache(tuple(map(appended, cache.parts)), cache.position_B + 1, cache.step + 1)
     return _next_logits(lm, base, adapter, outer.final_norm(x_B1D)), after

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import is_quantised
-from perl_jax.models.decoder import FUSED
+from perl_jax.models.linear import FUSED
 from perl_jax.runtime import trees
 from perl_jax.types import Array, Tree
 
@@ -111,7 +111,7 @@ def without_attention(adapter: Adapter | None) -> Adapter | None:
     lora, under = _feed_forward(adapter.lora), _feed_forward(adapter.under)
     if lora is None and under is None:
         return None
-    config = None if lora is None else adapter.config.restricted(lora_lib.FEED_FORWARD)
+    config = None if lora is None else adapter.lora_config.restricted(lora_lib.FEED_FORWARD)
     return dataclasses.replace(adapter, lora=lora, under=under, head=None, config=config)
 
 

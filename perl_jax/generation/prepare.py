@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -44,7 +45,7 @@ def prepare_for_decoding(
     """
     if adapter is not None and adapter.weights is not None:
         base, adapter = cast_frozen_role(adapter, lm.config.dtype).weights, None
-    if should_merge(base, adapter, config, tokens):
+    if adapter is not None and should_merge(base, adapter, config, tokens):
         moved: dict = {}
         for name, kernel in adapted_kernels(base, adapter).items():
             trees.insert(moved, name, kernel)
@@ -66,13 +67,12 @@ def cast_pairs(adapter: Adapter | None, dtype: str) -> Adapter | None:
     Every product would cast them anyway. DoRA adapters are returned unchanged, because their norms
     need the pairs in full precision.
     """
-    leaves = () if adapter is None else jax.tree.leaves((adapter.lora, adapter.under))
-    if all(leaf.dtype == dtype for leaf in leaves) or (
-        adapter.config is not None and adapter.config.dora
-    ):
+    if adapter is None or (adapter.config is not None and adapter.config.dora):
+        return adapter
+    if all(leaf.dtype == dtype for leaf in jax.tree.leaves((adapter.lora, adapter.under))):
         return adapter
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-    return adapter.replace(lora=cast(adapter.lora), under=cast(adapter.under))
+    return dataclasses.replace(adapter, lora=cast(adapter.lora), under=cast(adapter.under))
 
 
 def should_merge(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:

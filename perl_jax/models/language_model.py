@@ -22,9 +22,10 @@ from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import attention
 from perl_jax.models.attention_paths import attend_whole
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import AdapterSpec, Block, Embedder
+from perl_jax.models.decoder import Block, Embedder
 from perl_jax.models.layer_kinds import LayerKinds
 from perl_jax.models.layer_stack import Layer, LayerStack, within_a_layer
+from perl_jax.models.linear import AdapterSpec
 from perl_jax.models.logprobs import following_logprobs, logprobs_from_hidden
 from perl_jax.models.network import network
 from perl_jax.models.packing import Packing, gather, select_tokens, token_values
@@ -169,7 +170,9 @@ class LanguageModel:
         )
         if config.init != "pissa":
             return adapter
-        return adapter.replace(under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0))
+        return dataclasses.replace(
+            adapter, under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0)
+        )
 
     # Forward passes over whole sequences.
 
@@ -322,8 +325,19 @@ class LanguageModel:
         shardings = (
             ({}, {}) if self.mesh is None else (self.base_shardings(), self.lora_shardings())
         )
-        weights = _weights(base, adapter)["layers"]
-        return LayerStack(self.config, place, weights, adapter, *map(within_a_layer, shardings))
+        adapter = Adapter() if adapter is None else adapter
+        inner = lambda tree: None if tree is None else tree["layers"]
+        return LayerStack(
+            config=self.config,
+            place=place,
+            weights=_weights(base, adapter)["layers"],
+            lora=inner(adapter.lora),
+            lora_config=None if adapter.lora is None else adapter.config,
+            under=inner(adapter.under),
+            trained=adapter.weights is not None,
+            base_shardings=within_a_layer(shardings[0]),
+            lora_shardings=within_a_layer(shardings[1]),
+        )
 
     def logits_of(
         self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement
@@ -357,7 +371,7 @@ class LanguageModel:
             return x, keep(kv, window)
 
         x_BTD, kept = self.layers(base, adapter, place).run(
-            layer, outer.embed(tokens_BT, place), kinds.by_layer, kinds=self.config.windows
+            layer, outer.embed(tokens_BT, place), kinds.by_layer, windows=self.config.windows
         )
         return outer.final_norm(x_BTD), kept
 

@@ -105,7 +105,7 @@ class LayerKinds:
 
     def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
         """Returns cos and sin of a layer, given its entry of `by_layer`."""
-        if len(self.cos_J) == 1:
+        if kind is None or len(self.cos_J) == 1:
             return self.cos_J[0], self.sin_J[0]
         return jnp.stack(self.cos_J)[kind["rope"]], jnp.stack(self.sin_J)[kind["rope"]]
 

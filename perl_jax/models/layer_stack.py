@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,16 +17,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters.lora import Adapter
+from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import FUSED, AdapterSpec, Block
+from perl_jax.models.decoder import Block
 from perl_jax.models.layer_kinds import adapter_runs, periodic_scans
+from perl_jax.models.linear import FUSED, AdapterSpec
 from perl_jax.models.network import network
 from perl_jax.models.placement import Placement, save_all_but_weights
 from perl_jax.types import Array, Tree
 
-# (block, x, the layer's entries of `per_layer`, its kind, its entry of `caches`) -> (x, output).
-Layer = Callable[[Block, jax.Array, Any, Hashable, Any], tuple[jax.Array, Any]]
+# (block, x, the layer's entries of `per_layer`, its window, its entry of `caches`) -> (x, output).
+Layer = Callable[[Block, jax.Array, Any, int | None, Any], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class LayerStack:
         config: Shape and options of the decoder.
         place: Sharding constraints of the pass.
         weights: The layers' weights, leaves stacked over L.
-        adapter: The adapter; None: the base itself.
+        lora: The adapter's leaves, stacked over the adapted layers; None: no adapter.
+        lora_config: The adapter's config; None: no adapter.
+        under: The frozen pairs under the adapter, leaves stacked over L; None: there are none.
+        trained: Whether the weights themselves are trained, as in full tuning.
         base_shardings: Shardings of `weights`, keyed by path name within a layer.
         lora_shardings: Shardings of the adapter's leaves, keyed likewise.
     """
@@ -45,7 +49,10 @@ class LayerStack:
     config: ModelConfig
     place: Placement
     weights: Tree
-    adapter: Adapter | None
+    lora: Tree
+    lora_config: LoRAConfig | None
+    under: Tree
+    trained: bool
     base_shardings: Mapping[str, NamedSharding]
     lora_shardings: Mapping[str, NamedSharding]
 
@@ -55,14 +62,14 @@ class LayerStack:
         x: jax.Array,
         per_layer: Tree = None,
         *,
-        kinds: Sequence[Hashable] | None = None,
-        caches: Mapping[Hashable, Tree] | None = None,
+        windows: Sequence[int | None] | None = None,
+        caches: Mapping[int | None, Tree] | None = None,
         backward: bool = False,
         last: Layer | None = None,
-    ) -> tuple[jax.Array, dict[Hashable, Tree]]:
+    ) -> tuple[jax.Array, dict[int | None, Tree]]:
         """Runs all layers; returns x after the last one, and the layers' outputs.
 
-        The outputs are a dict from each kind to the outputs of the layers of this kind, stacked.
+        The outputs are a dict from each window to the outputs of the layers with it, stacked.
         Layers below the lowest adapted one have no backward pass, because nothing in them is
         trained.
 
@@ -70,23 +77,29 @@ class LayerStack:
             layer: Runs one layer.
             x: Input of the first layer.
             per_layer: Leaves [L, ...] of which each layer gets its own entry; None: nothing.
-            kinds: A static argument for each layer, such as its window. None: None for all.
-            caches: For each kind, leaves stacked over the layers of this kind, of which each layer
-                gets its own entry. None: None for all.
+            windows: Each layer's window, for layers that need it while they are compiled. Layers
+                of several windows are scanned by their repeating pattern. None: every layer gets
+                None, and all of them are alike to the compiler.
+            caches: For each window, leaves stacked over the layers with it, of which each layer
+                gets its own entry. None: every layer gets None.
             backward: Whether there may be a backward pass. Only then `config.remat` and
                 `config.unroll` are read.
             last: Replaces `layer` for the last layer; its x may have another shape.
         """
         number = self.config.layers
-        kinds = (None,) * number if kinds is None else tuple(kinds)
-        members = {kind: [i for i in range(number) if kinds[i] == kind] for kind in kinds}
+        windows = (None,) * number if windows is None else tuple(windows)
+        members: dict[int | None, list[int]] = {}
+        for index, window in enumerate(windows):
+            members.setdefault(window, []).append(index)
         caches = dict.fromkeys(members) if caches is None else caches
-        # Index of each layer among those of its kind.
-        order_L = jnp.array([members[kind].index(i) for i, kind in enumerate(kinds)], jnp.int32)
-        stacks = (self.weights, self._under, per_layer)
-        outs: dict[Hashable, list[Tree]] = {kind: [] for kind in members}
-        for start, stop, period, adapted in self._scans(kinds, last is not None):
-            alike = kinds[start : start + period]
+        # Index of each layer among those with its window.
+        order_L = jnp.array(
+            [members[window].index(i) for i, window in enumerate(windows)], jnp.int32
+        )
+        stacks = (self.weights, self.under, per_layer)
+        outs: dict[int | None, list[Tree]] = {window: [] for window in members}
+        for start, stop, period, adapted in self._scans(windows, last is not None):
+            alike = windows[start : start + period]
             through = layer if last is None or stop < number else last
             # One scan of all layers reads the stacks as its inputs. Otherwise each layer picks its
             # own entries: slicing a run out of the stacks would copy the run.
@@ -96,7 +109,7 @@ class LayerStack:
                 """Runs the consecutive layers of one repetition of the scan."""
                 index, loras, taken = inputs
                 made = []
-                for offset, kind in enumerate(alike):
+                for offset, window in enumerate(alike):
                     if whole:
                         (weights, under, leaves), cache = taken
                     else:
@@ -107,12 +120,12 @@ class LayerStack:
                             if len(members) == 1
                             else _picked(index + offset, order_L)
                         )
-                        cache = jax.tree.map(functools.partial(_picked, order), caches[kind])
+                        cache = jax.tree.map(functools.partial(_picked, order), caches[window])
                     # An entry taken by an index would be kept for the backward pass; an input of
                     # the scan is there already.
                     mine = loras if period == 1 else jax.tree.map(lambda leaf: leaf[offset], loras)
                     block = self._block(weights, mine, under)
-                    x, out = through(block, x, leaves, kind, cache)
+                    x, out = through(block, x, leaves, window, cache)
                     made.append(out)
                 return x, made
 
@@ -120,7 +133,7 @@ class LayerStack:
             inputs = (
                 jnp.arange(start, stop, period),
                 self._loras(start, stop, period) if adapted else None,
-                (stacks, caches[kinds[0]]) if whole else None,
+                (stacks, caches[windows[0]]) if whole else None,
             )
             if through is last:
                 x, made = turn(x, jax.tree.map(lambda leaf: leaf[0], inputs))
@@ -128,13 +141,13 @@ class LayerStack:
             else:
                 unroll = min(self.config.unroll, stop - start) if backward else 1
                 x, made = jax.lax.scan(turn, x, inputs, unroll=unroll)
-            for kind in dict.fromkeys(alike):
-                own = [out for out, other in zip(made, alike, strict=True) if other == kind]
-                outs[kind].append(jax.tree.map(_interleaved, *own))
-        return x, {kind: jax.tree.map(_concatenated, *parts) for kind, parts in outs.items()}
+            for window in dict.fromkeys(alike):
+                own = [out for out, other in zip(made, alike, strict=True) if other == window]
+                outs[window].append(jax.tree.map(_interleaved, *own))
+        return x, {window: jax.tree.map(_concatenated, *parts) for window, parts in outs.items()}
 
     def _scans(
-        self, kinds: Sequence[Hashable], last_apart: bool
+        self, windows: Sequence[int | None], last_apart: bool
     ) -> list[tuple[int, int, int, bool]]:
         """Returns the scans (start, stop, period, whether its layers have an adapter)."""
         return [
@@ -142,24 +155,15 @@ class LayerStack:
             for first, stop, adapted in adapter_runs(
                 self._adapted_layers, self.config.layers, last_apart
             )
-            for scan in periodic_scans(kinds, first, stop)
+            for scan in periodic_scans(windows, first, stop)
         ]
 
     @property
     def _adapted_layers(self) -> tuple[int, ...]:
         """Indices of the layers with an adapter."""
-        if self.adapter is None or self.adapter.lora is None:
+        if self.lora_config is None:
             return ()
-        return self.adapter.config.adapted_layers(self.config.layers)
-
-    @property
-    def _under(self) -> Tree:
-        """The frozen pairs under the adapter, leaves stacked over L; None: there are none."""
-        return (
-            None
-            if self.adapter is None or self.adapter.under is None
-            else self.adapter.under["layers"]
-        )
+        return self.lora_config.adapted_layers(self.config.layers)
 
     def _loras(self, start: int, stop: int, period: int) -> Tree:
         """Returns the adapter's leaves of some layers, [repetitions, period, ...].
@@ -170,7 +174,7 @@ class LayerStack:
         shape = (-1,) if period == 1 else (-1, period)
         return jax.tree.map(
             lambda leaf: leaf[first : first + stop - start].reshape(*shape, *leaf.shape[1:]),
-            self.adapter.lora["layers"],
+            self.lora,
         )
 
     def _block(self, weights: Tree, mine: Tree | None, under: Tree | None) -> Block:
@@ -181,16 +185,15 @@ class LayerStack:
             mine: The leaves of its adapter; None: it has none.
             under: Its frozen pairs; None: it has none.
         """
-        trained = self.adapter is not None and self.adapter.weights is not None
         # Trained weights are moved in the activations' dtype; frozen ones already have it.
         weights = self.place.weights(
-            weights, self.base_shardings, self.config.dtype if trained else None
+            weights, self.base_shardings, self.config.dtype if self.trained else None
         )
         mine = self.place.weights(mine, self.lora_shardings)
         attention = weights["attention"]
         spec = AdapterSpec(
-            lora=None if mine is None else self.adapter.config,
-            under=() if under is None else tuple(lora_lib.under_ranks(under)),
+            lora=None if mine is None else self.lora_config,
+            under=() if under is None else tuple(lora_lib.under_ranks(under) or ()),
             fused=tuple(name for name in FUSED if "up" in attention[name])
             if "qkv" in attention
             else None,

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import AdapterSpec, Block, Embedder, LoRAParam, UnderParam
+from perl_jax.models.decoder import Block, Embedder
+from perl_jax.models.linear import AdapterSpec, LoRAParam, UnderParam
 from perl_jax.types import Tree
 
 

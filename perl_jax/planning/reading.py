@@ -17,9 +17,10 @@ from perl_jax.evaluation.compare import EvaluateConfig
 from perl_jax.evaluation.score import ScoreConfig
 from perl_jax.generation import programs
 from perl_jax.generation.config import SamplingConfig
-from perl_jax.generation.continuous import ContinuousSampler, Slots, map_rows
+from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.prepare import adapted_kernels, cast_pairs, should_merge
 from perl_jax.generation.sampling import Rollout
+from perl_jax.generation.slots import Slots, map_rows
 from perl_jax.generation.text import GenerateConfig
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record

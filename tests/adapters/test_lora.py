@@ -17,7 +17,7 @@ from flax import nnx
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.models.decoder import AdapterSpec, Linear
+from perl_jax.models.linear import AdapterSpec, Linear
 from perl_jax.objectives import supervised
 from perl_jax.runtime import trees
 from perl_jax.runtime.programs import Program

@@ -18,8 +18,9 @@ from perl_jax.errors import UserError
 from perl_jax.generation.decoding import decode, prefill
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig
-from perl_jax.models.decoder import AdapterSpec, Block, Embedder, Linear, matmul
+from perl_jax.models.decoder import Block, Embedder
 from perl_jax.models.language_model import last_valid
+from perl_jax.models.linear import AdapterSpec, Linear, matmul
 from perl_jax.models.packing import pack
 from perl_jax.models.placement import Placement
 from perl_jax.runtime import trees

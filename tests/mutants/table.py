@@ -469,7 +469,7 @@ SAMPLING = (
         ("stop-as-padding-ends", "a row whose padding is a stop token counts as ended", "jnp.any(response_BC & is_stop(tokens_BC, config.stop_ids), axis=1)", "jnp.any(is_stop(tokens_BC, config.stop_ids), axis=1)", "generation/test_sampling.py::test_stop_ids_in_prompts_and_as_padding_end_nothing"),
     ),
     *_of(
-        "generation/continuous.py",
+        "generation/slots.py",
         ("keys-of-slots", "draws go by the slot and not by the row", "row_keys(jax.random.wrap_key_data(key), state.row_B)", "row_keys(jax.random.wrap_key_data(key), jnp.arange(state.done_B.shape[0]))", "generation/test_continuous.py::test_the_same_rollout_through_fewer_slots[2-8-1]"),
         ("slot-remembers", "a new row sees the tokens of the one before it", "own_visible_BC=fresh(part.own_visible_BC, False)", "own_visible_BC=part.own_visible_BC", "generation/test_continuous.py::test_settings_are_the_static_samplers"),
     ),
@@ -497,7 +497,7 @@ ADAPTERS = (
         ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "adapters/test_lora_variants.py::test_an_average_by_hand"),
     ),
     *_of(
-        "models/decoder.py",
+        "models/linear.py",
         ("dropout-shrinks", "dropout leaves what it keeps as it is", "x_ND / keep, 0)", "x_ND, 0)", "models/test_decoder.py::test_dropout_keeps_the_adapters_mean"),
         ("projections-drop-alike", "all projections of a layer drop the same inputs", "jax.random.fold_in(dropout_key, LINEAR.index(self.name))", "dropout_key", "adapters/test_lora.py::test_every_projection_drops_its_own_inputs"),
         ("dora-norm-differentiated", "DoRA's norm has a gradient", "norm_F = "
