@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.data import packing as data_packing
 from perl_jax.data.config import DataConfig
 from perl_jax.errors import UserError
 from perl_jax.evaluation import compare
@@ -21,7 +22,7 @@ from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runtime import trees
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training import commands, layouts, rl, rl_step
+from perl_jax.training import commands, rl, rl_step
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.types import Layout
 from tests import small
@@ -139,8 +140,8 @@ def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones
 ):
     # Packed rows have no room to spare; and one token in six ends a response, far shorter than
     # the longest one.
-    monkeypatch.setattr(layouts, "MULTIPLE", 1)
-    monkeypatch.setattr(layouts, "LEVELS", 400)
+    monkeypatch.setattr(data_packing, "ROLLOUT_SLOTS", 1)
+    monkeypatch.setattr(data_packing, "ROLLOUT_LEVELS", 400)
 
     def run(packing: str, mesh: MeshConfig = MeshConfig(data=1)):
         data = DataConfig(max_prompt_length=8, max_response_length=40, packing=packing)

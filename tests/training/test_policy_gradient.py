@@ -12,6 +12,7 @@ import pytest
 from perl_jax.adapters.full import full_weights
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.data.config import DataConfig
+from perl_jax.data.packing import ROLLOUT_LEVELS
 from perl_jax.errors import TrainingError
 from perl_jax.generation import sampling
 from perl_jax.generation.config import RolloutConfig
@@ -25,7 +26,6 @@ from perl_jax.runtime import trees
 from perl_jax.training import rl_programs
 from perl_jax.training import step as step_lib
 from perl_jax.training.experience import Judged, assemble, one_pass
-from perl_jax.training.layouts import LEVELS
 from perl_jax.training.rl_config import KLConfig
 from perl_jax.types import Pairs, Prompts, Tokens, Tree
 from tests import small
@@ -470,7 +470,7 @@ def test_two_hundred_ragged_steps_compile_no_more_than_the_first(slots, minibatc
     assert len(responses) > 20
     # Sizes turn up as responses of their length do: no more of them than there are, and none in the
     # second half.
-    most = 2 * (LEVELS + 1)
+    most = 2 * (ROLLOUT_LEVELS + 1)
     reading = [
         run.programs.reward,
         run.programs.logprobs,
