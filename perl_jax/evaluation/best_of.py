@@ -21,8 +21,9 @@ from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.store import named_group
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.programs import sample_program
-from perl_jax.hub.model import load_model
+from perl_jax.hub.model import Model, load_model
 from perl_jax.rewards import compose, scoring
+from perl_jax.rewards.compose import Term
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
@@ -144,7 +145,27 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
         f"{output} exists already; give --output a file that does not.",
     )
     terms = compose.read_terms(config.terms)
-    model = load_model(config)
+    everything = best_responses(config, load_model(config), terms)
+    written = [row for row in everything if not is_empty(row)]
+    nothing = (
+        f"The best response is empty for all of the {len(everything)} prompts; there is "
+        f"nothing to write to {output}."
+    )
+    errors.require(bool(written), nothing)
+    if hosts.is_writer():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(
+            output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        )
+    return summary(everything, config.n)
+
+
+def best_responses(
+    config: BestOfConfig, model: Model, terms: tuple[Term, ...]
+) -> list[dict[str, Any]]:
+    """Returns the best of `config.n` responses to each prompt (`best_response`), as rows with
+    `row`, `prompt` and `response`, in the order of the split.
+    """
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
     rewards = RewardTotal(config.reward, config.combine, config.reward_weight, terms).loaded(model)
@@ -196,16 +217,4 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
                         **({"group": group} if group else {}),
                         **best_response(texts_G, measured),
                     }
-    everything = [made[row] for row in sorted(made)]
-    written = [row for row in everything if not is_empty(row)]
-    nothing = (
-        f"The best response is empty for all of the {len(everything)} prompts; there is "
-        f"nothing to write to {output}."
-    )
-    errors.require(bool(written), nothing)
-    if hosts.is_writer():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(
-            output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        )
-    return summary(everything, config.n)
+    return [made[row] for row in sorted(made)]

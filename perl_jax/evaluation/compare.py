@@ -341,19 +341,27 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
         "stands": now,
     }
     if hosts.is_writer():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").exists():
-            files.write_json(
-                folder / "config.json",
-                {
-                    "config": {"job": "evaluate", **files.to_dict(config)},
-                    "environment": environment(),
-                },
-            )
-        lines = [json.dumps(row) + "\n" for row in sample_rows(prompts, ours, theirs)]
-        files.write_atomically(folder / "samples.jsonl", "".join(lines))
-        # Keep what the job of this folder has measured itself.
-        before = files.read_json(path) if path.exists() else {}
-        results["prompts"] = facts
-        files.write_json(path, before | results)
+        _write(folder, config, results | {"prompts": facts}, sample_rows(prompts, ours, theirs))
     return folder
+
+
+def _write(
+    folder: pathlib.Path,
+    config: EvaluateConfig,
+    results: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes config.json, samples.jsonl and evaluation.json, in this order.
+
+    A run's own config.json stays. evaluation.json keeps what the job of this folder has measured
+    itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        settings = {"job": "evaluate", **files.to_dict(config)}
+        files.write_json(folder / "config.json", {"config": settings, "environment": environment()})
+    lines = [json.dumps(row) + "\n" for row in samples]
+    files.write_atomically(folder / "samples.jsonl", "".join(lines))
+    path = folder / "evaluation.json"
+    before = files.read_json(path) if path.exists() else {}
+    files.write_json(path, before | results)

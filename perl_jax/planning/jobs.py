@@ -263,25 +263,41 @@ def _rl(model: Model, config: RLCommand) -> Planned:
         greedy=greedy,
         greedy_score_P=None if greedy is None else numbers(batch // algorithm.group),
     )
-    pieces.append(Piece(programs.assemble, (judged,), judged))
+    pieces += _learning(model, config, programs, state, rollout, judged)
+    planned = _resident(model.base if reads_base else None, state)
+    return Planned(planned, (*pieces, *_start(model, config, begin, state)))
+
+
+def _learning(
+    model: Model,
+    config: RLCommand,
+    programs: rl_programs.Programs,
+    state: TrainState,
+    rollout: Tree,
+    judged: Judged,
+) -> list[Piece]:
+    """Returns the programs that make experience of scored rollouts and learn from it."""
+    algorithm, base = config.algorithm, _base(model, config)
+    pieces = [Piece(programs.assemble, (judged,), judged)]
     experience = rows_of(model, result(programs.assemble, judged)[0])
     orders = ()
     if algorithm.updates > 1:
         orders = (
             placed(
-                ids(algorithm.updates, batch // algorithm.minibatches),
+                ids(algorithm.updates, config.batch_size // algorithm.minibatches),
                 sharding.replicated(model.mesh),
             ),
         )
         dealing = Jitted(
-            "dealt", step.dealt, after=(batch, algorithm.epochs, algorithm.minibatches)
+            "dealt",
+            step.dealt,
+            after=(config.batch_size, algorithm.epochs, algorithm.minibatches),
         )
         pieces.append(Piece(dealing, (key_data(model),), None))
     pieces.append(Piece(programs.learn, (state, base, experience, *orders), (rollout, experience)))
     if programs.refresh is not None:
         pieces.append(Piece(programs.refresh, (state.roles["policy"],), None))
-    planned = _resident(model.base if reads_base else None, state)
-    return Planned(planned, (*pieces, *_start(model, config, begin, state)))
+    return pieces
 
 
 # Shapes.

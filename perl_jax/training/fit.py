@@ -1,4 +1,7 @@
-"""The supervised loop that SFT, reward models, DPO and small bases share."""
+"""Fits a role to rows: the supervised loop that SFT, reward models, DPO and small bases share.
+
+RL shares the first state (`initial_state`) and the program of an update (`step_program`).
+"""
 
 from __future__ import annotations
 

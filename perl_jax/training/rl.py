@@ -1,6 +1,6 @@
-"""Policy-gradient RL: sample responses, score them, compare them with the reference, learn.
+"""Policy-gradient RL: the training function, its roles and its optimizers.
 
-Each phase of a step is a compiled program of its own.
+`rl_step.advance` makes one step.
 """
 
 from __future__ import annotations

@@ -122,6 +122,29 @@ class RLConfig(TrainingConfig):
             named = dataclasses.replace(AlgorithmConfig(), name=self.algorithm)
             object.__setattr__(self, "algorithm", named)
         super().__post_init__()
+        self._check_rollouts()
+        self._check_batch()
+        self.shaping.check_length(self.data.max_response_length)
+        whitened_by_greedy = self.algorithm.rule.greedy and self.shaping.whiten
+        errors.require(
+            not whitened_by_greedy,
+            "shaping.whiten is over the batch's samples; remax compares them with greedy "
+            "responses: leave it out.",
+        )
+        self._check_kl()
+        for option, value, default in (
+            ("value_head", self.value_head, RLConfig.value_head),
+            ("value_learning_rate", self.value_learning_rate, RLConfig.value_learning_rate),
+            (
+                "optimizer.head_learning_rate",
+                self.optimizer.head_learning_rate,
+                OptimizerConfig.head_learning_rate,
+            ),
+        ):
+            algorithms.check_read(option, value, default, self.algorithm.name)
+
+    def _check_rollouts(self) -> None:
+        """Raises UserError for settings of sampling, validation or the critic that do not fit."""
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
         errors.one_of("select", self.select, ("best", "last"))
@@ -149,6 +172,9 @@ class RLConfig(TrainingConfig):
             self.max_mismatch > 1,
             f"max_mismatch is {self.max_mismatch!r}; it must be greater than 1.",
         )
+
+    def _check_batch(self) -> None:
+        """Raises UserError for a batch that cannot be divided as the algorithm divides it."""
         parts = self.algorithm.minibatches * self.microbatches
         errors.require(
             self.batch_size % parts == 0,
@@ -166,13 +192,9 @@ class RLConfig(TrainingConfig):
             f"batch_size is {self.batch_size}; {self.algorithm.name} compares the batch's "
             "episodes and needs 2 or more.",
         )
-        self.shaping.check_length(self.data.max_response_length)
-        whitened_by_greedy = self.algorithm.rule.greedy and self.shaping.whiten
-        errors.require(
-            not whitened_by_greedy,
-            "shaping.whiten is over the batch's samples; remax compares them with greedy "
-            "responses: leave it out.",
-        )
+
+    def _check_kl(self) -> None:
+        """Raises UserError for settings of the KL that do not fit the algorithm or the batch."""
         place, estimators = (
             ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
         )
@@ -196,16 +218,6 @@ class RLConfig(TrainingConfig):
             "kl.whole_score is for a KL in the reward; this one is in the loss, where the score "
             "is whole anyway: leave it out.",
         )
-        for option, value, default in (
-            ("value_head", self.value_head, RLConfig.value_head),
-            ("value_learning_rate", self.value_learning_rate, RLConfig.value_learning_rate),
-            (
-                "optimizer.head_learning_rate",
-                self.optimizer.head_learning_rate,
-                OptimizerConfig.head_learning_rate,
-            ),
-        ):
-            algorithms.check_read(option, value, default, self.algorithm.name)
 
     def check_value_head(self, models: int) -> None:
         """Raises UserError for `value_head` reward in a run without reward models."""

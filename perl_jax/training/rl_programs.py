@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
+from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import policy_gradient
 from perl_jax.runtime import sharding
 from perl_jax.runtime.programs import SHAPES, Program
@@ -53,22 +55,6 @@ class Programs:
         # The adapter's own settings count: it may come from an artefact.
         lora = state.roles["policy"].config
         self.one_pass = one_pass(config, model.row_parts, 0.0 if lora is None else lora.dropout)
-        made_of = functools.partial(experience_of, config) if self.one_pass else None
-        objective = functools.partial(
-            policy_gradient.policy_gradient_objective,
-            lm,
-            algorithm,
-            config.temperature,
-            config.estimator,
-            max_response,
-            experience_of=made_of,
-        )
-        update = functools.partial(
-            train_step if algorithm.updates == 1 else train_epochs,
-            objective,
-            optimizers,
-            config.microbatches,
-        )
         self.sample = sample_program(
             model, max_response, config.temperature, config.rollout, shared
         )
@@ -107,6 +93,7 @@ class Programs:
             out_shardings=(rows, sharding.replicated(model.mesh)),
             limit=SHAPES,
         )
+        update = update_function(lm, config, optimizers, self.one_pass)
         self.learn = step_program(model, update, state)
         refreshed = functools.partial(_refreshed, lm.config.dtype)
         places = model.adapter_shardings(state.frozen.get("reference"))
@@ -120,6 +107,27 @@ class Programs:
         """Returns the programs that are not None, by name."""
         names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def update_function(
+    lm: LanguageModel, config: RLConfig, optimizers: Optimizers, one_pass: bool
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the update (state, base, experience, ...) -> (state, metrics), not compiled.
+
+    With `one_pass` it reads scored rollouts instead of experience. With several updates per rollout
+    it also reads the rows of each (`step.train_epochs`).
+    """
+    objective = functools.partial(
+        policy_gradient.policy_gradient_objective,
+        lm,
+        config.algorithm,
+        config.temperature,
+        config.estimator,
+        config.data.max_response_length,
+        experience_of=functools.partial(experience_of, config) if one_pass else None,
+    )
+    step = train_step if config.algorithm.updates == 1 else train_epochs
+    return functools.partial(step, objective, optimizers, config.microbatches)
 
 
 def _refreshed(dtype: str, policy: Adapter) -> Adapter:

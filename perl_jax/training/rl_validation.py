@@ -14,6 +14,7 @@ import numpy as np
 from perl_jax.data.loading import load_batches
 from perl_jax.data.pipeline import Batches
 from perl_jax.errors import TrainingError
+from perl_jax.generation.sampling import Rollout
 from perl_jax.objectives import kl
 from perl_jax.rewards.scoring import response_texts
 from perl_jax.runtime import hosts, sharding
@@ -27,6 +28,7 @@ from perl_jax.training.rl_step import (
     with_layout,
 )
 from perl_jax.training.state import TrainState
+from perl_jax.types import Prompts
 
 # The validation metric whose best step the artefacts hold.
 SELECTED_BY = "validation/reward"
@@ -81,43 +83,12 @@ def validate(
     Raises:
         TrainingError: If a mean is NaN or infinite.
     """
-    config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
-    group, key = (
-        config.algorithm.group,
-        jax.random.fold_in(jax.random.key(config.seed), _VALIDATION),
-    )
-    shared = job.model.shared_prompts(config.batch_size, group)
+    group = job.config.algorithm.group
+    key = jax.random.fold_in(jax.random.key(job.config.seed), _VALIDATION)
     columns: dict[str, list[np.ndarray]] = {}
     samples: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
-        prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
-        # The key has the same sharding as in training; with another `sample` would compile again.
-        data = jax.device_put(
-            np.asarray(jax.random.key_data(jax.random.fold_in(key, index))),
-            sharding.replicated(job.model.mesh),
-        )
-        rollout = programs.sample(base, policy, prompts, data)
-        whole, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
-        rollout = with_layout(rollout, whole)
-        mask_BT = rollout.sequences.response_BT
-        # Filler prompts have row -1; the reward terms read row 0 for them.
-        row_B = np.maximum(batch.repeated(group).row_B, 0)
-        measured = {
-            "reward": job.scorer(state.frozen, rollout, row_B)[0],
-            "length": jnp.sum(mask_BT, axis=1),
-            "eos_rate": rollout.finished_B,
-        }
-        reference_BT = reference_logprobs(job, state, rollout)
-        if reference_BT is not None:
-            measured["kl"] = kl.sequence_kl(
-                kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT
-            )
-        measured = {
-            name: np.asarray(to_host(value_B), np.float64) for name, value_B in measured.items()
-        }
-        gold_B = gold_rewards(job, row_B, rollout)
-        if gold_B is not None:
-            measured["gold"] = np.asarray(gold_B, np.float64)
+        rollout, measured = measured_responses(job, state, batch, jax.random.fold_in(key, index))
         rows_B = np.repeat(batches.rows_of(index), group)
         for name, value_B in measured.items():
             columns.setdefault(name, []).append(value_B[rows_B >= 0])
@@ -147,6 +118,43 @@ def validate(
             "the run stopped, its last checkpoint is untouched."
         )
     return means, samples
+
+
+def measured_responses(
+    job: Rollouts, state: TrainState, batch: Prompts, key: jax.Array
+) -> tuple[Rollout, dict[str, np.ndarray]]:
+    """Samples responses to a batch of prompts; returns them, and their measures, float64 [B] each.
+
+    The measures are those of `validate`; `kl` is missing without a reference, and `gold` where
+    nothing knows the true reward.
+    """
+    config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
+    group = config.algorithm.group
+    shared = job.model.shared_prompts(config.batch_size, group)
+    prompts = sharding.put_batch(batch.repeated(group // shared), job.model.mesh)
+    # The key has the same sharding as in training; with another `sample` would compile again.
+    data = jax.device_put(np.asarray(jax.random.key_data(key)), sharding.replicated(job.model.mesh))
+    rollout = programs.sample(base, policy, prompts, data)
+    whole, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
+    rollout = with_layout(rollout, whole)
+    mask_BT = rollout.sequences.response_BT
+    # Filler prompts have row -1; the reward terms read row 0 for them.
+    row_B = np.maximum(batch.repeated(group).row_B, 0)
+    measured = {
+        "reward": job.scorer(state.frozen, rollout, row_B)[0],
+        "length": jnp.sum(mask_BT, axis=1),
+        "eos_rate": rollout.finished_B,
+    }
+    reference_BT = reference_logprobs(job, state, rollout)
+    if reference_BT is not None:
+        measured["kl"] = kl.sequence_kl(
+            kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT
+        )
+    measured = {name: np.asarray(to_host(values), np.float64) for name, values in measured.items()}
+    gold_B = gold_rewards(job, row_B, rollout)
+    if gold_B is not None:
+        measured["gold"] = np.asarray(gold_B, np.float64)
+    return rollout, measured
 
 
 def kept_step(
