@@ -142,12 +142,14 @@ class TestGroups:
             intervals.proportion,
             resampling.bootstrap_mean,
             lambda x, groups: statistics_lib.auc_estimate(x, LABELS[: len(x)], groups),
-            lambda x, groups: statistics_lib.balanced_accuracy_estimate(x, LABELS[: len(x)], 0.5, groups),
+            lambda x, groups: statistics_lib.balanced_accuracy_estimate(
+                x, LABELS[: len(x)], 0.5, groups
+            ),
             lambda x, groups: statistics_lib.correlation_estimate(x, LABELS[: len(x)], groups),
             lambda x, groups: calibration.reliability(x, LABELS[: len(x)], 1, groups)[0],
             lambda x, groups: statistics_lib.both_orders(x > 0.5, x < 0.3, groups),
         ],
-    )  # fmt: skip
+    )
     def test_every_row_its_own_group_is_no_group(self, estimate):
         x_B = np.round(NOISE.random(30), 2)
         assert (
@@ -340,18 +342,47 @@ def win_rate(a, b, groups):
 SAMPLES = 300
 IN_ORDER = 0.5 + (math.asin(0.95) + math.asin(0.1)) / (2 * math.pi)
 STUDIES = {
-    "pairs of rankings": Study(rankings, lambda a, b, w, groups: statistics_lib.pairwise_accuracy(a, b, groups=groups), IN_ORDER, 0.85),
+    "pairs of rankings": Study(
+        rankings,
+        lambda a, b, w, groups: statistics_lib.pairwise_accuracy(a, b, groups=groups),
+        IN_ORDER,
+        0.85,
+    ),
     # Weights that add up to 1 a ranking are worth fewer rows by themselves.
     "weighted pairs": Study(rankings, statistics_lib.pairwise_accuracy, IN_ORDER, 0.93),
-    "win rate": Study(outcomes, win_rate, (PHI(-0.2 / math.sqrt(3)) + PHI(0.8 / math.sqrt(3))) / 2, 0.75),
-    "gain": Study(outcomes, lambda a, b, groups: resampling.paired_bootstrap(a, b, groups, SAMPLES), 0.3, 0.75),
+    "win rate": Study(
+        outcomes, win_rate, (PHI(-0.2 / math.sqrt(3)) + PHI(0.8 / math.sqrt(3))) / 2, 0.75
+    ),
+    "gain": Study(
+        outcomes, lambda a, b, groups: resampling.paired_bootstrap(a, b, groups, SAMPLES), 0.3, 0.75
+    ),
     "mean": Study(outcomes, lambda a, b, groups: intervals.mean_ci(a, groups), 0.3, 0.6),
     "reliability bin": Study(stated, upper_bin, 0.7, 0.93),
-    "AUC": Study(turns, lambda s, y, groups: statistics_lib.auc_estimate(s, y, groups, SAMPLES), PHI(1 / math.sqrt(2 * 1.28)), 0.88),
-    "AUC difference": Study(two_scorers, lambda s, o, y, groups: statistics_lib.auc_difference(s, o, y, groups, SAMPLES), 0.0, 0.88),
-    "balanced accuracy": Study(turns, lambda s, y, groups: statistics_lib.balanced_accuracy_estimate(s, y, 0.5, groups, SAMPLES), PHI(0.5 / math.sqrt(1.28)), 0.9),
-    "correlation": Study(rated, lambda s, y, groups: statistics_lib.correlation_estimate(s, y, groups, SAMPLES), 0.5, 0.75),
-}  # fmt: skip
+    "AUC": Study(
+        turns,
+        lambda s, y, groups: statistics_lib.auc_estimate(s, y, groups, SAMPLES),
+        PHI(1 / math.sqrt(2 * 1.28)),
+        0.88,
+    ),
+    "AUC difference": Study(
+        two_scorers,
+        lambda s, o, y, groups: statistics_lib.auc_difference(s, o, y, groups, SAMPLES),
+        0.0,
+        0.88,
+    ),
+    "balanced accuracy": Study(
+        turns,
+        lambda s, y, groups: statistics_lib.balanced_accuracy_estimate(s, y, 0.5, groups, SAMPLES),
+        PHI(0.5 / math.sqrt(1.28)),
+        0.9,
+    ),
+    "correlation": Study(
+        rated,
+        lambda s, y, groups: statistics_lib.correlation_estimate(s, y, groups, SAMPLES),
+        0.5,
+        0.75,
+    ),
+}
 
 
 def coverage(study: Study, groups: int, repetitions: int, seed: int) -> tuple[float, float]:

@@ -45,10 +45,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from perl_jax.evaluation.report import curves, sections
-from perl_jax.evaluation.report.headline import headline_table, summary_paragraph
+from perl_jax.evaluation.report.headline import headline_table
 from perl_jax.evaluation.report.load import Experiment, read_experiment
 from perl_jax.evaluation.report.markup import Html, join, section, tag
 from perl_jax.evaluation.report.style import CSS
+from perl_jax.evaluation.report.summary import summary_paragraph
 from perl_jax.runs.progress import duration
 from perl_jax.runtime.files import write_atomically
 

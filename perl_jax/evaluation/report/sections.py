@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from perl_jax.data.counts import said_of
 from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats, plots
-from perl_jax.evaluation.report.headline import DASH, judge_text
+from perl_jax.evaluation.report.headline import DASH
+from perl_jax.evaluation.report.headline_rows import judge_text
 from perl_jax.evaluation.report.load import (
     JOB_NAMES,
     Experiment,

@@ -1,0 +1,286 @@
+"""The rows of the headline table: what is measured of a run, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from perl_jax.evaluation.intervals import Estimate
+from perl_jax.evaluation.report import formats
+from perl_jax.evaluation.report.load import (
+    JOB_NAMES,
+    Run,
+    entry,
+    estimate,
+    number,
+    text,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the headline table.
+
+    Attributes:
+        label: The text in the first column.
+        value: Reads a run's value as a number, for the comparison; None if missing.
+        shown: Formats a run's value; None if missing.
+        compare: How LoRA's value is compared with full tuning's: share, speed, points, difference
+            or none.
+        always: Whether the line is kept, with "not measured", if no run has the value.
+    """
+
+    label: str
+    value: Callable[[Run], float | None]
+    shown: Callable[[Run], str | None]
+    compare: str
+    always: bool = False
+
+
+def reward_measure(run: Run, name: str) -> Estimate | None:
+    """Returns a measure from a reward run's evaluation, or None."""
+    return estimate(run.evaluation, name)
+
+
+def trainable_text(run: Run) -> str | None:
+    """Returns trained parameters and their share of all: `40.2 k (0.31 %)`."""
+    trainable = number(run.cost, "parameters_trainable")
+    total = number(run.cost, "parameters_total")
+    if trainable is None:
+        return None
+    share = f" ({formats.percent(trainable / total, 2)})" if total else ""
+    return formats.count(trainable) + share
+
+
+def checkpoint_text(run: Run) -> str | None:
+    """Returns the size of a checkpoint and of the base it leaves out: `4.74 MB (base 113 MB)`."""
+    size, base = number(run.cost, "checkpoint_bytes"), number(run.cost, "base_bytes")
+    if size is None:
+        return None
+    return formats.size_of(size) + (f" (base {formats.size_of(base)})" if base else "")
+
+
+def seconds_text(run: Run) -> str | None:
+    """Returns the median time of a step."""
+    value = number(run.cost, "seconds_per_step")
+    return None if value is None else formats.seconds(value)
+
+
+def bytes_text(run: Run, key: str) -> str | None:
+    """Returns a size from the run's costs, in decimal units."""
+    value = number(run.cost, key)
+    return None if value is None else formats.size_of(value)
+
+
+def share_text(found: Estimate | None) -> str | None:
+    """Returns a share in percent with its interval."""
+    return None if found is None else formats.percent_interval(found)
+
+
+def policy_measure(run: Run, policy: str, name: str) -> Estimate | None:
+    """Returns a measure of one policy of a run's evaluation: `rl` is the run's own, `sft` its
+    start.
+    """
+    return estimate(run.evaluation, "policies", policy, name)
+
+
+def gain_text(run: Run) -> str | None:
+    """Returns the gain in gold reward, paired by prompt, with its sign and interval."""
+    found = estimate(run.evaluation, "gold_gain")
+    return None if found is None else formats.interval(found, with_sign=True)
+
+
+def win_estimate(run: Run) -> Estimate | None:
+    """Returns the win rate with its interval, or None."""
+    rate = number(run.evaluation, "win_rate", "rate")
+    if rate is None:
+        return None
+    block = run.evaluation["win_rate"]
+    n, groups = (
+        sum(number(block, key) or 0 for key in ("wins", "ties", "losses")),
+        number(block, "groups"),
+    )
+    return Estimate(
+        rate,
+        number(block, "low"),
+        number(block, "high"),
+        int(n),
+        None if groups is None else int(groups),
+    )
+
+
+def rows_text(*measures: Estimate | None) -> str | None:
+    """Returns rows and groups, `2,048 (512)`, of the first measure that has rows; without groups if
+    unknown.
+    """
+    found = next((measure for measure in measures if measure is not None and measure.n), None)
+    if found is None:
+        return None
+    return f"{found.n:,}" if found.groups is None else f"{found.n:,} ({found.groups:,})"
+
+
+def judge_text(run: Run) -> str:
+    """Returns who decided the wins, in words."""
+    judge = text(run.evaluation, "win_rate", "judge")
+    artefacts = entry(run.evaluation, "config", "judge")
+    several = len(artefacts) if isinstance(artefacts, list) else 1
+    model = f"the mean of {several} judges" if several > 1 else "a judge's reward model"
+    names = {"gold": "the gold reward", "judge": model, "proxy": "the proxy reward"}
+    return names.get(judge, judge)
+
+
+def value_of(found: Estimate | None) -> float | None:
+    """Returns the estimate's value without its interval, or None."""
+    return None if found is None else found.value
+
+
+COST_ROWS = (
+    Row(
+        "Trained parameters (share of all)",
+        lambda r: number(r.cost, "parameters_trainable"),
+        trainable_text,
+        "share",
+        always=True,
+    ),
+    Row("Checkpoint", lambda r: number(r.cost, "checkpoint_bytes"), checkpoint_text, "share"),
+    Row(
+        "Time a step, median",
+        lambda r: number(r.cost, "seconds_per_step"),
+        seconds_text,
+        "speed",
+        always=True,
+    ),
+    Row(
+        "Peak memory, compiled",
+        lambda r: number(r.cost, "peak_bytes_compiled"),
+        lambda r: bytes_text(r, "peak_bytes_compiled"),
+        "share",
+        always=True,
+    ),
+    Row(
+        "Peak memory, measured",
+        lambda r: number(r.cost, "peak_bytes_measured"),
+        lambda r: bytes_text(r, "peak_bytes_measured"),
+        "share",
+        always=True,
+    ),
+)
+
+
+REWARD_ROWS = (
+    Row(
+        "Held-out rows (groups)",
+        lambda r: None,
+        lambda r: rows_text(
+            *(reward_measure(r, name) for name in ("pairwise_accuracy", "auc", "correlation"))
+        ),
+        "none",
+    ),
+    Row(
+        "Pairwise accuracy",
+        lambda r: value_of(reward_measure(r, "pairwise_accuracy")),
+        lambda r: share_text(reward_measure(r, "pairwise_accuracy")),
+        "points",
+    ),
+    Row(
+        "Noise ceiling of the labels",
+        lambda r: number(r.evaluation, "noise_ceiling"),
+        lambda r: share_text(reward_measure(r, "noise_ceiling")),
+        "none",
+    ),
+    Row(
+        "AUC",
+        lambda r: value_of(reward_measure(r, "auc")),
+        lambda r: interval_text(reward_measure(r, "auc")),
+        "difference",
+    ),
+    Row(
+        "Correlation with ratings",
+        lambda r: value_of(reward_measure(r, "correlation")),
+        lambda r: interval_text(reward_measure(r, "correlation")),
+        "difference",
+    ),
+    Row(
+        "Balanced accuracy",
+        lambda r: value_of(reward_measure(r, "balanced_accuracy")),
+        lambda r: share_text(reward_measure(r, "balanced_accuracy")),
+        "points",
+    ),
+    Row(
+        "Calibration error (ECE)",
+        lambda r: value_of(reward_measure(r, "ece")),
+        lambda r: share_text(reward_measure(r, "ece")),
+        "points",
+    ),
+)
+
+
+DPO_ROWS = (
+    Row(
+        "Held-out pairs (groups)",
+        lambda r: None,
+        lambda r: rows_text(estimate(r.evaluation, "pairwise_accuracy")),
+        "none",
+    ),
+    Row(
+        "Pairs in order of the implicit reward",
+        lambda r: value_of(estimate(r.evaluation, "pairwise_accuracy")),
+        lambda r: share_text(estimate(r.evaluation, "pairwise_accuracy")),
+        "points",
+    ),
+)
+
+
+def policy_rows(name: str) -> tuple[Row, ...]:
+    """Returns the lines for a job that trains policies; `name` is the job's name on the page."""
+    return (
+        Row(
+            "Prompts (groups)",
+            lambda r: None,
+            lambda r: rows_text(win_estimate(r), policy_measure(r, "rl", "kl")),
+            "none",
+        ),
+        Row(
+            "Gold reward, SFT",
+            lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
+            lambda r: interval_text(policy_measure(r, "sft", "gold_reward")),
+            "difference",
+        ),
+        Row(
+            f"Gold reward, after {name}",
+            lambda r: value_of(policy_measure(r, "rl", "gold_reward")),
+            lambda r: interval_text(policy_measure(r, "rl", "gold_reward")),
+            "difference",
+        ),
+        Row(
+            "Gain in gold reward",
+            lambda r: value_of(estimate(r.evaluation, "gold_gain")),
+            gain_text,
+            "difference",
+        ),
+        Row(
+            f"Win rate of {name} over SFT, ties half",
+            lambda r: value_of(win_estimate(r)),
+            lambda r: share_text(win_estimate(r)),
+            "points",
+        ),
+        Row(
+            "KL from the SFT policy (nats)",
+            lambda r: value_of(policy_measure(r, "rl", "kl")),
+            lambda r: interval_text(policy_measure(r, "rl", "kl")),
+            "difference",
+        ),
+    )
+
+
+JOB_ROWS = {
+    "reward": REWARD_ROWS,
+    "rl": policy_rows(JOB_NAMES["rl"]),
+    "dpo": DPO_ROWS + policy_rows(JOB_NAMES["dpo"]),
+    "sft": (),
+}
+
+
+def interval_text(found: Estimate | None) -> str | None:
+    """Returns a value with its interval."""
+    return None if found is None else formats.interval(found)

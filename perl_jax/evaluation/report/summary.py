@@ -1,0 +1,138 @@
+"""The summary at the top of the report: sentences made from the numbers."""
+
+from __future__ import annotations
+
+from perl_jax.evaluation.report import formats
+from perl_jax.evaluation.report.headline_rows import (
+    judge_text,
+    policy_measure,
+    reward_measure,
+    win_estimate,
+)
+from perl_jax.evaluation.report.load import (
+    JOB_NAMES,
+    POLICY_JOBS,
+    Experiment,
+    Run,
+    estimate,
+    number,
+)
+from perl_jax.evaluation.report.markup import Html, tag
+
+
+def lora_share_sentence(experiment: Experiment) -> str:
+    """Returns how few parameters LoRA trained, of the first job (RL, DPO, reward, SFT) that says;
+    or "".
+    """
+    for job in ("rl", "dpo", "reward", "sft"):
+        run = experiment.run(job, "lora")
+        if run is None:
+            continue
+        trainable = number(run.cost, "parameters_trainable")
+        total = number(run.cost, "parameters_total")
+        if trainable and total:
+            return (
+                f"LoRA trained {formats.percent(trainable / total, 2)} of the parameters "
+                f"({formats.count(trainable)} of {formats.count(total)})."
+            )
+    return ""
+
+
+def reward_sentence(experiment: Experiment) -> str:
+    """Returns each reward model's accuracy on pairs, or its AUC on labels, and the labels' noise
+    ceiling.
+    """
+    parts, ceiling = [], None
+    for run in experiment.runs_of("reward"):
+        found = reward_measure(run, "pairwise_accuracy")
+        ceiling = number(run.evaluation, "noise_ceiling") or ceiling
+        if found is not None:
+            parts.append(f"{formats.percent_interval(found)} with {trained_with(run)}")
+        elif (area := reward_measure(run, "auc")) is not None:
+            parts.append(f"an AUC of {formats.interval(area)} with {trained_with(run)}")
+    if not parts:
+        return ""
+    pairs = any(reward_measure(r, "pairwise_accuracy") for r in experiment.runs_of("reward"))
+    start = "The reward model puts held-out pairs in the right order: " if pairs else "Reward: "
+    limit = f"; the labels themselves allow {formats.percent(ceiling)}" if ceiling else ""
+    return f"{start}{' and '.join(parts)}{limit}."
+
+
+def trained_with(run: Run) -> str:
+    """Returns the name of a run's tuning within a sentence."""
+    return {"lora": "LoRA", "full": "full tuning", "": "this run"}.get(run.tuning, run.tuning)
+
+
+def gold_sentence(experiment: Experiment, job: str) -> str:
+    """Returns how the policies of a job changed the gold reward."""
+    parts = []
+    for run in experiment.runs_of(job):
+        before, after = (policy_measure(run, p, "gold_reward") for p in ("sft", "rl"))
+        if before is None or after is None:
+            continue
+        gain = estimate(run.evaluation, "gold_gain")
+        change = ""
+        if gain is not None:
+            change = f", a gain of {formats.interval(gain, with_sign=True)},"
+        parts.append(
+            f"from {formats.significant(before.value)} to {formats.significant(after.value)}"
+            f"{change} with {trained_with(run)}"
+        )
+    return f"{JOB_NAMES[job]} moved the gold reward {'; '.join(parts)}." if parts else ""
+
+
+def win_sentence(experiment: Experiment, job: str) -> str:
+    """Returns how often a job's responses won, and who judged."""
+    parts = []
+    for run in experiment.runs_of(job):
+        found = win_estimate(run)
+        if found is not None:
+            parts.append(f"{formats.percent_interval(found)} ({trained_with(run)})")
+    if not parts:
+        return ""
+    judge = next((j for run in experiment.runs_of(job) if (j := judge_text(run))), "")
+    by = f", judged by {judge}" if judge else ""
+    return f"{JOB_NAMES[job]}'s responses beat SFT's in {' and '.join(parts)} of all prompts{by}."
+
+
+def cost_sentence(experiment: Experiment) -> str:
+    """Returns time and memory of LoRA's step relative to full tuning's, for RL or else DPO or the
+    reward model.
+    """
+    steps = {"rl": "an RL step", "dpo": "a DPO step", "reward": "a reward-model step"}
+    for job, name in steps.items():
+        lora, full = experiment.run(job, "lora"), experiment.run(job, "full")
+        if lora is None or full is None:
+            continue
+        parts = []
+        if times := both_numbers(lora, full, "seconds_per_step"):
+            pace = formats.speed(*times)
+            parts.append(f"took the {pace}" if pace == "same time" else f"was {pace}")
+        for key in ("peak_bytes_measured", "peak_bytes_compiled"):
+            if peaks := both_numbers(lora, full, key):
+                parts.append(f"peaked at {formats.share_of(*peaks)} of its memory")
+                break
+        if parts:
+            return f"Against full tuning, {name} with LoRA {' and '.join(parts)}."
+    return ""
+
+
+def both_numbers(one: Run, other: Run, key: str) -> tuple[float, float] | None:
+    """Returns a cost of two runs; None if one of them is missing or 0."""
+    first, second = number(one.cost, key), number(other.cost, key)
+    return (first, second) if first and second else None
+
+
+def summary_paragraph(experiment: Experiment) -> Html:
+    """Returns one paragraph: the author's summary, then sentences made from the numbers."""
+    sentences = [
+        experiment.summary.strip(),
+        lora_share_sentence(experiment),
+        reward_sentence(experiment),
+        *(make(experiment, job) for job in POLICY_JOBS for make in (gold_sentence, win_sentence)),
+        cost_sentence(experiment),
+    ]
+    found = [sentence for sentence in sentences if sentence]
+    if not found:
+        found = ["This run has no evaluation yet; what it logged is below."]
+    return tag("p", " ".join(found), class_="lead")
