@@ -348,7 +348,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
 def _write(
     folder: pathlib.Path,
     config: EvaluateConfig,
-    results: Mapping[str, Any],
+    results: dict[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> None:
     """Writes config.json, samples.jsonl and evaluation.json, in this order.

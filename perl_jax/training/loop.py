@@ -166,11 +166,7 @@ def train(
     """
     folder = None if run is None else run.folder
     if folder is None:
-        written = {name: vars(config)[name] for name in ("tensorboard", "wandb", "profile")}
-        for name, value in written.items():
-            require(
-                not value, f"{name} is {value!r}, which is written into a run's folder; give run."
-            )
+        _require_no_files(config)
     timings, rows = Timings(), []
     keeper: Keeper = (
         Memory(loop.best)
@@ -233,6 +229,13 @@ def train(
     if folder is not None and writes:
         rows = read_metrics(folder / FILE_NAME)
     return state, timings, rows
+
+
+def _require_no_files(config: TrainingConfig) -> None:
+    """Raises UserError for settings that write into a run's folder."""
+    for name in ("tensorboard", "wandb", "profile"):
+        value = vars(config)[name]
+        require(not value, f"{name} is {value!r}, which is written into a run's folder; give run.")
 
 
 def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]) -> None:

@@ -178,25 +178,19 @@ def train_rl(
         state, timings, metrics = train(config, state, loop, run, on_step)
     number, measured = int(state.step), {}
     if hosts.is_writer():
-        folder = None if run is None else run.folder
-        measured = kept_step(folder, metrics, config, number, best is not None)
+        measured = kept_step(run, metrics, config, number, best is not None)
     made = {
         name: model.record(name, adapter, step=number, metrics=measured)
         for name, adapter in state.roles.items()
     }
     others = {name: adapter for name, adapter in state.roles.items() if name != "policy"}
+    trained = Trained(state.roles["policy"], made["policy"], metrics, others=others)
     if run is None:
-        return Trained(state.roles["policy"], made["policy"], metrics, others=others)
+        return trained
     for name, adapter in state.roles.items():
         artefacts.save_artefact(run.artefact(name), adapter, made[name])
     cost.write_cost(run.folder, model, state, programs.by_name(), timings)
-    return Trained(
-        state.roles["policy"],
-        made["policy"],
-        metrics,
-        others=others,
-        folder=run.artefact("policy"),
-    )
+    return dataclasses.replace(trained, folder=run.artefact("policy"))
 
 
 def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from perl_jax.errors import TrainingError
 from perl_jax.generation.sampling import Rollout
 from perl_jax.objectives import kl
 from perl_jax.rewards.scoring import response_texts
+from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.training.rl_config import RLConfig
@@ -158,7 +158,7 @@ def measured_responses(
 
 
 def kept_step(
-    folder: pathlib.Path | None,
+    run: Run | None,
     metrics: Sequence[Mapping[str, Any]],
     config: RLConfig,
     step: int,
@@ -167,7 +167,7 @@ def kept_step(
     """Prints which step the artefacts hold; returns the validation metrics of that step.
 
     Args:
-        folder: Of the run; None: the run has none.
+        run: The opened run; None: a run without a folder.
         metrics: One row per step.
         config: Settings of RL.
         step: The step that the artefacts hold.
@@ -177,7 +177,7 @@ def kept_step(
     measured = {name: value for name, value in found.items() if name.startswith("validation/")}
     if selected:
         reason = f"the best {SELECTED_BY} ({measured[SELECTED_BY]:.4g}) of all validated steps"
-        last = "" if folder is None else f"; the last step is in {folder / 'checkpoints'}"
+        last = "" if run is None else f"; the last step is in {run.folder / 'checkpoints'}"
         print(
             f"rl: the artefacts are of step {step} of {config.steps}, {reason}{last}.", flush=True
         )
