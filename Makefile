@@ -13,20 +13,17 @@ LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run lint types docs test test-slow test-all golden mutants clean
+.PHONY: run lint docs test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python -m experiments.orders.quickstart $(RUN_ARGS)
 
-# Format, style, and the documentation with its links.
+# Format, style, types, and the documentation with its links.
 lint: $(LINT)/.installed
 	$(LINT)/bin/ruff format --check .
 	$(LINT)/bin/ruff check .
-	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs build --quiet --strict
-
-# Types. Not part of `lint` until it finds nothing.
-types: $(LINT)/.installed
 	$(LINT)/bin/pyright --pythonpath $(LINT)/bin/python
+	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs build --quiet --strict
 
 # The documentation as a site, which follows the files as they change.
 docs: $(LINT)/.installed
