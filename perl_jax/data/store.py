@@ -19,14 +19,16 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from perl_jax.data.config import DataConfig
 from perl_jax.errors import UserError, one_of, require
 from perl_jax.runtime.files import digest, file_hash
+
+if TYPE_CHECKING:  # rows are read without JAX, which the module of configs imports
+    from perl_jax.data.config import DataConfig
 
 # The columns of each kind of rows.
 KINDS: dict[str, tuple[str, ...]] = {
