@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.adapters.initial_values import init_head
+from perl_jax.adapters.lora import Adapter
 from perl_jax.data.config import DataConfig
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model

@@ -94,13 +94,13 @@ def load(folder: pathlib.Path) -> None:
     """Loads the checkpoint in this process and prints what it took."""
     import jax
 
-    from perl_jax.hub import families, weights
+    from perl_jax.hub import config_json, weights
     from perl_jax.runtime import trees
 
     # Libraries are imported as they are first used; what they take is the process's, not the
     # loading's.
     jax.block_until_ready(jax.numpy.zeros(1))
-    config = families.read_config(folder, dtype="bfloat16", param_dtype="bfloat16")
+    config = config_json.read_config(folder, dtype="bfloat16", param_dtype="bfloat16")
     before, peak, done = memory(), {"RssAnon": 0, "RssFile": 0}, threading.Event()
 
     def watch() -> None:

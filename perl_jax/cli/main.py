@@ -232,22 +232,21 @@ def _connect(name: str) -> None:
     This must happen before any device is used. Raises UserError for a command that runs in one
     process.
     """
-    from perl_jax.runtime import hosts
+    from perl_jax.runtime import connecting, hosts
 
-    settings = hosts.read_settings(os.environ)
-    alone = (
-        f"{name} runs in one process; unset {hosts.CLUSTER} and {', '.join(hosts.EXPLICIT)} for it."
-    )
+    settings = connecting.read_settings(os.environ)
+    variables = f"{hosts.CLUSTER} and {', '.join(connecting.EXPLICIT)}"
+    alone = f"{name} runs in one process; unset {variables} for it."
     require(settings is None or name in TOGETHER, alone)
-    hosts.connect(name, settings)
+    connecting.connect(name, settings)
 
 
 def _failed(name: str, why: object, status: int) -> int:
     """Prints why a command failed, leaves the other processes, and returns the exit status."""
-    from perl_jax.runtime import hosts
+    from perl_jax.runtime import connecting
 
     print(f"perl-jax {name}: {why}", file=sys.stderr)
-    return hosts.leave(status)
+    return connecting.leave(status)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -302,17 +301,17 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from perl_jax.runtime import hosts
+        from perl_jax.runtime import connecting, hosts
 
         if not hosts.connected():
             raise
         if hosts.is_peer_failure(error):
-            return _failed(name, hosts.LOST, 1)
+            return _failed(name, connecting.LOST, 1)
         traceback.print_exception(error)
         return _failed(name, "this process failed, and the run with it.", 1)
     else:
         status = 0
-    from perl_jax.runtime import hosts
+    from perl_jax.runtime import connecting
 
-    hosts.disconnect()
+    connecting.disconnect()
     return status

@@ -27,7 +27,8 @@ from perl_jax.evaluation import intervals, resampling, statistics
 from perl_jax.generation.config import GREEDY, RolloutConfig
 from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.programs import sample_program
-from perl_jax.hub.model import Model, load_model, say_attention
+from perl_jax.hub.attention_path import say_attention
+from perl_jax.hub.model import Model, load_model
 from perl_jax.models import passes
 from perl_jax.objectives import kl
 from perl_jax.rewards import compose, scoring

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax import errors
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import Adapter
 from perl_jax.generation import fused
 from perl_jax.generation.config import SamplingConfig
@@ -112,7 +112,7 @@ class ContinuousSampler:
             functools.partial(constrained_slots, lm),
             decoding_options(lm.mesh, quantised),
         )
-        self.merge = Program("merge", lora.merge)
+        self.merge = Program("merge", combine.merge)
         self.fuse = Program("fuse", fused.fuse)
         # Bounds on compilations: for each prompt length, with and without an adapter, there are two
         # sizes of admissions, HALVINGS + 1 sizes of batches, and the halvings between them.

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from perl_jax.adapters import combine
 from perl_jax.adapters import lora as lora_lib
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import is_quantised
@@ -59,7 +60,7 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
     kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
     layers = kernels["q"].shape[0]
-    pairs = {} if adapter is None else trees.named_leaves(lora_lib.summed_pairs(adapter, layers))
+    pairs = {} if adapter is None else trees.named_leaves(combine.summed_pairs(adapter, layers))
     for group, names in FUSED.items():
         own, widths = [kernels[name] for name in names], [kernels[name].shape[-1] for name in names]
         downs, ups, start = [], [], 0

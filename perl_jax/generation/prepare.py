@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.full import cast_frozen_role
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import is_quantised
@@ -25,7 +25,7 @@ def prepare_for_decoding(
     adapter: Adapter | None,
     config: SamplingConfig,
     tokens: int,
-    merge: Callable[[Tree, Adapter], Tree] = lora.merge,
+    merge: Callable[[Tree, Adapter], Tree] = combine.merge,
     fuse: Callable[[Tree, Adapter | None], Tree] = fused.fuse,
 ) -> tuple[Tree, Adapter | None]:
     """Returns (base, adapter) in the form that decoding reads.
@@ -98,7 +98,7 @@ def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
 
 def adapted_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
     """Returns the base's kernels that an adapter changes, keyed by path name."""
-    moved = lora.adapted_modules(adapter)
+    moved = combine.adapted_modules(adapter)
     return {
         name: leaf
         for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items()

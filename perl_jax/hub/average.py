@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.errors import require
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import TemplateOptions, load_model
@@ -72,7 +72,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
                 "above 0.",
             )
             values = {"score_mean": mean, "score_std": std}
-        adapter = model.place(lora.average(adapters, weights, model.lm.config.layers))
+        adapter = model.place(combine.average(adapters, weights, model.lm.config.layers))
         metrics = {"averaged": list(config.adapters), "weights": list(weights)}
         artefacts.save_artefact(
             written, adapter, model.record(roles[0], adapter, metrics=metrics, **values)

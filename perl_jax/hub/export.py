@@ -13,10 +13,10 @@ import numpy as np
 import tyro
 from safetensors.numpy import save_file
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import Adapter
 from perl_jax.errors import require
-from perl_jax.hub import classifier, families, peft, verify, weights
+from perl_jax.hub import classifier, naming, peft, verify, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime import files, trees
@@ -209,7 +209,7 @@ def _write_merged(
     for name in trees.named_leaves(model.lm.abstract_base()):
         if name == "outer/lm_head" and head is not None:
             continue
-        for layer, tensor in enumerate(families.tensor_names(name, model.lm.config)):
+        for layer, tensor in enumerate(naming.tensor_names(name, model.lm.config)):
             array = weights.read_tensor(stored[tensor])
             array = array.astype(np.float32) if config.weights == "float32" else array
             pending[tensor] = np.ascontiguousarray(_merged_tensor(adapter, name, layer, array))
@@ -277,17 +277,17 @@ def _merged_tensor(adapter: Adapter, name: str, layer: int, array: np.ndarray) -
         layer: The tensor's layer.
         array: The tensor as stored.
     """
-    turn = np.transpose if families.transposed(name) else np.asarray
+    turn = np.transpose if naming.transposed(name) else np.asarray
     if adapter.weights is not None:
         leaf = trees.named_leaves(adapter.weights)[name]
         return turn(np.asarray(leaf[layer] if name.startswith("layers/") else leaf)).astype(
             array.dtype
         )
     module = name.removesuffix("/kernel")
-    if module not in lora.adapted_modules(adapter):
+    if module not in combine.adapted_modules(adapter):
         return array
     return turn(
         np.asarray(
-            lora.merged_kernel(adapter, module, layer, jnp.asarray(turn(array), jnp.float32))
+            combine.merged_kernel(adapter, module, layer, jnp.asarray(turn(array), jnp.float32))
         )
     ).astype(array.dtype)

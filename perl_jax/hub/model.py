@@ -11,26 +11,24 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.full import full_weights
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.errors import one_of, require, unread
-from perl_jax.hub import artefacts, families, weights
+from perl_jax.hub import artefacts, config_json, weights
 from perl_jax.hub.artefacts import Record
+from perl_jax.hub.attention_path import for_devices
 from perl_jax.hub.chat import DATE
 from perl_jax.hub.tokenizer import Tokenizer
-from perl_jax.models import config, kernels
-from perl_jax.models.config import ATTENTION, REMAT, ModelConfig
+from perl_jax.models import config
+from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.platforms import platform_of, use_cpu_if_no_accelerator
 from perl_jax.runtime.programs import Program, use_compilation_cache
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.types import Tree
-
-# On a CPU, models of at most so many layers have them unrolled.
-_SHALLOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +238,13 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
 
     Prints to standard error which fields of its config.json are ignored.
     """
-    if (ignored := families.leftovers(folder)) and hosts.is_writer():
+    if (ignored := config_json.leftovers(folder)) and hosts.is_writer():
         print(
             f"{folder / 'config.json'}: these fields do not affect outputs and are ignored: "
             f"{', '.join(ignored)}.",
             file=sys.stderr,
         )
-    config = families.read_config(
+    config = config_json.read_config(
         folder, dtype=options.dtype, param_dtype=options.dtype, remat=options.remat
     )
     mesh = sharding.make_mesh(options.mesh)
@@ -269,67 +267,6 @@ def template_of(options: ModelOptions) -> tuple[str, str]:
     return getattr(source, "template", "auto"), getattr(source, "template_date", DATE)
 
 
-def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
-    """Returns the config with settings for the mesh's devices: the attention path, and on a CPU
-    unrolled layers.
-
-    Args:
-        attention: The attention path; auto takes the best one for the devices
-            (`kernels.choose_attention`).
-
-    On CPUs models with few layers have them unrolled. Raises UserError for a path that CPUs lack.
-    """
-    path = _choice(config, mesh).path if attention == "auto" else attention
-    if platform_of(mesh) != "cpu":
-        return dataclasses.replace(config, attention=path)
-    require(
-        attention in ("auto", "plain", "blocked"),
-        f"attention is {attention!r}; on a CPU it must be auto, plain or blocked.",
-    )
-    return dataclasses.replace(
-        config, unroll=config.layers if config.layers <= _SHALLOW else 1, attention=path
-    )
-
-
-def _choice(config: ModelConfig, mesh: Mesh) -> kernels.AttentionChoice:
-    """Returns the best attention path for the mesh's devices, with the reason."""
-    return kernels.choose_attention(
-        platform_of(mesh),
-        config,
-        getattr(mesh.devices.flat[0], "compute_capability", None),
-        mesh.size,
-    )
-
-
-def attention_paths(lm: LanguageModel) -> dict[str, str]:
-    """Returns how attention is computed, and why: for `training` (also for scoring) and
-    `sampling`.
-    """
-    path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
-    whole = f"{path} ({why if path == best else '--attention asks for it'})"
-    sampling = (
-        f"prompts {path}, then plain over the cache (one query a row, for which no kernel "
-        "is needed)"
-    )
-    if local := len(lm.config.windowed):
-        sampling += (
-            f", which holds {lm.config.window} tokens in {local} of {lm.config.layers} layers"
-        )
-    return {"training": whole, "sampling": sampling}
-
-
-def say_attention(job: str, lm: LanguageModel) -> None:
-    """Prints the attention paths in one line to standard error, from the first process."""
-    if hosts.is_writer():
-        print(
-            f"{job}: attention: "
-            + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items())
-            + ".",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def weights_program(lm: LanguageModel) -> Program:
     """Returns the compiled program base -> role with full weights, from which full tuning starts
     (`full_weights`).
@@ -343,7 +280,7 @@ def merge_program(lm: LanguageModel) -> Program:
     The result has the shardings of the base. Without compilation each layer, taken out of a sharded
     leaf, would be put as a whole on one device.
     """
-    return Program("merged", lora.merge, out_shardings=_base_shardings(lm))
+    return Program("merged", combine.merge, out_shardings=_base_shardings(lm))
 
 
 def _base_shardings(lm: LanguageModel) -> Tree:

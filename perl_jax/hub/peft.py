@@ -16,9 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig, average
+from perl_jax.adapters.combine import average
+from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.errors import require
-from perl_jax.hub import families, weights
+from perl_jax.hub import naming, weights
+from perl_jax.hub.peft_settings import check_settings
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, trees
@@ -31,64 +33,6 @@ _PARTS = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
-}
-# Settings under which PEFT computes something that an Adapter cannot: name -> the supported value.
-_ONLY_VALUE = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-}
-# Initialisations that change the base's weights: the saved pair belongs to the changed base.
-_BASE_CHANGING = ("pissa", "olora", "loftq", "corda", "lora_ga")
-# Settings that are read, or do not affect the outputs of a loaded adapter.
-_KNOWN = {
-    *(
-        "peft_type",
-        "task_type",
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-    ),
-    *(
-        "lora_dropout",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-        "base_model_name_or_path",
-    ),
-    *(
-        "revision",
-        "inference_mode",
-        "peft_version",
-        "auto_mapping",
-        "exclude_modules",
-        "megatron_config",
-        "megatron_core",
-    ),
-    *(
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-        "runtime_config",
-    ),
 }
 
 
@@ -109,7 +53,7 @@ class _Linear:
 
 def _linears(config: ModelConfig) -> dict[str, _Linear]:
     """Returns all projections by name (`q`, `k`, ...)."""
-    names, out = families.module_names(config), {}
+    names, out = naming.module_names(config), {}
     for name, leaf in trees.named_leaves(LanguageModel(config).abstract_base()).items():
         path = name.removesuffix("/kernel")
         if path != name:
@@ -235,7 +179,7 @@ def from_peft(
         UserError: A setting or a tensor is not supported, or does not fit the base; the message
             names each.
     """
-    _check_settings(values)
+    check_settings(values)
     pairs, head = _pairs(values, tensors, config)
     projections = [p for p in LINEAR if any(target == p for _, target in pairs)]
     layers = sorted({index for index, _ in pairs})
@@ -284,39 +228,6 @@ def from_peft(
                 jnp.asarray(np.stack([parts[part] for parts in stacked])),
             )
     return Adapter(lora=tree, head=head, config=lora)
-
-
-def _check_settings(values: Mapping[str, Any]) -> None:
-    """Raises UserError for settings under which PEFT computes something that an Adapter cannot."""
-    where = "adapter_config.json"
-    require(
-        values.get("peft_type") == "LORA",
-        f"{where} has peft_type {values.get('peft_type')!r}; only 'LORA' is supported.",
-    )
-    for field, allowed in _ONLY_VALUE.items():
-        found = values.get(field, allowed)
-        require(
-            not found or found == allowed,
-            f"{where} has {field} {found!r}; only {allowed!r} is supported.",
-        )
-    unknown = sorted(
-        name
-        for name, value in values.items()
-        if name not in _KNOWN and name not in _ONLY_VALUE and value
-    )
-    require(
-        not unknown,
-        f"{where} sets {', '.join(unknown)}, which is not supported and could change the outputs.",
-    )
-    begun = values.get("init_lora_weights", True)
-    changed = isinstance(begun, str) and begun.lower().startswith(_BASE_CHANGING)
-    require(
-        not changed,
-        f"{where} has init_lora_weights {begun!r}, which changes the base's weights; save it with "
-        "PEFT's path_initial_model_for_weight_conversion.",
-    )
-    saved = set(values.get("modules_to_save") or ()) - {"score", "classifier"}
-    require(not saved, f"{where} has modules_to_save {sorted(saved)}; only 'score' is supported.")
 
 
 def _pairs(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perl_jax import errors
-from perl_jax.hub import families
+from perl_jax.hub import config_json
 from perl_jax.hub.families import Settings
 from perl_jax.models.config import ModelConfig
 
@@ -133,7 +133,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     the names, if there is none.
     """
     errors.one_of("preset", name, PRESETS)
-    return dataclasses.replace(families.from_json(PRESETS[name], f"preset {name}"), **overrides)
+    return dataclasses.replace(config_json.from_json(PRESETS[name], f"preset {name}"), **overrides)
 
 
 def model_config(model: str, **overrides: Any) -> ModelConfig:
@@ -154,4 +154,4 @@ def model_config(model: str, **overrides: Any) -> ModelConfig:
         f"model is {model!r}; it must be a folder with a config.json or one of "
         f"{', '.join(PRESETS)}.",
     )
-    return dataclasses.replace(families.read_config(folder), **overrides)
+    return dataclasses.replace(config_json.read_config(folder), **overrides)

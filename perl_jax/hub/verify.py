@@ -11,7 +11,7 @@ import numpy as np
 
 from perl_jax.adapters.lora import Adapter
 from perl_jax.errors import UserError, require
-from perl_jax.hub import classifier, families, peft, weights
+from perl_jax.hub import classifier, config_json, peft, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model
 from perl_jax.models.language_model import LanguageModel
@@ -136,7 +136,7 @@ def read_merged(folder: pathlib.Path, model: Model, adapter: Adapter, in_float32
         in_float32: Whether the checkpoint is in float32 and must be held so.
     """
     held = "float32" if in_float32 else model.lm.config.param_dtype
-    found = families.read_config(folder, dtype=model.lm.config.dtype, param_dtype=held)
+    found = config_json.read_config(folder, dtype=model.lm.config.dtype, param_dtype=held)
     # A classifier's checkpoint has no output projection; with tied embeddings none is read.
     found = dataclasses.replace(
         found, tied_embeddings=found.tied_embeddings or adapter.head is not None

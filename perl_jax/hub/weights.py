@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from perl_jax.errors import UserError, require
-from perl_jax.hub import families
+from perl_jax.hub import config_json, naming
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, trees
@@ -134,8 +134,8 @@ def _check(
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in abstract.items():
         shape: tuple[int, ...] = spec.shape[1:] if name.startswith("layers/") else spec.shape
-        stored_shape = shape[::-1] if families.transposed(name) else shape
-        expected |= dict.fromkeys(families.tensor_names(name, config), stored_shape)
+        stored_shape = shape[::-1] if naming.transposed(name) else shape
+        expected |= dict.fromkeys(naming.tensor_names(name, config), stored_shape)
     ignored = {"lm_head.weight"} if config.tied_embeddings else set()
     ignored |= {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     problems = [f"missing {name}" for name in sorted(set(expected) - set(stored))]
@@ -166,8 +166,8 @@ def _load_leaf(
     Devices that hold the same part share its reading.
     """
     tensors, turn, layered = (
-        families.tensor_names(name, config),
-        families.transposed(name),
+        naming.tensor_names(name, config),
+        naming.transposed(name),
         name.startswith("layers/"),
     )
     parts: dict[tuple[Bounds, ...], list[jax.Device]] = {}
@@ -328,10 +328,10 @@ def save_base(
     for name, leaf in trees.named_leaves(base).items():
         array = np.asarray(leaf).astype(jnp.dtype(config.param_dtype))
         parts = list(array) if name.startswith("layers/") else [array]
-        for tensor, part in zip(families.tensor_names(name, config), parts, strict=True):
-            tensors[tensor] = np.ascontiguousarray(part.T if families.transposed(name) else part)
+        for tensor, part in zip(naming.tensor_names(name, config), parts, strict=True):
+            tensors[tensor] = np.ascontiguousarray(part.T if naming.transposed(name) else part)
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    text = json.dumps(families.llama_json(config, token_ids), indent=1) + "\n"
+    text = json.dumps(config_json.llama_json(config, token_ids), indent=1) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

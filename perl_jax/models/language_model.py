@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine, initial_values
 from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
 from perl_jax.adapters.quantise import is_quantised
 from perl_jax.models import attention
@@ -166,12 +166,12 @@ class LanguageModel:
             kernels = {module: leaves[module + "/kernel"] for module in modules}
         layers = config.adapted_layers(self.config.layers)
         adapter = Adapter(
-            lora=lora_lib.init_lora(key, abstract, config, kernels, layers), config=config
+            lora=initial_values.init_lora(key, abstract, config, kernels, layers), config=config
         )
         if config.init != "pissa":
             return adapter
         return dataclasses.replace(
-            adapter, under=lora_lib.frozen_pairs(adapter, self.config.layers, -1.0)
+            adapter, under=combine.frozen_pairs(adapter, self.config.layers, -1.0)
         )
 
     # Forward passes over whole sequences.

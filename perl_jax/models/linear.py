@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from perl_jax.adapters.lora import LINEAR, LoRAConfig, output_norms
+from perl_jax.adapters.combine import output_norms
+from perl_jax.adapters.lora import LINEAR, LoRAConfig
 from perl_jax.adapters.quantise import dense, is_quantised
 from perl_jax.models import attention
 from perl_jax.models.config import ModelConfig

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from perl_jax import errors
 from perl_jax.errors import require
-from perl_jax.objectives import advantages, losses
+from perl_jax.objectives import advantages, losses, ratios
 from perl_jax.objectives.losses import LossSum
 from perl_jax.runtime.masked import masked_mean, masked_whiten
 from perl_jax.types import Array
@@ -38,7 +38,7 @@ class Algorithm:
     Attributes:
         advantage: How advantages are computed: one of ADVANTAGES, or a function from returns [P, G]
             (prompts, samples) to advantages of the same shape.
-        ratio: Importance ratio of the clipped loss, one of `losses.RATIOS`. None: REINFORCE loss;
+        ratio: Importance ratio of the clipped loss, one of `ratios.RATIOS`. None: REINFORCE loss;
             stale samples are weighted by a truncated ratio.
         normalise: Default reduction over tokens, one of `losses.NORMALISERS`.
         kl: Default place of the KL to the reference: in the reward or in the loss.
@@ -104,7 +104,7 @@ def register_algorithm(name: str, algorithm: Algorithm) -> None:
     )
     if not callable(algorithm.advantage):
         errors.one_of("advantage", algorithm.advantage, ADVANTAGES)
-    errors.one_of("ratio", algorithm.ratio, (None, *losses.RATIOS))
+    errors.one_of("ratio", algorithm.ratio, (None, *ratios.RATIOS))
     errors.one_of("normalise", algorithm.normalise, losses.NORMALISERS)
     errors.one_of("kl", algorithm.kl, ("reward", "loss"))
     _ENTRIES[name] = algorithm
@@ -359,7 +359,7 @@ def policy_loss(
             old_BT=old_BT,
             max_ratio=config.max_ratio,
         )
-    ratio_BT = losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio)
+    ratio_BT = ratios.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio)
     high = config.clip if config.clip_high is None else config.clip_high
     return losses.clipped(
         ratio_BT,

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax.objectives.kl import kl_in_loss, log_ratio
-from perl_jax.runtime.masked import masked_mean, masked_sum, masked_values
+from perl_jax.runtime.masked import masked_sum, masked_values
 from perl_jax.types import Array
 
 
@@ -204,32 +204,6 @@ def reinforce(
     )
 
 
-RATIOS = ("token", "sequence", "product")
-
-
-def importance_ratio(logp_BT: Array, old_BT: Array, mask_BT: Array, level: str) -> jax.Array:
-    """Returns the ratio pi / pi_old for every token, 1 outside the mask.
-
-        "token"     exp(l_t), l_t = log pi - log pi_old of each token
-        "sequence"  exp(mean_t l_t), the same for all tokens of a row: the geometric mean
-                    (Zheng et al. 2025, arXiv 2507.18071, GSPO)
-        "product"   exp(sum_t l_t), the same for all tokens of a row: the ratio of whole sequences
-
-    The exponent is clipped to +-20. Raises ValueError for another level.
-    """
-    chex.assert_rank([logp_BT, old_BT, mask_BT], 2)
-    if level not in RATIOS:
-        raise ValueError(f"unknown importance ratio {level!r}; known: {', '.join(RATIOS)}")
-    logp_BT, old_BT = _inside(mask_BT, logp_BT, old_BT)
-    if level == "token":
-        return jnp.exp(log_ratio(logp_BT, old_BT))
-    total_B1 = jnp.sum(logp_BT - old_BT, axis=1, keepdims=True)
-    if level == "sequence":
-        total_B1 = total_B1 / jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True), 1)
-    ratio_B1 = jnp.exp(log_ratio(total_B1, jnp.zeros_like(total_B1)))
-    return jnp.where(mask_BT, ratio_B1, 1.0)
-
-
 def clipped(
     ratio_BT: Array,
     advantage_BT: Array,
@@ -380,17 +354,6 @@ def preference(
             "without smoothing"
         )
     return _weighted(jnp.square(h_B - 1 / (2 * beta)), weight_B)
-
-
-def sampler_mismatch(logp_sampler_BT: Array, logp_trainer_BT: Array, mask_BT: Array) -> jax.Array:
-    """Returns the mean over response tokens of exp |logp_sampler - logp_trainer|; at least 1.
-
-    Both use the same weights and temperature, so a value above 1 shows a numerical difference or a
-    bug.
-    """
-    chex.assert_rank([logp_sampler_BT, logp_trainer_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_sampler_BT, logp_trainer_BT, mask_BT])
-    return masked_mean(jnp.exp(jnp.abs(log_ratio(logp_sampler_BT, logp_trainer_BT))), mask_BT)
 
 
 def _inside(mask_BT: Array, *arrays_BT: Array) -> tuple[jax.Array, ...]:

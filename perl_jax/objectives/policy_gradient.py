@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from perl_jax.adapters.lora import Adapter
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.passes import logprobs_and_entropy, values
-from perl_jax.objectives import algorithms, losses
+from perl_jax.objectives import algorithms, losses, ratios
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.runtime.masked import masked_sum
@@ -156,7 +156,7 @@ def _ratio_logs(
     whether it lies outside the algorithm's bounds.
     """
     ratio_BT = jax.lax.stop_gradient(
-        losses.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
+        ratios.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
     )
     low, high = (
         1 - config.clip,

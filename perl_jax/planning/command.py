@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from perl_jax.errors import require
-from perl_jax.hub.model import for_devices
+from perl_jax.hub.attention_path import for_devices
 from perl_jax.hub.presets import model_config
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.planning import topology

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from perl_jax.adapters.lora import Adapter, LoRAConfig, apply_to_layer, initial_value_function
+from perl_jax.adapters.initial_values import apply_to_layer, initial_value_function
+from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.adapters.quantise import is_matrix, is_quantised, quantised
-from perl_jax.hub import families, weights
+from perl_jax.hub import naming, weights
 from perl_jax.hub.model import Model, merge_program, weights_program
 from perl_jax.planning.pieces import Jitted, Piece, key_data, placed, result, with_role_shardings
 from perl_jax.runtime import sharding, trees
@@ -68,7 +69,7 @@ def _written(model: Model, name: str, leaf: jax.ShapeDtypeStruct, own: Tree) -> 
     part = leaf.sharding.shard_shape(leaf.shape)
     layered = name.startswith("layers/")
     shape = weights.piece_shape(
-        part[1:] if layered else part, families.transposed(name), np.dtype(leaf.dtype).itemsize
+        part[1:] if layered else part, naming.transposed(name), np.dtype(leaf.dtype).itemsize
     )
     piece = jax.ShapeDtypeStruct((1, *shape) if layered else shape, leaf.dtype, sharding=device)
     start = tuple(jax.ShapeDtypeStruct((), np.int32, sharding=device) for _ in part)

@@ -1,33 +1,27 @@
 """Rewards from a language model that is asked for a score: direct RLAIF (Lee et al. 2023, arXiv
 2309.00267).
 
-The model is served by an OpenAI-compatible chat endpoint. Requests use Python's standard library.
-huggingface_hub's InferenceClient would send the user's Hugging Face token to an endpoint for which
-no key was given, and would refuse a local endpoint when HF_HUB_OFFLINE is set.
+The model is served by an OpenAI-compatible chat endpoint (`judge_endpoint`).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import http.client
-import itertools
 import json
 import logging
-import math
 import os
 import re
 import threading
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from perl_jax.errors import UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
+from perl_jax.rewards.judge_answers import READERS, Unreadable, first_choice
+from perl_jax.rewards.judge_endpoint import Unavailable, chat_url, check_url, post
 
 TEMPLATE = """\
 Rate how good the response to the request below is: helpful, correct, and to the point.
@@ -45,24 +39,7 @@ Answer with one number from {lowest} (very bad) to {highest} (excellent), and no
 MODES = ("number", "expected")
 ON_FAILURE = ("error", "neutral")
 NEUTRAL = 0.5  # the middle of the scale
-SHOWN = 120  # characters of an answer that a message quotes
 LONGEST_WAIT = 60.0  # seconds between two attempts at most
-
-HINTS = {401: "check the key", 403: "check the key", 404: "check judge.url and judge.model"}
-
-NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)")
-
-
-class Unreadable(Exception):
-    """The judge's answer holds no score; another attempt may give one."""
-
-
-class Unavailable(Exception):
-    """The judge did not answer; another attempt after at least `seconds` may succeed."""
-
-    def __init__(self, reason: str, seconds: float = 0.0) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,183 +275,3 @@ class Judge:
 
     def __exit__(self, *exception: object) -> None:
         pass
-
-
-def check_url(url: Any) -> None:
-    """Raises UserError unless `url` is an http or https address without a user name or password."""
-    checks.text("judge.url", url)
-    example = "such as http://localhost:8000/v1"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        whole = False
-    plain = url.isascii() and url.isprintable() and " " not in url
-    require(
-        whole and plain, f"judge.url is {url!r}; it must be an http or https address, {example}."
-    )
-    bare = "give the address alone and name the key's variable in judge.api_key_variable"
-    require("@" not in parts.netloc, f"judge.url holds a user name or a password; {bare}.")
-
-
-def chat_url(url: str) -> str:
-    """Returns the address of chat completions below `url`; a `url` without a path means /v1."""
-    parts = urllib.parse.urlsplit(url)
-    path = parts.path.rstrip("/") or "/v1"
-    path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-
-
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key to another host and turn POST into GET."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        """Returns None, which urllib takes for a refusal."""
-
-
-def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
-    """Sends a POST request and returns the body of the reply.
-
-    Raises Unavailable if another attempt may succeed, else UserError.
-    """
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "application/json",
-        "User-Agent": "perl-jax",
-    }
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, data, headers)
-    try:
-        with urllib.request.build_opener(NoRedirects).open(request, timeout=seconds) as reply:
-            return reply.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            refused(error, url, key)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        silent = isinstance(reason, TimeoutError)
-        raise Unavailable(
-            f"no answer within {seconds:g} s" if silent else f"the connection failed ({reason})"
-        ) from error
-
-
-def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoReturn:
-    """Raises Unavailable or UserError for an HTTP error status, with the server's message; the key
-    is removed from it.
-    """
-    try:
-        said = error.read().decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        said = ""
-    said = " ".join((said.replace(key, "(key)") if key else said).split())[:SHOWN]
-    reason = f"status {error.code}" + (f", {said!r}" if said else "")
-    if error.code == 429 or error.code >= 500:
-        after = error.headers.get("Retry-After", "")
-        raise Unavailable(reason, float(after) if after.isdecimal() else 0.0) from error
-    hint = (
-        "it redirects; give the address it leads to"
-        if error.code < 400
-        else HINTS.get(error.code, "check judge's settings")
-    )
-    raise UserError(f"The judge at {url} refused the request: {reason}; {hint}.") from error
-
-
-def first_choice(reply: bytes) -> dict[str, Any]:
-    """Returns the first choice of a chat completion; raises UserError if the reply is not one."""
-    try:
-        choice = json.loads(reply)["choices"][0]
-        choice["message"].get("content")
-        return choice
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        shown = reply[:SHOWN].decode("utf-8", "replace")
-        advice = "check that judge.url is an OpenAI-compatible endpoint"
-        raise UserError(
-            f"The judge's reply is not a chat completion: {shown!r}; {advice}."
-        ) from error
-
-
-def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """Returns the first number of the answer; raises Unreadable if there is none or it is out of
-    range.
-    """
-    answer = content(choice)
-    found = NUMBER.search(answer)
-    if found is None or not lowest <= float(found.group()) <= highest:
-        cut = " (cut at max_tokens)" if choice.get("finish_reason") == "length" else ""
-        problem = (
-            "holds no number"
-            if found is None
-            else f"has {found.group()[:SHOWN]} as its first number, not one"
-        )
-        raise Unreadable(
-            f"the answer {answer[:SHOWN]!r}{cut} {problem} from {lowest:g} to {highest:g}"
-        )
-    return float(found.group())
-
-
-def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """Returns the expected score, sum_s s P(s) / sum_s P(s) (Lee et al. 2023).
-
-    s runs over the whole numbers in [lowest, highest] among the candidates of the answer's first
-    token that is not white space. Candidates that differ only in white space count as the same
-    number.
-
-    Raises:
-        Unreadable: No candidate is a number in range.
-        UserError: The model writes a score as two tokens.
-    """
-    tokens = list(itertools.dropwhile(lambda token: not token["token"].strip(), listed(choice)))
-    if len(tokens) > 1 and (tokens[0]["token"].strip() + tokens[1]["token"]).isdecimal():
-        pieces = f"{tokens[0]['token']!r} and {tokens[1]['token']!r}"
-        advice = "which mode expected cannot read; let judge.highest be 9, or use mode number"
-        raise UserError(f"The judge's model writes a score as two tokens, {pieces}, {advice}.")
-    weights: dict[float, float] = {}
-    for candidate in tokens[0]["top_logprobs"] if tokens else []:
-        digits = candidate["token"].strip()
-        if digits.isdecimal() and lowest <= float(digits) <= highest:
-            weights[float(digits)] = weights.get(float(digits), 0.0) + math.exp(
-                min(candidate["logprob"], 0)
-            )
-    total = sum(weights.values())
-    if not total > 0:
-        answer = content(choice)[:SHOWN]
-        raise Unreadable(
-            f"the answer {answer!r} has no number from {lowest:g} to {highest:g} among its likely "
-            "first tokens"
-        )
-    return sum(number * weight for number, weight in weights.items()) / total
-
-
-def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the answer's tokens with their candidates' log-probabilities; raises UserError if the
-    server sent none.
-    """
-    try:
-        tokens = choice["logprobs"]["content"]
-        for token in tokens:
-            token["token"].strip()
-            [
-                (candidate["token"].strip(), float(candidate["logprob"]))
-                for candidate in token["top_logprobs"]
-            ]
-        return tokens
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        advice = "use a server that does, or mode number"
-        raise UserError(
-            f"The judge's server returns no log-probabilities, which mode expected needs; {advice}."
-        ) from error
-
-
-def content(choice: Mapping[str, Any]) -> str:
-    """Returns the text of the answer, or "" if there is none (a model that ran out of tokens while
-    reasoning).
-    """
-    answer = choice["message"].get("content")
-    return answer if isinstance(answer, str) else ""
-
-
-READERS: Mapping[str, Callable[[Mapping[str, Any], float, float], float]] = {
-    "number": read_number,
-    "expected": read_expected,
-}

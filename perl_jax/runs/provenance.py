@@ -15,7 +15,7 @@ from typing import Any
 from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import task_of
 from perl_jax.errors import UserError
-from perl_jax.hub import artefacts, families, weights
+from perl_jax.hub import artefacts, config_json, weights
 from perl_jax.runtime import files
 
 # The kind of rows that a job reads; that of a reward model depends on its objective.
@@ -174,7 +174,7 @@ def base_content(folder: pathlib.Path) -> Any:
     """Returns what identifies a base model: the config fields that affect its outputs, and a sample
     of every tensor.
     """
-    return [families.read_config(folder).function, weights.sampled_content(folder)]
+    return [config_json.read_config(folder).function, weights.sampled_content(folder)]
 
 
 def tokenizer_content(folder: pathlib.Path) -> Any:

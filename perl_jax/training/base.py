@@ -15,7 +15,8 @@ from perl_jax import errors
 from perl_jax.data.dataset import Dataset, of_task
 from perl_jax.data.loading import check_context
 from perl_jax.data.tasks import TaskLike, task_of
-from perl_jax.hub.model import Model, for_devices, weights_program
+from perl_jax.hub.attention_path import for_devices
+from perl_jax.hub.model import Model, weights_program
 from perl_jax.hub.tokenizer import Tokenizer, train_bpe, word_tokenizer
 from perl_jax.hub.weights import save_base
 from perl_jax.models.config import ModelConfig

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from perl_jax.adapters.lora import trainable
-from perl_jax.hub.model import Model, attention_paths
+from perl_jax.hub.attention_path import attention_paths
+from perl_jax.hub.model import Model
 from perl_jax.runs import checkpoints
 from perl_jax.runs.folder import write_results
 from perl_jax.runtime import hosts, trees

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax.generation.sampling import Rollout
-from perl_jax.objectives import advantages, algorithms, kl, losses
+from perl_jax.objectives import advantages, algorithms, kl, losses, ratios
 from perl_jax.objectives.algorithms import Outcomes
 from perl_jax.objectives.losses import LossSum
 from perl_jax.objectives.policy_gradient import Experience
@@ -232,7 +232,7 @@ def experience_of(
         "kl/sequence": LossSum(total(kl_B), rows),
         "kl/token": LossSum(total(kl_B), tokens),
         "sampler/mismatch": LossSum(
-            losses.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens
+            ratios.sampler_mismatch(rewarded.sampled_BT, policy_BT, mask_BT) * tokens, tokens
         ),
     }
     return experience, logs

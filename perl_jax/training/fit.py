@@ -17,7 +17,8 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset
 from perl_jax.data.loading import load_batches, noted
 from perl_jax.data.pipeline import Batches
-from perl_jax.hub.model import Model, say_attention
+from perl_jax.hub.attention_path import say_attention
+from perl_jax.hub.model import Model
 from perl_jax.models.microbatches import summed_microbatches
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from perl_jax import errors
-from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.adapters.initial_values import init_head
+from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import Batches

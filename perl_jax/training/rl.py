@@ -15,12 +15,14 @@ from typing import Any
 import jax
 
 from perl_jax.adapters.full import cast_frozen_role
-from perl_jax.adapters.lora import Adapter, init_head
+from perl_jax.adapters.initial_values import init_head
+from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
-from perl_jax.hub.model import Model, say_attention
+from perl_jax.hub.attention_path import say_attention
+from perl_jax.hub.model import Model
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
 from perl_jax.rewards.scoring import Scorer

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError, require
 from perl_jax.hub.model import Model, merge_program, weights_program
@@ -28,7 +28,7 @@ def fresh_role(
         return weights_program(model.lm)(model.base)
     fresh = model.lm.init_adapter(key, config.lora, model.base)
     below = load_frozen(model, frozen)
-    return fresh if below is None else lora.stack(below, fresh, model.lm.config.layers)
+    return fresh if below is None else combine.stack(below, fresh, model.lm.config.layers)
 
 
 def load_frozen(model: Model, folder: Adapter | str | pathlib.Path | None) -> Adapter | None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine, initial_values
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
 from perl_jax.models.linear import AdapterSpec, Linear
@@ -115,10 +115,12 @@ def test_keys_decide_the_draws_and_targets_do_not_disturb_each_other():
 
 
 def test_head_is_normal_or_zero():
-    head = lora_lib.init_head(jax.random.key(0), 40_000)
+    head = initial_values.init_head(jax.random.key(0), 40_000)
     np.testing.assert_allclose(np.std(head["kernel"]) * np.sqrt(40_001), 1, rtol=0.02)
     assert head["bias"] == 0 and head["bias"].shape == ()
-    np.testing.assert_array_equal(lora_lib.init_head(None, 7)["kernel"], np.zeros(7, np.float32))
+    np.testing.assert_array_equal(
+        initial_values.init_head(None, 7)["kernel"], np.zeros(7, np.float32)
+    )
 
 
 # At step 0.
@@ -267,7 +269,7 @@ def test_merged_equals_applied(targets):
         small.make_tokens(),
     )
     before = jax.tree.map(np.array, (BASE, adapter))
-    merged = lora_lib.merge(BASE, adapter)
+    merged = combine.merge(BASE, adapter)
     applied_BTV, merged_BTV = (
         small.logits(small.LM, *pair, tokens) for pair in ((BASE, adapter), (merged, None))
     )
@@ -279,7 +281,7 @@ def test_merged_equals_applied(targets):
 def test_merging_by_hand_in_bfloat16():
     adapter = small.make_adapter(lora=LoRAConfig(rank=2, alpha=6.0, targets="k"))
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), BASE)
-    merged = trees.named_leaves(lora_lib.merge(low, adapter))
+    merged = trees.named_leaves(combine.merge(low, adapter))
     for name, leaf in trees.named_leaves(low).items():
         expected = leaf
         if name == "layers/attention/k/kernel":
@@ -299,8 +301,8 @@ def test_merging_by_hand_in_bfloat16():
 
 def test_merging_nothing_or_everything():
     full = small.make_full(BASE)
-    assert lora_lib.merge(BASE, Adapter(head=small.make_head())) is BASE
-    assert lora_lib.merge(BASE, full) is full.weights
+    assert combine.merge(BASE, Adapter(head=small.make_head())) is BASE
+    assert combine.merge(BASE, full) is full.weights
 
 
 # The base stays what and where it is.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine, initial_values
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
 from perl_jax.errors import UserError
@@ -159,7 +159,7 @@ def test_first_values_and_quantised_leaves_are_awaited_one_by_one(monkeypatch):
     waited, block_on_cpu = [], trees.block_on_cpu
     monkeypatch.setattr(trees, "block_on_cpu", lambda tree: waited.append(1) or block_on_cpu(tree))
     kernel_LDF = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)
-    lora_lib._over_layers(lora_lib._column_norms, kernel_LDF, (0, 2))
+    initial_values._over_layers(initial_values._column_norms, kernel_LDF, (0, 2))
     assert len(waited) == 2
     quantise_leaf("layers/mlp/gate/kernel", kernel_LDF, QuantiseConfig("int8"))
     assert len(waited) == 3
@@ -189,11 +189,11 @@ def test_pissa_starts_with_the_largest_singular_part():
 def test_a_start_from_weights_has_one_layers_kernel_in_float32_at_a_time(config, kind, monkeypatch):
     lm, compiled = small.changed(layers=16, width=64, head_dim=16, param_dtype="bfloat16"), []
 
-    def measured(function, kernel, index, original=lora_lib.apply_to_layer):
+    def measured(function, kernel, index, original=initial_values.apply_to_layer):
         compiled.append(original.lower(function, kernel, index).compile().memory_analysis())
         return original(function, kernel, index)
 
-    monkeypatch.setattr(lora_lib, "apply_to_layer", measured)
+    monkeypatch.setattr(initial_values, "apply_to_layer", measured)
     base = trees.map_named(
         lambda name, leaf: quantise_leaf(name, leaf, QuantiseConfig(kind)), small.make_base(lm)
     )
@@ -260,7 +260,7 @@ def test_an_adapter_computes_what_its_formula_says(config):
 
     expected = trees.map_named(by_hand, BASE)
     for (name, a), b in zip(
-        trees.named_leaves(lora_lib.merge(BASE, role)).items(),
+        trees.named_leaves(combine.merge(BASE, role)).items(),
         jax.tree.leaves(expected),
         strict=True,
     ):
@@ -273,7 +273,7 @@ def test_output_norms_need_no_merged_weight():
     noise = np.random.default_rng(0)
     w, a, b = (noise.standard_normal(shape) for shape in ((2, 7, 5), (2, 7, 3), (2, 3, 5)))
     np.testing.assert_allclose(
-        lora_lib.output_norms(*(jnp.asarray(x, jnp.float32) for x in (w, a, b)), 0.7),
+        combine.output_norms(*(jnp.asarray(x, jnp.float32) for x in (w, a, b)), 0.7),
         np.linalg.norm(w + 0.7 * a @ b, axis=1),
         rtol=1e-5,
     )
@@ -397,9 +397,9 @@ def test_a_stack_computes_the_sum_and_trains_the_top_alone():
         moved(LoRAConfig(rank=3, targets="q,up", layers="0-1")),
         moved(LoRAConfig(rank=2, alpha=3.0, layers="1-2")),
     )
-    stacked = lora_lib.stack(below, top, 3)
+    stacked = combine.stack(below, top, 3)
     moves = [
-        jax.tree.map(lambda a, b: a - b, lora_lib.merge(BASE, role), BASE) for role in (below, top)
+        jax.tree.map(lambda a, b: a - b, combine.merge(BASE, role), BASE) for role in (below, top)
     ]
     expected = jax.tree.map(lambda w, *others: w + sum(others), BASE, *moves)
     np.testing.assert_allclose(logits(stacked), logits(None, expected), atol=5e-5)
@@ -407,9 +407,9 @@ def test_a_stack_computes_the_sum_and_trains_the_top_alone():
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(grads.under))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads.lora))
     with pytest.raises(UserError, match="A DoRA adapter cannot lie under"):
-        lora_lib.stack(moved(LoRAConfig(rank=2, dora=True)), top, 3)
+        combine.stack(moved(LoRAConfig(rank=2, dora=True)), top, 3)
     with pytest.raises(UserError, match="A DoRA adapter cannot go on top"):
-        lora_lib.stack(top, moved(LoRAConfig(rank=2, dora=True)), 3)
+        combine.stack(top, moved(LoRAConfig(rank=2, dora=True)), 3)
 
 
 # What cannot be.
@@ -429,7 +429,7 @@ def test_an_average_by_hand():
         head={"bias": jnp.float32(bias)},
         config=config,
     )
-    found = lora_lib.average(
+    found = combine.average(
         [adapter(one, 1.0), adapter(dataclasses.replace(one, alpha=2.0), 5.0)], [0.25, 0.75], 1
     )
     leaves = found.lora["layers"]["attention"]["q"]
@@ -461,7 +461,7 @@ def test_merging_into_a_quantised_base_is_refused():
         UserError,
         match=r"cannot be merged into a quantised base; load the base without --quantise\.kind",
     ):
-        lora_lib.merge(low, moved(LoRAConfig(rank=2)))
+        combine.merge(low, moved(LoRAConfig(rank=2)))
 
 
 def test_pissa_has_no_more_singular_values_than_the_narrower_side():

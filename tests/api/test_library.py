@@ -17,7 +17,7 @@ import pytest
 
 import perl_jax as pj
 from perl_jax.data.tasks import get_task
-from perl_jax.hub import families, weights
+from perl_jax.hub import config_json, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, compute_advantages
 from perl_jax.rewards.models import total_of
@@ -340,9 +340,9 @@ def test_a_family_from_outside_the_package_has_the_logits_of_transformers(tmp_pa
     small_values = {name: values[name] for name in fields} | {"model_type": "house_llama"}
     (tmp_path / "config.json").write_text(json.dumps(small_values))
     with pytest.raises(pj.UserError, match="model_type 'house_llama'; supported: llama, mistral"):
-        families.read_config(tmp_path)
+        config_json.read_config(tmp_path)
     runpy.run_path(str(EXAMPLES / "custom_family.py"))
-    read = families.read_config(tmp_path)
+    read = config_json.read_config(tmp_path)
     assert read.biases == ("q", "k", "v")
     tokens = small.make_tokens()
     found = small.logits(LanguageModel(read), weights.load_base(tmp_path, read), None, tokens)

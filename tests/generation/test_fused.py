@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora as lora_lib
-from perl_jax.adapters import quantise
+from perl_jax.adapters import combine, quantise
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.generation import fused, prepare, sampling
 from perl_jax.generation.config import SamplingConfig
@@ -88,7 +87,7 @@ def test_what_lies_under_an_adapter_is_fused_too():
         small.make_adapter(lora=LoRAConfig(rank=rank, targets=targets), seed=rank)
         for rank, targets in ((2, "all-linear"), (3, "attention"))
     )
-    stacked = lora_lib.stack(lower, upper, small.LM.config.layers)
+    stacked = combine.stack(lower, upper, small.LM.config.layers)
     np.testing.assert_allclose(
         logits_of(small.LM, *read(small.LM, base, stacked)),
         logits_of(small.LM, base, stacked),

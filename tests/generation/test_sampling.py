@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.generation import prepare, sampling
+from perl_jax.generation import decoding, prepare, sampling
 from perl_jax.generation.config import SamplingConfig
-from perl_jax.hub import families
+from perl_jax.hub import config_json
 from perl_jax.hub import weights as hf_checkpoint
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
@@ -91,7 +91,7 @@ def check_layout(rollout: sampling.Rollout, config: SamplingConfig, prompts=PROM
 
 @pytest.fixture(scope="module")
 def stories():
-    config = families.read_config(STORIES)
+    config = config_json.read_config(STORIES)
     return LanguageModel(config), hf_checkpoint.load_base(STORIES, config), Tokenizer.load(STORIES)
 
 
@@ -427,7 +427,7 @@ def test_the_loop_ends_when_every_row_has():
     ("room", "stop_ids", "expected"), [(1, (), 0), (13, (), 12), (13, tuple(range(61)), 0)]
 )
 def test_no_token_is_decoded_that_none_follows(room, stop_ids, expected, monkeypatch):
-    counted, decode = [], sampling.decode
+    counted, decode = [], decoding.decode
 
     def counting(*arguments):
         jax.debug.callback(lambda: counted.append(1))

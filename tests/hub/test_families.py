@@ -16,7 +16,7 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.generation.decoding import decode, prefill
-from perl_jax.hub import families, peft, weights
+from perl_jax.hub import config_json, peft, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import trees
 from perl_jax.types import Tokens, Tree
@@ -153,7 +153,7 @@ def case(request, tmp_path_factory) -> pathlib.Path:
 
 
 def load(folder: pathlib.Path) -> tuple[LanguageModel, Tree]:
-    config = families.read_config(folder)
+    config = config_json.read_config(folder)
     return LanguageModel(config), weights.load_base(folder, config)
 
 
@@ -255,7 +255,7 @@ def test_fields_as_older_files_spell_them(tmp_path, tmp_path_factory):
         copy(tmp_path, tmp_path_factory, "llama3"),
         copy(tmp_path, tmp_path_factory, "gemma3"),
     )
-    before = families.read_config(llama), families.read_config(gemma)
+    before = config_json.read_config(llama), config_json.read_config(gemma)
     scaling = {name: value for name, value in LLAMA3.items() if name != "rope_theta"} | {
         "original_max_position_embeddings": 16
     }
@@ -269,14 +269,14 @@ def test_fields_as_older_files_spell_them(tmp_path, tmp_path_factory):
         rope_local_base_freq=100.0,
     )
     small.change_config(gemma, rope_scaling={"rope_type": "linear", "factor": 8.0})
-    assert (families.read_config(llama), families.read_config(gemma)) == before
+    assert (config_json.read_config(llama), config_json.read_config(gemma)) == before
     assert before[1].windowed == (0, 1, 2, 3, 4, 6) and before[1].local_rope.theta == 100.0
 
 
 def test_a_gemma_without_caps_has_none(tmp_path, tmp_path_factory):
     folder = copy(tmp_path, tmp_path_factory, "gemma2")
     small.change_config(folder, attn_logit_softcapping=None, final_logit_softcapping=None)
-    config = families.read_config(folder)
+    config = config_json.read_config(folder)
     assert config.attention_cap is None and config.logit_cap is None
 
 
@@ -343,21 +343,21 @@ def test_what_is_not_supported_is_named(tmp_path, tmp_path_factory, case, fields
     folder = copy(tmp_path, tmp_path_factory, case)
     small.change_config(folder, **fields)
     with pytest.raises(UserError) as error:
-        families.read_config(folder)
+        config_json.read_config(folder)
     assert message in str(error.value) and "config.json" in str(error.value)
 
 
 def test_a_field_that_is_off_is_no_reason_to_refuse(tmp_path, tmp_path_factory):
     folder = copy(tmp_path, tmp_path_factory, "llama")
-    before = families.read_config(folder)
+    before = config_json.read_config(folder)
     small.change_config(
         folder, residual_multiplier=None, use_something=False, extra=[], unsloth_version="2025.1"
     )
-    assert families.read_config(folder) == before
+    assert config_json.read_config(folder) == before
 
 
 def test_only_a_plain_llama_is_written_as_one():
     with pytest.raises(ValueError, match="biases"):
-        families.llama_json(small.changed(biases=("q",)).config, small.TOKEN_IDS)
+        config_json.llama_json(small.changed(biases=("q",)).config, small.TOKEN_IDS)
     with pytest.raises(ValueError, match="scaled_embedding"):
-        families.llama_json(small.changed(scaled_embedding=True).config, small.TOKEN_IDS)
+        config_json.llama_json(small.changed(scaled_embedding=True).config, small.TOKEN_IDS)

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from perl_jax.errors import UserError
-from perl_jax.hub import families, presets
+from perl_jax.hub import config_json, presets
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import trees
@@ -91,7 +91,7 @@ def test_reading_fields_leaves_them_as_they_are():
     }
     fields = presets.PRESETS["gemma3-4b"] | {"rope_parameters": rope}
     before = copy.deepcopy(fields)
-    assert families.from_json(fields, "fields") == presets.preset("gemma3-4b")
+    assert config_json.from_json(fields, "fields") == presets.preset("gemma3-4b")
     assert fields == before
 
 

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from perl_jax.errors import UserError
-from perl_jax.hub import families, weights
+from perl_jax.hub import config_json, weights
 from perl_jax.hub.families import Settings
 from perl_jax.hub.model import ModelOptions, load_model
 from perl_jax.models import attention
@@ -446,7 +446,7 @@ def write(folder: pathlib.Path, fields: Settings) -> pathlib.Path:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_file_is_read_as_its_model(name, tmp_path):
     folder = write(tmp_path, PUBLISHED[name])
-    config = families.read_config(folder)
+    config = config_json.read_config(folder)
     assert trees.count(LanguageModel(config).abstract_base()) == PARAMETERS[name]
     expected = dict(EXPECTED[name])
     rope = {
@@ -468,13 +468,13 @@ def test_a_published_file_is_read_as_its_model(name, tmp_path):
         )
     }
     assert {field: getattr(config, field) for field in default} == default | expected
-    assert families.leftovers(folder) == LEFTOVERS.get(name, ())
+    assert config_json.leftovers(folder) == LEFTOVERS.get(name, ())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_frequencies_and_scales_are_those_of_transformers(name):
     pytest.importorskip("torch")
-    config = families.from_json(PUBLISHED[name], name)
+    config = config_json.from_json(PUBLISHED[name], name)
     theirs = transformers.AutoConfig.for_model(**PUBLISHED[name])
     family = theirs.model_type.removesuffix("_text")
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -515,7 +515,7 @@ def test_frequencies_and_scales_are_those_of_transformers(name):
     ],
 )
 def test_what_fine_tuning_leaves_behind_changes_nothing(name):
-    assert families.from_json(PUBLISHED[name] | FINE_TUNED, name) == families.from_json(
+    assert config_json.from_json(PUBLISHED[name] | FINE_TUNED, name) == config_json.from_json(
         PUBLISHED[name], name
     )
 
@@ -565,7 +565,7 @@ def test_a_small_model_of_a_fine_tuned_file_gives_transformers_logits(name, tmp_
     (folder / "config.json").write_text(
         json.dumps(fields | less | ids | FINE_TUNED), encoding="utf-8"
     )
-    config = families.read_config(folder)
+    config = config_json.read_config(folder)
     base = weights.load_base(folder, config)
     tokens = small.make_tokens([("none", 17), ("left", 12), ("right", 9)], columns=17)
     theirs_BTV = small.torch_logits(small.load_torch(folder), tokens)
@@ -599,7 +599,7 @@ def test_a_small_model_of_a_fine_tuned_file_gives_transformers_logits(name, tmp_
 )
 def test_what_could_change_the_numbers_is_still_refused(name, fields, named):
     with pytest.raises(UserError) as error:
-        families.from_json(PUBLISHED[name] | fields, "a file")
+        config_json.from_json(PUBLISHED[name] | fields, "a file")
     assert named in str(error.value)
 
 

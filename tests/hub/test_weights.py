@@ -18,7 +18,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from perl_jax.errors import UserError
-from perl_jax.hub import families, weights
+from perl_jax.hub import config_json, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import sharding, trees
 from tests import small
@@ -31,7 +31,7 @@ needs_stories = pytest.mark.skipif(
 
 def load(folder: pathlib.Path, **options):
     """The model and its base."""
-    config = families.read_config(folder, **options)
+    config = config_json.read_config(folder, **options)
     return LanguageModel(config), weights.load_base(folder, config)
 
 
@@ -130,7 +130,7 @@ def test_random_llamas_equal_transformers(tmp_path, settings):
     )
     assert again.config.eos_token_id == 2
     config, (_, base_again) = dataclasses.asdict(lm.config), load(tmp_path / "again")
-    assert dataclasses.asdict(families.read_config(tmp_path / "again")) == config
+    assert dataclasses.asdict(config_json.read_config(tmp_path / "again")) == config
     small.assert_same(base_again, base)
 
 
@@ -162,7 +162,7 @@ def test_bfloat16_loads_are_rounded_float32_loads(llama):
 
 
 def test_leaves_go_where_they_are_placed(llama):
-    config = families.read_config(llama)
+    config = config_json.read_config(llama)
     names = trees.named_leaves(LanguageModel(config).abstract_base())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     base = weights.load_base(llama, config, dict.fromkeys(names, place))
@@ -328,7 +328,7 @@ def test_missing_files_are_refused(llama):
 def test_unsupported_configs_are_refused_by_name(llama, fields, message):
     small.change_config(llama, **fields)
     with pytest.raises(UserError) as error:
-        families.read_config(llama)
+        config_json.read_config(llama)
     assert message in str(error.value) and "config.json" in str(error.value)
 
 
@@ -341,14 +341,14 @@ def test_explicit_nulls_mean_the_default(llama):
         "head_dim": None,
     }
     small.change_config(llama, num_attention_heads=4, **nulls)
-    config = families.read_config(llama)
+    config = config_json.read_config(llama)
     assert (config.kv_heads, config.head_dim, config.rope.theta) == (4, 8, 10000.0)
     small.change_config(llama, rope_theta=500.0)
-    assert families.read_config(llama).rope.theta == 500.0
+    assert config_json.read_config(llama).rope.theta == 500.0
     small.change_config(
         llama, **dict.fromkeys(nulls, ...), tie_word_embeddings=..., rms_norm_eps=...
     )
-    config = families.read_config(llama)
+    config = config_json.read_config(llama)
     assert (config.kv_heads, config.head_dim, config.tied_embeddings, config.norm_epsilon) == (
         4,
         8,

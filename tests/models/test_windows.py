@@ -16,9 +16,9 @@ from perl_jax.generation import sampling
 from perl_jax.generation.config import SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
 from perl_jax.generation.decoding import decode, prefill
-from perl_jax.hub import families
+from perl_jax.hub import config_json
 from perl_jax.hub import weights as hf_checkpoint
-from perl_jax.hub.model import attention_paths, for_devices
+from perl_jax.hub.attention_path import attention_paths, for_devices
 from perl_jax.models.config import Rope
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.layer_kinds import periodic_scans
@@ -205,7 +205,7 @@ def test_gemma_3_decodes_beyond_its_window():
     without a cache.
     """
     config = dataclasses.replace(
-        families.read_config(GEMMA, dtype="float32", param_dtype="float32"), attention="blocked"
+        config_json.read_config(GEMMA, dtype="float32", param_dtype="float32"), attention="blocked"
     )
     lm = LanguageModel(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     base = hf_checkpoint.load_base(GEMMA, config, lm.base_shardings())

@@ -101,7 +101,8 @@ MASKED = _of(
     ),
 )  # fmt: skip
 
-LOSSES = _of(
+LOSSES = (
+*_of(
     "objectives/losses.py",
     (
         "token-mean-by-rows", "the mean over tokens divides by rows",
@@ -160,16 +161,6 @@ LOSSES = _of(
         "objectives/test_ratios.py::test_stale_samples_weigh_their_truncated_ratio",
     ),
     (
-        "ratio-upside-down", "a response's ratio is old / new",
-        "total_B1 = jnp.sum(logp_BT - old_BT", "total_B1 = jnp.sum(old_BT - logp_BT",
-        "objectives/test_ratios.py::test_importance_ratio_by_hand",
-    ),
-    (
-        "gspo-without-its-mean", "GSPO's ratio is the product, RLOO's the geometric mean",
-        'if level == "sequence":', 'if level == "product":',
-        "objectives/test_ratios.py::test_importance_ratio_by_hand",
-    ),
-    (
         "clip-bounds-swapped", "the lower distance is used above, the upper one below",
         "jnp.clip(ratio_BT, 1 - low, 1 + high)", "jnp.clip(ratio_BT, 1 - high, 1 + low)",
         "objectives/test_ratios.py::test_clipped_in_every_corner",
@@ -210,11 +201,25 @@ LOSSES = _of(
         "h_B - 1 / (2 * beta)", "h_B - 1 / beta",
         "objectives/test_losses.py::test_preference_by_hand",
     ),
+),
+*_of(
+    "objectives/ratios.py",
+    (
+        "ratio-upside-down", "a response's ratio is old / new",
+        "total_B1 = jnp.sum(logp_BT - old_BT", "total_B1 = jnp.sum(old_BT - logp_BT",
+        "objectives/test_ratios.py::test_importance_ratio_by_hand",
+    ),
+    (
+        "gspo-without-its-mean", "GSPO's ratio is the product, RLOO's the geometric mean",
+        'if level == "sequence":', 'if level == "product":',
+        "objectives/test_ratios.py::test_importance_ratio_by_hand",
+    ),
     (
         "mismatch-cancels", "differences between sampler and trainer of both signs cancel",
         "jnp.exp(jnp.abs(log_ratio(logp_sampler_BT, logp_trainer_BT)))", "jnp.exp(log_ratio(logp_sampler_BT, logp_trainer_BT))",
         "objectives/test_losses.py::test_sampler_mismatch_by_hand",
     ),
+),
 )  # fmt: skip
 
 KL = _of(
@@ -491,10 +496,13 @@ ADAPTERS = (
     *_of(
         "adapters/lora.py",
         ("scaling-rules-swapped", "plain LoRA has rank-stabilised LoRA's scale", "(math.sqrt(rank) if self.rank_stabilised else rank)", "(rank if self.rank_stabilised else math.sqrt(rank))", "adapters/test_lora.py::test_scale_is_alpha_over_rank"),
+        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return dataclasses.replace(adapter, under=None)", "return adapter", "adapters/test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
+    ),
+    *_of(
+        "adapters/combine.py",
         ("merged-with-a-minus", "merging takes the adapter off", "moved_DF = kernel_DF + config.scale_of(target)", "moved_DF = kernel_DF - config.scale_of(target)", "adapters/test_lora.py::test_merged_equals_applied"),
         ("dora-norm-without-its-cross-term", "DoRA's norm has half of the cross term", "2 * scale * cross", "scale * cross", "adapters/test_lora_variants.py::test_output_norms_need_no_merged_weight"),
-        ("frozen-pairs-trained", "an adapter under the trained one is trained too", "return dataclasses.replace(adapter, under=None)", "return adapter", "adapters/test_lora_variants.py::test_a_step_moves_the_trained_leaves_and_no_other[pissa]"),
-        ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(_target(name)))", "leaf * config.scale_of(_target(name))", "adapters/test_lora_variants.py::test_an_average_by_hand"),
+        ("average-ignores-weights", "an average of adapters is their sum", "leaf * (factor * config.scale_of(target_of(name)))", "leaf * config.scale_of(target_of(name))", "adapters/test_lora_variants.py::test_an_average_by_hand"),
     ),
     *_of(
         "models/linear.py",
@@ -584,7 +592,7 @@ LOOPS = (
                                                              "longest_first))})(?!\\w)", "{'|'.join(map(re.escape, longest_first))})", "rewards/test_rules.py::test_words"),
     ),
     *_of(
-        "rewards/judge.py",
+        "rewards/judge_answers.py",
         ("one-spelling-of-a-number", "of several tokens that spell one number the last one counts", "weights.get(float(digits), 0.0) + math.exp", "math.exp", "rewards/test_judge.py::test_expected_score"),
     ),
     *_of(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.objectives import algorithms, losses, policy_gradient
+from perl_jax.objectives import algorithms, losses, policy_gradient, ratios
 from perl_jax.objectives.algorithms import ALGORITHMS, AlgorithmConfig, Outcomes
 
 NAN = float("nan")
@@ -204,7 +204,7 @@ def test_a_single_bound_holds_on_both_sides():
 def test_the_table_names_what_exists():
     for name, rule in ALGORITHMS.items():
         assert rule.advantage in algorithms.ADVANTAGES
-        assert rule.ratio is None or rule.ratio in losses.RATIOS
+        assert rule.ratio is None or rule.ratio in ratios.RATIOS
         assert rule.normalise in losses.NORMALISERS
         assert rule.critic == (name in ("reinforce", "ppo"))
         assert rule.grouped == (name in ("rloo", "grpo", "dr-grpo", "gspo"))

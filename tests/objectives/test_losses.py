@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.objectives import losses
+from perl_jax.objectives import losses, ratios
 from perl_jax.objectives.losses import LossSum
 
 NAN = float("nan")
@@ -432,7 +432,7 @@ def test_sampler_mismatch_by_hand(wrap):
     trainer_BT = jnp.array([[NAN, -1.0, -2.0, -3.0]])
     sampler_BT = trainer_BT + jnp.array([[0.0, LOG2, -LOG3, 0.0]])
     mask_BT = jnp.array([[0, 1, 1, 1]], bool)
-    mismatch = wrap(losses.sampler_mismatch)
+    mismatch = wrap(ratios.sampler_mismatch)
     np.testing.assert_allclose(mismatch(sampler_BT, trainer_BT, mask_BT), 2.0, rtol=1e-6)
     np.testing.assert_allclose(mismatch(trainer_BT, sampler_BT, mask_BT), 2.0, rtol=1e-6)
     assert mismatch(trainer_BT, trainer_BT, mask_BT) == 1

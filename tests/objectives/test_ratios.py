@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.objectives import losses
+from perl_jax.objectives import losses, ratios
 
 NAN = float("nan")
 LOG2, LOG3 = np.log(2.0), np.log(3.0)
@@ -45,11 +45,11 @@ def older(first: float, second: float, third: float) -> np.ndarray:
 )
 def test_importance_ratio_by_hand(wrap, level, rows, slopes):
     old_BT = older(LOG2, -LOG3, 2 * LOG2)
-    ratio = wrap(lambda p, o: losses.importance_ratio(p, o, MASK_BT, level))
+    ratio = wrap(lambda p, o: ratios.importance_ratio(p, o, MASK_BT, level))
     np.testing.assert_allclose(ratio(LOGP_BT, old_BT), [*rows, [1, 1, 1, 1]], rtol=1e-6)
     # Masked columns hold NaN, and give none.
     gradient_BT = wrap(
-        jax.grad(lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level).sum())
+        jax.grad(lambda p: ratios.importance_ratio(p, old_BT, MASK_BT, level).sum())
     )(LOGP_BT)
     expected_BT = np.zeros(MASK_BT.shape)
     expected_BT[MASK_BT] = slopes
@@ -71,7 +71,7 @@ def test_importance_ratio_by_hand(wrap, level, rows, slopes):
 )
 def test_the_log_ratio_is_clamped_where_it_is_used(wrap, level, log_first, log_second):
     old_BT = older(15, 16, -30)
-    compute = lambda p: losses.importance_ratio(p, old_BT, MASK_BT, level)
+    compute = lambda p: ratios.importance_ratio(p, old_BT, MASK_BT, level)
     expected_BT = np.ones(MASK_BT.shape)
     expected_BT[MASK_BT] = np.exp([*log_first, log_second])
     np.testing.assert_allclose(wrap(compute)(LOGP_BT), expected_BT, rtol=1e-4)
@@ -83,7 +83,7 @@ def test_the_log_ratio_is_clamped_where_it_is_used(wrap, level, log_first, log_s
 
 def test_an_unknown_level_lists_the_known_ones():
     with pytest.raises(ValueError, match="'row'; known: token, sequence, product"):
-        losses.importance_ratio(LOGP_BT, LOGP_BT, MASK_BT, "row")
+        ratios.importance_ratio(LOGP_BT, LOGP_BT, MASK_BT, "row")
 
 
 # Ratio, advantage, -min(r A, clip(r, 0.8, 1.3) A), and the slope by r: 0 where the bound holds.
@@ -128,7 +128,7 @@ def test_a_ratio_of_sequences_gives_one_term_a_sequence(wrap):
     advantage_BT = np.where(MASK_BT, np.array([[3], [-1], [5]], np.float32), NAN)
 
     def loss(logp_BT):
-        ratio_BT = losses.importance_ratio(
+        ratio_BT = ratios.importance_ratio(
             logp_BT, older(LOG2, -LOG3, 2 * LOG2), MASK_BT, "product"
         )
         return losses.clipped(
@@ -151,7 +151,7 @@ def test_at_the_sampling_policy_clipping_is_reinforce(wrap, normalise, length):
     advantage_BT = np.where(MASK_BT, np.array([[3], [-1], [5]], np.float32), NAN)
 
     def clipped(logp_BT):
-        ratio_BT = losses.importance_ratio(logp_BT, LOGP_BT, MASK_BT, "token")
+        ratio_BT = ratios.importance_ratio(logp_BT, LOGP_BT, MASK_BT, "token")
         return losses.clipped(
             ratio_BT, advantage_BT, MASK_BT, low=0.2, high=0.2, normalise=normalise, length=length
         ).mean

@@ -19,7 +19,15 @@ import numpy as np
 import pytest
 
 from perl_jax.models.logprobs import next_token_logprobs
-from perl_jax.objectives import advantages, algorithms, kl, losses, policy_gradient, preference
+from perl_jax.objectives import (
+    advantages,
+    algorithms,
+    kl,
+    losses,
+    policy_gradient,
+    preference,
+    ratios,
+)
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes
 from perl_jax.types import Tokens
 from tests import trl_reference
@@ -55,7 +63,7 @@ class Batch:
 
 
 def make_batch(level: str = "token") -> Batch:
-    """A batch whose ratios of that level (`losses.RATIOS`) are those of DRIFT_B, or lie around
+    """A batch whose ratios of that level (`ratios.RATIOS`) are those of DRIFT_B, or lie around
     them.
     """
     rng = np.random.default_rng(0)
@@ -112,7 +120,7 @@ def assert_clipped(config: AlgorithmConfig, given: Batch, advantage_BT: jax.Arra
     one.
     """
     logp_BT = trl_reference.logprobs(given.logits_BTV, given.tokens_BT, TEMPERATURE)
-    ratio_BT = losses.importance_ratio(logp_BT, given.old_BT, given.mask_BT, config.rule.ratio)
+    ratio_BT = ratios.importance_ratio(logp_BT, given.old_BT, given.mask_BT, config.rule.ratio)
     r, a = np.asarray(ratio_BT)[given.mask_BT], np.asarray(advantage_BT)[given.mask_BT]
     low, high = 1 - config.clip, 1 + (config.clip_high or config.clip)
     for where, sign in itertools.product((r < low, r > high, (low < r) & (r < high)), (1, -1)):

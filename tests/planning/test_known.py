@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.adapters.quantise import QuantiseConfig
 from perl_jax.generation.config import RolloutConfig
@@ -205,7 +205,7 @@ def test_what_full_tuning_starts_from_is_where_the_base_is():
     merged = merge_program(model.lm)(model.base, adapter)
     weights = weights_program(model.lm)(merged).weights
     places = model.lm.base_shardings()
-    one_device = lora_lib.merge(jax.tree.map(np.asarray, model.base), adapter)
+    one_device = combine.merge(jax.tree.map(np.asarray, model.base), adapter)
     for name, leaf in trees.named_leaves(weights).items():
         assert (
             leaf.sharding == places[name] == trees.named_leaves(merged)[name].sharding

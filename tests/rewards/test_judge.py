@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.rewards.judge import TEMPLATE, Judge, chat_url, read_number
+from perl_jax.rewards.judge import TEMPLATE, Judge
+from perl_jax.rewards.judge_answers import read_number
+from perl_jax.rewards.judge_endpoint import chat_url
 
 SHORT = "{prompt}|{response}"
 

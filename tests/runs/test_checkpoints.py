@@ -433,13 +433,13 @@ def test_artefacts_come_back_bit_for_bit(tmp_path, kind):
 FRESH = """
 import pathlib, sys
 import jax, numpy as np
-from perl_jax.hub import artefacts, families, weights
+from perl_jax.hub import artefacts, config_json, weights
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import trees
 
 folder = pathlib.Path(sys.argv[1])
 np.random.default_rng(123).standard_normal(3)
-config = families.read_config(folder / "model")
+config = config_json.read_config(folder / "model")
 lm, base = LanguageModel(config), weights.load_base(folder / "model", config)
 adapter, record = artefacts.load_artefact(
     folder / "reward", lm, weights=trees.fingerprint(base), base_name="again", role="reward"

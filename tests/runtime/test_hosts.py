@@ -19,8 +19,9 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.cli import main as command
 from perl_jax.errors import UserError
 from perl_jax.runs.checkpoints import Checkpoints
-from perl_jax.runtime import hosts, sharding
-from perl_jax.runtime.hosts import Settings, Share
+from perl_jax.runtime import connecting, hosts, sharding
+from perl_jax.runtime.connecting import Settings
+from perl_jax.runtime.hosts import Share
 from perl_jax.training.state import TrainState
 from tests.xla import xla_flags
 
@@ -38,24 +39,25 @@ EXPLICIT = {
 
 
 def test_without_settings_there_is_one_process():
-    assert hosts.read_settings({}) is None
-    assert hosts.read_settings(dict.fromkeys((*EXPLICIT, "PERL_JAX_HOSTS"), "")) is None
+    assert connecting.read_settings({}) is None
+    assert connecting.read_settings(dict.fromkeys((*EXPLICIT, "PERL_JAX_HOSTS"), "")) is None
     assert (
-        hosts.read_settings({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+        connecting.read_settings({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"})
+        is None
     )
 
 
 def test_settings_of_several_processes():
-    assert hosts.read_settings(EXPLICIT) == Settings("node0:1234", 4, 3, 60, 60)
+    assert connecting.read_settings(EXPLICIT) == Settings("node0:1234", 4, 3, 60, 60)
     assert (
-        hosts.read_settings({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "[::1]:80"}).address
+        connecting.read_settings({**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "[::1]:80"}).address
         == "[::1]:80"
     )
     seconds = {"PERL_JAX_CONNECT_SECONDS": "7", "PERL_JAX_HEARTBEAT_SECONDS": "9"}
-    assert hosts.read_settings({"PERL_JAX_HOSTS": "auto", **seconds}) == Settings(
+    assert connecting.read_settings({"PERL_JAX_HOSTS": "auto", **seconds}) == Settings(
         None, None, None, 7, 9
     )
-    assert hosts.read_settings({**EXPLICIT, **seconds}) == Settings("node0:1234", 4, 3, 7, 9)
+    assert connecting.read_settings({**EXPLICIT, **seconds}) == Settings("node0:1234", 4, 3, 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_settings_of_several_processes():
 )
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError) as error:
-        hosts.read_settings({**EXPLICIT, **change})
+        connecting.read_settings({**EXPLICIT, **change})
     assert str(error.value).startswith(message) and str(error.value).endswith(".")
 
 
@@ -109,7 +111,7 @@ def test_commands_of_one_process_refuse_to_be_several(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     connected = []
     monkeypatch.setattr(
-        hosts, "connect", lambda name, settings: connected.append(settings) or 1 / 0
+        connecting, "connect", lambda name, settings: connected.append(settings) or 1 / 0
     )
     assert command.main(["show", "folder"]) == 2
     said = (
@@ -228,7 +230,7 @@ def test_alone_everything_is_as_it_was():
     x = np.array([1 / 3, 2**60 + 1])
     np.testing.assert_array_equal(hosts.all_gather(x), x[None])
     assert hosts.any_process(True) is True and hosts.broadcast_flag(False) is False
-    assert hosts.writer_first(lambda: 5) == 5 and hosts.leave(7) == 7
+    assert hosts.writer_first(lambda: 5) == 5 and connecting.leave(7) == 7
     tree = {"a": jax.numpy.ones(3)}
     assert hosts.fetch(tree) is tree
     mesh = sharding.make_mesh(sharding.MeshConfig())
@@ -237,7 +239,7 @@ def test_alone_everything_is_as_it_was():
     assert share == Share(0, 1, (0,)) and share.leads
     np.testing.assert_array_equal(share.gather(x), x)
     hosts.barrier("nobody")
-    hosts.disconnect()
+    connecting.disconnect()
 
 
 def test_one_of_several_that_was_not_told_is_stopped(monkeypatch):
@@ -270,7 +272,7 @@ def test_a_signal_that_comes_after_the_last_step_is_not_lost():
 
 def two_processes() -> None:
     """What each of two processes with two devices runs, by `python -m tests.runtime.test_hosts`."""
-    hosts.connect("test", hosts.read_settings(os.environ))
+    connecting.connect("test", connecting.read_settings(os.environ))
     index, mesh = jax.process_index(), sharding.make_mesh(sharding.MeshConfig(fsdp=2))
     assert jax.device_count() == 4 and hosts.is_distributed() and hosts.is_writer() == (index == 0)
     exact = np.array([1 / 3, -0.0, np.nan, np.pi]) * (1 + index)
@@ -297,7 +299,7 @@ def two_processes() -> None:
     assert hosts.writer_first(lambda: made.exists() or made.touch()) is (
         None if index == 0 else True
     )
-    hosts.disconnect()
+    connecting.disconnect()
     assert not hosts.connected()
 
 
@@ -308,7 +310,7 @@ def damaged_checkpoints() -> None:
     Of step 5 process 1 alone cannot read its part; of step 4 the data cursor is another; step 3 is
     whole.
     """
-    hosts.connect("test", hosts.read_settings(os.environ))
+    connecting.connect("test", connecting.read_settings(os.environ))
     folder, mesh = pathlib.Path(sys.argv[2]), sharding.make_mesh(sharding.MeshConfig(fsdp=4))
     whole, parts = sharding.replicated(mesh), jax.NamedSharding(mesh, jax.P("fsdp"))
     place = lambda array, sharding: jax.make_array_from_callback(
@@ -356,7 +358,7 @@ def damaged_checkpoints() -> None:
     again.save(state(4), {"cursor": 4})
     assert int(again.restore(abstract)[0].step) == 4
     again.close()
-    hosts.disconnect()
+    connecting.disconnect()
 
 
 def slurm(index: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine, initial_values
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.generation.decoding import decode, prefill
 from perl_jax.models import kernels
@@ -54,7 +54,9 @@ def shapes(lm: LanguageModel, lora: LoRAConfig = small.LORA, *, head: bool) -> t
     pairs = lm.abstract_lora(lora)
     return base, Adapter(
         lora=pairs,
-        head=jax.eval_shape(lambda: lora_lib.init_head(None, lm.config.width)) if head else None,
+        head=jax.eval_shape(lambda: initial_values.init_head(None, lm.config.width))
+        if head
+        else None,
         config=lora,
     )
 
@@ -96,7 +98,7 @@ def test_every_product_of_a_model_states_its_precision(dtype, found, attention):
 def test_merging_and_norms_are_float32(dtype):
     lm = model(dtype)
     base, adapter = shapes(lm, dataclasses.replace(small.LORA, dora=True), head=False)
-    assert precisions(lora_lib.merge, base, adapter) == {("float32", True)}
+    assert precisions(combine.merge, base, adapter) == {("float32", True)}
     adapted = precisions(functools.partial(loss, lm), adapter, base, TOKENS)
     # The norms of W + s A B, and the rest of the model.
     assert adapted == {("float32", True)} | (

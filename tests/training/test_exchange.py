@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from perl_jax.adapters import lora as lora_lib
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, average, classifier, import_peft, peft, show, verify
@@ -664,7 +664,7 @@ def test_an_average_is_the_weighted_sum_of_updates(tmp_path, model):
     )
     mean, record = model.load_role(target, "reward")
     assert (record.score_mean, record.score_std) == (0.4, 2.5)
-    merged = [lora_lib.merge(model.base, role) for role in roles]
+    merged = [combine.merge(model.base, role) for role in roles]
     expected = jax.tree.map(
         lambda base, *others: (
             base + sum(w * (o - base) for w, o in zip(weights, others, strict=True))
@@ -673,7 +673,7 @@ def test_an_average_is_the_weighted_sum_of_updates(tmp_path, model):
         *merged,
     )
     for (name, a), b in zip(
-        trees.named_leaves(lora_lib.merge(model.base, mean)).items(),
+        trees.named_leaves(combine.merge(model.base, mean)).items(),
         jax.tree.leaves(expected),
         strict=True,
     ):

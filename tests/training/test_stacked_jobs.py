@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from perl_jax.adapters import lora
+from perl_jax.adapters import combine
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.errors import UserError
 from perl_jax.hub.artefacts import read_record
@@ -22,7 +22,7 @@ TOP = LoRAConfig(rank=3, alpha=6.0, targets="q,down")
 
 
 def merged(model, adapter) -> dict:
-    return trees.named_leaves(lora.merge(model.base, adapter))
+    return trees.named_leaves(combine.merge(model.base, adapter))
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_sft_reward_and_rl_on_top_of_a_policy(jobs, tmp_path):
         adapter, record = model.load_role(folder)
         assert record.under == dict.fromkeys(("q", "k", "v", "o"), 5) and record.lora == TOP
         small.assert_same(
-            jax.device_get(adapter.under), jax.device_get(lora.frozen_pairs(below, 2))
+            jax.device_get(adapter.under), jax.device_get(combine.frozen_pairs(below, 2))
         )
         # The top has moved, and what is served is the sum.
         assert np.abs(adapter.lora["layers"]["attention"]["q"]["lora_b"]).max() > 0

@@ -20,7 +20,8 @@ import numpy as np
 import work
 
 from perl_jax.adapters.full import cast_frozen_role
-from perl_jax.adapters.lora import Adapter, LoRAConfig, init_head
+from perl_jax.adapters.initial_values import init_head
+from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_rows
 from perl_jax.data.pipeline import Batches, make_batches

@@ -1,0 +1,79 @@
+"""Chooses the attention path for the devices of a mesh, and prints the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from jax.sharding import Mesh
+
+from perl_jax.errors import require
+from perl_jax.models import kernels
+from perl_jax.models.config import ModelConfig
+from perl_jax.models.language_model import LanguageModel
+from perl_jax.runtime import hosts
+from perl_jax.runtime.platforms import platform_of
+
+# On a CPU, models of at most so many layers have them unrolled.
+_SHALLOW = 8
+
+
+def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
+    """Returns the config with settings for the mesh's devices: the attention path, and on a CPU
+    unrolled layers.
+
+    Args:
+        attention: The attention path; auto takes the best one for the devices
+            (`kernels.choose_attention`).
+
+    On CPUs models with few layers have them unrolled. Raises UserError for a path that CPUs lack.
+    """
+    path = _choice(config, mesh).path if attention == "auto" else attention
+    if platform_of(mesh) != "cpu":
+        return dataclasses.replace(config, attention=path)
+    require(
+        attention in ("auto", "plain", "blocked"),
+        f"attention is {attention!r}; on a CPU it must be auto, plain or blocked.",
+    )
+    return dataclasses.replace(
+        config, unroll=config.layers if config.layers <= _SHALLOW else 1, attention=path
+    )
+
+
+def _choice(config: ModelConfig, mesh: Mesh) -> kernels.AttentionChoice:
+    """Returns the best attention path for the mesh's devices, with the reason."""
+    return kernels.choose_attention(
+        platform_of(mesh),
+        config,
+        getattr(mesh.devices.flat[0], "compute_capability", None),
+        mesh.size,
+    )
+
+
+def attention_paths(lm: LanguageModel) -> dict[str, str]:
+    """Returns how attention is computed, and why: for `training` (also for scoring) and
+    `sampling`.
+    """
+    path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
+    whole = f"{path} ({why if path == best else '--attention asks for it'})"
+    sampling = (
+        f"prompts {path}, then plain over the cache (one query a row, for which no kernel "
+        "is needed)"
+    )
+    if local := len(lm.config.windowed):
+        sampling += (
+            f", which holds {lm.config.window} tokens in {local} of {lm.config.layers} layers"
+        )
+    return {"training": whole, "sampling": sampling}
+
+
+def say_attention(job: str, lm: LanguageModel) -> None:
+    """Prints the attention paths in one line to standard error, from the first process."""
+    if hosts.is_writer():
+        print(
+            f"{job}: attention: "
+            + "; ".join(f"{what}: {path}" for what, path in attention_paths(lm).items())
+            + ".",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,362 @@
+"""Reads the `config.json` of a model into a ModelConfig, and writes one for a decoder trained here.
+
+`families.FAMILIES` lists, for each family, the fields that are read. Any other field must be known
+not to affect outputs, or be off (null, false, 0, empty). Otherwise it is an error that names the
+field, so that no checkpoint silently runs as another model. Fields without effect that transformers
+does not write itself are reported by `leftovers`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from perl_jax.errors import UserError, require
+from perl_jax.hub.families import FAMILIES, Settings
+from perl_jax.models.config import ModelConfig, Rope
+from perl_jax.runtime import files
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_SHARED = {
+    *_SHAPE,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+}
+_ROPE = {"rope_parameters", "rope_theta", "rope_scaling"}
+# Fields that transformers writes into most files and that do not affect outputs.
+_NO_EFFECT = {
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "unk_token_id",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "chunk_size_feed_forward",
+    "cache_implementation",
+    # The layout of the original training; transformers' models do not read it.
+    "pretraining_tp",
+    "task_specific_params",
+    "is_encoder_decoder",
+}
+# Fields without effect on outputs that trainers, converters and older versions of transformers
+# leave in a file. Fields that begin with one of `_LEFTOVER_BEGINNINGS` are leftovers too.
+_LEFTOVERS = {
+    # Origin and training of a model.
+    "is_llama_config",
+    "neftune_noise_alpha",
+    "gradient_checkpointing",
+    "use_reentrant_checkpointing",
+    "use_bfloat16",
+    "model_name",
+    "transformers.js_config",
+    "auto_map",
+    "tokenizer_class",
+    "finetuning_task",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "max_sequence_length",
+    "max_seq_length",
+    "model_max_length",
+    "attn_implementation",
+    "output_past",
+    "torchscript",
+    "tf_legacy_loss",
+    "is_decoder",
+    "tie_encoder_decoder",
+    # Generation settings.
+    "max_length",
+    "min_length",
+    "max_new_tokens",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "num_return_sequences",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "decoder_start_token_id",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "output_scores",
+    "return_dict_in_generate",
+    "prefix",
+}
+_LEFTOVER_BEGINNINGS = ("_", "unsloth_")
+# Settings of which the decoder supports a single value, in every family.
+_ONLY = {
+    "attention_dropout": 0.0,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def _rope(source: str, found: Mapping[str, Any]) -> Rope:
+    """Returns rotary position settings; raises UserError, beginning with `source`, for unsupported
+    ones.
+    """
+    kind = found.get("rope_type", "default")
+    scalings: dict[str, Literal["none", "linear", "llama3"]] = {
+        "default": "none",
+        "linear": "linear",
+        "llama3": "llama3",
+    }
+    require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
+    known = {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    }
+    partial = found.get("partial_rotary_factor", 1.0)
+    require(
+        partial == 1.0, f"{source} has partial_rotary_factor {partial!r}; only 1.0 is supported."
+    )
+    unknown = sorted(
+        name for name in set(found) - known - {"partial_rotary_factor"} if found[name] is not None
+    )
+    require(not unknown, f"{source} has rope setting {', '.join(unknown)}, which is not supported.")
+    names = {
+        "theta": "rope_theta",
+        "factor": "factor",
+        "low_factor": "low_freq_factor",
+        "high_factor": "high_freq_factor",
+    }
+    names["original_positions"] = "original_max_position_embeddings"
+    if kind != "llama3":
+        names = {"theta": "rope_theta"} | ({"factor": "factor"} if kind == "linear" else {})
+    missing = sorted(name for name in names.values() if found.get(name) is None)
+    require(not missing, f"{source} has rope type {kind!r} without {', '.join(missing)}.")
+    values: Settings = {field: found[name] for field, name in names.items()}
+    values["theta"] = float(values["theta"])
+    return Rope(scaling=scalings[kind], **values)
+
+
+def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
+    """Returns the ModelConfig of a folder's `config.json`; see `from_json`."""
+    path = folder / "config.json"
+    raw = files.read_json(path)
+    require(isinstance(raw, dict), f"{path} does not hold a JSON object.")
+    return from_json(raw, str(path), **computing)
+
+
+def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelConfig:
+    """Returns the ModelConfig described by the fields of a `config.json`.
+
+    Args:
+        raw: The fields.
+        source: Where the fields are from, for messages.
+        computing: ModelConfig fields that say how to compute, such as dtype and remat.
+
+    Raises:
+        UserError: A field is missing, unknown or has an unsupported value.
+    """
+    kind = raw.get("model_type")
+    text = raw.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    text_alone = (
+        f"; its text model ({inner}) can be used where it is saved alone"
+        if inner in FAMILIES
+        else ""
+    )
+    if kind is None or kind not in FAMILIES:
+        raise UserError(
+            f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}."
+        )
+    family = FAMILIES[kind]
+    for field in _SHAPE:
+        require(
+            raw.get(field) is not None or field in family.implied,
+            f"{source} has no field {field!r}.",
+        )
+    for field, allowed in _ONLY.items():
+        found = raw.get(field, allowed)
+        require(
+            found == allowed or (not found and not allowed),
+            f"{source} has {field} {found!r}; only {allowed!r} is supported.",
+        )
+    read = _SHARED | _ROPE | set(_ONLY) | family.reads
+    unknown = sorted(
+        field
+        for field in _active_fields(raw)
+        if field not in read | _NO_EFFECT and not _is_leftover(field)
+    )
+    require(
+        not unknown,
+        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which is not "
+        f"supported for {kind}; ignoring it could change the outputs. If it cannot, remove it from "
+        "the file.",
+    )
+    values = _resolved(
+        source, kind, {field: value for field, value in raw.items() if field in read}
+    )
+    gated = "hidden_activation" in family.reads
+    activation = values.hidden_activation if gated else values.hidden_act
+    field = "hidden_activation" if gated else "hidden_act"
+    require(
+        activation in _ACTIVATIONS,
+        f"{source} has {field} {activation!r}; supported: {', '.join(_ACTIVATIONS)}.",
+    )
+    ropes = values.rope_parameters
+    local = None
+    if "full_attention" in ropes:
+        ropes, local = ropes["full_attention"], _rope(source, ropes["sliding_attention"])
+    settings = {
+        "rope": _rope(source, ropes),
+        "local_rope": local,
+        "activation": _ACTIVATIONS[activation],
+        **family.settings(values),
+    }
+    heads = values.num_attention_heads
+    return ModelConfig(
+        vocab_size=values.vocab_size,
+        width=values.hidden_size,
+        ffn_width=values.intermediate_size,
+        layers=values.num_hidden_layers,
+        heads=heads,
+        kv_heads=values.num_key_value_heads or heads,
+        head_dim=getattr(values, "head_dim", None) or values.hidden_size // heads,
+        max_positions=values.max_position_embeddings,
+        norm_epsilon=values.rms_norm_eps,
+        tied_embeddings=values.tie_word_embeddings,
+        **settings,
+        **computing,
+    )
+
+
+def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
+    """Returns the fields of a folder's `config.json` that are set but read neither here nor by
+    transformers.
+
+    None of them affects outputs; a field that could is an error in `from_json`.
+    """
+    return tuple(
+        sorted(filter(_is_leftover, _active_fields(files.read_json(folder / "config.json"))))
+    )
+
+
+def _is_leftover(field: str) -> bool:
+    """Returns whether a field is a known leftover that no family reads."""
+    read = any(field in family.reads for family in FAMILIES.values())
+    return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))
+
+
+def _active_fields(raw: Mapping[str, Any]) -> list[str]:
+    """Returns the fields whose value does not mean off."""
+    return [field for field, value in raw.items() if value not in (None, False, 0, [], {}, "")]
+
+
+def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
+    """Returns transformers' config object, which resolves old spellings and each family's
+    defaults.
+    """
+    from transformers import AutoConfig
+
+    # A null means the class's default, except for fields in which null is itself a setting.
+    given = {
+        name: value
+        for name, value in raw.items()
+        if value is not None or name in ("sliding_window",) or "softcapping" in name
+    }
+    try:
+        # Copied: the class fills in nested settings in place.
+        return AutoConfig.for_model(kind, **copy.deepcopy(given))
+    # The class's own checks raise errors of many types.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} is not a valid {kind} config: {reason}") from error
+
+
+def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """Returns the `config.json` of a decoder trained here, as a Llama model for transformers.
+
+    Raises ValueError for a setting that a Llama config cannot express.
+    """
+    shape = (
+        "vocab_size",
+        "width",
+        "ffn_width",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "max_positions",
+        "norm_epsilon",
+        "tied_embeddings",
+    )
+    computing = ("dtype", "param_dtype", "remat", "unroll", "attention")
+    values, default = (
+        dataclasses.asdict(config),
+        {field.name: field.default for field in dataclasses.fields(ModelConfig)},
+    )
+    default["rope"] = dataclasses.asdict(Rope(theta=config.rope.theta))
+    others = [
+        name
+        for name in values
+        if name not in (*shape, *computing) and values[name] != default[name]
+    ]
+    if others:
+        raise ValueError(
+            f"a Llama config.json cannot express model.{others[0]}={values[others[0]]!r}"
+        )
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": config.param_dtype,
+        **{f"{name}_token_id": value for name, value in token_ids.items()},
+    }
