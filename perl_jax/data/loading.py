@@ -14,13 +14,13 @@ from perl_jax.runtime import hosts, sharding
 
 def check_context(model: Model, config: DataConfig) -> None:
     """Raises UserError for lengths that the model has no positions for."""
-    room = model.lm.config.max_positions
+    positions = model.lm.config.max_positions
     tail = len(model.tokenizer.tail_ids)
     total = config.max_prompt_length + config.max_response_length + tail
     end = f" (with {tail} for the end of the chat template's turn)" if tail else ""
     require(
-        total <= room,
-        f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {room} "
+        total <= positions,
+        f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {positions} "
         "positions.",
     )
 

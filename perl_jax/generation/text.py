@@ -83,7 +83,7 @@ def generate(
     require(
         not isinstance(prompts, str), "prompts is one text; give a list of texts, such as [text]."
     )
-    tokenizer, room = model.tokenizer, model.lm.config.max_positions
+    tokenizer, positions = model.tokenizer, model.lm.config.max_positions
     rows = [tokenizer.prompt_ids(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
         require(
@@ -92,9 +92,9 @@ def generate(
             "with; give a text to continue.",
         )
         require(
-            len(ids) + max_new_tokens <= room,
+            len(ids) + max_new_tokens <= positions,
             f"The prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}; "
-            f"{model.name} has {room} positions.",
+            f"{model.name} has {positions} positions.",
         )
     if not rows:
         return []
