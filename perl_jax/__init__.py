@@ -15,31 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from perl_jax.adapters.lora import Adapter, LoRAConfig
-    from perl_jax.adapters.quantise import QuantiseConfig
-    from perl_jax.data.config import DataConfig
-    from perl_jax.data.tasks import Task
-    from perl_jax.errors import TrainingError, UserError
-    from perl_jax.generation.config import RolloutConfig
-    from perl_jax.generation.text import generate
-    from perl_jax.hub.export import export_peft
-    from perl_jax.hub.families import Family, register_family
-    from perl_jax.hub.model import Model, load_model
-    from perl_jax.objectives.algorithms import Algorithm, AlgorithmConfig, register_algorithm
-    from perl_jax.rewards.models import RewardModel, reward
-    from perl_jax.rewards.shaping import ShapingConfig
-    from perl_jax.runtime.sharding import MeshConfig
-    from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig
-    from perl_jax.training.dpo import train_dpo
-    from perl_jax.training.optimizers import OptimizerConfig
-    from perl_jax.training.reward import train_reward
-    from perl_jax.training.rl import train_rl
-    from perl_jax.training.rl_config import KLConfig, RLConfig
-    from perl_jax.training.sft import train_sft
-    from perl_jax.training.trained import Trained
-
-# Public name -> the module that defines it. The imports above are for type checkers and editors.
+# Public name -> the module that defines it.
 _HOMES = {
     "Adapter": "adapters.lora",
     "Algorithm": "objectives.algorithms",
@@ -75,41 +51,43 @@ _HOMES = {
     "train_sft": "training.sft",
 }
 
-__all__ = [
-    "Adapter",
-    "Algorithm",
-    "AlgorithmConfig",
-    "DPOConfig",
-    "DataConfig",
-    "Family",
-    "KLConfig",
-    "LoRAConfig",
-    "MeshConfig",
-    "Model",
-    "OptimizerConfig",
-    "QuantiseConfig",
-    "RLConfig",
-    "RewardConfig",
-    "RewardModel",
-    "RolloutConfig",
-    "SFTConfig",
-    "ShapingConfig",
-    "Task",
-    "Trained",
-    "TrainingError",
-    "UserError",
-    "__version__",
-    "export_peft",
-    "generate",
-    "load_model",
-    "register_algorithm",
-    "register_family",
-    "reward",
-    "train_dpo",
-    "train_reward",
-    "train_rl",
-    "train_sft",
-]
+if TYPE_CHECKING:
+    # The same names for type checkers and editors; a test compares these imports with `_HOMES`.
+    # `X as X` marks a name as public.
+    from perl_jax.adapters.lora import Adapter as Adapter
+    from perl_jax.adapters.lora import LoRAConfig as LoRAConfig
+    from perl_jax.adapters.quantise import QuantiseConfig as QuantiseConfig
+    from perl_jax.data.config import DataConfig as DataConfig
+    from perl_jax.data.tasks import Task as Task
+    from perl_jax.errors import TrainingError as TrainingError
+    from perl_jax.errors import UserError as UserError
+    from perl_jax.generation.config import RolloutConfig as RolloutConfig
+    from perl_jax.generation.text import generate as generate
+    from perl_jax.hub.export import export_peft as export_peft
+    from perl_jax.hub.families import Family as Family
+    from perl_jax.hub.families import register_family as register_family
+    from perl_jax.hub.model import Model as Model
+    from perl_jax.hub.model import load_model as load_model
+    from perl_jax.objectives.algorithms import Algorithm as Algorithm
+    from perl_jax.objectives.algorithms import AlgorithmConfig as AlgorithmConfig
+    from perl_jax.objectives.algorithms import register_algorithm as register_algorithm
+    from perl_jax.rewards.models import RewardModel as RewardModel
+    from perl_jax.rewards.models import reward as reward
+    from perl_jax.rewards.shaping import ShapingConfig as ShapingConfig
+    from perl_jax.runtime.sharding import MeshConfig as MeshConfig
+    from perl_jax.training.configs import DPOConfig as DPOConfig
+    from perl_jax.training.configs import RewardConfig as RewardConfig
+    from perl_jax.training.configs import SFTConfig as SFTConfig
+    from perl_jax.training.dpo import train_dpo as train_dpo
+    from perl_jax.training.optimizers import OptimizerConfig as OptimizerConfig
+    from perl_jax.training.reward import train_reward as train_reward
+    from perl_jax.training.rl import train_rl as train_rl
+    from perl_jax.training.rl_config import KLConfig as KLConfig
+    from perl_jax.training.rl_config import RLConfig as RLConfig
+    from perl_jax.training.sft import train_sft as train_sft
+    from perl_jax.training.trained import Trained as Trained
+else:
+    __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -122,4 +100,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*_HOMES, "__version__"]

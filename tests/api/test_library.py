@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -283,9 +284,21 @@ def test_importing_the_package_is_quick_and_every_public_name_is_there():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert all(getattr(pj, name) is not None for name in pj.__all__)
-    assert set(pj.__all__) == {*pj._HOMES, "__version__"} and pj.__all__ == sorted(pj.__all__)
+    assert list(pj._HOMES) == sorted(pj._HOMES)
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         _ = pj.train
+
+
+def test_type_checkers_find_the_public_names_where_the_loader_does():
+    package = ast.parse(pathlib.Path(pj.__file__).read_text())
+    (block,) = (node for node in package.body if isinstance(node, ast.If))
+    shown = {
+        name.asname: node.module.removeprefix("perl_jax.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert shown == pj._HOMES
 
 
 @pytest.mark.slow
