@@ -56,7 +56,12 @@ def open_run(
     folder = pathlib.Path(config.run if run is None else run)
     path = folder / "config.json"
     values = {"job": job, **files.to_dict(config)}
-    now = provenance.fingerprints(job, config) if now is None else now
+    begun = hosts.broadcast_flag(path.exists())
+    if now is None:
+        now = provenance.fingerprints(job, config)
+        if not begun and None in now.values():
+            # Before the folder is written, so that the corrected command can use it.
+            provenance.check_rows(job, config)
     if hosts.is_writer() and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Before config.json, whose presence marks the run as begun.

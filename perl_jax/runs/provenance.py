@@ -82,7 +82,7 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"the tokenizer or its template under {config.model}",
             lambda: tokenizer_content(weights.find_model(config.model)),
         )
-    kind = _OBJECTIVES[config.objective] if job == "reward" else _KINDS[job]
+    kind = _kind(job, config)
     where = "" if config.data.data_dir is None else f" in {config.data.data_dir}"
     yield (
         f"the rows of --data.task {config.data.task}{where}",
@@ -102,6 +102,16 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     terms = getattr(config, "terms", None)
     if terms is not None:
         yield from _terms(terms)
+
+
+def _kind(job: str, config: Any) -> str:
+    """Returns the kind of rows that a job reads."""
+    return _OBJECTIVES[config.objective] if job == "reward" else _KINDS[job]
+
+
+def check_rows(job: str, config: Any) -> None:
+    """Raises UserError if there is no such task, or if its rows cannot be read."""
+    rows_content(_kind(job, config), config.data)
 
 
 def _artefacts(config: Any) -> Iterator[tuple[str, str]]:

@@ -27,7 +27,7 @@ from perl_jax.planning.config import PlanConfig
 from perl_jax.rewards.judge import Judge
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training.base import BaseConfig, train_base
-from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand
+from perl_jax.training.commands import DPOCommand, RewardCommand, RLCommand, SFTCommand, run_sft
 from perl_jax.training.rl_config import KLConfig
 from tests.paths import ORDERS
 
@@ -290,3 +290,20 @@ def test_a_closed_vocabulary_has_no_size(tmp_path):
         "leave it out (a task with any words reads it)."
     )
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig(), "The task jsonl needs --data.data-dir"),
+        (DataConfig(data_dir="nowhere"), "There is no file or folder nowhere"),
+        (DataConfig(task="chess"), "data.task is 'chess'; it must be jsonl"),
+        (DataConfig(task=ORDERS, data_dir="d"), "data.data_dir is 'd', which the task orders"),
+    ],
+)
+def test_rows_that_cannot_be_read_leave_no_folder(data, message, tmp_path):
+    """The corrected command may use the folder: no run with other settings is in it."""
+    with pytest.raises(UserError) as error:
+        run_sft(SFTCommand(run=str(tmp_path / "run"), model="m", data=data))
+    assert str(error.value).startswith(message)
+    assert not (tmp_path / "run").exists()
