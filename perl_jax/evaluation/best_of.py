@@ -94,17 +94,22 @@ class BestOfConfig(RewardOptions):
 
 
 def kl_bound(n: int) -> float:
-    """Returns log n - (n - 1) / n, an upper bound of KL(best-of-n || policy) in nats for any
+    """Returns log n - (n - 1) / n, an upper bound of KL(best-of-n || policy) in nats, whatever the
     reward.
 
     Source: Beirami et al. 2024, arXiv 2401.01879.
+
+    Args:
+        n: The number of responses from which the best is kept.
     """
     return math.log(n) - (n - 1) / n
 
 
 def best_response(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns the response with the highest reward (the first of equal ones), with its numbers and
-    their means.
+    """Returns the response with the highest reward, the first of equal ones, as a dictionary.
+
+    Its keys are `response` (the text) and, for each column NAME, `NAME` (the best response's
+    number) and `mean_NAME` (the mean over the G responses).
 
     Args:
         texts_G: The G responses to one prompt.
@@ -118,15 +123,22 @@ def best_response(texts_G: np.ndarray, columns: Mapping[str, np.ndarray]) -> dic
 
 
 def is_empty(row: Mapping[str, Any]) -> bool:
-    """Returns whether the row's response is empty; a demonstration must not be."""
+    """Returns whether the row's response is empty or only white space; such a row is no
+    demonstration.
+    """
     return not row["response"].strip()
 
 
 def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
-    """Returns means over prompts: of the best responses' numbers and (`mean_NAME`) of all
-    responses' numbers.
+    """Returns means over the prompts of all numbers in the rows, and two more numbers.
 
-    Also holds `kl_bound`, in nats, and `empty`, the number of best responses that are empty.
+    `NAME` is the mean of the best responses' number, `mean_NAME` the mean over all responses;
+    `finished` is renamed to `eos_rate`. `kl_bound` is the bound of `kl_bound`, in nats. `empty` is
+    the number of best responses that are empty.
+
+    Args:
+        rows: The rows of `best_responses`, at least one.
+        n: The number of responses per prompt.
     """
     columns = [name for name in rows[0] if name not in ("row", "prompt", "group", "response")]
     names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
@@ -135,7 +147,8 @@ def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
 
 
 def run_best_of(config: BestOfConfig) -> dict[str, float]:
-    """Runs best-of-N: writes the rows whose response is not empty and returns the `summary` of all.
+    """Runs best-of-N, writes the rows whose response is not empty as JSON Lines, and returns the
+    `summary` of all rows.
 
     Raises UserError if the output file exists, or if all best responses are empty.
     """
@@ -163,8 +176,16 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
 def best_responses(
     config: BestOfConfig, model: Model, terms: tuple[Term, ...]
 ) -> list[dict[str, Any]]:
-    """Returns the best of `config.n` responses to each prompt (`best_response`), as rows with
-    `row`, `prompt` and `response`, in the order of the split.
+    """Returns the best of `config.n` responses to each prompt, in the order of the split.
+
+    Each row has `row` (the prompt's index in the split), `prompt`, `group` (if the prompt has one)
+    and the keys of `best_response` for `score`, `reward` (the shaped score), `finished` and, if the
+    task has a true reward, `gold`.
+
+    Args:
+        config: The settings.
+        model: The base model.
+        terms: The terms of the reward besides the reward models (`config.terms`, parsed).
     """
     check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]

@@ -1,6 +1,7 @@
 """Calibration of reward models: reliability tables, calibration error, Brier score, log loss.
 
-All arithmetic is float64. Probabilities and labels outside [0, 1] raise ValueError.
+All arithmetic is float64. Labels may be soft (probabilities). Probabilities and labels outside [0,
+1], not finite or of different lengths raise ValueError.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class Bin:
 def checked_probabilities(
     probabilities: Array | Sequence[float], labels: Array | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (probabilities, labels), which may be soft; raises ValueError unless all lie in [0,
-    1].
+    """Returns (probabilities, labels) as float64 vectors.
+
+    Labels may be soft. Raises ValueError unless all values lie in [0, 1] and the lengths are equal.
     """
     p_B, y_B = paired(("probabilities", probabilities), ("labels", labels))
     for name, values in (("probabilities", p_B), ("labels", y_B)):
@@ -68,10 +70,15 @@ def sigmoid(x: Array | Sequence[float]) -> np.ndarray:
 def preference_probabilities(
     chosen: Array | Sequence[float], rejected: Array | Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns Bradley-Terry probabilities and labels of each pair in both orders: two arrays [2 n].
+    """Returns (probabilities, labels), each [2 n]: first every pair as (chosen, rejected) with
+    label 1, then every pair as (rejected, chosen) with label 0.
 
-    P(first is preferred) = sigmoid(r_first - r_second). With one order alone all labels would be 1,
-    and calibration could not be measured.
+    The probability is Bradley-Terry's, P(first is preferred) = sigmoid(r_first - r_second). With
+    one order alone all labels would be 1, and calibration could not be measured.
+
+    Args:
+        chosen: The scores [n] of the chosen responses.
+        rejected: The scores [n] of the rejected responses.
     """
     chosen_B, rejected_B = paired(("chosen", chosen), ("rejected", rejected))
     p_B = sigmoid(chosen_B - rejected_B)
@@ -89,8 +96,12 @@ def log_loss(
     labels: Array | Sequence[float],
     epsilon: float = 1e-12,
 ) -> float:
-    """Returns the mean over rows of -(y log p + (1 - y) log(1 - p)), in nats; p is clipped to [eps,
-    1 - eps].
+    """Returns the mean over rows of -(y log p + (1 - y) log(1 - p)), in nats.
+
+    Args:
+        probabilities: p, one per row.
+        labels: y, one per row; may be soft.
+        epsilon: p is clipped to [epsilon, 1 - epsilon].
     """
     p_B, y_B = checked_probabilities(probabilities, labels)
     p_B = np.clip(p_B, epsilon, 1 - epsilon)
@@ -105,8 +116,15 @@ def reliability(
 ) -> list[Bin]:
     """Returns the reliability table: mean prediction and mean label in equal-width bins of [0, 1].
 
-    Bin i is [i / bins, (i + 1) / bins); the last one includes 1. Empty bins are left out. Mean
-    labels have the interval of `proportion`.
+    Bin i is [i / bins, (i + 1) / bins); the last bin includes 1. Empty bins are left out. The
+    interval of a mean label is that of `intervals.proportion`. Raises ValueError if `bins` is below
+    1.
+
+    Args:
+        probabilities: The predicted probability of each row.
+        labels: The label of each row; may be soft.
+        bins: The number of bins.
+        groups: The group of each row; None if all rows are independent.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
@@ -135,11 +153,17 @@ def reliability(
 
 
 def expected_calibration_error(table: Sequence[Bin]) -> float:
-    """Returns sum over bins of n / N |predicted - observed| (Naeini et al. 2015), from a
-    reliability table.
+    """Returns the sum over bins of n / N |predicted - observed| (Naeini et al. 2015), where N is
+    the number of all rows.
 
-    It has no interval: noise in the bins only adds to the error, and adds more in bootstrap
-    samples, so their percentiles would not lie around it. The bins themselves have intervals.
+    The error has no interval: noise in the bins only increases it, and increases it more in
+    bootstrap samples, so their percentiles would not lie around the error. The bins themselves have
+    intervals.
+
+    Raises ValueError if the table is empty.
+
+    Args:
+        table: The bins of `reliability`.
     """
     total = sum(row.n for row in table)
     if not total:

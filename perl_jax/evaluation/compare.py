@@ -91,10 +91,10 @@ class Responses:
     Attributes:
         texts: The responses as text.
         tokens: The responses as token ids, without padding.
-        finished: bool [n]: whether the response ended before the longest length.
-        kl: float [n]: log pi - log pi_baseline of the whole response, in nats.
+        finished: bool [n]: whether the response ended before max_response_length.
+        kl: float [n]: log pi - log pi_baseline, summed over the response's tokens, in nats.
         rewards: Scores [n] by rater: `proxy` and, if there is one, `judge`.
-        gold: Gold rewards [n]; None if the task has none.
+        gold: True rewards [n]; None if the task has none.
         groups: The group of each prompt's row (`data.store.group_of`); None if all are independent.
     """
 
@@ -108,9 +108,10 @@ class Responses:
 
 
 def logprob_program(model: Model, temperature: float, max_response: int) -> Program:
-    """Returns the compiled program (base, policy, sequences) -> log-probabilities [B, T].
+    """Returns the compiled program (base, policy, sequences) -> log-probabilities [B, T], in nats.
 
     Args:
+        model: The model whose mesh and language model are used.
         temperature: The sampling temperature, which divides the logits; 0 (greedy) counts as 1.
         max_response: Only the last `max_response` columns, which hold responses, are computed; the
             others are 0.
@@ -128,16 +129,16 @@ def logprob_program(model: Model, temperature: float, max_response: int) -> Prog
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What both policies of a comparison are measured with.
+    """What both policies of a comparison are sampled and measured with.
 
     Attributes:
         model: The base model with its tokenizer and mesh.
-        sample: Samples responses to a batch of prompts.
+        sample: The sampler: (base, policy, prompts, key data) -> rollout.
         logprobs: The program of `logprob_program`.
         raters: {name: (scorer, its reward models by role name)}; the names are `proxy` and `judge`.
         batches: The batches of prompts.
         rows: The prompts' rows.
-        gold: The gold reward, (prompts, responses) -> numbers; None if the task has none.
+        gold: The true reward, (prompts, responses) -> numbers; None if the task has none.
         seed: The seed of sampling; both policies are sampled with the same keys, one per batch.
     """
 
@@ -154,14 +155,16 @@ class Evaluation:
 def respond(
     job: Evaluation, policy: Adapter | None, anchor: Adapter | None
 ) -> tuple[Responses, list[str]]:
-    """Samples a policy's response to every prompt and measures it; returns (responses, prompts).
+    """Samples a policy's response to every prompt and measures it; returns (responses, prompts as
+    text), both in the order of the split.
 
     The KL of a response is log pi - log pi_anchor, both before top-k and top-p. After filtering it
     would be infinite wherever the anchor's filter removes a token that the policy samples.
 
     Args:
+        job: The sampler, programs and prompts.
         policy: The policy to sample from; None is the base model.
-        anchor: The policy from which the KL is measured (the baseline).
+        anchor: The policy from which the KL is measured (the baseline); None is the base model.
     """
     model = job.model
     texts: list[str] = []
@@ -209,9 +212,11 @@ def respond(
 
 
 def describe(responses: Responses) -> dict[str, Any]:
-    """Returns one policy's measures for evaluation.json: rewards, KL, length and diversity.
+    """Returns one policy's measures for evaluation.json.
 
-    Intervals are over groups of prompts.
+    `proxy_reward`, `kl` (nats), `length` (tokens) and, where known, `gold_reward` and
+    `judge_reward` are means as dictionaries of the fields of `Estimate`; their intervals are over
+    groups of prompts. `eos_rate`, `distinct_1` and `distinct_2` are numbers.
     """
     estimate = lambda values: dataclasses.asdict(intervals.mean_ci(values, responses.groups))
     lengths = [len(ids) for ids in responses.tokens]
@@ -231,13 +236,19 @@ def describe(responses: Responses) -> dict[str, Any]:
 
 
 def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any]:
-    """Returns the win rate, asked in both orders with ties, and the paired gain in gold reward if
-    known.
+    """Returns {"win_rate": the policy's win rate over the baseline, "gold_gain": the mean gain in
+    true reward, paired by prompt}.
 
-    A judge that scores prefers the response shown first only if its score is strictly higher. So
-    equal scores give one vote to each policy: a tie.
+    `win_rate` has the fields of `WinRate` and `judge`. `gold_gain` has the fields of `Estimate`; it
+    is left out if there is no true reward.
+
+    The win rate treats the scores as a judge that is shown both responses in both orders: it
+    prefers the first only if its score is strictly higher. So equal scores give one vote to each
+    policy, which is a tie.
 
     Args:
+        policy: The responses of the evaluated policy.
+        baseline: The responses of the baseline to the same prompts.
         judge: Whose scores decide: `gold`, `judge` or `proxy`.
     """
     values = lambda side: side.gold if judge == "gold" else side.rewards[judge]
@@ -255,10 +266,19 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
 def sample_rows(
     prompts: Sequence[str], policy: Responses, baseline: Responses
 ) -> list[dict[str, Any]]:
-    """Returns the rows of samples.jsonl: each prompt with both policies' responses and rewards."""
+    """Returns the rows of samples.jsonl, one per prompt: {"prompt", "sft": the baseline's response,
+    "rl": the policy's response}.
+
+    A response is {"text", "gold": its true reward or None, "proxy": its proxy reward}.
+
+    Args:
+        prompts: The prompts as text.
+        policy: The policy's responses to them.
+        baseline: The baseline's responses to them.
+    """
 
     def cell(side: Responses, i: int) -> dict[str, Any]:
-        """Returns one policy's response to the i-th prompt with its rewards."""
+        """Returns {"text", "gold", "proxy"} of one policy's response to the i-th prompt."""
         gold = None if side.gold is None else float(side.gold[i])
         return {"text": side.texts[i], "gold": gold, "proxy": float(side.rewards["proxy"][i])}
 
@@ -271,10 +291,14 @@ def sample_rows(
 def _is_current(
     path: pathlib.Path, config: Mapping[str, Any], now: provenance.Fingerprints
 ) -> bool:
-    """Returns whether the evaluation at `path` has this config and was made from the inputs as they
-    are now.
+    """Returns whether the evaluation at `path` was made with these settings from these inputs.
 
-    False if there is none, or if an input cannot be read.
+    Returns False if there is no evaluation, or if an input cannot be read.
+
+    Args:
+        path: The path of evaluation.json.
+        config: The settings as a dictionary.
+        now: The fingerprints of the inputs as they are now; None where an input cannot be read.
     """
     if not path.exists() or None in now.values():
         return False
@@ -283,10 +307,11 @@ def _is_current(
 
 
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
-    """Runs the comparison and writes evaluation.json and samples.jsonl; returns the run's folder.
+    """Runs the comparison, writes evaluation.json and samples.jsonl, and returns the run's folder.
 
     Does nothing if the folder holds an evaluation with the same settings and the same inputs (base,
-    policies, rewards and prompts, compared by content).
+    policies, rewards and prompts, compared by content). Raises UserError for artefacts, rows or
+    settings that do not fit the model.
     """
     folder = pathlib.Path(config.run)
     path = folder / "evaluation.json"
@@ -307,7 +332,9 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     with contextlib.ExitStack() as stack:
 
         def rater(rewards: RewardTotal) -> tuple[Scorer, Mapping[str, Adapter]]:
-            """Returns a started scorer and its reward models by role name."""
+            """Returns (a started scorer, its reward models by role name); `stack` closes the
+            scorer.
+            """
             rewards = rewards.loaded(model)
             records = rewards.records
             program = scoring.reward_program(model, records, rewards.combine) if records else None
@@ -354,8 +381,14 @@ def _write(
 ) -> None:
     """Writes config.json, samples.jsonl and evaluation.json, in this order.
 
-    A run's own config.json stays. evaluation.json keeps what the job of this folder has measured
-    itself.
+    An existing config.json (that of the run that trained the policy) is not overwritten. Keys of an
+    existing evaluation.json that `results` lacks are kept.
+
+    Args:
+        folder: The folder; it is made if it does not exist.
+        config: The settings of the evaluation.
+        results: The content of evaluation.json.
+        samples: The rows of samples.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():

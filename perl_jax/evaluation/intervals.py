@@ -74,7 +74,13 @@ def vector(name: str, values: Array | Sequence[float]) -> np.ndarray:
 def paired(
     first: tuple[str, Array | Sequence[float]], second: tuple[str, Array | Sequence[float]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two named vectors (`vector`); raises ValueError if their lengths differ."""
+    """Returns the two vectors as float64; raises ValueError as `vector` does, or if their lengths
+    differ.
+
+    Args:
+        first: (name for messages, values).
+        second: (name for messages, values).
+    """
     a, b = vector(*first), vector(*second)
     if a.shape != b.shape:
         raise ValueError(f"{first[0]} has {a.size} values but {second[0]} has {b.size}")
@@ -82,10 +88,15 @@ def paired(
 
 
 def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
-    """Returns (group_B, G): each row's group as a number from 0, in order of appearance, and their
-    count.
+    """Returns (group_B, G): int [n], each row's group as a number from 0 in order of appearance;
+    and the number of groups.
 
-    Raises ValueError unless there are n values.
+    Args:
+        groups: The group of each row; None makes every row a group of its own.
+        n: The number of rows.
+
+    Raises:
+        ValueError: `groups` does not have n values.
     """
     if groups is None:
         return np.arange(n), n
@@ -99,9 +110,13 @@ def group_numbers(groups: Groups, n: int) -> tuple[np.ndarray, int]:
 def freedom(group_B: np.ndarray, w_B: np.ndarray | None = None) -> int:
     """Returns the degrees of freedom of a variance between groups: G_eff - 1, at least 1.
 
-    G_eff = (sum W)^2 / sum W^2, rounded down, where W are the groups' sizes or sums of weights.
-    With groups of one size it is their number. A few large groups decide a mean, however many small
-    ones there are.
+    G_eff = (sum W)^2 / sum W^2, rounded down, is the effective number of groups; W are the groups'
+    sums of weights. With G groups of one size it is G. A few large groups decide a mean, however
+    many small ones there are.
+
+    Args:
+        group_B: The number of each row's group, from 0.
+        w_B: The weight of each row; None weighs all rows alike.
     """
     # 1e-6, because rounded weights such as 1/3 may add up to a little less than a whole number.
     return max(1, math.floor(_effective_rows(np.bincount(group_B, w_B)) + 1e-6) - 1)
@@ -115,7 +130,10 @@ def _effective_rows(w_B: np.ndarray) -> float:
 
 
 def normal_quantile(confidence: float) -> float:
-    """Returns z with P(|Z| <= z) = confidence for a standard normal Z."""
+    """Returns z with P(|Z| <= z) = confidence for a standard normal Z.
+
+    Raises ValueError unless `confidence` lies in (0, 1).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), not {confidence}")
     return statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -126,6 +144,8 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
     Exact for 1 and 2 degrees; above that the Cornish-Fisher expansion in 1 / freedom (Abramowitz &
     Stegun 26.7.5), within 0.3 % at 95 %.
+
+    Raises ValueError unless `confidence` lies in (0, 1) and `freedom` is at least 1.
     """
     if freedom < 1:
         raise ValueError(f"freedom must be at least 1, not {freedom}")
@@ -148,11 +168,16 @@ def t_quantile(confidence: float, freedom: int) -> float:
 def mean_ci(
     x: Array | Sequence[float], groups: Groups = None, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Returns the mean of all rows with the interval mean +- t sqrt(V), with `freedom` degrees of
-    freedom.
+    """Returns the mean of all rows with the interval mean +- t sqrt(V).
 
-    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2, the variance of a ratio of group sums
-    to group sizes (Cochran 1977, 6.3). Without groups V = s^2 / n.
+    V = G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / n^2 for G groups, the variance of a ratio
+    of group sums to group sizes (Cochran 1977, 6.3). Without groups V = s^2 / n. t is Student's,
+    with the degrees of `freedom`. With a single group the ends are None.
+
+    Args:
+        x: The values [n].
+        groups: The group of each row; None if all rows are independent.
+        confidence: The confidence of the interval, in (0, 1).
     """
     x_B = vector("x", x)
     mean, n = float(x_B.mean()), x_B.size
@@ -171,8 +196,13 @@ def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Estima
         centre = (p + z^2 / 2n) / (1 + z^2 / n)
         half = z / (1 + z^2 / n) sqrt(p (1 - p) / n + z^2 / 4n^2)
 
-    `successes` may include halves (ties). Their variance is below that of a binomial, so the
-    interval is then wider than necessary, never too narrow.
+    Raises ValueError unless n > 0 and 0 <= successes <= n.
+
+    Args:
+        successes: The number of successes. It may include halves (ties): their variance is below
+            that of a binomial, so the interval is then wider than necessary, never too narrow.
+        n: The number of draws; an effective number need not be whole.
+        confidence: The confidence of the interval, in (0, 1).
     """
     if not n > 0 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} is not a proportion")
@@ -194,7 +224,7 @@ def proportion(
     """Returns the (weighted) mean of outcomes in [0, 1] with Wilson's interval for n_eff
     independent rows.
 
-    An outcome is 1 (yes), 0 (no) or 0.5 (tie). n_eff, the effective number of rows, is
+    n_eff, the effective number of rows, is
 
     - without groups: (sum w)^2 / sum w^2 (Kish 1965), which is n without weights;
     - with groups: p (1 - p) / V, V as in `mean_ci` (weighted), times (z / t)^2 because V itself is
@@ -202,7 +232,16 @@ def proportion(
     - with groups and p = 0 or p = 1, where V is 0: (sum W)^2 / sum W^2 of the groups' weights W, as
       if each group were one row.
 
-    Raises ValueError for outcomes outside [0, 1] or negative weights.
+    With a single group of several rows the ends of the interval are None.
+
+    Args:
+        outcomes: The outcome of each row: 1 (yes), 0 (no), 0.5 (tie), or any share between.
+        groups: The group of each row; None if all rows are independent.
+        weights: w, the weight of each row; None weighs all rows alike.
+        confidence: The confidence of the interval, in (0, 1).
+
+    Raises:
+        ValueError: An outcome is outside [0, 1], a weight is negative, or all weights are 0.
     """
     outcomes_B = vector("outcomes", outcomes)
     if outcomes_B.min() < 0 or outcomes_B.max() > 1:
@@ -234,8 +273,17 @@ def proportion(
 def _effective_rows_of_groups(
     deviations_B: np.ndarray, w_B: np.ndarray, group_B: np.ndarray, spread: float, confidence: float
 ) -> float:
-    """Returns how many independent rows of variance `spread` have a mean as uncertain as that of
-    the groups.
+    """Returns how many independent rows would have a mean as uncertain as that of the grouped rows.
+
+    With a `spread` of 0 each group counts as one row, by its sum of weights. Infinite if the
+    groups' totals do not vary.
+
+    Args:
+        deviations_B: Each row's outcome minus the weighted mean of all rows.
+        w_B: The weight of each row.
+        group_B: The number of each row's group, from 0.
+        spread: The variance of one row, p (1 - p).
+        confidence: The confidence of the interval that the number is for.
     """
     count = int(group_B.max()) + 1
     if spread == 0:

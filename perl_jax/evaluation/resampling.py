@@ -1,9 +1,9 @@
 """Bootstrap intervals: percentiles over samples of whole groups of rows.
 
-Without groups they are those of Efron's bootstrap. With few groups bootstrap percentiles are too
-narrow (nominal 95 % covers 83 to 87 % with 6 groups, 90 to 93 % with 15). So they are moved
-outwards by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What teachers should
-know about the bootstrap", 5.3). `tests/evaluation/test_intervals.py` measures the resulting
+Without groups the intervals are those of Efron's bootstrap. With few groups bootstrap percentiles
+are too narrow (nominal 95 % covers 83 to 87 % with 6 groups, 90 to 93 % with 15). So the ends are
+moved outwards by the ratio of Student's t to the normal quantile (Hesterberg 2015, "What teachers
+should know about the bootstrap", 5.3). `tests/evaluation/test_intervals.py` measures the resulting
 coverage.
 """
 
@@ -43,11 +43,12 @@ _MOST_UNDEFINED = 0.1
 
 
 def draws(count: int, rows: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields blocks [G, S] of resampled counts: how often each of `count` groups is in each sample
-    (Efron 1979).
+    """Yields blocks [G, S] of resampled counts: how often each group is in each sample (Efron
+    1979).
 
-    A sample draws `count` groups with replacement. Blocks bound the memory: a block is small enough
-    that every row can be given a weight [rows, S].
+    A sample draws G groups with replacement. The blocks together have `samples` columns. A block is
+    small enough that each row of the data can be given a weight per sample, [rows, S], in bounded
+    memory.
 
     Args:
         count: The number of groups, G.
@@ -65,10 +66,11 @@ def draws(count: int, rows: int, samples: int, seed: int) -> Iterator[np.ndarray
         yield _draw_counts(generator, count, min(block, samples - done))
 
 
+# Cached, because an evaluation draws the same samples for each measure.
 @functools.lru_cache(maxsize=4)
 def _cached_counts(count: int, samples: int, seed: int) -> np.ndarray:
-    """Returns `_draw_counts` of a seed; cached, because an evaluation draws the same samples for
-    each measure.
+    """Returns the read-only counts [count, samples] of `_draw_counts` with a generator of this
+    seed.
     """
     found = _draw_counts(np.random.default_rng(seed), count, samples)
     found.setflags(write=False)
@@ -88,10 +90,17 @@ def _draw_counts(generator: np.random.Generator, count: int, samples: int) -> np
 
 
 def percentiles(values: np.ndarray, degrees: int, confidence: float) -> tuple[float, float]:
-    """Returns the ends of the percentile interval of bootstrap values, widened for few groups.
+    """Returns (low, high), the ends of the percentile interval of bootstrap values, widened for few
+    groups.
 
-    The lower percentile is Phi(-t sqrt((v + 1) / v)) with Student's t of v = `degrees`, instead of
-    Phi(-z). For a mean of v + 1 rows that gives the width of the t interval (Hesterberg 2015, 5.3).
+    The lower percentile is Phi(-t sqrt((v + 1) / v)) with Student's t of v degrees of freedom,
+    instead of Phi(-z). For a mean of v + 1 rows that gives the width of the t interval (Hesterberg
+    2015, 5.3).
+
+    Args:
+        values: The statistic of each bootstrap sample, without NaN.
+        degrees: v, the degrees of freedom between groups (`intervals.freedom`).
+        confidence: The confidence of the interval, in (0, 1).
     """
     t = t_quantile(confidence, degrees)
     outside = statistics.NormalDist().cdf(-t * math.sqrt((degrees + 1) / degrees))
@@ -109,18 +118,21 @@ def bootstrap(
 ) -> Estimate:
     """Returns a statistic of n rows with a percentile interval over samples of whole groups.
 
+    If all samples give the same value, the interval has width 0. With a single group the ends are
+    None.
+
     Args:
         statistic: Maps weights [n, S] to values [S]: the statistic with row i counted weights[i, s]
             times (0, 1, 2, ...), or NaN if undefined. Undefined samples are left out; if they are
             more than a tenth, the interval's ends are None.
         n: The number of rows.
-        groups: The group of each row.
+        groups: The group of each row; None if all rows are independent.
         samples: The number of bootstrap samples.
         seed: The seed; the same seed gives the same interval.
-        confidence: The confidence of the interval.
+        confidence: The confidence of the interval, in (0, 1).
 
-    If all samples give the same value, the interval has width 0. Raises ValueError if `samples` is
-    below 1.
+    Raises:
+        ValueError: `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -142,8 +154,18 @@ def bootstrap_mean(
     seed: int = 0,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Returns the mean of all rows with the interval of `bootstrap`, computed from the groups' sums
-    and sizes.
+    """Returns the mean of all rows with the interval that `bootstrap` would give; it is computed
+    from the sums and sizes of the groups, which is faster.
+
+    Args:
+        x: The values [n].
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
+        seed: The seed; the same seed gives the same interval.
+        confidence: The confidence of the interval, in (0, 1).
+
+    Raises:
+        ValueError: `samples` is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -177,8 +199,15 @@ def paired_bootstrap(
 ) -> Estimate:
     """Returns the mean of a - b with the interval of `bootstrap_mean`.
 
-    Rows are drawn together, so what a and b have in common (the prompt) cancels. With outcomes in
-    {0, 0.5, 1} ties count half.
+    A sample draws a and b of a row together, so what they have in common (the prompt) cancels.
+
+    Args:
+        a: The values [n] of one side. With outcomes in {0, 0.5, 1} ties count half.
+        b: The values [n] of the other side, in the same order of rows.
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
+        seed: The seed; the same seed gives the same interval.
+        confidence: The confidence of the interval, in (0, 1).
     """
     a_B, b_B = paired(("a", a), ("b", b))
     return bootstrap_mean(a_B - b_B, groups, samples, seed, confidence)
@@ -187,8 +216,14 @@ def paired_bootstrap(
 def _percentile_estimate(
     value: float, values: np.ndarray, group_B: np.ndarray, confidence: float
 ) -> Estimate:
-    """Returns the estimate with its percentile interval; without one if too many samples are
-    undefined (NaN).
+    """Returns the estimate with its percentile interval; the ends are None if more than a tenth of
+    the samples are undefined.
+
+    Args:
+        value: The statistic of all rows.
+        values: The statistic of each sample; NaN where it is undefined.
+        group_B: The number of each row's group, from 0.
+        confidence: The confidence of the interval, in (0, 1).
     """
     n, count = len(group_B), int(group_B.max()) + 1
     defined = values[~np.isnan(values)]

@@ -62,9 +62,11 @@ class ScoreConfig(TemplateOptions):
 
 
 def measure_program(lm: LanguageModel, temperature: float) -> Program:
-    """Returns the compiled program (base, adapter, tokens) -> (logp_BT, score_B).
+    """Returns the compiled program (base, adapter, tokens) -> (logp_BT, score_B) of `_measure`.
 
-    score_B is None without an adapter or without a scalar head.
+    Args:
+        lm: The language model.
+        temperature: Divides the logits before log-probabilities are computed.
     """
     return Program("measure", functools.partial(_measure, lm, temperature))
 
@@ -72,7 +74,17 @@ def measure_program(lm: LanguageModel, temperature: float) -> Program:
 def _measure(
     lm: LanguageModel, temperature: float, base: Tree, adapter: Adapter | None, tokens: Tokens
 ) -> tuple:
-    """Computes (logp_BT, score_B or None) of a batch."""
+    """Returns (logp_BT, score_B): log-probabilities of the response tokens in nats, and scores.
+
+    score_B is None without an adapter or if the adapter has no scalar head.
+
+    Args:
+        lm: The language model.
+        temperature: Divides the logits.
+        base: The base weights.
+        adapter: The adapter; None is the base model.
+        tokens: The batch of sequences.
+    """
     logp_BT = passes.sequence_logprobs(lm, base, adapter, tokens, temperature)
     if adapter is None or adapter.head is None:
         return logp_BT, None
@@ -80,9 +92,10 @@ def _measure(
 
 
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
-    """Returns the rows of the input file, in order, with their log-probabilities and scores.
+    """Returns the rows of the input file, in order, with `token_logprobs`, `logprob` and `score`.
 
-    Raises UserError for rows that cannot be encoded or are too long.
+    `score` is there only if the adapter has a scalar head. Raises UserError for rows that cannot be
+    encoded or are too long.
     """
     numbers, rows = zip(
         *numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True
@@ -126,7 +139,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
 
 
 def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
-    """Returns the error message for the first row that is longer than a limit."""
+    """Returns the error message that names the first row that is longer than a limit.
+
+    Raises ValueError if no row is too long.
+    """
     for number, row in enumerate(rows, 1):
         counts = {
             "prompt": len(tokenizer.prompt_ids(row["prompt"])),

@@ -1,10 +1,12 @@
 """Measures of reward models and policies: NumPy arrays in, numbers with confidence intervals out.
 
-All arithmetic is float64. Inputs are one-dimensional. A NaN or infinity, arrays of different
-lengths, or a measure that the data do not define (an AUC with one class) raise ValueError. (A
-comparison with NaN is False and would silently count as a loss.)
+All arithmetic is float64. Inputs are one-dimensional: one value per row. A NaN or infinity, arrays
+of different lengths, or a measure that the data do not define (an AUC with one class) raise
+ValueError. (A comparison with NaN is False and would silently count as a loss.)
 
-Every interval is two-sided with 95 % confidence, over whole groups of rows (`intervals`).
+Every interval is two-sided with 95 % confidence, over whole groups of rows (`intervals`). The
+argument `groups` holds the group of each row; None makes every row a group of its own. The argument
+`samples` is the number of bootstrap samples.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class WinRate:
         losses: The number of rows that A loses.
         rate: (wins + ties / 2) / n.
         low: The lower end of the interval of `rate` (`intervals.proportion`); None with one group.
-        high: The upper end, or None.
+        high: The upper end; None with one group.
         groups: The number of groups of rows.
     """
 
@@ -53,9 +55,15 @@ class WinRate:
 def checked_scores(
     scores: Array | Sequence[float], labels: Array | Sequence[float], both_classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (scores as float64, labels as bool); raises ValueError unless labels are 0 and 1.
+    """Returns (scores as float64, labels as bool).
 
-    Unless `both_classes` is False, both labels must occur.
+    Args:
+        scores: One score per row.
+        labels: One label per row, 0 or 1.
+        both_classes: Whether both labels must occur.
+
+    Raises:
+        ValueError: A label is neither 0 nor 1, or both must occur and one does not.
     """
     scores_B, labels_B = paired(("scores", scores), ("labels", labels))
     if not np.isin(labels_B, (0.0, 1.0)).all():
@@ -69,10 +77,12 @@ def checked_scores(
 def compare(
     score_a: Array | Sequence[float], score_b: Array | Sequence[float], tie_margin: float = 0.0
 ) -> np.ndarray:
-    """Returns for each row 1 if a beats b by more than the margin, 0 if b beats a, else 0.5:
-    float64 [n].
+    """Returns, for each row, 1 if a is above b by more than the margin, 0 if b is above a by more
+    than the margin, else 0.5: float64 [n].
 
         compare([3, 1, 2], [1, 3, 2]) == [1, 0, 0.5]
+
+    Raises ValueError if `tie_margin` is negative.
     """
     if not tie_margin >= 0:
         raise ValueError(f"tie_margin must be at least 0, not {tie_margin}")
@@ -87,19 +97,30 @@ def pairwise_accuracy(
     groups: Groups = None,
 ) -> Estimate:
     """Returns the share of pairs whose chosen response scores higher, with the interval of
-    `proportion`.
+    `intervals.proportion`.
 
     Ties count half, so a model that scores every response alike gets 0.5. With weights w and
-    outcomes o the share is sum w o / sum w. The pairs of one ranking belong to one group.
+    outcomes o the share is sum w o / sum w.
+
+    Args:
+        chosen: The score of each pair's chosen response.
+        rejected: The score of each pair's rejected response.
+        weights: The weight of each pair; None weighs all pairs alike.
+        groups: The group of each pair; the pairs of one ranking belong to one group.
     """
     return proportion(compare(chosen, rejected), groups, weights)
 
 
 def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
-    """Returns the area under the ROC curve, P(positive scores higher than negative) + P(equal) / 2.
+    """Returns the area under the ROC curve, P(a positive scores higher than a negative) + P(equal
+    scores) / 2.
 
-    auc = U / (n1 n0), U = (sum of the positives' ranks) - n1 (n1 + 1) / 2, where tied scores share
-    their mean rank (Mann & Whitney 1947).
+    auc = U / (n1 n0), U = (sum of the positives' ranks) - n1 (n1 + 1) / 2, for n1 positives and n0
+    negatives, where tied scores share their mean rank (Mann & Whitney 1947).
+
+    Args:
+        scores: One score per row.
+        labels: One label per row, 1 for a positive and 0 for a negative; both must occur.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     _, inverse_B, counts = np.unique(scores_B, return_inverse=True, return_counts=True)
@@ -112,7 +133,9 @@ def auc(scores: Array | Sequence[float], labels: Array | Sequence[float]) -> flo
 
 
 def correlation(scores: Array | Sequence[float], truth: Array | Sequence[float]) -> float:
-    """Returns Pearson's correlation, cov / (std std); 0 if either vector is constant."""
+    """Returns Pearson's correlation of the two vectors, cov / (std std); 0 if either vector is
+    constant.
+    """
     x_B, y_B = paired(("scores", scores), ("truth", truth))
     x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
     spread = float(np.sqrt(np.sum(x_B**2) * np.sum(y_B**2)))
@@ -122,10 +145,14 @@ def correlation(scores: Array | Sequence[float], truth: Array | Sequence[float])
 def balanced_accuracy(
     scores: Array | Sequence[float], labels: Array | Sequence[float], threshold: float
 ) -> float:
-    """Returns the mean of the accuracy on positives and on negatives; score >= threshold predicts
-    positive.
+    """Returns the mean of the accuracy on positives and the accuracy on negatives.
 
     A constant prediction gets 0.5, however unbalanced the labels are.
+
+    Args:
+        scores: One score per row.
+        labels: One label per row, 0 or 1; both must occur.
+        threshold: A score of at least this value predicts a positive.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     called_B = scores_B >= threshold
@@ -140,7 +167,14 @@ def auc_estimate(
 ) -> Estimate:
     """Returns `auc` with the interval of `resampling.bootstrap`.
 
-    There is no interval at 0 and 1, where all samples agree, nor if too many samples lack a class.
+    The ends are None at 0 and 1, where all samples agree, and if more than a tenth of the samples
+    lack a class.
+
+    Args:
+        scores: One score per row.
+        labels: One label per row, 0 or 1; both must occur.
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     areas = _weighted_auc(scores_B, labels_B)
@@ -154,8 +188,15 @@ def auc_difference(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """Returns auc(scores) - auc(others) on the same rows, with the interval of paired bootstrap
+    """Returns auc(scores) - auc(others) on the same rows, with an interval of paired bootstrap
     samples.
+
+    Args:
+        scores: One score per row.
+        others: Another score per row.
+        labels: One label per row, 0 or 1; both must occur.
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
     """
     (scores_B, labels_B), (others_B, _) = (
         checked_scores(scores, labels),
@@ -174,14 +215,25 @@ def balanced_accuracy_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """Returns `balanced_accuracy` with its interval at this threshold, under the rules of
-    `auc_estimate`.
+    """Returns `balanced_accuracy` at a threshold with the interval of `resampling.bootstrap`.
+
+    The interval does not cover the choice of the threshold. The ends are None at 0 and 1, where all
+    samples agree, and if more than a tenth of the samples lack a class.
+
+    Args:
+        scores: One score per row.
+        labels: One label per row, 0 or 1; both must occur.
+        threshold: A score of at least this value predicts a positive.
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     right_B = ((scores_B >= threshold) == labels_B).astype(np.float64)
 
     def shares(weights_BS: np.ndarray) -> np.ndarray:
-        """Returns the balanced accuracy [S] of rows weighted by [B, S]."""
+        """Returns the balanced accuracy [S] of rows weighted by [B, S]; NaN if a class has no
+        weight.
+        """
         with np.errstate(invalid="ignore"):  # a sample without one of the classes gives NaN
             return (
                 sum(
@@ -200,7 +252,16 @@ def correlation_estimate(
     groups: Groups = None,
     samples: int = SAMPLES,
 ) -> Estimate:
-    """Returns `correlation` with its interval, under the rules of `auc_estimate`."""
+    """Returns `correlation` (Pearson's) with the interval of `resampling.bootstrap`.
+
+    The ends are None at -1 and 1, where all samples agree.
+
+    Args:
+        scores: One score per row.
+        truth: The true value of each row.
+        groups: The group of each row; None if all rows are independent.
+        samples: The number of bootstrap samples.
+    """
     x_B, y_B = paired(("scores", scores), ("truth", truth))
     x_B, y_B = x_B - x_B.mean(), y_B - y_B.mean()
 
@@ -219,6 +280,10 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
     """Returns a function from weights [B, S] to AUCs [S], where row i counts weights[i, s] times.
 
     The AUC is NaN if a class has no weight.
+
+    Args:
+        scores_B: One score per row.
+        labels_B: Whether the row is a positive.
     """
     up_U, down_D = np.flatnonzero(labels_B), np.flatnonzero(~labels_B)
     down_D = down_D[np.argsort(scores_B[down_D], kind="stable")]
@@ -240,9 +305,14 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
 
 
 def _without_interval_at_ends(found: Estimate, lowest: float = 0.0) -> Estimate:
-    """Returns the estimate, without its interval if the value is an end of the measure's range.
+    """Returns the estimate; the interval's ends are None if the value is at an end of the measure's
+    range.
 
-    There all samples of the rows agree, so the bootstrap shows no uncertainty.
+    There all bootstrap samples agree, so the bootstrap shows no uncertainty.
+
+    Args:
+        found: The estimate.
+        lowest: The lower end of the range; the upper end is 1.
     """
     return found if lowest < found.value < 1 else dataclasses.replace(found, low=None, high=None)
 
@@ -251,9 +321,9 @@ def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[flo
     """Returns the threshold with the best balanced accuracy; select it on validation rows, not on
     test rows.
 
-    Candidates lie midway between neighbouring distinct scores, and the lowest of equally good ones
-    is taken. If no candidate beats a constant prediction, returns the lowest score (all rows are
-    positive).
+    Candidates lie midway between neighbouring distinct scores. Of equally good candidates the
+    lowest is returned. If no candidate beats a constant prediction, returns the lowest score, with
+    which all rows are predicted positive.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     values, inverse_B = np.unique(scores_B, return_inverse=True)
@@ -273,10 +343,14 @@ def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[flo
 # ---------------------------------------------------------------- policies
 def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float:
     """Returns the number of distinct n-grams divided by the number of all n-grams (Li et al. 2016);
-    0 if none.
+    0 if there is no n-gram.
 
     N-grams do not cross responses. The ratio falls with the amount of text, so compare only sets
-    with the same number of responses of similar lengths.
+    with the same number of responses of similar lengths. Raises ValueError if `n` is below 1.
+
+    Args:
+        token_lists: The tokens of each response.
+        n: The length of the n-grams.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
@@ -288,7 +362,15 @@ def distinct_n(token_lists: Sequence[Sequence[Hashable]], n: int) -> float:
 
 
 def tally(outcomes: Array | Sequence[float], groups: Groups = None) -> WinRate:
-    """Returns counts and rate of outcomes 1 (win), 0.5 (tie) and 0 (loss)."""
+    """Returns counts and rate of wins, ties and losses.
+
+    Args:
+        outcomes: The outcome of each row: 1 (win), 0.5 (tie) or 0 (loss).
+        groups: The group of each row; None if all rows are independent.
+
+    Raises:
+        ValueError: There is any other outcome.
+    """
     outcomes_B = vector("outcomes", outcomes)
     if not np.isin(outcomes_B, (0.0, 0.5, 1.0)).all():
         raise ValueError("outcomes must be 0, 0.5 or 1")
@@ -304,8 +386,13 @@ def win_rate(
     tie_margin: float = 0.0,
     groups: Groups = None,
 ) -> WinRate:
-    """Returns how often A's response to a prompt scores higher than B's; a difference within the
-    margin is a tie.
+    """Returns how often A's response to a prompt scores higher than B's.
+
+    Args:
+        score_a: The score of A's response to each prompt.
+        score_b: The score of B's response to each prompt.
+        tie_margin: A difference of at most this value is a tie.
+        groups: The group of each prompt; None if all prompts are independent.
     """
     return tally(compare(score_a, score_b, tie_margin), groups)
 
@@ -313,15 +400,19 @@ def win_rate(
 def both_orders(
     first_ab: Array | Sequence[bool], first_ba: Array | Sequence[bool], groups: Groups = None
 ) -> WinRate:
-    """Returns the win rate of A by a judge that is asked in both orders (PE-RLHF, arXiv 2403.10704,
-    evaluation).
+    """Returns the win rate of A by a judge that is shown each pair in both orders (PE-RLHF, arXiv
+    2403.10704, evaluation).
 
-    A wins if both answers prefer A and loses if both prefer B. A judge that goes by position gives
-    contradicting answers, which is a tie.
+    A wins if both answers prefer A and loses if both prefer B. A judge that decides by position
+    gives contradicting answers, which is a tie.
 
     Args:
         first_ab: Whether the judge, shown (A, B), preferred the first, A.
         first_ba: Whether the judge, shown (B, A), preferred the first, B.
+        groups: The group of each row; None if all rows are independent.
+
+    Raises:
+        ValueError: A value is neither 0 nor 1.
     """
     ab_B, ba_B = paired(("first_ab", first_ab), ("first_ba", first_ba))
     if not (np.isin(ab_B, (0.0, 1.0)).all() and np.isin(ba_B, (0.0, 1.0)).all()):
