@@ -30,15 +30,16 @@ class CacheEntry:
     """Keys or values in the cache.
 
     Attributes:
-        values: [..., S, K].
-        scale: For int8 values, the scale [..., S] of each token and head. None: no scale.
+        values: Keys or values [..., S, K] of S tokens.
+        scale: For int8 values: the factor [..., S] of each token and head that turns them into real
+            values. None: no scale.
     """
 
     values: Array
     scale: Array | None = None
 
     def grown(self, more: int) -> CacheEntry:
-        """Returns the entry with `more` empty token columns after the last."""
+        """Returns the entry with `more` further token columns of zeros after the last column."""
         pad = lambda x, axis: jnp.pad(
             x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)]
         )
@@ -47,7 +48,9 @@ class CacheEntry:
     def with_token(self, new: CacheEntry, column: Array) -> CacheEntry:
         """Returns the entry with one token written to a column.
 
-        new: the token's entry [..., 1, K], of the same dtype.
+        Args:
+            new: Entry of the token, with values [..., 1, K] and of the same kind (`cache_entry`).
+            column: Index of the column, a scalar.
         """
         put = lambda old, x, axis: jax.lax.dynamic_update_slice_in_dim(
             old, x.astype(old.dtype), column, axis=x.ndim + axis
@@ -58,7 +61,7 @@ class CacheEntry:
         )
 
     def vacant(self, rows: int, columns: int) -> CacheEntry:
-        """Returns an entry of zeros of the same dtype for `rows` rows and `columns` tokens."""
+        """Returns an entry of zeros of the same dtype for `rows` rows of `columns` tokens."""
         *layers, _, heads, _, width = self.values.shape
         zeros = lambda x, *last: jnp.zeros((*layers, rows, heads, columns, *last), x.dtype)
         return CacheEntry(
@@ -69,7 +72,10 @@ class CacheEntry:
 def cache_entry(x_SK: Array, kind: CacheKind) -> CacheEntry:
     """Returns keys or values as a cache entry of the given kind.
 
-    auto keeps their dtype. int8 stores round(127 x / max|x|) with one scale per token and head.
+    Args:
+        x_SK: Keys or values [..., S, K].
+        kind: auto: their own dtype; float32, bfloat16: this dtype; int8: round(127 x / max|x|),
+            with one scale per token and head.
     """
     if kind == "auto":
         return CacheEntry(x_SK)
@@ -112,9 +118,9 @@ class WindowCache:
 
     @property
     def by_layer(self) -> tuple[CacheEntry, CacheEntry, CacheEntry, CacheEntry]:
-        """(prompt_k, prompt_v, own_k, own_v), stacked over layers.
+        """(prompt_k, prompt_v, own_k, own_v), each stacked over layers.
 
-        One layer of it is an argument of `attend_cached`.
+        The entries of one layer are the argument `layer` of `decoding.attend_cached`.
         """
         return self.prompt_k, self.prompt_v, self.own_k, self.own_v
 
@@ -124,11 +130,21 @@ class WindowCache:
         return self.own_visible_BC.shape[0] // self.prompt_visible_PS.shape[0]
 
     def column(self, step: Array) -> jax.Array:
-        """Returns the column of the token that is decoded after `step` other steps."""
+        """Returns the index of the own column that the token of decoding step `step` is written to.
+
+        The own columns are a ring buffer: the index is `step` modulo their number. `step` is the
+        number of decoding steps before.
+        """
         return step % self.own_visible_BC.shape[1]
 
     def visible(self, position_B: Array) -> jax.Array:
-        """Returns [B, S + C]: whether a token at this position sees each key; prompts first."""
+        """Returns a mask [B, S + C]: True where a row's next token sees the key in a column.
+
+        The S columns of the prompt come before the C columns of the row.
+
+        Args:
+            position_B: Rotary position of each row's next token.
+        """
         both = lambda of_prompt_PS, own_BC: jnp.concatenate(
             [jnp.repeat(of_prompt_PS, self.samples, axis=0), own_BC], axis=1
         )
@@ -145,7 +161,15 @@ class WindowCache:
         )
 
     def grown(self, max_new_tokens: int) -> WindowCache:
-        """Returns the cache with columns for `max_new_tokens` tokens; new columns come last."""
+        """Returns the cache with room for `max_new_tokens` decoded tokens per row.
+
+        The new columns come last and are empty. With a window there are at most as many own columns
+        as the window is long.
+
+        Args:
+            max_new_tokens: Number of decoded tokens in total, the tokens that the cache already
+                holds included.
+        """
         more = own_columns(max_new_tokens, self.window) - self.own_visible_BC.shape[1]
         pad = lambda x_BC: jnp.pad(x_BC, ((0, 0), (0, more)))
         return dataclasses.replace(
@@ -159,14 +183,14 @@ class WindowCache:
     def appended(
         self, k_LB1NK: Array, v_LB1NK: Array, position_B: Array, step: Array, kind: CacheKind
     ) -> WindowCache:
-        """Returns the cache with every row's newest token written to its column.
+        """Returns the cache with every row's newest token written to the column of this step.
 
         Args:
-            k_LB1NK: Keys of the token, of the layers of this part.
-            v_LB1NK: Its values.
-            position_B: Its rotary position.
-            step: Number of decoding steps before.
-            kind: Dtype of the cache.
+            k_LB1NK: Keys of the token in the layers of this part.
+            v_LB1NK: Values of the token in these layers.
+            position_B: Rotary position of the token.
+            step: Number of decoding steps before this one, a scalar.
+            kind: Dtype of the cache (`cache_entry`).
         """
         column = self.column(step)
         entry = lambda new_LB1NK: cache_entry(jnp.swapaxes(new_LB1NK, -3, -2), kind)
@@ -195,9 +219,14 @@ class KVCache:
     step: Array
 
     def grown(self, max_new_tokens: int) -> KVCache:
-        """Returns the cache with columns for `max_new_tokens` tokens per row.
+        """Returns the cache with room for `max_new_tokens` decoded tokens per row.
 
-        Call it before any column is reused.
+        With a window there are at most as many own columns as the window is long. Call it before
+        the ring buffer overwrites a column, because new columns come after the existing ones.
+
+        Args:
+            max_new_tokens: Number of decoded tokens in total, the tokens that the cache already
+                holds included.
         """
         return dataclasses.replace(
             self, parts=tuple(part.grown(max_new_tokens) for part in self.parts)
@@ -205,15 +234,24 @@ class KVCache:
 
 
 def own_columns(max_new_tokens: int, window: int | None) -> int:
-    """Returns the number of columns for `max_new_tokens` tokens in layers with a window."""
+    """Returns the number of columns for `max_new_tokens` decoded tokens: at most the window.
+
+    Args:
+        max_new_tokens: Largest number of decoded tokens per row.
+        window: Number of tokens that a token sees, itself included; None: all tokens before it.
+    """
     return max_new_tokens if window is None else min(max_new_tokens, window)
 
 
 def last_tokens(valid_PS: Array, window: int | None) -> Callable[[Array], Array]:
     """Returns a function that takes the last `window` real tokens of each prompt.
 
-    It maps [P, S, ...] to [P, window, ...]. Prompts with fewer real tokens keep padding before
-    them. It returns its argument if the window is None or at least S.
+    It maps [P, S, ...] to [P, window, ...]. Prompts with fewer real tokens keep padding before the
+    real tokens. If the window is None or at least S, it returns its argument.
+
+    Args:
+        valid_PS: True on real tokens of the prompts; padding may be on either side.
+        window: Number of tokens to take; None: all.
     """
     if window is None or window >= valid_PS.shape[1]:
         return lambda x_PS: x_PS

@@ -52,7 +52,7 @@ class Admission:
         tokens_AS: Token ids of the prompts.
         valid_AS: True on real tokens.
         slot_AG: Slot of each sample; -1: no sample, the entry is filler.
-        row_AG: Number of each sample's row in the rollout.
+        row_AG: Index in the rollout of each sample's row.
     """
 
     tokens_AS: np.ndarray
@@ -67,9 +67,9 @@ class ContinuousSampler:
     Args:
         lm: The model's functions.
         config: How tokens are sampled.
-        samples: Responses per prompt.
-        slots: Number of slots.
-        chunk: Largest number of decoding steps between two looks of the host at finished rows.
+        samples: Number of responses per prompt.
+        slots: Number of responses that are decoded at the same time.
+        chunk: Largest number of decoding steps before the host checks which rows have ended.
         quantised: Whether the base's matrices are quantised.
 
     Raises UserError if the number of slots is not a multiple of the samples per prompt, or of the
@@ -139,7 +139,7 @@ class ContinuousSampler:
 
     @property
     def compilations(self) -> int:
-        """Number of compilations of all its programs."""
+        """Number of compilations of all programs of the sampler, so far."""
         return sum(
             program.compilations
             for program in (
@@ -153,7 +153,10 @@ class ContinuousSampler:
         )
 
     def memory(self):
-        """Returns the memory of the program with the largest peak; None before the first call."""
+        """Returns the `programs.Memory` of the compiled program with the largest peak.
+
+        Only the programs that read prompts and decode count. None before the first call.
+        """
         programs = [program for program in (self.admit, self.decode) if program.compilations]
         found = [account for program in programs if (account := program.memory()) is not None]
         return max(found, key=lambda account: account.peak, default=None)
@@ -161,7 +164,17 @@ class ContinuousSampler:
     def __call__(
         self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array
     ) -> Rollout:
-        """Returns one response to each prompt, in the order of the prompts."""
+        """Returns the rollout of `samples` responses to each prompt, as `sampling.sample` would.
+
+        The rows are in the order of the prompts, and a prompt's samples are consecutive. Prompts
+        without real tokens get no response.
+
+        Args:
+            base: The frozen base.
+            adapter: The policy; None: the base itself.
+            prompts: The batch of prompts.
+            key: Key data of the random key (`jax.random.key_data`).
+        """
         tokens_PS, valid_PS = (
             np.asarray(jax.device_get(hosts.fetch(x)))
             for x in (prompts.tokens_BP, prompts.valid_BP)
@@ -212,27 +225,41 @@ class ContinuousSampler:
 
     @property
     def _prompts_per_call(self) -> int:
-        """Number of prompts that enter together while other rows are decoded.
+        """Number of prompts that enter together while other rows are decoded; at least 1.
 
-        Reading one prompt takes about as long as reading several, so prompts wait for each other.
+        It is the number that fills an eighth of the slots. Reading one prompt takes about as long
+        as reading several, so prompts wait for each other.
         """
         return max(1, self.slots // self.samples // 8)
 
     def _slots_to_fill(self, waiting: deque[int]) -> int:
-        """Returns the number of free slots from which on a call that reads prompts pays."""
+        """Returns how many slots must be free before waiting prompts are read.
+
+        Args:
+            waiting: Indices of the prompts that wait.
+        """
         return min(len(waiting), self._prompts_per_call) * self.samples
 
     def _can_halve(self, slots: int, active: int) -> bool:
-        """Returns whether half of the slots can hold `active` rows and is an allowed batch size."""
+        """Returns whether `active` rows can go on in half of `slots` slots.
+
+        Half must hold the rows, divide over the parts that the mesh splits rows into, and not be
+        below the original number of slots / 2^HALVINGS.
+        """
         return slots % (2 * self.parts) == 0 and slots // 2 >= max(active, self.slots >> HALVINGS)
 
     def _admissions(
         self, responses: _Responses, waiting: deque[int], slot_row_B: np.ndarray
     ) -> list[Admission]:
-        """Takes prompts from the queue while enough slots are free, and assigns them.
+        """Returns admissions of waiting prompts, made while enough slots are free.
 
-        An admission has one of two sizes, so that it compiles twice: all slots, or an eighth of
-        them. Updates `waiting` and `inside_B`, the row in each slot (-1: none).
+        An admission has one of two sizes, so that it compiles twice: the prompts of all slots, or
+        those of an eighth of the slots. Updates `waiting` and `slot_row_B` in place.
+
+        Args:
+            responses: Holds the prompts.
+            waiting: Indices of the prompts that wait; admitted prompts are removed.
+            slot_row_B: Index in the rollout of the row in each slot; -1: the slot is free.
         """
         out = []
         free = deque(np.flatnonzero(slot_row_B < 0).tolist())
@@ -259,7 +286,14 @@ class ContinuousSampler:
 
 
 class _Responses:
-    """Responses sampled so far, on the host, in the row order of the rollout."""
+    """Responses sampled so far, on the host, in the row order of the rollout.
+
+    Args:
+        tokens_PS: Token ids of the prompts.
+        valid_PS: True on real tokens.
+        samples: Number of responses per prompt.
+        config: How tokens are sampled.
+    """
 
     def __init__(
         self, tokens_PS: np.ndarray, valid_PS: np.ndarray, samples: int, config: SamplingConfig
@@ -283,14 +317,14 @@ class _Responses:
         tokens_BC: np.ndarray,
         logp_BC: np.ndarray,
     ) -> None:
-        """Copies the rows that have ended from their slots.
+        """Copies the responses that have ended from their slots into this object's arrays.
 
         Args:
-            inside_B: Row in each slot.
-            over_B: Slots whose row has ended.
-            length_B: Number of tokens in each slot.
-            tokens_BC: Tokens in each slot.
-            logp_BC: Their log-probabilities.
+            slot_row_B: Index in the rollout of the row in each slot.
+            ended_B: True on slots whose row has ended.
+            length_B: Number of sampled tokens in each slot.
+            tokens_BC: Sampled tokens in each slot.
+            logp_BC: Log-probabilities of the sampled tokens.
         """
         for slot in np.flatnonzero(ended_B):
             row, length = slot_row_B[slot], length_B[slot]
@@ -301,7 +335,13 @@ class _Responses:
             self.length_B[row] = length
 
     def rollout(self, steps: int, mesh: jax.sharding.Mesh | None) -> Rollout:
-        """Returns all rows as `sampling.sample` would; on a mesh they are sharded like a batch."""
+        """Returns the rollout of all rows, as `sampling.sample` would.
+
+        Args:
+            steps: Number of decoding steps.
+            mesh: The rollout is sharded over it like a batch; None: the rollout stays on one
+                device.
+        """
         part = (lambda rows: rows) if mesh is None else sharding.row_share(mesh).part
         wide = lambda x_PS: part(np.repeat(x_PS, self.samples, axis=0))
         rollout = make_rollout(

@@ -37,6 +37,8 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Reads prompts; returns logits_PV of each prompt's next token, and a cache for decoding.
 
+    The cache has P * `samples` rows; a prompt's rows are consecutive.
+
     Args:
         lm: The model's functions.
         base: The frozen base, or what `prepare.prepare_for_decoding` made of it.
@@ -45,7 +47,7 @@ def prefill(
         valid_PS: True on real tokens.
         max_new_tokens: Number of cache columns per row for decoded tokens; layers with a window
             have at most the window.
-        samples: Rows per prompt.
+        samples: Number of rows per prompt.
         kind: Dtype of the cache; auto: the activations' dtype.
     """
     place = lm.placement()
@@ -88,15 +90,15 @@ def decode(
     cache: KVCache,
     kind: CacheKind = "auto",
 ) -> tuple[jax.Array, KVCache]:
-    """Appends one token to every row; returns logits_BV of the next token, and the cache.
+    """Appends one token to every row; returns logits_BV of the next token, and the new cache.
 
     Args:
         lm: The model's functions.
         base: The frozen base, or what `prepare.prepare_for_decoding` made of it.
         adapter: The adapter; None: the base itself.
-        token_B: The tokens.
-        cache: The cache of the tokens before them.
-        kind: Dtype of the cache.
+        token_B: Id of the token that each row appends.
+        cache: Keys and values of the tokens before it.
+        kind: Dtype of the cache, as in `prefill`.
     """
     outer, place = lm.embedder(base, adapter), lm.placement(stationary=True)
     kinds = LayerKinds.of(lm.config, cache.position_B[:, None])
@@ -143,7 +145,14 @@ def decode(
 def _next_logits(
     lm: LanguageModel, base: Tree, adapter: Adapter | None, hidden_B1D: Array
 ) -> jax.Array:
-    """Returns logits_BV to sample from, given the last hidden states after the final norm."""
+    """Returns logits_BV of the next token.
+
+    Args:
+        lm: The model's functions.
+        base: The frozen base.
+        adapter: The adapter; None: the base itself.
+        hidden_B1D: Hidden state of each row's last token, after the final norm.
+    """
     place = lm.placement()
     return place.next_logits(lm.logits_of(base, adapter, hidden_B1D, place)[:, 0])
 
@@ -157,20 +166,20 @@ def attend_cached(
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Returns the attention output of one new token over its prompt, its row's tokens and itself.
+    """Returns the attention output [B, 1, H, K] of one new token of each row.
 
-    The new key and value are passed separately and not read from the cache. Because the cache is
-    read-only here, a scan over layers returns one token per layer, and the caller writes all layers
-    with one in-place update.
+    The token sees its prompt, the tokens that its row has decoded, and itself. Its key and value
+    are not in the cache yet. The cache is read-only here, so a scan over layers returns one token
+    per layer, and the caller writes all layers with one in-place update.
 
     Args:
         q_B1HK: Query of the new token.
-        k_B1NK: Its key.
-        v_B1NK: Its value.
-        layer: One layer of `WindowCache.by_layer`.
+        k_B1NK: Key of the new token.
+        v_B1NK: Value of the new token.
+        layer: The entries of one layer of `WindowCache.by_layer`.
         visible_BS: Whether the token sees each key of prompt and row (`WindowCache.visible`).
         scale: Factor of q k^T; None: 1 / sqrt(K).
-        cap: See `attention.soft_cap`.
+        cap: Cap of the logits (`attention.soft_cap`); None: no cap.
     """
     prompt_k, prompt_v, own_k, own_v = layer
     batch, _, heads, head_dim = q_B1HK.shape
@@ -211,7 +220,7 @@ def attend_cached(
 
 
 def _logits(q_BNXK: Array, k_BNSK: CacheEntry) -> jax.Array:
-    """Returns q k^T, float32 [B, N, X, S]."""
+    """Returns q k^T, float32 [B, N, X, S], for X queries per key/value head."""
     logits = precision.einsum(
         "bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), dtype=jnp.float32
     )
@@ -219,7 +228,10 @@ def _logits(q_BNXK: Array, k_BNSK: CacheEntry) -> jax.Array:
 
 
 def _mixed(weights_BNXS: Array, v_BNSK: CacheEntry, dtype: jnp.dtype) -> jax.Array:
-    """Returns weights times values; the scale of an int8 value is multiplied into its weight."""
+    """Returns the product of weights and values, [B, N, X, K], in `dtype`.
+
+    The scale of an int8 value is multiplied into its weight.
+    """
     if v_BNSK.scale is not None:
         weights_BNXS = weights_BNXS * v_BNSK.scale[:, :, None, :]
     return precision.einsum(

@@ -54,8 +54,14 @@ def fuse(attention: Tree, adapter: Adapter | None) -> Tree:
     leaves have the dtype of the matrices:
 
         kernel  [L, D, F + R]  the matrices W, then all A, then zero columns for alignment
-        up      [L, R, F]      all B, with their scale, each in its own rows and columns
+        up      [L, R, F]      all B, with their scale, each in its own rows and columns; only with
+                               an adapter
         bias    [L, F]         if one of the projections has a bias
+
+    Args:
+        attention: Weights of attention in all layers, {q, k, v, o, ...: their leaves}. Leaves of
+            norms are returned as they are.
+        adapter: The adapter; None: the weights alone.
     """
     out = {name: leaf for name, leaf in attention.items() if name not in lora_lib.ATTENTION}
     kernels = {name: attention[name]["kernel"] for name in lora_lib.ATTENTION}
@@ -103,9 +109,9 @@ def _concatenated(parts: Sequence[Array], axis: int, dtype: jnp.dtype) -> jax.Ar
 
 
 def without_attention(adapter: Adapter | None) -> Adapter | None:
-    """Returns the adapter without its leaves on attention; None if nothing else is left.
+    """Returns the adapter without its attention leaves and its head; None if nothing else is left.
 
-    A head does not count, because sampling does not read it.
+    Sampling does not read a head.
     """
     if adapter is None:
         return None
@@ -117,7 +123,7 @@ def without_attention(adapter: Adapter | None) -> Adapter | None:
 
 
 def _feed_forward(tree: Tree | None) -> Tree | None:
-    """Returns an adapter tree without its attention leaves; None if nothing is left."""
+    """Returns an adapter's tree without its attention leaves; None if nothing is left."""
     kept = (
         {}
         if tree is None

@@ -30,18 +30,18 @@ def prepare_for_decoding(
 ) -> tuple[Tree, Adapter | None]:
     """Returns (base, adapter) in the form that decoding reads.
 
-    The adapter is merged into a copy of the base where `should_merge` says so, and kept otherwise.
-    Full tuning's weights are cast to the activations' dtype, as every product would do. Attention's
-    projections are fused if the config says so (`perl_jax.generation.fused`).
+    The adapter is merged into a copy of the base where `should_merge` says so, and is None then.
+    Full tuning's weights replace the base, cast to the activations' dtype, as every product would
+    do. Attention's projections are fused if the config says so and `fused.fusible` allows it.
 
     Args:
         lm: The model's functions.
         base: The frozen base.
         adapter: The policy; None: the base itself.
         config: How decoding is computed.
-        tokens: Number of tokens that will be computed.
-        merge: Merges an adapter into the kernels that it changes.
-        fuse: Fuses attention's weights.
+        tokens: Number of tokens that will be computed, prompts included.
+        merge: (kernels that the adapter changes, adapter) -> merged kernels.
+        fuse: (attention's leaves, adapter) -> fused leaves (`fused.fuse`).
     """
     if adapter is not None and adapter.weights is not None:
         base, adapter = cast_frozen_role(adapter, lm.config.dtype).weights, None
@@ -76,7 +76,14 @@ def cast_pairs(adapter: Adapter | None, dtype: str) -> Adapter | None:
 
 
 def should_merge(base: Tree, adapter: Adapter | None, config: SamplingConfig, tokens: int) -> bool:
-    """Returns whether `prepare_for_decoding` merges; depends on shapes and dtypes only."""
+    """Returns whether `prepare_for_decoding` merges the adapter; shapes and dtypes alone decide.
+
+    Args:
+        base: The frozen base.
+        adapter: The adapter. None, or without LoRA leaves: False.
+        config: `config.adapters` is applied (False), merged (True) or auto (`merging_pays`).
+        tokens: Number of tokens that will be computed.
+    """
     if adapter is None or adapter.lora is None or config.adapters == "applied":
         return False
     return config.adapters == "merged" or merging_pays(base, adapter, tokens)
@@ -97,7 +104,10 @@ def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
 
 
 def adapted_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
-    """Returns the base's kernels that an adapter changes, keyed by path name."""
+    """Returns the base's kernels that an adapter changes, keyed by path.
+
+    Example of a path: `layers/attention/q/kernel`.
+    """
     moved = combine.adapted_modules(adapter)
     return {
         name: leaf

@@ -17,13 +17,15 @@ from perl_jax.runtime.programs import SHAPES, Program
 def sampling_config(
     model: Model, max_new_tokens: int, temperature: float, **more: Any
 ) -> SamplingConfig:
-    """Returns a model's sampling config: its stop tokens, and what decodes fastest on its platform.
+    """Returns how to sample from a model: with its stop tokens, and what suits its platform.
+
+    The fields `stages` and `fused` are chosen for the platform, such that decoding is fast.
 
     Args:
         model: The model.
         max_new_tokens: Largest number of sampled tokens, the stop token included.
         temperature: Divides the logits; 0: greedy.
-        more: Further fields of `SamplingConfig`; they replace the defaults chosen here.
+        more: Further fields of `SamplingConfig`; they replace the values chosen here.
     """
     # Matrices that are split over devices cannot be concatenated locally.
     fused = (
@@ -45,8 +47,16 @@ def sample_program(
 ) -> Program | ContinuousSampler:
     """Returns the program that samples responses: (base, policy, prompts, key data) -> Rollout.
 
-    The rollout has `samples` rows per prompt. The program uses continuous batching if
-    `rollout.slots` is set.
+    The rollout has `samples` consecutive rows per prompt.
+
+    Args:
+        model: The model.
+        max_new_tokens: Largest number of sampled tokens, the stop token included.
+        temperature: Divides the logits; 0: greedy.
+        rollout: How responses are decoded; with continuous batching if `rollout.slots` is set.
+        samples: Number of responses per prompt.
+
+    Raises UserError if the number of slots does not suit `samples` or the mesh.
     """
     sampler = sampling_config(
         model,
@@ -69,7 +79,15 @@ def sample_program(
 
 
 def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Program:
-    """Returns a program (base, policy, prompts, key data) -> Rollout that decodes a batch."""
+    """Returns the program that decodes a whole batch at once, until its longest response ends.
+
+    The program is (base, policy, prompts, key data) -> Rollout.
+
+    Args:
+        model: The model.
+        sampler: How tokens are sampled.
+        samples: Number of responses per prompt.
+    """
     sample = functools.partial(sampling.sample_prompts, model.lm, sampler, samples)
     return Program(
         "sample",

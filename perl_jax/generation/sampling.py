@@ -46,8 +46,15 @@ class Rollout:
 def filter_logits(logits_BV: Array, top_k: int | None, top_p: float | None) -> jax.Array:
     """Returns the logits with -inf for tokens outside the top k and outside the nucleus of top p.
 
-    A token is in the nucleus if the tokens that are more likely have less than top_p in total, so
-    the most likely token always is (Holtzman et al. 2020). None: no filter.
+    A token is in the nucleus if the tokens that are more likely have a total probability below
+    top_p (Holtzman et al. 2020, arXiv 1904.09751). The most likely token always is.
+
+    Args:
+        logits_BV: Logits.
+        top_k: Number of most likely tokens to keep; ties with the last of them are kept too. None:
+            no such filter.
+        top_p: Total probability in (0, 1], computed after the filter of top k. None: no such
+            filter.
     """
     if top_k is not None and top_k < logits_BV.shape[-1]:
         threshold_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -62,9 +69,14 @@ def filter_logits(logits_BV: Array, top_k: int | None, top_p: float | None) -> j
 
 
 def row_keys(key: jax.Array, row_B: Array) -> jax.Array:
-    """Returns one key per row, made from the row's number.
+    """Returns one random key per row: `key` with the row's number folded in.
 
-    So a row's draws do not depend on which rows share its batch.
+    The same number gives the same key, so a row's draws do not depend on which rows share its
+    batch.
+
+    Args:
+        key: Random key of the rollout.
+        row_B: Number of each row: its index in the rollout, not `Prompts.row_B`.
     """
     return jax.vmap(functools.partial(jax.random.fold_in, key))(row_B)
 
@@ -72,9 +84,15 @@ def row_keys(key: jax.Array, row_B: Array) -> jax.Array:
 def sample_tokens(
     key_B: Array, logits_BV: Array, config: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the next token of each row and its log-probability (see `Rollout.logp_BT`), float32.
+    """Returns the next token of each row, int32 [B], and its log-probability, float32 [B].
 
-    key_B: one key per row; unused at temperature 0.
+    The log-probability is that of the distribution that the token is drawn from
+    (`Rollout.logp_BT`). At temperature 0 the token is the most likely one.
+
+    Args:
+        key_B: One random key per row; unused at temperature 0.
+        logits_BV: Logits of the next token.
+        config: The temperature and the filters.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if config.temperature == 0:
@@ -91,14 +109,18 @@ _BLOCK = 128
 
 
 def draw(key_B: Array, logits_BV: Array) -> jax.Array:
-    """Returns one token per row, drawn from softmax(logits).
+    """Returns one token per row, int32, drawn from softmax(logits).
 
     First a block of the vocabulary is drawn, then a token of the block. Both draws add Gumbel noise
     g to log-weights: argmax(log w + g) has probability w / sum(w). So a row needs V / 128 + 128
-    noise values instead of V. A draw by the cumulative sum would be cheap too. But its rounding
-    errors move the boundary of every token, so that draws would depend on how the compiler handles
-    the batch's shape.
+    noise values instead of V.
+
+    Args:
+        key_B: One random key per row.
+        logits_BV: Logits, float32; -inf: the token is never drawn.
     """
+    # Not by the cumulative sum, which would be cheap too: its rounding errors move the boundary of
+    # every token, so that draws would depend on how the compiler handles the batch's shape.
     most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     pad = ((0, 0), (0, -logits_BV.shape[1] % _BLOCK))
     logits_BXY = jnp.pad(logits_BV - most_B1, pad, constant_values=-jnp.inf).reshape(
@@ -116,7 +138,7 @@ def draw(key_B: Array, logits_BV: Array) -> jax.Array:
 
 
 def is_stop(token_B: Array, stop_ids: tuple[int, ...]) -> jax.Array:
-    """Returns whether each token is one of the stop ids."""
+    """Returns whether each token is one of the stop ids; a boolean array of the tokens' shape."""
     if not stop_ids:
         return jnp.zeros(token_B.shape, bool)
     return jnp.isin(token_B, jnp.asarray(stop_ids, token_B.dtype))
@@ -135,11 +157,13 @@ def sample(
 ) -> Rollout:
     """Samples `samples` responses to every prompt.
 
-    The samples of a prompt are consecutive rows and share its keys and values. The draws depend
-    only on the key, the row's number and the token's number. Prompts that are trained on must be
-    padded on the left. Prompts padded on the right are sampled correctly, but then padding
-    separates prompt and response, and column S - 1, where a trainer reads the log-probability of
-    the first response token, is padding.
+    The rollout has P * `samples` rows of S + max_new_tokens columns. The samples of a prompt are
+    consecutive rows and share its keys and values. The draws depend only on the key, the row's
+    number and the token's number.
+
+    Prompts that are trained on must be padded on the left. Prompts padded on the right are sampled
+    correctly, but then padding separates prompt and response, and column S - 1, where a trainer
+    reads the log-probability of the first response token, is padding.
 
     Args:
         lm: The model's functions (static).
@@ -149,7 +173,7 @@ def sample(
         valid_PS: True on real tokens. A prompt without real tokens is filler and gets no response.
         key: Random key.
         config: How tokens are sampled (static).
-        samples: Responses per prompt (static).
+        samples: Number of responses per prompt (static).
     """
     chex.assert_rank([tokens_PS, valid_PS], 2)
     max_new_tokens = config.max_new_tokens
@@ -229,7 +253,17 @@ def sample_prompts(
     prompts: Prompts,
     key: Array,
 ) -> Rollout:
-    """Calls `sample` for a batch of prompts and raw key data, in the argument order of programs."""
+    """Returns `sample` of a batch of prompts, with the arguments in the order of sampling programs.
+
+    Args:
+        lm: The model's functions.
+        config: How tokens are sampled.
+        samples: Number of responses per prompt.
+        base: The frozen base.
+        adapter: The policy; None: the base itself.
+        prompts: The batch of prompts.
+        key: Key data of the random key (`jax.random.key_data`).
+    """
     return sample(
         lm,
         base,
@@ -243,7 +277,12 @@ def sample_prompts(
 
 
 def token_keys(key_B: Array, token: Array) -> jax.Array:
-    """Returns each row's key for its token number `token`, a scalar or one per row."""
+    """Returns one random key per row for drawing the row's token of the given number.
+
+    Args:
+        key_B: One random key per row (`row_keys`).
+        token: Number of the token within the response, from 0: a scalar, or one per row.
+    """
     return jax.vmap(jax.random.fold_in)(key_B, jnp.broadcast_to(token, key_B.shape))
 
 
@@ -256,7 +295,17 @@ def make_rollout(
     steps: Array,
     config: SamplingConfig,
 ) -> Rollout:
-    """Returns the rollout of prompts and sampled tokens, concatenated along the columns."""
+    """Returns the rollout of prompts and sampled tokens, concatenated along the columns.
+
+    Args:
+        prompt_BS: Token ids of each row's prompt.
+        valid_BS: True on real tokens of the prompts.
+        tokens_BC: Sampled tokens; padding after the end of a response.
+        logp_BC: Log-probabilities of the sampled tokens; 0 after the end.
+        length_B: Number of sampled tokens of each row; 0 on filler rows.
+        steps: Number of decoding steps (`Rollout.steps`).
+        config: Gives the stop ids.
+    """
     response_BC = jnp.arange(tokens_BC.shape[1])[None, :] < length_B[:, None]
     join = lambda left, right: jnp.concatenate([left, right], axis=1)
     sequences = Tokens(

@@ -28,9 +28,9 @@ class Slots:
     """State of the slots on the device. B is the number of slots.
 
     Attributes:
-        cache: Keys and values; each slot has its own prompt.
+        cache: Keys and values; each slot has its own copy of its prompt.
         token_B: Newest token of each row, the next to be decoded.
-        row_B: Number of the row of the rollout that is in the slot.
+        row_B: Index in the rollout of the row in each slot.
         length_B: Number of tokens sampled so far.
         done_B: Whether the row has ended, or the slot is empty.
         tokens_BC: Sampled tokens.
@@ -55,9 +55,16 @@ def vacant_slots(
     adapter: Adapter | None,
     prompt_1S: Array,
 ) -> Slots:
-    """Returns empty slots for prompts of the given number of columns.
+    """Returns the state of empty slots.
 
-    Only the shapes of base, adapter and prompt are used.
+    Args:
+        lm: The model's functions.
+        config: How tokens are sampled.
+        slots: Number of slots.
+        place: Adds sharding constraints to the state.
+        base: The frozen base; only its shapes are used.
+        adapter: The policy; None: the base itself. Only its shapes are used.
+        prompt_1S: Any array [1, S]; prompts will have S columns.
     """
 
     def read() -> KVCache:
@@ -88,7 +95,13 @@ def vacant_slots(
 def map_rows(
     state: Slots, layers: Callable[[Array], jax.Array], rows: Callable[[Array], jax.Array]
 ) -> Slots:
-    """Returns the state with `layers` applied to arrays [L, slots, ...] and `rows` to others."""
+    """Returns the state with a function applied to each of its arrays over slots.
+
+    Args:
+        state: The state; `cache.step` stays as it is.
+        layers: Applied to keys and values, [L, slots, ...].
+        rows: Applied to all other arrays, [slots, ...].
+    """
     cache = state.cache
 
     def changed(part: WindowCache) -> WindowCache:
@@ -123,7 +136,8 @@ def map_rows(
 def constrained_slots(lm: LanguageModel, state: Slots) -> Slots:
     """Returns the state with sharding constraints.
 
-    Rows are split like the mesh's rows; keys and values lie beside the heads that read them.
+    Slots are split over the mesh's data and fsdp axes; keys and values also over `tensor`, like the
+    heads that read them.
     """
     placed = map_rows(
         state,
@@ -149,7 +163,23 @@ def admit_prompts(
     row_AG: Array,
     key: Array,
 ) -> Slots:
-    """Reads prompts into the slots of their samples, and samples each one's first token."""
+    """Returns the state with new prompts in their slots and each new row's first token sampled.
+
+    A prompts with G samples each enter. A new row replaces what its slot held before.
+
+    Args:
+        lm: The model's functions.
+        config: How tokens are sampled.
+        place: Adds sharding constraints to the state.
+        base: The frozen base.
+        adapter: The policy; None: the base itself.
+        state: The state before.
+        tokens_AS: Token ids of the prompts.
+        valid_AS: True on real tokens.
+        slot_AG: Slot of each sample; -1: filler, which changes nothing.
+        row_AG: Index in the rollout of each sample's row.
+        key: Key data of the rollout's random key (`jax.random.key_data`).
+    """
     logits_AV, read = prefill(lm, base, adapter, tokens_AS, valid_AS, 1, kind=config.cache)
     samples, slots = slot_AG.shape[1], state.done_B.shape[0]
     # Filler gets a slot after the last one, where mode="drop" writes nothing.
@@ -212,7 +242,18 @@ def decode_chunk(
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
     """Decodes at most `chunk` steps, fewer once no more than `until` rows are active.
 
-    Returns the new state, and (done_B, length_B, number of steps) for the host.
+    Returns the new state, and for the host (done_B, length_B, number of steps taken).
+
+    Args:
+        lm: The model's functions.
+        config: How tokens are sampled.
+        place: Adds sharding constraints to the state.
+        chunk: Largest number of steps.
+        base: The frozen base.
+        adapter: The policy; None: the base itself.
+        state: The state before.
+        until: Number of active rows at which decoding stops, a scalar.
+        key: Key data of the rollout's random key (`jax.random.key_data`).
     """
     key_B = row_keys(jax.random.wrap_key_data(key), state.row_B)
     each_B = jnp.arange(state.done_B.shape[0])
@@ -247,5 +288,11 @@ def decode_chunk(
 
 
 def keep_slots(place: Place, state: Slots, stays_Y: Array) -> Slots:
-    """Returns the state with only the slots `stays_Y`, in that order."""
+    """Returns the state with only the slots of the indices `stays_Y`, in that order.
+
+    Args:
+        place: Adds sharding constraints to the state.
+        state: The state before.
+        stays_Y: Indices of the Y slots that stay.
+    """
     return place(map_rows(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))

@@ -120,7 +120,7 @@ def generate(
 
 
 def run_generate(config: GenerateConfig) -> list[str]:
-    """Returns sampled continuations of the config's prompt: the command `generate`."""
+    """Loads the model and returns continuations of the config's prompt: command `generate`."""
     model = load_model(config)
     adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
     return generate(
