@@ -72,7 +72,9 @@ SECTIONS = (
 
 
 def header(experiment: Experiment) -> Html:
-    """Returns the page's header: the title, a line of facts and the summary."""
+    """Returns the page's header: the title, a line with task, hardware and time, and the
+    summary.
+    """
     facts = [experiment.task, experiment.hardware]
     if experiment.seconds is not None:
         facts.append(f"{duration(experiment.seconds)} in all")
@@ -86,7 +88,9 @@ def header(experiment: Experiment) -> Html:
 
 
 def page(experiment: Experiment) -> str:
-    """Returns the whole HTML document as text."""
+    """Returns the whole HTML document as text: the headline table, then the `SECTIONS` that have
+    data, then what is missing.
+    """
     comparison = set(experiment.tunings) == {"lora", "full"}
     title = "LoRA against full tuning" if comparison else "Results"
     parts = [header(experiment), section("headline", title, headline_table(experiment))]

@@ -1,4 +1,7 @@
-"""The sections of the report that consist of plots; a section without data is empty."""
+"""The sections of the report that consist of plots; a section without data is empty Html.
+
+In this module `key` is the name of a metric in metrics.jsonl, such as `train/loss`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,13 @@ HEALTH_PANELS = (
 
 
 def curve(run: Run, key: str, label: str) -> Curve | None:
-    """Returns a metric of a run over its steps, or None if it was not logged."""
+    """Returns a metric of a run over its steps, or None if it was not logged.
+
+    Args:
+        run: The run.
+        key: The metric's name; a metric of validation is marked as not to be smoothed.
+        label: The name in the legend.
+    """
     x, y = series(run.rows, key)
     # Validation is logged rarely and with little noise, so it is not smoothed.
     style = "base" if run.job == "base" else run.tuning
@@ -62,7 +71,9 @@ def curve(run: Run, key: str, label: str) -> Curve | None:
 
 
 def curves_of(runs: Sequence[Run], key: str) -> list[Curve]:
-    """Returns one curve for each run that logged the metric."""
+    """Returns one curve for each run that logged the metric `key`, labelled with the run's
+    tuning.
+    """
     found = (curve(run, key, tuning_name(run.tuning)) for run in runs)
     return [one for one in found if one is not None]
 
@@ -77,7 +88,13 @@ def describe(title: str, curves: Sequence[Curve]) -> str:
 
 
 def panel(title: str, curves: Sequence[Curve], unit: str) -> Html:
-    """Returns a figure of one metric over steps, or nothing without curves."""
+    """Returns a figure of one metric over steps; empty Html without curves.
+
+    Args:
+        title: The title of the plot.
+        curves: The metric's curves, one per run.
+        unit: The label of the y axis.
+    """
     if not curves:
         return Html("")
     picture = plots.curves_plot(title, curves, "step", unit)
@@ -85,16 +102,16 @@ def panel(title: str, curves: Sequence[Curve], unit: str) -> Html:
 
 
 def grid(panels: Sequence[Html]) -> Html:
-    """Returns figures in a grid that adapts to the width of the screen, or nothing without
-    figures.
+    """Returns the figures in a grid that adapts to the width of the screen; empty Html if all are
+    empty.
     """
     shown = [one for one in panels if one]
     return tag("div", *shown, class_="grid") if shown else Html("")
 
 
 def job_runs(experiment: Experiment, job: str) -> list[Run]:
-    """Returns the runs of a job, one per tuning; of base-model runs, which have no tuning, the
-    first.
+    """Returns the runs of a job, one per tuning; for the job `base`, whose runs have no tuning,
+    only the first run.
     """
     if job == "base":
         return [run for run in experiment.runs if run.job == "base"][:1]
@@ -102,7 +119,7 @@ def job_runs(experiment: Experiment, job: str) -> list[Run]:
 
 
 def part_keys(run: Run) -> list[str]:
-    """Returns the metrics of a run that are parts of its reward: reward models first, then
+    """Returns the names of a run's metrics that are parts of its reward: reward models first, then
     terms.
     """
     logged = dict.fromkeys(key for row in run.rows for key in row)
@@ -110,14 +127,18 @@ def part_keys(run: Run) -> list[str]:
 
 
 def part_name(key: str) -> str:
-    """Returns a readable name of a part: `reward/term/length` becomes `term length`."""
+    """Returns a readable name of a part of the reward: `reward/term/length` becomes `term
+    length`.
+    """
     prefix = next(prefix for prefix in PARTS if key.startswith(prefix))
     return f"{PARTS[prefix]} {key.removeprefix(prefix)}"
 
 
 def model_count(run: Run) -> int:
-    """Returns how many reward models scored the policy, from the settings or else from the
-    metrics.
+    """Returns how many reward models scored the policy.
+
+    The number is that of the run's setting `reward`. Without that setting the metrics decide: the
+    logged members of an ensemble, or else 1 if no part of the reward was logged.
     """
     if "reward" in run.settings:
         artefacts = run.settings["reward"]
@@ -129,8 +150,8 @@ def model_count(run: Run) -> int:
 
 
 def paid_by(runs: Sequence[Run]) -> str:
-    """Returns what gave the score: `reward model`, `reward models`, `terms`, or models `and
-    terms`.
+    """Returns the name of what gave the score of RL runs: `reward model`, `reward models`, `terms`,
+    `reward model and terms` or `reward models and terms`.
     """
     models = max((model_count(run) for run in runs), default=1)
     terms = any(key.startswith(TERM_PREFIX) for run in runs for key in part_keys(run))
@@ -139,7 +160,7 @@ def paid_by(runs: Sequence[Run]) -> str:
 
 
 def part_curves(run: Run) -> list[Curve]:
-    """Returns one curve per part of the reward; none if the reward has a single part."""
+    """Returns one curve per part of a run's reward; [] if the reward has a single part."""
     keys = part_keys(run)
     if len(keys) + (model_count(run) == 1) < 2:
         return []
@@ -151,7 +172,11 @@ def part_curves(run: Run) -> list[Curve]:
 
 
 def reward_panels(runs: Sequence[Run]) -> list[Html]:
-    """Returns the plots of RL rewards: score, return, gold reward, and each run's parts."""
+    """Returns the plots of RL rewards: score, return, true reward, and one plot per run of its
+    reward's parts.
+
+    A plot without data is empty Html.
+    """
     paid = paid_by(runs)
     unit = "score" if "terms" in paid else "normalised score"
     whose = lambda run: f" ({tuning_name(run.tuning)})" if len(runs) > 1 else ""
@@ -190,8 +215,8 @@ def learning_curves(experiment: Experiment) -> Html:
 
 
 def kept_sentence(run: Run) -> str:
-    """Returns a sentence on the step that an RL run's policy is from and its validation reward; ""
-    if unknown.
+    """Returns a sentence on the step whose policy an RL run kept and on its validation reward; ""
+    if either is unknown.
     """
     step, reward = (
         number(run.artefact, "step"),
@@ -208,8 +233,8 @@ def kept_sentence(run: Run) -> str:
 
 
 def rl_health(experiment: Experiment) -> Html:
-    """Returns the section of RL diagnostics over steps (`HEALTH_PANELS`); constant metrics are left
-    out.
+    """Returns the section of RL diagnostics over steps (`HEALTH_PANELS`); runs whose metric is
+    constant are left out of its plot.
     """
     runs = experiment.runs_of("rl")
     moving = lambda key: [one for one in curves_of(runs, key) if np.any(one.y != one.y[0])]
@@ -223,8 +248,15 @@ def rl_health(experiment: Experiment) -> Html:
 
 
 def against_kl(run: Run, key: str) -> Curve | None:
-    """Returns a metric over sqrt(KL), averaged over steps of similar KL; None if either was not
-    logged.
+    """Returns a metric over sqrt(KL), averaged in bins of steps with similar KL; None if fewer than
+    two steps have both numbers.
+
+    The KL is `kl/sequence`, in nats; a negative estimate counts as 0. Bins have about equally many
+    steps (`plots.binned_means`).
+
+    Args:
+        run: The run.
+        key: The metric's name.
     """
     kl = dict(zip(*series(run.rows, "kl/sequence"), strict=True))
     steps, values = series(run.rows, key)
@@ -238,8 +270,12 @@ def against_kl(run: Run, key: str) -> Curve | None:
 
 
 def optimisation_sentence(run: Run) -> str:
-    """Returns a sentence on whether the gold reward fell while the proxy rose, by smoothed
-    curves.
+    """Returns a sentence on whether the true reward fell while the proxy rose.
+
+    "" if the true reward was logged at fewer than 12 steps, or not as often as the proxy.
+
+    Both rewards are smoothed. The policy counts as over-optimised if the true reward lost more than
+    a tenth of its rise after its peak and the proxy ended above its value at that peak.
     """
     steps, gold = series(run.rows, "reward/gold")
     _, proxy = series(run.rows, "reward/score")
@@ -265,7 +301,9 @@ def optimisation_sentence(run: Run) -> str:
 
 
 def gold_against_proxy(experiment: Experiment) -> Html:
-    """Returns the over-optimisation section: gold and proxy reward over sqrt(KL) and over steps."""
+    """Returns the over-optimisation section: true and proxy reward of RL runs over sqrt(KL) and
+    over steps.
+    """
     runs = [run for run in experiment.runs_of("rl") if series(run.rows, "reward/gold")[0].size]
     metrics = (("reward/gold", "gold reward"), ("reward/score", "proxy reward"))
     figures = []
@@ -297,10 +335,11 @@ def gold_against_proxy(experiment: Experiment) -> Html:
 
 
 def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
-    """Returns (predicted, observed with its interval) for each complete bin of a reliability table.
+    """Returns (predicted, observed with its interval) for each complete bin of a run's reliability
+    table.
 
-    Bins with values outside [0, 1] are left out. Evaluations of earlier versions have no intervals;
-    they get Wilson's, which treats all rows as independent.
+    Bins with missing values, or values outside [0, 1], are left out. Evaluations of earlier
+    versions have no intervals; they get Wilson's, which treats all rows as independent.
     """
     rows = []
     bins = entry(run.evaluation, "reliability")

@@ -24,14 +24,20 @@ def printable(text: str) -> str:
 
 
 def label(text: str) -> str:
-    """Returns a name for a plot: printable, on one line, and at most `LONGEST_LABEL` characters."""
+    """Returns a name for a plot: printable, on one line, cut to `LONGEST_LABEL` characters with an
+    ellipsis.
+    """
     shown = " ".join(printable(text).split())
     return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "\u2026"
 
 
 def signed(text: str, value: float) -> str:
-    """Returns `text`, which shows abs(value), with the sign of `value` in front; none if it shows
-    zero.
+    """Returns `text` with the sign of `value` (+ or a true minus) in front; without a sign if the
+    text shows zero.
+
+    Args:
+        text: The text of abs(value), as it is rounded.
+        value: The value.
     """
     if not any(c in "123456789" for c in text):
         return text
@@ -39,14 +45,18 @@ def signed(text: str, value: float) -> str:
 
 
 def plain(value: float, decimals: int) -> str:
-    """Returns the value with fixed decimals and a true minus sign; a rounded zero has no sign."""
+    """Returns the value with fixed decimals, and with a true minus sign if it is negative; a
+    rounded zero has no sign.
+    """
     text = f"{abs(value):.{decimals}f}"
     return signed(text, value).replace("+", "")
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Returns `digits` significant digits, without an exponent from 1e-4 to 1e7: 0.0123, 4.57,
-    1235.
+    """Returns the value with `digits` significant digits: 0.0123, 4.57.
+
+    Digits before the decimal point are never dropped: 1235. Values below 1e-4 or from 1e7 on are
+    written with an exponent.
     """
     if value == 0:
         return "0"
@@ -58,7 +68,9 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def count(value: float) -> str:
-    """Returns a count (parameters, tokens, rows): `512`, `40.2 k`, `28.3 M`, `7.24 G`."""
+    """Returns a count (parameters, tokens, rows) with three significant digits: `512`, `40.2 k`,
+    `28.3 M`, `7.24 G`.
+    """
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{significant(value / size)} {unit}"
@@ -66,7 +78,7 @@ def count(value: float) -> str:
 
 
 def size_of(bytes_: float) -> str:
-    """Returns bytes in decimal units: `310 kB`, `1.24 GB`."""
+    """Returns a number of bytes in decimal units: `310 kB`, `1.24 GB`."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(bytes_) >= size:
             return f"{significant(bytes_ / size)} {unit}"
@@ -74,8 +86,8 @@ def size_of(bytes_: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Returns a time: `0.8 ms`, `12.3 ms`, `0.412 s`, `41.2 s`, and from two minutes on `6 min 20
-    s`.
+    """Returns a time, given in seconds: `0.8 ms`, `12.3 ms`, `0.412 s`, `41.2 s`, and from two
+    minutes on `6 min 20 s`.
     """
     if value >= 120:
         return duration(value)
@@ -83,7 +95,14 @@ def seconds(value: float) -> str:
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """Returns a share in percent, `78.1 %`; a small one keeps two significant digits: `0.042 %`."""
+    """Returns a share in percent, `78.1 %`.
+
+    A share below 10^(1 - decimals) percent keeps two significant digits: `0.042 %`.
+
+    Args:
+        share: The share, 1 for all.
+        decimals: The number of decimals.
+    """
     value = 100 * share
     if value and abs(value) < 10 ** (1 - decimals):
         return f"{significant(value, 2)}{SPACE}%"
@@ -91,8 +110,14 @@ def percent(share: float, decimals: int = 1) -> str:
 
 
 def decimals_for(estimate: Estimate, scale: float = 1.0) -> int | None:
-    """Returns the decimals that show the interval's half width with two digits; None without an
-    interval.
+    """Returns the number of decimals, at most 4, that show the interval's half width with two
+    digits.
+
+    None if the estimate has no interval or one of width 0.
+
+    Args:
+        estimate: The estimate.
+        scale: What the estimate is multiplied by before it is shown; 100 for percent.
     """
     if estimate.low is None or estimate.high is None:
         return None
@@ -103,8 +128,11 @@ def decimals_for(estimate: Estimate, scale: float = 1.0) -> int | None:
 
 
 def interval(estimate: Estimate, with_sign: bool = False) -> str:
-    """Returns a value with its interval, `0.834 (0.801 to 0.867)`, or the value alone without
-    one.
+    """Returns a value with its interval, `0.834 (0.801 to 0.867)`, or the value alone without one.
+
+    Args:
+        estimate: The estimate.
+        with_sign: Whether a positive value gets a plus sign.
     """
     decimals = decimals_for(estimate)
     if decimals is None or estimate.low is None or estimate.high is None:
@@ -129,13 +157,19 @@ def percent_interval(estimate: Estimate) -> str:
 
 
 def share_of(value: float, whole: float) -> str:
-    """Returns value / whole in percent: `62 %`, `0.31 %`."""
+    """Returns value / whole in percent: `62 %`, `0.31 %`. `whole` must not be 0."""
     ratio = value / whole
     return percent(ratio, 0 if ratio >= 0.1 else 1)
 
 
 def speed(value: float, other: float) -> str:
-    """Returns how a time compares with another: `1.6× faster`, `1.2× slower` or `same time`."""
+    """Returns how a time compares with another: `1.60× faster`, `1.20× slower`, or `same time`
+    within 0.5 %.
+
+    Args:
+        value: The time that is described, above 0.
+        other: The time that it is compared with, above 0, in the same unit.
+    """
     ratio = other / value
     if 0.995 < ratio < 1.005:
         return "same time"

@@ -16,8 +16,13 @@ DASH = "\u2013"
 
 
 def compared(kind: str, value: float | None, full: float | None) -> str:
-    """Returns LoRA's value compared with full tuning's, in the way that `kind` names
-    (`Row.compare`).
+    """Returns the text of LoRA's value compared with full tuning's; a dash if a value is missing.
+
+    Args:
+        kind: How to compare (`Row.compare`): share, speed, points (difference of percentages),
+            difference or none.
+        value: LoRA's value; None if missing.
+        full: Full tuning's value; None if missing.
     """
     if kind == "none" or value is None or full is None:
         return DASH
@@ -32,12 +37,14 @@ def compared(kind: str, value: float | None, full: float | None) -> str:
 
 
 def shown_cell(cell: str | None) -> str:
-    """Returns a cell with its interval set apart, or "not measured"."""
+    """Returns a cell with its interval in a lighter colour; "not measured" for None or ""."""
     return with_interval(cell) if cell else formats.NOT_MEASURED
 
 
 def headline_table(experiment: Experiment) -> Html:
-    """Returns the table with a group of lines for each job, or nothing if there are no runs."""
+    """Returns the table with a group of lines for each job and a column for each tuning; empty Html
+    if there are no runs.
+    """
     tunings = experiment.tunings
     both = "lora" in tunings and "full" in tunings
     lines: list[list[object]] = []

@@ -23,8 +23,8 @@ class Row:
 
     Attributes:
         label: The text in the first column.
-        value: Reads a run's value as a number, for the comparison; None if missing.
-        shown: Formats a run's value; None if missing.
+        value: Returns a run's value as a number, for the comparison; None if missing.
+        shown: Returns a run's value as text; None if missing.
         compare: How LoRA's value is compared with full tuning's: share, speed, points, difference
             or none.
         always: Whether the line is kept, with "not measured", if no run has the value.
@@ -38,12 +38,16 @@ class Row:
 
 
 def reward_measure(run: Run, name: str) -> Estimate | None:
-    """Returns a measure from a reward run's evaluation, or None."""
+    """Returns the measure `name` (such as `auc`) of a reward run's evaluation, or None if it is
+    missing.
+    """
     return estimate(run.evaluation, name)
 
 
 def trainable_text(run: Run) -> str | None:
-    """Returns trained parameters and their share of all: `40.2 k (0.31 %)`."""
+    """Returns trained parameters and their share of all, `40.2 k (0.31 %)`; None if not
+    measured.
+    """
     trainable = number(run.cost, "parameters_trainable")
     total = number(run.cost, "parameters_total")
     if trainable is None:
@@ -53,7 +57,9 @@ def trainable_text(run: Run) -> str | None:
 
 
 def checkpoint_text(run: Run) -> str | None:
-    """Returns the size of a checkpoint and of the base it leaves out: `4.74 MB (base 113 MB)`."""
+    """Returns the size of a checkpoint and of the base that it does not contain, `4.74 MB (base 113
+    MB)`; None if not measured.
+    """
     size, base = number(run.cost, "checkpoint_bytes"), number(run.cost, "base_bytes")
     if size is None:
         return None
@@ -61,37 +67,47 @@ def checkpoint_text(run: Run) -> str | None:
 
 
 def seconds_text(run: Run) -> str | None:
-    """Returns the median time of a step."""
+    """Returns the median time of a step as text, with the unit; None if not measured."""
     value = number(run.cost, "seconds_per_step")
     return None if value is None else formats.seconds(value)
 
 
 def bytes_text(run: Run, key: str) -> str | None:
-    """Returns a size from the run's costs, in decimal units."""
+    """Returns the size `key` (such as `peak_bytes_compiled`) of a run's cost.json as text in
+    decimal units; None if not measured.
+    """
     value = number(run.cost, key)
     return None if value is None else formats.size_of(value)
 
 
 def share_text(found: Estimate | None) -> str | None:
-    """Returns a share in percent with its interval."""
+    """Returns a share in percent with its interval; None for None."""
     return None if found is None else formats.percent_interval(found)
 
 
 def policy_measure(run: Run, policy: str, name: str) -> Estimate | None:
-    """Returns a measure of one policy of a run's evaluation: `rl` is the run's own, `sft` its
-    start.
+    """Returns a measure of one policy of a run's evaluation, or None if it is missing.
+
+    Args:
+        run: The run.
+        policy: `rl`, the policy that the run trained, or `sft`, the policy that it started from.
+        name: The measure, such as `gold_reward`.
     """
     return estimate(run.evaluation, "policies", policy, name)
 
 
 def gain_text(run: Run) -> str | None:
-    """Returns the gain in gold reward, paired by prompt, with its sign and interval."""
+    """Returns the gain in true reward, paired by prompt, with its sign and interval; None if not
+    measured.
+    """
     found = estimate(run.evaluation, "gold_gain")
     return None if found is None else formats.interval(found, with_sign=True)
 
 
 def win_estimate(run: Run) -> Estimate | None:
-    """Returns the win rate with its interval, or None."""
+    """Returns the win rate of a run's policy over the baseline, with its interval; None if not
+    measured.
+    """
     rate = number(run.evaluation, "win_rate", "rate")
     if rate is None:
         return None
@@ -110,8 +126,9 @@ def win_estimate(run: Run) -> Estimate | None:
 
 
 def rows_text(*measures: Estimate | None) -> str | None:
-    """Returns rows and groups, `2,048 (512)`, of the first measure that has rows; without groups if
-    unknown.
+    """Returns the numbers of rows and groups, `2,048 (512)`, of the first measure that has rows.
+
+    The groups are left out if their number is unknown. None if no measure has rows.
     """
     found = next((measure for measure in measures if measure is not None and measure.n), None)
     if found is None:
@@ -120,7 +137,9 @@ def rows_text(*measures: Estimate | None) -> str | None:
 
 
 def judge_text(run: Run) -> str:
-    """Returns who decided the wins, in words."""
+    """Returns who decided the wins of a run's evaluation, such as `the gold reward`; "" if
+    unknown.
+    """
     judge = text(run.evaluation, "win_rate", "judge")
     artefacts = entry(run.evaluation, "config", "judge")
     several = len(artefacts) if isinstance(artefacts, list) else 1
@@ -232,7 +251,11 @@ DPO_ROWS = (
 
 
 def policy_rows(name: str) -> tuple[Row, ...]:
-    """Returns the lines for a job that trains policies; `name` is the job's name on the page."""
+    """Returns the table's lines for a job that trains policies.
+
+    Args:
+        name: The job's name on the page, such as `RL`.
+    """
     return (
         Row(
             "Prompts (groups)",
@@ -282,5 +305,5 @@ JOB_ROWS = {
 
 
 def interval_text(found: Estimate | None) -> str | None:
-    """Returns a value with its interval."""
+    """Returns a value with its interval as text; None for None."""
     return None if found is None else formats.interval(found)

@@ -1,7 +1,8 @@
 """Reads a run's or an experiment's folder into plain records, even if files are missing.
 
-A missing or damaged file inside the folder raises no error: it becomes None or an empty list, and
-`notes` gets a line that the page shows.
+A missing or damaged file inside the folder raises no error: it is read as an empty record or list,
+and `notes` gets a sentence that the page shows. In this module `notes` is always a list to which
+such sentences are appended, and `name` is the file's name in them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ POLICY_JOBS = ("rl", "dpo")
 
 @dataclass(frozen=True)
 class Run:
-    """One job's run.
+    """One job's run. A missing file is {} or [].
 
     Attributes:
         name: The run's name in the experiment.
@@ -85,7 +86,7 @@ class Experiment:
 
     @property
     def tunings(self) -> list[str]:
-        """Returns the tunings that occur: LoRA, then full, then others by name."""
+        """Returns the tunings of the runs other than base: LoRA, then full, then others by name."""
         order = list(TUNING_NAMES)
         found = {run.tuning for run in self.runs if run.job != "base"}
         return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
@@ -95,23 +96,25 @@ class Experiment:
         return next((r for r in self.runs if (r.job, r.tuning) == (job, tuning)), None)
 
     def runs_of(self, job: str) -> list[Run]:
-        """Returns the runs of a job, one per tuning, in the order of `tunings`."""
+        """Returns the runs of a job, the first of each tuning, in the order of `tunings`."""
         found = (self.run(job, tuning) for tuning in self.tunings or [""])
         return [run for run in found if run is not None]
 
     @property
     def policy_runs(self) -> list[Run]:
-        """Returns the runs that train policies, job by job."""
+        """Returns the runs that train policies: those of RL, then those of DPO."""
         return [run for job in POLICY_JOBS for run in self.runs_of(job)]
 
 
 def tuning_name(tuning: str) -> str:
-    """Returns the displayed name of a tuning."""
+    """Returns the displayed name of a tuning; unknown tunings are displayed as they are."""
     return TUNING_NAMES.get(tuning, tuning)
 
 
 def entry(tree: object, *keys: str) -> Any:
-    """Returns `tree[key0][key1]...`, or None if a step of the way is missing or not a mapping."""
+    """Returns `tree[key0][key1]...`, or None if a key is missing or a value on the path is no
+    mapping.
+    """
     for key in keys:
         if not isinstance(tree, Mapping) or key not in tree:
             return None
@@ -120,7 +123,7 @@ def entry(tree: object, *keys: str) -> Any:
 
 
 def number(tree: object, *keys: str) -> float | None:
-    """Returns a finite number from a nested mapping, or None; a boolean is not a number."""
+    """Returns the finite number at `tree[key0][key1]...`, or None; a boolean is not a number."""
     value = entry(tree, *keys)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -131,10 +134,10 @@ def number(tree: object, *keys: str) -> float | None:
 
 
 def estimate(tree: object, *keys: str) -> Estimate | None:
-    """Returns an estimate from a nested mapping: a number, or {"value", "low", "high", "n",
-    "groups"}.
+    """Returns the estimate at `tree[key0][key1]...`, or None.
 
-    Files of earlier versions have no `groups`.
+    The tree holds a number there, or {"value", "low", "high", "n", "groups"}, where all but `value`
+    may be missing (files of earlier versions have no `groups`).
     """
     bare = number(tree, *keys)
     if bare is not None:
@@ -154,13 +157,15 @@ def estimate(tree: object, *keys: str) -> Estimate | None:
 
 
 def text(tree: object, *keys: str) -> str:
-    """Returns a string from a nested mapping, or "" if it is missing."""
+    """Returns the string at `tree[key0][key1]...`, or "" if there is none."""
     value = entry(tree, *keys)
     return value if isinstance(value, str) else ""
 
 
 def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and values, float64, of the rows in which the metric is a finite number."""
+    """Returns (steps, values), float64, of the rows in which the metric `key` is a finite
+    number.
+    """
     found = [(row["step"], number(row, key)) for row in rows]
     kept = [(step, value) for step, value in found if value is not None]
     array = np.asarray(kept, dtype=np.float64).reshape(-1, 2)
@@ -173,7 +178,14 @@ def nonfinite_steps(rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
-    """Returns a JSON object; {} if the file is missing, and {} with a note if it cannot be read."""
+    """Returns the JSON object in a file; {} if the file is missing, and {} with a note if it cannot
+    be read.
+
+    Args:
+        path: The file.
+        notes: Gets the note.
+        name: The file's name in the note.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -187,7 +199,14 @@ def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
 
 
 def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
-    """Returns the objects of a JSON Lines file; other lines are left out, with a note."""
+    """Returns the objects of a JSON Lines file; [] if the file cannot be read. Other lines are left
+    out, with a note of their number.
+
+    Args:
+        path: The file.
+        notes: Gets the note.
+        name: The file's name in the note.
+    """
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -208,7 +227,13 @@ def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]
 
 
 def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
-    """Returns the metrics; [] with a note if the file is missing or damaged."""
+    """Returns the rows of a metrics file; [] with a note if the file is missing or damaged.
+
+    Args:
+        path: The file.
+        notes: Gets the note.
+        name: The file's name in the note.
+    """
     try:
         return read_metrics(path)
     except (OSError, UserError):
@@ -217,8 +242,13 @@ def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
 
 
 def find_text(tree: object, key: str, depth: int = 3) -> str:
-    """Returns the first string under `key` in nested mappings, the shallowest first; "" if there is
-    none.
+    """Returns the first string under `key` in nested mappings, level by level from the top; "" if
+    there is none.
+
+    Args:
+        tree: The outermost mapping.
+        key: The key to look for.
+        depth: The number of levels that are searched.
     """
     level = [tree]
     for _ in range(depth):
@@ -231,15 +261,22 @@ def find_text(tree: object, key: str, depth: int = 3) -> str:
 
 
 def command_of(config: Mapping[str, Any]) -> str:
-    """Returns a run's command as one line; config.json holds it as a list of words or as a
-    string.
+    """Returns the command of a config.json as one line, quoted for a shell; "" if it has none.
+
+    config.json holds the command as a list of words or, in other places, as a string.
     """
     words = config.get("command")
     return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
 
 
 def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the job of a single run, from its configuration or else from its metrics."""
+    """Returns the job of a single run: what its configuration says, or else what its metrics' names
+    suggest (sft if nothing else).
+
+    Args:
+        config: config.json.
+        rows: The rows of metrics.jsonl.
+    """
     named = find_text(config, "job")
     if named in JOB_NAMES:
         return named
@@ -252,7 +289,15 @@ def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:
-    """Returns the run in a folder; an empty `job` or `tuning` is inferred from the files."""
+    """Returns the run in a folder.
+
+    Args:
+        folder: The run's folder.
+        name: The run's name in the experiment; "" takes the folder's name.
+        job: The run's job; "" infers it from the files.
+        tuning: The run's tuning; "" takes it from config.json.
+        notes: Gets a sentence for each file that is damaged or missing.
+    """
     shown = f"{name}/" if name else ""
     config = read_object(folder / "config.json", notes, f"{shown}config.json")
     rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
@@ -274,8 +319,14 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
 
 
 def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run]:
-    """Returns the runs that an experiment lists; folders outside the experiment's are left out,
-    with a note.
+    """Returns the runs that an experiment lists.
+
+    Runs whose folder is missing, or not inside the experiment's folder, are left out with a note.
+
+    Args:
+        folder: The experiment's folder.
+        listed: `runs` of experiment.json: [{"name", "job", "tuning", "folder"}].
+        notes: Gets the notes.
     """
     runs: list[Run] = []
     for item in listed if isinstance(listed, list) else []:

@@ -12,18 +12,24 @@ VOID_TAGS = frozenset({"img", "meta", "br", "hr"})
 
 
 class Html(str):
-    """A string that is already HTML. Other modules make one from literals only."""
+    """A string that is already HTML and is not escaped again. Other modules make one from literals
+    only.
+    """
 
 
 def escape(value: object) -> Html:
-    """Returns the value as HTML text: special characters escaped, unprintable ones replaced."""
+    """Returns the value as HTML text: special characters escaped, unprintable ones replaced by
+    U+FFFD.
+
+    Html is returned as it is.
+    """
     if isinstance(value, Html):
         return value
     return Html(html.escape(printable(str(value)), quote=True))
 
 
 def join(parts: Iterable[object], separator: str = "") -> Html:
-    """Returns the escaped parts, joined by the separator."""
+    """Returns the parts, each escaped unless it is Html, joined by the escaped separator."""
     return Html(escape(separator).join(escape(part) for part in parts))
 
 
@@ -32,8 +38,12 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
         tag("p", "a < b", class_="note") == '<p class="note">a &lt; b</p>'
 
-    Children and attributes that are None are left out. `class_` becomes `class`, and underscores in
-    other attribute names become hyphens.
+    `class_` becomes `class`, and underscores in other attribute names become hyphens.
+
+    Args:
+        name: The element's name; an element of `VOID_TAGS` has no children.
+        children: The content, escaped unless it is Html; None is left out.
+        attributes: The attributes; None is left out.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
@@ -47,13 +57,21 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 
 def image(svg: bytes, alt: str) -> Html:
-    """Returns an SVG picture embedded in the page as a base64 data URL."""
+    """Returns an img element with the SVG embedded as a base64 data URL and the text alternative
+    `alt`.
+    """
     address = "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
     return tag("img", src=address, alt=alt)
 
 
 def figure(svg: bytes, caption: str, alt: str) -> Html:
-    """Returns a picture with its caption."""
+    """Returns a picture with its caption.
+
+    Args:
+        svg: The picture.
+        caption: The text below it; "" shows none.
+        alt: The text alternative for those who do not see the picture.
+    """
     return tag("figure", image(svg, alt), tag("figcaption", caption))
 
 
@@ -65,8 +83,13 @@ def table(
 ) -> Html:
     """Returns a table that scrolls sideways on a narrow screen.
 
-    The first `text_columns` columns hold left-aligned text, and the first of them names the row;
-    the others hold right-aligned numbers. A row with one cell is a heading across the table.
+    Args:
+        caption: The text below the table.
+        header: The heading of each column.
+        rows: The cells, escaped unless they are Html. The first cell names the row. A row with one
+            cell is a heading across the table.
+        text_columns: How many columns, from the left, hold left-aligned text; the others hold
+            right-aligned numbers.
     """
     head = tag(
         "tr",
@@ -95,13 +118,22 @@ def table(
 
 
 def with_interval(text: str) -> Html:
-    """Returns `0.83 (0.80 to 0.86)` with the interval in a lighter span."""
+    """Returns `0.83 (0.80 to 0.86)` as Html, with the part in parentheses in a lighter span.
+
+    Text without parentheses is returned as Html without a span.
+    """
     value, bracket, rest = text.partition(" (")
     return join([value, " ", tag("span", "(" + rest, class_="ci")] if bracket else [value])
 
 
 def section(identifier: str, title: str, *children: object) -> Html:
-    """Returns a section with a heading, or nothing if it has no content."""
+    """Returns a section with a heading; empty Html if all children are empty or None.
+
+    Args:
+        identifier: The section's id in links.
+        title: The heading.
+        children: The content.
+    """
     content = [child for child in children if child]
     if not content:
         return Html("")

@@ -62,11 +62,11 @@ class Curve:
 
     Attributes:
         label: The name in the legend.
-        tuning: Sets colour and line style, unless `style` is given.
+        tuning: Sets colour and line style (`style_of`), unless `style` is given.
         x: The x values.
         y: The y values, as many as x.
-        faint_raw: Whether the line is smoothed and its raw points are drawn faintly behind it.
-        style: (colour, line style) of the line.
+        faint_raw: Whether the line is smoothed and its measured values are drawn faintly behind it.
+        style: (colour, line style) of the line; None takes that of the tuning.
     """
 
     label: str
@@ -78,9 +78,13 @@ class Curve:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the centred running mean over an odd window, which is truncated at both ends.
+    """Returns the centred running mean of a vector, as long as the vector.
 
-    smooth([0, 3, 6, 0], 3) == [1.5, 3, 3, 3]
+        smooth([0, 3, 6, 0], 3) == [1.5, 3, 3, 3]
+
+    Args:
+        values: The vector.
+        window: The odd number of values in a mean; at both ends the window is cut off.
     """
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     index = np.arange(values.size)
@@ -95,8 +99,13 @@ def smoothing_window(n: int) -> int:
 
 
 def thin(x: np.ndarray, y: np.ndarray, largest: int = LARGEST_RAW) -> tuple[np.ndarray, np.ndarray]:
-    """Returns every k-th point, including the last, so that about `largest` points remain at
-    most.
+    """Returns every k-th point, including the last, for the smallest k that leaves at most
+    `largest` points.
+
+    Args:
+        x: The x values.
+        y: The y values.
+        largest: The largest number of points.
     """
     step = -(-x.size // largest) if x.size else 1
     keep = np.arange(x.size - 1, -1, -step)[::-1]
@@ -104,8 +113,12 @@ def thin(x: np.ndarray, y: np.ndarray, largest: int = LARGEST_RAW) -> tuple[np.n
 
 
 def binned_means(x: np.ndarray, y: np.ndarray, bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Returns means of x and of y in up to `bins` groups of about equally many points, sorted by
-    x.
+    """Returns (means of x, means of y) in bins of about equally many points, sorted by x.
+
+    Args:
+        x: The x values.
+        y: The y values, as many as x.
+        bins: The number of bins; fewer if there are fewer points.
     """
     order = np.argsort(x, kind="stable")
     groups = np.array_split(order, min(bins, max(1, x.size)))
@@ -116,8 +129,10 @@ def binned_means(x: np.ndarray, y: np.ndarray, bins: int = 20) -> tuple[np.ndarr
 
 
 def style_of(tuning: str) -> tuple[str, str]:
-    """Returns colour and line style of a tuning; other names get a fixed pair that depends on their
-    letters.
+    """Returns (colour, line style) of a tuning.
+
+    A name that is not in `STYLES` gets one of `OTHER_STYLES`, which its letters decide: always the
+    same.
     """
     if tuning in STYLES:
         return STYLES[tuning]
@@ -125,7 +140,9 @@ def style_of(tuning: str) -> tuple[str, str]:
 
 
 def part_style(index: int) -> tuple[str, str]:
-    """Returns colour and line style of the index-th part of a reward; 28 pairs differ."""
+    """Returns (colour, line style) of the index-th part of a reward; the first 28 indices give
+    different pairs.
+    """
     return PHASE_COLOURS[index % len(PHASE_COLOURS)], PART_LINES[index % len(PART_LINES)]
 
 
@@ -141,7 +158,9 @@ def render(figure: Figure) -> bytes:
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Draws each curve: the smoothed line over its faint raw points."""
+    """Draws each curve into the axes: the smoothed line over its faint measured values, or the
+    unsmoothed line alone if `faint_raw` is False.
+    """
     for curve in curves:
         colour, line = curve.style or style_of(curve.tuning)
         smoothed = curve.y
@@ -161,8 +180,13 @@ def draw_curves(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
-    """Sets axis labels and ticks (whole numbers for steps), and a legend if there are several
-    lines.
+    """Sets axis labels and ticks, and a legend if there are several lines.
+
+    Args:
+        axes: The axes, updated in place.
+        xlabel: The label of the x axis; `step` has ticks at whole numbers.
+        ylabel: The label of the y axis.
+        legend: Whether a legend is wanted.
     """
     axes.set_xlabel(xlabel)
     if xlabel == "step":
@@ -175,7 +199,14 @@ def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
 
 
 def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -> bytes:
-    """Returns a plot of curves; a large legend is placed below it."""
+    """Returns a plot of curves as SVG; a large legend is placed below the plot.
+
+    Args:
+        title: The title above the plot.
+        curves: The curves.
+        xlabel: The label of the x axis; `step` has ticks at whole numbers.
+        ylabel: The label of the y axis.
+    """
     long = any(len(printed(curve.label)) > LONGEST_INSIDE for curve in curves)
     below = len(curves) > 1 and (long or len(curves) > MOST_INSIDE)
     columns = 1 if long else 2
@@ -192,7 +223,13 @@ def curves_plot(title: str, curves: Sequence[Curve], xlabel: str, ylabel: str) -
 
 
 def stacked_plot(title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlabel: str) -> bytes:
-    """Returns plots stacked on a shared x axis, each with its own y scale."""
+    """Returns plots stacked on a shared x axis, each with its own y scale, as SVG.
+
+    Args:
+        title: The title above the first plot.
+        panels: (label of the y axis, curves) of each plot, from top to bottom.
+        xlabel: The label of the shared x axis.
+    """
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(5.4, 2.3 * len(panels) + 0.6), layout="constrained")
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -207,7 +244,7 @@ def stacked_plot(title: str, panels: Sequence[tuple[str, Sequence[Curve]]], xlab
 def calibration_plot(
     tables: Sequence[tuple[str, str, Sequence[tuple[float, Estimate]]]],
 ) -> bytes:
-    """Returns a reliability diagram: observed over predicted share, with bars for intervals.
+    """Returns a reliability diagram as SVG: observed over predicted share, with bars for intervals.
 
     The diagonal is perfect calibration.
 
@@ -247,7 +284,11 @@ def calibration_plot(
 
 
 def phases_plot(bars: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Returns one stacked bar per run: seconds of a step by phase."""
+    """Returns one stacked bar per run, seconds of a step by phase, as SVG.
+
+    Args:
+        bars: {run's name: {phase: seconds}}.
+    """
     phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(8.6, 0.55 * len(bars) + 1.5), layout="constrained")

@@ -1,4 +1,6 @@
-"""The sections of the report that consist of tables and text; a section without data is empty."""
+"""The sections of the report that consist of tables and text; a section without data is empty
+Html.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def baseline_table(experiment: Experiment) -> Html:
 
 
 def measures(values: object) -> list[str]:
-    """Returns AUC and balanced accuracy as table cells."""
+    """Returns the table cells [AUC, balanced accuracy] of a mapping with `auc` and
+    `balanced_accuracy`.
+    """
     area, balanced = estimate(values, "auc"), estimate(values, "balanced_accuracy")
     return [
         formats.NOT_MEASURED if area is None else formats.interval(area),
@@ -74,7 +78,13 @@ def measures(values: object) -> list[str]:
 
 
 def policy_cell(key: str, found: Estimate | None) -> str:
-    """Returns the table cell of one measure of one policy; a dash if it was not measured."""
+    """Returns the table cell of one measure of one policy; a dash if it was not measured.
+
+    Args:
+        key: The measure's name, a key of `POLICY_COLUMNS` or another; `SHARES` are shown in
+            percent.
+        found: The measure; None if it was not measured.
+    """
     if found is None:
         return DASH
     if key in SHARES:
@@ -83,8 +93,12 @@ def policy_cell(key: str, found: Estimate | None) -> str:
 
 
 def side_name(run: Run, side: str) -> str:
-    """Returns the name of a policy of an evaluation; `rl` is the run's own, whichever job trained
-    it.
+    """Returns the displayed name of a policy of a run's evaluation.
+
+    Args:
+        run: The run.
+        side: The policy's key in evaluation.json; `rl` is the policy that the run trained, also in
+            a DPO run, and is displayed with the name of the run's job.
     """
     return JOB_NAMES[run.job] if side == "rl" else POLICY_NAMES.get(side, side)
 
@@ -114,7 +128,9 @@ def policies(experiment: Experiment) -> Html:
 
 
 def win_table(experiment: Experiment) -> Html:
-    """Returns a table of wins, ties and losses of each policy against SFT's, with the judge."""
+    """Returns a table of wins, ties and losses of each policy against SFT's, with the judge; empty
+    Html if no run has a win rate.
+    """
     lines: list[list[object]] = []
     for run in experiment.policy_runs:
         block = entry(run.evaluation, "win_rate")
@@ -134,7 +150,13 @@ def win_table(experiment: Experiment) -> Html:
 
 
 def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
-    """Returns one response with its rewards."""
+    """Returns one response with its rewards, as Html.
+
+    Args:
+        label: The name above the response.
+        row: A row of samples.jsonl.
+        side: The policy's key in the row: `sft` or `rl`.
+    """
     answer = entry(row, side, "text")
     shown = str(answer) if isinstance(answer, str) else formats.NOT_MEASURED
     rewards = [
@@ -151,13 +173,19 @@ def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
 
 
 def shortened(words: str) -> str:
-    """Returns a long text cut to `LONGEST_TEXT` characters, with the number of those left out."""
+    """Returns the text; a text over `LONGEST_TEXT` characters is cut and says how many are left
+    out.
+    """
     left_out = len(words) - LONGEST_TEXT
     return words if left_out <= 0 else f"{words[:LONGEST_TEXT]} \u2026 ({left_out} characters more)"
 
 
 def samples(experiment: Experiment) -> Html:
-    """Returns the section with sample responses of SFT, RL and DPO, prompt by prompt."""
+    """Returns the section with sample responses of SFT, RL and DPO to the first `MOST_PROMPTS`
+    prompts.
+
+    Prompts that all runs answered come first, because their responses can be compared.
+    """
     runs = experiment.policy_runs
     # The first answer of each run to each prompt.
     by_prompt: dict[str, dict[int, Mapping[str, object]]] = {}
@@ -183,7 +211,9 @@ def samples(experiment: Experiment) -> Html:
 
 
 def split_facts(run: Run) -> dict[str, dict[str, float]]:
-    """Returns numbers of rows by split, from a run's first metrics and from its evaluation."""
+    """Returns {split: {name: number of rows}}, from `data/SPLIT/NAME` in a run's first metrics and
+    in its evaluation.
+    """
     tables = [
         run.rows[0] if run.rows else {},
         entry(run.evaluation, "data"),
@@ -200,8 +230,8 @@ def split_facts(run: Run) -> dict[str, dict[str, float]]:
 
 
 def rows_used(experiment: Experiment) -> Html:
-    """Returns the section with each run's numbers of rows: used, cut to fit, and undecided
-    pairs.
+    """Returns the section with each run's numbers of rows: all, those cut to fit, and pairs of
+    equal responses.
     """
     items = []
     for run in experiment.runs:
@@ -227,8 +257,10 @@ def rows_used(experiment: Experiment) -> Html:
 
 
 def phases_of(run: Run) -> dict[str, float]:
-    """Returns seconds of a step by phase: from `cost.json`, or else the medians of `time/`
+    """Returns {phase: seconds of a step} of a run, from `cost.json` or else the medians of `time/`
     metrics.
+
+    {} if neither exists. Times of the whole step are no phases.
     """
     listed = entry(run.cost, "phases")
     if isinstance(listed, Mapping) and listed:
@@ -245,8 +277,13 @@ def phases_of(run: Run) -> dict[str, float]:
 
 
 def phase_lines(runs: Sequence[Run | None]) -> list[list[object]]:
-    """Returns a table line per phase, with `0.31 s (60 %)` for each run, and one of compiled
-    programs.
+    """Returns table lines: one per phase with `0.31 s (60 %)` for each run, and one with the number
+    of compiled programs.
+
+    A dash marks a missing value. [] if no run has any.
+
+    Args:
+        runs: The runs, one per column; None is a column of dashes.
     """
     found = [{} if run is None else phases_of(run) for run in runs]
     lines: list[list[object]] = []

@@ -1,4 +1,7 @@
-"""The summary at the top of the report: sentences made from the numbers."""
+"""The summary at the top of the report: sentences made from the numbers.
+
+A sentence about something that was not measured is "".
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ from perl_jax.evaluation.report.markup import Html, tag
 
 
 def lora_share_sentence(experiment: Experiment) -> str:
-    """Returns how few parameters LoRA trained, of the first job (RL, DPO, reward, SFT) that says;
-    or "".
+    """Returns a sentence on how few parameters LoRA trained; "" if no run says.
+
+    It is about the first job of RL, DPO, reward and SFT whose LoRA run has the numbers.
     """
     for job in ("rl", "dpo", "reward", "sft"):
         run = experiment.run(job, "lora")
@@ -39,8 +43,9 @@ def lora_share_sentence(experiment: Experiment) -> str:
 
 
 def reward_sentence(experiment: Experiment) -> str:
-    """Returns each reward model's accuracy on pairs, or its AUC on labels, and the labels' noise
-    ceiling.
+    """Returns a sentence with each reward model's accuracy on pairs, or its AUC on labels, and with
+    the best accuracy that the noise in the labels allows, where that is known; "" if nothing was
+    measured.
     """
     parts, ceiling = [], None
     for run in experiment.runs_of("reward"):
@@ -59,12 +64,20 @@ def reward_sentence(experiment: Experiment) -> str:
 
 
 def trained_with(run: Run) -> str:
-    """Returns the name of a run's tuning within a sentence."""
+    """Returns the name of a run's tuning as it is written within a sentence: `LoRA`, `full
+    tuning`.
+    """
     return {"lora": "LoRA", "full": "full tuning", "": "this run"}.get(run.tuning, run.tuning)
 
 
 def gold_sentence(experiment: Experiment, job: str) -> str:
-    """Returns how the policies of a job changed the gold reward."""
+    """Returns a sentence on how the policies of a job changed the true reward; "" if nothing was
+    measured.
+
+    Args:
+        experiment: The experiment.
+        job: `rl` or `dpo`.
+    """
     parts = []
     for run in experiment.runs_of(job):
         before, after = (policy_measure(run, p, "gold_reward") for p in ("sft", "rl"))
@@ -82,7 +95,13 @@ def gold_sentence(experiment: Experiment, job: str) -> str:
 
 
 def win_sentence(experiment: Experiment, job: str) -> str:
-    """Returns how often a job's responses won, and who judged."""
+    """Returns a sentence on how often a job's responses won, and who judged; "" if nothing was
+    measured.
+
+    Args:
+        experiment: The experiment.
+        job: `rl` or `dpo`.
+    """
     parts = []
     for run in experiment.runs_of(job):
         found = win_estimate(run)
@@ -96,8 +115,11 @@ def win_sentence(experiment: Experiment, job: str) -> str:
 
 
 def cost_sentence(experiment: Experiment) -> str:
-    """Returns time and memory of LoRA's step relative to full tuning's, for RL or else DPO or the
-    reward model.
+    """Returns a sentence with time and memory of LoRA's step relative to full tuning's; "" if
+    neither was measured.
+
+    It is about the first job of RL, DPO and the reward model that has a run of each tuning with
+    numbers.
     """
     steps = {"rl": "an RL step", "dpo": "a DPO step", "reward": "a reward-model step"}
     for job, name in steps.items():
@@ -118,13 +140,23 @@ def cost_sentence(experiment: Experiment) -> str:
 
 
 def both_numbers(one: Run, other: Run, key: str) -> tuple[float, float] | None:
-    """Returns a cost of two runs; None if one of them is missing or 0."""
+    """Returns (the first run's cost, the second run's cost) of a key of cost.json; None if either
+    is missing or 0.
+
+    Args:
+        one: The first run.
+        other: The second run.
+        key: The cost, such as `seconds_per_step`.
+    """
     first, second = number(one.cost, key), number(other.cost, key)
     return (first, second) if first and second else None
 
 
 def summary_paragraph(experiment: Experiment) -> Html:
-    """Returns one paragraph: the author's summary, then sentences made from the numbers."""
+    """Returns one paragraph: the author's summary, then sentences made from the numbers.
+
+    If there is nothing to say, the paragraph says that the run has no evaluation yet.
+    """
     sentences = [
         experiment.summary.strip(),
         lora_share_sentence(experiment),
