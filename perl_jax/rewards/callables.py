@@ -36,16 +36,25 @@ class CallableReward:
 
     @functools.cached_property
     def takes_rows(self) -> bool:
-        """Whether the function takes (prompts, responses, rows); UserError if it takes neither
-        form.
+        """Whether the function takes (prompts, responses, rows) rather than (prompts, responses).
+
+        Raises UserError if the function takes neither.
         """
         return wants_rows(self.name, self.function)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        """Returns the function's rewards, float64 [n]; raises UserError unless they are n finite
-        numbers.
+        """Returns the function's rewards, float64 [n]. An empty batch does not call the function.
+
+        Args:
+            prompts: The n prompts as text.
+            responses: The n responses as text.
+            rows: The rows of the prompts with all their columns; ignored unless the function takes
+                rows.
+
+        Raises:
+            UserError: The function does not return n finite numbers.
         """
         checks.sequences(prompts, responses, rows)
         if not len(responses):

@@ -32,9 +32,9 @@ def text(field: str, value: Any) -> None:
 
 
 def texts(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is a list or tuple of non-empty strings.
+    """Raises UserError unless `value` is a list or tuple of strings that are not blank.
 
-    A single string is refused: Python would read it as a sequence of letters.
+    A single string is refused: Python would read it as a sequence of letters. An empty list passes.
     """
     good = isinstance(value, (list, tuple)) and all(
         isinstance(item, str) and item.strip() for item in value
@@ -43,14 +43,14 @@ def texts(field: str, value: Any) -> None:
 
 
 def flag(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is true or false."""
+    """Raises UserError unless `value` is True or False."""
     require(isinstance(value, bool), f"{field} is {value!r}; it must be true or false.")
 
 
 def sequences(*columns: Sequence[Any]) -> None:
-    """Raises ValueError unless all columns have the same length.
+    """Raises ValueError unless all columns (prompts, responses, rows) have the same length.
 
-    Not a UserError: only calling code can cause the mismatch.
+    The error is not a UserError, because only calling code can cause the mismatch.
     """
     lengths = [len(column) for column in columns]
     if len(set(lengths)) > 1:

@@ -98,8 +98,14 @@ def read(path: pathlib.Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """Returns the value of a JSON text; raises UserError, beginning with `where`, if the text is
-    not valid JSON.
+    """Returns the value of a JSON text.
+
+    Args:
+        text: The JSON text.
+        where: What the text is, the beginning of an error message.
+
+    Raises:
+        UserError: The text is not valid JSON.
     """
     try:
         return json.loads(text)
@@ -113,8 +119,15 @@ def parse(text: str, where: str) -> Any:
 
 
 def to_term(value: Any, where: str) -> Term:
-    """Returns the `Term` that a JSON object describes; raises UserError, beginning with `where`, if
-    the object is wrong.
+    """Returns the `Term` that a JSON object describes (`read_terms` gives the form).
+
+    Args:
+        value: The object.
+        where: Which term it is, the beginning of an error message.
+
+    Raises:
+        UserError: The value is no object, its kind or a field is unknown, or a field is missing or
+            wrong.
     """
     require(
         isinstance(value, dict),
@@ -185,8 +198,16 @@ class Composite:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> dict[str, np.ndarray]:
-        """Returns each term's unweighted rewards: {name: float64 [n]}. An empty batch calls no
+        """Returns each term's unweighted rewards: {term name: float64 [n]}. An empty batch calls no
         term.
+
+        Args:
+            prompts: The n prompts as text.
+            responses: The n responses as text.
+            rows: The rows of the prompts.
+
+        Raises:
+            UserError: A term fails, or does not return n finite numbers.
         """
         checks.sequences(prompts, responses, rows)
         if not len(responses):
@@ -200,7 +221,10 @@ class Composite:
         """Raises UserError, naming the term and the row, if a row lacks the answer that an
         exact-match term compares with.
 
-        Called before training, because the terms themselves see the rows only batch by batch.
+        Call this before training, because the terms themselves get the rows only batch by batch.
+
+        Args:
+            rows: The rows of the prompts.
         """
         for term in self.terms:
             if isinstance(term.reward, ExactMatch):
@@ -210,7 +234,16 @@ class Composite:
                     raise UserError(f"The reward term {term.name}: {error}") from error
 
     def total(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the weighted sum of the terms, sum_k weight_k * column_k: float64 [n]."""
+        """Returns the weighted sum of the terms, sum_k weight_k * column_k: float64 [n].
+
+        Args:
+            columns: Each term's unweighted rewards [n] by its name, as calling the composite
+                returns them.
+
+        Raises:
+            ValueError: The names are not those of the terms.
+            UserError: A column does not hold n finite numbers.
+        """
         names = [term.name for term in self.terms]
         if sorted(columns) != sorted(names):
             raise ValueError(
@@ -222,8 +255,15 @@ class Composite:
 
 
 def checked_column(term: Term, values: np.ndarray, n: int) -> np.ndarray:
-    """Returns a term's rewards as float64 [n]; raises UserError unless they are n finite
-    numbers.
+    """Returns a term's rewards as float64 [n].
+
+    Args:
+        term: The term, whose name error messages give.
+        values: What the term returned.
+        n: The number of responses.
+
+    Raises:
+        UserError: The values are not an array [n] of finite numbers.
     """
     column = np.asarray(values, np.float64)
     shape = f"returned an array of shape {column.shape}; it must be ({n},), one number a response"

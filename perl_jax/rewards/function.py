@@ -57,9 +57,14 @@ class Worker:
         return self.process, self.pipe
 
     def start(self, target: str, seconds: float) -> None:
-        """Starts a process and loads the function in it.
+        """Starts a process and loads the function in it; sets `process`, `pipe` and `takes_rows`.
 
-        Raises UserError if loading fails or takes longer than `seconds`.
+        Args:
+            target: The function, `module:function` or `path/to/file.py:function`.
+            seconds: The longest time for loading.
+
+        Raises:
+            UserError: Loading fails or takes too long; the process is killed.
         """
         self.pipe, theirs = multiprocessing.Pipe()
         number = theirs.fileno()
@@ -87,10 +92,16 @@ class Worker:
             raise
 
     def ask(self, target: str, batch: Batch, seconds: float) -> list[float]:
-        """Returns the function's rewards of a batch, one float per response.
+        """Sends a batch to the process and returns the function's rewards, one float per response.
 
-        Raises UserError if the function fails, if the process ends, or if the call takes longer
-        than `seconds`; a process that was too slow is killed.
+        Args:
+            target: The function's name, for error messages.
+            batch: (prompts, responses, rows). The rows are only sent to a function that takes them.
+            seconds: The longest time for the call.
+
+        Raises:
+            UserError: The function fails, the process ends, or the call takes too long. A process
+                that is too slow is killed.
         """
         prompts, responses, rows = batch
         what = f"a batch of {len(responses)} (timeout_seconds)"
@@ -110,15 +121,16 @@ class Worker:
             raise
 
     def receive(self, target: str, seconds: float, what: str) -> Any:
-        """Returns the content of the worker's next message.
+        """Waits for the worker's next message and returns its content: `takes_rows` after the
+        start, later the rewards of a batch.
 
         Args:
             target: The function's name, for error messages.
-            seconds: The longest time to wait.
+            seconds: The longest time to wait. After it the process is killed.
             what: What the worker is doing, for error messages.
 
         Raises:
-            UserError: The message is an error, none came in time, or the process has ended.
+            UserError: The message reports an error, none came in time, or the process has ended.
         """
         process, pipe = self.running
         latest = time.monotonic() + seconds
@@ -141,8 +153,12 @@ class Worker:
         return content
 
     def ended(self, target: str, what: str) -> NoReturn:
-        """Cleans up after a process that has ended unexpectedly and raises a UserError with its
-        exit code.
+        """Raises UserError with the exit code of a process that has ended unexpectedly; first kills
+        the processes that it left.
+
+        Args:
+            target: The function's name, for the message.
+            what: What the worker was doing, for the message.
         """
         code = self.wait()
         self.kill()
@@ -162,7 +178,9 @@ class Worker:
         return process.returncode
 
     def kill(self) -> None:
-        """Kills the process and all processes that it started."""
+        """Kills the process and all processes that it started, and closes the pipe; does nothing
+        while no process runs.
+        """
         if self.process is None:
             return
         process, pipe = self.running
@@ -176,8 +194,11 @@ class Worker:
         self.process = self.pipe = None
 
     def close(self) -> None:
-        """Lets an idle process exit by itself, so that the function's open files are closed
-        properly.
+        """Ends the process: closes the pipe, waits up to `GRACE_SECONDS` for the process to exit,
+        then kills it.
+
+        An idle process exits by itself when the pipe is closed, so the files that the function
+        opened are closed properly. Does nothing while no process runs.
         """
         if self.process is None:
             return
@@ -237,7 +258,20 @@ class FunctionReward:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        """Returns the function's rewards: float64 [n]. An empty batch does not call it."""
+        """Returns the function's rewards, float64 [n]; starts the worker process if none runs.
+
+        An empty batch does not call the function.
+
+        Args:
+            prompts: The n prompts as text.
+            responses: The n responses as text.
+            rows: The rows of the prompts with all their columns; ignored unless the function takes
+                rows.
+
+        Raises:
+            UserError: The function cannot be loaded, fails, takes longer than `timeout_seconds`, or
+                does not return n finite numbers.
+        """
         checks.sequences(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
@@ -248,14 +282,14 @@ class FunctionReward:
         )
 
     def start(self) -> None:
-        """Starts the worker process if none runs, so that import errors are reported before
-        training.
+        """Starts the worker process and loads the function, if no process runs; raises UserError if
+        loading fails.
         """
         if self.worker.process is None:
             self.worker.start(self.function, self.start_seconds)
 
     def close(self) -> None:
-        """Stops the worker process."""
+        """Stops the worker process after at most `GRACE_SECONDS`; does nothing while none runs."""
         self.worker.close()
 
     def __enter__(self) -> FunctionReward:

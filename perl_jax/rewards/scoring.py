@@ -32,14 +32,24 @@ COMBINE = {"mean": jnp.mean, "min": jnp.min}
 
 
 def combined(scores_MB: Array, combine: str | tuple[float, ...]) -> jax.Array:
-    """Returns the mean, the minimum or the weighted sum of the M models' scores: [B]."""
+    """Returns one score per row from the scores of M reward models: [B].
+
+    Args:
+        scores_MB: The normalised score of each model, [M, B].
+        combine: `mean` or `min` over the models, or M weights for a weighted sum.
+    """
     if isinstance(combine, str):
         return COMBINE[combine](scores_MB, axis=0)
     return jnp.tensordot(jnp.asarray(combine, scores_MB.dtype), scores_MB, axes=1)
 
 
 def role_name(index: int) -> str:
-    """Returns the name of the index-th reward model among the frozen roles of the train state."""
+    """Returns the key of a reward model among the frozen roles of the train state: `reward`,
+    `reward_1`, `reward_2`, ...
+
+    Args:
+        index: The model's number, from 0.
+    """
     return "reward" if index == 0 else f"reward_{index}"
 
 
@@ -51,13 +61,16 @@ def reward_program(
 ) -> Program:
     """Returns the compiled program (base, reward adapters, sequences) -> (score_B, scores_MB).
 
-    score_B is the combined score and scores_MB holds the normalised score of each of the M reward
-    models.
+    score_B [B] is the combined score. scores_MB [M, B] holds the normalised score of each of the M
+    reward models.
 
     Args:
-        records: The records of the reward artefacts, with the moments that normalise their scores.
-        combine: A key of `COMBINE`, or one weight per model.
-        microbatches: How many parts the batch is scored in.
+        model: The base model, its tokenizer and its mesh.
+        records: The records of the M reward artefacts, with the moments that normalise their
+            scores.
+        combine: `mean`, `min`, or one weight per model (`combined`).
+        microbatches: How many parts the batch is divided into; the parts are scored one after
+            another.
     """
     rows = sharding.batch_sharding(model.mesh)
     members = sharding.replicated(model.mesh)
@@ -87,23 +100,27 @@ class TurnEnd:
 
 
 def ends_of(tokenizer: Tokenizer) -> TurnEnd | None:
-    """Returns the tokenizer's turn end, or None if sampled responses already end as rows of data
-    do.
+    """Returns the tokenizer's ids that end a turn, or None if a sampled response already ends as a
+    response in a row of data does.
     """
     ends = TurnEnd(tuple(tokenizer.stop_part), tuple(tokenizer.tail_ids), tuple(tokenizer.stop_ids))
     return None if ends.stop_part == ends.stop_ids and not ends.tail_ids else ends
 
 
 def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
-    """Returns sampled sequences with complete responses ended as in rows of data: stop_part +
-    tail_ids.
+    """Returns sampled sequences in which complete responses end as in rows of data, with stop_part
+    + tail_ids.
 
-    A complete response ends with a stop token, possibly after a beginning of the stop part; these
-    tokens are replaced. So the score of a text does not depend on which stop token was sampled. An
-    incomplete response is not changed.
+    A complete response ends with one of `stop_ids`, possibly after a beginning of the stop part;
+    these tokens are replaced. So the score of a text does not depend on which stop token was
+    sampled. An incomplete response is not changed.
 
     The columns grow by len(stop_part) + len(tail_ids) - 1. The response mask still covers the
-    sampled tokens only, so no loss is taken on the added ones.
+    sampled tokens only, so the added tokens are in no loss. A packed batch gets a larger capacity.
+
+    Args:
+        tokens: The sampled sequences, padded on the right.
+        ends: The ids that end a turn.
     """
     end_ids, extra = (*ends.stop_part, *ends.tail_ids), len(ends.stop_part) + len(ends.tail_ids) - 1
     right = lambda x_BT: jnp.pad(jnp.asarray(x_BT), ((0, 0), (0, extra)))
@@ -149,8 +166,18 @@ def _scores(
     rewards: Sequence[Adapter],
     tokens: Tokens,
 ) -> tuple:
-    """Computes (score_B, scores_MB) of a batch: completes the turn ends, scores with each reward
-    model, normalises, combines.
+    """Returns (score_B, scores_MB) of a batch: ends the turns, scores with each reward model,
+    normalises and combines.
+
+    Args:
+        lm: The base model's functions.
+        records: The records of the M reward models, in the order of `rewards`.
+        combine: `mean`, `min`, or one weight per model.
+        ends: The ids that end a turn; None if the responses already end as in rows of data.
+        microbatches: How many parts the batch is divided into.
+        base: The base weights; not read for models with weights of their own.
+        rewards: The M reward models.
+        tokens: The sampled sequences [B, T].
     """
     tokens = tokens if ends is None else with_turn_end(tokens, ends)
 
@@ -192,9 +219,14 @@ class Scorer:
             self.terms.check_rows(rows)
 
     def over(self, rows: Any) -> Scorer:
-        """Returns a scorer for rollouts of other rows.
+        """Returns a scorer for rollouts of other rows, which shares the running terms with this
+        one.
 
-        The new scorer shares the running terms with this one, which stops them.
+        Only this scorer stops the terms when its context ends. Raises UserError if a row lacks a
+        column that a term compares with.
+
+        Args:
+            rows: The data rows of the other prompts.
         """
         other = copy.copy(self)
         other.rows = rows
@@ -219,13 +251,15 @@ class Scorer:
     def __call__(
         self, frozen: Mapping[str, Adapter], rollout: Rollout, row_B: np.ndarray
     ) -> tuple[Array, dict[str, float]]:
-        """Returns (score_B, metrics) of all rows of the batch, on every process.
+        """Returns (score_B, metrics): the total reward of every row of the batch, on every process.
 
-        The metrics hold the mean of each term; with several reward models also each model's mean
-        and their disagreement, the mean over rows of the standard deviation over models.
+        The metrics are `reward/term/NAME`, the mean of each term over the batch. With several
+        reward models they also hold `reward/model_I`, the mean of each model's normalised score,
+        and `reward/disagreement`, the mean over rows of the standard deviation over models.
 
         Args:
-            frozen: The frozen roles of the train state, among them the reward models.
+            frozen: The frozen roles of the train state by name, among them the reward models
+                (`role_name`).
             rollout: The sampled responses.
             row_B: Indices into `rows` of this process's part of the batch.
         """
@@ -259,8 +293,14 @@ class Scorer:
     def _columns(
         self, terms: Composite, rollout: Rollout, row_B: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Returns each term's rewards of all rows. Each row is scored once, by the process that
-        holds it.
+        """Returns the unweighted rewards of all rows of the batch: {term name: float64 [B]}.
+
+        Each row is scored by one process only; the results are then gathered on all processes.
+
+        Args:
+            terms: The terms.
+            rollout: The sampled responses of the whole batch.
+            row_B: Indices into `rows` of this process's part of the batch.
         """
         share = sharding.row_share(self.model.mesh)
         rows = [self.rows[int(row)] for row in row_B]
@@ -272,10 +312,12 @@ class Scorer:
 
 
 def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None = None) -> list[str]:
-    """Returns the responses as text, without the tokens that end them (`Tokenizer.without_end`).
+    """Returns the text of each response, without the tokens that end it (`Tokenizer.without_end`).
 
     Args:
-        share: This process's share of the rows; None decodes all rows.
+        tokenizer: Decodes the ids.
+        rollout: The sampled responses.
+        share: The rows of the batch to decode, those of this process; None decodes all rows.
     """
     part = (lambda rows: rows) if share is None else share.part
     tokens_BT, mask_BT = (

@@ -48,7 +48,11 @@ class ShapingConfig:
         errors.require(taken, f"{penalty}; leave it out, or give shaping.overlong_buffer.")
 
     def check_length(self, max_response: int) -> None:
-        """Raises UserError if `overlong_buffer` is above `max_response`, the longest response."""
+        """Raises UserError if `overlong_buffer` is above `max_response`.
+
+        Args:
+            max_response: The largest number of tokens of a response.
+        """
         errors.require(
             self.overlong_buffer <= max_response,
             f"shaping.overlong_buffer is {self.overlong_buffer}; a response has at most "
@@ -59,11 +63,15 @@ class ShapingConfig:
 def shaped(
     shaping: ShapingConfig, max_response: int, score_B: Array, rollout: Rollout
 ) -> jax.Array:
-    """Returns shaped scores [B]: clipped, whitened, then with penalties subtracted
-    (`ShapingConfig`).
+    """Returns scores [B] that are clipped, whitened, and reduced by the penalties for a missing end
+    and for length.
 
     Args:
-        max_response: The longest response in tokens (max_new_tokens).
+        shaping: Which steps are applied, and how strongly.
+        max_response: The largest number of tokens of a response (max_new_tokens).
+        score_B: The unshaped scores [B].
+        rollout: The sampled responses. Gives their lengths and whether each one ended with a stop
+            token. Rows without response tokens are left out of the statistics of whitening.
     """
     mask_BT = rollout.sequences.response_BT
     score_B = advantages.shape_scores(

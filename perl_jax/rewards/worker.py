@@ -30,14 +30,15 @@ LONGEST = 300  # characters of an exception's message that a message quotes
 
 
 def main() -> None:
-    """Runs the worker; `function.Worker` starts this program.
+    """Runs the worker until the other end of the pipe is closed; `function.Worker` starts this
+    program.
 
-    Arguments of the program: the function's name, and the file descriptor of the worker's end of
-    the pipe.
+    The program has two arguments: the function (`module:function` or `path/to/file.py:function`),
+    and the file descriptor of the worker's end of the pipe.
 
-    First sends ("ready", whether the function takes rows), or ("error", message) and ends. Then
-    answers each (prompts, responses, rows) with ("values", floats) or ("error", message) until the
-    other end of the pipe is closed.
+    The worker first sends ("ready", whether the function takes rows), or ("error", message) and
+    ends. Then it answers each (prompts, responses, rows) with ("values", floats) or ("error",
+    message).
     """
     target, number = sys.argv[1], int(sys.argv[2])
     os.set_inheritable(number, False)  # the function's child processes would keep the pipe open
@@ -50,16 +51,27 @@ def main() -> None:
 
 
 def end_with_parent(watched: int) -> None:
-    """Kills this process and its children when the parent process ends, even by SIGKILL.
+    """Waits until the parent process ends, even by SIGKILL; then kills this process and its
+    children.
 
-    Waits for the end of `watched`, a copy of the standard input that the parent holds open.
+    Args:
+        watched: The file descriptor of a copy of the standard input, whose other end the parent
+            holds open.
     """
     os.read(watched, 1)
     os.killpg(0, signal.SIGKILL)
 
 
 def answer(target: str, connection: Connection) -> None:
-    """Loads the function and answers batches; `main` describes the messages."""
+    """Loads the function, then answers batches until the pipe is closed, which raises EOFError or
+    OSError.
+
+    Returns early if the function cannot be loaded. `main` describes the messages.
+
+    Args:
+        target: The function, `module:function` or `path/to/file.py:function`.
+        connection: The worker's end of the pipe.
+    """
     try:
         function = load(target)
         takes_rows = wants_rows(target, function)
@@ -110,8 +122,13 @@ def load(target: str) -> Callable:
 
 
 def load_file(source: str) -> ModuleType:
-    """Imports a file and returns its module; modules beside the file can be imported, as in a
-    script.
+    """Imports a Python file and returns its module.
+
+    Puts the file's folder at the front of `sys.path`, so that modules beside the file can be
+    imported, as in a script.
+
+    Args:
+        source: The path of the file.
     """
     path = pathlib.Path(source).expanduser().resolve()
     sys.path.insert(0, str(path.parent))
@@ -126,17 +143,29 @@ def load_file(source: str) -> ModuleType:
 
 
 def load_module(source: str) -> ModuleType:
-    """Imports a module by name; modules in the working directory are found too."""
+    """Imports a module by its dotted name and returns it.
+
+    Puts the working directory at the front of `sys.path`, so that modules in it are found.
+
+    Args:
+        source: The module's name.
+    """
     sys.path.insert(0, os.getcwd())  # unlike `python -m`, an installed command leaves it out
     return importlib.import_module(source)
 
 
 def wants_rows(target: str, function: Callable) -> bool:
-    """Returns whether the function takes (prompts, responses, rows) rather than (prompts,
+    """Returns True if a function takes (prompts, responses, rows), False if it takes (prompts,
     responses).
 
-    A third parameter with a default counts only if it is called `rows`. Raises UserError if the
-    function takes neither.
+    A third parameter with a default counts only if it is called `rows`.
+
+    Args:
+        target: The function's name, for error messages.
+        function: The function.
+
+    Raises:
+        UserError: The function takes neither, or its parameters cannot be read.
     """
     try:
         signature = inspect.signature(function)
@@ -158,10 +187,18 @@ def wants_rows(target: str, function: Callable) -> bool:
 
 
 def call(target: str, function: Callable, arguments: tuple) -> Any:
-    """Returns what the function returns, with iterables other than texts, mappings and sets as
-    lists.
+    """Calls the function and returns its result, with arrays and other iterables as lists
+    (`listed`).
 
-    Raises UserError if the function raises.
+    Prints the traceback if the function raises.
+
+    Args:
+        target: The function's name, for error messages.
+        function: The function.
+        arguments: Its positional arguments.
+
+    Raises:
+        UserError: The function raises anything, SystemExit too.
     """
     try:
         # Listed here, because a generator runs the function's code.
@@ -175,18 +212,25 @@ def call(target: str, function: Callable, arguments: tuple) -> Any:
 
 
 def listed(result: Any) -> Any:
-    """Returns an array, a generator or any other sequence as a list.
+    """Returns an array, a generator or any other iterable as a list.
 
-    Texts, mappings, sets and what cannot be gone through are returned unchanged.
+    Strings, bytes, mappings, sets, and values that are not iterable are returned unchanged.
     """
     kept = isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable)
     return result if kept else list(result)
 
 
 def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[float]:
-    """Returns the function's result as one finite float per response; True is 1 and False is 0.
+    """Returns a reward function's result as one finite float per response; True is 1 and False is
+    0.
 
-    Raises UserError if the result is anything else.
+    Args:
+        target: The function's name, for error messages.
+        result: What the function returned, after `listed`.
+        responses: The responses that were scored.
+
+    Raises:
+        UserError: The result is not a list of one finite number per response.
     """
     n = len(responses)
     wanted = f"it must return a sequence of {n} numbers, one a response"
@@ -203,8 +247,16 @@ def checked_values(target: str, result: Any, responses: Sequence[str]) -> list[f
 
 
 def checked_value(target: str, value: Any, index: int, response: str) -> float:
-    """Returns one value of the result as a finite float; raises UserError naming the index and the
-    response.
+    """Returns one value of a reward function's result as a float.
+
+    Args:
+        target: The function's name, for error messages.
+        value: The value.
+        index: The response's index in the batch, for error messages.
+        response: The response, for error messages.
+
+    Raises:
+        UserError: The value is not a finite number.
     """
     where = f"at index {index}, for the response {response[:SHOWN]!r}"
     number = to_float(value)
@@ -221,8 +273,10 @@ def checked_value(target: str, value: Any, index: int, response: str) -> float:
 
 
 def to_float(value: Any) -> float | None:
-    """Returns a number as a float (also one of NumPy or JAX, or a tensor without axes); None if it
-    is not a number.
+    """Returns a value as a float, or None if it is not a number.
+
+    Numbers are Python's, NumPy's and JAX's, and arrays and tensors of any library without axes. An
+    integer that is too large for a float gives infinity.
     """
     if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
         return None
@@ -235,16 +289,23 @@ def to_float(value: Any) -> float | None:
 
 
 def described(error: BaseException) -> str:
-    """Returns an exception's type and message on one line, without a full stop at its end."""
+    """Returns an exception's type and its message on one line, cut to `LONGEST` characters, without
+    a full stop at its end.
+    """
     message = " ".join(str(error).split())[:LONGEST]
     return f"{type(error).__name__}: {message}".rstrip(": .")
 
 
 def location(trace: TracebackType | None, source: str) -> str:
-    """Returns ` (FILE, line N, in NAME)`: the deepest frame in the user's module, or else the
-    deepest of all.
+    """Returns ` (FILE, line N, in NAME)`, the place where the user's code raised an exception.
 
-    Frames of this file and of Python's import system do not count.
+    The place is the deepest frame in the user's module, or the deepest frame of all if there is
+    none. Frames of this file and of Python's import system do not count. Returns "" without any
+    frame.
+
+    Args:
+        trace: The exception's traceback.
+        source: The user's module: its dotted name, or the path of a .py file.
     """
     frames = [
         f
