@@ -138,10 +138,16 @@ class Judge:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> np.ndarray:
-        """Returns the rewards, float64 [n]; sends up to `concurrency` requests at a time.
+        """Returns the rewards of the responses, float64 [n] in [0, 1]; sends up to `concurrency`
+        requests at a time.
 
-        Raises UserError for the first response that gets no score; the remaining requests are
-        cancelled.
+        Args:
+            prompts: The n prompts as text.
+            responses: The n responses as text.
+            rows: The rows of the prompts; not read.
+
+        Raises:
+            UserError: A response gets no score; the remaining requests are cancelled.
         """
         checks.sequences(prompts, responses, rows)
         key = self.api_key()
@@ -163,8 +169,10 @@ class Judge:
         return self.rewards(scores)
 
     def rewards(self, scores: Sequence[float | None]) -> np.ndarray:
-        """Returns scores mapped to [0, 1]: float64 [n]. A score of None becomes 0.5, with a
-        warning.
+        """Returns scores mapped from [lowest, highest] to [0, 1]: float64 [n].
+
+        A score of None becomes `NEUTRAL`, 0.5; one warning is logged with the number of these
+        scores.
         """
         unread = sum(score is None for score in scores)
         if unread:
@@ -178,6 +186,10 @@ class Judge:
     def question(self, prompt: str, response: str) -> str:
         """Returns the template with its four fields filled in; braces in the filled-in texts are
         kept.
+
+        Args:
+            prompt: The prompt as text.
+            response: The response as text.
         """
         values = {
             "prompt": prompt,
@@ -195,10 +207,19 @@ class Judge:
     def ask(
         self, index: int, question: str, key: str | None, stop: threading.Event
     ) -> float | None:
-        """Returns the score of one response.
+        """Returns the score of one response, in [lowest, highest].
 
         Returns None if the judge gave no score and `on_failure` is neutral, or if `stop` is set
         because another response failed. Sets `stop` on any error.
+
+        Args:
+            index: The response's index in the batch, for error messages.
+            question: The text of the request.
+            key: The API key; None sends none.
+            stop: Set as soon as a request of the batch has failed.
+
+        Raises:
+            UserError: The judge gives no score, or refuses the request.
         """
         if stop.is_set():
             return None
@@ -211,9 +232,19 @@ class Judge:
     def attempts(
         self, index: int, data: bytes, key: str | None, stop: threading.Event
     ) -> float | None:
-        """Sends a request up to retries + 1 times and returns the score, or None as `ask` does.
+        """Sends a request up to retries + 1 times and returns the score, in [lowest, highest].
 
-        Raises UserError when all attempts have failed.
+        Waits between attempts if the judge is unavailable. Returns None if the judge gave no score
+        and `on_failure` is neutral, or if `stop` is set while waiting.
+
+        Args:
+            index: The response's index in the batch, for error messages.
+            data: The JSON body of the request.
+            key: The API key; None sends none.
+            stop: Set as soon as another request of the batch has failed.
+
+        Raises:
+            UserError: All attempts have failed, or the judge refuses the request.
         """
         failure: Unreadable | Unavailable | None = None
         for attempt in range(self.retries + 1):
@@ -236,7 +267,12 @@ class Judge:
         ) from failure
 
     def body(self, question: str) -> dict[str, Any]:
-        """Returns the JSON body of a chat-completion request."""
+        """Returns the JSON body of a chat-completion request, which asks for log-probabilities in
+        mode `expected`.
+
+        Args:
+            question: The text of the request.
+        """
         asked = (
             {"logprobs": True, "top_logprobs": self.top_logprobs} if self.mode == "expected" else {}
         )
@@ -249,8 +285,10 @@ class Judge:
         }
 
     def api_key(self) -> str | None:
-        """Returns the API key from the environment, or None if no variable is named; raises
-        UserError if it is missing or malformed.
+        """Returns the API key from the environment variable `api_key_variable`; None if no variable
+        is named.
+
+        Raises UserError if the variable is not set, or holds control or non-ASCII characters.
         """
         if self.api_key_variable is None:
             return None

@@ -20,7 +20,14 @@ class Unreadable(Exception):
 
 
 def first_choice(reply: bytes) -> dict[str, Any]:
-    """Returns the first choice of a chat completion; raises UserError if the reply is not one."""
+    """Returns the first choice of a chat completion, a dictionary with the key `message`.
+
+    Args:
+        reply: The body of the server's reply.
+
+    Raises:
+        UserError: The reply is not a chat completion in JSON.
+    """
     try:
         choice = json.loads(reply)["choices"][0]
         choice["message"].get("content")
@@ -34,8 +41,15 @@ def first_choice(reply: bytes) -> dict[str, Any]:
 
 
 def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
-    """Returns the first number of the answer; raises Unreadable if there is none or it is out of
-    range.
+    """Returns the first number of the judge's answer.
+
+    Args:
+        choice: The choice of the chat completion.
+        lowest: The lowest allowed score.
+        highest: The highest allowed score.
+
+    Raises:
+        Unreadable: The answer has no number, or the first number is not in [lowest, highest].
     """
     answer = content(choice)
     found = NUMBER.search(answer)
@@ -55,13 +69,18 @@ def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> flo
 def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
     """Returns the expected score, sum_s s P(s) / sum_s P(s) (Lee et al. 2023).
 
-    s runs over the whole numbers in [lowest, highest] among the candidates of the answer's first
-    token that is not white space. Candidates that differ only in white space count as the same
-    number.
+    s runs over the whole numbers in [lowest, highest] among the candidates for the answer's first
+    token that is not white space; P(s) is the candidate's probability. Candidates that differ only
+    in white space count as the same number.
+
+    Args:
+        choice: The choice of the chat completion, with log-probabilities.
+        lowest: The lowest score.
+        highest: The highest score.
 
     Raises:
         Unreadable: No candidate is a number in range.
-        UserError: The model writes a score as two tokens.
+        UserError: The model writes a score as two tokens, or the server sent no log-probabilities.
     """
     tokens = list(itertools.dropwhile(lambda token: not token["token"].strip(), listed(choice)))
     if len(tokens) > 1 and (tokens[0]["token"].strip() + tokens[1]["token"]).isdecimal():
@@ -86,8 +105,10 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
 
 
 def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the answer's tokens with their candidates' log-probabilities; raises UserError if the
-    server sent none.
+    """Returns the tokens of the answer, each with the keys `token` and `top_logprobs`, a list of
+    candidates with `token` and `logprob`.
+
+    Raises UserError if the server sent no log-probabilities.
     """
     try:
         tokens = choice["logprobs"]["content"]
@@ -106,8 +127,9 @@ def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def content(choice: Mapping[str, Any]) -> str:
-    """Returns the text of the answer, or "" if there is none (a model that ran out of tokens while
-    reasoning).
+    """Returns the text of the answer, or "" if there is none.
+
+    A model whose reasoning reaches the limit of tokens gives no text.
     """
     answer = choice["message"].get("content")
     return answer if isinstance(answer, str) else ""

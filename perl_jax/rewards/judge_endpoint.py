@@ -21,7 +21,11 @@ HINTS = {401: "check the key", 403: "check the key", 404: "check judge.url and j
 
 
 class Unavailable(Exception):
-    """The judge did not answer; another attempt after at least `seconds` may succeed."""
+    """The judge did not answer; another attempt after a wait may succeed.
+
+    Attributes:
+        seconds: The shortest wait that the server asks for, in seconds.
+    """
 
     def __init__(self, reason: str, seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -46,7 +50,11 @@ def check_url(url: Any) -> None:
 
 
 def chat_url(url: str) -> str:
-    """Returns the address of chat completions below `url`; a `url` without a path means /v1."""
+    """Returns the address for chat completions: `url` with `/chat/completions` at the end of its
+    path.
+
+    A `url` without a path gets the path `/v1` first. An address that already ends so is kept.
+    """
     parts = urllib.parse.urlsplit(url)
     path = parts.path.rstrip("/") or "/v1"
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
@@ -61,9 +69,19 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
-    """Sends a POST request and returns the body of the reply.
+    """Sends a POST request with a JSON body and returns the body of the reply. Redirects are
+    refused.
 
-    Raises Unavailable if another attempt may succeed, else UserError.
+    Args:
+        url: The address.
+        data: The JSON body.
+        key: The API key, sent as a bearer token; None sends none.
+        seconds: The longest silence of the server in seconds.
+
+    Raises:
+        Unavailable: The connection failed, the server was silent, or the status is 429 or 5xx;
+            another attempt may succeed.
+        UserError: The status is any other error.
     """
     headers = {
         "Content-Type": "application/json",
@@ -88,8 +106,16 @@ def post(url: str, data: bytes, key: str | None, seconds: float) -> bytes:
 
 
 def refused(error: urllib.error.HTTPError, url: str, key: str | None) -> NoReturn:
-    """Raises Unavailable or UserError for an HTTP error status, with the server's message; the key
-    is removed from it.
+    """Raises an exception for an HTTP error status, with the server's message.
+
+    Args:
+        error: The HTTP error.
+        url: The address, for the message.
+        key: The API key, which is removed from the server's message; None if none was sent.
+
+    Raises:
+        Unavailable: The status is 429 or 5xx.
+        UserError: Any other status.
     """
     try:
         said = error.read().decode("utf-8", "replace")

@@ -19,12 +19,12 @@ from perl_jax.rewards.scoring import role_name
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A trained reward model: weight * (raw score - mean) / standard deviation.
+    """A trained reward model; its reward is weight * (score - mean) / standard deviation.
 
     Attributes:
         adapter: The adapter (or all weights) with its scalar head.
-        record: Its record, with the mean and standard deviation of raw scores.
-        weight: The factor of the score in the total.
+        record: The record of its artefact, with the mean and the standard deviation of its scores.
+        weight: The factor of the normalised score in the total.
     """
 
     adapter: Adapter
@@ -80,7 +80,14 @@ class RewardTotal:
         )
 
     def loaded(self, model: Model) -> RewardTotal:
-        """Returns the total with reward models in the place of folders."""
+        """Returns the total with every folder of a reward artefact loaded as a `RewardModel`.
+
+        Args:
+            model: The base model that the artefacts belong to.
+
+        Raises:
+            UserError: A folder is no reward artefact of this base and tokenizer.
+        """
         read = lambda one: (
             one if isinstance(one, RewardModel) else RewardModel(*model.load_role(one, "reward"))
         )
@@ -88,7 +95,7 @@ class RewardTotal:
 
     @property
     def loaded_models(self) -> tuple[RewardModel, ...]:
-        """The reward models; raises ValueError while one of them is a folder (`loaded`)."""
+        """The reward models; raises ValueError if one of them is still a folder (see `loaded`)."""
         found = tuple(one for one in self.models if isinstance(one, RewardModel))
         if len(found) < len(self.models):
             raise ValueError("the reward models are folders that have not been loaded")
@@ -101,23 +108,28 @@ class RewardTotal:
 
     @property
     def roles(self) -> dict[str, Adapter]:
-        """The adapters of the loaded reward models, by their names in the train state."""
+        """The adapters of the loaded reward models, by their names among the frozen roles
+        (`role_name`).
+        """
         return {role_name(index): one.adapter for index, one in enumerate(self.loaded_models)}
 
     @property
     def first_weight(self) -> float:
-        """The factor of the first model's score if it is the only model."""
+        """The factor of the first model's normalised score in the total; only meaningful for a
+        single model.
+        """
         return self.weight if isinstance(self.combine, str) else self.weight * self.combine[0]
 
 
 def total_of(rewards: Iterable[Any] | RewardTotal) -> RewardTotal:
-    """Returns the sum of rewards, each with its own weight.
+    """Returns the sum of rewards, each with its own weight, as a `RewardTotal`.
 
     Args:
-        rewards: Reward models, folders of reward artefacts, terms and functions; or a total, which
-            is returned unchanged.
+        rewards: Reward models, folders of reward artefacts (weight 1), terms, and functions (weight
+            1, see `reward`); or a total, which is returned unchanged.
 
-    Raises UserError for anything else.
+    Raises:
+        UserError: An item is anything else, or there is none.
     """
     if isinstance(rewards, RewardTotal):
         return rewards

@@ -35,10 +35,9 @@ MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """max(-1, -excess / scale), where excess = max(minimum - n, n - maximum, 0) and n is the
-    length.
+    """Rewards a length n in [minimum, maximum] with 0, any other with max(-1, -excess / scale).
 
-    A length within [minimum, maximum] earns 0.
+    excess = max(minimum - n, n - maximum, 0).
 
     Attributes:
         minimum: The least length without a penalty.
@@ -69,7 +68,9 @@ class Length:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
-        """Returns the rewards of the responses, float64 [n] in [-1, 0]."""
+        """Returns the rewards of n responses, float64 [n] in [-1, 0]; `prompts` and `rows` are not
+        read.
+        """
         return np.array([self.reward(response) for response in responses], np.float64)
 
     def reward(self, response: str) -> float:
@@ -82,12 +83,13 @@ class Length:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """1 if the response is one JSON value, with nothing else but white space around it; else 0.
+    """Rewards a response that is one JSON value with 1, any other with 0. White space around it is
+    allowed.
 
     NaN and Infinity are not valid JSON. Nesting too deep for Python's parser earns 0.
 
     Attributes:
-        keys: If given, the value must be an object with these keys.
+        keys: If not empty, the value must be an object with these keys; other keys are allowed.
     """
 
     keys: tuple[str, ...] = ()
@@ -98,11 +100,13 @@ class Format:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
-        """Returns the rewards of the responses, float64 [n] of 0 and 1."""
+        """Returns the rewards of n responses, float64 [n] of 0 and 1; `prompts` and `rows` are not
+        read.
+        """
         return np.array([self.fits(response) for response in responses], np.float64)
 
     def fits(self, response: str) -> bool:
-        """Returns whether a response is one JSON value and has the keys."""
+        """Returns whether a response is one JSON value and has the keys `keys`."""
         try:
             # Numbers stay text: Python refuses to convert integers of thousands of digits.
             value = json.loads(
@@ -114,14 +118,16 @@ class Format:
 
 
 def refuse_constant(constant: str) -> None:
-    """Raises ValueError for NaN and Infinity, which Python's parser accepts."""
+    """Raises ValueError; called by Python's JSON parser for NaN and Infinity, which it would
+    accept.
+    """
     raise ValueError(f"{constant} is not JSON")
 
 
 @dataclasses.dataclass(frozen=True)
 class Regex:
-    """1 if the pattern is found in the response (`search`) or matches all of it (`fullmatch`); else
-    0.
+    """Rewards a response that the pattern is found in (`search`) or matches whole (`fullmatch`)
+    with 1, any other with 0.
 
     Attributes:
         pattern: A pattern in the syntax of Python's `re`; flags are written inside, such as (?i) or
@@ -146,7 +152,9 @@ class Regex:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
-        """Returns the rewards of the responses, float64 [n] of 0 and 1."""
+        """Returns the rewards of n responses, float64 [n] of 0 and 1; `prompts` and `rows` are not
+        read.
+        """
         pattern, match = re.compile(self.pattern), MODES[self.mode]
         return np.array(
             [match(pattern, response) is not None for response in responses], np.float64
@@ -155,11 +163,10 @@ class Regex:
 
 @dataclasses.dataclass(frozen=True)
 class ExactMatch:
-    """1 if the response equals the row's answer, else 0. An answer that is a number is compared as
-    printed.
+    """Rewards a response that equals the row's answer with 1, any other with 0.
 
-    A row without an answer, or with an empty one, is an error; otherwise an empty response would be
-    rewarded.
+    An answer that is a number is compared as Python prints it. A row without an answer, or with an
+    empty one, is an error; otherwise an empty response would be rewarded.
 
     Attributes:
         field: The field of the row that holds the answer; it may be any column of the prompts.
@@ -177,8 +184,15 @@ class ExactMatch:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
-        """Returns the rewards of the responses, float64 [n] of 0 and 1; raises UserError for a row
-        without an answer.
+        """Returns the rewards of n responses, float64 [n] of 0 and 1.
+
+        Args:
+            prompts: Not read.
+            responses: The n responses as text.
+            rows: The row of each response, which holds its answer.
+
+        Raises:
+            UserError: A row has no answer.
         """
         answers = [self.answer(row, index) for index, row in enumerate(rows)]
         form = str if self.strict else normalised
@@ -187,13 +201,19 @@ class ExactMatch:
         )
 
     def check_rows(self, rows: Iterable[Row]) -> None:
-        """Raises UserError naming the first row without an answer."""
+        """Raises UserError that names the first row without an answer."""
         for index, row in enumerate(rows):
             self.answer(row, index)
 
     def answer(self, row: Row, index: int) -> str:
-        """Returns the row's answer as a string; raises UserError if it is missing, empty or neither
-        a text nor a number.
+        """Returns the row's answer as a string.
+
+        Args:
+            row: The row of a prompt.
+            index: The row's number, for error messages.
+
+        Raises:
+            UserError: The answer is missing, blank, or neither a text nor a finite number.
         """
         # Quote the prompt too: an index within a batch says little.
         where = f"Row {index} ({row['prompt'][:SHOWN]!r})" if "prompt" in row else f"Row {index}"
@@ -222,7 +242,7 @@ def normalised(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """min(occurrences, most) / most, over the occurrences of any of the words; case is ignored.
+    """Rewards occurrences of any of the words with min(occurrences, most) / most; case is ignored.
 
     Only whole words count: no letter, digit or underscore may touch a match. An entry of several
     words is a phrase. Where two entries begin at the same place, only the longer one counts.
@@ -245,7 +265,9 @@ class Words:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
-        """Returns the rewards of the responses, float64 [n] in [0, 1]."""
+        """Returns the rewards of n responses, float64 [n] in [0, 1]; `prompts` and `rows` are not
+        read.
+        """
         longest_first = sorted((normalised(word) for word in self.words), key=len, reverse=True)
         pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
         found = [sum(1 for _ in pattern.finditer(normalised(response))) for response in responses]
