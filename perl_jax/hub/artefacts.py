@@ -45,9 +45,8 @@ class Record:
         tokenizer_fingerprint: Identifies the tokenizer and its chat template.
         step: The training step that the role is from.
         metrics: Metrics at that step.
-        score_mean: The mean of a reward's raw scores; a normalised score is (raw - mean) / std.
-            None for other roles.
-        score_std: The standard deviation of a reward's raw scores, or None.
+        score_mean: The mean of a reward model's scores, to normalise them; None for other roles.
+        score_std: The standard deviation of a reward model's scores; None for other roles.
         scaling: The formula of the adapter's scale.
         under: Ranks, by projection, of frozen pairs beneath the trained adapter; None if there are
             none.
@@ -84,8 +83,13 @@ class Record:
         one_of("artefact.dtype", self.dtype, ("float32",))
 
     def normalise(self, scores: Any) -> Any:
-        """Returns (scores - score_mean) / score_std; raises UserError if the role has no
-        normalisation.
+        """Returns (scores - score_mean) / score_std, with the shape of `scores`.
+
+        Args:
+            scores: Scores of the reward model, not normalised.
+
+        Raises:
+            UserError: The role has no normalisation.
         """
         require(
             self.score_mean is not None,
@@ -95,7 +99,12 @@ class Record:
 
 
 def record_of(adapter: Adapter, **values: Any) -> Record:
-    """Returns the record of a role: fields read from its tree, and the given `values`."""
+    """Returns the record of a role.
+
+    Args:
+        adapter: The role; gives the fields tuning, lora, has_head, scaling and under.
+        values: The other fields of `Record` that have no default, and any that differ from it.
+    """
     return Record(
         tuning="full" if adapter.weights is not None else "lora",
         lora=adapter.config,
@@ -111,6 +120,7 @@ def base_fingerprint(config: ModelConfig, weights: str) -> str:
     outputs.
 
     Args:
+        config: The base's configuration; its `function` has these fields.
         weights: The fingerprint of the weights (`trees.fingerprint`).
     """
     return files.digest([weights, config.function])
@@ -120,9 +130,15 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
     """Writes an artefact: `tree/` (Orbax) and `artefact.json`. The folder appears complete or not
     at all.
 
-    With several processes, each writes the parts of the tree that it alone holds, the first writes
-    the rest, and all return when the artefact is complete. `artefact.json` holds a digest of each
-    leaf as it is in memory, and a checksum of itself.
+    An existing artefact in the folder is replaced. With several processes all must call this
+    function: each writes the parts of the tree that it alone holds, the first writes the rest, and
+    all return when the artefact is complete. `artefact.json` contains a digest of each leaf as it
+    is in memory, and a checksum of the file.
+
+    Args:
+        folder: The artefact's folder.
+        adapter: The role.
+        record: Its record; the format is set to `FORMAT`.
     """
     content = trees.digests(adapter)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -142,7 +158,12 @@ def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> Non
 
 
 def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames a complete artefact to its final name; replaces an existing one."""
+    """Renames a complete artefact to its final name; replaces an existing one.
+
+    Args:
+        temporary: The complete folder.
+        folder: Its final name.
+    """
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -154,13 +175,18 @@ def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def read_record(folder: pathlib.Path) -> Record:
-    """Returns the record of an artefact; raises UserError if the folder holds none."""
+    """Returns the record of an artefact.
+
+    Raises UserError if the folder holds none, its format is unknown, or the record is damaged.
+    """
     return _read_record(folder)[0]
 
 
 def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
-    """Returns (record, digests of the tree's leaves); the digests are None in format 1, which has
-    none.
+    """Returns (record, digests of the tree's leaves by name); the digests are None in format 1.
+
+    Raises UserError if the folder holds no artefact, its format is unknown, or the record is
+    damaged.
     """
     path = folder / RECORD
     require(path.exists(), f"{folder} is not an artefact: there is no {RECORD} in it.")
@@ -183,11 +209,11 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
 
 
 def content_of(folder: pathlib.Path) -> Any:
-    """Returns a JSON value that identifies an artefact's content: its record and its leaves'
-    digests.
+    """Returns a JSON value that identifies an artefact's content: [record, digests, file hashes].
 
-    Without digests (format 1), hashes of its files. Raises UserError if the folder holds no
-    artefact.
+    The digests of the tree's leaves are None in an artefact of format 1, which has none; then
+    hashes of all its files by name replace them. Otherwise the file hashes are None. Raises
+    UserError if the folder holds no artefact.
     """
     record, content = _read_record(folder)
     hashes = (
@@ -209,13 +235,14 @@ def abstract_adapter(
     has_head: bool,
     under: Mapping[str, int] | None = None,
 ) -> Adapter:
-    """Returns a role's tree as `jax.ShapeDtypeStruct` leaves.
+    """Returns a role's tree with `jax.ShapeDtypeStruct` leaves, all float32.
 
     Args:
+        lm: The base model's functions.
         tuning: lora or full.
         lora: The adapter's configuration; None for full tuning.
         has_head: Whether the role has a scalar head.
-        under: Ranks of frozen pairs beneath the adapter, by projection.
+        under: Ranks of frozen pairs beneath the adapter, by projection; None if there are none.
     """
     head = None
     if has_head:
@@ -247,10 +274,10 @@ def load_artefact(
     role: str | None,
     shardings: Any = None,
 ) -> tuple[Adapter, Record]:
-    """Returns (adapter in float32, record) of an artefact.
+    """Returns (role in float32, record) of an artefact.
 
     Args:
-        folder: The artefact.
+        folder: The artefact's folder.
         lm: The base model's functions.
         weights: The fingerprint of the base's weights (`trees.fingerprint`).
         base_name: The base's name, for messages.

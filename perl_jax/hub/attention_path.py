@@ -19,14 +19,18 @@ _SHALLOW = 8
 
 
 def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> ModelConfig:
-    """Returns the config with settings for the mesh's devices: the attention path, and on a CPU
-    unrolled layers.
+    """Returns the config with the attention path for the mesh's devices.
+
+    On CPUs, the layers of models with at most `_SHALLOW` layers are also unrolled.
 
     Args:
+        config: The model's configuration.
+        mesh: The devices.
         attention: The attention path; auto takes the best one for the devices
             (`kernels.choose_attention`).
 
-    On CPUs models with few layers have them unrolled. Raises UserError for a path that CPUs lack.
+    Raises:
+        UserError: CPUs do not support the path.
     """
     path = _choice(config, mesh).path if attention == "auto" else attention
     if platform_of(mesh) != "cpu":
@@ -51,8 +55,9 @@ def _choice(config: ModelConfig, mesh: Mesh) -> kernels.AttentionChoice:
 
 
 def attention_paths(lm: LanguageModel) -> dict[str, str]:
-    """Returns how attention is computed, and why: for `training` (also for scoring) and
-    `sampling`.
+    """Returns how attention is computed, with the reason, as {"training": text, "sampling": text}.
+
+    The path for training is also that for scoring.
     """
     path, (best, why) = lm.config.attention, _choice(lm.config, lm.mesh)
     whole = f"{path} ({why if path == best else '--attention asks for it'})"
@@ -68,7 +73,13 @@ def attention_paths(lm: LanguageModel) -> dict[str, str]:
 
 
 def say_attention(job: str, lm: LanguageModel) -> None:
-    """Prints the attention paths in one line to standard error, from the first process."""
+    """Prints the attention paths in one line to standard error; other processes than the first
+    print nothing.
+
+    Args:
+        job: The command's name, with which the line begins.
+        lm: The model's functions.
+    """
     if hosts.is_writer():
         print(
             f"{job}: attention: "

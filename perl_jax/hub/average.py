@@ -36,10 +36,11 @@ class AverageConfig(TemplateOptions):
 
 
 def run_average(config: AverageConfig) -> pathlib.Path:
-    """Writes the weighted sum of adapters and returns its folder.
+    """Writes the weighted sum of adapters as an artefact and returns its folder.
 
-    The moments of rewards' raw scores are summed with the same weights. Raises UserError if roles,
-    numbers of weights or adapters do not fit together.
+    The mean and the standard deviation that normalise reward models' scores are summed with the
+    same weights. Raises UserError, and leaves no folder, if roles, numbers of weights or adapters
+    do not fit together, or the folder exists.
     """
     number = len(config.adapters)
     require(number > 0, "Give at least one adapter to average.")

@@ -38,9 +38,9 @@ class Turns:
     Attributes:
         opening: Everything before the user's first words, including a system turn.
         contents: The texts of user and assistant in turn; the first and the last are the user's.
-        joints: What the template writes between a user's and an assistant's text, and between an
-            assistant's and a user's.
-        cue: What asks the assistant to begin, at the end.
+        joints: What the template writes between a user's text and the assistant's answer, and
+            between an assistant's text and the user's next one.
+        cue: What the template writes after the last user text; it asks the assistant to begin.
     """
 
     opening: str
@@ -49,12 +49,12 @@ class Turns:
     cue: str
 
     def from_turn(self, turn: int, text: str) -> str:
-        """Returns the prompt with all turns before a user turn removed, and another text in that
-        turn.
+        """Returns the rendered prompt without the turns before one user turn, and with another text
+        in that turn. The opening stays.
 
         Args:
-            turn: The index of the user turn in `contents`.
-            text: Its new text.
+            turn: The index of the user turn in `contents`, an even number.
+            text: The new text of that turn.
         """
         joined = text
         for place, content in enumerate(self.contents[turn + 1 :]):
@@ -105,9 +105,15 @@ class Chat:
         self.uses_date = "strftime_now" in template or "date_string" in template
 
     def prompt(self, text: str) -> str:
-        """Returns the rendered user turn, up to where the response begins.
+        """Returns a prompt rendered as one user turn, followed by the cue after which the response
+        begins.
 
-        Raises UserError, with the template's own message, if the template refuses the text.
+        Args:
+            text: The user's text.
+
+        Raises:
+            UserError: The template refuses the text, with the template's own message, or does not
+                end within `templates.STEPS` steps.
         """
         try:
             return self._render([("user", text)], True)
@@ -123,11 +129,15 @@ class Chat:
             ) from error
 
     def is_rendered(self, text: str) -> bool:
-        """Returns whether a prompt already is an output of the template.
+        """Returns whether a prompt is already an output of the template.
 
-        The prompt must end with the assistant's cue. Also either the cue holds a special token of
-        the tokenizer, which nobody writes by accident, or the prompt begins as the template does. A
-        plain cue (`Assistant:`) alone proves nothing, because people write that themselves.
+        The prompt must end with the assistant's cue. In addition either the cue must contain a
+        special token of the tokenizer, which nobody writes by accident, or the prompt must begin as
+        the template's outputs do. A plain cue (`Assistant:`) alone proves nothing, because people
+        write it themselves.
+
+        Args:
+            text: The prompt.
         """
         cue = self.after.strip()
         if not cue or not text.rstrip().endswith(cue):
@@ -137,8 +147,14 @@ class Chat:
         )
 
     def turns(self, text: str) -> Turns | None:
-        """Splits a rendered prompt into its turns; returns None if it is not built as this template
-        builds conversations.
+        """Returns a rendered prompt split into its turns, or None if it does not have the form of
+        this template's outputs.
+
+        If the template renders no conversations of several turns, the result has one text and empty
+        joints.
+
+        Args:
+            text: The rendered prompt.
         """
         found, joints = self._split_cue(text), self._joints
         if found is None:
@@ -160,8 +176,8 @@ class Chat:
         return Turns(opening, tuple(contents), joints, cue) if len(contents) % 2 == 1 else None
 
     def _split_cue(self, text: str) -> tuple[str, str] | None:
-        """Returns (text before the cue, the cue as written in the text), or None if the text does
-        not end with it.
+        """Returns (text before the cue, the cue with the white space around it as written), or None
+        if the text does not end with the cue.
         """
         bare, cue = text.rstrip(), self.after.strip()
         if not cue or not bare.endswith(cue):
@@ -172,18 +188,19 @@ class Chat:
         return text[:at], text[at:]
 
     def _openings(self) -> list[tuple[str, str]]:
-        """Returns the beginnings that a rendered prompt can have, with and without the bos token.
+        """Returns the beginnings that a rendered prompt can have: without and with a system turn,
+        each with and without the bos token.
 
-        Each is (text before the first words, text between the system's words and the user's). The
-        second is empty if there is no system turn.
+        Each is a pair: the text before the first words, and the text between the system's words and
+        the user's ("" without a system turn).
         """
         openings = [(self.before, ""), *([] if self._system is None else [self._system])]
         bos = self.inner.bos_token or ""
         return openings + [(opening.removeprefix(bos), joint) for opening, joint in openings]
 
     def _opening_of(self, text: str) -> str | None:
-        """Returns everything before the user's first words, or None if the text begins as no prompt
-        does.
+        """Returns everything before the user's first words, including a system turn, or None if the
+        text does not begin as the template's outputs do.
         """
         for opening, joint in self._openings():
             if text.startswith(opening):
@@ -194,10 +211,11 @@ class Chat:
 
     @functools.cached_property
     def _joints(self) -> tuple[str, str] | None:
-        """What the template writes between user and assistant text, and between assistant and user
-        text.
+        """What the template writes between a user's text and the assistant's answer, and between an
+        assistant's text and the user's next one.
 
-        None if it cannot render such a conversation, or renders the ends of it differently.
+        None if the template cannot render a conversation of three turns, or begins or ends it
+        differently from a single turn.
         """
         written = self._tried([("user", _FIRST), ("assistant", _ANSWER), ("user", _SECOND)])
         parts = _split_at(written, (_FIRST, _ANSWER, _SECOND))
@@ -211,8 +229,8 @@ class Chat:
 
     @functools.cached_property
     def _system(self) -> tuple[str, str] | None:
-        """What the template writes before a system text, and between system and user text; None
-        without system turns.
+        """What the template writes before a system text, and between the system text and the
+        user's; None if it renders no system turns.
         """
         written = self._tried([("system", _SYSTEM), ("user", _FIRST)])
         parts = _split_at(written, (_SYSTEM, _FIRST))
@@ -224,7 +242,7 @@ class Chat:
 
     @functools.cached_property
     def _cue_is_special(self) -> bool:
-        """Whether the cue holds a special token.
+        """Whether the cue contains a special token of the tokenizer.
 
         Cached, because transformers rebuilds the dictionary of added tokens at each access.
         """
@@ -245,7 +263,12 @@ class Chat:
     def _tried(self, turns: list[tuple[str, str]], cue: bool = True) -> str:
         """Returns a rendered conversation, or "" if the template refuses it.
 
-        Raises UserError if the rendering does not end.
+        Args:
+            turns: (role, text) of each turn.
+            cue: Whether the assistant's cue is appended.
+
+        Raises:
+            UserError: The rendering does not end.
         """
         try:
             return self._render(turns, cue)
@@ -255,10 +278,15 @@ class Chat:
             return ""
 
     def _probed(self, turns: list[tuple[str, str]]) -> str:
-        """Returns `_render`'s text, or "" if the template fails on contents that are not message
-        parts.
+        """Returns a rendered conversation with the cue, or "" if the template fails while contents
+        are plain texts.
 
-        Raises UserError if it fails with message parts too, or does not end.
+        Args:
+            turns: (role, text) of each turn.
+
+        Raises:
+            UserError: The template also fails with contents as lists of message parts, or the
+                rendering does not end.
         """
         try:
             return self._render(turns, True)
@@ -285,7 +313,12 @@ class Chat:
         return Template(self.template, self.date)
 
     def _render(self, turns: Sequence[tuple[str, str]], cue: bool) -> str:
-        """Renders (role, text) turns; with `cue` the assistant's cue is appended."""
+        """Returns the rendered conversation.
+
+        Args:
+            turns: (role, text) of each turn.
+            cue: Whether the assistant's cue is appended.
+        """
         wrapped = lambda text: [{"type": "text", "text": text}] if self._parts else text
         messages = [{"role": role, "content": wrapped(text)} for role, text in turns]
         variables = {
@@ -300,8 +333,14 @@ class Chat:
 
 
 def template_of(inner: PreTrainedTokenizerBase, name: str) -> str | None:
-    """Returns the tokenizer's own template, or None; raises UserError if it has several and no
-    default.
+    """Returns the source of the tokenizer's own chat template, or None if it has none.
+
+    Args:
+        inner: The tokenizer of transformers.
+        name: The model's name, for messages.
+
+    Raises:
+        UserError: The tokenizer has several templates, and none of them is called `default`.
     """
     found = inner.chat_template
     if not isinstance(found, dict):
@@ -316,7 +355,13 @@ def template_of(inner: PreTrainedTokenizerBase, name: str) -> str | None:
 
 
 def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
-    """Returns the text cut at each mark, in this order; None if one is missing."""
+    """Returns the parts of a text between marks, one more than there are marks; None if a mark is
+    missing.
+
+    Args:
+        text: The text.
+        marks: Texts that must occur in this order; each is left out of the parts.
+    """
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
@@ -327,10 +372,14 @@ def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error's message on one line."""
+    """Returns an error's message on one line without its full stop, or the error's type if it has
+    no message.
+    """
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _short(text: str) -> str:
-    """Returns a text cut to 40 characters for messages."""
+    """Returns a text for messages: cut to 40 characters, the last three of them `...`, if it is
+    longer.
+    """
     return text if len(text) <= 40 else text[:37] + "..."

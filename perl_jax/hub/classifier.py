@@ -34,11 +34,16 @@ Scorer = Callable[[jax.Array, jax.Array], np.ndarray]
 
 
 def exported_head(adapter: Adapter, record: Record) -> tuple[Tree | None, float]:
-    """Returns (head, offset): the head as a classifier without bias stores it, and the constant it
-    lacks.
+    """Returns (head, offset): the head as a classifier without bias stores it, and the constant
+    that its logits lack.
 
-    A reward's normalisation is part of both: kernel / std, and offset = (bias - mean) / std. So
-    normalised score = logit + offset. The head is None for a role without one.
+    A reward model's normalisation is part of both: kernel / std, and offset = (bias - mean) / std.
+    So normalised score = logit + offset. For a value model mean is 0 and std is 1. A role without a
+    head gives (None, 0).
+
+    Args:
+        adapter: The role.
+        record: Its record, with the moments of a reward model's scores.
     """
     if adapter.head is None:
         return None, 0.0
@@ -74,6 +79,12 @@ def pad_id_of(tokenizer: Tokenizer) -> int:
 def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int) -> None:
     """Writes the tokenizer's files, set to pad on the right with `pad_id`; `tokenizer` itself is
     not changed.
+
+    Args:
+        folder: An existing folder. The pad token in a `special_tokens_map.json` that is there is
+            replaced.
+        tokenizer: The tokenizer.
+        pad_id: The id for padding.
     """
     inner = copy.deepcopy(tokenizer.inner)
     inner.pad_token = inner.convert_ids_to_tokens(pad_id)
@@ -89,6 +100,8 @@ def loader_note(tokenizer: Tokenizer, pad_id: int, offset: float, form: str) -> 
     """Returns one line for people who load the export: the settings that give the right scores.
 
     Args:
+        tokenizer: The model's tokenizer, whose chat template decides how texts must end.
+        pad_id: The classifier's `pad_token_id`.
         offset: The constant to add to the logit.
         form: peft or merged.
     """
@@ -112,7 +125,7 @@ def check_padded(
     found: Scorer,
     allowed: float,
 ) -> None:
-    """Scores a padded batch of texts as a classifier does and compares with the role's scores.
+    """Scores a padded batch of texts as a classifier does and compares the scores with the role's.
 
     The tokenizer in the folder encodes and pads. `found` is read at the rightmost token whose id is
     not `pad_id`, `expected` at the true last token.
@@ -121,9 +134,9 @@ def check_padded(
         folder: The export.
         tokenizer: The model's tokenizer.
         pad_id: The classifier's `pad_token_id`.
-        positions: How many positions the model has.
-        expected: Scores by the role.
-        found: Scores by the exported model.
+        positions: The number of positions that the model has.
+        expected: Computes the scores of the role.
+        found: Computes the scores of the exported model.
         allowed: The largest difference, relative to the largest score (or to 1 if that is smaller).
 
     Raises:
@@ -160,8 +173,14 @@ def check_padded(
 
 
 def read_back(folder: pathlib.Path, tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer in a folder; raises UserError if it encodes whole turns differently
-    from `tokenizer`.
+    """Returns the tokenizer that was written into a folder.
+
+    Args:
+        folder: The export.
+        tokenizer: The model's tokenizer, with which it is compared.
+
+    Raises:
+        UserError: The tokenizer in the folder encodes whole turns differently from `tokenizer`.
     """
     date = {} if tokenizer.chat is None else {"date": tokenizer.chat.date.isoformat()}
     again = Tokenizer(
@@ -178,5 +197,5 @@ def read_back(folder: pathlib.Path, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _whole_turn(tokenizer: Tokenizer, prompt: str, response: str) -> list[int]:
-    """Returns the ids of a prompt and its response with the whole end of the turn."""
+    """Returns the ids of a prompt and its response with the stop part and the tail of the turn."""
     return [*tokenizer.prompt_ids(prompt), *tokenizer.response_ids(response), *tokenizer.tail_ids]

@@ -130,8 +130,14 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 
 def _rope(source: str, found: Mapping[str, Any]) -> Rope:
-    """Returns rotary position settings; raises UserError, beginning with `source`, for unsupported
-    ones.
+    """Returns the settings of rotary positions.
+
+    Args:
+        source: Where the fields are from, the beginning of an error message.
+        found: The fields of `rope_parameters`, or of one kind of layer in it.
+
+    Raises:
+        UserError: A setting is missing or not supported.
     """
     kind = found.get("rope_type", "default")
     scalings: dict[str, Literal["none", "linear", "llama3"]] = {
@@ -174,7 +180,16 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
 
 
 def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
-    """Returns the ModelConfig of a folder's `config.json`; see `from_json`."""
+    """Returns the ModelConfig that a folder's `config.json` describes.
+
+    Args:
+        folder: The model's folder.
+        computing: ModelConfig fields that say how to compute, such as dtype and remat.
+
+    Raises:
+        UserError: The file is no JSON object, or a field is missing, unknown or has an unsupported
+            value.
+    """
     path = folder / "config.json"
     raw = files.read_json(path)
     require(isinstance(raw, dict), f"{path} does not hold a JSON object.")
@@ -266,8 +281,8 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
 
 
 def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
-    """Returns the fields of a folder's `config.json` that are set but read neither here nor by
-    transformers.
+    """Returns the fields of a folder's `config.json` that are set, but are read neither by this
+    package nor by transformers' models; sorted.
 
     None of them affects outputs; a field that could is an error in `from_json`.
     """
@@ -277,19 +292,27 @@ def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def _is_leftover(field: str) -> bool:
-    """Returns whether a field is a known leftover that no family reads."""
+    """Returns whether a field is in `_LEFTOVERS` or begins like one, and no family reads it."""
     read = any(field in family.reads for family in FAMILIES.values())
     return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))
 
 
 def _active_fields(raw: Mapping[str, Any]) -> list[str]:
-    """Returns the fields whose value does not mean off."""
+    """Returns the names of the fields whose value is not None, False, 0 or empty."""
     return [field for field, value in raw.items() if value not in (None, False, 0, [], {}, "")]
 
 
 def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
-    """Returns transformers' config object, which resolves old spellings and each family's
+    """Returns transformers' config object, which resolves old names of fields and a family's
     defaults.
+
+    Args:
+        source: Where the fields are from, for messages.
+        kind: The `model_type`.
+        raw: The fields that are read.
+
+    Raises:
+        UserError: transformers refuses the fields.
     """
     from transformers import AutoConfig
 
@@ -309,9 +332,15 @@ def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
 
 
 def llama_json(config: ModelConfig, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """Returns the `config.json` of a decoder trained here, as a Llama model for transformers.
+    """Returns the fields of a `config.json` with which transformers loads the decoder as a Llama
+    model.
 
-    Raises ValueError for a setting that a Llama config cannot express.
+    Args:
+        config: The decoder's configuration.
+        token_ids: The ids by name: bos, eos and pad, each None if there is none.
+
+    Raises:
+        ValueError: A Llama config cannot express a setting.
     """
     shape = (
         "vocab_size",

@@ -52,14 +52,15 @@ class ExportConfig(TemplateOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """An export, verified.
+    """An export that was read back and verified.
 
     Attributes:
         folder: The folder that was written.
-        difference: The largest difference between its outputs and the role's.
+        difference: The largest absolute difference between the export's outputs (logits, or scores
+            of a role with a head) and the role's.
         note: What people who load it must know; "" for nothing.
         kept: The share of the adapter's effect that a merged checkpoint keeps
-            (`verify.share_kept`); None if not measured.
+            (`verify.share_kept`); None for a PEFT adapter, or if the share is unknown.
     """
 
     folder: pathlib.Path
@@ -99,9 +100,11 @@ def export_peft(model: Model, role: Any, to: str | pathlib.Path) -> Exported:
 
 
 def run_export(config: ExportConfig) -> Exported:
-    """Writes an export, reads it back and compares its outputs with the role's.
+    """Writes an export, reads it back, compares its outputs with the role's, and returns an
+    `Exported`.
 
-    Raises UserError, and keeps nothing, if they differ.
+    Raises UserError, and leaves no folder, if outputs differ, the folder exists, or options do not
+    fit together.
     """
     require(
         config.format == "merged" or config.weights == "stored",
@@ -140,7 +143,15 @@ class _Role(NamedTuple):
 
 
 def _loading_notes(model: Model, adapter: Adapter, record: Record, format: str) -> list[str]:
-    """Returns sentences for people who load an export; none if they need to know nothing."""
+    """Returns sentences for people who load an export: its template's date, and how to get a head's
+    scores; [] if there is nothing to say.
+
+    Args:
+        model: The base model.
+        adapter: The role.
+        record: Its record.
+        format: peft or merged.
+    """
     notes = []
     if model.tokenizer.chat is not None and model.tokenizer.chat.uses_date:
         notes.append(
@@ -155,8 +166,14 @@ def _loading_notes(model: Model, adapter: Adapter, record: Record, format: str) 
 
 
 def _write_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> None:
-    """Writes the files of a PEFT adapter, with the tokenizer and the chat template of the role's
-    training.
+    """Writes the files of a PEFT adapter into a folder, with the tokenizer and the chat template
+    that `model` uses.
+
+    Args:
+        folder: An existing folder.
+        model: The base model.
+        adapter: The role; its head, if any, is written with the normalisation in its kernel.
+        record: Its record.
     """
     head, offset = classifier.exported_head(adapter, record)
     with_head = dataclasses.replace(adapter, head=head)
@@ -169,8 +186,14 @@ def _write_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Re
 
 
 def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: float) -> None:
-    """Writes, for a role with a head, a tokenizer that pads as a classifier needs, and the file of
-    the offset.
+    """Writes what loading a role with a head needs: a tokenizer that pads with an id that ends no
+    turn, and the file `peft.OFFSET_FILE`. Does nothing for a role without a head.
+
+    Args:
+        folder: The folder of the export.
+        model: The base model.
+        record: The role's record.
+        offset: The constant to add to the logit.
     """
     if record.has_head:
         pad_id = classifier.pad_id_of(model.tokenizer)
@@ -188,9 +211,19 @@ def _write_loading(folder: pathlib.Path, model: Model, record: Record, offset: f
 def _write_merged(
     folder: pathlib.Path, config: ExportConfig, model: Model, adapter: Adapter, record: Record
 ) -> None:
-    """Writes a checkpoint: every tensor of the base with the adapter added.
+    """Writes a checkpoint in Hugging Face's format: every tensor of the base with the adapter
+    added.
 
-    The sum is computed in float32; `--weights` says in which dtype it is written.
+    The sum is computed in float32 and written in the dtype that `config.weights` names. A role with
+    a head becomes a sequence classifier, without an output projection. The base's other files are
+    copied, except a replaced chat template.
+
+    Args:
+        folder: An existing folder.
+        config: The export's settings.
+        model: The base model.
+        adapter: The role.
+        record: Its record.
     """
     source = weights.find_model(config.model)
     stored = weights.stored_tensors(source)
@@ -264,18 +297,20 @@ def _write_merged(
 
 
 def _common_dtype(stored: Mapping[str, weights.Stored]) -> np.dtype:
-    """Returns the dtype of most of a checkpoint's tensors."""
+    """Returns the dtype that most of a checkpoint's tensors have."""
     dtypes = [tensor.dtype for tensor in stored.values()]
     return jnp.dtype(weights.STORED[max(set(dtypes), key=dtypes.count)])
 
 
 def _merged_tensor(adapter: Adapter, name: str, layer: int, array: np.ndarray) -> np.ndarray:
-    """Returns a stored tensor with the role merged in, in its own dtype and layout.
+    """Returns a tensor of the checkpoint with the role merged in, in the dtype and layout of
+    `array`.
 
     Args:
+        adapter: The role: an adapter, or all weights, which replace the tensor.
         name: The base leaf that the tensor belongs to.
-        layer: The tensor's layer.
-        array: The tensor as stored.
+        layer: The tensor's layer; 0 for a leaf outside the layers.
+        array: The base's tensor in the checkpoint's layout.
     """
     turn = np.transpose if naming.transposed(name) else np.asarray
     if adapter.weights is not None:

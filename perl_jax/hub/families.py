@@ -127,11 +127,11 @@ def register_family(model_type: str, family: Family) -> None:
     """Registers a model family for this process.
 
     The tensors of the family must have the names and shapes of Llama's, with norms and biases as
-    its settings say. transformers must know its config class.
+    the fields of `family` say. transformers must know its config class.
 
     Args:
         model_type: The `model_type` in the family's config.json.
-        family: The fields that are read, and how they become fields of ModelConfig.
+        family: Which fields of config.json are read, and how they become fields of ModelConfig.
 
     Raises:
         UserError: Another family has this `model_type`.
@@ -144,16 +144,20 @@ def register_family(model_type: str, family: Family) -> None:
 
 
 def _biases(values: Any) -> tuple[str, ...]:
-    """Returns the projections that have biases."""
+    """Returns the names of the projections that have biases (`q`, `k`, ...)."""
     attention = ATTENTION if getattr(values, "attention_bias", False) else ()
     return attention + (FEED_FORWARD if getattr(values, "mlp_bias", False) else ())
 
 
 def _windows(values: Any, used: bool) -> Settings:
-    """Returns the sliding-window fields; none if the model uses no windows.
+    """Returns the ModelConfig fields `window` and `windowed`; {} if no layer has a sliding window.
 
     Args:
+        values: transformers' config object, with `layer_types` and `sliding_window`.
         used: Whether the config turns windows on.
+
+    Raises:
+        UserError: A layer is of another type than full or sliding attention.
     """
     kinds = values.layer_types
     known = {"full_attention", "sliding_attention"}

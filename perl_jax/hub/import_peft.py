@@ -33,10 +33,12 @@ class ImportConfig(TemplateOptions):
 
 
 def run_import(config: ImportConfig) -> pathlib.Path:
-    """Writes a PEFT adapter as an artefact, reads it back and compares outputs; returns the
-    artefact's folder.
+    """Writes a PEFT adapter as an artefact, reads the artefact back and compares outputs; returns
+    its folder.
 
-    Raises UserError, and keeps nothing, if the adapter is not supported or does not fit the base.
+    The scores of a reward model are used unchanged: its record gets mean 0 and standard deviation
+    1. Raises UserError, and leaves no folder, if the adapter is not supported or does not fit the
+    base.
     """
     folder = pathlib.Path(config.peft).expanduser()
     require(folder.is_dir(), f"There is no folder {folder}.")

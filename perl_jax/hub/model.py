@@ -33,7 +33,7 @@ from perl_jax.types import Tree
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A frozen base model, with everything that jobs need of it.
+    """A frozen base model, with all that training, sampling and scoring need of it.
 
     Attributes:
         name: The model's folder or hub name.
@@ -61,14 +61,19 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the base model: its weights and the config fields that affect its outputs."""
+        """16 hex digits that identify the base model: its weights and the config fields that affect
+        its outputs.
+        """
         return artefacts.base_fingerprint(self.lm.config, self.weights_fingerprint)
 
     def adapter_shardings(self, abstract: Tree) -> Tree:
-        """Returns the shardings of a role or a train state.
+        """Returns the shardings of a role or a train state, as a tree like it.
 
-        Full weights are sharded like the base, adapters as configured (`shard_adapters`), all else
-        is replicated.
+        Full weights are sharded like the base, LoRA parameters too if `shard_adapters` is True; all
+        other leaves are replicated.
+
+        Args:
+            abstract: A role or a train state, of arrays or of their shapes.
         """
         placed = {f"weights/{name}": place for name, place in self.lm.base_shardings().items()}
         if self.shard_adapters:
@@ -76,14 +81,19 @@ class Model:
         return sharding.state_shardings(abstract, placed, self.mesh)
 
     def place(self, tree: Tree) -> Tree:
-        """Puts a role or a train state on the devices, with the shardings of
+        """Returns a role or a train state on the devices, with the shardings of
         `adapter_shardings`.
         """
         return jax.device_put(tree, self.adapter_shardings(tree))
 
     def relieved(self, roles: Iterable[Adapter]) -> Model:
-        """Returns this model without its base weights if every role has weights of its own, else
-        this model.
+        """Returns this model with `base` None if every role has weights of its own, else this
+        model.
+
+        The memory of the base is freed when no other model refers to it.
+
+        Args:
+            roles: The roles that will be computed.
         """
         return (
             dataclasses.replace(self, base=None)
@@ -97,19 +107,23 @@ class Model:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def shared_prompts(self, rows: int, samples: int) -> int:
-        """Returns how many samples of a prompt share one copy of the prompt's tokens.
+        """Returns how many samples of a prompt share one copy of the prompt's tokens: `samples` or
+        1.
 
-        All samples, if whole groups of samples divide evenly over the mesh's row parts; else 1.
+        It is `samples` if each row part of the mesh gets whole prompts with all their samples, else
+        1.
 
         Args:
-            rows: The responses in a batch.
-            samples: The samples of each prompt.
+            rows: The number of responses in a batch.
+            samples: The number of samples per prompt.
         """
         return samples if rows % (samples * self.row_parts) == 0 else 1
 
     def packs(self, packing: str) -> bool:
-        """Returns whether batches are packed: `on`, or `auto` on CPUs and GPUs
-        (`DataConfig.packing`).
+        """Returns whether batches are packed.
+
+        Args:
+            packing: on, off, or auto, which packs on CPUs and GPUs (`DataConfig.packing`).
         """
         return packing == "on" or (packing == "auto" and platform_of(self.mesh) in ("cpu", "gpu"))
 
@@ -122,8 +136,14 @@ class Model:
         metrics: dict[str, Any] | None = None,
         **more: Any,
     ) -> Record:
-        """Returns the record of an artefact of a role on this base; `more` are further fields of
-        Record.
+        """Returns the record of an artefact of a role on this base.
+
+        Args:
+            role: policy, reward or value.
+            adapter: The role's tree.
+            step: The training step that the role is from.
+            metrics: Metrics at that step; None for no metrics.
+            more: Further fields of `Record`, such as score_mean.
         """
         return artefacts.record_of(
             adapter,
@@ -141,10 +161,15 @@ class Model:
     def load_role(
         self, folder: str | pathlib.Path, role: str | None = None
     ) -> tuple[Adapter, Record]:
-        """Returns (adapter, record) of an artefact, placed on the mesh.
+        """Returns (adapter, record) of an artefact; the adapter is placed on the mesh.
 
-        Raises UserError if it belongs to another base or tokenizer, or has another role than `role`
-        (None accepts any).
+        Args:
+            folder: The artefact's folder.
+            role: The role that the artefact must have; None accepts any.
+
+        Raises:
+            UserError: The artefact belongs to another base or tokenizer, has another role, or is
+                damaged.
         """
         adapter, record = artefacts.load_artefact(
             pathlib.Path(folder),
@@ -168,10 +193,15 @@ class Model:
 
 
 def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokenizer) -> None:
-    """Raises UserError for a reward model that was trained with another end of a turn.
+    """Raises UserError for a reward model that was trained with other ids at the end of a turn.
 
-    Its scores would be read at a token at which it was not trained. Artefacts without a recorded
-    end are from versions that ended every turn with eos.
+    Its scores would be read at a token at which it was not trained. Artefacts without recorded ids
+    are from versions that ended every turn with eos. Other roles are not checked.
+
+    Args:
+        folder: The artefact's folder, for the message.
+        record: Its record.
+        tokenizer: The model's tokenizer.
     """
     if record.role != "reward":
         return
@@ -237,6 +267,15 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
     """Returns the functions and the tokenizer of a model in a folder, without its weights.
 
     Prints to standard error which fields of its config.json are ignored.
+
+    Args:
+        options: The model's options. The chat template is read from their field `data`, if there is
+            one, else from the options themselves.
+        folder: The model's folder.
+
+    Raises:
+        UserError: The config or the tokenizer is not supported, or the template date is not read by
+            the chat template.
     """
     if (ignored := config_json.leftovers(folder)) and hosts.is_writer():
         print(
@@ -260,26 +299,28 @@ def described(options: ModelOptions, folder: pathlib.Path) -> tuple[LanguageMode
 
 
 def template_of(options: ModelOptions) -> tuple[str, str]:
-    """Returns (chat template, template date) from a job's data options, or from the options of a
-    command without data.
+    """Returns (chat template, template date): the fields `template` and `template_date` of
+    `options.data`, or of `options` if there is no field `data`.
+
+    Missing fields give auto and `DATE`.
     """
     source = getattr(options, "data", options)
     return getattr(source, "template", "auto"), getattr(source, "template_date", DATE)
 
 
 def weights_program(lm: LanguageModel) -> Program:
-    """Returns the compiled program base -> role with full weights, from which full tuning starts
-    (`full_weights`).
+    """Returns the compiled program base -> Adapter with full weights in float32, from which full
+    tuning starts (`full_weights`).
     """
     return Program("full_weights", full_weights, out_shardings=Adapter(weights=_base_shardings(lm)))
 
 
 def merge_program(lm: LanguageModel) -> Program:
-    """Returns the compiled program (base, adapter) -> the base weights with the adapter merged in.
-
-    The result has the shardings of the base. Without compilation each layer, taken out of a sharded
-    leaf, would be put as a whole on one device.
+    """Returns the compiled program (base, adapter) -> the base weights with the adapter merged in,
+    with the shardings of the base.
     """
+    # Without compilation each layer, taken out of a sharded leaf, would be put as a whole on one
+    # device.
     return Program("merged", combine.merge, out_shardings=_base_shardings(lm))
 
 

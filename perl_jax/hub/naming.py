@@ -27,17 +27,22 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def module_names(config: ModelConfig) -> dict[str, str]:
-    """Returns {path of a layer's module here: its path in the checkpoint below
-    `model.layers.N`}.
+    """Returns the path in the checkpoint of each module of a layer, by the module's path here.
+
+    For example {"attention/q": "self_attn.q_proj"}; the checkpoint's paths are below
+    `model.layers.N`.
     """
     return _MODULES | (_SANDWICH_NORMS if config.sandwich_norms else _PRE_NORMS)
 
 
 def tensor_names(name: str, config: ModelConfig) -> list[str]:
-    """Returns the names of the checkpoint's tensors behind a base leaf: one per layer, or one.
+    """Returns the names of the checkpoint's tensors that a base leaf is made of.
+
+    There is one for each layer, in order, or a single one for a leaf outside the layers.
 
     Args:
-        name: The leaf, such as `layers/attention/q/kernel`.
+        name: The leaf, such as `layers/attention/q/kernel` or `outer/embedding`.
+        config: The base model's configuration.
     """
     place, _, rest = name.partition("/")
     if place == "outer":
@@ -48,7 +53,11 @@ def tensor_names(name: str, config: ModelConfig) -> list[str]:
 
 
 def transposed(name: str) -> bool:
-    """Returns whether a leaf is stored transposed: torch stores kernels as [out, in], this package
-    as [in, out].
+    """Returns whether a leaf's tensor in the checkpoint is the transpose of the leaf.
+
+    torch stores kernels as [out, in], this package as [in, out].
+
+    Args:
+        name: The leaf, such as `layers/attention/q/kernel`.
     """
     return name.endswith(("kernel", "lm_head"))

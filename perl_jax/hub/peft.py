@@ -52,7 +52,7 @@ class _Linear:
 
 
 def _linears(config: ModelConfig) -> dict[str, _Linear]:
-    """Returns all projections by name (`q`, `k`, ...)."""
+    """Returns all projections of a layer by name (`q`, `k`, ...), in the order of `LINEAR`."""
     names, out = naming.module_names(config), {}
     for name, leaf in trees.named_leaves(LanguageModel(config).abstract_base()).items():
         path = name.removesuffix("/kernel")
@@ -70,7 +70,15 @@ def to_peft(
 
     A head becomes `score.weight`, without its bias. Frozen pairs beneath the adapter (PiSSA,
     stacked adapters) are joined with the trained pair into one pair of the summed rank, so that
-    PEFT needs no changed base. Raises UserError for a fully tuned role.
+    PEFT needs no changed base.
+
+    Args:
+        adapter: The role.
+        config: The base model's configuration.
+        base_name: The base's folder or hub name, which PEFT loads.
+
+    Raises:
+        UserError: The role is fully tuned.
     """
     require(
         adapter.lora is not None,
@@ -130,9 +138,11 @@ def read_peft(folder: pathlib.Path, config: ModelConfig) -> tuple[Adapter, float
 
 
 def head_facts(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what `perl-jax export` recorded of a head: `offset` and `role`.
+    """Returns {"offset": constant to add to the logit, "role": reward or value} of an exported
+    head.
 
-    A folder without this file is taken for a reward with offset 0.
+    Reads `OFFSET_FILE`, which `perl-jax export` writes. A folder without it is taken for a reward
+    model with offset 0. Raises UserError if the file contains anything else.
     """
     path = folder / OFFSET_FILE
     found = files.read_json(path) if path.exists() else {"offset": 0.0, "role": "reward"}
@@ -165,10 +175,11 @@ class _Pair:
 def from_peft(
     values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
 ) -> Adapter:
-    """Returns the role that PEFT's files describe.
+    """Returns the role that PEFT's files describe, in float32.
 
-    Ranks and scales that are equal in all layers go into the LoRAConfig. Where they differ between
-    layers, ranks are padded with zeros and scales are multiplied into B.
+    Ranks and scales that are equal in all layers go into the LoRAConfig. If they differ between
+    layers, the matrices are padded with zeros to the largest rank, and the scales are multiplied
+    into B.
 
     Args:
         values: The object of adapter_config.json.
@@ -233,9 +244,17 @@ def from_peft(
 def _pairs(
     values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], config: ModelConfig
 ) -> tuple[dict[tuple[int, str], _Pair], dict | None]:
-    """Returns (the adapted modules' pairs by (layer, projection), the head or None).
+    """Returns (the adapted modules' pairs by (layer, projection), the head).
 
-    Raises UserError, naming all tensors that do not fit the base.
+    The head is None if there is no `score.weight`.
+
+    Args:
+        values: The object of adapter_config.json.
+        tensors: The tensors of adapter_model.safetensors by name.
+        config: The base model's configuration.
+
+    Raises:
+        UserError: Tensors do not fit the base; the message names all of them.
     """
     linears = _linears(config)
     projections = {linear.module: name for name, linear in linears.items()}
@@ -302,8 +321,13 @@ def _pairs(
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches the module's name or its end after a dot
+    """Returns the value of the first pattern that matches a module's name, or its end after a dot
     (PEFT's rule).
+
+    Args:
+        patterns: Values by regular expression; None for no patterns.
+        module: The module's name in the checkpoint.
+        default: Returned if no pattern matches.
     """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -320,8 +344,19 @@ def _lora_config(
     layers: list[int],
     config: ModelConfig,
 ) -> LoRAConfig:
-    """Returns the LoRAConfig of the given ranks and alphas; the most common value becomes the
-    general one.
+    """Returns the LoRAConfig with the given ranks and alphas of the projections.
+
+    The most common rank and alpha become the fields `rank` and `alpha`; the others are listed as
+    exceptions.
+
+    Args:
+        values: The object of adapter_config.json, for DoRA and dropout.
+        projections: The adapted projections.
+        ranks: The rank of each.
+        alphas: The alpha of each.
+        stabilised: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+        layers: The adapted layers, increasing.
+        config: The base model's configuration.
     """
     # The other values are exceptions.
     rank = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
@@ -343,8 +378,15 @@ def _lora_config(
 
 
 def _padded(pair: _Pair | None, rank: int, scale: float) -> dict[str, np.ndarray] | None:
-    """Returns a pair's tensors padded with zeros to `rank`, with B rescaled to the common scale;
-    None for no pair.
+    """Returns {"lora_a": [in, rank], "lora_b": [rank, out]} of a pair, with `magnitude` [out] for
+    DoRA.
+
+    The matrices are padded with zeros, and B is multiplied by pair.scale / scale.
+
+    Args:
+        pair: The pair of one module; None gives None.
+        rank: The rank to pad to.
+        scale: The scale that all layers will share.
     """
     if pair is None:
         return None

@@ -60,7 +60,11 @@ _KNOWN = {
 
 
 def check_settings(values: Mapping[str, Any]) -> None:
-    """Raises UserError for settings under which PEFT computes something that an Adapter cannot."""
+    """Raises UserError for settings under which PEFT computes something that an `Adapter` cannot.
+
+    Args:
+        values: The object of adapter_config.json.
+    """
     where = "adapter_config.json"
     require(
         values.get("peft_type") == "LORA",

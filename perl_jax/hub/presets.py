@@ -100,8 +100,12 @@ _SHAPE = (
 
 
 def _shaped(family: Settings, *shape: int, **more: Any) -> Settings:
-    """Returns a preset: the fields of its family, the shape fields in the order of `_SHAPE`, and
-    more fields.
+    """Returns the `config.json` fields of a preset.
+
+    Args:
+        family: The fields that presets of the family share.
+        shape: The values of the fields `_SHAPE`, in their order.
+        more: Further fields.
     """
     return family | dict(zip(_SHAPE, shape, strict=True)) | more
 
@@ -129,8 +133,14 @@ PRESETS: Mapping[str, Settings] = {
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """Returns the ModelConfig of a preset with some fields overridden; raises UserError, listing
-    the names, if there is none.
+    """Returns the ModelConfig of a preset with some fields overridden.
+
+    Args:
+        name: A key of `PRESETS`.
+        overrides: Fields of ModelConfig to change.
+
+    Raises:
+        UserError: There is no such preset; the message lists the names.
     """
     errors.one_of("preset", name, PRESETS)
     return dataclasses.replace(config_json.from_json(PRESETS[name], f"preset {name}"), **overrides)
@@ -143,8 +153,11 @@ def model_config(model: str, **overrides: Any) -> ModelConfig:
     over a folder of that name; write `./NAME` for the folder.
 
     Args:
-        model: The preset or folder.
+        model: The preset's name, or the folder.
         overrides: Fields of ModelConfig to change.
+
+    Raises:
+        UserError: There is neither such a preset nor such a folder, or its config is not supported.
     """
     if model in PRESETS:
         return preset(model, **overrides)

@@ -24,7 +24,9 @@ class ShowConfig:
 
 
 def show(config: ShowConfig) -> str:
-    """Returns the artefact's record as readable lines."""
+    """Returns the artefact's record and its size on disk as text, one `NAME VALUE` per line; raises
+    UserError if the folder holds no artefact.
+    """
     folder = pathlib.Path(config.adapter)
     record = artefacts.read_record(folder)
     settings = {} if record.lora is None else dataclasses.asdict(record.lora)

@@ -55,7 +55,16 @@ class Template:
         )
 
     def render(self, **variables: Any) -> str:
-        """Returns the rendered text; raises Endless if the rendering takes too long."""
+        """Returns the rendered text.
+
+        Args:
+            variables: The template's variables, such as `messages` and `add_generation_prompt`.
+
+        Raises:
+            Endless: The rendering takes more than `STEPS` steps, or makes a text that is too long.
+            jinja2.TemplateError: The template refuses the variables. Its operations can raise other
+                errors.
+        """
         self._environment.steps = 0
         return self._template.render(**variables)
 
@@ -81,7 +90,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         }
 
     def take(self, steps: int) -> None:
-        """Adds to the count of steps; raises Endless above the limit."""
+        """Adds to the count of steps of this rendering; raises Endless above `STEPS`."""
         self.steps += steps
         if self.steps > STEPS:
             raise Endless
@@ -89,8 +98,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     def call(
         self, context: Context, function: Any, /, *arguments: Any, **named: Any
     ) -> Any:  # `self` may be one of the names
-        """Calls a function, method or macro for the template, and counts steps for arguments and
-        result.
+        """Calls a function, method or macro for the template and returns its result.
+
+        Counts steps: one, those of reading the object that a method belongs to, and those of
+        reading the result. Raises Endless above the limit.
         """
         self.take(1 + _size(getattr(function, "__self__", None)))
         found = super().call(context, function, *arguments, **named)
@@ -98,8 +109,16 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         return found
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Computes `+`, `*` or `**`; raises Endless, before computing, if the result would be too
-        long.
+        """Returns the result of `+`, `*` or `**` in a template.
+
+        Raises Endless, before computing, if the result would be too long: a text or list of more
+        than `_LONGEST` elements, or an integer of more bits.
+
+        Args:
+            context: Jinja's context.
+            operator: `+`, `*` or `**`.
+            left: The left operand.
+            right: The right operand.
         """
         if operator == "**":
             bits = (
@@ -116,14 +135,16 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(ext.Extension):
-    """The `{% generation %}` tag, with which trainers mark assistant text; it renders its content
-    only.
+    """The `{% generation %}` tag, with which trainers mark assistant text; only its content is
+    rendered.
     """
 
     tags = {"generation"}  # noqa: RUF012  jinja2 reads this attribute of the class
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Returns the tag's content as a scope."""
+        """Returns what lies between `{% generation %}` and `{% endgeneration %}`, as a scope of its
+        own.
+        """
         line = next(parser.stream).lineno
         return nodes.Scope(
             parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
@@ -146,7 +167,9 @@ class _Namespace(Namespace):
 
 
 def _dictionary(*arguments: Any, **values: Any) -> dict:
-    """Returns `dict(...)`; a function of Python, so that calls are counted."""
+    """Returns dict(*arguments, **values); a Python function, because Jinja counts only calls of
+    those.
+    """
     return dict(*arguments, **values)
 
 
@@ -168,19 +191,32 @@ def _as_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns the value as JSON. Jinja's own filter would escape HTML characters."""
+    """Returns a value as JSON text; the arguments are those of `json.dumps`.
+
+    Replaces Jinja's own filter, which would escape HTML characters.
+    """
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    """Returns the node with a filter applied."""
+    """Returns a node of the syntax tree that applies a filter to another node.
+
+    Args:
+        node: The expression to filter.
+        name: The filter's name.
+    """
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 def _counting(environment: _Environment, function: Callable) -> Callable:
-    """Returns a filter that counts its arguments before it runs."""
+    """Returns a filter that counts steps for reading its arguments before it runs.
+
+    Args:
+        environment: Holds the count; its `take` raises Endless above the limit.
+        function: The filter.
+    """
 
     @functools.wraps(function)
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -192,7 +228,7 @@ def _counting(environment: _Environment, function: Callable) -> Callable:
 
 @jinja2.pass_context
 def _counted(context: Context, items: Iterable) -> Iterator:
-    """Yields the items of a loop and counts one step for each."""
+    """Yields the items of a loop and counts one step for each; raises Endless above the limit."""
     for item in items:
         context.environment.take(1)
         yield item
@@ -200,7 +236,9 @@ def _counted(context: Context, items: Iterable) -> Iterator:
 
 @jinja2.pass_context
 def _bounded(context: Context, value: Any) -> Any:
-    """Returns a part of a concatenation unchanged; raises Endless if it is too long."""
+    """Returns a part of a concatenation unchanged; raises Endless if twice its length is over the
+    limit.
+    """
     if isinstance(value, str):
         # Twice the length, because the template may concatenate the text with itself.
         _check_length(2 * len(value))
@@ -208,13 +246,17 @@ def _bounded(context: Context, value: Any) -> Any:
 
 
 def _check_length(length: int) -> None:
-    """Raises Endless if a text would be longer than `_LONGEST` characters."""
+    """Raises Endless if `length`, a number of characters, elements or bits, is above `_LONGEST`."""
     if length > _LONGEST:
         raise Endless
 
 
 def _size(value: Any) -> int:
-    """Returns how many steps reading a whole value counts as."""
+    """Returns the number of steps that reading a value counts as.
+
+    One for every 100 characters of a text, one for each element of a list, tuple, dict or range,
+    and 0 for any other value.
+    """
     if isinstance(value, str):
         return len(value) // 100
     return len(value) if isinstance(value, (list, tuple, dict, range)) else 0

@@ -107,7 +107,11 @@ class Tokenizer:
         self.stop_ids = tuple(dict.fromkeys((*self.stop_ids, self.stop_part[-1])))
 
     def _turn_end(self) -> tuple[tuple[int, ...], int]:
-        """Returns the ids that end an assistant's turn, and how many of them form the stop part."""
+        """Returns the ids that end an assistant's turn, and how many of them form the stop part.
+
+        Without a template, or if the template's end contains no stop or special token, these are
+        [eos] and 1.
+        """
         ids = [] if self.chat is None else self._plain(self.chat.end)
         ends = [
             index
@@ -156,8 +160,17 @@ class Tokenizer:
         return cls(inner, stops, vocab_size, date)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, up to where the response begins; a rendered prompt is not
-        rendered again.
+        """Returns the ids of a prompt, up to where the response begins.
+
+        With a chat template the prompt is rendered as a user turn, unless it is already rendered.
+        bos comes first without a template, or if the template begins with it.
+
+        Args:
+            text: The prompt, rendered or not.
+
+        Raises:
+            UserError: The template refuses the text, or the text contains a token for which the
+                model has no embedding.
         """
         if self.chat is None:
             return self._with_bos(self._plain(text))
@@ -168,7 +181,9 @@ class Tokenizer:
         return self._with_bos(ids) if starts == self._bos() else ids
 
     def is_rendered(self, text: str) -> bool:
-        """Returns whether a prompt is already rendered by the template (`Chat.is_rendered`)."""
+        """Returns whether a prompt is already rendered by the chat template (`Chat.is_rendered`);
+        False without a template.
+        """
         return self.chat is not None and self.chat.is_rendered(text)
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
@@ -178,7 +193,14 @@ class Tokenizer:
         A rendered prompt first loses its oldest turns, each with its answer, then the beginning of
         the oldest text left; its system turn and its cue stay. Returns None without a template, or
         if the prompt is rendered differently from this template, because it is then unknown what
-        must stay. Raises UserError if what must stay has more than `limit` tokens.
+        must stay.
+
+        Args:
+            text: The prompt, rendered or not.
+            limit: The largest number of ids.
+
+        Raises:
+            UserError: What must stay does not fit into `limit` ids.
         """
         chat = self.chat
         if chat is None:
@@ -204,9 +226,16 @@ class Tokenizer:
     def _longest_end(
         self, text: str, limit: int, ids_with: Callable[[str], list[int]]
     ) -> list[int]:
-        """Returns ids_with(end of the text) for the longest end with at most `limit` ids in total.
+        """Returns ids_with(end of the text) for the longest end that gives at most `limit` ids in
+        total.
 
-        Raises UserError if there are too many ids without any text.
+        Args:
+            text: The text to shorten.
+            limit: The largest number of ids.
+            ids_with: Maps a text to the ids of the prompt that contains it.
+
+        Raises:
+            UserError: The prompt has `limit` ids or more even with an empty text.
         """
         content = self._plain(text)
         keep = min(limit, len(content))
@@ -225,8 +254,13 @@ class Tokenizer:
         return ids_with("")
 
     def without_end(self, ids: Sequence[int]) -> list[int]:
-        """Returns a sampled response without the tokens that end it: a stop token and the beginning
-        of the stop part before it.
+        """Returns the ids of a sampled response without the tokens that end it.
+
+        A response that ends with one of `stop_ids` loses this token, and before it the other tokens
+        of the stop part as far as they are there. Any other response is returned whole.
+
+        Args:
+            ids: The sampled ids, without padding.
         """
         ids = [int(i) for i in ids]
         if not ids or ids[-1] not in self.stop_ids:
@@ -240,8 +274,10 @@ class Tokenizer:
         return ids[: len(ids) - max(matching, 1)]
 
     def response_ids(self, text: str) -> list[int]:
-        """Returns the ids of a response with its stop part; an end that is already in the text is
-        not repeated.
+        """Returns the ids of a response, followed by the stop part; the end of a turn that is
+        already in the text is not repeated.
+
+        The ids do not include the tail.
         """
         return self._plain(self._without_end(text)) + list(self.stop_part)
 
@@ -250,7 +286,7 @@ class Tokenizer:
         return [*self._with_bos(self._plain(self._without_end(text))), self.eos_id]
 
     def _without_end(self, text: str) -> str:
-        """Returns the text without any ends of a turn at its end."""
+        """Returns the text without stop tokens, written as text, and template ends at its end."""
         ends = [self.inner.decode([i]) for i in self.stop_ids] + (
             [] if self.chat is None else [self.chat.end.strip()]
         )
@@ -297,7 +333,9 @@ class Tokenizer:
 
     @property
     def first_fingerprint(self) -> str:
-        """The fingerprint of artefacts of format 1: of vocabulary, bos, eos and chat template."""
+        """16 hex digits that identify the vocabulary, bos, eos and the chat template: the
+        fingerprint in artefacts of format 1.
+        """
         vocabulary = sorted(self.inner.get_vocab().items(), key=lambda item: item[1])
         parts = (vocabulary, self.bos_id, self.eos_id, self.inner.chat_template)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -306,11 +344,15 @@ class Tokenizer:
         return len(self.inner)
 
     def token_ids(self) -> dict[str, int | None]:
-        """Returns bos, eos and pad ids by name, for a model's `config.json`."""
+        """Returns {"bos": id, "eos": id, "pad": id}, for a model's `config.json`; a missing bos is
+        None.
+        """
         return {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id}
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes the tokenizer's files into a folder."""
+        """Writes the files of the tokenizer, with its chat template, into a folder in the format of
+        transformers.
+        """
         self.inner.save_pretrained(folder)
 
     def _bos(self) -> list[int]:
@@ -318,9 +360,9 @@ class Tokenizer:
         return [] if self.bos_id is None else [self.bos_id]
 
     def _plain(self, text: str) -> list[int]:
-        """Returns the ids of a text, without special tokens added.
+        """Returns the ids of a text, without bos or other added tokens.
 
-        Raises UserError if the text holds a token for which the model has no embedding.
+        Raises UserError if the text contains a token for which the model has no embedding.
         """
         ids = self.inner.encode(text, add_special_tokens=False)
         unknown = sorted({i for i in ids if i >= self.vocab_size})
@@ -346,8 +388,13 @@ def _read_template(file: str) -> str:
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer with one token per word of a closed vocabulary; texts are split at white
+    """Returns a tokenizer with one token for each word and `_SPECIAL`; texts are split at white
     space.
+
+    Any other word becomes `<unk>`.
+
+    Args:
+        words: The vocabulary; repeated words count once.
     """
     vocabulary = {word: index for index, word in enumerate((*_SPECIAL, *sorted(set(words))))}
     fast = FastTokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -356,7 +403,12 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Returns a byte-level BPE tokenizer trained on texts; it can encode any string."""
+    """Returns a byte-level BPE tokenizer trained on texts; it can encode any string.
+
+    Args:
+        texts: The texts to learn merges from.
+        vocab_size: The largest number of tokens, special tokens and the 256 bytes included.
+    """
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -371,8 +423,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _wrap(fast: FastTokenizer) -> Tokenizer:
-    """Returns a Tokenizer with the special tokens `_SPECIAL` around a tokenizer of the tokenizers
-    library.
+    """Returns a `Tokenizer` around a tokenizer of the tokenizers library, whose vocabulary must
+    have `_SPECIAL`.
     """
     pad, bos, eos, unknown = _SPECIAL
     ids = [(bos, fast.token_to_id(bos))]

@@ -27,8 +27,10 @@ _NOISE = 1e-5
 
 
 def probe_tokens(model: Model) -> tuple[jax.Array, jax.Array]:
-    """Returns (tokens_BT, valid_BT): fixed random tokens to compare two models on, with some rows
-    padded.
+    """Returns (tokens_BT, valid_BT), fixed random tokens on which two models are compared.
+
+    B is 4. T is 16, or the model's number of positions if that is smaller. Two rows are padded on
+    the right.
     """
     length = min(PROBE[1], model.lm.config.max_positions)
     tokens_BT = np.random.default_rng(0).integers(
@@ -39,8 +41,13 @@ def probe_tokens(model: Model) -> tuple[jax.Array, jax.Array]:
 
 
 def outputs(model: Model, base: Tree, adapter: Adapter | None) -> np.ndarray:
-    """Returns a role's logits at the valid probe tokens [n, V], or its raw scores [B] if it has a
-    head.
+    """Returns a role's logits at the n valid probe tokens [n, V], or its scores [B], not
+    normalised, if it has a head.
+
+    Args:
+        model: The base model.
+        base: The base weights; None for a role with weights of its own.
+        adapter: The role; None is the base alone.
     """
     tokens_BT, valid_BT = probe_tokens(model)
     if adapter is not None and adapter.head is not None:
@@ -51,12 +58,16 @@ def outputs(model: Model, base: Tree, adapter: Adapter | None) -> np.ndarray:
 
 
 def require_same(expected: np.ndarray, found: np.ndarray, allowed: float, what: str) -> float:
-    """Returns the largest absolute difference of two outputs; raises UserError if it is above the
-    limit.
+    """Returns the largest absolute difference of two outputs.
 
     Args:
+        expected: The outputs of the role.
+        found: The outputs of what was written, of the same shape.
         allowed: The limit, relative to the largest expected output (or to 1 if that is smaller).
         what: The name of the outputs, for the message.
+
+    Raises:
+        UserError: The difference is above the limit.
     """
     difference = float(np.abs(expected - found).max())
     scale = max(1.0, float(np.abs(expected).max()))
@@ -69,12 +80,16 @@ def require_same(expected: np.ndarray, found: np.ndarray, allowed: float, what: 
 
 
 def allowed_difference(model: Model) -> float:
-    """Returns how far rounding may change outputs, relative to the largest."""
+    """Returns how much rounding may change outputs, relative to the largest: 1e-4 in float32, else
+    0.05.
+    """
     return 1e-4 if model.lm.config.dtype == "float32" else 0.05
 
 
 def _expected(model: Model, adapter: Adapter, record: Record) -> np.ndarray:
-    """Returns the role's own outputs; those of a reward are normalised."""
+    """Returns the role's own outputs on the probe tokens: logits, or scores; those of a reward
+    model are normalised.
+    """
     base = model.base if adapter.weights is None else None
     found = outputs(model, base, adapter)
     return found if record.role != "reward" else np.asarray(record.normalise(found))
@@ -89,7 +104,18 @@ def _check_padded(
     allowed: float,
     found: classifier.Scorer,
 ) -> None:
-    """Checks scores of a padded batch of texts (`classifier.check_padded`)."""
+    """Compares the scores of a padded batch of texts with the role's; raises UserError if they
+    differ.
+
+    Args:
+        folder: The export.
+        model: The base model.
+        adapter: The role, with a head.
+        record: Its record.
+        pad_id: The classifier's `pad_token_id`.
+        allowed: The largest difference (`classifier.check_padded`).
+        found: Computes the scores of the exported model.
+    """
     base = model.base if adapter.weights is None else None
 
     def expected(*batch: jax.Array) -> np.ndarray:
@@ -103,10 +129,17 @@ def _check_padded(
 
 
 def compare_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Record) -> float:
-    """Reads an exported PEFT adapter back; returns the largest difference of its outputs from the
-    role's.
+    """Reads an exported PEFT adapter back; returns the largest absolute difference of its outputs
+    from the role's.
 
-    Raises UserError if it is too large.
+    Args:
+        folder: The export.
+        model: The base model.
+        adapter: The role.
+        record: Its record.
+
+    Raises:
+        UserError: The difference is more than rounding (`allowed_difference`).
     """
     again, offset = peft.read_peft(folder, model.lm.config)
     if record.has_head:
@@ -133,7 +166,11 @@ def read_merged(folder: pathlib.Path, model: Model, adapter: Adapter, in_float32
     """Returns a merged checkpoint as a model, described by its own config.json.
 
     Args:
-        in_float32: Whether the checkpoint is in float32 and must be held so.
+        folder: The checkpoint.
+        model: The base model; gives the dtype of activations, the mesh and the tokenizer.
+        adapter: The role that was merged. If it has a head, the checkpoint's `score.weight` is left
+            out.
+        in_float32: Whether the checkpoint is in float32; its weights are then kept so in memory.
     """
     held = "float32" if in_float32 else model.lm.config.param_dtype
     found = config_json.read_config(folder, dtype=model.lm.config.dtype, param_dtype=held)
@@ -152,9 +189,17 @@ def read_merged(folder: pathlib.Path, model: Model, adapter: Adapter, in_float32
 def compare_merged(
     folder: pathlib.Path, merged: Model, model: Model, adapter: Adapter, record: Record
 ) -> float:
-    """Returns the largest difference of a merged checkpoint's outputs from the role's.
+    """Returns the largest absolute difference of a merged checkpoint's outputs from the role's.
 
-    Raises UserError if it is too large.
+    Args:
+        folder: The checkpoint.
+        merged: The checkpoint as a model (`read_merged`).
+        model: The base model.
+        adapter: The role.
+        record: Its record.
+
+    Raises:
+        UserError: The difference is more than the rounding of the checkpoint's dtype.
     """
     head, offset = classifier.exported_head(adapter, record)
     low = any(tensor.dtype != "F32" for tensor in weights.stored_tensors(folder).values())
@@ -180,6 +225,9 @@ def share_kept(
     and role. Both are of logits, or with a head of the hidden states that it reads, computed in
     float32 on the probe tokens.
 
+    Returns None if the share is unknown: the effect is within float32 rounding (an untrained
+    adapter), or the base is kept in memory with fewer bits than its files have.
+
     Args:
         merged: The checkpoint (`read_merged`).
         model: The base model.
@@ -187,9 +235,8 @@ def share_kept(
         source: The folder of the base model.
         in_float32: Whether the checkpoint is in float32.
 
-    Returns None if the share is unknown: the effect is within float32 rounding (an untrained
-    adapter), or the base is held with fewer bits than its files have. Raises UserError if less than
-    `_KEPT` is kept.
+    Raises:
+        UserError: Less than `_KEPT` is kept.
     """
     width = lambda name: jnp.dtype(name).itemsize
     dtypes = {weights.STORED[tensor.dtype] for tensor in weights.stored_tensors(source).values()}

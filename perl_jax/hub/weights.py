@@ -43,8 +43,14 @@ def find_model(model: str) -> pathlib.Path:
     """Returns the local folder of a model: a folder as given, or a hub name downloaded by the hub
     client.
 
-    A hub name may pin a revision (branch, tag or commit): `owner/name@revision`. What was
-    downloaded before is found without a network. Raises UserError if there is no such model.
+    A model that was downloaded before is found without a network.
+
+    Args:
+        model: A folder, or a hub name, which may pin a revision (branch, tag or commit):
+            `owner/name@revision`.
+
+    Raises:
+        UserError: There is no such model.
     """
     path = pathlib.Path(model).expanduser()
     if path.is_dir():
@@ -98,16 +104,16 @@ def load_base(
 
     The headers of all files are checked before anything is read: missing, extra, wrongly shaped and
     unreadable tensors are reported in one error. Weights then go from disk to the devices piece by
-    piece, and each process reads only its own devices' parts. The host holds only a few pieces at a
-    time. Leaves have the dtype `config.param_dtype`.
+    piece, and each process reads only its own devices' parts. The host's memory contains only a few
+    pieces at a time. Leaves have the dtype `config.param_dtype`.
 
     Args:
         folder: The model's folder.
         config: The model's configuration.
         shardings: The sharding of each leaf by name; None uses the default device.
-        ignore: Tensors that may be in the files but are not part of the base.
-        finish: Maps (name, leaf) to what is kept of a leaf, such as its quantised form; called
-            before the next leaf is read.
+        ignore: Names of tensors that may be in the files but are not part of the base.
+        finish: Maps (name, leaf) to what takes the leaf's place in the result, such as its
+            quantised form; called before the next leaf is read. None keeps leaves unchanged.
 
     Raises:
         UserError: The weights do not fit the configuration, or a file is damaged.
@@ -130,7 +136,14 @@ def _check(
     stored: Mapping[str, Stored],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """Raises one UserError that lists everything in which the files do not fit the config."""
+    """Raises one UserError that lists every tensor in which the files do not fit the config.
+
+    Args:
+        folder: The model's folder, for the message.
+        config: The model's configuration.
+        stored: The tensors of the files by name.
+        abstract: The shape and dtype of each base leaf by name.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in abstract.items():
         shape: tuple[int, ...] = spec.shape[1:] if name.startswith("layers/") else spec.shape
@@ -163,7 +176,14 @@ def _load_leaf(
 ) -> jax.Array:
     """Returns one leaf on its devices, filled piece by piece.
 
-    Devices that hold the same part share its reading.
+    A part that several devices hold is read once.
+
+    Args:
+        stored: The tensors of the files by name.
+        name: The leaf's name.
+        config: The model's configuration.
+        spec: The leaf's shape and dtype.
+        sharding: The leaf's sharding.
     """
     tensors, turn, layered = (
         naming.tensor_names(name, config),
@@ -196,8 +216,15 @@ def _load_leaf(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns a device's part of a leaf with a piece written at index `start`; the part's buffer is
-    donated.
+    """Returns a device's part of a leaf with a piece written into it, converted to the part's
+    dtype.
+
+    The buffer of `whole` is donated: the caller must not use it again.
+
+    Args:
+        whole: The device's part.
+        piece: The piece, of as many dimensions.
+        start: The index in `whole` of the piece's first element.
     """
     return jax.lax.dynamic_update_slice(whole, piece.astype(whole.dtype), start)
 
@@ -205,18 +232,17 @@ def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]
 def _pieces(
     stored: Stored, bounds: Sequence[Bounds], turn: bool
 ) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-    """Yields (piece, offset in the part) for a part of a tensor, transposed if `turn` is set.
-
-    The file is opened anew for each piece: pages of an open file stay mapped and would count as
-    memory of this process.
+    """Yields (piece, offset of its first element in the part) until a part of a tensor is complete.
 
     Args:
         stored: The tensor.
-        bounds: The part's bounds in the tensor as used (after transposition).
-        turn: Whether the stored tensor is the transpose of the one used.
+        bounds: The part's bounds in the leaf (after transposition).
+        turn: Whether the stored tensor is the transpose of the leaf; pieces are then transposed.
     """
     (first, last), *others = bounds[::-1] if turn else bounds
     rest = [slice(*bound) for bound in others]
+    # The file is opened anew for each piece: pages of an open file stay mapped and would count as
+    # memory of this process.
     step = _piece_rows(
         [stop - start for start, stop in others], jnp.dtype(STORED[stored.dtype]).itemsize
     )
@@ -228,7 +254,13 @@ def _pieces(
 
 
 def _piece_rows(rest: Sequence[int], itemsize: int) -> int:
-    """Returns the number of rows in a piece; `rest` are the other dimensions of a row."""
+    """Returns how many rows of a tensor one piece holds: as many as fit into `_PIECE_BYTES`, at
+    least one.
+
+    Args:
+        rest: The dimensions of one row.
+        itemsize: Bytes of an element.
+    """
     return max(1, _PIECE_BYTES // max(1, math.prod(rest) * itemsize))
 
 
@@ -246,10 +278,11 @@ def piece_shape(part: Sequence[int], turn: bool, itemsize: int) -> tuple[int, ..
 
 
 def _transposed(piece_FD: np.ndarray) -> np.ndarray:
-    """Returns the transpose, copied in strips that fit the CPU's cache, which is three times as
-    fast as one copy.
+    """Returns the transpose [D, F] of a piece [F, D] as a new array, copied in strips that fit the
+    CPU's cache.
     """
-    # As plain integers, because NumPy copies bfloat16, a custom dtype, element by element.
+    # Copying in strips is three times as fast as one copy. As plain integers, because NumPy copies
+    # bfloat16, a custom dtype, element by element.
     plain_FD = piece_FD.view(np.dtype(f"u{piece_FD.itemsize}"))
     turned_DF = np.empty(plain_FD.shape[::-1], plain_FD.dtype)
     for start in range(0, len(plain_FD), _STRIP):
@@ -258,14 +291,19 @@ def _transposed(piece_FD: np.ndarray) -> np.ndarray:
 
 
 def read_tensor(stored: Stored) -> np.ndarray:
-    """Returns a whole tensor as stored."""
+    """Returns a whole tensor in its stored dtype and layout."""
     with safe_open(stored.path, framework="numpy") as handle:
         return handle.get_tensor(stored.name)
 
 
 def sampled_content(folder: pathlib.Path) -> dict[str, list]:
-    """Returns {tensor: [dtype, shape, digest of some of its rows]} from the files; identifies a
-    base in seconds.
+    """Returns {tensor name: [dtype, shape, digest of about `_SAMPLED_ROWS` of its rows]} of a
+    model's files.
+
+    It identifies a base in seconds, but does not notice every change of the weights.
+
+    Args:
+        folder: The model's folder.
     """
     found = {}
     by_path: dict[pathlib.Path, list[Stored]] = {}
@@ -290,7 +328,9 @@ def sampled_content(folder: pathlib.Path) -> dict[str, list]:
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Returns all tensors of a folder's safetensors by name, from the headers alone."""
+    """Returns all tensors of a model's safetensors by name, from the headers alone; raises
+    UserError if a file is missing or incomplete.
+    """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     # As in transformers, a single file takes precedence over an index left by an earlier save.
@@ -322,7 +362,18 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
 def save_base(
     folder: pathlib.Path, config: ModelConfig, base: Tree, token_ids: Mapping[str, int | None]
 ) -> None:
-    """Writes `config.json` and `model.safetensors` so that transformers loads the same model."""
+    """Writes `config.json` and `model.safetensors`, from which transformers loads the same model as
+    a Llama model.
+
+    Args:
+        folder: The folder, made if it does not exist; the two files are replaced.
+        config: The model's configuration; weights are written in `param_dtype`.
+        base: The base weights, not quantised.
+        token_ids: The ids by name: bos, eos and pad, each None if there is none.
+
+    Raises:
+        ValueError: A Llama config cannot express a setting.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, leaf in trees.named_leaves(base).items():

@@ -111,9 +111,9 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
     """Returns sampled sequences in which complete responses end as in rows of data, with stop_part
     + tail_ids.
 
-    A complete response ends with one of `stop_ids`, possibly after a beginning of the stop part;
-    these tokens are replaced. So the score of a text does not depend on which stop token was
-    sampled. An incomplete response is not changed.
+    A complete response ends with one of `stop_ids`. This token, and before it the other tokens of
+    the stop part as far as they are there, are replaced. So the score of a text does not depend on
+    which stop token was sampled. An incomplete response is not changed.
 
     The columns grow by len(stop_part) + len(tail_ids) - 1. The response mask still covers the
     sampled tokens only, so the added tokens are in no loss. A packed batch gets a larger capacity.
