@@ -38,7 +38,8 @@ def positions(valid_BT: Array) -> jax.Array:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Returns the rotary frequencies in radians per position, float32 [K/2].
 
-    Source: Su et al. 2021 (arXiv 2104.09864). They are scaled as `rope` says.
+    They are theta^(-2i/K) for i = 0 .. K/2 - 1 (Su et al. 2021, arXiv 2104.09864), scaled as
+    `rope.scaling` says.
     """
     plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.scaling == "none":
@@ -52,7 +53,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotary_angles(positions_BT: Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of position * frequency, float32 [B, T, 1, K/2]."""
+    """Returns cos and sin of position * frequency, float32 [B, T, 1, K/2] each."""
     angles = (
         positions_BT.astype(jnp.float32)[:, :, None, None]
         * frequencies(rope, head_dim)[None, None, None, :]
@@ -64,6 +65,11 @@ def rotate(x_BTHK: Array, cos: Array, sin: Array) -> jax.Array:
     """Returns x with each pair (i, i + K/2) of its last axis rotated, computed in float32.
 
     The pairs have the layout of Hugging Face checkpoints.
+
+    Args:
+        x_BTHK: Queries or keys.
+        cos: Cosines of the angles, [B, T, 1, K/2] (`rotary_angles`).
+        sin: Sines of the angles.
     """
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -71,7 +77,7 @@ def rotate(x_BTHK: Array, cos: Array, sin: Array) -> jax.Array:
 
 
 def causal_mask(valid_BT: Array) -> jax.Array:
-    """Returns mask_BTS: a query sees real keys at its own column and before."""
+    """Returns mask_BTS: True where a query sees a real key at its own column or before."""
     length = valid_BT.shape[1]
     columns = jnp.arange(length)
     causal_TS = columns[:, None] >= columns[None, :]
@@ -84,6 +90,11 @@ def within_window(
     """Returns [B, T, S]: whether a key is fewer than `window` positions before the query.
 
     Later keys count as inside; combine it with a causal mask, which hides them.
+
+    Args:
+        window: Number of positions, the query's own included.
+        query_positions_BT: Rotary positions of the queries.
+        key_positions_BS: Rotary positions of the keys.
     """
     return query_positions_BT[:, :, None] - key_positions_BS[:, None, :] < window
 
@@ -94,12 +105,12 @@ def soft_cap(logits: Array, cap: float | None) -> Array:
 
 
 def rounded_sum(*terms: Array) -> jax.Array:
-    """Returns the sum of terms of one dtype, computed in float32 and rounded once.
+    """Returns the sum of terms of one dtype, computed in float32 and rounded to that dtype once.
 
-    For two terms the result equals their plain sum. The difference is in XLA's GPU backend: for a
-    plain sum it makes a product add onto a copy of the other term. For small terms that is one
-    kernel more than adding them together with the next operation.
+    For two terms the result equals their plain sum.
     """
+    # For a plain sum of two terms XLA's GPU backend copies one term and makes a product add onto
+    # the copy, which costs one more kernel.
     return functools.reduce(jnp.add, map(at_least_float32, terms)).astype(terms[0].dtype)
 
 
@@ -111,9 +122,17 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """Returns softmax(cap(scale q k^T)) v; query heads are grouped over key/value heads.
+    """Returns softmax(cap(scale q k^T)) v, [B, T, H, K]; query heads share key/value heads.
 
-    The softmax is in float32. scale: None means 1 / sqrt(K). cap: see `soft_cap`.
+    The softmax is in float32. A query that sees no key averages all values.
+
+    Args:
+        q_BTHK: Queries.
+        k_BSNK: Keys; each serves H / N consecutive query heads.
+        v_BSNK: Values.
+        mask_BTS: True where a query sees a key.
+        scale: Factor of q k^T; None: 1 / sqrt(K).
+        cap: Cap of the logits (`soft_cap`); None: no cap.
     """
     batch, length, heads, head_dim = q_BTHK.shape
     kv_heads = k_BSNK.shape[2]
@@ -161,9 +180,9 @@ def attend_blocked(
         v_BTNK: Values, likewise.
         mask_BTS: Causal mask of the padded sequences.
         scale: Factor of q k^T; None: 1 / sqrt(K).
-        cap: See `soft_cap`.
-        read_BT: Queries whose output is used. Blocks without any are skipped, and their output is
-            0. None: queries that see themselves.
+        cap: Cap of the logits (`soft_cap`); None: no cap.
+        read_BT: True on queries whose output is used. Blocks without any are skipped, and their
+            output is 0. None: queries that see themselves.
         packing: How the inputs and outputs are packed. None: they are padded.
         wide: For accelerators: compute as many rows at a time as have WIDE_BYTES of weights, and
             skip no block.
@@ -186,7 +205,7 @@ def _blocked(
     read_BT: jax.Array,
     packing: Packing | None,
 ) -> jax.Array:
-    """`attend_blocked` for queries that are already scaled."""
+    """Returns `attend_blocked` for queries that are already scaled, with a gradient of its own."""
     return _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing)[0]
 
 
@@ -240,6 +259,13 @@ def _map_rows(
     On a CPU, rows of a single block are computed together as far as their weights fit into the
     caches (CACHED_BYTES), longer rows one by one. With `wide`, as many as have WIDE_BYTES of
     weights.
+
+    Args:
+        of_row: (the row's entry of each array, cap, wide) -> a tuple of arrays.
+        rows: Arrays [B, ...]; the last one is read_BT.
+        heads: H.
+        cap: Cap of the logits; None: no cap.
+        wide: Whether the device is an accelerator.
     """
     batch, length = rows[-1].shape
     held = WIDE_BYTES if wide else CACHED_BYTES
@@ -249,7 +275,7 @@ def _map_rows(
 
 
 def _block(length: int, wide: bool) -> int:
-    """Returns the number of queries in a block."""
+    """Returns the number of queries in a block, for rows of `length` tokens."""
     return QUERY_BLOCK * (-(-length // (QUERY_BLOCK * WIDE_BLOCKS)) if wide else 1)
 
 
@@ -257,7 +283,11 @@ def _blocks(read_T: jax.Array, wide: bool) -> Iterator[tuple[int, int, Callable]
     """Yields (start, stop, either) for each block of queries of a row.
 
     either(do, otherwise, *arguments) calls `do` if any query of the block is read, else
-    `otherwise`.
+    `otherwise`. If blocks are not skipped, it always calls `do`.
+
+    Args:
+        read_T: True on queries whose output is used.
+        wide: Whether the device is an accelerator, where blocks are not skipped.
     """
     length, block = read_T.shape[0], _block(read_T.shape[0], wide)
     for start in range(0, length, block):
@@ -276,9 +306,15 @@ def _blocks(read_T: jax.Array, wide: bool) -> Iterator[tuple[int, int, Callable]
 def _row(
     row: tuple[jax.Array, ...], cap: float | None, wide: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the attention of one row: output [N, G, T, K], largest logits, sums.
+    """Returns the attention of one row: output [N, G, T, K], largest logits, sums of weights.
 
-    The largest logit of each query and the sum of its weights are [N, G, T, 1] each.
+    The largest logit of each query and the sum of its weights exp(logit - largest) are [N, G, T, 1]
+    each.
+
+    Args:
+        row: (queries [N, G, T, K], keys [N, 1, T, K], values [N, 1, T, K], mask [T, T], read [T]).
+        cap: Cap of the logits; None: no cap.
+        wide: Whether the device is an accelerator.
     """
     q_NGTK, k_N1TK, v_N1TK, mask_TT, read_T = row
 
@@ -320,6 +356,12 @@ def _row_gradients(
 
     With weights p and d = p (dp - sum_k do o): dq = d k, dk = d^T q, dv = p^T do. For capped
     logits, d also has the factor 1 - (logit / cap)^2.
+
+    Args:
+        row: (queries, keys, values, output, gradient of the output, largest logits, sums, mask,
+            read), shaped as in `_row`.
+        cap: Cap of the logits; None: no cap.
+        wide: Whether the device is an accelerator.
     """
     q_NGTK, k_N1TK, v_N1TK, out_NGTK, d_out_NGTK, largest_NGT1, sum_NGT1, mask_TT, read_T = row
     shared_NGT1 = jnp.sum(d_out_NGTK.astype(jnp.float32) * out_NGTK, axis=-1, keepdims=True)
@@ -367,7 +409,7 @@ _product = functools.partial(precision.einsum, dtype=jnp.float32)
 
 
 def _logits(q_NGXK: jax.Array, k_N1SK: jax.Array) -> jax.Array:
-    """Returns q k^T, [N, G X, S]."""
+    """Returns q k^T, float32 [N, G X, S], for X queries of each head."""
     return _product(
         "nyk,nsk->nys", q_NGXK.reshape(q_NGXK.shape[0], -1, q_NGXK.shape[-1]), k_N1SK[:, 0]
     )

@@ -33,9 +33,9 @@ def attend_whole(
         config: Names the implementation, `config.attention`.
         mesh: Mesh of the arguments; None: a single device.
         kinds: What differs between layers.
-        kind: The layer's entry of `kinds.by_layer`.
+        kind: The layer's entry of `kinds.by_layer`; None: all layers are alike.
         valid_BT: True on real tokens.
-        read_BT: Queries whose output is used.
+        read_BT: True on queries whose output is used.
         packing: How the arguments are packed; None: they are padded sequences.
     """
     whole = mesh is None or mesh.size == 1

@@ -21,12 +21,12 @@ class Rope:
         theta: Base of the frequencies.
         scaling: none; linear: divide every frequency by `factor` (position interpolation, arXiv
             2306.15595); llama3: divide frequencies whose wavelength exceeds original_positions /
-            low_factor, keep those below original_positions / high_factor, and interpolate between
-            (Llama 3.1).
+            low_factor, keep those whose wavelength is below original_positions / high_factor, and
+            interpolate between (Llama 3.1).
         factor: Divisor of scaled frequencies.
-        low_factor: See llama3.
-        high_factor: See llama3.
-        original_positions: Context length of the original training, for llama3.
+        low_factor: For llama3: sets the wavelength above which frequencies are divided.
+        high_factor: For llama3: sets the wavelength below which frequencies are kept.
+        original_positions: For llama3: context length of the original training, in tokens.
     """
 
     theta: float = 10000.0
@@ -177,7 +177,7 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of q k^T."""
+        """The factor of q k^T: `query_scale`, or 1 / sqrt(K) if that is None."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
     @property
@@ -189,10 +189,10 @@ class ModelConfig:
 
     @property
     def function(self) -> dict[str, Any]:
-        """The settings that outputs depend on, given the weights, without those at their defaults.
+        """The fields, keyed by name, that the outputs depend on, without those at their defaults.
 
-        A setting that a later version adds therefore does not change the record of models without
-        it.
+        Nested configs are dictionaries. The fields of COMPUTING are left out. A field that a later
+        version adds therefore does not change the record of models that leave it at its default.
         """
         return {
             name: value for name, value in _unlike_defaults(self).items() if name not in COMPUTING
@@ -200,7 +200,10 @@ class ModelConfig:
 
 
 def _unlike_defaults(config: Any) -> dict[str, Any]:
-    """Returns the fields of a frozen config that differ from their defaults, recursively."""
+    """Returns the fields of a frozen config that differ from their defaults, keyed by name.
+
+    A field that is a config itself becomes a dictionary of the same kind.
+    """
     fields = {
         field.name: (vars(config)[field.name], field.default)
         for field in dataclasses.fields(config)

@@ -26,11 +26,16 @@ Attend = Callable[[Array, Array, Array], Array]
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis.
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis.
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467). The quotient is computed in float32. With
     `unit_offset_norms` the factor is 1 + scale, applied before rounding to the activations' dtype
     (Gemma); otherwise it is scale, applied after (Llama).
+
+    Args:
+        config: The model.
+        size: Length of the last axis; None: the model's width.
+        axis: Logical axis of the scale.
     """
 
     def __init__(self, config: ModelConfig, size: int | None = None, axis: str = "embed"):
@@ -40,7 +45,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(initial((size or config.width,), config.param_dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> jax.Array:
-        """Returns x divided by its root mean square over the last axis, times the scale."""
+        """Returns the norm of x [B, T, ...] over its last axis, in the shape and dtype of x."""
         scale = self.scale[...]
         return _normed(x.reshape(-1, *x.shape[2:]), scale, self.epsilon, self.offset).reshape(
             x.shape
@@ -49,12 +54,19 @@ class RMSNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _normed(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
-    """RMSNorm of [N, D] or [N, H, K] that keeps only its input for the backward pass."""
+    """Returns the RMSNorm of [N, D] or [N, H, K]; the backward pass keeps only the inputs."""
     return _norm(x, scale, epsilon, offset)
 
 
 def _norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: bool) -> jax.Array:
-    """Returns the RMSNorm of x over the last axis; `offset` selects the factor 1 + scale."""
+    """Returns the RMSNorm of x over the last axis, in the dtype of x.
+
+    Args:
+        x: Input [N, D] or [N, H, K].
+        scale: Scale of the last axis.
+        epsilon: Added to the mean square.
+        offset: Whether the factor is 1 + scale instead of scale.
+    """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     scale = jnp.expand_dims(scale, range(x.ndim - 1))
@@ -75,7 +87,10 @@ _normed.defvjp(_normed_forward, _normed_backward)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions: its projections and norms."""
+    """Grouped-query self-attention with rotary positions: its projections and norms.
+
+    `adapted` says which projections have adapters, and whether they are fused.
+    """
 
     def __init__(self, config: ModelConfig, adapted: AdapterSpec, rngs: nnx.Rngs):
         query, key_value = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -109,7 +124,14 @@ class Attention(nnx.Module):
     def project(
         self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns rotated queries [B, T, H, K], rotated keys and values [B, T, N, K]."""
+        """Returns rotated queries [B, T, H, K], rotated keys [B, T, N, K], and values [B, T, N, K].
+
+        Args:
+            x_BTD: Input after the layer's norm.
+            rotary: (cos, sin) of the positions (`attention.rotary_angles`).
+            key: Random key of dropout; None: no dropout. Unused by fused projections.
+            place: Sharding constraints.
+        """
         x_ND = flatten_tokens(x_BTD)
         split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
         q_BTHK, k_BTNK, v_BTNK = map(
@@ -123,7 +145,13 @@ class Attention(nnx.Module):
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
 
     def output(self, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
-        """Returns the output projection of all heads, [B, T, D]."""
+        """Returns the output projection of all heads, [B, T, D].
+
+        Args:
+            heads_BTHK: Output of attention.
+            key: Random key of dropout; None: no dropout. Unused by a fused projection.
+            place: Sharding constraints.
+        """
         heads_BTF = place.features(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), place.split_heads)
         out_ND = (
             self.o(flatten_tokens(heads_BTF))[0]
@@ -138,7 +166,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """activation(gate) * up, keeping only the two inputs for the backward pass."""
+    """Returns activation(gate) * up; only the two inputs are kept for the backward pass."""
     return ACTIVATIONS[activation](gate) * up
 
 
@@ -169,7 +197,13 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
-        """Returns the gated feed-forward layer's output, [B, T, D]."""
+        """Returns the gated feed-forward layer's output, [B, T, D].
+
+        Args:
+            x_BTD: Input after the layer's norm.
+            key: Random key of dropout; None: no dropout.
+            place: Sharding constraints.
+        """
         x_ND = flatten_tokens(x_BTD)
         features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
         gated_BTF = _gated(
@@ -200,15 +234,16 @@ class Block(nnx.Module):
         place: Placement,
         only_BR: Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """Returns the layer's output x_BTD and its (keys, values).
+        """Returns the layer's output x_BTD and its (keys, values), [B, T, N, K] each.
 
         Args:
             x_BTD: Input of the layer.
-            rotary: cos and sin of the positions.
+            rotary: (cos, sin) of the positions (`attention.rotary_angles`).
             attend: (queries, keys, values) -> attention output.
-            key: Key of dropout; None: no dropout.
+            key: Random key of dropout; None: no dropout.
             place: Sharding constraints.
-            only_BR: Columns that are computed after attention; the output is [B, R, D]. None: all.
+            only_BR: Indices of the columns that are computed after attention; the output is [B, R,
+                D]. None: all.
         """
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
         heads_BTHK = attend(q, k, v)
@@ -223,9 +258,13 @@ class Block(nnx.Module):
         attend: Callable[[Array, Array, Array], tuple[Array, Tree]],
         place: Placement,
     ) -> tuple[jax.Array, Tree]:
-        """Returns the layer's output for one new token, and the second result of `attend`.
+        """Returns the layer's output x_B1D for one new token, and the second result of `attend`.
 
-        attend: (query, key, value) -> (attention output, new cache entries).
+        Args:
+            x_B1D: Input of the layer.
+            rotary: (cos, sin) of the new token's position.
+            attend: (query, key, value) -> (attention output, what the cache needs of the token).
+            place: Sharding constraints.
         """
         heads, kept = attend(
             *self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
@@ -235,7 +274,16 @@ class Block(nnx.Module):
     def _after_attention(
         self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement
     ) -> jax.Array:
-        """Returns the layer's output, given the output of attention."""
+        """Returns the layer's output x_BTD, given the output of attention.
+
+        The output projection and the feed-forward layer are each added to x.
+
+        Args:
+            x_BTD: Input of the layer.
+            heads_BTHK: Output of attention.
+            key: Random key of dropout; None: no dropout.
+            place: Sharding constraints.
+        """
         sandwich = self.config.sandwich_norms
         out_BTD = place.residual(self.attention.output(heads_BTHK, key, place))
         x_BTD = x_BTD + (self.attention_post_norm(out_BTD) if sandwich else out_BTD)
@@ -277,7 +325,10 @@ class Embedder(nnx.Module):
         )
 
     def output_matrix(self, place: Placement) -> jax.Array:
-        """Returns the output projection [D, V], sharded as `logits` reads it."""
+        """Returns the output projection [D, V], sharded as `logits` reads it.
+
+        It is the transposed embedding if embeddings are tied.
+        """
         tied = self.config.tied_embeddings
         axes = (self.embedding if tied else self.lm_head).get_metadata()["axes"]
         width, vocabulary = axes[::-1] if tied else axes
@@ -286,7 +337,13 @@ class Embedder(nnx.Module):
         return place.output_matrix(weight_DV, own, self.config.dtype)
 
     def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
-        """Returns logits_BTV in float32 from hidden states after the final norm."""
+        """Returns logits_BTV in float32, with the model's cap.
+
+        Args:
+            hidden_BTD: Hidden states after the final norm.
+            weight_DV: The output projection (`output_matrix`).
+            place: Sharding constraints.
+        """
         logits_NV = matmul(flatten_tokens(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
         return attention.soft_cap(
             place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap

@@ -37,7 +37,7 @@ class AttentionChoice(NamedTuple):
     """An attention implementation, and why it is chosen.
 
     Attributes:
-        path: Name of the implementation.
+        path: The implementation, a value of `ModelConfig.attention`.
         why: The reason, as a clause without a full stop.
     """
 
@@ -55,11 +55,11 @@ def choose_attention(
     backward pass above 128); else blocked. CPUs: blocked on a single device, plain on several.
 
     Args:
-        platform: cpu, gpu or tpu.
+        platform: cpu, gpu, cuda or tpu; the name of any other platform gives blocked.
         config: The model.
-        capability: The device's `compute_capability`; None counts as 8.0, the first that cuDNN
-            supports.
-        devices: Number of devices.
+        capability: The device's `compute_capability`, such as "9.0"; None counts as 8.0, the first
+            that cuDNN supports.
+        devices: Number of devices; read on CPUs only.
     """
     if platform == "tpu":
         return AttentionChoice("splash", "JAX's kernel for TPUs takes every model")
@@ -102,7 +102,7 @@ def choose_attention(
 
 
 def effective_window(window: int | None, length: int) -> int | None:
-    """Returns the window, or None if it hides nothing in rows of `length` columns."""
+    """Returns the window, or None if it hides no key in rows of `length` tokens."""
     return None if window is None or window >= length else window
 
 
@@ -111,8 +111,13 @@ def cond_on_window(
 ) -> jax.Array:
     """Returns the result of one of two calls, chosen by a traced flag; only that call runs.
 
-    For a layer scan whose layers differ in their window. The gradient keeps the residuals of both
-    calls, one of them zeros; inside a rematerialised layer they exist for one layer at a time.
+    For a layer scan in which only some layers have a window. The gradient keeps the residuals of
+    both calls, one of them zeros; inside a rematerialised layer they exist for one layer at a time.
+
+    Args:
+        flag: Boolean scalar: whether the layer has a window.
+        call_windowed: Computes attention with the window.
+        call_full: Computes attention without a window.
     """
     return jax.lax.cond(flag, call_windowed, call_full)
 
@@ -136,7 +141,16 @@ def splash(
     device of a mesh runs it on its own rows and heads. Any head_dim and length works; lengths are
     padded to whole blocks inside.
 
-    interpret: run the kernel's program on any platform, slowly.
+    Args:
+        q_BTHK: Queries.
+        k_BTNK: Keys.
+        v_BTNK: Values.
+        valid_BT: True on real tokens.
+        window: Number of tokens that a token sees, itself included; None: all before it.
+        scale: Factor of q k^T.
+        cap: Cap of the logits (`attention.soft_cap`); None: no cap.
+        mesh: Mesh of the arguments; None: a single device.
+        interpret: Run the kernel's program on any platform, slowly.
     """
     attend = functools.partial(_splash, window=window, scale=scale, cap=cap, interpret=interpret)
     if q_BTHK.dtype == jnp.float32:
@@ -159,11 +173,21 @@ def cudnn(
     """Returns the output of causal attention, out_BTHK, by cuDNN through `jax.nn`.
 
     Each row's real tokens are moved to the front, where a causal mask alone hides the padding, and
-    back afterwards. cuDNN's other options are worse: lengths cover trailing padding only; a mask
-    becomes a [B, 1, T, T] bias, which is slow, has its gradient computed, and excludes windows
-    before cuDNN 9.10.2. A window counts real tokens, as in `attention.within_window`.
+    back afterwards. A window counts real tokens, as in `attention.within_window`. Inputs are
+    float16, or what `choose_attention` says.
 
-    It accepts what `choose_attention` says, and float16. Raises ValueError if there is a cap.
+    Args:
+        q_BTHK: Queries.
+        k_BTNK: Keys.
+        v_BTNK: Values.
+        valid_BT: True on real tokens.
+        window: Number of tokens that a token sees, itself included; None: all before it.
+        scale: Factor of q k^T.
+        cap: Must be None.
+        mesh: Mesh of the arguments; None: a single device.
+        implementation: cudnn; xla: the same by XLA operations, on any platform.
+
+    Raises ValueError if there is a cap.
     """
     if cap is not None:
         raise ValueError("cuDNN's attention has no cap; use the attention plain or blocked")
@@ -185,7 +209,18 @@ def blocked(
 ) -> jax.Array:
     """Returns out_BTHK of `attention.attend_blocked`, each device computing its own rows and heads.
 
-    Without this the loop over rows would bring all rows to every device.
+    Otherwise the loop over rows would bring all rows to every device.
+
+    Args:
+        q_BTHK: Queries.
+        k_BTNK: Keys.
+        v_BTNK: Values.
+        mask_BTS: Causal mask.
+        read_BT: True on queries whose output is used.
+        scale: Factor of q k^T.
+        cap: Cap of the logits (`attention.soft_cap`); None: no cap.
+        mesh: Mesh of the arguments.
+        wide: Whether the devices are accelerators (`attention.attend_blocked`).
     """
 
     def attend(q_BTHK, k_BTNK, v_BTNK, read_BT, mask_BTS):
@@ -205,10 +240,18 @@ def _by_shard(
     valid_BT: Array,
     *of_rows: Array,
 ) -> jax.Array:
-    """Returns attend(...) with each device computing its own rows and heads.
+    """Returns attend(q, k, v, valid, ...) with each device computing its own rows and heads.
 
-    Rows or heads that the mesh does not divide are computed by every device. of_rows: further
-    arrays [B, ...] for `attend`.
+    Rows or heads that the mesh does not divide are computed by every device.
+
+    Args:
+        attend: The attention function of one device, -> out_BTHK.
+        mesh: Mesh of the arguments; None: a single device.
+        q_BTHK: Queries.
+        k_BTNK: Keys.
+        v_BTNK: Values.
+        valid_BT: True on real tokens, or another array [B, T] that `attend` takes in this place.
+        of_rows: Further arrays [B, ...] for `attend`.
     """
     batch, length, heads, _ = q_BTHK.shape
     kv_heads = k_BTNK.shape[2]
@@ -234,10 +277,10 @@ def _by_shard(
 
 
 def blocks_of(length: int) -> tuple[int, int]:
-    """Returns (number of blocks, block length) for rows of `length` tokens.
+    """Returns (number of blocks, tokens per block) for rows of `length` tokens.
 
-    There are as few blocks as LARGEST_BLOCK allows, and the length is the smallest multiple of
-    LANES that suffices.
+    There are as few blocks as LARGEST_BLOCK allows. A block is the smallest multiple of LANES that
+    suffices, so the blocks together may be longer than the row.
     """
     blocks = -(-length // LARGEST_BLOCK)
     return blocks, -(-length // (blocks * LANES)) * LANES
@@ -250,6 +293,11 @@ def block_sizes(blocks: int, block: int, window: int | None) -> splash_lib.Block
     writes each key block's share of dq for all queries, masked blocks included: as many copies of
     dq as there are key blocks, rounded before they are added. It pays if there are few blocks and
     most of them are visible, which is not so with a window.
+
+    Args:
+        blocks: Number of blocks per row.
+        block: Number of tokens per block.
+        window: The effective window in tokens; None: no window.
     """
     fused = window is None and blocks <= FUSED_BLOCKS
     dq = None if fused else block
@@ -275,7 +323,7 @@ def _splash(
     cap: float | None,
     interpret: bool,
 ) -> jax.Array:
-    """`splash` on one device."""
+    """Returns the output of `splash` on one device."""
     length, heads = q_BTHK.shape[1:3]
     blocks, block = blocks_of(length)
     padding = ((0, 0), (0, blocks * block - length), (0, 0), (0, 0))
@@ -312,10 +360,10 @@ def _in_float32(
     v_BTNK: jax.Array,
     valid_BT: jax.Array,
 ) -> jax.Array:
-    """Returns attend(q, k, v, valid) with products in float32 (see `precision.precision_of`).
+    """Returns attend(q, k, v, valid) with its products in float32, in both passes.
 
     JAX's kernel does not state a precision, so both passes are traced with the highest as the
-    default.
+    default (`precision.precision_of`).
     """
     with jax.default_matmul_precision("highest"):
         return attend(q_BTHK, k_BTNK, v_BTNK, valid_BT)
@@ -337,7 +385,10 @@ _in_float32.defvjp(_in_float32_forward, _in_float32_backward)
 def _cudnn(
     q_BTHK, k_BTNK, v_BTNK, valid_BT, *, window: int | None, scale: float, implementation: str
 ) -> jax.Array:
-    """`cudnn` on one device."""
+    """Returns the output of `cudnn` on one device."""
+    # cuDNN's other options are worse: lengths cover trailing padding only; a mask becomes a
+    # [B, 1, T, T] bias, which is slow, has its gradient computed, and excludes windows before cuDNN
+    # 9.10.2.
     order_BT = jnp.argsort(~valid_BT.astype(bool), axis=1, stable=True)
     column_BT = jnp.argsort(order_BT, axis=1)
     q_BTHK, k_BTNK, v_BTNK = (_permuted(x, order_BT, column_BT) for x in (q_BTHK, k_BTNK, v_BTNK))
@@ -357,7 +408,13 @@ def _cudnn(
 
 @jax.custom_vjp
 def _permuted(x_BTHK: jax.Array, order_BT: jax.Array, inverse_BT: jax.Array) -> jax.Array:
-    """Returns x[b, order[b, t]]; the gradient is a gather (JAX's own is a scatter)."""
+    """Returns x[b, order[b, t]]; the gradient is a gather (JAX's own is a scatter).
+
+    Args:
+        x_BTHK: Any array.
+        order_BT: Column that each column of the result is taken from.
+        inverse_BT: The inverse permutation of `order_BT`.
+    """
     return jnp.take_along_axis(x_BTHK, order_BT[:, :, None, None], axis=1, mode="promise_in_bounds")
 
 

@@ -66,39 +66,45 @@ class LanguageModel:
     # Shapes, logical axes, shardings, initial values.
 
     def abstract_base(self) -> Tree:
-        """Returns shapes and dtypes of the base.
+        """Returns shapes and dtypes of the base's leaves, as a tree of `jax.ShapeDtypeStruct`.
 
-        They are {layers: leaves stacked over L, outer: embedding, final norm, output projection}.
+        It is {layers: leaves stacked over L, outer: embedding, final norm, output projection}.
         """
         return network(self.config, AdapterSpec()).base
 
     def base_axes(self) -> Tree:
-        """Returns the logical axes of every base leaf, tuples of names."""
+        """Returns the tree of the base with a tuple of logical axis names for each leaf."""
         return network(self.config, AdapterSpec()).base_axes
 
     def abstract_lora(self, config: LoRAConfig) -> Tree:
-        """Returns shapes and dtypes of an adapter's LoRA leaves."""
+        """Returns shapes and dtypes of an adapter's LoRA leaves: `jax.ShapeDtypeStruct`s.
+
+        They are the tree {layers: leaves stacked over the adapted layers}.
+        """
         return network(self.config, AdapterSpec(config)).lora
 
     def lora_axes(self, config: LoRAConfig) -> Tree:
-        """Returns the logical axes of an adapter's LoRA leaves, derived from the weights' axes."""
+        """Returns the tree of LoRA leaves with a tuple of logical axis names for each leaf."""
         return network(self.config, AdapterSpec(config)).lora_axes
 
     @property
     def split_heads(self) -> bool:
-        """Whether the mesh's tensor axis can split heads: whole ones, queries beside keys."""
+        """Whether heads are split along the mesh's tensor axis: if it divides the key/value heads.
+
+        Query heads then stay on the devices of the keys that they read. True without a mesh.
+        """
         return self.mesh is None or self.config.kv_heads % self.mesh.shape["tensor"] == 0
 
     @functools.cache  # noqa: B019  models are few, and live as long as the process
     def base_shardings(self) -> dict[str, NamedSharding]:
-        """Returns the sharding of every base leaf, keyed by path name."""
+        """Returns the sharding of every base leaf, keyed by path; the model must have a mesh."""
         return sharding.leaf_shardings(
             self.base_axes(), self.abstract_base(), self.mesh, self._pieces
         )
 
     @functools.cache  # noqa: B019  as above
     def lora_shardings(self) -> dict[str, NamedSharding]:
-        """Returns the sharding of every possible LoRA leaf, keyed by path name.
+        """Returns the sharding of every possible LoRA leaf, keyed by path; there must be a mesh.
 
         For adapters that are split like the weights that they belong to (`mesh.adapters=sharded`).
         """
@@ -109,7 +115,7 @@ class LanguageModel:
 
     @property
     def _pieces(self) -> dict[str, int]:
-        """Number of parts that the axes heads and kv_heads can be cut into.
+        """Number of parts, keyed by logical axis, that heads and kv_heads can be cut into.
 
         If key/value heads do not divide over devices, query heads stay whole too: a group of heads
         attends on one device.
@@ -117,7 +123,11 @@ class LanguageModel:
         return dict.fromkeys(("heads", "kv_heads"), self.config.kv_heads)
 
     def abstract_under(self, ranks: Mapping[str, int]) -> Tree:
-        """Returns shapes of frozen pairs (`Adapter.under`), given the rank of each projection."""
+        """Returns shapes and dtypes of frozen pairs (`Adapter.under`), as a tree.
+
+        Args:
+            ranks: Rank of each projection that has a pair, keyed by its name (q, k, ...).
+        """
         out: dict = {}
         number = self.config.layers
         for name, kernel in trees.named_leaves(self.abstract_base()).items():
@@ -138,7 +148,11 @@ class LanguageModel:
         return out
 
     def init_base(self, key: jax.Array) -> Tree:
-        """Returns random base weights, N(0, 1/sqrt(in)), as before pre-training."""
+        """Returns random base weights as before pre-training: matrices ~ N(0, 1 / inputs).
+
+        The second parameter of N is the variance; embeddings have variance 1 / D, scales of norms
+        are those of an identity.
+        """
         outer_key, layer_key = jax.random.split(key)
         layers = jax.vmap(
             lambda k: nnx.to_pure_dict(
@@ -153,8 +167,15 @@ class LanguageModel:
     def init_adapter(self, key: jax.Array, config: LoRAConfig, base: Tree | None = None) -> Adapter:
         """Returns a fresh adapter without a head, whose outputs are the base's.
 
-        They are exactly equal for the inits b-zero and a-zero. base: needed for DoRA and PiSSA,
-        which start from its weights; ValueError if it is missing.
+        They are exactly equal for the inits b-zero and a-zero, and equal up to rounding for PiSSA
+        and DoRA.
+
+        Args:
+            key: Random key of the initial values.
+            config: Config of the adapter.
+            base: The base's weights, which DoRA and PiSSA start from; otherwise unused.
+
+        Raises ValueError if DoRA or PiSSA gets no base.
         """
         abstract = self.abstract_lora(config)
         kernels = {}
@@ -188,7 +209,13 @@ class LanguageModel:
     ) -> jax.Array:
         """Returns hidden_BTD after the final norm; with packing, hidden_WUD of packed tokens.
 
-        dropout_key: None means no dropout.
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            dropout_key: Random key of dropout; None: no dropout.
+            packing: How the batch is packed; None: it is padded.
         """
         return self._forward(base, adapter, tokens_BT, valid_BT, dropout_key, packing)
 
@@ -200,7 +227,15 @@ class LanguageModel:
         valid_BT: Array,
         dropout_key: Array | None = None,
     ) -> jax.Array:
-        """Returns logits_BTV, float32; position t predicts token t + 1."""
+        """Returns logits_BTV, float32; position t predicts token t + 1.
+
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            dropout_key: Random key of dropout; None: no dropout.
+        """
         hidden_BTD = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key)
         return self.logits_of(base, adapter, hidden_BTD, self.placement())
 
@@ -217,7 +252,8 @@ class LanguageModel:
         packing: Packing | None = None,
         wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns logp_BT and entropy_BT of every token (`perl_jax.models.logprobs`).
+        """Returns logp_BT and entropy_BT of every token, 0 in column 0
+        (`perl_jax.models.logprobs`).
 
         Logits exist for a few columns at a time: at most LOGIT_BYTES per device (CPU_LOGIT_BYTES on
         a CPU with a frozen output projection). If the output projection is trained, the backward
@@ -229,10 +265,10 @@ class LanguageModel:
             tokens_BT: Token ids.
             valid_BT: True on real tokens.
             temperature: Divides the logits.
-            dropout_key: None: no dropout.
+            dropout_key: Random key of dropout; None: no dropout.
             start: First column that is computed; earlier columns are 0.
             packing: How the batch is packed. None: it is padded.
-            wanted_BT: With packing: the tokens that are computed; others are 0.
+            wanted_BT: Needed with packing, else unused: the tokens that are computed; others are 0.
         """
         place = self.placement()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
@@ -282,6 +318,16 @@ class LanguageModel:
         """Returns the scalar head's output at every position, float32 [B, T].
 
         Position t has seen tokens up to t; `logprobs.shift_right` gives values before each token.
+
+        Args:
+            base: The frozen base.
+            adapter: An adapter with a scalar head.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            dropout_key: Random key of dropout; None: no dropout.
+            packing: How the batch is packed; None: it is padded.
+
+        Raises ValueError if the adapter has no head.
         """
         value = _head(
             adapter, self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
@@ -298,7 +344,18 @@ class LanguageModel:
         *,
         packing: Packing | None = None,
     ) -> jax.Array:
-        """Returns score_B: the scalar head's output at each row's last real token."""
+        """Returns score_B, float32: the scalar head's output at each row's last real token.
+
+        Args:
+            base: The frozen base.
+            adapter: An adapter with a scalar head.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            dropout_key: Random key of dropout; None: no dropout.
+            packing: How the batch is packed; None: it is padded.
+
+        Raises ValueError if the adapter has no head.
+        """
         last_B1 = last_valid(valid_BT)[:, None]
         hidden_WRD = self._forward(
             base, adapter, tokens_BT, valid_BT, dropout_key, packing, only_BR=last_B1
@@ -308,20 +365,26 @@ class LanguageModel:
     # Parts of a forward pass.
 
     def placement(self, stationary: bool = False) -> Placement:
-        """Returns the sharding constraints of a pass over whole sequences.
+        """Returns the sharding constraints of a pass over whole sequences or of a decoding step.
 
-        stationary: those of a decoding step instead.
+        stationary: True for a decoding step.
         """
         return Placement(self.mesh, self.split_heads, stationary)
 
     def embedder(self, base: Tree, adapter: Adapter | None) -> Embedder:
-        """Returns the embedder module with its weights."""
+        """Returns the embedder module with the base's weights, or in full tuning the adapter's."""
         return nnx.merge(
             network(self.config, AdapterSpec()).outer, _weights(base, adapter)["outer"]
         )
 
     def layers(self, base: Tree, adapter: Adapter | None, place: Placement) -> LayerStack:
-        """Returns the layers with their weights; the pass has the sharding constraints `place`."""
+        """Returns the layers with their weights, ready to run.
+
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            place: Sharding constraints of the pass.
+        """
         shardings = (
             ({}, {}) if self.mesh is None else (self.base_shardings(), self.lora_shardings())
         )
@@ -342,7 +405,14 @@ class LanguageModel:
     def logits_of(
         self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement
     ) -> jax.Array:
-        """Returns logits_BTV, float32, from hidden states after the final norm."""
+        """Returns logits_BTV, float32.
+
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            hidden_BTD: Hidden states after the final norm.
+            place: Sharding constraints of the pass.
+        """
         outer = self.embedder(base, adapter)
         return outer.logits(hidden_BTD, outer.output_matrix(place), place)
 
@@ -352,14 +422,14 @@ class LanguageModel:
         """Returns hidden_BTD after the final norm, and what is kept of keys and values.
 
         What is kept is a dict from each window to the entries of the layers with this window,
-        stacked.
+        stacked. There is no dropout and no packing.
 
         Args:
             base: The frozen base.
             adapter: The adapter; None: the base itself.
             tokens_BT: Token ids.
             valid_BT: True on real tokens.
-            keep: (keys and values [B, T, N, K] of a layer, its window) -> its entry.
+            keep: ((keys, values) of a layer, [B, T, N, K] each, its window) -> the layer's entry.
         """
         place, outer = self.placement(), self.embedder(base, adapter)
         kinds = LayerKinds.of(self.config, attention.positions(valid_BT))
@@ -387,8 +457,16 @@ class LanguageModel:
     ) -> jax.Array:
         """Returns hidden states after the final norm, [B, T, D] or with packing [W, U, D].
 
-        only_BR: Columns of each row whose hidden states are wanted. The last layer then computes
-        only these, and the result is [B, R, D]; with packing, [W, b R, D].
+        Args:
+            base: The frozen base.
+            adapter: The adapter; None: the base itself.
+            tokens_BT: Token ids.
+            valid_BT: True on real tokens.
+            dropout_key: Random key of dropout; None: no dropout.
+            packing: How the batch is packed; None: it is padded.
+            only_BR: Columns of each row whose hidden states are wanted. The last layer then
+                computes only these, and the result is [B, R, D]; with packing, [W, b R, D]. None:
+                all columns.
         """
         chex.assert_rank([tokens_BT, valid_BT], 2)
         chex.assert_equal_shape([tokens_BT, valid_BT])
@@ -427,7 +505,13 @@ class LanguageModel:
     ) -> Layer:
         """Returns the function of one layer over whole sequences; its output is (keys, values).
 
-        only_WR: Columns that are computed after attention; None: all.
+        Args:
+            kinds: What differs between layers.
+            place: Sharding constraints of the pass.
+            valid_BT: True on real tokens.
+            packing: How the batch is packed; None: it is padded.
+            only_WR: Indices in each (packed) row of the columns that are computed after attention;
+                None: all.
         """
         read_BT = jnp.asarray(valid_BT, bool) if packing is None else packing.own_BT
         if only_WR is not None:
@@ -447,12 +531,15 @@ class LanguageModel:
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:
-    """Returns the weights to read: the base's, or in full tuning the adapter's."""
+    """Returns the weights that a pass reads: the base's, or in full tuning the adapter's."""
     return base if adapter is None or adapter.weights is None else adapter.weights
 
 
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
-    """Returns the scalar head's output for hidden states; raises ValueError if there is no head."""
+    """Returns the scalar head's output [...], float32, for hidden states [..., D].
+
+    Raises ValueError if there is no head.
+    """
     if adapter is None or adapter.head is None:
         raise ValueError(
             "This role has no scalar head; a score or a value needs an adapter with one."

@@ -18,12 +18,12 @@ def adapter_runs(
 ) -> list[tuple[int, int, bool]]:
     """Returns runs of consecutive layers that all have an adapter or all have none.
 
+    Each run is (start, stop, whether its layers have an adapter).
+
     Args:
         adapted_layers: Indices of the layers with an adapter.
         number: Number of layers.
         last_apart: Whether the last layer is a run of its own.
-
-    Returns a list of (start, stop, whether the run has an adapter).
     """
     found: list[tuple[int, int, bool]] = []
     for index in range(number):
@@ -40,12 +40,17 @@ LONGEST_PERIOD = 8
 
 
 def periodic_scans(kinds: Sequence[Hashable], start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Cuts the layers from start to stop into scans (start, stop, period).
+    """Returns scans (start, stop, period) that together cover the layers from start to stop.
 
     A scan repeats `period` consecutive layers, whose kinds are the same in each repetition. Of all
-    cuts it takes the one with the smallest sum of periods (layers to compile), then with the fewest
-    scans, then with the longest first scan. Example: four times five local layers and a global one,
-    then two local ones, give (0, 24, 6), (24, 26, 1).
+    cuts the result has the smallest sum of periods (layers to compile), then the fewest scans, then
+    the longest first scan. Example: four times five local layers and a global one, then two local
+    ones, give (0, 24, 6), (24, 26, 1).
+
+    Args:
+        kinds: Kind of each layer of the model; layers of the same kind are equal here.
+        start: Index of the first layer.
+        stop: Index after the last layer.
     """
     best: dict[int, tuple[int, int, list]] = {stop: (0, 0, [])}
     for first in range(stop - 1, start - 1, -1):
@@ -65,12 +70,13 @@ class LayerKinds:
     """Rotary tables and windows of all layers.
 
     If all layers are alike, the layer scan carries nothing. Otherwise it carries, for each layer,
-    the number of its rotary table and its window.
+    the index of its rotary table and its window.
 
     Attributes:
-        cos_J: cos of each different rotary table.
+        cos_J: cos of each different rotary table, J arrays [B, T, 1, K/2].
         sin_J: sin of each different rotary table.
-        by_layer: {rope: table number, window: tokens}, int32 [L] each. None: all layers are alike.
+        by_layer: {rope: index of the table, window: number of tokens}, int32 [L] each. None: all
+            layers are alike.
         window: The common window if all layers are alike; None: no window.
     """
 
@@ -104,7 +110,10 @@ class LayerKinds:
         )
 
     def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
-        """Returns cos and sin of a layer, given its entry of `by_layer`."""
+        """Returns cos and sin, [B, T, 1, K/2] each, of one layer.
+
+        kind: the layer's entry of `by_layer`; None: all layers are alike.
+        """
         if kind is None or len(self.cos_J) == 1:
             return self.cos_J[0], self.sin_J[0]
         return jnp.stack(self.cos_J)[kind["rope"]], jnp.stack(self.sin_J)[kind["rope"]]
@@ -112,7 +121,14 @@ class LayerKinds:
     def mask(
         self, kind: Tree | None, mask_BTS: Array, query_positions_BT: Array, key_positions_BS: Array
     ) -> Array:
-        """Returns the attention mask of a layer: `mask_BTS` restricted to the layer's window."""
+        """Returns a layer's attention mask [B, T, S]: `mask_BTS` restricted to the layer's window.
+
+        Args:
+            kind: The layer's entry of `by_layer`; None: all layers are alike.
+            mask_BTS: True where a query may see a key, without regard to windows.
+            query_positions_BT: Rotary positions of the queries.
+            key_positions_BS: Rotary positions of the keys.
+        """
         window = self.window if kind is None else kind["window"]
         return (
             mask_BTS
@@ -124,7 +140,7 @@ class LayerKinds:
 def _rotary_table(
     positions_BT: Array, head_dim: int, rope: Rope | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin; without a rope those of angle 0, which change nothing."""
+    """Returns cos and sin [B, T, 1, K/2] of a rope; None: those of angle 0, no rotation."""
     if rope is not None:
         return attention.rotary_angles(positions_BT, head_dim, rope)
     shape = (*positions_BT.shape, 1, head_dim // 2)

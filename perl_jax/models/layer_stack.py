@@ -42,8 +42,8 @@ class LayerStack:
         lora_config: The adapter's config; None: no adapter.
         under: The frozen pairs under the adapter, leaves stacked over L; None: there are none.
         trained: Whether the weights themselves are trained, as in full tuning.
-        base_shardings: Shardings of `weights`, keyed by path name within a layer.
-        lora_shardings: Shardings of the adapter's leaves, keyed likewise.
+        base_shardings: Shardings of `weights`, keyed by path within a layer.
+        lora_shardings: Shardings of the adapter's leaves, keyed by path within a layer.
     """
 
     config: ModelConfig
@@ -149,7 +149,12 @@ class LayerStack:
     def _scans(
         self, windows: Sequence[int | None], last_apart: bool
     ) -> list[tuple[int, int, int, bool]]:
-        """Returns the scans (start, stop, period, whether its layers have an adapter)."""
+        """Returns the scans of all layers, each (start, stop, period, has an adapter).
+
+        Args:
+            windows: Window of each layer; None: no window.
+            last_apart: Whether the last layer is a scan of its own.
+        """
         return [
             (*scan, adapted)
             for first, stop, adapted in adapter_runs(
@@ -166,9 +171,9 @@ class LayerStack:
         return self.lora_config.adapted_layers(self.config.layers)
 
     def _loras(self, start: int, stop: int, period: int) -> Tree:
-        """Returns the adapter's leaves of some layers, [repetitions, period, ...].
+        """Returns the adapter's leaves of the layers from start to stop, as the scan reads them.
 
-        With period 1 they are [layers, ...].
+        They are [repetitions, period, ...]; with period 1, [layers, ...].
         """
         first = self._adapted_layers.index(start)
         shape = (-1,) if period == 1 else (-1, period)
@@ -182,8 +187,8 @@ class LayerStack:
 
         Args:
             weights: The layer's weights.
-            mine: The leaves of its adapter; None: it has none.
-            under: Its frozen pairs; None: it has none.
+            mine: The leaves of its adapter; None: the layer has no adapter.
+            under: Its frozen pairs; None: the layer has none.
         """
         # Trained weights are moved in the activations' dtype; frozen ones already have it.
         weights = self.place.weights(
@@ -202,9 +207,13 @@ class LayerStack:
         return nnx.merge(network(self.config, spec).block, *leaves)
 
     def _rematerialised(self, turn: Callable, picked: bool) -> Callable:
-        """Returns a function that keeps for the backward pass only what `config.remat` says.
+        """Returns `turn`, keeping for the backward pass only what `config.remat` says.
 
-        It never keeps gathered weights. picked: whether a layer takes its weights out of a stack.
+        Gathered weights are never kept.
+
+        Args:
+            turn: Runs the layers of one repetition of a scan.
+            picked: Whether a layer takes its weights out of a stack.
         """
         if self.config.remat == "none":
             if not picked and (self.place.mesh is None or self.place.mesh.shape["fsdp"] == 1):
@@ -219,7 +228,10 @@ class LayerStack:
 
 
 def within_a_layer(shardings: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
-    """Returns the shardings of the layers' leaves, keyed by path name within a layer."""
+    """Returns the shardings of the layers' leaves, keyed by path within a layer.
+
+    shardings: those of a whole tree, keyed by path; paths outside `layers/` are left out.
+    """
     return {
         name.removeprefix("layers/"): sharding
         for name, sharding in shardings.items()
@@ -233,7 +245,10 @@ def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
 
 
 def _interleaved(*leaves: jax.Array) -> jax.Array:
-    """Returns [layers, ...] in the order of the layers, given each offset's [repetitions, ...]."""
+    """Returns [layers, ...] in the order of the layers.
+
+    leaves: one array [repetitions, ...] for each layer of a scan's period.
+    """
     if len(leaves) == 1:
         return leaves[0]
     return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])

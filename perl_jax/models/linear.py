@@ -52,21 +52,26 @@ class AdapterSpec:
 
 
 def flatten_tokens(x_BTD: Array) -> jax.Array:
-    """Returns [B T, D] from [B, T, D].
+    """Returns [B T, D] from [B, T, D]; an input of several products should be flattened once.
 
     With three dimensions XLA's CPU backend writes a transposed copy of each operand of dW = x^T dy,
     and is slow at sums over [1, T, D]. Flattened, the backward pass of a feed-forward layer is 1.6
-    times as fast. The reshape leaves rows that are sharded over devices in place. An input of
-    several products should be flattened once, because the backward pass keeps every reshaped array.
+    times as fast. The reshape leaves rows that are sharded over devices in place. The backward pass
+    keeps every reshaped array.
     """
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
 def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
-    """Returns x W in `dtype` (None: the dtype of x).
+    """Returns x W, [N, F].
 
     If W has another dtype than x, W is a trained weight (float32 under bfloat16 activations). It is
     rounded to the dtype of x for the product, but its gradient is not rounded (`_rounded_product`).
+
+    Args:
+        x_ND: Input.
+        weight_DF: The matrix W.
+        dtype: Dtype of the result; None: the dtype of x.
     """
     dtype = jnp.dtype(dtype or x_ND.dtype)
     if weight_DF.dtype == x_ND.dtype:
@@ -76,7 +81,7 @@ def matmul(x_ND: Array, weight_DF: Array, dtype: object = None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rounded_product(x_ND: jax.Array, weight_DF: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns x round(W), where dL/dW = x^T dy has the dtype of W.
+    """Returns x round(W) in `dtype`, where dL/dW = x^T dy has the dtype of W.
 
     So sums over tokens, and over devices, are not rounded to the dtype of x.
     """
@@ -97,7 +102,16 @@ _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + bias, plus s (dropout(x) A) B if it has an adapter (`perl_jax.adapters.lora`)."""
+    """y = x W + bias, plus s (dropout(x) A) B if it has an adapter (`perl_jax.adapters.lora`).
+
+    Args:
+        name: Name of the projection: q, k, v, o, gate, up or down.
+        config: The model.
+        adapted: Which projections have adapters.
+        shape: (D, F), widths of input and output.
+        axes: Logical axes of the two dimensions.
+        rngs: Random numbers of the initial weights.
+    """
 
     def __init__(
         self,
@@ -138,7 +152,12 @@ class Linear(nnx.Module):
             self.under_b = UnderParam(jnp.zeros((1, shape[1])), axes=("rank", axes[1]))
 
     def __call__(self, x_ND: Array, dropout_key: Array | None = None) -> jax.Array:
-        """Returns x W and what the adapters add to it, [N, F]."""
+        """Returns x W, plus what the adapters add and the bias, [N, F].
+
+        Args:
+            x_ND: Input.
+            dropout_key: Random key of the layer's dropout; None: no dropout.
+        """
         out_NF = self._product(x_ND)
         if self.has_under:
             under_a, under_b = (
@@ -153,7 +172,7 @@ class Linear(nnx.Module):
         return out_NF
 
     def _product(self, x_ND: Array) -> jax.Array:
-        """Returns x W."""
+        """Returns x W, [N, F]; a quantised W is cast to the dtype of x."""
         kernel = self.kernel.get_value()
         # A quantised matrix is cast; it has no gradient.
         return matmul(x_ND, dense(kernel).astype(x_ND.dtype) if is_quantised(kernel) else kernel)
@@ -161,7 +180,14 @@ class Linear(nnx.Module):
     def _adapted(
         self, lora: LoRAConfig, x_ND: Array, out_NF: Array, dropout_key: Array | None
     ) -> jax.Array:
-        """Returns x W + s (x A) B from x W = out_NF; for DoRA that times m / ||W + s A B||."""
+        """Returns x W + s (dropout(x) A) B; for DoRA that times m / ||W + s A B||.
+
+        Args:
+            lora: Config of the adapter.
+            x_ND: Input.
+            out_NF: x W, with the frozen pairs' part.
+            dropout_key: Random key of the layer's dropout; None: no dropout.
+        """
         dropped = dropout_key is not None and lora.dropout > 0
         if dropped:
             keep = 1.0 - lora.dropout
@@ -187,6 +213,13 @@ class FusedLinear(nnx.Module):
 
     The layers are x W + (x A) B + bias. The first product is with [W | A] (`generation.fused`).
     Only the output widths are fixed here; the ranks are those of the weights that are merged in.
+
+    Args:
+        names: Names of the projections.
+        config: The model.
+        paired: Whether any projection has an adapter.
+        shapes: (D, F) of each projection; D is the same.
+        axes: Logical axes of the two dimensions.
     """
 
     def __init__(
@@ -210,7 +243,7 @@ class FusedLinear(nnx.Module):
         )
 
     def __call__(self, x_ND: Array) -> list[jax.Array]:
-        """Returns the output of each layer."""
+        """Returns the output of each layer, [N, F of the layer], in the order of the names."""
         features = sum(self.widths)
         out_NF = matmul(x_ND, self.kernel[...])
         if self.up is not None:

@@ -26,8 +26,8 @@ from perl_jax.types import Array, Tree
 def shift_right(values_BT: Array) -> jax.Array:
     """Returns out[:, t] = values[:, t - 1], out[:, 0] = 0.
 
-    It turns the values that a value model gives at each position into V(state before token t),
-    aligned with the log-probability of token t, whose baseline V is.
+    It turns the values that a value model gives at each position into V(state before token t). So
+    they are aligned with the log-probability of token t, whose baseline V is.
     """
     chex.assert_rank(values_BT, 2)
     return jnp.pad(values_BT[:, :-1], ((0, 0), (1, 0)))
@@ -54,14 +54,14 @@ def token_logprobs(logits_V: Array, tokens: Array, temperature: float = 1.0) -> 
 # JAX's also adds -1 and the softmax in bfloat16, where the gradient of a confident token vanishes.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _token_logprobs(logits_V: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
-    """`token_logprobs` with its own gradient."""
+    """Returns `token_logprobs`, with a gradient of its own."""
     return _token_logprobs_forward(logits_V, tokens, temperature)[0]
 
 
 def _token_logprobs_forward(
     logits_V: jax.Array, tokens: jax.Array, temperature: float
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the log-probabilities, and the residuals of the backward pass."""
+    """Returns the log-probabilities, and the residuals (logits, tokens, log-normalisers)."""
     picked = jnp.take_along_axis(logits_V, tokens[..., None], axis=-1)[..., 0]
     logz = jax.nn.logsumexp(_scaled(logits_V, temperature), axis=-1)
     return _scaled(picked, temperature) - logz, (logits_V, tokens, logz)
@@ -85,10 +85,17 @@ _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 def next_token_logprobs(logits_BTV: Array, tokens_BT: Array, temperature: float = 1.0) -> jax.Array:
     """Returns logp_BT[b, t] = log softmax(logits_BTV[b, t - 1] / temperature)[tokens_BT[b, t]].
 
-    float32 [B, T], 0 at t = 0. At most one float32 [B, T, V] array exists besides the logits,
-    because the log-softmax itself is never formed. Use the sampler's temperature for new, old and
-    reference log-probabilities alike. Temperature 0 (greedy) has no finite log-probabilities and
-    raises ValueError.
+    The result is float32 [B, T], 0 at t = 0. At most one float32 [B, T, V] array exists besides the
+    logits, because the log-softmax itself is never formed.
+
+    Args:
+        logits_BTV: Logits; position t predicts token t + 1.
+        tokens_BT: Token ids.
+        temperature: Divides the logits. Use the sampler's for new, old and reference
+            log-probabilities alike.
+
+    Raises ValueError unless the temperature is finite and above 0 (greedy sampling has no finite
+    log-probabilities).
     """
     chex.assert_rank([logits_BTV, tokens_BT], [3, 2])
     chex.assert_equal_shape_prefix([logits_BTV, tokens_BT], 2)
@@ -99,9 +106,10 @@ def next_token_logprobs(logits_BTV: Array, tokens_BT: Array, temperature: float 
 
 
 def next_token_entropy(logits_BTV: Array, temperature: float = 1.0) -> jax.Array:
-    """Returns entropy_BT[b, t] of softmax(logits_BTV[b, t - 1] / temperature), 0 at t = 0.
+    """Returns entropy_BT[b, t] in nats of softmax(logits_BTV[b, t - 1] / temperature), 0 at t = 0.
 
-    This is the distribution that token t is drawn from.
+    This is the distribution that token t is drawn from. Raises ValueError unless the temperature is
+    finite and above 0.
     """
     chex.assert_rank(logits_BTV, 3)
     return shift_right(entropy(logits_BTV, temperature))
@@ -111,7 +119,7 @@ def entropy(logits_V: Array, temperature: float = 1.0) -> jax.Array:
     """Returns the entropy -sum_v p_v log p_v in nats of p = softmax(logits / temperature).
 
     The sum is over the last axis, in float32. A logit of -inf (an excluded token) contributes 0.
-    Raises ValueError for a temperature that is not finite and above 0.
+    Raises ValueError unless the temperature is finite and above 0.
     """
     _check_temperature(temperature)
     # Flattened, because XLA's CPU backend sums [1, N, V] 60 times as slowly as [N, V].
@@ -139,7 +147,7 @@ def logprobs_from_hidden(
     They equal `next_token_logprobs` and `next_token_entropy`. The entropy has no gradient.
 
     Args:
-        head: hidden_BCD -> logits_BCV.
+        head: hidden_BCD -> logits_BCV, for any number C of columns.
         hidden_BTD: Hidden states after the final norm.
         tokens_BT: Token ids.
         temperature: Divides the logits.
@@ -147,6 +155,8 @@ def logprobs_from_hidden(
         columns: Number of columns whose logits exist at a time.
         frozen: Whether the head's weights are frozen. If not, the backward pass computes the logits
             again, unless all columns are computed at once.
+
+    Raises ValueError unless the temperature is finite and above 0.
     """
     _check_temperature(temperature)
     chex.assert_rank([hidden_BTD, tokens_BT], [3, 2])
@@ -174,9 +184,18 @@ def following_logprobs(
     columns: int,
     frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probability and entropy of the token that follows each hidden state.
+    """Returns log-probability and entropy [B, T] of the token that follows each hidden state.
 
-    See `logprobs_from_hidden`; following_BT holds these tokens.
+    The logits exist for a few columns at a time. The entropy has no gradient.
+
+    Args:
+        head: hidden_BCD -> logits_BCV, for any number C of columns.
+        hidden_BTD: Hidden states after the final norm.
+        following_BT: Ids of the tokens that the hidden states predict.
+        temperature: Divides the logits.
+        columns: Number of columns whose logits exist at a time.
+        frozen: Whether the head's weights are frozen; if so, gradients go to the hidden states
+            only.
     """
 
     def piece(hidden_BCD: jax.Array, following_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +221,11 @@ def _by_pieces(
 ) -> Tree:
     """Returns piece(hidden, following), computed for equal runs of columns one after the other.
 
-    The results are concatenated along the columns. pieces: number of runs.
+    Args:
+        piece: (hidden_BCD, following_BC) -> a tree of leaves [B, C, ...].
+        hidden_BTD: Hidden states.
+        following_BT: Ids of the tokens that the hidden states predict.
+        pieces: Number of runs; their results are concatenated along the columns.
     """
     if pieces == 1:
         return piece(hidden_BTD, following_BT)
@@ -231,6 +254,12 @@ def _with_slopes(
     The gradient needs d logp / d hidden = (onehot(token) - softmax(logits / temperature)) W^T /
     temperature. The forward pass computes it together with the logits. The backward pass then only
     multiplies it by the cotangent of each token: no logits are kept or computed twice.
+
+    Args:
+        piece: (hidden_BCD, following_BC) -> (log-probabilities, entropies), [B, C] each.
+        pieces: Number of runs of columns.
+        hidden_BTD: Hidden states.
+        following_BT: Ids of the tokens that the hidden states predict.
     """
     return _by_pieces(piece, hidden_BTD, following_BT, pieces)
 

@@ -16,8 +16,14 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
     Group g of consecutive rows goes to microbatch g mod M. The split is strided, so that every
     microbatch has rows on every device if rows are sharded over devices in contiguous parts. Packed
-    tokens get the layout of one microbatch. Raises ValueError if the groups do not divide over the
-    microbatches.
+    tokens get the layout of one microbatch.
+
+    Args:
+        batch: Tree of arrays that all have B rows.
+        microbatches: M.
+        group: Number of consecutive rows that stay together.
+
+    Raises ValueError if the groups do not divide over the microbatches.
     """
 
     def split(leaf: Array) -> Array:
@@ -38,11 +44,15 @@ def split_microbatches(batch: Tree, microbatches: int, group: int = 1) -> Tree:
 
 
 def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
-    """Returns function(batch), computed one microbatch at a time.
+    """Returns function(batch), computed one microbatch at a time, in the batch's order of rows.
 
-    Every leaf of the result must have the batch's rows as its first axis. For passes without a
-    gradient: intermediate results exist for one microbatch. If `microbatches` does not divide the
-    number of groups of rows, their greatest common divisor is used instead.
+    For passes without a gradient: intermediate results exist for one microbatch at a time.
+
+    Args:
+        function: Every leaf of its result must have the rows of its argument as the first axis.
+        batch: Tree of arrays that all have B rows; its groups (`group_of`) stay together.
+        microbatches: Number of microbatches. If it does not divide the number of groups, their
+            greatest common divisor is used instead.
     """
     group = group_of(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
@@ -60,7 +70,13 @@ def each_microbatch(function: Callable[[Tree], Tree], batch: Tree, microbatches:
 
 
 def summed_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatches: int) -> Tree:
-    """Returns the sum over microbatches of function(microbatch), whose leaves are row sums."""
+    """Returns the sum over microbatches of function(microbatch), leaf by leaf.
+
+    Args:
+        function: Leaves of its result must be sums over rows.
+        batch: Tree of arrays that all have B rows; its groups (`group_of`) stay together.
+        microbatches: Number of microbatches; it must divide the number of groups.
+    """
     if microbatches == 1:
         return function(batch)
     sums = jax.lax.map(function, split_microbatches(batch, microbatches, group_of(batch)))
@@ -68,7 +84,14 @@ def summed_microbatches(function: Callable[[Tree], Tree], batch: Tree, microbatc
 
 
 def check_divides(rows: int, parts: int, group: int, what: str) -> None:
-    """Raises ValueError unless whole groups of rows divide over parts; `what` names these."""
+    """Raises ValueError unless the groups of rows divide evenly over the parts.
+
+    Args:
+        rows: Number of rows.
+        parts: Number of parts.
+        group: Number of consecutive rows that stay together.
+        what: Name of the parts in the message, such as "microbatches".
+    """
     if rows % (parts * group):
         groups = f" in groups of {group}" if group > 1 else ""
         raise ValueError(f"{rows} rows{groups} do not split into {parts} {what}")

@@ -37,7 +37,7 @@ class Network:
 
 @functools.lru_cache(maxsize=64)
 def network(config: ModelConfig, adapted: AdapterSpec) -> Network:
-    """Returns the split network of a config and its adapters; results are cached."""
+    """Returns the split network of a model's config and its adapters; results are cached."""
     block = nnx.eval_shape(lambda: Block(config, adapted, nnx.Rngs(0)))
     outer = nnx.eval_shape(lambda: Embedder(config, nnx.Rngs(0)))
     block_graph, base, adapter, _ = nnx.split(block, nnx.Param, LoRAParam, UnderParam)

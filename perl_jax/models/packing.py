@@ -31,9 +31,10 @@ class Packing:
     """Where the tokens of a batch are in packed rows. b = B / W rows share one packed row.
 
     Attributes:
-        index_BT: Index, in its packed row, of each real token. Copies have the same index.
-        token_WU: Index in [b T] of the token at each position of a packed row.
-        filled_WU: Positions of packed rows that hold a token.
+        index_BT: Index of each real token in its packed row. Copies have the same index.
+        token_WU: Index in [b T], the tokens of the part's rows, of the token at each position of a
+            packed row.
+        filled_WU: True on positions of packed rows that hold a token.
         own_BT: True on real tokens that are not copies.
         shared_BT: True on the tokens of shared prompts, in every row of their group.
         group: Number of consecutive rows that may share tokens (static).
@@ -52,7 +53,7 @@ class Packing:
         return self.token_WU.shape[0]
 
     def packed(self, x_BT: Array) -> jax.Array:
-        """Returns [W, U, ...] from [B, T, ...]; empty positions hold their part's first token."""
+        """Returns [W, U, ...] from [B, T, ...]; empty positions hold their part's first entry."""
         return gather(_by_part(x_BT, self.parts), self.token_WU)
 
     def spread(self, x_WU: Array) -> jax.Array:
@@ -82,22 +83,33 @@ class Packing:
         return _masked(self.spread(cotangent_WU), self.own_BT)
 
     def packed_index(self, column_BY: Array) -> jax.Array:
-        """Returns [W, b Y]: the packed indices of the tokens at these columns of each row."""
+        """Returns [W, b Y]: the indices in packed rows of the tokens in some columns.
+
+        Args:
+            column_BY: Y columns of each row.
+        """
         return _by_part(jnp.take_along_axis(self.index_BT, column_BY, axis=1), self.parts)
 
     def read_tokens(self, x_WU: Array, place_WY: Array) -> jax.Array:
-        """Returns [W, Y, ...]: packed values of some tokens.
+        """Returns [W, Y, ...]: the packed values of some tokens.
 
-        The tokens are given by their indices in [b T] of each part.
+        Args:
+            x_WU: Values of packed tokens, [W, U, ...].
+            place_WY: Indices of the tokens in [b T] of each part.
         """
         return gather(x_WU, gather(_by_part(self.index_BT, self.parts), place_WY))
 
     def to_sequences(self, x_WU: Array) -> jax.Array:
-        """Returns `spread`, with a gradient by gathers."""
+        """Returns `spread(x_WU)`, [B, T, ...], with a gradient that is computed by gathers."""
         return _to_sequences(self, x_WU)
 
     def unpacked(self, attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Returns `attend` over [B, T, heads, K] as a function of packed [W, U, heads, K]."""
+        """Returns `attend` as a function of packed queries, keys and values [W, U, heads, K].
+
+        Args:
+            attend: Attention over sequences: (queries, keys, values) [B, T, heads, K] -> [B, T, H,
+                K].
+        """
 
         def over_packed(*qkv: Array) -> jax.Array:
             return _to_packed(self, attend(*(_to_sequences(self, x_WUHK) for x_WUHK in qkv)))
@@ -106,7 +118,7 @@ class Packing:
 
 
 def pack(tokens: Tokens) -> Packing | None:
-    """Returns the packing that a batch's layout asks for; None: the batch stays padded."""
+    """Returns the packing that the batch's layout describes; None if it has no layout."""
     layout = tokens.layout
     if layout is None:
         return None
@@ -137,12 +149,15 @@ def pack(tokens: Tokens) -> Packing | None:
 
 
 def _by_part(x_BT: Array, parts: int) -> jax.Array:
-    """Splits B rows into W parts and joins the tokens of a part: [B, T, ...] -> [W, b T, ...]."""
+    """Returns [W, b T, ...] from [B, T, ...]: the tokens of each part's b = B / W rows joined."""
     return jnp.reshape(x_BT, (parts, -1, *x_BT.shape[2:]))
 
 
 def gather(x_WX: Array, index_WY: Array) -> jax.Array:
-    """Returns each row's entries at its own indices."""
+    """Returns the entries [W, Y, ...] of each row of x [W, X, ...] at the row's own indices.
+
+    Indices outside the row are clipped to its first or last entry.
+    """
     take = lambda x_X, index_Y: jnp.take(x_X, index_Y, axis=0, mode="clip")
     return jax.vmap(take)(x_WX, index_WY)
 
@@ -159,7 +174,7 @@ def _wide(mask: Array, ndim: int) -> jax.Array:
 
 @jax.custom_vjp
 def _to_sequences(packing: Packing, x_WU: jax.Array) -> jax.Array:
-    """`spread` with a gradient by gathers."""
+    """Returns `Packing.spread`, with a gradient that is computed by gathers."""
     return packing.spread(x_WU)
 
 
@@ -171,7 +186,7 @@ _to_sequences.defvjp(
 
 @jax.custom_vjp
 def _to_packed(packing: Packing, x_BT: jax.Array) -> jax.Array:
-    """`packed` with a gradient by a gather."""
+    """Returns `Packing.packed`, with a gradient that is computed by a gather."""
     return packing.packed(x_BT)
 
 
@@ -184,10 +199,15 @@ _to_packed.defvjp(
 def select_tokens(
     packing: Packing, wanted_BT: Array, number: int
 ) -> tuple[jax.Array, Callable[[Array], jax.Array]]:
-    """Selects at most `number` wanted tokens of each part.
+    """Returns the places of the wanted tokens, and a function that maps their values back.
 
-    Returns their indices in [b T], [W, number], and a function that maps values [W, number] of the
-    selected tokens back to [B, T], 0 elsewhere.
+    The places are indices in [b T] of each part, int32 [W, number]; surplus places are 1. The
+    function maps values [W, number] of the selected tokens to [B, T], 0 elsewhere.
+
+    Args:
+        packing: How the batch is packed.
+        wanted_BT: True on wanted tokens.
+        number: Number of places, at least the number of wanted tokens of any part.
     """
     wanted_WX = _by_part(jnp.asarray(wanted_BT, bool), packing.parts)
     place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(
@@ -199,5 +219,11 @@ def select_tokens(
 
 
 def token_values(packing: Packing, x_BT: Array, place_WY: Array) -> jax.Array:
-    """Returns [W, Y]: x of the tokens with these indices in [b T] of each part."""
+    """Returns [W, Y]: the values of some tokens of a padded array.
+
+    Args:
+        packing: How the batch is packed.
+        x_BT: One value per token of the padded batch.
+        place_WY: Indices of the tokens in [b T] of each part.
+    """
     return gather(_by_part(x_BT, packing.parts), place_WY)

@@ -36,12 +36,14 @@ GATHERED = "gathered weights"
 def save_all_but_weights(
     primitive: jax.extend.core.Primitive, *_: object, **settings: object
 ) -> bool:
-    """Policy of `jax.checkpoint`: keep everything except a layer's weights.
+    """Returns whether the result of an operation is kept for the backward pass: all but weights.
 
-    Weights that were gathered from other devices or taken out of a stack are not kept: kept for the
-    backward pass, those of all layers would be a second base on every device. Before gathered
-    weights get their name they are the result of a constraint or a cast, so results of these
-    operations are not kept either; for activations they cost little to compute again.
+    It is a policy of `jax.checkpoint`, called with the operation (`primitive`) and its parameters;
+    `name` is GATHERED for gathered weights. Weights that were gathered from other devices or taken
+    out of a stack are not kept: kept for the backward pass, those of all layers would be a second
+    base on every device. Before gathered weights get their name they are the result of a constraint
+    or a cast, so results of these operations are not kept either; for activations they cost little
+    to compute again.
     """
     return settings.get("name") != GATHERED and primitive.name not in (
         "sharding_constraint",
@@ -61,6 +63,12 @@ def gather_weight(
     derived gradient would have the constraint of the gathered weight, so that every device would
     get the sum of the whole matrix. Here each device gets the sum of its part (a reduce-scatter,
     half the bytes), in the weight's dtype instead of `dtype`.
+
+    Args:
+        leaf: The weight.
+        there: Sharding of the result.
+        own: Sharding that the weight is stored with.
+        dtype: Name of the dtype.
     """
     return jax.lax.with_sharding_constraint(leaf.astype(dtype), there).astype(leaf.dtype)
 
@@ -81,7 +89,7 @@ class Placement:
     """Sharding constraints of one layout. Without a mesh, or on one device, they change nothing.
 
     Attributes:
-        mesh: The mesh.
+        mesh: The mesh; None: a single device.
         split_heads: Whether heads are split along `tensor`; their number must divide.
         stationary: The layout of decoding steps; False: that of whole sequences.
     """
@@ -91,41 +99,43 @@ class Placement:
     stationary: bool = False
 
     def residual(self, x_BTD: Array) -> jax.Array:
-        """Constrains the activations between layers: rows split; when stationary, width too.
+        """Returns the activations between layers with their constraint.
 
-        Rows are split over data and fsdp, or, when stationary, over data with the width over fsdp.
+        Rows are split over data and fsdp; when stationary, rows over data and the width over fsdp.
         """
         if self.stationary:
             return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
         return sharding.constrain(x_BTD, self.mesh, ROWS, None, None)
 
     def features(self, x_BTF: Array, split: bool = True) -> jax.Array:
-        """Constrains the heads or the hidden features of a layer (inputs of `o` and `down`).
+        """Returns inputs of the projections `o` or `down` with their constraint.
 
-        They are split along `tensor`; with `split` False only over rows.
+        Args:
+            x_BTF: Heads or hidden features of a layer.
+            split: Whether F is split along `tensor`; rows are split in any case.
         """
         return sharding.constrain(
             x_BTF, self.mesh, "data" if self.stationary else ROWS, None, "tensor" if split else None
         )
 
     def heads(self, x_BTHK: Array) -> jax.Array:
-        """Constrains queries, keys and values: rows split, and heads over `tensor`.
+        """Returns queries, keys or values, constrained: rows split, and heads over `tensor`.
 
-        It is the same in both layouts, so that they lie beside the cache.
+        It is the same in both layouts, so that they are on the devices of their part of the cache.
         """
         return sharding.constrain(
             x_BTHK, self.mesh, ROWS, None, "tensor" if self.split_heads else None, None
         )
 
     def cache(self, part: Tree) -> Tree:
-        """Constrains keys or values of all layers, [L, B, N, S, ...], like `heads`."""
+        """Returns a cache entry of stacked layers, [L, B, N, S, ...], constrained like `heads`."""
         entries = (None, ROWS, "tensor" if self.split_heads else None, None, None)
         return jax.tree.map(
             lambda leaf: sharding.constrain(leaf, self.mesh, *entries[: leaf.ndim]), part
         )
 
     def ids_to_look_up(self, tokens_BT: jax.Array) -> jax.Array:
-        """Constrains token ids before the embedding lookup.
+        """Returns token ids with their constraint before the embedding lookup.
 
         Rows are split along `data` only. If they were split further, the compiler could choose to
         move the embedding table instead of the ids, which it does on many devices.
@@ -133,19 +143,22 @@ class Placement:
         return sharding.constrain(tokens_BT, self.mesh, "data", None)
 
     def looked_up(self, x_BTD: Array) -> jax.Array:
-        """Constrains embeddings after the lookup: their width is split as in the table."""
+        """Returns embeddings, constrained after the lookup: the width is split as in the table."""
         return sharding.constrain(x_BTD, self.mesh, "data", None, "fsdp")
 
     def before_logits(self, hidden_BTD: Array) -> jax.Array:
-        """Constrains hidden states before the output projection: rows split along `data`."""
+        """Returns hidden states, constrained before the output projection: rows over `data`."""
         return sharding.constrain(hidden_BTD, self.mesh, "data", None, None)
 
     def output_matrix(
         self, weight_DV: Array, own: tuple[str | None, str | None], dtype: str
     ) -> jax.Array:
-        """Returns the output projection, split over the vocabulary only.
+        """Returns the output projection [D, V], split over the vocabulary only.
 
-        own: mesh axes that it is stored with. dtype: dtype in which it is moved.
+        Args:
+            weight_DV: The output projection.
+            own: Mesh axes of its two dimensions, as it is stored.
+            dtype: Name of the dtype in which it is moved between devices.
         """
         if self.mesh is None or self.mesh.size == 1:
             return weight_DV
@@ -153,11 +166,11 @@ class Placement:
         return gather_weight(weight_DV, place(None, VOCABULARY), place(*own), dtype)
 
     def logits(self, logits_BTV: Array) -> jax.Array:
-        """Constrains logits: rows over `data`, the vocabulary over tensor and fsdp."""
+        """Returns logits, constrained: rows over `data`, the vocabulary over tensor and fsdp."""
         return sharding.constrain(logits_BTV, self.mesh, "data", None, VOCABULARY)
 
     def next_logits(self, logits_BV: Array) -> jax.Array:
-        """Constrains logits to sample from: rows split over data and fsdp, the vocabulary whole."""
+        """Returns logits to sample from, constrained: rows over data and fsdp, whole vocabulary."""
         return sharding.constrain(logits_BV, self.mesh, ROWS, None)
 
     def weights(
@@ -165,9 +178,12 @@ class Placement:
     ) -> Tree:
         """Returns one layer's leaves as the layout reads them.
 
+        When stationary they are unchanged. Otherwise matrices that are split along `fsdp` are
+        gathered; what is split along `tensor` stays split.
+
         Args:
             layer: The layer's leaves.
-            places: Shardings of the stacked leaves, keyed by path name within a layer.
+            places: Shardings of the stacked leaves, keyed by path within a layer.
             dtype: For trained weights: the dtype in which they are moved; their gradients go
                 directly to where they are stored (`gather_weight`). If they are float32 and
                 activations are not, that halves the bytes. None: frozen weights, which move as they
