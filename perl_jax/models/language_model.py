@@ -148,10 +148,10 @@ class LanguageModel:
         return out
 
     def init_base(self, key: jax.Array) -> Tree:
-        """Returns random base weights as before pre-training: matrices ~ N(0, 1 / inputs).
+        """Returns random base weights as before pre-training.
 
-        The second parameter of N is the variance; embeddings have variance 1 / D, scales of norms
-        are those of an identity.
+        Entries of a matrix are normal with variance 1 / (number of inputs), those of the embedding
+        with variance 1 / D. Norms multiply by 1, and biases are 0.
         """
         outer_key, layer_key = jax.random.split(key)
         layers = jax.vmap(
@@ -252,8 +252,7 @@ class LanguageModel:
         packing: Packing | None = None,
         wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns logp_BT and entropy_BT of every token, 0 in column 0
-        (`perl_jax.models.logprobs`).
+        """Returns logp_BT and entropy_BT of every token (module `logprobs`); column 0 is 0.
 
         Logits exist for a few columns at a time: at most LOGIT_BYTES per device (CPU_LOGIT_BYTES on
         a CPU with a frozen output projection). If the output projection is trained, the backward
