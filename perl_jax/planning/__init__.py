@@ -1,3 +1,3 @@
-"""Plans memory and cost of a job on a TPU slice: compiles its real programs for the slice, without
-a TPU.
+"""Plans memory and cost of a job on a TPU slice without a TPU: compiles the job's real programs for
+the slice.
 """

@@ -1,5 +1,5 @@
-"""`perl-jax plan`: compiles a job's programs for a slice in one layout and adds up what they
-need.
+"""`perl-jax plan`: compiles a job's programs for a slice in one layout and adds up the memory and
+traffic that they need.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plan:
 
     Attributes:
         config: The planned job.
-        mesh: The size of each mesh axis.
+        mesh: {mesh axis: number of devices along it}.
         usable: Bytes of a device that programs can use.
         programs: The measured programs.
     """
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every program compiled and the peak is within `usable`."""
+        """Whether every program compiled and the largest peak is at most `usable`."""
         return (
             self.peak is not None
             and self.peak <= self.usable
@@ -75,20 +75,23 @@ class Plan:
         )
 
     def of(self, *phases: Phase) -> list[Measured]:
-        """Returns the programs of the given phases."""
+        """Returns the programs of the given phases (start, step, measure), in the order of the
+        plan.
+        """
         return [program for program in self.programs if program.phase in phases]
 
     @property
     def link_bytes(self) -> int:
-        """Bytes that a device sends to other chips in a step, over all programs."""
+        """Bytes that one device sends to other chips in a step, over all programs of the step."""
         return sum(program.account.link_bytes for program in self.of("step") if program.account)
 
     @property
     def seconds(self) -> float:
         """A lower bound of the seconds of a step, for comparing layouts.
 
-        For each program it takes the longest of its times for operations, HBM traffic and link
-        traffic at the chip's peak rates, and sums over programs.
+        For each program of the step it is the longest of three times at the chip's peak rates
+        (operations, HBM traffic, link traffic); these are summed over the programs. Refused
+        programs count as 0.
         """
         chip, devices = topology.chip(self.config.topology), math.prod(self.mesh.values())
         parts = [
@@ -104,8 +107,13 @@ class Plan:
 
 
 def plan(config: PlanConfig, only: str | None = None) -> Plan:
-    """Returns the plan of a job: compiles and measures all its programs, or only the one named
-    `only`.
+    """Returns the plan of a job: compiles and measures its programs.
+
+    Raises UserError as `prepare` does.
+
+    Args:
+        config: The job, the slice and the layout.
+        only: The name of the one program to compile, such as `learn`; None compiles all.
     """
     planned, mesh = prepare(config)
     pieces = [piece for piece in planned.pieces if only in (None, piece.name)]
@@ -116,7 +124,8 @@ def plan(config: PlanConfig, only: str | None = None) -> Plan:
 def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
     """Returns (the job's programs with abstract arguments, the slice's mesh); compiles nothing.
 
-    Raises UserError if sequences exceed the model's positions, or rows do not divide over the mesh.
+    Raises UserError if libtpu is missing, the slice or the model is unknown, sequences exceed the
+    model's positions, or rows do not divide over the mesh.
     """
     devices = topology.topology(config.topology)
     mesh = sharding.make_mesh(config.mesh_config(len(devices)), devices)
@@ -148,11 +157,18 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
 
 
 def as_json(found: Plan) -> dict[str, Any]:
-    """Returns the plan as plain JSON types."""
+    """Returns the plan as plain JSON types.
+
+    The keys are `config`, `mesh`, `chip`, `peak_bytes`, `fits`, `link_bytes`, `bound_seconds`,
+    `programs` (one dictionary per program), `caveat` and `jax` (its version). Bytes are those of
+    one device.
+    """
     chip = topology.chip(found.config.topology)
 
     def program(p: Measured) -> dict[str, Any]:
-        """Returns one program's measures."""
+        """Returns one program's measures; `refused` is there only if the compiler refused the
+        program, and traffic and cycles only if they were counted.
+        """
         out: dict[str, Any] = {
             "name": p.name,
             "phase": p.phase,

@@ -120,7 +120,11 @@ class PlanConfig:
         self.job_config()
 
     def mesh_config(self, devices: int) -> MeshConfig:
-        """Returns the mesh for a number of devices; raises UserError if `mesh` cannot be read."""
+        """Returns the mesh for `devices` devices; raises UserError if the text of `mesh` is
+        malformed.
+
+        `devices` is used only if `mesh` is None: all of them are then along fsdp.
+        """
         if self.mesh is None:
             return MeshConfig(data=1, fsdp=devices, adapters=self.adapters)
         texts = self.mesh.split(",")
@@ -132,7 +136,9 @@ class PlanConfig:
         return MeshConfig(**{part[1]: int(part[2]) for part in parts}, adapters=self.adapters)
 
     def job_config(self) -> ModelOptions:
-        """Returns the planned job's own config, as its command would build it."""
+        """Returns the config of the planned job, as its own command would build it; paths of
+        artefacts and runs are the placeholder "-".
+        """
         if self.job in READING:
             return self._reading_config()
         data = DataConfig(
@@ -157,7 +163,9 @@ class PlanConfig:
         )
 
     def _reading_config(self) -> ModelOptions:
-        """Returns the config of a command that trains nothing."""
+        """Returns the config of a command that trains nothing; paths of artefacts and files are the
+        placeholder "-".
+        """
         base: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "quantise": self.quantise}
         data = DataConfig(
             max_prompt_length=self.prompt_length, max_response_length=self.response_length

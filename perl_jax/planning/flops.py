@@ -10,20 +10,22 @@ from jax.extend import core
 
 
 def flops(jaxpr: Any, *, unknown_trips: int | None = None) -> int:
-    """Returns the operations of matrix products and convolutions in a jaxpr.
+    """Returns the number of floating-point operations of matrix products and convolutions in a
+    jaxpr, over all devices.
 
     An [m, k] x [k, n] product counts 2 m n k, times its batch dimensions. A convolution counts 2 x
     outputs x window x input features. Counts are multiplied by the lengths of scans, the shards of
-    a shard_map, and the grid of a Pallas kernel without a cost estimate. Of conditional branches
-    the most expensive counts. What jax.checkpoint recomputes counts again, and so does what XLA
-    later removes as dead code.
+    a shard_map, and the grid of a Pallas kernel without a cost estimate. Of the branches of a
+    conditional only the most expensive one counts. Operations that jax.checkpoint recomputes count
+    again. Operations that XLA later removes as dead code count too.
 
     Args:
         jaxpr: `jax.jit(f).trace(*args).jaxpr`.
         unknown_trips: The number of iterations of each while loop.
 
     Raises:
-        ValueError: There is a while loop and no `unknown_trips`.
+        ValueError: There is a while loop and no `unknown_trips`, or a Pallas kernel without a cost
+            estimate has a grid that is known only at run time.
     """
     return sum(
         _equation(equation, unknown_trips) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns
@@ -31,7 +33,12 @@ def flops(jaxpr: Any, *, unknown_trips: int | None = None) -> int:
 
 
 def _equation(equation: core.JaxprEqn, trips: int | None) -> int:
-    """Returns the operations of one equation."""
+    """Returns the operations of one equation, including those of the functions that it calls.
+
+    Args:
+        equation: The equation.
+        trips: The number of iterations of each while loop; None if unknown.
+    """
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot(equation)
@@ -60,16 +67,16 @@ def _dot(equation: core.JaxprEqn) -> int:
 
 
 def _convolution(equation: core.JaxprEqn) -> int:
-    """Returns the operations of a convolution; the kernel's input features are already those of one
-    group.
-    """
+    """Returns the operations of a `conv_general_dilated`."""
     kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
     features_out = equation.params["dimension_numbers"].rhs_spec[0]
     return 2 * math.prod(out) * (math.prod(kernel) // kernel[features_out])
 
 
 def _while(params: Mapping[str, Any], trips: int | None) -> int:
-    """Returns the operations of a while loop that runs `trips` times."""
+    """Returns the operations of a while loop that runs `trips` times; raises ValueError if `trips`
+    is None.
+    """
     if trips is None:
         raise ValueError("How often a while loop runs is not in the program; give unknown_trips.")
     body, condition = (
@@ -79,7 +86,9 @@ def _while(params: Mapping[str, Any], trips: int | None) -> int:
 
 
 def _shards(params: Mapping[str, Any]) -> int:
-    """Returns how many devices run a shard_map's function: the mesh sizes of its manual axes."""
+    """Returns on how many devices a shard_map runs its function: the product of the mesh sizes of
+    its manual axes.
+    """
     mesh = params["mesh"].shape
     return math.prod(
         mesh[axis]
@@ -100,7 +109,7 @@ def _grid(params: Mapping[str, Any]) -> int:
 
 
 def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """Yields the functions that an equation calls."""
+    """Yields the functions (jaxprs) that an equation calls, from its parameters."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (core.Jaxpr, core.ClosedJaxpr)):

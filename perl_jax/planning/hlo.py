@@ -1,7 +1,8 @@
 """Counts what one run of a compiled program moves: collectives, HBM traffic and estimated cycles.
 
-Read from the optimised HLO of one device, from the entry computation through calls and loops, which
-are multiplied by their iterations. Sizes are those of buffers as laid out, with padding.
+The counts are read from the optimised HLO of one device, from the entry computation through calls
+and loops. What a loop does is multiplied by its number of iterations. Sizes are those of buffers in
+their memory layout, with padding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Collective:
         kind: The HLO opcode, such as all-gather.
         group: The number of devices in a group, n.
         runs: How many times such a collective is executed.
-        result_bytes: Bytes of the results.
+        result_bytes: Bytes of the results on one device.
         link_bytes: Bytes that a device sends (and receives) if the n devices form a ring. With
             `full` the bytes of the whole buffer: (n-1)/n full for all-gather, reduce-scatter and
             all-to-all; twice that for all-reduce; full for a permute.
@@ -76,7 +77,12 @@ class Account:
 
 @dataclasses.dataclass
 class _Totals:
-    """Running sums of an `Account`; `runs`, `results` and `links` are by (kind, group size)."""
+    """Running sums of an `Account`.
+
+    `read`, `written` and `cycles` are as there. `runs`, `results` (bytes) and `links` (bytes) are
+    by (kind, group size) of collectives. `unknown` has the names of loops with an unknown number of
+    iterations as keys, in order.
+    """
 
     read: int = 0
     written: int = 0
@@ -87,7 +93,7 @@ class _Totals:
     unknown: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def add(self, other: _Totals, times: int = 1) -> None:
-        """Adds another computation's sums, `times` times."""
+        """Adds another computation's sums to these, multiplied by `times`."""
         self.read += other.read * times
         self.written += other.written * times
         self.cycles += other.cycles * times
@@ -130,7 +136,15 @@ def account(text: str, *, unknown_trips: int | None = None) -> Account:
 
 
 def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
-    """Returns the sums of one run of a computation."""
+    """Returns the sums of one run of a computation, through calls, loops and conditionals.
+
+    Args:
+        frame: The computation, as called at one place.
+        unknown_trips: The iterations of a loop whose number is not in the text.
+
+    Raises:
+        ValueError: There is such a loop and no `unknown_trips`.
+    """
     totals = _Totals()
     for instruction in frame.computation.instructions.values():
         if instruction.opcode == "while":
@@ -157,7 +171,16 @@ def _visit(frame: Frame, unknown_trips: int | None) -> _Totals:
 
 
 def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals:
-    """Returns the sums of a while loop, over all its iterations."""
+    """Returns the sums of a while loop, over all its iterations.
+
+    Args:
+        frame: The computation that holds the loop.
+        loop: The `while` instruction.
+        unknown_trips: The iterations if their number is not in the text.
+
+    Raises:
+        ValueError: The number is not in the text and `unknown_trips` is None.
+    """
     totals, count = _Totals(), trips(frame, loop)
     if count is None:
         name = loop.attribute(r'op_name="([^"]*)"') or loop.name
@@ -172,7 +195,7 @@ def _loop(frame: Frame, loop: Instruction, unknown_trips: int | None) -> _Totals
 
 
 def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
-    """Adds one instruction's traffic, cycles and collectives to the sums."""
+    """Adds one instruction's traffic, cycles and collectives to `totals`."""
     read, written = traffic(instruction, frame.computation, frame.module)
     totals.read += read
     totals.written += written
@@ -186,8 +209,16 @@ def _count(totals: _Totals, instruction: Instruction, frame: Frame) -> None:
 def _collectives(
     instruction: Instruction, computation: Computation, module: Module
 ) -> Iterator[tuple[str, int, int, int]]:
-    """Yields (kind, group size, result bytes, link bytes) of each collective that an instruction or
-    a fusion starts.
+    """Yields (kind, group size, result bytes, link bytes) of each collective that an instruction,
+    or a fusion of instructions, starts.
+
+    Bytes are those of one device. An all-reduce of which only a slice is kept counts as a
+    reduce-scatter.
+
+    Args:
+        instruction: The instruction.
+        computation: The computation that holds the instruction.
+        module: The module.
     """
     kind = base_opcode(instruction)
     if kind == "fusion":
@@ -211,6 +242,11 @@ def _collectives(
 def _is_scattered(reduced: Instruction, computation: Computation, module: Module) -> bool:
     """Returns whether a fusion keeps only a slice of an all-reduce, which is how TPU programs
     reduce-scatter.
+
+    Args:
+        reduced: The all-reduce.
+        computation: The fused computation that holds it.
+        module: The module.
     """
     root = origin(computation, computation.root, module)
     return (
@@ -219,8 +255,11 @@ def _is_scattered(reduced: Instruction, computation: Computation, module: Module
 
 
 def group_size(instruction: Instruction, module: Module) -> int:
-    """Returns how many devices take part in one instance of a collective; for a permute, the
-    longest chain of devices.
+    """Returns how many devices take part in one instance of a collective; all devices of the module
+    if the text names no group.
+
+    For a permute it is the number of devices in the largest set that its pairs of sender and
+    receiver connect.
     """
     pairs = instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
     if pairs:
@@ -245,7 +284,9 @@ def group_size(instruction: Instruction, module: Module) -> int:
 
 
 def _longest_chain(pairs: list[tuple[int, int]]) -> int:
-    """Returns the number of devices in the largest set that the pairs connect."""
+    """Returns the number of devices in the largest set that the pairs (sender, receiver)
+    connect.
+    """
     sets: dict[int, set[int]] = {}
     for a, b in pairs:
         joined = sets.get(a, {a}) | sets.get(b, {b})

@@ -22,13 +22,13 @@ MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A computation as called at one place.
+    """A computation as called at one place, so that its parameters can be traced to the caller.
 
     Attributes:
         module: The module.
         computation: The computation.
         caller: The instruction that calls it; None for the entry computation.
-        outer: The frame of that instruction.
+        outer: The frame that holds the caller; None for the entry computation.
     """
 
     module: Module
@@ -37,7 +37,9 @@ class Frame:
     outer: Frame | None = None
 
     def enter(self, name: str, caller: Instruction) -> Frame:
-        """Returns the frame of a computation that an instruction of this one calls."""
+        """Returns the frame of the computation `name`, which the instruction `caller` of this
+        computation calls.
+        """
         return Frame(self.module, self.module.computations[name], caller, self)
 
     def __getitem__(self, name: str) -> Instruction:
@@ -47,20 +49,24 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An instruction in its frame, traced back through copies, fusions and parameters to its
-    source.
-    """
+    """A value: an instruction and the frame in which it is computed."""
 
     frame: Frame
     instruction: Instruction
 
     def operand(self, index: int) -> Value:
-        """Returns the source of the instruction's index-th operand."""
+        """Returns the `source` of the instruction's index-th operand."""
         return source(self.frame, self.instruction.operands[index])
 
 
 def source(frame: Frame, name: str) -> Value:
-    """Returns the source of a value: what it was before copies and fusions passed it on."""
+    """Returns where a value comes from, traced back through copies, conversions, reshapes, fusions,
+    parameters and tuples.
+
+    Args:
+        frame: The computation that holds the instruction.
+        name: The name of the instruction whose result is traced.
+    """
     instruction = frame[name]
     if instruction.opcode in SAME_VALUE:
         return source(frame, instruction.operands[0])
@@ -81,8 +87,14 @@ def source(frame: Frame, name: str) -> Value:
 
 
 def element(value: Value, index: int) -> Value | None:
-    """Returns the source of a tuple's element, also through loops that do not change it; None if a
-    loop changes it.
+    """Returns the source of an element of a tuple; None if it is not known.
+
+    A loop that passes the element on unchanged is traced through; a loop that changes it gives
+    None.
+
+    Args:
+        value: The tuple.
+        index: The element's index.
     """
     instruction, frame = value.instruction, value.frame
     if instruction.opcode == "tuple":
@@ -96,7 +108,9 @@ def element(value: Value, index: int) -> Value | None:
 
 
 def unchanged(module: Module, loop: Instruction, index: int) -> bool:
-    """Returns whether a loop's body passes an element of its state on unchanged."""
+    """Returns whether a loop's body passes the element `index` of its state on unchanged, also
+    through loops inside it.
+    """
     body = module.computations[loop.called["body"]]
     if body.result.opcode != "tuple":
         return False
@@ -117,8 +131,8 @@ def unchanged(module: Module, loop: Instruction, index: int) -> bool:
 
 
 def carried(value: Value) -> int | None:
-    """Returns the index in the loop's state of a value in its body or condition; None if it is not
-    a state element.
+    """Returns the index, in the state of a loop, of a value in that loop's body or condition; None
+    if the value is no element of the state.
     """
     if value.instruction.opcode != "get-tuple-element":
         return None
@@ -132,8 +146,10 @@ def carried(value: Value) -> int | None:
 
 
 def constant(value: Value) -> int | None:
-    """Returns the whole number that a value has in every run, or None if it is not known from the
-    text.
+    """Returns the whole number that a value has in every run; None if the text does not determine
+    it.
+
+    Evaluates constants and the operations of `ARITHMETIC` on them.
     """
     instruction = value.instruction
     if instruction.opcode == "constant":
@@ -147,11 +163,15 @@ def constant(value: Value) -> int | None:
 
 
 def trips(frame: Frame, loop: Instruction) -> int | None:
-    """Returns the number of iterations of a `while`, each time it is reached; None if unknown.
+    """Returns the number of iterations of a loop each time the program reaches it; None if unknown.
 
-    Uses `known_trip_count` if the compiler wrote it (CPU, GPU). Otherwise uses the condition, if it
-    compares a counter in the loop's state with a constant, and the counter's initial value and
-    step.
+    Uses `known_trip_count` if the compiler wrote it (CPU, GPU). Otherwise the condition must
+    compare a counter in the loop's state with a constant, and the counter's initial value and step
+    must be constants.
+
+    Args:
+        frame: The computation that holds the loop.
+        loop: The `while` instruction.
     """
     written = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
     if written:
@@ -174,7 +194,12 @@ def trips(frame: Frame, loop: Instruction) -> int | None:
 
 
 def _step(body: Frame, index: int) -> int | None:
-    """Returns what the loop's body adds to an element of its state; None if unknown."""
+    """Returns what a loop's body adds to an element of its state in one iteration; None if unknown.
+
+    Args:
+        body: The frame of the body.
+        index: The index of the element.
+    """
     result = body.computation.result
     if result.opcode != "tuple":
         return None
@@ -191,8 +216,14 @@ def _step(body: Frame, index: int) -> int | None:
 
 
 def _count(first: int, step: int, bound: int, direction: str) -> int | None:
-    """Returns the number of steps from `first` while `counter direction bound` holds; None if it
-    never ends.
+    """Returns how many times a counter is increased by `step` while `counter direction bound`
+    holds; None if that never ends.
+
+    Args:
+        first: The counter's initial value.
+        step: What is added to the counter in an iteration.
+        bound: The constant that the counter is compared with.
+        direction: LT, LE, GT, GE or NE.
     """
     distance = bound - first
     if direction == "NE":

@@ -1,4 +1,7 @@
-"""Parses the text of an optimised HLO module: computations of instructions, with array layouts."""
+"""Parses the text of an optimised HLO module: computations of instructions, with array layouts.
+
+The functions raise ValueError for text that is not that of an HLO module.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ class Array:
 
     Attributes:
         dtype: The element type as HLO spells it.
-        dims: The dimensions.
-        order: The dimensions from fastest to slowest.
-        tile: The first tile of the layout.
+        dims: The sizes of the dimensions.
+        order: The indices of the dimensions, from the fastest varying one to the slowest.
+        tile: The sizes of the layout's first tile; () if the layout has none.
         space: The memory space: 0 is HBM (main memory on a CPU); others are on the chip (1 vector
             memory, 2 semaphores, 6 scalar memory) or on the host (5).
     """
@@ -59,8 +62,8 @@ class Array:
 
     @functools.cached_property
     def bytes(self) -> int:
-        """Bytes as laid out: the fastest dimensions are padded to whole tiles, except for
-        scalars.
+        """Size in bytes in the array's memory layout, where the fastest dimensions are padded to
+        whole tiles (scalars are not padded).
         """
         sizes = [self.dims[d] for d in self.order]
         for i, tile in enumerate(reversed(self.tile)):
@@ -85,9 +88,10 @@ class Instruction:
         name: The instruction's name.
         opcode: The operation.
         shape: The result's array, or a tuple of shapes.
-        operands: The operands' names.
+        operands: The operands' names; () for constants and parameters.
         attributes: The text after the operands.
-        literal: The text between the parentheses; for a parameter its number.
+        literal: The text between the parentheses: the operands, a constant's value or a parameter's
+            number.
     """
 
     name: str
@@ -99,12 +103,16 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> Mapping[str, str]:
-        """The computations that attributes name: calls, to_apply, condition, body, ..."""
+        """The names of the computations that the instruction calls, by attribute: calls, to_apply,
+        condition, body, true_computation, false_computation.
+        """
         return dict(_CALLED.findall(self.attributes))
 
     @functools.cached_property
     def branches(self) -> tuple[str, ...]:
-        """The computations of a conditional's branches."""
+        """The names of the computations of a conditional's branches; () if the instruction is no
+        conditional.
+        """
         found = _BRANCHES.search(self.attributes)
         if found:
             return tuple(_NAME.findall(found[1]))
@@ -113,13 +121,17 @@ class Instruction:
         )
 
     def attribute(self, pattern: str) -> str | None:
-        """Returns the first group of a pattern found in the attributes, or None."""
+        """Returns the first group of a regular expression where it is found in the attributes, or
+        None.
+        """
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     @property
     def tuple_index(self) -> int:
-        """The number of the element that a `get-tuple-element` takes."""
+        """The index of the element that a `get-tuple-element` takes; raises ValueError for another
+        instruction.
+        """
         return int(matched(re.search(r"index=(\d+)", self.attributes))[1])
 
 
@@ -144,7 +156,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> tuple[Instruction, ...]:
-        """The parameters, by number."""
+        """The computation's parameters, in the order of their numbers."""
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return tuple(sorted(found, key=lambda i: int(i.literal)))
 
@@ -156,7 +168,7 @@ class Module:
     Attributes:
         computations: The computations by name.
         entry: The entry computation's name.
-        devices: How many devices run the program.
+        devices: How many devices run the program: partitions times replicas.
     """
 
     computations: Mapping[str, Computation]
@@ -165,21 +177,25 @@ class Module:
 
 
 def bits(dtype: str) -> int:
-    """Returns the bits of an element (8-bit floats have many names); raises KeyError for an unknown
-    type.
+    """Returns the number of bits of an element; raises KeyError for an unknown type.
+
+    Args:
+        dtype: The element type as HLO spells it; all names with f8 are 8-bit floats.
     """
     return 8 if dtype.startswith("f8") else BITS[dtype]
 
 
 def matched(found: re.Match[str] | None) -> re.Match[str]:
-    """Returns a match that a module's text must have; raises ValueError for None."""
+    """Returns the match; raises ValueError for None, because every HLO module's text has such a
+    match.
+    """
     if found is None:
         raise ValueError("The text is not that of an HLO module.")
     return found
 
 
 def leaves(shape: Shape) -> Iterator[Array]:
-    """Yields the arrays of a shape, depth first."""
+    """Yields the arrays of a shape, which is an array or a nested tuple, depth first."""
     if isinstance(shape, Array):
         yield shape
     else:
@@ -188,7 +204,10 @@ def leaves(shape: Shape) -> Iterator[Array]:
 
 
 def parse_array(text: str) -> Array:
-    """Parses `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`; a bounded dimension `<=8` counts as 8."""
+    """Returns the array that a text such as `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}` describes.
+
+    A bounded dimension `<=8` counts as 8. Without a layout the last dimension is the fastest.
+    """
     dtype, dims, layout = matched(_ARRAY.match(text)).groups()
     sizes = tuple(int(d.strip("<=? ") or 0) for d in dims.split(",")) if dims else ()
     order, _, rest = (layout or "").partition(":")
@@ -207,7 +226,12 @@ def parse_array(text: str) -> Array:
 
 
 def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
-    """Parses the shape at a position of the text; returns it and the position after it."""
+    """Returns (the shape at a position of the text, the position after it).
+
+    Args:
+        text: The text.
+        at: The position at which the shape begins.
+    """
     if text[at] != "(":
         found = matched(_ARRAY.match(text, at))
         return parse_array(found[0]), found.end()
@@ -224,7 +248,7 @@ def _parse_shape(text: str, at: int) -> tuple[Shape, int]:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """Parses one line of a computation; returns None if it is not an instruction."""
+    """Returns the instruction in one line of a computation; None if the line holds none."""
     head = _LINE.match(line)
     if head is None:
         return None
@@ -240,8 +264,9 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Yields headers, instructions and closing braces; an attribute that spans lines is joined to
-    its instruction.
+    """Yields the lines of a module's text: headers, instructions and closing braces.
+
+    Lines of an attribute that spans several lines are joined to their instruction.
     """
     kept = ""
     for line in text.splitlines():
@@ -255,7 +280,7 @@ def _statements(text: str) -> Iterator[str]:
 
 
 def parse_module(text: str) -> Module:
-    """Parses the text of `compiled.as_text()`; raises ValueError if there is no entry
+    """Returns the module in a text of `compiled.as_text()`; raises ValueError if there is no entry
     computation.
     """
     computations: dict[str, Computation] = {}

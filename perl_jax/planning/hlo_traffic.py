@@ -1,8 +1,11 @@
 """Counts the bytes that an HLO instruction reads and writes in HBM.
 
 By XLA's convention each instruction that runs by itself reads its operands and writes its result;
-intermediate values of a fusion stay on the chip. Of an operand that is only sliced the slice
-counts, of a buffer updated in place the update. Buffers outside HBM do not count.
+intermediate values of a fusion stay on the chip. Of an operand that is only sliced, the slice
+counts. Of a buffer that is updated in place, the update counts. Buffers outside HBM do not count.
+
+In this module `computation` is the computation that holds the instruction, and `inner` is the
+computation that a fusion calls.
 """
 
 from __future__ import annotations
@@ -67,8 +70,10 @@ WHOLE = frozenset(
 
 
 def result_shape(instruction: Instruction) -> Shape:
-    """Returns the shape of an instruction's result; the shape of a `-start` also lists operands and
-    semaphores.
+    """Returns the shape of an instruction's result.
+
+    The shape that the text gives a `-start` instruction also lists operands and semaphores; these
+    are left out.
     """
     if not instruction.opcode.endswith("-start") or isinstance(instruction.shape, Array):
         return instruction.shape
@@ -93,7 +98,13 @@ def is_later_piece(instruction: Instruction) -> bool:
 
 
 def traffic(instruction: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
-    """Returns (bytes read, bytes written) in HBM by one instruction."""
+    """Returns (bytes read, bytes written) in HBM by one instruction.
+
+    Args:
+        instruction: The instruction.
+        computation: The computation that holds the instruction.
+        module: The module.
+    """
     opcode = base_opcode(instruction)
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0, 0
@@ -115,36 +126,46 @@ def traffic(instruction: Instruction, computation: Computation, module: Module) 
 
 
 def target(instruction: Instruction) -> str | None:
-    """Returns the target of a custom call, or None."""
+    """Returns the target's name of a custom call; None for another instruction."""
     return instruction.attribute(r'custom_call_target="([^"]*)"')
 
 
 def hbm(*shapes: Shape) -> int:
-    """Returns the bytes of the arrays that are in HBM."""
+    """Returns the bytes of those arrays of the shapes that are in HBM."""
     return sum(array.hbm_bytes for shape in shapes for array in leaves(shape))
 
 
 def elements(shape: Shape) -> int:
-    """Returns the number of elements of a shape."""
+    """Returns the number of elements of a shape; of a tuple, those of all its arrays."""
     return sum(array.elements for array in leaves(shape))
 
 
 def part(shape: Shape, count: int) -> int:
-    """Returns the bytes in HBM of `count` elements of an array."""
+    """Returns the bytes in HBM of `count` elements of a shape, in proportion to its size; never
+    more than the whole.
+    """
     whole = elements(shape)
     return hbm(shape) * min(count, whole) // whole if whole else 0
 
 
 def _scattered(operands: list[Shape]) -> Iterator[tuple[Shape, Shape]]:
-    """Returns (buffer, update) pairs of a scatter, whose operands are n buffers, the indices and n
-    updates.
+    """Returns (buffer, update) pairs of a scatter.
+
+    Args:
+        operands: The shapes of its operands: n buffers, the indices, n updates.
     """
     n = len(operands) // 2
     return zip(operands[:n], operands[n + 1 :], strict=True)
 
 
 def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tuple[int, int]:
-    """Returns (bytes read, bytes written) in HBM by a fusion."""
+    """Returns (bytes read, bytes written) in HBM by a fusion.
+
+    Args:
+        fusion: The fusion.
+        computation: The computation that holds the fusion.
+        module: The module.
+    """
     inner = module.computations[fusion.called["calls"]]
     wanted = demand(inner, module)
     operands = [computation.instructions[name].shape for name in fusion.operands]
@@ -153,8 +174,15 @@ def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tu
 
 
 def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
-    """Returns the bytes that a fusion writes: its outputs, except those passed through or updated
-    in place.
+    """Returns the bytes that a fusion writes to HBM.
+
+    An output that is an operand passed through counts 0; of an output that is updated in place the
+    update counts.
+
+    Args:
+        fusion: The fusion.
+        inner: The computation that it calls.
+        module: The module.
     """
     root = inner.result
     outputs = (fusion.shape,) if isinstance(fusion.shape, Array) else fusion.shape
@@ -177,7 +205,14 @@ def _written(fusion: Instruction, inner: Computation, module: Module) -> int:
 
 
 def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: Module) -> int:
-    """Returns the bytes that a fusion writes for one of its outputs."""
+    """Returns the bytes that a fusion writes to HBM for one of its outputs.
+
+    Args:
+        shape: The output's shape.
+        value: The instruction of `inner` that gives the output.
+        inner: The computation that the fusion calls.
+        module: The module.
+    """
     made = origin(inner, value.name, module)
     if made.opcode in COLLECTIVES and is_later_piece(made):
         return 0
@@ -193,8 +228,13 @@ def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: 
 
 
 def origin(computation: Computation, name: str, module: Module) -> Instruction:
-    """Returns the instruction that made a buffer, before bitcasts and copies that keep the
-    layout.
+    """Returns the instruction that made a buffer, traced back through bitcasts, copies that keep
+    the layout, and fusions that only pass their operand on.
+
+    Args:
+        computation: The computation that holds the buffer.
+        name: The name of the instruction whose result is the buffer.
+        module: The module.
     """
     instruction = computation.instructions[name]
     if instruction.opcode in ("bitcast", "copy"):
@@ -214,7 +254,16 @@ def _orders(instruction: Instruction) -> list[tuple[int, ...]]:
 
 
 def in_place(update: Instruction, computation: Computation, module: Module) -> bool:
-    """Returns whether a fusion's output is one of its operands with some elements replaced."""
+    """Returns whether a dynamic-update-slice or scatter updates an operand of its fusion in place.
+
+    That is so if the instruction's buffer is a parameter of the fused computation and its result is
+    an output of the fusion.
+
+    Args:
+        update: The instruction; another operation gives False.
+        computation: The fused computation that holds it.
+        module: The module.
+    """
     if update.opcode not in ("dynamic-update-slice", "scatter"):
         return False
     root = computation.result
@@ -224,12 +273,18 @@ def in_place(update: Instruction, computation: Computation, module: Module) -> b
 
 
 def demand(computation: Computation, module: Module, wanted: int | None = None) -> list[int]:
-    """Returns how many elements of each parameter a fused computation needs for `wanted` elements
-    of its result.
+    """Returns how many elements of each parameter a fused computation reads, in the order of the
+    parameters.
 
-    Followed from the result backwards: an elementwise operation needs of each operand as many
-    elements as are wanted of its result, a slice needs the slice, a reduction needs everything.
-    None wants the whole result.
+    The number is followed from the result backwards: an elementwise operation needs of each operand
+    as many elements as are wanted of its result, a slice needs the slice, a reduction needs
+    everything.
+
+    Args:
+        computation: The fused computation.
+        module: The module.
+        wanted: How many elements of the result are needed; None for all. Not used if the result is
+            a tuple.
     """
     root, of = computation.result, computation.instructions
     need: collections.Counter[str] = collections.Counter()
@@ -252,6 +307,13 @@ def _wants(
 ) -> int:
     """Returns how many elements of an operand are needed for `count` elements of an instruction's
     result.
+
+    Args:
+        user: The instruction.
+        index: The operand's index.
+        count: How many elements of the result are needed.
+        computation: The computation that holds the instruction.
+        module: The module.
     """
     operands = [computation.instructions[name] for name in user.operands]
     whole = elements(operands[index].shape)

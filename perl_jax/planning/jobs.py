@@ -54,11 +54,21 @@ from perl_jax.types import Labelled, Pairs, Tokens, Tree
 def planned_model(
     lm: LanguageModel, name: str, quantise: QuantiseConfig, shard_adapters: bool
 ) -> Model:
-    """Returns a model whose base weights are shapes with shardings."""
+    """Returns a model whose base weights are shapes with shardings instead of arrays.
+
+    Args:
+        lm: The language model, with the mesh to plan for.
+        name: The model's name.
+        quantise: How the base's matrices are stored.
+        shard_adapters: Whether adapters are split like the weights that they adapt; if not, every
+            device holds a copy.
+    """
     places = lm.base_shardings()
 
     def leaf(path: str, spec: jax.ShapeDtypeStruct) -> Tree:
-        """Returns the shapes of a leaf as held (possibly quantised), with their shardings."""
+        """Returns the shapes of a leaf of the base as the devices hold it (possibly quantised),
+        with shardings.
+        """
         held = jax.eval_shape(lambda kernel: quantise_leaf(path, kernel, quantise), spec)
         return jax.tree.map(
             lambda part: placed(
@@ -68,14 +78,14 @@ def planned_model(
         )
 
     base = trees.map_named(leaf, lm.abstract_base())
-    # Only special ids are read of it, and no program's size depends on their values.
+    # The programs read only the tokenizer's special ids, whose values change no program's size.
     tokenizer = word_tokenizer(())
     return Model(name, lm, base, tokenizer, "-", quantise, shard_adapters)
 
 
 def plan_job(model: Model, config: TrainingCommand) -> Planned:
-    """Returns a job's programs at its longest batch: those of a step, of measuring, then of its
-    start.
+    """Returns a training job's programs at its longest batch: those of a step, of validation and
+    test, then of its start.
     """
     return {SFTCommand: _sft, RewardCommand: _reward, DPOCommand: _dpo, RLCommand: _rl}[
         type(config)
@@ -112,9 +122,11 @@ def _supervised(
     """Returns the plan of a supervised job.
 
     Args:
+        model: The planned model.
+        config: The job's config.
         job: What distinguishes the job: its role, rows and objective.
-        roles: The trained roles.
-        frozen: The frozen roles.
+        roles: The shapes of the trained roles, by name.
+        frozen: The shapes of the frozen roles, by name; None if there are none.
     """
     optimizers = {
         name: make_optimizer(config.optimizer, config.steps, config.tuning, model.lm.config.width)
@@ -174,8 +186,14 @@ def _supervised(
 
 
 def _start(model: Model, config: TrainingCommand, begin: Piece, state: TrainState) -> list[Piece]:
-    """Returns the programs of the start: loading, first values of roles, checksums of
-    checkpoints.
+    """Returns the programs of the start: loading, first values of roles, the state of step 0,
+    checksums of checkpoints.
+
+    Args:
+        model: The planned model.
+        config: The job's config.
+        begin: The program that makes the state of step 0.
+        state: The state's shapes.
     """
     own = (
         [starting.full_weights(model)]
@@ -183,7 +201,7 @@ def _start(model: Model, config: TrainingCommand, begin: Piece, state: TrainStat
         else list(starting.first_values(model, config.lora))
     )
     if config.tuning == "full" and isinstance(config, PolicyCommand) and config.policy is not None:
-        # The policy may be an adapter. Only its artefact tells its size; config.lora is assumed.
+        # The policy may be an adapter whose size only its artefact tells; config.lora is assumed.
         own.insert(
             0,
             starting.merging(
@@ -194,7 +212,7 @@ def _start(model: Model, config: TrainingCommand, begin: Piece, state: TrainStat
 
 
 def _rl(model: Model, config: RLCommand) -> Planned:
-    """Returns the plan of an RL job: every program it runs, and what it keeps on the devices.
+    """Returns the plan of an RL job: every program that it runs, and what stays on the devices.
 
     Reward models are planned as roles of the same tuning and size as the job's own.
     """
@@ -208,7 +226,7 @@ def _rl(model: Model, config: RLCommand) -> Planned:
         frozen["reference"] = _resting(model, policy)
     optimizers = rl.make_optimizers(config, roles, model.lm.config.width)
     reads_base = config.tuning == "lora" or config.kl.reference == "base"
-    # The value model starts from the policy's arrays, so these are loaded besides.
+    # The value model starts from the policy's arrays, so no artefact of its own is loaded.
     begin, state = starting.beginning(
         model,
         roles,
@@ -276,7 +294,16 @@ def _learning(
     rollout: Tree,
     judged: Judged,
 ) -> list[Piece]:
-    """Returns the programs that make experience of scored rollouts and learn from it."""
+    """Returns the programs that make experience of scored rollouts and learn from it.
+
+    Args:
+        model: The planned model.
+        config: The job's config.
+        programs: The job's programs.
+        state: The shapes of the train state.
+        rollout: The shapes of a rollout.
+        judged: The shapes of a scored rollout.
+    """
     algorithm, base = config.algorithm, _base(model, config)
     pieces = [Piece(programs.assemble, (judged,), judged)]
     experience = rows_of(model, result(programs.assemble, judged)[0])
@@ -304,7 +331,12 @@ def _learning(
 
 
 def _batch(config: TrainingCommand, kind: str) -> Tree:
-    """Returns the longest batch of a kind of rows."""
+    """Returns the shapes of a batch whose rows all have the largest length.
+
+    Args:
+        config: The job's config.
+        kind: The kind of rows: demonstrations, comparisons or labels.
+    """
     rows, columns = (
         config.batch_size,
         config.data.max_prompt_length + config.data.max_response_length,
@@ -321,14 +353,21 @@ def _batch(config: TrainingCommand, kind: str) -> Tree:
 
 
 def _role(model: Model, config: TrainingCommand, head: bool) -> Adapter:
-    """Returns the shapes of a role of the job's tuning."""
+    """Returns the shapes of a trained role: an adapter or full weights, as the config's tuning
+    says.
+
+    Args:
+        model: The planned model.
+        config: The job's config.
+        head: Whether the role has a scalar head.
+    """
     return artefacts.abstract_adapter(
         model.lm, config.tuning, config.lora if config.tuning == "lora" else None, head
     )
 
 
 def _resting(model: Model, role: Adapter) -> Adapter:
-    """Returns the shapes of a frozen role, in the dtype that frozen roles are held in."""
+    """Returns the shapes of a frozen role, in the dtype in which the devices hold frozen roles."""
     return jax.eval_shape(lambda role: cast_frozen_role(role, model.lm.config.dtype), role)
 
 
@@ -338,7 +377,9 @@ def _base(model: Model, config: TrainingCommand) -> Tree | None:
 
 
 def _resident(base: Tree | None, state: TrainState) -> dict[str, Tree]:
-    """Returns what stays on the devices during a job, by component."""
+    """Returns the trees that stay on the devices during a job, by component: base, trained roles,
+    frozen roles, optimizer.
+    """
     return {
         "base": base,
         "trained roles": state.roles,

@@ -21,7 +21,7 @@ class Known:
     """A program that a plan compiles.
 
     Attributes:
-        piece: The name of its `Piece`.
+        piece: The name of its `Piece` in the plan.
         what: What it computes.
         commands: The commands that run it.
     """
@@ -140,14 +140,20 @@ APART: dict[str, Size] = {
 
 
 def planned_for(command: str) -> set[str]:
-    """Returns the names of the pieces that a command's plan can have."""
+    """Returns the names of the pieces that the plan of a command, such as `rl`, can have."""
     return {
         known.piece for group in PLANNED.values() for known in group if command in known.commands
     }
 
 
 def unknown(names: Iterable[str], command: str) -> set[str]:
-    """Returns the compiled names that the table does not list for a command."""
+    """Returns those of the compiled programs' names that the tables of this module do not list for
+    a command.
+
+    Args:
+        names: The names under which JAX compiled programs and operations.
+        command: The command that was run, such as `rl`.
+    """
     mine = {
         name for name, group in PLANNED.items() if any(command in known.commands for known in group)
     }

@@ -30,7 +30,7 @@ class Measured:
         memory: Bytes by component; their sum is the peak while the program runs. `padding` is what
             the compiler's tiles add to the arguments; `temporaries` are activations, gathered
             weights, gradients, and outputs that reuse no argument's buffer. Of a refused program
-            only what is known without compiling.
+            only the components that are known without compiling.
         flops: Operations of all devices together; 0 for programs of the start, which are not
             counted.
         account: Traffic and cycles; None if refused, or for programs of the start.
@@ -53,23 +53,20 @@ class Measured:
 
     @property
     def peak(self) -> int | None:
-        """The peak in bytes; for a refused program what it asked for, or None if the compiler did
-        not say.
+        """The peak in bytes; for a refused program the bytes that the compiler says it needs, or
+        None if the compiler named no size.
         """
         if self.refused is None:
             return sum(self.memory.values())
         if self.refused.asked is None:
             return None
-        # The arguments are part of both: of what it asked for and of what is on the device.
+        # `asked` and `memory` both include the arguments; they are counted once.
         return self.refused.asked + sum(self.memory.values()) - self.arguments
 
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """Turns the persistent compilation cache off.
-
-    Programs for absent devices can be written to it but not read from it.
-    """
+    """Turns the persistent compilation cache off inside the `with` block."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -79,7 +76,15 @@ def _without_cache() -> Iterator[None]:
 
 
 def measure(planned: Planned, piece: Piece, effort: str) -> Measured:
-    """Compiles one program and adds up what is on a device while it runs."""
+    """Compiles one program of a job and returns its memory, operations and traffic.
+
+    A program that does not fit into the memory is returned with `refused` set; no error is raised.
+
+    Args:
+        planned: The job, for what stays on the devices while the program runs.
+        piece: The program.
+        effort: A key of `EFFORT`: quick or full optimisation by the compiler.
+    """
     memory = planned.resident_bytes(piece.resident) | {"batch": device_bytes(piece.own)}
     begin = time.perf_counter()
     traced = piece.program.trace(*piece.args)

@@ -1,5 +1,5 @@
-"""The parts of a plan: programs with abstract arguments, and what stays on the devices while they
-run.
+"""The parts of a plan: programs with abstract arguments, and the arrays that stay on the devices
+while the programs run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Traceable(Protocol):
         ...
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """Traces the program for arguments of these shapes."""
+        """Traces the program for arguments of these shapes, without compiling it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Piece:
         program: The program.
         args: Its arguments: shapes with shardings.
         own: The arrays that are on the devices for this program only (a batch, a rollout).
-        cache: The key/value caches inside the program.
+        cache: The key/value caches inside the program; None without a cache.
         loop: The iterations of a loop whose number depends on the data (the decode loop); None
             without one.
         phase: When the program runs.
         resident: The components of `Planned.resident` that are on the devices while it runs; None
             means all.
-        of: The leaf that the program works on; "" if it is not a program of one leaf.
+        of: The name of the one leaf or module that the program works on; "" if it works on more.
     """
 
     program: Traceable
@@ -92,7 +92,8 @@ class Planned:
     """A job's programs and what stays on the devices.
 
     Attributes:
-        resident: Trees by component: base, trained roles, frozen roles, optimizer.
+        resident: The trees that stay on the devices, by component: base, trained roles, frozen
+            roles, optimizer.
         pieces: The programs.
     """
 
@@ -100,7 +101,11 @@ class Planned:
     pieces: tuple[Piece, ...]
 
     def resident_bytes(self, names: tuple[str, ...] | None = None) -> dict[str, int]:
-        """Returns bytes of one device by component; `names` selects components, None takes all."""
+        """Returns {component: bytes on one device} of what stays on the devices.
+
+        Args:
+            names: The components; None takes all.
+        """
         return {
             name: device_bytes(tree)
             for name, tree in self.resident.items()
@@ -109,7 +114,9 @@ class Planned:
 
 
 def device_bytes(tree: Tree) -> int:
-    """Returns the bytes of a tree on one device, from its leaves' shardings."""
+    """Returns the bytes of a tree on one device. Each leaf needs a sharding; None is an empty
+    tree.
+    """
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * trees.bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
@@ -117,23 +124,27 @@ def device_bytes(tree: Tree) -> int:
 
 
 def placed(spec: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """Returns a shape with a sharding."""
+    """Returns the shape and dtype of `spec` with the sharding `where`."""
     return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)
 
 
 def with_role_shardings(model: Model, tree: Tree) -> Tree:
-    """Returns the shapes of roles or of a train state with their shardings."""
+    """Returns the shapes of roles, or of a train state, with the shardings that the model gives
+    them.
+    """
     return jax.tree.map(placed, tree, model.adapter_shardings(tree))
 
 
 def rows_of(model: Model, tree: Tree) -> Tree:
-    """Returns a batch's shapes, with rows sharded over the mesh and scalars replicated."""
+    """Returns the shapes of a batch with shardings: rows are divided over the mesh, scalars
+    replicated.
+    """
     rows, whole = sharding.batch_sharding(model.mesh), sharding.replicated(model.mesh)
     return jax.tree.map(lambda leaf: placed(leaf, rows if leaf.ndim else whole), tree)
 
 
 def key_data(model: Model) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a random key's data, replicated."""
+    """Returns the shape of a random key's data, replicated over the mesh."""
     return placed(
         jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
         sharding.replicated(model.mesh),
@@ -151,17 +162,20 @@ def flags(rows: int, columns: int) -> jax.ShapeDtypeStruct:
 
 
 def result(program: Traceable, *args: Any) -> Tree:
-    """Returns the shapes of a program's results, with shardings if the program sets them."""
+    """Returns the shapes of a program's results for these arguments, with shardings if the program
+    sets them; traces the program and compiles nothing.
+    """
     return program.trace(*args).out_info
 
 
 def cache_of(model: Model, rows: int, positions: int) -> Tree:
-    """Returns the shapes of a decode loop's key/value caches, with shardings: keys and values for
-    each window.
+    """Returns the shapes of a decode loop's key/value caches, with shardings: a list with keys and
+    values for each distinct window.
 
     Args:
+        model: The model.
         rows: The number of rows.
-        positions: The number of key positions; layers with a window keep fewer.
+        positions: The number of key positions; layers with a window keep at most the window.
     """
     config, found = model.lm.config, []
     for window, layers in collections.Counter(config.windows).items():

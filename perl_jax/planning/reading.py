@@ -54,7 +54,7 @@ RECORD = Record(
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """The artefacts that a command reads.
+    """The artefacts that a command reads; all have the same tuning and configuration.
 
     Attributes:
         lora: The adapters' configuration; None for full weights.
@@ -63,7 +63,12 @@ class Role:
     lora: LoRAConfig | None
 
     def shapes(self, model: Model, head: bool) -> Adapter:
-        """Returns the shapes of an artefact as loaded: float32, with shardings."""
+        """Returns the shapes of an artefact as loaded: float32, with shardings.
+
+        Args:
+            model: The planned model.
+            head: Whether the artefact has a scalar head.
+        """
         tuning = "full" if self.lora is None else "lora"
         return with_role_shardings(
             model, artefacts.abstract_adapter(model.lm, tuning, self.lora, head)
@@ -71,7 +76,13 @@ class Role:
 
 
 def plan_command(model: Model, config: ModelOptions, role: Role) -> Planned:
-    """Returns a command's programs at its longest batch, then those of its start."""
+    """Returns a command's programs at its longest batch, then those of its start.
+
+    Args:
+        model: The planned model.
+        config: The command's config: evaluate, best-of, generate, score or export.
+        role: The artefacts that the command reads.
+    """
     return {
         EvaluateConfig: _evaluate,
         BestOfConfig: _best_of,
@@ -82,7 +93,13 @@ def plan_command(model: Model, config: ModelOptions, role: Role) -> Planned:
 
 
 def _planned(model: Model, roles: dict[str, Adapter], pieces: list[Piece]) -> Planned:
-    """Returns the plan of a command: its programs, then loading and checksums."""
+    """Returns the plan of a command: its programs, then those of loading and of checksums.
+
+    Args:
+        model: The planned model.
+        roles: The shapes of the artefacts that the command reads, by name.
+        pieces: The command's own programs.
+    """
     return Planned(
         {"base": model.base, "frozen roles": roles},
         (*pieces, *starting.loading(model), *starting.digests(roles)),
@@ -102,13 +119,15 @@ def sampling(
     """Returns (the programs of a sampler, the shapes of its rollout).
 
     Args:
-        program: The sampler.
-        policy: The policy; None is the base.
-        base: The base weights; None if the policy has its own.
-        rows: The responses.
-        samples: The responses that share one copy of their prompt.
-        prompt: The prompt's columns.
-        response: The response's columns.
+        model: The planned model.
+        program: The sampler, of whole batches or continuous.
+        policy: The shapes of the policy; None is the base.
+        base: The shapes of the base weights; None if the policy has its own.
+        rows: Number of responses.
+        samples: Number of responses that share one copy of their prompt; not used by a continuous
+            sampler, which knows its own.
+        prompt: The prompt's padded length in tokens.
+        response: The response's padded length in tokens.
     """
     columns = prompt + response
     sequences = Tokens(ids(rows, columns), flags(rows, columns), flags(rows, columns))
@@ -138,8 +157,16 @@ def sampling(
 def _slots(
     model: Model, sampler: ContinuousSampler, policy: Adapter | None, base: Tree | None, prompt: int
 ) -> list[Piece]:
-    """Returns the programs of continuous batching: admit prompts to all slots, decode a chunk, keep
-    half of the slots.
+    """Returns the programs of continuous batching: merge the adapter if the sampler does so, make
+    an empty cache, admit prompts to all slots, decode a chunk, move the unfinished rows into half
+    of the slots.
+
+    Args:
+        model: The planned model.
+        sampler: The sampler.
+        policy: The shapes of the policy; None is the base.
+        base: The shapes of the base weights; None if the policy has its own.
+        prompt: The prompt's padded length in tokens.
     """
     pieces, own, slots = [], None, sampler.slots
     if policy is not None and policy.weights is not None:
@@ -222,7 +249,14 @@ def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
 def _rewarded(
     model: Model, combine: str, rewards: dict[str, Adapter], rollout: Tree
 ) -> list[Piece]:
-    """Returns the program that scores a rollout; none without reward models."""
+    """Returns [the program that scores a rollout], or [] without reward models.
+
+    Args:
+        model: The planned model.
+        combine: How several reward models' scores become one: mean or min.
+        rewards: The shapes of the reward models, by role name.
+        rollout: The shapes of the rollout.
+    """
     if not rewards:
         return []
     base = model.base if any(role.weights is None for role in rewards.values()) else None
@@ -249,7 +283,7 @@ def _best_of(model: Model, config: BestOfConfig, role: Role) -> Planned:
 
 
 def _everywhere(model: Model, tree: Tree) -> Tree:
-    """Returns shapes replicated over the mesh."""
+    """Returns the shapes of a tree, replicated over the mesh."""
     return jax.tree.map(lambda leaf: placed(leaf, sharding.replicated(model.mesh)), tree)
 
 

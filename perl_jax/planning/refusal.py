@@ -1,8 +1,8 @@
-"""Parses what the TPU compiler says when a program does not fit the memory.
+"""Parses the TPU compiler's message that a program does not fit into the memory.
 
-It refuses early, from an estimate, in one sentence, whose "HLO temporaries" are really the whole
-peak with arguments and outputs. Or it refuses late, after buffer assignment, with a list of the
-largest buffers. The compiler rounds sizes (15.75G: to 10 MiB); G is 2^30.
+The compiler refuses early, from an estimate, in one sentence, whose "HLO temporaries" are really
+the whole peak with arguments and outputs. Or it refuses late, after buffer assignment, with a list
+of the largest buffers. The compiler rounds sizes (15.75G: to 10 MiB); G is 2^30.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ ENTRY = re.compile(r"^ +\d+\. Size: (.*?)^ +=====", re.MULTILINE | re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """One buffer that the message lists.
+    """One buffer that the message lists. A field is None if the message does not say.
 
     Attributes:
-        bytes: Its size.
+        bytes: The size.
         kind: argument, output or temp, or the compiler's own word (scoped: a kernel's scratch;
             overlays: code).
-        shape: Its HLO shape, if given.
-        operation: JAX's name of the operation that makes it, if given.
-        source: "FILE:LINE" of that operation, if given.
-        argument: Its position among the program's arguments, if it is one.
+        shape: The HLO shape.
+        operation: JAX's name of the operation that makes the buffer.
+        source: "FILE:LINE" of that operation.
+        argument: The position among the program's arguments; None if it is no argument.
     """
 
     bytes: int
@@ -86,8 +86,10 @@ class Refusal:
 
 
 def attempt(compile: Callable[[], T]) -> T | Refusal:
-    """Returns the result of `compile()`, or the Refusal if memory was too small; other errors pass
-    through.
+    """Returns the result of `compile()`, or the Refusal if the device's memory was too small.
+
+    Args:
+        compile: Compiles a program. Errors other than RESOURCE_EXHAUSTED are raised.
     """
     try:
         return compile()
@@ -98,8 +100,10 @@ def attempt(compile: Callable[[], T]) -> T | Refusal:
 
 
 def parse(text: str) -> Refusal:
-    """Parses a RESOURCE_EXHAUSTED message; an unfamiliar one keeps its text, and a size if it names
-    one.
+    """Returns the Refusal that a RESOURCE_EXHAUSTED message describes.
+
+    A message of unknown form is kept as text, with a size if it names one; the other fields are
+    None.
     """
     space, asked, available = _figures(text)
     exceeded = _size(EXCEEDED, text)
@@ -115,7 +119,9 @@ def parse(text: str) -> Refusal:
 
 
 def _figures(text: str) -> tuple[str | None, int | None, int | None]:
-    """Returns (memory space, bytes asked, bytes available) of a message."""
+    """Returns (memory space, bytes needed, bytes available) of a message; None for what it does not
+    say.
+    """
     found = LATE.search(text) or EARLY.search(text)
     if found:
         return found[1].lower(), _bytes(found[2], found[3]), _bytes(found[4], found[5])
@@ -133,7 +139,11 @@ def _figures(text: str) -> tuple[str | None, int | None, int | None]:
 
 
 def _buffer(entry: str) -> Buffer:
-    """Parses one entry of the list of buffers, from its size on."""
+    """Returns the buffer of one entry of the message's list.
+
+    Args:
+        entry: The entry's text, which begins with the size.
+    """
     label = _field(r"XLA label: (.*)", entry) or ""
     argument = re.match(r"Argument (\d+)", label)
     allocation = _field(r"Allocation type: (.*)", entry)
@@ -156,7 +166,7 @@ def _buffer(entry: str) -> Buffer:
 
 
 def _single(text: str) -> Buffer:
-    """Returns the buffer of a message about a single allocation."""
+    """Returns the buffer of a message about a single allocation that is larger than the memory."""
     word = _field(r"kind: (\w+)", text) or "temp"
     operand = _field(r"/\* operand (\d+)", text)
     return Buffer(
@@ -168,13 +178,17 @@ def _single(text: str) -> Buffer:
 
 
 def _field(pattern: str, text: str) -> str | None:
-    """Returns the first group of a pattern, stripped, or None."""
+    """Returns the first group of a pattern where it is found in the text, stripped; None if it is
+    not found.
+    """
     found = re.search(pattern, text)
     return found[1].strip() if found else None
 
 
 def _size(pattern: re.Pattern[str], text: str) -> int | None:
-    """Returns the bytes that a pattern with a number and a unit finds, or None."""
+    """Returns the bytes of the number and unit that a pattern finds in the text; None if it finds
+    none.
+    """
     found = pattern.search(text)
     return _bytes(found[1], found[2]) if found else None
 

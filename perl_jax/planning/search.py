@@ -18,7 +18,14 @@ REMAT = ("none", "dots", "full")
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
-    """Yields mesh sizes (data, fsdp, tensor) in powers of two, the least splitting first."""
+    """Yields mesh sizes (data, fsdp, tensor), each a power of two, those that split the weights
+    least first.
+
+    Their product is `devices`; tensor is at most MOST_TENSOR.
+
+    Args:
+        devices: The number of devices, a power of two.
+    """
     powers = lambda most: [2**n for n in range(most.bit_length()) if most % 2**n == 0]
     for tensor in powers(min(devices, MOST_TENSOR)):
         for fsdp in powers(devices // tensor):
@@ -26,16 +33,19 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int]]:
 
 
 def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> list[Plan]:
-    """Returns the plans of layouts that fit, by their lower bound of seconds (`Plan.seconds`),
-    fastest first.
+    """Returns the plans of layouts that fit, ordered by their lower bound of seconds
+    (`Plan.seconds`), fastest first.
 
-    For each mesh it takes the fewest microbatches that fit with full rematerialisation, then the
-    least rematerialisation that fits with these. Cheap checks come first: what stays on a device
-    (no compiling), then the update (the largest program), then all programs.
+    For each mesh the search finds the fewest microbatches that fit with full rematerialisation,
+    then the least rematerialisation that fits with these. Cheap checks come first: what stays on a
+    device (no compiling), then the update (the largest program), then all programs.
 
     Args:
-        config: The plan; its mesh is ignored.
-        say: Called with a line about each layout tried.
+        config: The job and the slice; `mesh`, `microbatches` and `remat` are ignored.
+        say: Called with one line of text for each layout tried.
+
+    Raises:
+        UserError: As `command.prepare` does, or if the job has no update.
     """
     found = []
     for sizes in meshes(len(topology.topology(config.topology))):
@@ -56,8 +66,15 @@ def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> l
 
 
 def _fewest_microbatches(layout: PlanConfig, say: Callable[[str], None]) -> PlanConfig | None:
-    """Returns the layout with full rematerialisation and the fewest microbatches that fit; None if
-    none fits.
+    """Returns the layout with full rematerialisation and the fewest microbatches whose update fits,
+    or None.
+
+    Tries 1, 2, 4, ... up to MOST_MICROBATCHES. None at the first number that does not divide the
+    batch over the mesh, if the arrays that stay on a device do not fit, or if no number fits.
+
+    Args:
+        layout: The job on one mesh.
+        say: Called with one line of text for each layout tried.
     """
     microbatches = 1
     while microbatches <= MOST_MICROBATCHES:
@@ -74,19 +91,31 @@ def _fewest_microbatches(layout: PlanConfig, say: Callable[[str], None]) -> Plan
 
 
 def _divides(config: PlanConfig) -> bool:
-    """Returns whether the batch divides over microbatches and mesh."""
+    """Returns whether the batch divides evenly over microbatches and the mesh's data and fsdp
+    axes.
+    """
     mesh = config.mesh_config(1)
     return config.batch % (config.microbatches * mesh.data * mesh.fsdp) == 0
 
 
 def _resident_fits(config: PlanConfig) -> bool:
-    """Returns whether what stays on a device fits."""
+    """Returns whether the arrays that stay on a device during the job fit into its memory; compiles
+    nothing.
+    """
     planned, _ = command.prepare(config)
     return sum(planned.resident_bytes().values()) <= topology.chip(config.topology).usable
 
 
 def _update_fits(config: PlanConfig, say: Callable[[str], None]) -> bool:
-    """Returns whether the update fits; reports it through `say`."""
+    """Returns whether the update fits into device memory, by compiling it.
+
+    Args:
+        config: The layout.
+        say: Called with one line of text: the layout, the peak and whether it fits.
+
+    Raises:
+        UserError: The job has no update.
+    """
     plan = command.plan(config, only="learn")
     require(bool(plan.programs), "The job has no update to search for.")
     peak = "?" if plan.peak is None else f"{plan.peak / 2**30:.1f}"

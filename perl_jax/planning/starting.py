@@ -1,7 +1,7 @@
 """Programs that run before the first step and beside the steps: loading a base, first values of
 roles, checkpoints.
 
-They work leaf by leaf and are planned once for each shape and sharding of a leaf.
+The programs work leaf by leaf and are planned once for each shape and sharding of a leaf.
 """
 
 from __future__ import annotations
@@ -64,7 +64,15 @@ def loading(model: Model) -> list[Piece]:
 
 
 def _written(model: Model, name: str, leaf: jax.ShapeDtypeStruct, own: Tree) -> Piece:
-    """Returns the program that writes one piece of a leaf into the part of one device."""
+    """Returns the program that writes one piece of a leaf, read from a file, into one device's part
+    of the leaf.
+
+    Args:
+        model: The planned model.
+        name: The leaf's name.
+        leaf: The leaf's shape and sharding.
+        own: What is on the devices besides the base: the leaf, or None if it is part of the base.
+    """
     device = jax.sharding.SingleDeviceSharding(model.mesh.devices.flat[0])
     part = leaf.sharding.shard_shape(leaf.shape)
     layered = name.startswith("layers/")
@@ -85,8 +93,10 @@ def _written(model: Model, name: str, leaf: jax.ShapeDtypeStruct, own: Tree) -> 
 
 
 def first_values(model: Model, config: LoRAConfig) -> Iterator[Piece]:
-    """Yields the programs that read the base, one layer at a time, for first values of DoRA and
-    PiSSA.
+    """Yields the programs that compute first values of adapters from the base, one layer at a time:
+    those of DoRA and PiSSA.
+
+    Yields nothing for an adapter whose first values do not depend on the base.
     """
     kernels = trees.named_leaves(model.base, is_leaf=is_quantised)
     modules = dict.fromkeys(
@@ -110,13 +120,15 @@ def first_values(model: Model, config: LoRAConfig) -> Iterator[Piece]:
 
 
 def full_weights(model: Model) -> Piece:
-    """Returns the program that makes full tuning's float32 weights; the base is freed after it."""
+    """Returns the program that makes full tuning's float32 weights from the base, which is freed
+    afterwards.
+    """
     return Piece(weights_program(model.lm), (model.base,), model.base, phase="start", resident=())
 
 
 def merging(model: Model, adapter: Adapter) -> Piece:
-    """Returns the program that merges an adapter into the base, from which full tuning
-    continues.
+    """Returns the program that merges an adapter (its shapes) into the base; full tuning starts
+    from the result.
     """
     args = model.base, with_role_shardings(model, adapter)
     return Piece(merge_program(model.lm), args, args, phase="start", resident=())
@@ -134,11 +146,12 @@ def beginning(
     """Returns (the program that makes the state of step 0, the state's shapes).
 
     Args:
-        roles: The trained roles.
+        model: The planned model.
+        roles: The shapes of the trained roles, by name.
         optimizers: The optimizer of each role.
-        frozen: The frozen roles.
+        frozen: The shapes of the frozen roles, by name.
         controls: The initial control values, such as the KL coefficient.
-        loaded: What is on the devices besides: artefacts as read.
+        loaded: The shapes of what else is on the devices: artefacts as loaded.
         base: Whether the base is on the devices too.
     """
     args = with_role_shardings(model, roles), with_role_shardings(model, frozen), key_data(model)
@@ -156,13 +169,16 @@ def digests(state: Tree) -> Iterator[Piece]:
     """Yields the programs that compute checksums of a tree's leaves when it is saved or restored.
 
     One program for each distinct shape, dtype and sharding.
+
+    Args:
+        state: A tree of shapes with shardings.
     """
     for name, leaf in _distinct(trees.named_leaves(state)).items():
         yield Piece(Jitted("checksums", trees.content_sums), (leaf,), None, phase="start", of=name)
 
 
 def _distinct(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the first leaf of each shape, dtype and sharding."""
+    """Returns, by name, the first leaf of each distinct shape, dtype and sharding."""
     found: dict[Any, tuple[str, jax.ShapeDtypeStruct]] = {}
     for name, leaf in leaves.items():
         found.setdefault((leaf.shape, leaf.dtype, leaf.sharding), (name, leaf))

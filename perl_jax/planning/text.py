@@ -17,7 +17,11 @@ def gib(size: int | None) -> str:
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Returns the lines of a table; the first column is aligned left, the others right."""
+    """Returns the lines of a table; the first column is aligned left, the others right.
+
+    Args:
+        rows: The cells of each row, as many in each.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -29,8 +33,8 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def describe(found: Plan) -> str:
-    """Returns the plan as text: memory by component and program, work and traffic, and whether it
-    fits.
+    """Returns the plan as text: memory by component and program, operations and traffic, and
+    whether it fits.
     """
     config = found.config
     mesh = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
@@ -46,8 +50,8 @@ def describe(found: Plan) -> str:
     if found.of("start"):
         lines += [
             "",
-            "Loading, first values and checkpoints, GiB a device: of each program the leaf with "
-            "which most is there",
+            "Loading, first values and checkpoints, GiB a device; of each program the leaf with "
+            "the largest peak",
         ]
         lines += table(_starts(found.of("start")))
     lines += ["", "A step, and what measures it", *table(_work(found, running))]
@@ -72,13 +76,15 @@ def describe(found: Plan) -> str:
 
 
 def _named(program: Measured) -> str:
-    """Returns a program's name, with its leaf if it has one."""
+    """Returns a program's name, with the name of its leaf if the program works on one leaf."""
     return f"{program.name} of {program.of}" if program.of else program.name
 
 
 def _starts(programs: list[Measured]) -> list[list[str]]:
-    """Returns a row per program of the start: its number of shapes, and of the largest its leaf,
-    what it needs besides resident memory, and its peak.
+    """Returns the table of programs of the start, with a row per name.
+
+    Its columns are the number of shapes, and for the program with the largest peak: its leaf, its
+    memory besides what stays on the devices, and its peak.
     """
     rows = [["", "shapes", "leaf", "beside", "peak"]]
     for name in dict.fromkeys(program.name for program in programs):
@@ -97,8 +103,8 @@ def _starts(programs: list[Measured]) -> list[list[str]]:
 
 
 def _memory(programs: list[Measured]) -> list[list[str]]:
-    """Returns the table of memory: a row per component in GiB, a column per program, and a row of
-    peaks.
+    """Returns the table of memory: a row per component, a column per program, and a last row of
+    peaks, in GiB a device.
     """
     components = list(dict.fromkeys(name for program in programs for name in program.memory))
     rows = [["", *(program.name for program in programs)]]
@@ -115,6 +121,12 @@ def _memory(programs: list[Measured]) -> list[list[str]]:
 def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
     """Returns the table of work: rows of operations, HBM and link traffic and estimated seconds, a
     column per program.
+
+    Seconds are given only with effort full, and if the chip's clock is known.
+
+    Args:
+        found: The plan.
+        programs: The programs to show.
     """
     clock = topology.chip(found.config.topology).clock
     # Programs compiled with effort quick are slower than the ones that run.
@@ -145,7 +157,7 @@ def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
 
 
 def _collectives(program: Measured) -> list[str]:
-    """Returns the line of a program's collectives; none if it was not measured."""
+    """Returns [the line that names a program's collectives], or [] if they were not counted."""
     if program.account is None:
         return []
     each = [
@@ -156,7 +168,7 @@ def _collectives(program: Measured) -> list[str]:
 
 
 def _refusal(program: Measured) -> list[str]:
-    """Returns the lines that say why the compiler refused a program; none if it did not."""
+    """Returns the lines that say why the compiler refused a program; [] if it did not."""
     refused = program.refused
     if refused is None:
         return []
@@ -183,7 +195,9 @@ def _refusal(program: Measured) -> list[str]:
 
 
 def describe_search(plans: list[Plan]) -> str:
-    """Returns the layouts that fit as a table, fastest first."""
+    """Returns the layouts that fit as a table, in the order of `plans`; without plans, a
+    sentence.
+    """
     if not plans:
         return "No layout fits. A larger slice, a quantised base or a smaller batch may."
     rows = [["", "mesh", "parts", "remat", "peak GiB", "of", "links GB", "bound, s"]]

@@ -58,7 +58,7 @@ class Chip:
 # between chips halved. v4's links (6 x 50 GB/s) and clock: Jouppi et al. 2023, arXiv 2304.01433,
 # table 4. v5p's HBM and the clocks of v5e and v5p: Austin et al. 2025, How to Scale Your Model, 2.
 CHIPS: Mapping[str, Chip] = {
-    # JAX shows the two cores of a v4 chip as one device; libtpu must be asked to.
+    # With this option JAX shows the two cores of a v4 chip as one device.
     "v4": Chip(
         "v4",
         32 * GIB,
@@ -80,14 +80,17 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip(name: str) -> Chip:
-    """Returns the chip of a slice such as v5e:2x4; raises UserError for an unknown name."""
+    """Returns the chip of the slice `name`, such as v5e:2x4; raises UserError for an unknown
+    name.
+    """
     return CHIPS[_split(name)[0]]
 
 
 def topology(name: str) -> Sequence[jax.Device]:
     """Returns the devices of a slice; programs can be compiled for them but not run.
 
-    Does not change JAX's default backend.
+    Sets environment variables that libtpu needs (`ENVIRONMENT`) where they are not set. Does not
+    change JAX's default backend.
 
     Args:
         name: generation:shape, as in v4:2x2x1, v5e:2x4, v6e:4x4.
@@ -116,8 +119,12 @@ def topology(name: str) -> Sequence[jax.Device]:
 
 
 def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
-    """Returns which axes are rings: on v5e and v6e axes of 16 chips, else all axes if each is a
-    multiple of 4.
+    """Returns for each of three axes whether its links form a ring: on v5e and v6e an axis of 16
+    chips; on other generations all axes if each is a multiple of 4, else none.
+
+    Args:
+        generation: A key of `CHIPS`.
+        shape: The slice's shape in chips, with two or three axes.
     """
     x, y, z = (*shape, 1)[:3]
     if CHIPS[generation].ici_links == 4:
@@ -127,7 +134,10 @@ def wraps(generation: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
-    """Parses v5e:2x4 into ("v5e", (2, 4)); raises UserError for an unknown name."""
+    """Returns (generation, shape) of a slice's name: v5e:2x4 gives ("v5e", (2, 4)).
+
+    Raises UserError for an unknown generation or a shape with another number of axes.
+    """
     generation, _, shape = name.partition(":")
     axes = 2 if generation in CHIPS and CHIPS[generation].ici_links == 4 else 3
     if generation not in CHIPS or not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", shape):
