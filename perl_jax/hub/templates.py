@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2 import ext, nodes, sandbox
@@ -139,7 +139,7 @@ class _Generation(ext.Extension):
     rendered.
     """
 
-    tags = {"generation"}  # noqa: RUF012  jinja2 reads this attribute of the class
+    tags: ClassVar[set[str]] = {"generation"}  # read by jinja2
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Returns what lies between `{% generation %}` and `{% endgeneration %}`, as a scope of its

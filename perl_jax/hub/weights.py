@@ -351,7 +351,8 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:
-            for name in handle.keys():  # noqa: SIM118  the handle cannot be iterated over
+            names = handle.keys()  # the handle itself cannot be iterated over
+            for name in names:
                 part = handle.get_slice(name)
                 found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
     except SafetensorError as error:
