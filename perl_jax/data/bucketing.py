@@ -35,19 +35,29 @@ def round_up(length: int, multiple: int = MULTIPLE) -> int:
 
 
 def bucket_edges(lengths: Sequence[int], count: int, maximum: int) -> tuple[int, ...]:
-    """Returns at most `count` padded lengths, increasing.
+    """Returns the padded lengths of at most `count` buckets, increasing.
 
     They are the i/count quantiles of the rows' lengths (i = 1..count), rounded up to multiples of
-    8. The last one holds the longest row. None exceeds `maximum`, the longest that a row can be.
+    `MULTIPLE`, equal ones once. The last one is at least as long as the longest row.
+
+    Args:
+        lengths: Tokens of each row.
+        count: The largest number of buckets.
+        maximum: The largest length that a row can have; no padded length exceeds it.
     """
     quantiles = np.quantile(np.asarray(lengths), np.arange(1, count + 1) / count, method="higher")
     return tuple(sorted({min(round_up(max(1, q)), maximum) for q in quantiles}))
 
 
 def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
-    """Returns explicit padded lengths as they are.
+    """Returns padded lengths that a caller gave, as a tuple, unchanged.
 
-    Raises UserError unless they are positive, increase, and hold the longest row.
+    Args:
+        edges: The padded lengths in tokens.
+        longest: Tokens of the longest row.
+
+    Raises:
+        UserError: The lengths are not positive and increasing, or the longest row does not fit.
     """
     edges = tuple(edges)
     increasing = all(a < b for a, b in itertools.pairwise(edges))
@@ -65,18 +75,19 @@ def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
 def training_plan(
     lengths: np.ndarray, edges: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> Plan:
-    """Returns the shuffled batches of one epoch, len(lengths) // batch_size of them.
+    """Returns the shuffled batches of one epoch; there are at most len(lengths) // batch_size of
+    them.
 
-    The rows are permuted by (seed, epoch) and grouped by the smallest bucket that holds them. The
-    rows of a bucket that do not fill a whole batch join the next larger bucket, in the order of the
-    permutation. So only the remainder of the largest bucket is dropped. The order of the batches is
-    shuffled too.
+    The rows are permuted by (seed, epoch) and grouped by the smallest bucket that they fit into.
+    The rows of a bucket that do not fill a whole batch join the next larger bucket, in the order of
+    the permutation. So only the remainder of the largest bucket is dropped. The order of the
+    batches is shuffled too.
 
     Args:
         lengths: Tokens of each row.
-        edges: The buckets' padded lengths, increasing.
+        edges: The buckets' padded lengths, increasing; the last one is at least the longest row's.
         batch_size: Rows of a batch.
-        seed: The same in every epoch.
+        seed: Seed of the order, the same in every epoch.
         epoch: Number of the epoch, from 0.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -96,7 +107,16 @@ def training_plan(
 
 
 def evaluation_plan(lengths: np.ndarray, edges: Sequence[int], batch_size: int) -> Plan:
-    """Returns batches with every row once, rows of short buckets first; `FILLER` ends the last."""
+    """Returns batches with every row once, rows of short buckets first; the last batch is filled up
+    with `FILLER`.
+
+    The padded length of a batch is the smallest one of `edges` that its longest row fits into.
+
+    Args:
+        lengths: Tokens of each row.
+        edges: The buckets' padded lengths, increasing; the last one is at least the longest row's.
+        batch_size: Rows of a batch.
+    """
     bucket = np.searchsorted(edges, lengths)
     order = np.argsort(bucket, kind="stable")
     rows = np.concatenate([order, np.full(-len(order) % batch_size, FILLER, order.dtype)])

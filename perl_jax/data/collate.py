@@ -15,15 +15,25 @@ Batch = Tokens | Pairs | Labelled | Prompts
 
 
 def collate(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Batch:
-    """Returns the batch of the rows at `indices`, padded to `columns` tokens.
+    """Returns the batch of some rows, of the class that `COLLATE` makes of their kind.
 
-    Index -1 makes a filler row: no token is valid and the row's weight is 0.
+    Args:
+        rows: The tokenised rows of a split.
+        indices: Indices into the split, int [B]. `FILLER` makes a row without valid tokens, of
+            weight 0.
+        columns: The padded length in tokens.
+        pad_id: The token id of padding.
     """
     return COLLATE[rows.kind](rows, indices, columns, pad_id)
 
 
 def with_layout(batch: Batch, layout: Layout | None) -> Batch:
-    """Returns a batch with the layout set on each of its `Tokens`; prompts are unchanged."""
+    """Returns a batch with the layout set on each of its `Tokens`; prompts are returned unchanged.
+
+    Args:
+        batch: The batch.
+        layout: How the rows of the batch are packed; None: they stay padded.
+    """
     packed = functools.partial(dataclasses.replace, layout=layout)
     match batch:
         case Tokens():
@@ -39,7 +49,15 @@ def with_layout(batch: Batch, layout: Layout | None) -> Batch:
 
 
 def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndarray]:
-    """Returns the token ids of a row: its prompt and, if named, one response. Filler has none."""
+    """Returns the token ids of a row as a list of arrays: the prompt, then one response. Filler
+    gives [].
+
+    Args:
+        rows: The tokenised rows.
+        index: The row's index in the split, or `FILLER`.
+        response: The number of the response (0: the only or the chosen one, 1: the rejected one);
+            None: the prompt alone.
+    """
     if index == FILLER:
         return []
     return [rows.prompts[index], *([] if response is None else [rows.responses[response][index]])]
@@ -48,10 +66,18 @@ def pieces_of(rows: TokenRows, index: int, response: int | None) -> list[np.ndar
 def right_padded(
     rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int, response: int = 0
 ) -> Tokens:
-    """Returns sequences [rows, columns]: prompt, response, the chat template's tail, padding.
+    """Returns sequences [B, columns], each of prompt, response, the chat template's tail and
+    padding.
 
-    The response mask covers the response's tokens with the one that ends the turn, but not the
-    tail. `response` is the number of the response that is read (0: chosen, 1: rejected).
+    The response mask covers the response's tokens, including those that end the turn, but not the
+    tail.
+
+    Args:
+        rows: The tokenised rows.
+        indices: Indices into the split, int [B]; `FILLER` makes a row of padding.
+        columns: The padded length in tokens.
+        pad_id: The token id of padding.
+        response: The number of the response (0: the only or the chosen one, 1: the rejected one).
     """
     tokens_BT, valid_BT = fill(
         [pieces_of(rows, index, response) for index in indices], columns, pad_id
@@ -68,7 +94,16 @@ def right_padded(
 
 
 def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Prompts:
-    """Returns prompts [rows, columns] with the padding on the left, so that all end together."""
+    """Returns prompts [B, columns] with the padding on the left, so that all of them end in the
+    last column.
+
+    Args:
+        rows: The tokenised rows.
+        indices: Indices into the split, int [B], which the batch keeps; `FILLER` makes a row of
+            padding.
+        columns: The padded length in tokens.
+        pad_id: The token id of padding.
+    """
     tokens_BP, valid_BP = fill(
         [pieces_of(rows, index, None) for index in indices], columns, pad_id, left=True
     )
@@ -76,7 +111,15 @@ def left_padded(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int)
 
 
 def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pairs:
-    """Returns comparisons with their weights, probabilities and margins; all 0 for filler."""
+    """Returns comparisons [B] with their weights, probabilities and margins, which are 0 for
+    filler.
+
+    Args:
+        rows: The tokenised rows.
+        indices: Indices into the split, int [B]; `FILLER` makes a pair of rows of padding.
+        columns: The padded length of each response with its prompt, in tokens.
+        pad_id: The token id of padding.
+    """
     chosen = right_padded(rows, indices, columns, pad_id, response=0)
     rejected = right_padded(rows, indices, columns, pad_id, response=1)
     numbers = {
@@ -87,7 +130,15 @@ def pairs(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Pa
 
 
 def labelled(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Labelled:
-    """Returns responses with their labels or ratings, and weight 1 (filler: weight 0)."""
+    """Returns responses [B] with their labels or ratings, and weight 1; value and weight of filler
+    are 0.
+
+    Args:
+        rows: The tokenised rows.
+        indices: Indices into the split, int [B]; `FILLER` makes a row of padding.
+        columns: The padded length in tokens.
+        pad_id: The token id of padding.
+    """
     (values,) = rows.numbers.values()
     real_B = (indices != FILLER).astype(np.float32)
     return Labelled(right_padded(rows, indices, columns, pad_id), values[indices] * real_B, real_B)

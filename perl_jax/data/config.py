@@ -62,9 +62,13 @@ class DataConfig:
                 errors.positive(f"data.{field}", getattr(self, field))
 
     def size(self, split: str) -> int | None:
-        """Returns how many rows of a split are wanted; None: all."""
+        """Returns the largest number of rows to read of a split; None: all."""
         return self.train_size if split == "train" else self.evaluation_size
 
     def longest(self, kind: str) -> int:
-        """Returns the most tokens that a row of a kind can have, without the template's tail."""
+        """Returns the largest number of tokens of a row, without the chat template's tail.
+
+        Args:
+            kind: The kind of the rows (`data.store.KINDS`); prompts have no response.
+        """
         return self.max_prompt_length + (0 if kind == "prompts" else self.max_response_length)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 
 def said_of(facts: Mapping[str, float], prompt_limit: int, response_limit: int) -> list[str]:
-    """Returns sentences on what was cut from a split's rows, and on pairs of equal responses.
+    """Returns sentences that say how many texts of a split were cut, and how many pairs have equal
+    responses.
 
-    Returns no sentence where nothing was cut, nothing was rendered and no pair is equal.
+    Returns [] if nothing was cut, no prompt was already rendered and no pair is equal.
 
     Args:
-        facts: The numbers of `tokenise.TokenRows.facts`.
+        facts: The numbers of `tokenise.TokenRows.facts`; a missing one counts as 0.
         prompt_limit: max_prompt_length, in tokens.
         response_limit: max_response_length, in tokens.
     """

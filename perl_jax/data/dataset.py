@@ -29,12 +29,12 @@ class Dataset:
     """Rows of one kind.
 
     Attributes:
-        name: What messages call the rows.
+        name: The name of the dataset in messages.
         kind: Which columns a row has (`data.store.KINDS`).
         splits: The rows of each split that has any, in order, with random access.
-        place: (split, index) -> where a message says that a row is.
+        place: (split, index from 0) -> text that says where a row comes from, for messages.
         content: Returns a JSON value that determines the rows.
-        gold: (prompts, responses) -> true rewards [n]; None where these are not known.
+        gold: (prompts, responses) -> true rewards [n]; None: they are not known.
     """
 
     name: str
@@ -60,10 +60,21 @@ def of_rows(
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
 ) -> Dataset:
-    """Returns rows in memory as a dataset; a dataset of the kind is returned as it is.
+    """Returns rows in memory as a dataset.
 
-    Rows are checked as lines of JSON Lines are, and columns that have a default may be missing.
-    Raises UserError that names the split, the row (from 1) and the column.
+    Rows are checked as lines of JSON Lines are (`jsonl.read_jsonl`); columns that have a default
+    may be missing.
+
+    Args:
+        kind: The kind of the rows (`data.store.KINDS`).
+        train: The training rows, at least one; or a dataset of this kind, which is returned
+            unchanged, while the other rows are ignored.
+        validation: The rows of the split validation.
+        test: The rows of the split test.
+
+    Raises:
+        UserError: A row is wrong (the message names the split, the row, from 1, and the column),
+            there are no training rows, or the dataset has another kind.
     """
     if isinstance(train, Dataset):
         require(
@@ -89,10 +100,11 @@ def of_rows(
 
 
 def _without_defaults(row: Any) -> Any:
-    """Returns a row without the columns that hold their defaults, as the rows of a task do.
+    """Returns a row without the columns whose value is their default, as such a value may not pass
+    the checks.
 
-    A default stands for a value that is not given, and need not be one that could be given: an
-    unknown probability is NaN, no group is "".
+    A default means that a value is not given: an unknown probability is NaN, no group is "". A
+    value that is no mapping is returned unchanged.
     """
     if not isinstance(row, Mapping):
         return row
@@ -106,18 +118,18 @@ def _without_defaults(row: Any) -> Any:
 def of_task(
     config: DataConfig, kind: str, needed: Sequence[str], check: Check | None = None
 ) -> Dataset:
-    """Opens every split of a task's rows and says which prompts and groups two splits share.
+    """Returns the rows of a task as a dataset; prints which prompts and groups two splits share.
 
-    Two prompts are the same when their texts are equal, white space at both ends aside.
+    Two prompts are the same if their texts are equal after white space is removed at both ends.
 
     Args:
-        config: Names the task and limits its rows.
-        kind: Which rows of the task.
-        needed: Splits that must have rows; other splits are opened where they have any.
-        check: Is called with the rows of each needed split.
+        config: Names the task and limits the number of its rows.
+        kind: The kind of the rows (`data.store.KINDS`).
+        needed: Splits that must have rows; other splits are opened if they have any.
+        check: Called with (rows, task name, split) for each needed split; None: no check.
 
     Raises:
-        UserError: For a needed split without rows, or rows that `check` refuses.
+        UserError: The task or kind is unknown, a needed split has no rows, or `check` refuses rows.
     """
     task = task_of(config)
     one_of(f"{task.name}: kind", kind, task.splits)
@@ -139,7 +151,16 @@ def of_task(
 
 
 def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
-    """Opens one split of a task's rows. Raises UserError for a split without rows."""
+    """Returns one split of a task's rows as a dataset.
+
+    Args:
+        config: Names the task and limits the number of its rows.
+        kind: The kind of the rows (`data.store.KINDS`).
+        split: The split.
+
+    Raises:
+        UserError: The task is unknown, or the split has no rows.
+    """
     task = task_of(config)
     rows = hosts.writer_first(lambda: task.open(kind, split, config))
     return _of_splits(task, config, kind, {split: rows})
@@ -159,7 +180,16 @@ def _compare_splits(
     needed: Sequence[str],
     check: Check | None,
 ) -> None:
-    """Calls `check` on the needed splits and prints what two splits share."""
+    """Calls `check` on the rows of needed splits; the first process prints which prompts and groups
+    two splits share.
+
+    Args:
+        name: The task's name.
+        kind: The kind of the rows.
+        splits: The rows of each split.
+        needed: Splits whose rows are checked.
+        check: Called with (rows, task name, split); None: no check.
+    """
     field = KINDS[kind][0]
     # Dictionaries instead of sets keep the order of the rows.
     texts: dict[str, dict[str, None]] = {}
@@ -176,12 +206,14 @@ def _compare_splits(
 
 
 def shared(name: str, what: str, texts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns a sentence for each two splits that share texts, with their number and the first.
+    """Returns a sentence for each two splits that share texts: the number of shared texts, and one
+    of them.
 
     Args:
-        name: Of the dataset.
+        name: The name of the dataset.
         what: What the texts are: `prompts`, `texts` or `groups`.
-        texts: The distinct texts of each split, in order.
+        texts: The distinct texts of each split, in order; only the keys of the inner mappings are
+            read.
     """
     lines = []
     for (one, mine), (other, theirs) in itertools.combinations(texts.items(), 2):

@@ -36,24 +36,25 @@ RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 def read_jsonl(
     path: pathlib.Path, fields: Sequence[str], others: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a file, with the fields that are asked for. Blank lines are skipped.
+    """Returns the rows of a JSON Lines file. Blank lines are skipped.
 
     `label` and `probability` are numbers in [0, 1], `weight` is 0 or more, `margin` and `rating`
-    are any finite numbers, and `group` is a string or a number. Every other field that is asked for
-    is a string that is not empty. The fields of `DEFAULTS` may be missing.
+    are any finite numbers, and `group` is a string or a number. Every other one of `fields` is a
+    string that is not blank. The fields of `DEFAULTS` may be missing and then have their defaults.
 
-    A line of comparisons may hold `ranked`, two or more responses from best to worst, instead of
+    A line of comparisons may have `ranked`, two or more responses from best to worst, instead of
     `chosen` and `rejected`. It makes one row for every pair of responses; the weights of these rows
     add up to the weight of the line (Ouyang et al. 2022, arXiv 2203.02155, equation 1).
 
     Args:
         path: The file.
-        fields: The fields that are asked for.
-        others: Whether to keep all other fields too. They are not checked, except that `answer` and
-            `group` must be a number or a string that is not empty.
+        fields: The names of the fields that each row gets.
+        others: Whether rows keep all other fields too. They are not checked, except that `answer`
+            and `group` must be a number or a string that is not blank.
 
     Raises:
-        UserError: Names the file, the line (from 1) and the field.
+        UserError: The file cannot be read or has no rows, or a line is wrong; the message names the
+            file, the line (from 1) and the field.
     """
     return [row for _, row in numbered_rows(path, fields, others)]
 
@@ -61,7 +62,17 @@ def read_jsonl(
 def numbered_rows(
     path: pathlib.Path, fields: Sequence[str], others: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Returns (number of the line from 1, row) for each row of a file; see `read_jsonl`."""
+    """Returns (number of the line from 1, row) for each row of a file; several rows of a ranking
+    have the same number.
+
+    Args:
+        path: The file.
+        fields: The names of the fields that each row gets.
+        others: Whether rows keep all other fields too.
+
+    Raises:
+        UserError: The file cannot be read or has no rows, or a line is wrong (`read_jsonl`).
+    """
     path = pathlib.Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
@@ -81,9 +92,16 @@ def numbered_rows(
 def parse_line(
     line: bytes, fields: Sequence[str], where: str, others: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns the row of a line, or the rows of its ranked responses (`read_jsonl`).
+    """Returns the rows of a line: one, or the pairs of its ranked responses (`read_jsonl`).
 
-    Raises UserError; `where` begins the message.
+    Args:
+        line: The line's bytes, not blank.
+        fields: The names of the fields that each row gets.
+        where: The file and the line, the beginning of an error message.
+        others: Whether rows keep all other fields too.
+
+    Raises:
+        UserError: The line is not a JSON object in UTF-8, or a field is missing, repeated or wrong.
     """
     try:
         # utf-8-sig: the byte order mark that some editors put before the first line is not content.
@@ -104,9 +122,16 @@ def parse_line(
 def checked_rows(
     value: Any, fields: Sequence[str], where: str, others: bool = False
 ) -> list[dict[str, Any]]:
-    """Returns the row of a JSON object, or the rows of its ranked responses (`read_jsonl`).
+    """Returns the rows of a JSON object: one, or the pairs of its ranked responses (`read_jsonl`).
 
-    Raises UserError; `where` begins the message.
+    Args:
+        value: The object.
+        fields: The names of the fields that each row gets.
+        where: Where the object comes from, the beginning of an error message.
+        others: Whether rows keep all other fields too.
+
+    Raises:
+        UserError: The value is no object, or a field is missing or wrong.
     """
     require(
         isinstance(value, Mapping),
@@ -124,9 +149,14 @@ def checked_rows(
 
 
 def check_name(value: Any, field: str, where: str) -> None:
-    """Raises UserError unless a value is a number or a text that is not empty.
+    """Raises UserError unless a value is a finite number or a text that is not blank.
 
     `answer` and `group` must be such values, because they are compared with others.
+
+    Args:
+        value: The value.
+        field: The name of its field, for the message.
+        where: Where the row comes from, the beginning of the message.
     """
     good = is_number(value) or (isinstance(value, str) and bool(value.strip()))
     require(
@@ -137,9 +167,19 @@ def check_name(value: Any, field: str, where: str) -> None:
 
 
 def ranked_pairs(value: dict, where: str) -> list[dict]:
-    """Returns a row for every pair of a ranking, the better response as `chosen`.
+    """Returns one comparison for each pair of responses in the field `ranked`, the better one as
+    `chosen`.
 
-    Each row has the weight of the line divided by the number of pairs.
+    Each comparison has all other fields of the line, and as `weight` the line's weight divided by
+    the number of pairs.
+
+    Args:
+        value: The line. `ranked` is a list of responses from best to worst.
+        where: Where the line comes from, the beginning of an error message.
+
+    Raises:
+        UserError: `ranked` is not a list of two or more responses, or `chosen` or `rejected` is
+            given too.
     """
     ranked = value["ranked"]
     require(
@@ -158,9 +198,18 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
 
 
 def checked(value: dict, field: str, where: str) -> str | float:
-    """Returns the value of one field of a row, or its default.
+    """Returns the value of one field of a row, or the field's default if it is missing and has one.
 
-    Raises UserError for a value that `read_jsonl` does not allow; `where` begins the message.
+    A number is returned as float, a group as str.
+
+    Args:
+        value: The row.
+        field: The name of the field.
+        where: Where the row comes from, the beginning of an error message.
+
+    Raises:
+        UserError: The field is missing and has no default, or `read_jsonl` does not allow its
+            value.
     """
     if field not in value and field in DEFAULTS:
         return DEFAULTS[field]
@@ -194,9 +243,14 @@ def checked(value: dict, field: str, where: str) -> str | float:
 
 
 def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the fields of a JSON object. Raises UserError for a field that is there twice.
+    """Returns the fields of a JSON object as a dictionary; raises UserError if a field occurs more
+    than once.
 
-    JSON readers disagree on which of the two values counts.
+    JSON readers disagree on which of the values counts.
+
+    Args:
+        where: The file and the line, the beginning of the message.
+        pairs: (name, value) of each field, in order.
     """
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -205,7 +259,13 @@ def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(value: Any, where: str, field: str = "") -> None:
-    """Raises UserError for a text or name with half of a surrogate pair: UTF-8 cannot hold it."""
+    """Raises UserError for a text or name with half of a surrogate pair, which UTF-8 cannot encode.
+
+    Args:
+        value: A JSON value; its elements are checked too.
+        where: Where the row comes from, the beginning of the message.
+        field: The name of the row's field that the value belongs to; "" for the row itself.
+    """
     if isinstance(value, dict):
         for name, item in value.items():
             _check_text(name, where, field or name.encode("utf-8", "replace").decode())
@@ -221,17 +281,20 @@ def _check_text(value: Any, where: str, field: str = "") -> None:
 
 
 def split_of(text: str) -> str:
-    """Returns the split of a row of a single file, by a hash of its group, prompt or text.
+    """Returns the split that a row of a single file belongs to: train, validation or test.
 
-    80 % of the hashes are train, 10 % validation, 10 % test.
+    It is decided by a hash of the text: 80 % of the hashes are train, 10 % validation, 10 % test.
+
+    Args:
+        text: The row's group, or its prompt or text if it has no group.
     """
     return part_of(text, TENTHS)
 
 
 def find(config: DataConfig) -> pathlib.Path:
-    """Returns the file or folder of the user's rows.
+    """Returns the file or folder of the user's rows, `config.data_dir`.
 
-    Raises UserError if `data_dir` is not given or does not exist.
+    Raises UserError if it is not given or does not exist.
     """
     if config.data_dir is None:
         raise UserError(

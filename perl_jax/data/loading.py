@@ -13,7 +13,13 @@ from perl_jax.runtime import hosts, sharding
 
 
 def check_context(model: Model, config: DataConfig) -> None:
-    """Raises UserError for lengths that the model has no positions for."""
+    """Raises UserError if prompt, response and the template's tail can be longer than the model has
+    positions.
+
+    Args:
+        model: The model and its tokenizer.
+        config: The largest lengths of prompts and responses.
+    """
     positions = model.lm.config.max_positions
     tail = len(model.tokenizer.tail_ids)
     total = config.max_prompt_length + config.max_response_length + tail
@@ -37,23 +43,23 @@ def load_batches(
     most: int | None = None,
     lengths: tuple[int, ...] | None = None,
 ) -> Batches:
-    """Returns the batches of a split, this process's share of each.
+    """Returns the batches of a split; each process builds only its own part of them.
 
     Args:
-        model: Gives the tokenizer, the mesh, and whether rows are packed.
+        model: Gives the tokenizer, the mesh, and whether `auto` packs rows.
         dataset: The rows.
-        split: Which of its splits.
+        split: The split of the dataset to read.
         config: How rows are cut, padded and packed.
         batch_size: Rows of a whole batch, over all devices.
-        seed: Of the order of rows, which are repeated for ever. None: in order, once, the last
-            batch filled up.
-        microbatches: Of the update that reads the batches.
-        most: Read the first so many rows only.
-        lengths: Padded lengths to use where they hold the rows, so that programs that were compiled
-            for them are used again.
+        seed: Seed of the order of rows, which are repeated without end. None: each row once in a
+            fixed order, and the last batch is filled up with filler rows.
+        microbatches: Microbatches of the update that reads the batches.
+        most: Read only the first so many rows; None: all.
+        lengths: Padded lengths, so that programs compiled for them are used again; the longest row
+            must fit into the last one. None: chosen from the rows.
 
     Raises:
-        UserError: For a row that cannot be encoded.
+        UserError: The split has no rows, a row cannot be encoded, or `Batches` refuses an argument.
     """
     rows = dataset.rows(split)
     if most is not None:
@@ -78,9 +84,20 @@ def load_batches(
 
 
 def noted(dataset: Dataset, split: str, config: DataConfig, batches: Batches) -> dict[str, float]:
-    """Prints what a split's rows lost to fit; returns the numbers as metrics of a run's first step.
+    """Prints how many texts of a split were cut; returns the numbers as metrics of a run's first
+    step.
 
-    Raises UserError where no two responses of any comparison differ.
+    The metrics are those of `TokenRows.facts`, with `data/SPLIT/` before each name. Only the first
+    process prints.
+
+    Args:
+        dataset: The rows.
+        split: The split.
+        config: The largest lengths of prompts and responses.
+        batches: The batches of the split.
+
+    Raises:
+        UserError: No comparison has two different responses.
     """
     rows = batches.rows
     require(
