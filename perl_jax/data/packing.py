@@ -18,27 +18,34 @@ from perl_jax.types import Layout
 
 
 def fullest(counts: np.ndarray, parts: int, microbatches: int = 1, group: int = 1) -> int:
-    """Returns the number of tokens of the fullest packed row.
+    """Returns the number of tokens of the fullest packed row of a batch.
 
-    A batch is divided into parts of consecutive rows. Each part deals its groups of rows to the
-    microbatches in turn, as `microbatches.split_microbatches` does. One packed row holds what one
-    microbatch gets of one part.
+    A batch is divided into parts of consecutive rows. The groups of rows of each part go to the
+    microbatches in turn, as `microbatches.split_microbatches` distributes them. One packed row
+    contains what one microbatch gets of one part.
 
     Args:
-        counts: Tokens of each row of a batch.
-        parts: Parts of consecutive rows.
-        microbatches: Microbatches of each part.
-        group: Consecutive rows that stay together.
+        counts: Tokens of each row of the batch, int [B]; B must be a multiple of parts *
+            microbatches * group.
+        parts: Number of parts of consecutive rows.
+        microbatches: Number of microbatches.
+        group: Number of consecutive rows that stay together.
     """
     dealt = np.asarray(counts).reshape(parts, -1, microbatches, group)
     return int(dealt.sum(axis=(1, 3)).max())
 
 
 def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
-    """Returns an order of a batch's rows that gives each packed row about as many tokens.
+    """Returns an order of a batch's rows, int [B], in which each packed row gets about as many
+    tokens.
 
-    The rows are dealt to the packed rows from the longest to the shortest, in alternating
-    direction. If the rows do not divide over parts times microbatches, the order is 0, 1, 2, ...
+    The rows are distributed over the packed rows from the longest to the shortest, in alternating
+    direction. If B is not a multiple of parts * microbatches, the order is 0, 1, 2, ...
+
+    Args:
+        counts: Tokens of each row of the batch, int [B].
+        parts: Number of parts of consecutive rows.
+        microbatches: Number of microbatches.
     """
     bins = parts * microbatches
     if bins == 1 or len(counts) % bins:
@@ -57,12 +64,15 @@ LEVELS = 8
 
 
 def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
-    """Returns the length of packed rows that a batch needs, or None if packing gains too little.
+    """Returns the length in tokens of packed rows that a batch fits into, a multiple of `SLOTS`.
+
+    Returns None if the length is more than `WORTH` times that of padded rows, or if the rows do not
+    divide over parts * microbatches.
 
     Args:
-        counts: Tokens of each row of the batch.
-        parts: Parts of consecutive rows.
-        microbatches: Microbatches of each part.
+        counts: Tokens of each row of the batch, int [B].
+        parts: Number of parts of consecutive rows.
+        microbatches: Number of microbatches.
         padded: Tokens that one row takes with padding.
     """
     if len(counts) % (parts * microbatches):
@@ -73,10 +83,14 @@ def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int)
 
 
 def packed_sizes(planned: int, padded: int) -> list[int]:
-    """Returns the lengths that packed rows may have, increasing.
+    """Returns the lengths in tokens that packed rows may have, increasing.
 
-    They are the planned length (0: none) and the eighths of the padded size that exceed both the
-    planned length and half of the padded size, as far as packing is worth it.
+    They are the planned length and the eighths of the padded size that exceed both the planned
+    length and half of the padded size, and are at most `WORTH` times the padded size.
+
+    Args:
+        planned: The length that the examined batches need; 0: none of them is packed.
+        padded: The padded size: tokens that the rows of one packed row take with padding.
     """
     levels = (
         round_up(-(-padded * level // LEVELS), SLOTS) for level in range(LEVELS // 2 + 1, LEVELS)
@@ -95,13 +109,14 @@ ROLLOUT_LEVELS, ROLLOUT_SLOTS = 4, 64
 def rollout_capacity(
     need: int, rows: int, group: int, columns: int, max_response: int
 ) -> int | None:
-    """Returns the length of packed rows for rollouts, or None if packing gains too little.
+    """Returns the length in tokens of packed rows for rollouts, or None if packing gains too
+    little.
 
     Args:
         need: Tokens of the fullest packed row.
-        rows: Rows of the batch that share a packed row.
-        group: Consecutive rows that share their prompt, which a packed row holds once.
-        columns: The padded length of the prompts.
+        rows: Number of responses that share a packed row.
+        group: Number of consecutive responses that share one copy of their prompt.
+        columns: The padded length of the prompts in tokens.
         max_response: The largest number of tokens of a response.
     """
     sizes = [
@@ -119,8 +134,8 @@ class Packer:
 
     Attributes:
         rows: The tokenised rows.
-        batch_size: Rows of a batch.
-        parts: Into how many parts of consecutive rows the mesh divides a batch.
+        batch_size: Rows of a whole batch.
+        parts: Number of parts of consecutive rows into which the mesh divides a batch.
         microbatches: Microbatches of the update that reads the batches.
     """
 
@@ -133,38 +148,44 @@ class Packer:
         lengths: Sequence[int],
         plans: Callable[[], Iterable[Plan]],
     ) -> None:
-        """Keeps what is needed to choose sizes when the first batch is packed.
+        """Stores the arguments; sizes are chosen when the first batch is packed.
 
         Args:
             rows: The tokenised rows.
-            batch_size: Rows of a batch.
-            parts: Parts of consecutive rows.
-            microbatches: Microbatches of each part.
-            lengths: The padded lengths that batches may have.
-            plans: Returns the epochs whose batches decide the sizes.
+            batch_size: Rows of a whole batch.
+            parts: Number of parts of consecutive rows into which the mesh divides a batch.
+            microbatches: Microbatches of the update that reads the batches.
+            lengths: The padded lengths, in tokens, that a batch may have.
+            plans: Returns the plans of the first epochs, whose batches decide the sizes.
         """
         self.rows, self.batch_size = rows, batch_size
         self.parts, self.microbatches = parts, microbatches
         self._lengths, self._plans = lengths, plans
 
     def arranged(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the rows of a batch, reordered so that its packed rows fill evenly.
+        """Returns the row indices of a batch, reordered so that its packed rows get about as many
+        tokens.
 
-        Prompts keep their order, because the samples that are drawn for a prompt depend on its
-        place in the batch.
+        Batches of prompts are not reordered, because the samples that are drawn for a prompt depend
+        on its place in the batch.
+
+        Args:
+            rows: Indices into the split, int [batch_size]; -1 is filler.
         """
         if self.rows.kind == "prompts":
             return rows
         return rows[balanced(self._counts(rows), self.parts, self.microbatches)]
 
     def layout(self, rows: np.ndarray, columns: int) -> Layout | None:
-        """Returns how a batch is packed: the smallest planned size that holds it.
+        """Returns how a batch is packed, with the smallest planned length that it fits into.
 
-        Returns None where the batch stays padded.
+        Returns None if the batch stays padded: packing gains too little, or no planned length is
+        large enough.
 
         Args:
-            rows: The rows of the batch in their order (`arranged`).
-            columns: The batch's padded length.
+            rows: Indices into the split, int [batch_size], in the order that `arranged` returns; -1
+                is filler.
+            columns: The batch's padded length in tokens.
         """
         own = self._capacity(rows, columns)
         fits = () if own is None else (size for size in self._sizes.get(columns, ()) if size >= own)
@@ -175,30 +196,41 @@ class Packer:
 
     @property
     def _group(self) -> int:
-        """Returns how many rows of the model's batch a data row makes: 2 for a pair, else 1."""
+        """The number of rows of the model's batch that one data row makes: 2 for a pair, else 1."""
         return 2 if self.rows.kind == "comparisons" else 1
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the number of tokens of each row of a batch; a pair's prompt counts once."""
+        """Returns the number of tokens of each row of a batch, 0 for filler; the prompt of a pair
+        counts once.
+
+        Args:
+            rows: Indices into the split, int [batch_size]; -1 is filler.
+        """
         return np.where(rows == FILLER, 0, self._tokens[rows])
 
     @functools.cached_property
     def _tokens(self) -> np.ndarray:
-        """Returns the number of tokens of each row of the split; a pair's prompt counts once."""
+        """The number of tokens of each row of the split; the prompt of a pair counts once."""
         return self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
 
     def _capacity(self, rows: np.ndarray, columns: int) -> int | None:
-        """Returns the shortest packed rows that hold a batch; None: packing gains too little."""
+        """Returns the smallest length of packed rows that a batch fits into, in tokens; None if
+        packing gains too little.
+
+        Args:
+            rows: Indices into the split, int [batch_size], in the order that `arranged` returns.
+            columns: The batch's padded length in tokens.
+        """
         return packed_slots(
             self._counts(rows), self.parts, self.microbatches, columns * self._group
         )
 
     @functools.cached_property
     def _sizes(self) -> dict[int, list[int]]:
-        """Returns the sizes of packed rows that may be used with each padded length.
+        """The lengths that packed rows may have, increasing, by the padded length of the batch.
 
-        They are the size that the first batches need, and a few larger ones for later batches that
-        need more. Few sizes keep the number of compiled programs small.
+        They are the length that the batches of the first epochs need, and a few larger ones for
+        later batches that need more. With few lengths few programs are compiled.
         """
         most = dict.fromkeys(self._lengths, 0)
         for plan in self._plans():

@@ -123,12 +123,13 @@ class Batches:
 
     @property
     def truncated(self) -> Mapping[str, int]:
-        """Returns how many prompts and responses were cut, by name (`TokenRows.truncated`)."""
+        """How many texts were cut, by the name of the column (`TokenRows.truncated`)."""
         return self.rows.truncated
 
     @property
     def fingerprint(self) -> str:
-        """Returns a digest of all that decides which rows a step gets.
+        """16 hex digits that identify which rows each step gets: kind and lengths of the rows,
+        batch size, seed and padded lengths.
 
         A data cursor is only valid for batches with the fingerprint that it was saved with.
         """
@@ -139,7 +140,9 @@ class Batches:
 
     @functools.cached_property
     def content(self) -> str:
-        """Returns a digest of the rows' tokens, their numbers and, for prompts, all columns."""
+        """16 hex digits that identify the content of the rows: their tokens, their numbers and, for
+        prompts, all columns.
+        """
         digest = hashlib.blake2b(self._columns.encode(), digest_size=8)
         for ragged in (self.rows.prompts, *self.rows.responses):
             digest.update(np.ascontiguousarray(ragged.lengths).tobytes())
@@ -149,6 +152,9 @@ class Batches:
         return digest.hexdigest()
 
     def _plan(self, epoch: int) -> Plan:
+        """Returns the plan of an epoch, counted from 0; without a seed all epochs have the same
+        one.
+        """
         lengths = self.rows.lengths
         if self.seed is None:
             return evaluation_plan(lengths, self.lengths, self.batch_size)
@@ -161,13 +167,22 @@ class Batches:
         return map(self.plan, reversed(range(epochs)))
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Returns the indices of a whole batch's rows in the split, [batch_size]; filler: -1."""
+        """Returns the indices into the split of the rows of a whole batch, int [batch_size]; -1 is
+        filler.
+
+        Args:
+            step: The number of the batch, from 0, over all epochs.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self.plan(epoch).rows[index]
         return rows if self.packer is None else self.packer.arranged(rows)
 
     def batch(self, step: int) -> Batch:
-        """Returns this process's slice of the batch of a step; any step may be asked for."""
+        """Returns this process's slice of a batch. Steps may be taken in any order.
+
+        Args:
+            step: The number of the batch, from 0, over all epochs.
+        """
         epoch, index = divmod(step, self.steps_per_epoch)
         rows, columns = self.rows_of(step), int(self.plan(epoch).lengths[index])
         batch = collate(self.rows, self._share.part(rows), columns, self.pad_id)
@@ -193,10 +208,10 @@ class Steps(Sequence):
 
 
 class BatchIterator(Iterator):
-    """Iterates over batches; its state is a small JSON value from which it continues exactly.
+    """Iterates over batches, which a thread builds ahead; the data cursor says where to continue.
 
     Attributes:
-        batches: The batches that are iterated.
+        batches: The batches.
     """
 
     def __init__(self, batches: Batches) -> None:
@@ -208,16 +223,18 @@ class BatchIterator(Iterator):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Returns the number of batches of one epoch."""
+        """The number of batches of one epoch."""
         return self.batches.steps_per_epoch
 
     def __next__(self) -> Batch:
         return next(self._iterator)
 
     def get_state(self) -> dict:
-        """Returns the data cursor: how many batches were returned, and digests of the rows.
+        """Returns the data cursor, a JSON value, from which `set_state` continues exactly.
 
-        Batches that were prefetched but not returned do not count.
+        Its keys are `grain` (how many batches were returned), `rows` and `content`
+        (`Batches.fingerprint` and `Batches.content`). Batches that were built ahead but not
+        returned do not count.
         """
         return {
             "grain": self._iterator.get_state(),
@@ -228,8 +245,12 @@ class BatchIterator(Iterator):
     def set_state(self, state: Mapping) -> None:
         """Continues after the last batch that was returned before `get_state`.
 
-        Raises UserError if the rows or the batch settings are not those of the state. A state of an
-        older version has no `content`; then only the lengths of the rows are compared.
+        Args:
+            state: A data cursor. One of an older version has no `content`; then only the lengths of
+                the rows are compared.
+
+        Raises:
+            UserError: The rows or the batch settings are not those that the cursor was saved with.
         """
         if state.get("rows") != self.batches.fingerprint:
             raise UserError(
@@ -261,13 +282,13 @@ def make_batches(
         rows: The rows of a split.
         kind: Their kind (`data.store.KINDS`).
         encoder: Turns texts into token ids.
-        config: How long rows may be.
+        config: The largest lengths of prompts and responses, and the number of padded lengths.
         batch_size: Rows of a whole batch, over all processes.
         how: Further arguments of `Batches`: at least `seed`.
 
     Raises:
-        RowError: For a row that cannot be encoded.
-        UserError: See `Batches`.
+        RowError: A row cannot be encoded.
+        UserError: `Batches` refuses an argument.
     """
     rows = list(rows)
     tokens = tokenise(rows, kind, encoder, config.max_prompt_length, config.max_response_length)
@@ -276,7 +297,14 @@ def make_batches(
 
 
 def _check(batch_size: int, seed: int | None, epochs: int | None, share: Share) -> None:
-    """Raises UserError for a number out of range."""
+    """Raises UserError if a number is out of range or the batch does not divide over the processes.
+
+    Args:
+        batch_size: Must be above 0 and a multiple of the number of processes.
+        seed: Must be 0 or more; None passes.
+        epochs: Must be above 0; None passes.
+        share: Its index must be below its number of processes.
+    """
     positive("batch_size", batch_size)
     if epochs is not None:
         positive("epochs", epochs)
@@ -293,7 +321,9 @@ def _check(batch_size: int, seed: int | None, epochs: int | None, share: Share) 
 
 
 def columns_digest(rows: Iterable[Mapping]) -> str:
-    """Returns a digest of all columns of all rows; rewards read columns other than the prompt."""
+    """Returns 16 hex digits that identify all columns of all rows; rewards read columns besides the
+    prompt.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
         digest.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")

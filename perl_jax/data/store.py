@@ -65,12 +65,12 @@ def cache_folder() -> pathlib.Path:
 class RowsBuilder(tfds.core.GeneratorBasedBuilder):
     """Base class of the builders that write a task's rows, with one TFDS config for each kind.
 
-    A subclass implements `kind_splits`, `content` and `rows`, which gives rows in a fixed order.
+    A subclass implements `kind_splits`, `content` and `rows`.
 
     Attributes:
         name: The name of the task.
-        sources: Modules whose code determines the rows, beside the builder's own.
-        settings: Where rows come from and how many are wanted.
+        sources: Modules whose code determines the rows, besides the builder's own.
+        settings: Where rows come from and how many are read.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -90,21 +90,43 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
     @classmethod
     @abc.abstractmethod
     def kind_splits(cls) -> Mapping[str, tuple[str, ...]]:
-        """Returns the splits of each kind of rows that the task has."""
+        """Returns the names of the splits of each kind of rows that the task has."""
 
     @classmethod
     @abc.abstractmethod
     def content(cls, kind: str, config: DataConfig) -> object:
-        """Returns a JSON value that, with the code, determines the rows: seeds, sizes, hashes."""
+        """Returns a JSON value that, together with the code, determines the rows: seeds, sizes,
+        file hashes.
+
+        Args:
+            kind: The kind of the rows (`KINDS`).
+            config: Where rows come from and how many are read.
+        """
 
     @classmethod
     @abc.abstractmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterable[Mapping[str, object]]:
-        """Yields the rows of a kind and split in order; `OPEN` kinds may have other columns."""
+        """Yields the rows of a kind and split, in the same order at each call.
+
+        A row has the columns of its kind (`KINDS`), of which those in `DEFAULTS` may be missing.
+        Rows of `OPEN` kinds may have other columns.
+
+        Args:
+            kind: The kind of the rows.
+            split: The split.
+            config: Where rows come from and how many are read.
+        """
 
     @classmethod
     def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
-        """Returns where a message says that a row is. `index`: its number in the split, from 0."""
+        """Returns text for messages that says where a row comes from.
+
+        Args:
+            kind: The kind of the row.
+            split: Its split.
+            config: Where rows come from.
+            index: The row's number in the split, from 0.
+        """
         return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -138,9 +160,13 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
-    """Returns a row as it is stored, with defaults filled in.
+    """Returns a row as it is stored, with defaults for missing columns.
 
-    The other columns of an `OPEN` kind become the text of one JSON object.
+    The other columns of an `OPEN` kind become the text of one JSON object, in the column `OTHERS`.
+
+    Args:
+        kind: The kind of the row (`KINDS`).
+        row: The row.
     """
     fields = KINDS[kind]
     stored = {field: value for field, value in DEFAULTS.items() if field in fields} | dict(row)
@@ -151,10 +177,14 @@ def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
 
 
 class RowSource(Sequence):
-    """Gives random access to prepared rows, as dictionaries of str and float.
+    """Gives random access to prepared rows as dictionaries, in which texts are str and numbers
+    float.
 
-    The other columns of an `OPEN` kind are among a row's fields, as they were given. `limit` keeps
-    the first so many records only.
+    The other columns of an `OPEN` kind are fields of the row, with the JSON values that were given.
+
+    Args:
+        records: The stored records, of TFDS.
+        limit: Keep only the first so many records; None: all.
     """
 
     def __init__(self, records: Sequence, limit: int | None = None) -> None:
@@ -173,7 +203,7 @@ class RowSource(Sequence):
 
 
 def plain(value: bytes | float) -> str | float:
-    """Returns a stored value as Python has it: bytes as text, a number as float."""
+    """Returns a stored value as a Python value: bytes as str, a number as float."""
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 
 
@@ -184,18 +214,27 @@ def named_group(row: Mapping[str, Any]) -> str:
 
 
 def group_of(row: Mapping[str, Any]) -> str:
-    """Returns the group of a row: its `group`, or else its prompt without outer white space.
+    """Returns the group of a row: its `group`, or, without one, its prompt without white space at
+    both ends.
 
     Rows of one group are not independent: the pairs of a ranking, the turns of a dialogue.
     Confidence intervals treat a group as one unit (`perl_jax.evaluation.intervals`).
+
+    Args:
+        row: A row with a `prompt`, or with a `group` that is not empty.
     """
     return named_group(row) or row["prompt"].strip()
 
 
 def part_of(text: str, percentiles: Mapping[str, tuple[int, int]]) -> str:
-    """Returns the part whose percentiles [low, high) contain the text's hash.
+    """Returns the name of the part whose percentiles contain the hash of a text.
 
     The part depends on the text alone: other rows, seeds and sizes do not change it.
+
+    Args:
+        text: The text, such as the group of a row.
+        percentiles: For each part the bounds [low, high) in per cent of all hashes; together they
+            must cover 0 to 100.
     """
     percentile = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
     return next(part for part, (low, high) in percentiles.items() if low <= percentile < high)
@@ -206,7 +245,14 @@ TENTHS = {"train": (0, 80), "validation": (80, 90), "test": (90, 100)}
 
 
 def fingerprint(builder: type[RowsBuilder], kind: str, config: DataConfig) -> str:
-    """Returns a digest (16 hex digits) of all that determines the rows: code and `content`."""
+    """Returns 16 hex digits that identify the rows of a kind: a digest of the builder's code and
+    `content`.
+
+    Args:
+        builder: Writes the rows.
+        kind: The kind of the rows.
+        config: Where rows come from and how many are read.
+    """
     classes = [found for found in builder.__mro__ if issubclass(found, RowsBuilder)]
     # As a dictionary, each file once: several classes may be in one.
     code = dict.fromkeys(inspect.getfile(source) for source in (*classes, *builder.sources))
@@ -218,10 +264,18 @@ def fingerprint(builder: type[RowsBuilder], kind: str, config: DataConfig) -> st
 def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathlib.Path:
     """Returns the folder of a kind's prepared rows; writes it first if it does not exist.
 
-    The folder's name contains the fingerprint of its rows, so that outdated rows are never read.
-    The folder is written under a temporary name and renamed when it is complete. A process that is
-    killed leaves only a `.preparing-*` folder, which nothing reads. When two processes write at the
+    The folder's name contains the fingerprint of its rows, so outdated rows are never read. The
+    folder is written under a temporary name and renamed when it is complete. A process that is
+    killed leaves only a `.preparing-*` folder, which nothing reads. If two processes write at the
     same time, both use the folder that is renamed first.
+
+    Args:
+        builder: Writes the rows.
+        kind: The kind of the rows.
+        config: Where rows come from and how many are read.
+
+    Raises:
+        UserError: There are no rows of the kind.
     """
     final = cache_folder() / f"{builder.name}-{kind}-{fingerprint(builder, kind, config)}"
     if final.is_dir():
@@ -245,15 +299,22 @@ def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathli
 
 
 class NoRows(UserError):
-    """Is raised for a split without rows; callers that can do without that split catch it."""
+    """A split has no rows; callers that do not need the split catch this error."""
 
 
 def open_rows(builder: type[RowsBuilder], kind: str, split: str, config: DataConfig) -> RowSource:
-    """Returns the rows of a split, at most `config.size(split)`; prepares them if necessary.
+    """Returns the rows of a split, at most `config.size(split)`; writes all rows of the kind first
+    if they are not prepared.
+
+    Args:
+        builder: Writes the rows.
+        kind: The kind of the rows.
+        split: The split.
+        config: Where rows come from and how many are read.
 
     Raises:
-        UserError: For a kind or split that the task does not have.
-        NoRows: For a split without rows.
+        UserError: The task does not have the kind or split.
+        NoRows: The split has no rows.
     """
     splits = builder.kind_splits()
     one_of(f"{builder.name}: kind", kind, splits)

@@ -15,10 +15,16 @@ from perl_jax.data.pipeline import Batches
 
 
 def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
-    """Returns the rows' labels, each in [0, 1].
+    """Returns the rows' labels [n], each in [0, 1].
 
-    Raises UserError unless some labels are above 0.5 and some are not: AUC and balanced accuracy
-    need both classes.
+    Args:
+        rows: Rows of the kind labels.
+        task: The task's name, for messages.
+        split: The rows' split, for messages.
+
+    Raises:
+        UserError: All labels are above 0.5, or none is: AUC and balanced accuracy need both
+            classes.
     """
     labels = np.asarray([row["label"] for row in rows])
     errors.require(
@@ -30,10 +36,17 @@ def both_classes(rows: Any, task: str, split: str) -> np.ndarray:
 
 
 def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
-    """Returns the weights of the comparisons, float64 [rows].
+    """Returns the weights of comparisons, float64 [n].
 
     The weights of one ranking's pairs add up to the weight of its line.
-    Raises UserError unless some pair with different responses has a weight above 0.
+
+    Args:
+        rows: Rows of the kind comparisons.
+        task: The task's name, for messages.
+        split: The rows' split, for messages.
+
+    Raises:
+        UserError: No pair with different responses has a weight above 0.
     """
     weights = np.asarray([row["weight"] for row in rows], np.float64)
     counts = any(row["weight"] > 0 and row["chosen"] != row["rejected"] for row in rows)
@@ -46,9 +59,19 @@ def pair_weights(rows: Any, task: str, split: str) -> np.ndarray:
 
 
 def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.ndarray:
-    """Returns `pair_weights`, with 0 where the two responses are equal after cutting.
+    """Returns the weights of comparisons, float64 [n], with 0 for pairs whose responses are equal
+    after cutting.
 
-    A pair of equal responses has no right order. Raises UserError if no weight is above 0.
+    Such a pair has no right order.
+
+    Args:
+        rows: Rows of the kind comparisons.
+        task: The task's name, for messages.
+        split: The rows' split, for messages.
+        batches: The batches of the same rows; gives the responses after cutting.
+
+    Raises:
+        UserError: No weight is above 0.
     """
     weights = pair_weights(rows, task, split) * batches.rows.different
     errors.require(
@@ -60,13 +83,14 @@ def differing_weights(rows: Any, task: str, split: str, batches: Batches) -> np.
 
 
 def check_pairs(soft: str | None, rows: Any, task: str, split: str) -> None:
-    """Raises UserError if no comparison has a weight above 0, or if soft labels are not known.
+    """Raises UserError if no comparison has a weight above 0, or if a split for soft labels has no
+    probability.
 
     Args:
-        soft: The split whose probabilities serve as soft labels, of which at least one must be
+        soft: The split whose probabilities are used as soft labels, of which at least one must be
             known; None: no split's.
-        rows: The comparisons.
-        task: The name of the dataset.
+        rows: Rows of the kind comparisons.
+        task: The task's name, for messages.
         split: The split of the rows.
     """
     pair_weights(rows, task, split)
@@ -79,7 +103,16 @@ def check_pairs(soft: str | None, rows: Any, task: str, split: str) -> None:
 
 
 def ratings(rows: Any, task: str, split: str) -> np.ndarray:
-    """Returns the rows' ratings. Raises UserError unless two differ: a correlation needs that."""
+    """Returns the rows' ratings [n].
+
+    Args:
+        rows: Rows of the kind ratings.
+        task: The task's name, for messages.
+        split: The rows' split, for messages.
+
+    Raises:
+        UserError: All ratings are equal: a correlation needs different ones.
+    """
     found = np.asarray([row["rating"] for row in rows])
     errors.require(
         len(np.unique(found)) > 1,

@@ -27,7 +27,7 @@ OPTIONS = ("data_dir", "data_seed")
 
 
 class TaskLike(Protocol):
-    """What a job needs of a task."""
+    """What reading rows needs of a task; `Task` and `PreparedTask` have it."""
 
     @property
     def name(self) -> str:
@@ -51,40 +51,57 @@ class TaskLike(Protocol):
 
     @property
     def options(self) -> Sequence[str]:
-        """Which of `OPTIONS` the task reads."""
+        """The names in `OPTIONS` of the settings that the task reads."""
         raise NotImplementedError
 
     def open(self, kind: str, split: str, config: DataConfig) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows of a split. Raises NoRows for a split without rows."""
+        """Returns the rows of a split, at most `config.size(split)`.
+
+        Args:
+            kind: One of `data.store.KINDS`.
+            split: The split.
+            config: Where rows come from and how many are read.
+
+        Raises:
+            NoRows: The split has no rows.
+        """
         raise NotImplementedError
 
     def content(self, kind: str, config: DataConfig) -> object:
-        """Returns a JSON value that determines the rows."""
+        """Returns a JSON value that determines all rows of a kind."""
         raise NotImplementedError
 
     def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
-        """Returns where a message says that a row is."""
+        """Returns text for messages that says where a row comes from.
+
+        Args:
+            kind: The kind of the row.
+            split: Its split.
+            config: Where rows come from.
+            index: The row's number in the split, from 0.
+        """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task whose rows come from a Python function; tasks outside the package are made with it.
+    """A task whose rows come from a Python function; tasks outside the package are made with this
+    class.
 
     `--data.task path/to/file.py:NAME` and `--data.task module:NAME` read the object NAME. Rows are
     checked as lines of JSON Lines are; columns with a default may be missing.
 
     Attributes:
-        name: What messages call the task.
-        rows: (kind, split, config) -> the rows of a split, the same ones at each call. `config`
-            has the settings of the command line, such as `data_dir` and `data_seed`.
-        splits: The splits of each kind of rows that the task has, such as
-            {"demonstrations": ("train", "validation")}.
+        name: The name of the task in messages.
+        rows: (kind, split, config) -> the rows of a split, the same ones at each call. `config` has
+            the settings of the command line, such as `data_dir` and `data_seed`.
+        splits: The splits of each kind of rows that the task has, such as {"demonstrations":
+            ("train", "validation")}.
         gold: (prompts, responses) -> true rewards [n], which evaluations report; None: not known.
         vocabulary: All words of the texts, which are separated by spaces; `perl-jax base` then
-            makes a tokenizer of whole words. None: there may be any words.
-        options: Which of the settings `data_dir` and `data_seed` the function reads; a job refuses
-            the other one.
+            makes a tokenizer of whole words. None: any words may occur.
+        options: Which of the settings `data_dir` and `data_seed` the function reads; setting the
+            other one is an error.
     """
 
     name: str
@@ -101,13 +118,28 @@ class Task:
             one_of(f"{self.name}: kind", kind, KINDS)
 
     def open(self, kind: str, split: str, config: DataConfig) -> list[dict[str, Any]]:
-        """Returns the checked rows of a split. Raises NoRows for a split without rows."""
+        """Returns the checked rows of a split, at most `config.size(split)`.
+
+        Args:
+            kind: The kind of the rows (`data.store.KINDS`).
+            split: The split.
+            config: Passed to `rows`; limits the number of rows.
+
+        Raises:
+            NoRows: The split has no rows.
+            UserError: The task does not have the kind, or a row is wrong.
+        """
         found = self._checked(kind, split, config)
         if not found:
             raise NoRows(f"{self.name} has no {kind} rows in its {split} split.")
         return found[: config.size(split)]
 
     def _checked(self, kind: str, split: str, config: DataConfig) -> list[dict[str, Any]]:
+        """Returns all rows of a split after checking them; [] for a split that the task does not
+        have.
+
+        Raises UserError if the task does not have the kind, or a row is wrong.
+        """
         one_of(f"{self.name}: kind", kind, self.splits)
         if split not in self.splits[kind]:
             return []
@@ -120,13 +152,15 @@ class Task:
         ]
 
     def content(self, kind: str, config: DataConfig) -> object:
-        """Returns a digest of all rows of a kind."""
+        """Returns a digest of all rows of each split of a kind: {split: 16 hex digits}."""
         return {
             split: files.digest(self._checked(kind, split, config)) for split in self.splits[kind]
         }
 
     def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
-        """Returns where a message says that a row is."""
+        """Returns text for messages that says where a row comes from; `index` is its number in the
+        split, from 0.
+        """
         return f"{self.name}, row {index + 1} of the {kind} in the {split} split"
 
 
@@ -136,8 +170,8 @@ class PreparedTask:
 
     Attributes:
         builder: Writes the rows.
-        gold: (prompts, responses) -> true rewards [n]; None: these are not known.
-        vocabulary: All words of the texts; None: there may be any words (`Task`).
+        gold: (prompts, responses) -> true rewards [n]; None: they are not known.
+        vocabulary: All words of the texts; None: any words may occur (see `Task`).
         options: Which of the settings `data_dir` and `data_seed` the builder reads.
     """
 
@@ -157,7 +191,18 @@ class PreparedTask:
         return dict(self.builder.kind_splits())
 
     def open(self, kind: str, split: str, config: DataConfig) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows of a split, prepared if need be. Raises NoRows where there are none."""
+        """Returns the rows of a split, at most `config.size(split)`; writes the rows first if they
+        are not prepared.
+
+        Args:
+            kind: The kind of the rows (`data.store.KINDS`).
+            split: The split.
+            config: Where rows come from and how many are read.
+
+        Raises:
+            NoRows: The split has no rows.
+            UserError: The task does not have the kind or split.
+        """
         return open_rows(self.builder, kind, split, config)
 
     def content(self, kind: str, config: DataConfig) -> object:
@@ -165,7 +210,9 @@ class PreparedTask:
         return self.builder.content(kind, config)
 
     def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
-        """Returns where a message says that a row is."""
+        """Returns text for messages that says where a row comes from; `index` is its number in the
+        split, from 0.
+        """
         return self.builder.place(kind, split, config, index)
 
 
@@ -180,9 +227,9 @@ FORMER = {
 
 
 def task_of(config: DataConfig) -> TaskLike:
-    """Returns the task that a config names (`get_task`).
+    """Returns the task that `config.task` names (`get_task`).
 
-    Raises UserError if there is no such task, or if the config sets one of `OPTIONS` that the task
+    Raises UserError if there is no such task, or if `config` sets one of `OPTIONS` that the task
     does not read.
     """
     task = get_task(config.task)
@@ -196,10 +243,15 @@ def task_of(config: DataConfig) -> TaskLike:
 
 
 def get_task(name: str) -> TaskLike:
-    """Returns the task of a name, or the object that `path/to/file.py:NAME` or `module:NAME` names.
+    """Returns a task by its name.
 
-    Raises UserError for a name that is none of the known ones, a file or module that cannot be
-    imported, and an object that is no task.
+    Args:
+        name: A key of `TASKS`; or `path/to/file.py:NAME` or `module:NAME`, the object NAME of a
+            file or module.
+
+    Raises:
+        UserError: The name is unknown, the file or module cannot be imported, or the object lacks
+            the attributes of a task (`TaskLike`).
     """
     source, colon, attribute = name.rpartition(":")
     if not colon:
@@ -228,10 +280,16 @@ def get_task(name: str) -> TaskLike:
 
 @functools.cache
 def _module(source: str) -> ModuleType:
-    """Imports a module, or a file once.
+    """Imports a module, or a file, once and returns the module.
 
     A file is imported as a package whose folder is the file's, so that `from .other import x` finds
-    other.py beside it. Raises UserError if there is no such file or the import fails.
+    other.py beside it.
+
+    Args:
+        source: The module's name, or the path of a .py file.
+
+    Raises:
+        UserError: There is no such file, or the import fails.
     """
     try:
         if not source.endswith(".py"):

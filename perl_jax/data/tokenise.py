@@ -16,7 +16,7 @@ from perl_jax.errors import UserError, one_of
 
 
 class Encoder(Protocol):
-    """What the pipeline needs of a tokenizer."""
+    """What tokenising rows needs of a tokenizer; `hub.tokenizer.Tokenizer` has it."""
 
     @property
     def pad_id(self) -> int:
@@ -25,25 +25,33 @@ class Encoder(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins a prompt; None: the tokenizer has none."""
+        """The id that begins a prompt; None if the tokenizer has none."""
         raise NotImplementedError
 
     @property
     def tail_ids(self) -> Sequence[int]:
-        """Ids that the chat template writes after a response's last token."""
+        """The ids that the chat template writes after a response's last token."""
         raise NotImplementedError
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, with bos first where the tokenizer has one."""
+        """Returns the ids of a prompt, rendered by the chat template if there is one, with bos
+        first if the tokenizer has one.
+        """
         raise NotImplementedError
 
     def is_rendered(self, text: str) -> bool:
-        """Returns whether a prompt was already rendered by the chat template."""
+        """Returns whether a prompt is already rendered by the chat template."""
         raise NotImplementedError
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
-        """Shortens a prompt that has more than `limit` ids: cuts its text and keeps the template.
-        Returns None when the caller must cut the ids instead.
+        """Returns at most `limit` ids of a prompt that has more: text is cut, the chat template
+        stays whole.
+
+        Returns None if that is not possible; the caller must then cut the ids.
+
+        Args:
+            text: The prompt.
+            limit: The largest number of ids.
         """
         raise NotImplementedError
 
@@ -83,7 +91,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Returns the length of each sequence, int64 [sequences]."""
+        """The length of each sequence, int64 [sequences]."""
         return np.diff(self.offsets)
 
 
@@ -93,14 +101,15 @@ class TokenRows:
 
     Attributes:
         kind: The kind of the rows (`store.KINDS`).
-        prompts: The tokens that no loss is taken on; of corpus rows the first token, which is bos.
+        prompts: The tokens that are in no loss; of corpus rows the first token, which is bos.
         responses: One `Ragged`; two for comparisons (chosen, rejected); none for prompts.
         numbers: The columns of `store.NUMBERS` that the kind has, float32 [rows] each.
-        truncated: How many prompts and responses were cut, by the name of the column.
+        truncated: How many texts were cut, by column: `prompts`, each name in `RESPONSES`, or
+            `texts` of a corpus.
         rendered: How many prompts the chat template had already rendered.
         tails: For each of `responses`, how many of each row's last tokens are the chat template's
-            tail (`Encoder.tail_ids`), [rows]. No loss is taken on the tail; a response that was cut
-            has none. Empty if the template writes no tail.
+            tail (`Encoder.tail_ids`), [rows]. The tail is in no loss; a response that was cut has
+            none. Empty if the template writes no tail.
         cut: How many rows have a prompt or a response that was cut.
         templated: How many prompts were cut with the chat template left whole.
         equal: Whether the two responses of each comparison, after cutting, are the same tokens,
@@ -122,7 +131,7 @@ class TokenRows:
 
     @property
     def different(self) -> np.ndarray:
-        """Returns whether the two responses of each comparison differ after cutting, bool [rows].
+        """Whether the two responses of each comparison differ after cutting, bool [rows].
 
         Raises ValueError for rows of another kind.
         """
@@ -132,10 +141,16 @@ class TokenRows:
 
     @property
     def facts(self) -> dict[str, int]:
-        """Returns numbers of rows for the log and the report.
+        """Numbers of rows for the log and the report, by name.
 
-        They count all rows, rows that were cut, rendered prompts, and comparisons with two equal
-        responses.
+        `rows`: all rows. `cut`: rows with a text that was cut. `cut_COLUMN`: texts of a column that
+        were cut, for each column of `truncated`.
+
+        Of all kinds but corpus also `cut_prompts_template_whole`: prompts that were cut with the
+        chat template left whole; `rendered`: prompts that were already rendered.
+
+        Of comparisons also `equal_pairs`: pairs whose responses are equal before cutting;
+        `equal_after_cutting`: further pairs whose responses are equal after it.
         """
         found = {"rows": len(self.prompts), "cut": self.cut} | {
             f"cut_{what}": number for what, number in self.truncated.items()
@@ -151,12 +166,14 @@ class TokenRows:
 
     @property
     def longest_tail(self) -> int:
-        """Returns the number of tokens of the longest tail."""
+        """The number of tokens of the longest tail; 0 without tails."""
         return max((int(tail.max(initial=0)) for tail in self.tails), default=0)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Returns the tokens that each row needs: its prompt and the longest of its responses."""
+        """The tokens that each row needs, int [rows]: its prompt and the longest of its
+        responses.
+        """
         responses = [response.lengths for response in self.responses]
         return self.prompts.lengths + (np.maximum.reduce(responses) if responses else 0)
 
@@ -173,10 +190,16 @@ RESPONSES = {
 
 
 def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]:
-    """Returns the last `limit` ids of a prompt; after a leading bos, the last `limit - 1`.
+    """Returns the last `limit` ids of a prompt; if it begins with bos, bos and the last `limit -
+    1`.
 
     The end is kept because the response answers the end. A leading bos is kept because a model that
     was trained with bos needs it.
+
+    Args:
+        ids: The ids of the prompt.
+        limit: The largest number of ids.
+        bos_id: The id of bos; None if the tokenizer has none.
     """
     ids = list(ids)
     if len(ids) <= limit:
@@ -187,7 +210,7 @@ def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]
 
 
 class RowError(UserError):
-    """Says what is wrong with one row.
+    """An error in one row; the message begins with `Row N: `, counted from 1.
 
     Attributes:
         index: The row's number in the split, from 0.
@@ -202,7 +225,16 @@ class RowError(UserError):
 def encoded(
     rows: Sequence[Mapping[str, Any]], encode: Callable[[str], Any], field: str
 ) -> list[Any]:
-    """Returns encode(text) of a field of every row. Raises RowError if encoding a row fails."""
+    """Returns encode(text) of one column of every row, as a list.
+
+    Args:
+        rows: The rows.
+        encode: Called with each text.
+        field: The name of the column.
+
+    Raises:
+        RowError: `encode` raises UserError for a row.
+    """
     found = []
     for index, row in enumerate(rows):
         try:
@@ -213,7 +245,9 @@ def encoded(
 
 
 def clip_response(ids: Sequence[int], limit: int) -> list[int]:
-    """Returns the first `limit` ids of a response. A response that is cut has no eos."""
+    """Returns the first `limit` ids of a response. A response that is cut loses the tokens that end
+    it.
+    """
     return list(ids[:limit])
 
 
@@ -224,15 +258,23 @@ def tokenise(
     prompt_limit: int,
     response_limit: int,
 ) -> TokenRows:
-    """Tokenises all rows of a kind and cuts those that are too long.
+    """Returns all rows of a split as tokens, cut to the largest lengths.
 
     Prompts keep their end (`Encoder.shortened_prompt`, `clip_prompt`). Responses keep their
     beginning (`clip_response`). A response that is not cut is followed by the chat template's tail,
-    which does not count towards `response_limit`. Corpus texts keep their first
-    prompt_limit + response_limit tokens; every token but the first counts as response.
+    which does not count towards `response_limit`. Corpus texts keep their first prompt_limit +
+    response_limit tokens; every token but the first counts as response.
+
+    Args:
+        rows: The rows, with the columns of their kind.
+        kind: Their kind (`store.KINDS`).
+        encoder: Turns texts into token ids.
+        prompt_limit: The largest number of tokens of a prompt.
+        response_limit: The largest number of tokens of a response, including those that end it.
 
     Raises:
-        RowError: For a row that cannot be encoded, or whose prompt has no tokens.
+        UserError: The kind is unknown.
+        RowError: A row cannot be encoded, or its prompt has no tokens.
     """
     one_of("kind", kind, RESPONSES)
     rows = list(rows)
@@ -293,10 +335,15 @@ def tokenise(
 def _prompt(
     encoder: Encoder, limit: int, text: str
 ) -> tuple[list[int], Literal["text", "ids"] | None]:
-    """Returns a prompt's ids, at most `limit`, and what was shortened for that.
+    """Returns (the ids of a prompt, what was cut).
 
-    "text": the text was shortened and the chat template is whole. "ids": ids were cut from the
-    front. None: nothing was cut.
+    What was cut is `text` if text was removed and the chat template is whole, `ids` if ids were
+    removed at the front, and None if the prompt fits.
+
+    Args:
+        encoder: Turns texts into token ids.
+        limit: The largest number of ids.
+        text: The prompt.
     """
     ids = encoder.prompt_ids(text)
     if len(ids) <= limit:
@@ -306,7 +353,7 @@ def _prompt(
 
 
 def equal_rows(a: Ragged, b: Ragged) -> np.ndarray:
-    """Returns for each row whether `a` and `b` hold the same ids there, [rows] bool."""
+    """Returns whether row i of `a` and row i of `b` have the same ids, for each i: bool [rows]."""
     return np.asarray([np.array_equal(a[index], b[index]) for index in range(len(a))], bool)
 
 
@@ -318,12 +365,12 @@ def count_cut(whole: Sequence[Sequence[int]], clipped: Sequence[Sequence[int]]) 
 def fill(
     sequences: Iterable[Sequence[np.ndarray]], columns: int, pad_id: int, *, left: bool = False
 ):
-    """Returns (tokens int32, valid bool), each [rows, columns].
+    """Returns (token ids int32, whether each is valid bool), each [rows, columns].
 
     Args:
-        sequences: The pieces of each sequence, which are joined.
+        sequences: The pieces of each sequence, which are joined; [] is a row of padding.
         columns: The padded length; no sequence may be longer.
-        pad_id: The id of padding.
+        pad_id: The token id of padding.
         left: Whether the padding is on the left.
     """
     joined = [list(itertools.chain.from_iterable(pieces)) for pieces in sequences]

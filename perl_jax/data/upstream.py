@@ -22,9 +22,16 @@ TIMEOUT_SECONDS = 60
 def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
     """Returns folder/name; downloads it from base_url/name if it does not exist.
 
-    An interrupted download leaves no file of that name. Raises UserError, with the address and the
-    reason, if the download fails or gives something else than its name says: a ZIP archive for a
-    name that ends in .zip, JSON for any other name.
+    An interrupted download leaves no file of that name.
+
+    Args:
+        base_url: The address, without a slash at its end.
+        name: The file's path below the address and the folder.
+        folder: The local folder.
+
+    Raises:
+        UserError: The download fails, or its content is no ZIP archive (for a name that ends in
+            .zip) or no JSON (for any other name).
     """
     target = folder / name
     if target.exists():
@@ -54,7 +61,13 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def check(name: str, body: bytes) -> None:
-    """Raises ValueError unless the bytes are a whole ZIP archive, or JSON, as the name says."""
+    """Raises ValueError unless a file's content fits its name: a whole ZIP archive for .zip, else
+    JSON.
+
+    Args:
+        name: The file's name.
+        body: Its content.
+    """
     if not name.endswith(".zip"):
         json.loads(body)
         return
@@ -67,7 +80,15 @@ def check(name: str, body: bytes) -> None:
 
 
 def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
-    """Returns the JSON files of a local copy's folder, sorted. Raises UserError without any."""
+    """Returns the .json files in a folder of a local copy, sorted.
+
+    Args:
+        data_dir: The local copy.
+        folder: The folder in it.
+
+    Raises:
+        UserError: There is no such file.
+    """
     path = pathlib.Path(data_dir).expanduser() / folder
     found = sorted(path.glob("*.json"))
     require(
@@ -78,9 +99,9 @@ def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
 
 
 def read_lists(paths: Sequence[pathlib.Path]) -> list[dict]:
-    """Returns the objects of JSON files that each hold a list of objects, in order.
+    """Returns the objects of JSON files that each contain a list of objects, in order.
 
-    Raises UserError for a file that holds anything else.
+    Raises UserError if a file contains anything else.
     """
     objects: list[dict] = []
     for path in paths:
