@@ -40,8 +40,15 @@ SMOOTH = 5
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One run: its test set's gold reward, that of the SFT policy, their paired gain, the KL, a
-    step's seconds.
+    """The results of one algorithm with one seed.
+
+    Attributes:
+        gold: Mean gold reward of the trained policy on the test prompts.
+        start: That of the SFT policy.
+        gain: The mean of the paired differences of the two.
+        kl: The KL divergence of the trained policy from the SFT policy.
+        seconds: Median time of a training step in seconds.
+        curve: Mean gold reward of the rollouts at each step that measured it.
     """
 
     gold: float
@@ -53,15 +60,27 @@ class Outcome:
 
 
 def run(stage: Stage, root: pathlib.Path) -> None:
-    """A stage in a process of its own; finished ones come back at once."""
+    """Prints a stage's command and runs it in a process of its own; a finished stage returns at
+    once.
+
+    Args:
+        stage: The stage.
+        root: The folder of the experiment.
+
+    Raises:
+        subprocess.CalledProcessError: The command fails.
+    """
     command = ["perl-jax", stage.job, "--run", str(root / stage.name), *stage.arguments]
     print(f"\n{shlex.join(command)}", flush=True)
     subprocess.run([sys.executable, "-m", "perl_jax", *command[1:]], check=True)
 
 
 def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
-    """The base, one SFT adapter and one reward model: what all runs start from, and none is
-    compared by.
+    """Returns the stages that all runs start from: the base, one SFT adapter and one reward model.
+
+    Args:
+        model: The folder of the base model.
+        scale: Multiplies the steps of each stage; at least 2 steps are left.
     """
     steps = lambda n: max(2, round(n * scale))
     train = lambda n, **more: (
@@ -81,7 +100,15 @@ def shared_stages(model: pathlib.Path, scale: float) -> list[Stage]:
 def stages_of(
     name: str, seed: int, root: pathlib.Path, model: pathlib.Path, steps: int
 ) -> list[Stage]:
-    """Training and evaluation of one algorithm and seed."""
+    """Returns the stages that train and evaluate one algorithm with one seed.
+
+    Args:
+        name: A key of `ALGORITHMS`, or dpo or ipo.
+        seed: The seed of training.
+        root: The folder of the experiment.
+        model: The folder of the base model.
+        steps: Training steps.
+    """
     policy, reward = root / "sft/adapters/policy", root / "reward/adapters/reward"
     folder = f"{name}/{seed}"
     common = (*flags(model=model, seed=seed), *TASK, *LENGTHS)
@@ -115,7 +142,11 @@ def stages_of(
 
 
 def outcome(folder: pathlib.Path) -> Outcome:
-    """What a finished run came to."""
+    """Returns the results of a finished run, read from its `metrics.jsonl` and its evaluation.
+
+    Args:
+        folder: The run's folder.
+    """
     found = files.read_json(folder / "test/evaluation.json")
     rows = read_metrics(folder / "metrics.jsonl")
     policies = found["policies"]
@@ -130,7 +161,12 @@ def outcome(folder: pathlib.Path) -> Outcome:
 
 
 def table(outcomes: dict[str, list[Outcome]]) -> str:
-    """Markdown: means over seeds, the spread of the gain."""
+    """Returns a Markdown table: for each algorithm the means over seeds, and the gain with each
+    seed.
+
+    Args:
+        outcomes: The outcomes of all seeds, by algorithm.
+    """
     lines = [
         "| algorithm | gold reward, start | after | gain: mean (each seed) | KL to the start | s "
         "a step |",
@@ -147,7 +183,13 @@ def table(outcomes: dict[str, list[Outcome]]) -> str:
 
 
 def plot(outcomes: dict[str, list[Outcome]], path: pathlib.Path) -> None:
-    """Gold reward of the rollouts over steps, and its gain on the test set, by algorithm."""
+    """Writes a picture of the gold reward of the rollouts over steps, and of the gain on the test
+    set, by algorithm.
+
+    Args:
+        outcomes: The outcomes of all seeds, by algorithm.
+        path: The file to write.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 2])
     names = list(outcomes)
     colours = {name: plt.get_cmap("tab10")(index) for index, name in enumerate(names)}

@@ -69,10 +69,10 @@ SIZES_OF_SPLITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What is wrong with a response.
+    """The mistakes in a response to an order.
 
     Attributes:
-        slots: The wrong slots of matched items.
+        slots: The wrong slots of matched items, keys of `SLOTS`.
         missing: Number of requested items that are missing.
         extra: Number of items that were not requested.
         place: Whether the place is wrong or missing.
@@ -87,21 +87,27 @@ class Grade:
 
     @property
     def reward(self) -> float:
-        """Returns the gold reward, in [-1, 1] (`gold_reward`)."""
+        """The gold reward, in [-1, 1] (`gold_reward`)."""
         cost = SLOT_COST * (len(self.slots) + self.place) + MISSING_COST * self.missing
         cost += EXTRA_COST * self.extra + MALFORMED_COST * self.malformed
         return max(-1.0, 1.0 - cost)
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Returns the spoken names of what is wrong, each once, in a fixed order."""
+        """The names of the kinds of mistakes as a customer says them, each once, in a fixed
+        order.
+        """
         named = [f"wrong {SLOTS[slot]}" for slot in SLOTS if slot in self.slots]
         named += ["missing drink"] * bool(self.missing) + ["extra drink"] * bool(self.extra)
         return (*named, *["wrong place"] * self.place, *["garbled"] * bool(self.malformed))
 
 
 def parse_call(segment: Sequence[str]) -> Item | None:
-    """Returns the item of a well-formed `add QUANTITY SIZE DRINK MILK`, otherwise None."""
+    """Returns the item of a well-formed `add QUANTITY SIZE DRINK MILK`, otherwise None.
+
+    Args:
+        segment: The words of one segment of a response.
+    """
     if len(segment) != 5 or segment[0] != "add":
         return None
     _, quantity, size, drink, milk = segment
@@ -133,11 +139,17 @@ def wrong_slots(wanted: Item, given: Item) -> tuple[str, ...]:
 
 
 def match_items(wanted: Sequence[Item], given: Sequence[Item]) -> tuple[tuple[str, ...], int, int]:
-    """Returns (wrong slots, missing, extra) of the cheapest matching of given to wanted items.
+    """Returns (wrong slots, number of missing items, number of extra items) of the cheapest
+    matching.
 
-    The matching is found by dynamic programming over subsets of the wanted items, of which there
-    are few. Its time is linear in the number of given items, so that a degenerate response with
-    many calls is graded quickly.
+    Each given item is matched to at most one wanted item. A wrong slot of a pair costs `SLOT_COST`,
+    a missing item `MISSING_COST`, and an extra item `EXTRA_COST`. The matching is found by dynamic
+    programming over subsets of the wanted items, of which there are few. Its time is linear in the
+    number of given items, so that a degenerate response with many calls is graded quickly.
+
+    Args:
+        wanted: The requested items.
+        given: The items of the response.
     """
     best: dict[frozenset[int], tuple[float, tuple[str, ...]]] = {frozenset(): (0.0, ())}
     for item in given:
@@ -157,7 +169,7 @@ def match_items(wanted: Sequence[Item], given: Sequence[Item]) -> tuple[tuple[st
 
 
 def grade(order: Order, response: str) -> Grade:
-    """Returns what is wrong with a response to an order. Any string is a response."""
+    """Returns the mistakes in a response to an order. Any string is a response."""
     items, place, malformed = parse_response(response)
     slots, missing, extra = match_items(order.items, items)
     return Grade(slots, missing, extra, place != order.place, malformed)
@@ -188,46 +200,59 @@ def gold_rewards(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray
 
 
 def other(rng: random.Random, options: Iterable, value):
-    """Returns a random one of the options other than `value`."""
+    """Returns a random option other than `value`.
+
+    Args:
+        rng: The random generator, which is advanced.
+        options: The options.
+        value: The option to leave out.
+    """
     return rng.choice([option for option in options if option != value])
 
 
 def with_item(order: Order, index: int, item: Item) -> Order:
-    """Returns an order with one item replaced."""
+    """Returns an order with the item at `index` replaced by `item`."""
     items = (*order.items[:index], item, *order.items[index + 1 :])
     return dataclasses.replace(order, items=items)
 
 
 def wrong_quantity(rng: random.Random, order: Order) -> Order:
+    """Returns the order with another quantity of one random item."""
     i = rng.randrange(len(order.items))
     quantity = other(rng, QUANTITIES, order.items[i].quantity)
     return with_item(order, i, dataclasses.replace(order.items[i], quantity=quantity))
 
 
 def wrong_size(rng: random.Random, order: Order) -> Order:
+    """Returns the order with another size of one random item."""
     i = rng.randrange(len(order.items))
     size = other(rng, SIZES, order.items[i].size)
     return with_item(order, i, dataclasses.replace(order.items[i], size=size))
 
 
 def wrong_milk(rng: random.Random, order: Order) -> Order:
+    """Returns the order with another milk in one random item."""
     i = rng.randrange(len(order.items))
     milk = other(rng, MILKS, order.items[i].milk)
     return with_item(order, i, dataclasses.replace(order.items[i], milk=milk))
 
 
 def wrong_drink(rng: random.Random, order: Order) -> Order:
+    """Returns the order with another drink in one random item."""
     i = rng.randrange(len(order.items))
     drink = other(rng, DRINKS, order.items[i].drink)
     return with_item(order, i, dataclasses.replace(order.items[i], drink=drink))
 
 
 def wrong_place(rng: random.Random, order: Order) -> Order:
+    """Returns the order with the other place."""
     return dataclasses.replace(order, place=other(rng, PLACES, order.place))
 
 
 def missing_item(rng: random.Random, order: Order) -> Order:
-    """Forgets one of several items; an order of one item gets an extra one instead."""
+    """Returns the order without one random item; an order of one item gets an extra item
+    instead.
+    """
     if len(order.items) < 2:
         return extra_item(rng, order)
     i = rng.randrange(len(order.items))
@@ -235,12 +260,16 @@ def missing_item(rng: random.Random, order: Order) -> Order:
 
 
 def extra_item(rng: random.Random, order: Order) -> Order:
+    """Returns the order with one more random item."""
     item = sample_item(rng, rng.choice(DRINKS))
     return dataclasses.replace(order, items=(*order.items, item))
 
 
 def swapped_slots(rng: random.Random, order: Order) -> Order:
-    """Exchanges quantity, size or milk between two items; without two that differ, a wrong size."""
+    """Returns the order with quantity, size or milk exchanged between its first two items.
+
+    Without two items that differ in one of them, one item gets a wrong size instead.
+    """
     if len(order.items) < 2:
         return wrong_size(rng, order)
     first, second = order.items[:2]
@@ -253,11 +282,14 @@ def swapped_slots(rng: random.Random, order: Order) -> Order:
 
 
 def without_place(rng: random.Random, order: Order, text: str) -> str:
+    """Returns the response without the place, written anew from the order; `text` is not read."""
     return " ; ".join(map(call, order.items))
 
 
 def garbled(rng: random.Random, order: Order, text: str) -> str:
-    """Drops one word other than a separator, or says one twice."""
+    """Returns the text with one random word, other than `;`, left out or repeated; `order` is
+    not read.
+    """
     words = text.split()
     at = rng.choice([i for i, word in enumerate(words) if word != ";"])
     return " ".join(words[:at] + words[at : at + 1] * rng.choice((0, 2)) + words[at + 1 :])
@@ -277,7 +309,9 @@ ERROR_WEIGHTS = {
 
 
 def kinds_of_errors(rng: random.Random, count: int) -> list[str]:
-    """Returns distinct kinds of errors, drawn by `ERROR_WEIGHTS` without replacement."""
+    """Returns `count` distinct kinds of errors, keys of `ERROR_WEIGHTS`, drawn with these
+    weights without replacement.
+    """
     kinds, weights = [*ERROR_WEIGHTS], [*ERROR_WEIGHTS.values()]
     drawn: list[str] = []
     while len(drawn) < count:
@@ -287,10 +321,16 @@ def kinds_of_errors(rng: random.Random, count: int) -> list[str]:
 
 
 def clerk(rng: random.Random, order: Order, error_rate: float) -> str:
-    """Returns a clerk's response, with 0 to 3 kinds of errors.
+    """Returns a clerk's response to an order, with 0 to 3 kinds of errors.
 
     The first error has probability `error_rate`; after each error the next one has the same
-    probability. Errors that cancel each other are drawn again.
+    probability. Errors that cancel each other are drawn again, so a clerk with errors never earns
+    the reward 1.
+
+    Args:
+        rng: The random generator, which is advanced.
+        order: The order.
+        error_rate: The probability of an error, in [0, 1].
     """
     count = 0
     while count < 3 and rng.random() < error_rate:
@@ -309,7 +349,9 @@ def clerk(rng: random.Random, order: Order, error_rate: float) -> str:
 
 
 def reaction(order: Order, response: str) -> str:
-    """Returns what the customer says to a response: that it is right, or what is wrong with it."""
+    """Returns the customer's answer to a response: that it is right, or the number and the kinds
+    of mistakes.
+    """
     faults = grade(order, response).faults
     if not faults:
         return "thanks , that is right"
@@ -320,6 +362,7 @@ def reaction(order: Order, response: str) -> str:
 
 
 def sigmoid(x: float) -> float:
+    """Returns 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + math.exp(-x))
 
 
@@ -340,24 +383,37 @@ def thumb_probability(reward: float) -> float:
 
 
 def noise_ceiling(probabilities: Sequence[float]) -> float:
-    """Returns mean(max(p, 1 - p)), the expected accuracy of a judge that knows the gold reward."""
+    """Returns mean(max(p, 1 - p)), the expected accuracy of a judge that knows the gold reward.
+
+    Args:
+        probabilities: p of each comparison: the probability that its chosen response is preferred.
+    """
     p = np.asarray(probabilities, np.float64)
     return float(np.mean(np.maximum(p, 1.0 - p)))
 
 
 def split_of(order: Order) -> str:
-    """Returns the split of an order, by a hash of its content: equal for all seeds and kinds."""
+    """Returns the split of an order, by a hash of its content: the same for all seeds and kinds
+    of rows.
+    """
     return part_of(order.content, TENTHS)
 
 
 def row_rng(seed: int, kind: str, split: str, index: int) -> random.Random:
-    """Returns the random generator of one row, which depends on the arguments alone."""
+    """Returns a new random generator for one row, which depends on the arguments alone.
+
+    Args:
+        seed: The data seed.
+        kind: The kind of the row.
+        split: Its split.
+        index: Its number in the split, from 0.
+    """
     digest = hashlib.blake2b(f"{seed}/{kind}/{split}/{index}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
 def sample_order_of(rng: random.Random, split: str) -> Order:
-    """Draws orders until one belongs to the split; returns it."""
+    """Returns a random order that belongs to a split; draws orders until one does."""
     while True:
         order = sample_order(rng)
         if split_of(order) == split:
@@ -365,7 +421,15 @@ def sample_order_of(rng: random.Random, split: str) -> Order:
 
 
 def comparison(rng: random.Random, order: Order, prompt: str) -> dict:
-    """Returns a comparison of two different clerks' responses, ordered by a simulated rater."""
+    """Returns a row with two different responses of clerks, ordered by a simulated rater.
+
+    Its keys are `prompt`, `chosen`, `rejected` and `probability`, that of preferring `chosen`.
+
+    Args:
+        rng: The random generator, which is advanced.
+        order: The order.
+        prompt: The prompt that asks for the order.
+    """
     first = clerk(rng, order, rng.choice(COMPARED_ERROR_RATES))
     second = first
     while second == first:
@@ -377,7 +441,14 @@ def comparison(rng: random.Random, order: Order, prompt: str) -> dict:
 
 
 def row(kind: str, split: str, seed: int, index: int) -> dict:
-    """Returns row `index` of a kind and split; the number of rows does not change it."""
+    """Returns one row of a kind and split; the number of rows does not change it.
+
+    Args:
+        kind: A key of `SIZES_OF_SPLITS`.
+        split: train, validation or test.
+        seed: The data seed.
+        index: The row's number in the split, from 0.
+    """
     rng = row_rng(seed, kind, split, index)
     order = sample_order_of(rng, split)
     prompt = spoken_order(rng, order)
@@ -396,13 +467,20 @@ def row(kind: str, split: str, seed: int, index: int) -> dict:
 
 
 def rows(kind: str, split: str, seed: int = 0, size: int | None = None) -> Iterator[dict]:
-    """Yields `size` rows of a kind and split; None: the number in `SIZES_OF_SPLITS`."""
+    """Yields the rows of a kind and split.
+
+    Args:
+        kind: A key of `SIZES_OF_SPLITS`.
+        split: train, validation or test.
+        seed: The data seed.
+        size: The number of rows; None: the number in `SIZES_OF_SPLITS`.
+    """
     count = SIZES_OF_SPLITS[kind][split] if size is None else size
     return (row(kind, split, seed, index) for index in range(count))
 
 
 class OrdersBuilder(RowsBuilder):
-    """Writes the task's rows."""
+    """Writes the task's rows; the settings are the data seed and the sizes of the splits."""
 
     name = "orders"
     sources = (language,)

@@ -40,7 +40,9 @@ SINGLE_ITEM_SHARE = 0.75
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Item:
-    """One drink of an order."""
+    """One drink of an order; each field is one of the words in `QUANTITIES`, `SIZES`, `DRINKS`
+    or `MILKS`.
+    """
 
     quantity: str
     size: str
@@ -50,19 +52,26 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What a customer orders, and where it is drunk."""
+    """A customer's order.
+
+    Attributes:
+        items: The drinks.
+        place: Where they are drunk, one of `PLACES`.
+    """
 
     items: tuple[Item, ...]
     place: str
 
     @property
     def content(self) -> str:
-        """Returns the order's text with its items sorted: equal for orders of equal items."""
+        """The right response to the order with its items sorted: equal for orders of equal
+        items.
+        """
         return answer(Order(tuple(sorted(self.items)), self.place))
 
 
 def call(item: Item) -> str:
-    """Returns the structured call that adds one item."""
+    """Returns the call that adds one item: `add QUANTITY SIZE DRINK MILK`."""
     return f"add {item.quantity} {item.size} {item.drink} {item.milk}"
 
 
@@ -72,7 +81,7 @@ def answer(order: Order) -> str:
 
 
 def sample_item(rng: random.Random, drink: str) -> Item:
-    """Draws quantity, size and milk of a drink."""
+    """Returns an item with the given drink and a random quantity, size and milk."""
     return Item(rng.choice(QUANTITIES), rng.choice(SIZES), drink, rng.choice(MILKS))
 
 
@@ -84,7 +93,9 @@ def sample_order(rng: random.Random) -> Order:
 
 
 def spoken_item(rng: random.Random, item: Item) -> str:
-    """Returns one item as a customer may say it, in at most 8 words."""
+    """Returns one item as a customer may say it, in at most 8 words, for example `two large cups
+    of tea with soy milk`.
+    """
     cups = "cup" if item.quantity == "one" else "cups"
     if item.milk == NO_MILK or rng.random() < 0.5:
         return f"{item.quantity} {item.size} {cups} of {item.milk} {item.drink}"
@@ -110,7 +121,12 @@ def spoken_order(rng: random.Random, order: Order) -> str:
 
 
 def parse_item(words: list[str]) -> Item | None:
-    """Returns the item that a part of a request asks for; None if one of its slots is missing."""
+    """Returns the item that a part of a request asks for; None if a quantity, size, drink or milk
+    is missing.
+
+    Args:
+        words: The words of the part; the first word of each kind counts.
+    """
     said = [
         next((word for word in words if word in options), None)
         for options in (QUANTITIES, SIZES, DRINKS, MILKS)
@@ -119,7 +135,9 @@ def parse_item(words: list[str]) -> Item | None:
 
 
 def parse_request(prompt: str) -> Order | None:
-    """Returns the order that a prompt asks for; None if the text is not a request."""
+    """Returns the order that a prompt asks for; None if the prompt has no complete item or no
+    place.
+    """
     words = prompt.split()
     stretches: list[list[str]] = [[]]
     for word in words:

@@ -36,7 +36,13 @@ LENGTHS = flags(data__max_prompt_length=40, data__max_response_length=32)
 
 
 def base_stage(model: pathlib.Path, steps: int) -> Stage:
-    """The small base that everything else is frozen on."""
+    """Returns the stage that trains the small base, which all other stages keep frozen or start
+    from.
+
+    Args:
+        model: The folder to write the base model to.
+        steps: Training steps.
+    """
     shape = flags(width=128, ffn_width=256, layers=3, heads=4, kv_heads=2)
     lengths = flags(data__max_prompt_length=64, data__max_response_length=64)
     training = flags(steps=steps, batch_size=32, evaluate_every=200)

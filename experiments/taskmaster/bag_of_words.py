@@ -23,13 +23,18 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 
 
 def terms(text: str) -> list[str]:
-    """Lower-case words and pairs of neighbouring words."""
+    """Returns the lower-case words of a text, followed by the pairs of neighbouring words."""
     words = re.findall(r"[a-z0-9']+", text.lower())
     return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
 class TfIdf:
-    """The vocabulary and document frequencies of the training texts."""
+    """Turns texts into tf-idf features.
+
+    Attributes:
+        columns: The column of each term of the training texts.
+        weights: The inverse document frequency of each column, log((1 + n) / (1 + df)) + 1.
+    """
 
     def __init__(self, texts: Sequence[str]):
         frequency = collections.Counter(term for text in texts for term in set(terms(text)))
@@ -38,7 +43,11 @@ class TfIdf:
         self.weights = np.log((1 + len(texts)) / (1 + counts)) + 1
 
     def matrix(self, texts: Iterable[str]) -> scipy.sparse.csr_matrix:
-        """One row a text; terms not seen in training are left out."""
+        """Returns the features of texts, [texts, terms], each row with length 1.
+
+        Terms that are not in the training texts are left out; a text without any other has a row of
+        0.
+        """
         data, columns, starts = [], [], [0]
         for text in texts:
             counts = collections.Counter(
@@ -56,7 +65,15 @@ class TfIdf:
 
 
 def fit(features: scipy.sparse.csr_matrix, labels: np.ndarray, strength: float) -> np.ndarray:
-    """Weights, the intercept last (it is not penalised)."""
+    """Returns the weights of a logistic regression, [terms + 1]; the last one is the intercept.
+
+    Minimises mean cross-entropy + |w|^2 / (2 n C) with L-BFGS-B; the intercept is not penalised.
+
+    Args:
+        features: The features, [n, terms].
+        labels: The labels, each 0 or 1, [n].
+        strength: C, the inverse strength of the penalty.
+    """
     rows, size = features.shape
 
     def objective(weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -79,8 +96,21 @@ def baseline(
     test: Sequence[str],
     test_labels: Sequence[float],
 ) -> tuple[dict[str, float], np.ndarray]:
-    """AUC and balanced accuracy on test rows, and the rows' scores; C and the threshold are chosen
-    on validation rows."""
+    """Returns (results, the scores of the test rows) of a logistic regression on words and word
+    pairs.
+
+    The results are `auc` and `balanced_accuracy` on the test rows, and `strength`, the C that is
+    used. C is the one of `STRENGTHS` with the best AUC on the validation rows, which also decide
+    the threshold of the balanced accuracy.
+
+    Args:
+        train: The training texts.
+        train_labels: Their labels, 0 or 1.
+        validation: The validation texts.
+        validation_labels: Their labels.
+        test: The test texts.
+        test_labels: Their labels.
+    """
     vectors = TfIdf(train)
     sides = [vectors.matrix(texts) for texts in (train, validation, test)]
     best: tuple[float, float, np.ndarray] | None = None

@@ -70,7 +70,7 @@ class Rated:
 
     @property
     def prompt(self) -> str:
-        """Returns the context, followed by the cue for the agent."""
+        """The context, followed by the cue for the agent."""
         return self.context + dialogue.CUE
 
 
@@ -82,13 +82,24 @@ def part_of(group: str) -> str:
 def parts(split: str, *, judged: bool) -> tuple[str, ...]:
     """Returns the parts that make up a split.
 
-    `judged` says whether the kind has a split `judge`; without one, train includes its part.
+    Args:
+        split: The split.
+        judged: Whether the kind of rows has a split `judge`; without one, train includes that part.
     """
     return ("train", "judge") if split == "train" and not judged else (split,)
 
 
 def read_turns(row: Mapping, field: str, index: int) -> list[dialogue.Turn]:
-    """Returns the turns in a JSON text field of a reward row. Raises UserError, with the row."""
+    """Returns the turns in a JSON text field of a reward row.
+
+    Args:
+        row: The reward row.
+        field: context or generation.
+        index: The row's number, for messages.
+
+    Raises:
+        UserError: The field is not JSON, or a turn in it lacks a role or content.
+    """
     try:
         value = json.loads(row[field])
     except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +118,9 @@ def read_turns(row: Mapping, field: str, index: int) -> list[dialogue.Turn]:
 
 
 def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
-    """Yields the reward rows, rendered, in upstream's order. Raises UserError for a bad row."""
+    """Yields the reward rows as `Rated`, in upstream's order; raises UserError for a row that
+    cannot be read or whose reward is not 0 or 1.
+    """
     for index, row in enumerate(rows):
         context, generation = (
             read_turns(row, "context", index),
@@ -124,7 +137,10 @@ def rated_rows(rows: Iterable[Mapping]) -> Iterator[Rated]:
 
 
 def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Yields every pair of an up-rated and a different down-rated response to one context."""
+    """Yields a row for each pair of an up-rated and a different down-rated response to one context.
+
+    Its keys are `prompt`, `chosen`, `rejected` and `group`.
+    """
     by_context: dict[str, tuple[dict, dict]] = {}
     groups: dict[str, str] = {}
     for row in rows:
@@ -143,7 +159,9 @@ def comparisons(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def unextended(contexts: Iterable[str]) -> Iterator[str]:
-    """Yields the distinct contexts that are not the beginning of another one, sorted."""
+    """Yields the distinct contexts that no other context begins with, sorted; empty ones are
+    left out.
+    """
     ordered = sorted({context for context in contexts if context})
     for context, following in zip(ordered, [*ordered[1:], ""], strict=True):
         if not following.startswith(context):
@@ -151,7 +169,14 @@ def unextended(contexts: Iterable[str]) -> Iterator[str]:
 
 
 def greeting_of(reward_rows: Iterable[Mapping]) -> list[dialogue.Turn]:
-    """Returns the agent turn that most reward rows begin with; the dialogues do not have it."""
+    """Returns the agent turn that most reward rows begin with, in a list; [] if none begins with an
+    agent's text.
+
+    The dialogues do not have this greeting.
+
+    Args:
+        reward_rows: The reward rows as upstream has them.
+    """
     contexts = [read_turns(row, "context", index) for index, row in enumerate(reward_rows)]
     openings = [
         context[0].get("text") for context in contexts if context and context[0]["role"] == "agent"
@@ -165,9 +190,14 @@ def dialogues(
     read: Callable[[Sequence[Mapping]], list],
     greeting: list[dialogue.Turn],
 ) -> Iterator[list[dialogue.Turn]]:
-    """Yields the turns of each dialogue, with the greeting before a first turn of the user.
+    """Yields the turns of each dialogue, with the greeting first if the agent does not begin.
 
-    Dialogues with annotations that cannot be read are left out. `read` turns utterances into turns.
+    Dialogues with annotations that cannot be read are left out.
+
+    Args:
+        conversations: The dialogues as upstream has them, with the key `utterances`.
+        read: Turns utterances into turns.
+        greeting: The turns of the greeting.
     """
     for conversation in conversations:
         try:
@@ -203,7 +233,13 @@ class TaskmasterBuilder(RowsBuilder):
     def files(cls, config: DataConfig, what: str, base_url: str = BASE_URL) -> list[pathlib.Path]:
         """Returns the files of upstream's folder `reward` or `data`, downloaded if necessary.
 
-        Returns no files for dialogues that are not downloaded and not in the local copy.
+        Returns [] for dialogues that are neither downloaded nor in the local copy.
+
+        Args:
+            config: `data_dir` names a local copy of upstream's repository; None downloads into the
+                cache.
+            what: reward (reward rows) or data (dialogues).
+            base_url: The address of upstream's repository.
         """
         folder = f"{cls.folder}/{what}"
         if config.data_dir is not None:
@@ -220,7 +256,11 @@ class TaskmasterBuilder(RowsBuilder):
     def kind_files(
         cls, kind: str, config: DataConfig
     ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """Returns (files of reward rows, files of dialogues) that a kind is made from."""
+        """Returns (files of reward rows, files of dialogues) that a kind of rows is made from.
+
+        Only demonstrations and corpus are made from dialogues; the second list is [] for other
+        kinds.
+        """
         whole = kind in ("demonstrations", "corpus")
         return cls.files(config, "reward"), cls.files(config, "data") if whole else []
 
@@ -246,7 +286,12 @@ class TaskmasterBuilder(RowsBuilder):
 
 
 def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
-    """Yields a demonstration for each agent turn that is not empty."""
+    """Yields a row (`prompt`, `response`, `group`) for each agent turn that is not empty, after the
+    first user turn.
+
+    Args:
+        found: The turns of each dialogue.
+    """
     for turns in found:
         group = dialogue.group_of(turns)
         for prompt, response in dialogue.responses_of(turns):
@@ -255,12 +300,16 @@ def demonstration_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
 
 
 def corpus_rows(found: Iterable[list[dialogue.Turn]]) -> Iterator[dict]:
-    """Yields the text of each dialogue."""
+    """Yields a row (`text`) for each dialogue.
+
+    Args:
+        found: The turns of each dialogue.
+    """
     return ({"text": dialogue.rendered(turns)} for turns in found)
 
 
 def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Yields each rated response with its label."""
+    """Yields a row (`prompt`, `response`, `label`, `group`) for each rated response."""
     return (
         {"prompt": row.prompt, "response": row.response, "label": row.label, "group": row.group}
         for row in rows
@@ -268,13 +317,13 @@ def label_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def prompt_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Yields each distinct context once, as a prompt."""
+    """Yields a row (`prompt`, `group`) for each distinct context."""
     groups = {row.prompt: row.group for row in rows}
     return ({"prompt": prompt, "group": group} for prompt, group in groups.items())
 
 
 def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Yields the up-rated responses as demonstrations."""
+    """Yields a demonstration (`prompt`, `response`, `group`) for each up-rated response."""
     return (
         {"prompt": row.prompt, "response": row.response, "group": row.group}
         for row in rows
@@ -283,7 +332,7 @@ def up_rated_rows(rows: Iterable[Rated]) -> Iterator[dict]:
 
 
 def context_rows(rows: Iterable[Rated]) -> Iterator[dict]:
-    """Yields the contexts that are not the beginning of another one, as a corpus."""
+    """Yields a row (`text`) for each context that no other context begins with."""
     return ({"text": context} for context in unextended(row.context for row in rows))
 
 

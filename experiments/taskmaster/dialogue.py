@@ -40,7 +40,8 @@ def rendered_value(value: object) -> str:
 
 
 def rendered_call(call: Mapping[str, object]) -> str:
-    """Returns a call {name: {key: value}} as `name(key=value, ...)`.
+    """Returns a call {name: {key: value}} as `name(key=value, ...)`; several calls are separated by
+    spaces.
 
     Values that are no mapping are written alone: {name: value} becomes `name(value)`.
     """
@@ -55,7 +56,11 @@ def rendered_call(call: Mapping[str, object]) -> str:
 
 
 def said(turn: Turn) -> str:
-    """Returns the content of a turn on one line; runs of white space become single spaces."""
+    """Returns the content of a turn on one line: its text, or its call or the API's response as
+    `rendered_call` writes it.
+
+    Runs of white space become single spaces. A call by the agent begins with `call`.
+    """
     if "text" in turn:
         content = str(turn["text"])
     elif "api" in turn:
@@ -78,7 +83,7 @@ def prompt_of(turns: Sequence[Turn]) -> str:
 def group_of(turns: Sequence[Turn]) -> str:
     """Returns the group of a dialogue's rows: the words of its first user turn in lower case.
 
-    Consecutive rows of one dialogue share that turn. The first two user turns would not do: a
+    All contexts of one dialogue begin with that turn. The first two user turns would not do: a
     context that ends after one user turn and its extension by a second would be of two groups.
     """
     first = next((str(turn["text"]) for turn in turns if turn["role"] == "user"), "")
@@ -86,7 +91,9 @@ def group_of(turns: Sequence[Turn]) -> str:
 
 
 def responses_of(turns: Sequence[Turn]) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, response) for every agent turn after the first user turn."""
+    """Yields (prompt, response) for every agent turn after the first user turn; the prompt is
+    all turns before it, with the cue.
+    """
     asked = False
     for index, turn in enumerate(turns):
         asked = asked or turn["role"] == "user"
@@ -105,8 +112,13 @@ def parsed(text: str) -> object:
 def turns_of_tm4(utterances: Sequence[Mapping]) -> list[Turn]:
     """Returns the turns of a TM-4 dialogue, whose calls are annotations on the user's utterance.
 
-    The calls follow what the user says and precede the assistant's next utterance. Raises
-    ValueError for an annotation that is not JSON (19 of upstream's 3,710 dialogues have one).
+    The calls follow what the user says and precede the assistant's next utterance.
+
+    Args:
+        utterances: The utterances, with the keys `speaker`, `text` and `annotations`.
+
+    Raises:
+        ValueError: An annotation is not JSON (19 of upstream's 3,710 dialogues have one).
     """
     turns: list[Turn] = []
     for utterance in utterances:
@@ -130,6 +142,9 @@ def turns_of_tm3(utterances: Sequence[Mapping]) -> list[Turn]:
 
     Calls of a user's utterance follow it. Calls of an assistant's utterance precede it, because the
     assistant made them before it spoke.
+
+    Args:
+        utterances: The utterances, with the keys `speaker`, `text` and, if there are calls, `apis`.
     """
     turns: list[Turn] = []
     for utterance in utterances:

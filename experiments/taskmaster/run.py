@@ -56,7 +56,17 @@ CORPORA = {"coffee": TASKS["coffee"], "ticketing": f"{DATA}:BOTH"}
 
 
 def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
-    """Puts the bag-of-words numbers beside every reward model's, for the report."""
+    """Adds the AUC of bag-of-words regressions to the evaluation of every reward model, for the
+    report; prints them.
+
+    Updates each `*/reward/evaluation.json` in place: `auc` of the reward model with its interval
+    over dialogues, and `baselines`, the results of each regression with `auc_difference`.
+
+    Args:
+        root: The folder of the experiment.
+        task: The task, PATH.py:NAME.
+        data_dir: A local copy of upstream's repository; None downloads the data.
+    """
     config = DataConfig(data_dir=data_dir)
     splits = {
         split: list(get_task(task).open("labels", split, config))
