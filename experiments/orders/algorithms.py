@@ -232,6 +232,9 @@ def plot(outcomes: dict[str, list[Outcome]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
+    """Runs the experiment that the command line describes, and prints and writes its table and
+    picture; returns the exit status.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -487,14 +487,19 @@ class OrdersBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
+        """Returns the splits of each kind of rows: every kind has all three."""
         return dict.fromkeys(SIZES_OF_SPLITS, SPLITS)
 
     @classmethod
     def content(cls, kind: str, config: DataConfig) -> object:
+        """Returns the data seed and the number of rows of each split; None: the one in
+        `SIZES_OF_SPLITS`.
+        """
         return {"seed": config.data_seed, "sizes": {split: config.size(split) for split in SPLITS}}
 
     @classmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
+        """Returns an iterator over the rows of a split (`rows`), generated from the data seed."""
         return rows(kind, split, config.data_seed, config.size(split))
 
 

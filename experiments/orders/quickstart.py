@@ -55,6 +55,7 @@ def base_stage(model: pathlib.Path, steps: int) -> Stage:
 
 
 def main() -> int:
+    """Runs the experiment that the command line describes; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

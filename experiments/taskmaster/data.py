@@ -226,7 +226,7 @@ class TaskmasterBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
-        """Returns the splits of each kind of rows."""
+        """Returns the splits of each kind of rows, `KIND_SPLITS`."""
         return KIND_SPLITS
 
     @classmethod
@@ -266,12 +266,24 @@ class TaskmasterBuilder(RowsBuilder):
 
     @classmethod
     def content(cls, kind: str, config: DataConfig) -> object:
-        """Returns the hashes of the files that a kind of rows is made from."""
+        """Returns the hashes of the files that a kind of rows is made from: [reward rows,
+        dialogues].
+        """
         return [[file_hash(path) for path in paths] for paths in cls.kind_files(kind, config)]
 
     @classmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
-        """Returns the rows of a split, made from upstream's files."""
+        """Returns an iterator over the rows of a split.
+
+        Demonstrations and corpus are made from dialogues if there are files of them, else from
+        reward rows; all other kinds from reward rows.
+
+        Args:
+            kind: A key of `KIND_SPLITS`.
+            split: A split of that kind.
+            config: `data_dir` names a local copy of upstream's repository; None downloads the
+                files.
+        """
         reward_files, data_files = cls.kind_files(kind, config)
         reward_rows = read_lists(reward_files)
         if data_files:
@@ -373,17 +385,17 @@ class BothBuilder(RowsBuilder):
 
     @classmethod
     def kind_splits(cls) -> dict[str, tuple[str, ...]]:
-        """Returns the splits of each kind of rows."""
+        """Returns {"corpus": splits}: the task has no other kind of rows."""
         return {"corpus": KIND_SPLITS["corpus"]}
 
     @classmethod
     def content(cls, kind: str, config: DataConfig) -> object:
-        """Returns the hashes of the files that a kind of rows is made from."""
+        """Returns `TaskmasterBuilder.content` of each of the two tasks, in a list."""
         return [task.content(kind, config) for task in cls.tasks]
 
     @classmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
-        """Returns the rows of a split, made from upstream's files."""
+        """Returns an iterator over the rows of a split of coffee's corpus, then of ticketing's."""
         return itertools.chain.from_iterable(task.rows(kind, split, config) for task in cls.tasks)
 
 

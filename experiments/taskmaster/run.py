@@ -116,6 +116,7 @@ def add_baseline(root: pathlib.Path, task: str, data_dir: str | None) -> None:
 
 
 def main() -> int:
+    """Runs the experiment that the command line describes; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -169,6 +169,7 @@ def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
 def _of_splits(
     task: TaskLike, config: DataConfig, kind: str, splits: Mapping[str, Sequence[Row]]
 ) -> Dataset:
+    """Returns the opened splits of a task's rows as a dataset."""
     place = lambda split, index: task.place(kind, split, config, index)
     return Dataset(task.name, kind, splits, place, lambda: task.content(kind, config), task.gold)
 

@@ -309,8 +309,8 @@ def find(config: DataConfig) -> pathlib.Path:
 class JsonlBuilder(RowsBuilder):
     """Reads the user's own rows from a JSON Lines file, or from a folder of such files.
 
-    A single file is split 80/10/10 by a hash of each row's group (of its prompt, if the row has no
-    group), so that the rows of a group stay in one split. A folder has train.jsonl,
+    A single file is split 80/10/10 by a hash of each row's group (of its prompt or text, if the row
+    has no group), so that the rows of a group stay in one split. A folder has train.jsonl,
     validation.jsonl and test.jsonl; a split without a file has no rows.
 
     Other columns of prompts are passed to the rewards unchanged. Other columns of other kinds of
@@ -326,7 +326,10 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def content(cls, kind: str, config: DataConfig) -> object:
-        """Returns whether one file was given, and each file's hash. UserError if there is none."""
+        """Returns [whether `data_dir` is a single file, {file name: hash}] of the files that exist.
+
+        Raises UserError if there is none.
+        """
         path = find(config)
         files = [path] if path.is_file() else [path / f"{split}.jsonl" for split in SPLITS]
         found = {file.name: file_hash(file) for file in files if file.is_file()}
@@ -337,12 +340,28 @@ class JsonlBuilder(RowsBuilder):
 
     @classmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
-        """Returns the rows of a split, in the order of the file."""
+        """Returns an iterator over the rows of a split, in the order of the file.
+
+        Args:
+            kind: The kind of the rows (`KINDS`).
+            split: One of `SPLITS`.
+            config: `data_dir` names the file or the folder.
+
+        Raises:
+            UserError: A file cannot be read, or a line is wrong (`read_jsonl`).
+        """
         return (row for _, _, row in cls._numbered(kind, split, config))
 
     @classmethod
     def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
-        """Returns the file and the line of a row, for messages."""
+        """Returns the file and the line that a row comes from, as text for messages.
+
+        Args:
+            kind: The kind of the row.
+            split: Its split.
+            config: `data_dir` names the file or the folder.
+            index: The row's number in the split, from 0.
+        """
         file, line, _ = next(itertools.islice(cls._numbered(kind, split, config), index, None))
         return f"{file}, line {line}"
 
@@ -350,7 +369,13 @@ class JsonlBuilder(RowsBuilder):
     def _numbered(
         cls, kind: str, split: str, config: DataConfig
     ) -> Iterator[tuple[pathlib.Path, int, dict]]:
-        """Yields (file, number of the line, row) for each row of a split."""
+        """Returns an iterator over (file, number of the line from 1, row) for each row of a split.
+
+        Args:
+            kind: The kind of the rows.
+            split: The split.
+            config: `data_dir` names the file or the folder.
+        """
         path, fields, others = find(config), KINDS[kind], kind in OPEN
         if path.is_file():
             return (

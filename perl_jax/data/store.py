@@ -130,6 +130,9 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
 
     def _info(self) -> tfds.core.DatasetInfo:
+        """Returns what TFDS needs to know of the rows: their columns with types, and that their
+        order is kept.
+        """
         fields = KINDS[self.builder_config.name]
         stored = (*fields, OTHERS) if self.builder_config.name in OPEN else fields
         features = {
@@ -145,6 +148,9 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        """Returns the generator of stored rows of each split that has rows; raises UserError if
+        none has.
+        """
         kind, generators = self.builder_config.name, {}
         for split in self.kind_splits()[kind]:
             rows = iter(self.rows(kind, split, self.settings))
@@ -156,6 +162,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         return generators
 
     def _generate_examples(self, rows: Iterable[Mapping[str, object]]):
+        """Yields (number from 0, stored row) for each row."""
         yield from enumerate(stored_row(self.builder_config.name, row) for row in rows)
 
 

@@ -278,15 +278,17 @@ class Chat:
             return ""
 
     def _probed(self, turns: list[tuple[str, str]]) -> str:
-        """Returns a rendered conversation with the cue, or "" if the template fails while contents
-        are plain texts.
+        """Returns a rendered conversation, or "" if the template fails on contents that are plain
+        texts.
+
+        Contents are plain texts at first, and lists of message parts once `_parts` is set. The cue
+        is appended.
 
         Args:
             turns: (role, text) of each turn.
 
         Raises:
-            UserError: The template also fails with contents as lists of message parts, or the
-                rendering does not end.
+            UserError: The template fails on lists of message parts, or the rendering does not end.
         """
         try:
             return self._render(turns, True)

@@ -33,18 +33,27 @@ class Family:
 
 
 def _llama(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Llama."""
+    """Returns the ModelConfig field `biases`, read from transformers' config object of a Llama
+    model.
+    """
     return {"biases": _biases(values)}
 
 
 def _mistral(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Mistral."""
+    """Returns the ModelConfig fields `window` and `windowed`, read from transformers' config
+    object.
+
+    If the config has a sliding window, all layers use it; else the fields are None and ().
+    """
     every = range(values.num_hidden_layers) if values.sliding_window else ()
     return {"window": values.sliding_window or None, "windowed": tuple(every)}
 
 
 def _smollm3(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to SmolLM3."""
+    """Returns the ModelConfig fields `biases`, `unrotated` and those of sliding windows of SmolLM3.
+
+    `unrotated` lists the layers without rotary positions. `values` is transformers' config object.
+    """
     # no_rope_layers is 1 for a layer with rotary positions.
     unrotated = tuple(index for index, rotated in enumerate(values.no_rope_layers) if not rotated)
     return {
@@ -55,12 +64,18 @@ def _smollm3(values: Any) -> Settings:
 
 
 def _qwen2(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Qwen2."""
+    """Returns the ModelConfig fields `biases` and those of sliding windows of Qwen2.
+
+    Queries, keys and values always have biases. `values` is transformers' config object.
+    """
     return {"biases": ("q", "k", "v"), **_windows(values, values.use_sliding_window)}
 
 
 def _qwen3(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Qwen3."""
+    """Returns the ModelConfig fields `biases`, `qk_norm` and those of sliding windows of Qwen3.
+
+    `values` is transformers' config object.
+    """
     return {
         "biases": _biases(values),
         "qk_norm": True,
@@ -69,7 +84,12 @@ def _qwen3(values: Any) -> Settings:
 
 
 def _gemma(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Gemma 2, most of which Gemma 3 shares."""
+    """Returns the ModelConfig fields in which Gemma 2 differs from Llama; Gemma 3 shares most of
+    them.
+
+    They are `biases`, the norms, the scales of embedding and queries, the caps of logits, and
+    sliding windows. `values` is transformers' config object.
+    """
     return {
         "biases": _biases(values),
         "sandwich_norms": True,
@@ -83,7 +103,11 @@ def _gemma(values: Any) -> Settings:
 
 
 def _gemma3(values: Any) -> Settings:
-    """Returns the ModelConfig fields particular to Gemma 3."""
+    """Returns the ModelConfig fields in which Gemma 3 differs from Llama: those of Gemma 2, with
+    normalised queries and keys and without a cap in attention.
+
+    `values` is transformers' config object.
+    """
     # The config class has an attention cap, which the model does not use.
     return _gemma(values) | {"qk_norm": True, "attention_cap": None}
 

@@ -130,6 +130,10 @@ def read_peft(folder: pathlib.Path, config: ModelConfig) -> tuple[Adapter, float
     Args:
         folder: The folder with adapter_config.json and adapter_model.safetensors.
         config: The base model's configuration.
+
+    Raises:
+        UserError: A setting or a tensor is not supported or does not fit the base, or a file is
+            damaged.
     """
     values = files.read_json(folder / "adapter_config.json")
     stored = weights.read_header(folder / "adapter_model.safetensors")

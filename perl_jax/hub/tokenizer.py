@@ -286,7 +286,9 @@ class Tokenizer:
         return [*self._with_bos(self._plain(self._without_end(text))), self.eos_id]
 
     def _without_end(self, text: str) -> str:
-        """Returns the text without stop tokens, written as text, and template ends at its end."""
+        """Returns a text without the stop tokens and the template's end of a turn that may be
+        written at its end.
+        """
         ends = [self.inner.decode([i]) for i in self.stop_ids] + (
             [] if self.chat is None else [self.chat.end.strip()]
         )
