@@ -41,7 +41,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Raises UserError if `value` is not among `allowed`; the message lists the allowed values."""
+    """Raises UserError if `value` is not among `allowed`; the message lists the allowed values.
+
+    Args:
+        field: Name of the field in the message.
+        value: The field's value.
+        allowed: The allowed values; the keys of a mapping.
+    """
     names = list(allowed)
     require(
         value in names, f"{field} is {value!r}; it must be one of {', '.join(map(str, names))}."
@@ -49,7 +55,10 @@ def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -
 
 
 def positive(field: str, value: float, *, zero: bool = False) -> None:
-    """Raises UserError if `value` is not a finite number above 0 (with `zero`: at least 0)."""
+    """Raises UserError if `value` is not a finite number above 0 (with `zero`: at least 0).
+
+    `field` is the name in the message.
+    """
     good = (
         isinstance(value, (int, float))
         and math.isfinite(value)
@@ -60,7 +69,7 @@ def positive(field: str, value: float, *, zero: bool = False) -> None:
 
 
 def whole(field: str, value: float) -> None:
-    """Raises UserError if `value` is not an integer above 0."""
+    """Raises UserError if `value` is not an integer above 0; `field` is the name in the message."""
     require(
         isinstance(value, int) and value > 0,
         f"{field} is {value!r}; it must be a whole number greater than 0.",
@@ -90,6 +99,8 @@ def read_by(field: str, value: Any, default: Any, choice: str, readers: Sequence
 def unread(config: Any, options: Sequence[str], choice: str, readers: Sequence[str]) -> None:
     """Raises UserError if one of `options` is set although `choice` does not read it.
 
+    An option counts as set if it differs from its default.
+
     Args:
         config: A frozen config.
         options: Names of its fields, dotted for fields of nested configs: `data.packing`.
@@ -105,10 +116,14 @@ def unread(config: Any, options: Sequence[str], choice: str, readers: Sequence[s
 
 
 def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
-    """Parses numbers and ranges: `0,2,4-7` gives (0, 2, 4, 5, 6, 7); None gives ().
+    """Returns the numbers of a list with ranges: `0,2,4-7` gives (0, 2, 4, 5, 6, 7), sorted.
 
-    The result is sorted. Raises UserError for any other text. The message names `field` and shows
-    `example`.
+    Args:
+        field: Name of the field in the message.
+        text: The list; None gives ().
+        example: A valid list, for the message.
+
+    Raises UserError for any other text.
     """
     found: set[int] = set()
     for item in [] if text is None else text.split(","):

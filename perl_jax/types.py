@@ -131,8 +131,7 @@ class Prompts:
     Attributes:
         tokens_BP: Token ids, int32.
         valid_BP: True on real tokens.
-        row_B: Index of each row in its data source, int32, for looking up its text; -1 on filler
-            rows.
+        row_B: Index of each row in its data source, int32, for finding its text; -1 on filler rows.
     """
 
     tokens_BP: Array
@@ -140,5 +139,5 @@ class Prompts:
     row_B: Array
 
     def repeated(self, samples: int) -> Prompts:
-        """Returns every row `samples` times, copies next to each other, as host arrays."""
+        """Returns the prompts with `samples` consecutive copies of every row, as host arrays."""
         return jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), self)

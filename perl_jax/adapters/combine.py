@@ -22,8 +22,14 @@ from perl_jax.types import Tree
 def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
     """Returns an adapter's LoRA leaves in the form of `Adapter.under`.
 
-    The leaves cover all `layers` layers (zeros where there is no adapter), and B includes the scale
-    times `factor`. Raises UserError for DoRA, because its output is not a sum of base and adapter.
+    The leaves cover all layers (zeros where there is no adapter). B includes the scale.
+
+    Args:
+        adapter: The adapter; it must have LoRA leaves.
+        layers: Number of layers of the model.
+        factor: Multiplies B, and so the adapter's output.
+
+    Raises UserError for DoRA, because its output is not a sum of base and adapter.
     """
     config = adapter.lora_config
     require(not config.dora, "A DoRA adapter cannot lie under another adapter.")
@@ -39,7 +45,12 @@ def frozen_pairs(adapter: Adapter, layers: int, factor: float = 1.0) -> Tree:
 
 
 def summed_pairs(adapter: Adapter, layers: int) -> Tree:
-    """Returns the pairs of `lora` and `under` together, in the form of `Adapter.under`."""
+    """Returns the pairs of `lora` and `under` together, in the form of `Adapter.under`.
+
+    Args:
+        adapter: The adapter; DoRA raises UserError.
+        layers: Number of layers of the model.
+    """
     own = [] if adapter.lora is None else [frozen_pairs(adapter, layers)]
     return _concatenated(own + ([] if adapter.under is None else [adapter.under]))
 
@@ -47,7 +58,14 @@ def summed_pairs(adapter: Adapter, layers: int) -> Tree:
 def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
     """Returns an adapter that trains `fresh` on top of `frozen`.
 
-    Its output is the sum of both and of the frozen pairs under either. Raises UserError for DoRA.
+    Its output is the sum of both and of the frozen pairs under either.
+
+    Args:
+        frozen: The adapter whose LoRA leaves and frozen pairs stay fixed.
+        fresh: The adapter whose LoRA leaves are trained; its other fields are kept.
+        layers: Number of layers of the model.
+
+    Raises UserError if either is a DoRA adapter.
     """
     parts = [summed_pairs(frozen, layers)] + ([] if fresh.under is None else [fresh.under])
     require(not fresh.lora_config.dora, "A DoRA adapter cannot go on top of another adapter.")
@@ -55,7 +73,10 @@ def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
 
 
 def _concatenated(parts: Sequence[Tree]) -> Tree:
-    """Returns pairs whose sum is that of all parts: pairs concatenated along the rank."""
+    """Returns pairs whose sum is that of all parts, concatenated along the rank.
+
+    parts: trees in the form of `Adapter.under`; a module may be missing in some of them.
+    """
     out: dict = {}
     names = dict.fromkeys(name for part in parts for name in trees.named_leaves(part))
     for name in names:
@@ -131,6 +152,12 @@ def output_norms(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
     """Returns ||W + s A B|| of each output, float32 [..., F], without forming the [D, F] sum.
 
     The square is ||W||^2 + 2 s sum_r (A^T W)_r B_r + s^2 B^T (A^T A) B, an F-vector each.
+
+    Args:
+        kernel: W [..., D, F].
+        a: A [..., D, R].
+        b: B [..., R, F].
+        scale: s.
     """
     kernel = kernel.astype(jnp.float32)
     cross = jnp.sum(precision.einsum("...dr,...df->...rf", a, kernel) * b, axis=-2)
@@ -145,7 +172,13 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
     The sum is formed in float32 and rounded to the base's dtype. For a fully tuned role the result
     is its own weights, and without low-rank leaves it is the base itself. The arguments are not
     changed. Do not merge into a merged copy: repeated merging in bfloat16 accumulates rounding
-    errors. Raises UserError for a quantised base, whose levels cannot hold the sum.
+    errors.
+
+    Args:
+        base: The base's tree, or a part of it with the same paths.
+        adapter: The adapter; its head is ignored.
+
+    Raises UserError for a quantised base, whose levels cannot hold the sum.
     """
     if adapter.weights is not None:
         return adapter.weights
@@ -172,7 +205,10 @@ def merge(base: Tree, adapter: Adapter) -> Tree:
 
 
 def adapted_modules(adapter: Adapter) -> set[str]:
-    """Returns the paths of the modules whose kernel an adapter changes: `layers/attention/q`."""
+    """Returns the paths of the modules whose kernel an adapter changes: `layers/attention/q`.
+
+    These are the modules with LoRA leaves or frozen pairs.
+    """
     parts = [part for part in (adapter.lora, adapter.under) if part is not None]
     return {name.rpartition("/")[0] for part in parts for name in trees.named_leaves(part)}
 

@@ -25,8 +25,13 @@ def full_weights(base: Tree) -> Adapter:
 def cast_frozen_role(adapter: Adapter, dtype: str) -> Adapter:
     """Returns a role that is read but not trained, with its full-tuning matrices in `dtype`.
 
-    The results are the same in less memory, because matrices are cast to the activations' dtype
-    where they are used. A role without full weights is returned unchanged.
+    Norms and biases keep their dtype. The results are the same in less memory, because matrices are
+    cast to the activations' dtype where they are used. A role without full weights is returned
+    unchanged.
+
+    Args:
+        adapter: The role.
+        dtype: Name of the activations' dtype.
     """
     if adapter.weights is None:
         return adapter

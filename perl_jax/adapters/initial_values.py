@@ -23,7 +23,7 @@ def init_lora(
     kernels: Mapping[str, Tree],
     adapted_layers: Sequence[int] = (),
 ) -> Tree:
-    """Returns the initial LoRA leaves of an adapter.
+    """Returns the initial LoRA leaves of an adapter, as a tree like `abstract`.
 
     With b-zero and a-zero, one of A and B is zero and the other uniform in +-1/sqrt(its input
     width). That is Kaiming-uniform with a = sqrt(5), the usual choice in LoRA code (the papers do
@@ -34,9 +34,11 @@ def init_lora(
         abstract: Shapes and dtypes of the leaves, a nested dict by module path.
         config: The adapter's config.
         kernels: The base's kernels by module path, stacked over all layers, dense or quantised.
-            DoRA and PiSSA read them, one layer at a time.
+            DoRA and PiSSA read them, one layer at a time; may be empty for others.
         adapted_layers: Indices of the adapted layers; DoRA and PiSSA read these layers of
             `kernels`.
+
+    Raises UserError if PiSSA's rank exceeds a side of a kernel.
     """
 
     pairs = (
@@ -74,6 +76,11 @@ def _over_layers(
 
     Each layer runs as a program of its own. In one program with a loop, the compiler may convert
     the whole stack to float32 at once.
+
+    Args:
+        function: float32 kernel_DF -> a tree of arrays.
+        kernel_LDF: Kernels of all layers, dense or quantised.
+        layers: Indices of the layers.
     """
     found = [
         trees.block_on_cpu(apply_to_layer(function, kernel_LDF, jnp.int32(index)))
@@ -86,9 +93,14 @@ def _over_layers(
 def apply_to_layer(
     function: Callable[[jax.Array], Tree], kernel_LDF: Tree, index: jax.Array
 ) -> Tree:
-    """Returns function(kernel_DF) for layer `index` of a stacked kernel, which may be quantised.
+    """Returns function(kernel_DF) for one layer of a stacked kernel.
 
     Only that layer is made dense and float32.
+
+    Args:
+        function: float32 kernel_DF -> a tree of arrays (static).
+        kernel_LDF: Kernels of all layers, dense or quantised.
+        index: Index of the layer, a scalar.
     """
     kernel_DF = jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), kernel_LDF
@@ -99,7 +111,11 @@ def apply_to_layer(
 def initial_value_function(config: LoRAConfig, module: str) -> Callable[[jax.Array], Tree] | None:
     """Returns the function from a layer's float32 kernel to the initial values that depend on it.
 
-    PiSSA: {lora_a, lora_b}; DoRA: the magnitudes. None: no initial value depends on the kernel.
+    PiSSA: {lora_a, lora_b}; DoRA: the magnitudes [F]. None: no initial value depends on the kernel.
+
+    Args:
+        config: The adapter's config.
+        module: Path of the module, `layers/attention/q`.
     """
     target = target_of(f"{module}/")
     if config.init == "pissa":
@@ -120,10 +136,18 @@ def _column_norms(kernel_DF: jax.Array) -> jax.Array:
 
 
 def singular_pair(kernel_DF: jax.Array, rank: int, scale: float) -> dict[str, jax.Array]:
-    """Returns PiSSA's initial A = U sqrt(S) and B = sqrt(S) V^T / s (eq. 2 and 3 of its paper).
+    """Returns PiSSA's initial {lora_a: A, lora_b: B}; s A B is the kernel's largest part.
 
-    U S V^T is the kernel's singular value decomposition, cut to its `rank` largest singular values;
-    s is `scale`.
+        A = U sqrt(S) [D, R],  B = sqrt(S) V^T / s [R, F]
+
+    U S V^T is the kernel's singular value decomposition, cut to its R largest singular values.
+    Source: Meng et al. 2024 (arXiv 2404.02948), equations 2 and 3; the division by s makes up for
+    the adapter's scale.
+
+    Args:
+        kernel_DF: The kernel, float32.
+        rank: R, at most the smaller side of the kernel.
+        scale: s, the adapter's scale.
     """
     u, s, vt = jnp.linalg.svd(kernel_DF, full_matrices=False)
     root = jnp.sqrt(s[:rank])
@@ -136,6 +160,12 @@ def _pissa(
     """Returns PiSSA's initial {lora_a, lora_b} of one module, stacked over the adapted layers.
 
     Raises UserError if the rank exceeds a side of the kernel.
+
+    Args:
+        config: The adapter's config.
+        module: Path of the module, `layers/attention/q`.
+        kernel_LDF: Kernels of all layers, dense or quantised.
+        adapted_layers: Indices of the adapted layers.
     """
     *_, target = module.split("/")
     rank, most = config.rank_of(target), min(jax.eval_shape(dense, kernel_LDF).shape[-2:])
@@ -147,9 +177,9 @@ def _pissa(
 
 
 def init_head(key: jax.Array | None, width: int) -> Tree:
-    """Returns a scalar head: kernel_D ~ N(0, 1/sqrt(D+1)), bias 0.
+    """Returns a scalar head {kernel [D], bias []}: kernel normal with variance 1/(D+1), bias 0.
 
-    Source: Stiennon et al. 2020, appendix C.
+    Source: Stiennon et al. 2020 (arXiv 2009.01325), appendix C.
 
     Args:
         key: Random key. None: a zero kernel, so that a value model predicts 0 at the start.

@@ -105,7 +105,7 @@ class LoRAConfig:
     def check_read(self) -> None:
         """Raises UserError if `rank` or `alpha` is set although no target uses it.
 
-        No target does if `ranks` or `alphas` names every target.
+        No target uses it if `ranks` or `alphas` names every target.
         """
         for field, patterns in (("rank", "ranks"), ("alpha", "alphas")):
             value, named = getattr(self, field), _pattern(patterns, getattr(self, patterns))
@@ -120,7 +120,7 @@ class LoRAConfig:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Names of the adapted projections."""
+        """Names of the adapted projections, such as ("q", "v")."""
         if self.targets in TARGET_GROUPS:
             return TARGET_GROUPS[self.targets]
         return tuple(name.strip() for name in self.targets.split(","))
@@ -158,7 +158,10 @@ class LoRAConfig:
         return numbers
 
     def restricted(self, names: Sequence[str]) -> LoRAConfig:
-        """Returns the config with only the targets that are in `names`; one of them must be."""
+        """Returns the config with only the targets that are in `names`.
+
+        At least one target must be. Ranks and alphas stay as they are.
+        """
         kept = [target for target in self.projections if target in names]
         numbers = {"ranks": self.rank_of, "alphas": self.alpha_of}
         return dataclasses.replace(
@@ -171,7 +174,7 @@ class LoRAConfig:
         )
 
     def stack_index(self, layer: int) -> int | None:
-        """Returns a layer's index in the adapter's stacked leaves; None: it has no adapter."""
+        """Returns a layer's index in the adapter's stacked leaves; None: it is not adapted."""
         numbers = _layer_numbers(self.layers)
         if self.layers is None:
             return layer
@@ -179,7 +182,10 @@ class LoRAConfig:
 
 
 def _pattern(field: str, text: str) -> dict[str, float]:
-    """Parses `q=4,down=32` into {"q": 4.0, "down": 32.0}; raises UserError for other text."""
+    """Parses `q=4,down=32` into {"q": 4.0, "down": 32.0}.
+
+    Raises UserError for other text, with the config's field name `field` in the message.
+    """
     out = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
@@ -194,7 +200,7 @@ def _pattern(field: str, text: str) -> dict[str, float]:
 
 
 def _layer_numbers(text: str | None) -> tuple[int, ...]:
-    """Parses `0,2,4-7` into (0, 2, 4, 5, 6, 7); None gives ()."""
+    """Parses `0,2,4-7` into (0, 2, 4, 5, 6, 7); None gives (). Raises UserError for other text."""
     return errors.numbers("lora.layers", text, "8-15 or 0,2,4-7")
 
 
@@ -233,7 +239,10 @@ def trainable(adapter: Adapter) -> Adapter:
 
 
 def under_ranks(under: Tree | None) -> dict[str, int] | None:
-    """Returns the rank of the frozen pairs of each projection, keyed by projection name."""
+    """Returns the rank of the frozen pairs of each projection, keyed by its name (q, k, ...).
+
+    None if there are no frozen pairs.
+    """
     if under is None:
         return None
     return {

@@ -47,7 +47,12 @@ class QuantiseConfig:
 
 
 def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
-    """Returns a base leaf in its quantised form, or as it is if it is not a matrix of a layer.
+    """Returns a base leaf in its quantised form, or unchanged if it is not a matrix of a layer.
+
+    Args:
+        name: Path of the leaf, `layers/attention/q/kernel`.
+        leaf: The leaf; matrices are stacked over layers, [L, D, F].
+        config: How matrices are quantised; kind none returns the leaf unchanged.
 
     Raises UserError for a matrix whose number of inputs `config.block` does not divide.
     """
@@ -64,12 +69,21 @@ def quantise_leaf(name: str, leaf: jax.Array, config: QuantiseConfig) -> Tree:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def quantised(kernel_LDF: jax.Array, kind: str, block: int) -> Tree:
-    """Returns the matrices of all layers in the given kind; `block` inputs share a scale."""
+    """Returns the matrices of all layers as one `qwix.QArray`.
+
+    Args:
+        kernel_LDF: The matrices.
+        kind: A key of KINDS (static).
+        block: Number of inputs that share a scale; it must divide D (static).
+    """
     return qwix.quantize(kernel_LDF, KINDS[kind], channelwise_axes=[0, 2], tiled_axes={1: block})
 
 
 def is_matrix(name: str) -> bool:
-    """Returns whether a base leaf is a projection's stacked matrix, which can be quantised."""
+    """Returns whether the base leaf at path `name` is a projection's matrix, stacked over layers.
+
+    Only these leaves are quantised.
+    """
     return name.startswith("layers/") and name.endswith("/kernel")
 
 

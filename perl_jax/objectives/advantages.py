@@ -28,7 +28,7 @@ from perl_jax.types import Array
 
 
 def missing_eos_penalty(score_B: Array, finished_B: Array, penalty: float) -> jax.Array:
-    """Returns score - penalty where the response has no end-of-sequence token, otherwise the score.
+    """Returns each score, reduced by `penalty` where the response has no end-of-sequence token.
 
     Args:
         score_B: Score of each response.
@@ -79,7 +79,7 @@ def overlong_penalty(
 def shape_scores(
     score_B: Array, real_B: Array, *, clip: float | None = None, whiten: bool = False
 ) -> jax.Array:
-    """Returns the scores clipped to [-clip, clip] and, if asked, whitened.
+    """Returns the scores [B], clipped to [-clip, clip] and, with `whiten`, then whitened.
 
     Whitening divides the scores by their standard deviation over the batch and keeps their mean. A
     shifted mean would reward or punish every response alike, and thereby change the length of
@@ -141,7 +141,7 @@ def terminal_return(
 
 
 def returns_to_tokens(return_B: Array, mask_BT: Array) -> jax.Array:
-    """Returns Z_t = R on every response token and 0 elsewhere.
+    """Returns Z_t [B, T]: the row's return R on every response token, and 0 elsewhere.
 
     This is the return of each token for gamma = 1 and a reward on the last token only. Source: PERL
     (arXiv 2403.10704): "Z_t = R_T".
@@ -152,10 +152,14 @@ def returns_to_tokens(return_B: Array, mask_BT: Array) -> jax.Array:
 
 
 def discounted_returns(rewards_BT: Array, mask_BT: Array, gamma: float) -> jax.Array:
-    """Returns Z_t = r_t + gamma Z_t', with t' the next column inside the mask.
+    """Returns Z_t = r_t + gamma Z_t' [B, T], with t' the next column inside the mask.
 
-    Z after the last column is 0. The result is `gae` with all values 0 and lambda = 1. Rewards
-    outside the mask are ignored.
+    Z after the last column is 0. The result is `gae` with all values 0 and lambda = 1.
+
+    Args:
+        rewards_BT: r, the reward of each token; ignored outside the mask.
+        mask_BT: True on response tokens.
+        gamma: Discount of one token, in [0, 1].
     """
     chex.assert_rank([rewards_BT, mask_BT], 2)
     return gae(rewards_BT, jnp.zeros_like(rewards_BT), mask_BT, gamma, 1.0)
@@ -200,8 +204,14 @@ def _gae_step(
 ) -> tuple[tuple[Array, Array], Array]:
     """Computes one column of `gae` in a scan from the last column to the first.
 
-    The carry is (A, V) of the next column inside the mask; a column outside it leaves the carry as
-    it is.
+    Returns the new carry, and A of the column (0 outside the mask).
+
+    Args:
+        gamma: Discount of one token.
+        lam: Lambda.
+        carry: (A, V) of the next column inside the mask; a column outside it leaves the carry as it
+            is.
+        column: (reward, value, mask) of the column, [B] each.
     """
     next_advantage_B, next_value_B = carry
     reward_B, value_B, mask_B = column
@@ -215,7 +225,7 @@ def _gae_step(
 
 
 def leave_one_out(returns_PG: Array) -> jax.Array:
-    """Returns each sample's return minus the mean return of the prompt's other samples.
+    """Returns [P, G]: each sample's return minus the mean return of the prompt's other samples.
 
         A_i = R_i - (mean of the other G - 1 returns) = G / (G - 1) (R_i - mean)
 

@@ -95,6 +95,10 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(_ENTRIES)
 def register_algorithm(name: str, algorithm: Algorithm) -> None:
     """Adds an algorithm to `ALGORITHMS`, for `AlgorithmConfig(name=...)` in this process.
 
+    Args:
+        name: Name of the algorithm.
+        algorithm: Its entry. Registering an equal entry again changes nothing.
+
     Raises UserError if the name belongs to another algorithm, or for an unknown advantage, ratio,
     reduction or place of the KL.
     """
@@ -129,7 +133,14 @@ READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
 
 
 def check_read(option: str, value: Any, default: Any, name: str) -> None:
-    """Raises UserError if an option of READ is set that the algorithm `name` does not read."""
+    """Raises UserError if an option is set although the algorithm `name` does not read it.
+
+    Args:
+        option: Name of the option, a key of READ.
+        value: The option's value; the default always passes.
+        default: The option's default.
+        name: Name of the algorithm, a key of ALGORITHMS.
+    """
     errors.read_by(
         option,
         value,
@@ -257,11 +268,11 @@ class AlgorithmConfig:
 
     @property
     def whitened(self) -> bool:
-        """Whether advantages are whitened."""
+        """Whether advantages are whitened over the batch's response tokens."""
         return self.rule.whiten if self.whiten is None else self.whiten
 
     def constant_length(self, max_response_length: int) -> int | None:
-        """Returns the divisor of the reduction "constant", or None for other reductions."""
+        """Returns `max_response_length`, the divisor of "constant"; None for other reductions."""
         return max_response_length if self.reduction == "constant" else None
 
 
@@ -292,6 +303,12 @@ def compute_advantages(
     Both are 0 outside the mask and have no gradient. advantage_BT is None for "critic", because its
     baseline is the value model at the time of the update (`critic_advantages`). target_BT is None
     without a value model.
+
+    Args:
+        config: The algorithm.
+        outcomes: Returns, rewards and values of the rollouts.
+
+    Raises ValueError if `outcomes.greedy_P` is missing for "greedy".
     """
     outcomes = jax.lax.stop_gradient(outcomes)
     mask_BT, return_B = outcomes.mask_BT, outcomes.return_B
@@ -326,7 +343,13 @@ def compute_advantages(
 
 
 def critic_advantages(target_BT: Array, values_BT: Array, mask_BT: Array) -> jax.Array:
-    """Returns A_t = Z_t - V(x_t) with the current V, without gradient; 0 outside the mask."""
+    """Returns A_t = Z_t - V(x_t) with the current V, without gradient; 0 outside the mask.
+
+    Args:
+        target_BT: Z, the return of each token.
+        values_BT: V of the state before each token.
+        mask_BT: True on response tokens.
+    """
     return jax.lax.stop_gradient(jnp.where(mask_BT, target_BT - values_BT, 0))
 
 
@@ -338,7 +361,7 @@ def policy_loss(
     mask_BT: Array,
     max_response_length: int,
 ) -> LossSum:
-    """Returns the algorithm's policy loss.
+    """Returns the `LossSum` of the algorithm's policy loss: `losses.reinforce` or `losses.clipped`.
 
     Args:
         config: The algorithm.

@@ -51,17 +51,20 @@ def log_ratio(logp_BT: Array, ref_BT: Array) -> jax.Array:
 
 
 def k1(logp_BT: Array, ref_BT: Array) -> jax.Array:
-    """Returns the estimator k1 = d = logp - ref, per token (module docstring)."""
+    """Returns the estimator k1 = d = logp - ref, per token; d is clipped to +-20."""
     return log_ratio(logp_BT, ref_BT)
 
 
 def k2(logp_BT: Array, ref_BT: Array) -> jax.Array:
-    """Returns the estimator k2 = d^2 / 2, d = logp - ref, per token (module docstring)."""
+    """Returns the estimator k2 = d^2 / 2, d = logp - ref, per token; d is clipped to +-20."""
     return 0.5 * jnp.square(log_ratio(logp_BT, ref_BT))
 
 
 def k3(logp_BT: Array, ref_BT: Array) -> jax.Array:
-    """Returns the estimator k3 = exp(-d) - 1 + d, d = logp - ref, per token (module docstring)."""
+    """Returns the estimator k3 = exp(-d) - 1 + d, d = logp - ref, per token.
+
+    d is clipped to +-20.
+    """
     d_BT = log_ratio(logp_BT, ref_BT)
     return jnp.expm1(-d_BT) + d_BT
 
@@ -81,15 +84,20 @@ LOSS_ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({"k2": k2, "k3": k3_
 
 
 def kl_in_reward(logp_BT: Array, ref_BT: Array) -> jax.Array:
-    """Returns the KL of each token for rewards and logs: k1 without gradient (module docstring)."""
+    """Returns the KL of each token for rewards and logs: k1 = logp - ref, without gradient."""
     return jax.lax.stop_gradient(k1(logp_BT, ref_BT))
 
 
 def kl_in_loss(name: str, logp_BT: Array, ref_BT: Array) -> jax.Array:
     """Returns the KL of each token for a loss: the estimator's value with the gradient of k2.
 
-    name: the estimator, a key of LOSS_ESTIMATORS. The reference has no gradient. Raises ValueError
-    for another name. "k1" is not among them, because its gradient is 0 in expectation.
+    Args:
+        name: The estimator, a key of LOSS_ESTIMATORS. "k1" is not among them, because its gradient
+            is 0 in expectation.
+        logp_BT: Log-probabilities under the trained policy; differentiated.
+        ref_BT: Log-probabilities under the reference; without gradient.
+
+    Raises ValueError for an unknown name.
     """
     if name not in LOSS_ESTIMATORS:
         raise ValueError(

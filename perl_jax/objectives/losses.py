@@ -72,8 +72,8 @@ def reduce_tokens(
     Args:
         loss_BT: Loss of each token.
         mask_BT: True on the tokens that count.
-        normalise: The reduction, one of NORMALISERS.
-        length: Divisor of "constant"; None for the other reductions.
+        normalise: The reduction over tokens, one of NORMALISERS.
+        length: Divisor, required for "constant" and None for other reductions.
 
     Raises ValueError for an unknown reduction, or a length that is missing or not needed.
     """
@@ -95,7 +95,13 @@ def reduce_tokens(
 
 
 def sft_loss(logp_BT: Array, response_BT: Array, normalise: str = "token") -> LossSum:
-    """Returns the negative log-likelihood -sum_t log p(token t | tokens < t) of response tokens."""
+    """Returns the `LossSum` of -log p(token t | tokens < t) of response tokens.
+
+    Args:
+        logp_BT: Log-probabilities of the tokens; differentiated.
+        response_BT: True on response tokens.
+        normalise: The reduction over tokens, one of NORMALISERS except "constant".
+    """
     return reduce_tokens(-logp_BT, response_BT, normalise)
 
 
@@ -108,7 +114,7 @@ def bradley_terry(
     probability: Array | float = 1.0,
     centring: float = 0.0,
 ) -> LossSum:
-    """Returns the Bradley-Terry loss of score pairs, each pair times its weight.
+    """Returns the `LossSum` of the Bradley-Terry loss of score pairs, weighted by `weight_B`.
 
         -p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (chosen + rejected)^2,
         d = chosen - rejected - margin
@@ -142,7 +148,7 @@ def bradley_terry(
 
 
 def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
-    """Returns (score - label)^2, each row times its weight."""
+    """Returns the `LossSum` of (score - label)^2, weighted by `weight_B`."""
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
     error_B = masked_values(score_B, real_B) - masked_values(label_B, real_B)
@@ -150,10 +156,15 @@ def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
 
 
 def binary_cross_entropy(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
-    """Returns -y log sigmoid(s) - (1 - y) log sigmoid(-s), each row times its weight.
+    """Returns the `LossSum` of -y log sigmoid(s) - (1 - y) log sigmoid(-s).
 
-    s is the score and y the label, in [0, 1]. Source: PERL (arXiv 2403.10704), pointwise reward
-    model. The result is accurate for scores of any size.
+    Source: PERL (arXiv 2403.10704), pointwise reward model. The result is accurate for scores of
+    any size.
+
+    Args:
+        score_B: s, the score.
+        label_B: y, the label, in [0, 1].
+        weight_B: Weight of each row.
     """
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
@@ -173,11 +184,11 @@ def reinforce(
     old_BT: Array | None = None,
     max_ratio: float | None = None,
 ) -> LossSum:
-    """Returns the REINFORCE loss -sum_t w_t log pi(a_t | x_t) A_t; w_t and A_t have no gradient.
+    """Returns the `LossSum` of the REINFORCE loss -sum_t w_t log pi(a_t | x_t) A_t.
 
-    With A_t = Z_t - V(x_t) it is the policy loss L_PG of PERL (arXiv 2403.10704); ratios are not
-    clipped. The default reduction sums over tokens and averages over sequences, because L_PG is an
-    expectation over episodes.
+    w_t and A_t have no gradient. With A_t = Z_t - V(x_t) it is the policy loss L_PG of PERL (arXiv
+    2403.10704); ratios are not clipped. The default reduction sums over tokens and averages over
+    sequences, because L_PG is an expectation over episodes.
 
     Without old_BT, w_t = 1. With old_BT, w_t = min(pi / pi_old, max_ratio): importance sampling
     with truncated weights for stale samples (Espeholt et al. 2018, arXiv 1802.01561, rho). w_t is
@@ -187,10 +198,12 @@ def reinforce(
         logp_BT: Log-probabilities under the trained policy; differentiated.
         advantage_BT: A_t.
         mask_BT: True on response tokens.
-        normalise: The reduction over tokens.
-        length: Divisor of the reduction "constant".
-        old_BT: Log-probabilities under the policy that sampled.
+        normalise: The reduction over tokens, one of NORMALISERS.
+        length: Divisor, required for "constant" and None for other reductions.
+        old_BT: Log-probabilities under the policy that sampled; None: w_t = 1.
         max_ratio: Upper bound of w_t; given if and only if old_BT is.
+
+    Raises ValueError if only one of old_BT and max_ratio is given.
     """
     chex.assert_rank([logp_BT, advantage_BT, mask_BT], 2)
     if (old_BT is None) != (max_ratio is None):
@@ -214,11 +227,11 @@ def clipped(
     normalise: str,
     length: int | None = None,
 ) -> LossSum:
-    """Returns PPO's clipped loss -min(r A, clip(r, 1 - low, 1 + high) A); A has no gradient.
+    """Returns the `LossSum` of PPO's clipped loss -min(r A, clip(r, 1 - low, 1 + high) A).
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate bounds: Yu et al. 2025
-    (arXiv 2503.14476). For a ratio per sequence, `normalise="sequence-mean"` counts the term once
-    per sequence. At r = 1 the gradient is that of `reinforce`.
+    A has no gradient. Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; separate bounds:
+    Yu et al. 2025 (arXiv 2503.14476). For a ratio per sequence, `normalise="sequence-mean"` counts
+    the term once per sequence. At r = 1 the gradient is that of `reinforce`.
 
     Args:
         ratio_BT: r, from `importance_ratio`.
@@ -226,8 +239,8 @@ def clipped(
         mask_BT: True on response tokens.
         low: Distance of the lower bound from 1, in (0, 1).
         high: Distance of the upper bound from 1, above 0.
-        normalise: The reduction over tokens.
-        length: Divisor of the reduction "constant".
+        normalise: The reduction over tokens, one of NORMALISERS.
+        length: Divisor, required for "constant" and None for other reductions.
 
     Raises ValueError for bounds outside these ranges.
     """
@@ -250,20 +263,22 @@ def value_loss(
     old_BT: Array | None = None,
     clip: float | None = None,
 ) -> LossSum:
-    """Returns sum_t (Z_t - V(x_t))^2, without a factor 1/2; the returns Z have no gradient.
+    """Returns the `LossSum` of (Z_t - V(x_t))^2, without a factor 1/2; Z has no gradient.
 
     Source: PERL (arXiv 2403.10704), L_V. With old_BT, each term is the larger of this and the same
     with V limited to old_BT +- clip: PPO's clipped value loss (code released with Schulman et al.
     2017).
 
     Args:
-        values_BT: V of the state before each token (`logprobs.shift_right`).
+        values_BT: V of the state before each token (`logprobs.shift_right`); differentiated.
         returns_BT: Z, what V is fitted to.
         mask_BT: True on response tokens.
-        normalise: The reduction over tokens.
-        length: Divisor of the reduction "constant".
-        old_BT: Values at sampling time.
+        normalise: The reduction over tokens, one of NORMALISERS.
+        length: Divisor, required for "constant" and None for other reductions.
+        old_BT: Values at sampling time; None: no clipping.
         clip: Largest distance from old_BT; given if and only if old_BT is.
+
+    Raises ValueError if only one of old_BT and clip is given.
     """
     chex.assert_rank([values_BT, returns_BT, mask_BT], 2)
     if (old_BT is None) != (clip is None):
@@ -288,7 +303,7 @@ def kl_loss(
     length: int | None = None,
     weight_B: Array | None = None,
 ) -> LossSum:
-    """Returns the KL of each token (`kl.kl_in_loss`) times the weight of its row.
+    """Returns the `LossSum` of the KL of each token (`kl.kl_in_loss`) times its row's weight.
 
     The gradient is that of the reverse KL per token, for tokens sampled from the current policy.
     Stale samples are not reweighted.
@@ -297,10 +312,11 @@ def kl_loss(
         logp_BT: Log-probabilities under the trained policy; differentiated.
         ref_BT: Log-probabilities under the reference.
         mask_BT: True on response tokens.
-        estimator: A name of `kl.LOSS_ESTIMATORS`.
-        normalise: The reduction over tokens.
-        length: Divisor of the reduction "constant".
-        weight_B: Weight of each row, without gradient; None: 1.
+        estimator: A key of `kl.LOSS_ESTIMATORS`.
+        normalise: The reduction over tokens, one of NORMALISERS.
+        length: Divisor, required for "constant" and None for other reductions.
+        weight_B: Weight of each row, without gradient; None: 1. `LossSum.weight` does not contain
+            it.
     """
     chex.assert_rank([logp_BT, ref_BT, mask_BT], 2)
     kl_BT = kl_in_loss(estimator, *_inside(mask_BT, logp_BT, ref_BT))
@@ -318,7 +334,7 @@ def preference(
     kind: str = "dpo",
     label_smoothing: float | Array = 0.0,
 ) -> LossSum:
-    """Returns a preference loss of h = chosen - rejected, each row times its weight.
+    """Returns the `LossSum` of a preference loss of h = chosen - rejected, weighted by `weight_B`.
 
         "dpo"  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing
                (Rafailov et al. 2023, arXiv 2305.18290, equation 7; e: Mitchell 2023, "A note on DPO
@@ -362,7 +378,10 @@ def _inside(mask_BT: Array, *arrays_BT: Array) -> tuple[jax.Array, ...]:
 
 
 def _weighted(loss_B: Array, weight_B: Array) -> LossSum:
-    """Returns the `LossSum` of row losses. The losses of rows of weight 0 must be finite."""
+    """Returns the `LossSum` of row losses, weighted by `weight_B`.
+
+    The losses of rows of weight 0 must be finite.
+    """
     chex.assert_equal_shape([loss_B, weight_B])
     weight_B = weight_B.astype(loss_B.dtype)
     return LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))

@@ -69,6 +69,11 @@ def policy_gradient_objective(
     Which terms there are depends on the algorithm (`perl_jax.objectives.algorithms`). Policy and
     value model share no trained leaf and each has its own optimizer, so their losses can be added.
 
+    The metrics are policy/loss, policy/ratio, policy/ratio_deviation, policy/clip_fraction,
+    response/entropy, advantage/mean and advantage/square (of x^2); with a KL in the loss kl/loss;
+    with a critic value/loss and mean and square of return and value/error; and those of
+    `experience_of`.
+
     Args:
         lm: The model's functions.
         config: The algorithm.
@@ -76,13 +81,15 @@ def policy_gradient_objective(
         estimator: Estimator of a KL in the loss (`kl.LOSS_ESTIMATORS`).
         max_response_length: Largest number of response tokens; responses lie in that many last
             columns.
-        roles: Adapters: "policy" and, for algorithms with a critic, "value".
+        roles: Adapters by name: "policy" and, for algorithms with a critic, "value".
         base: The frozen base.
         batch: Scored rollouts, or what `experience_of` makes scored rollouts of.
-        key: Key of dropout; None: no dropout.
-        experience_of: Completes a batch that lacks the log-probabilities of the policy that
-            sampled. The trained policy still is that policy, so the log-probabilities of this pass
-            are used.
+        key: Random key of dropout; None: no dropout.
+        experience_of: (batch, log-probabilities of this pass) -> (scored rollouts, metrics), for a
+            batch that lacks the log-probabilities of the policy that sampled. The trained policy
+            still is that policy. None: `batch` is complete.
+
+    Raises ValueError if the algorithm has a critic and the batch has no target_BT.
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
@@ -150,10 +157,16 @@ def policy_gradient_objective(
 def _ratio_logs(
     config: AlgorithmConfig, logp_BT: Array, old_BT: Array, mask_BT: Array
 ) -> dict[str, jax.Array]:
-    """Returns metrics of the importance ratio, each an array [B, T].
+    """Returns metrics of the importance ratio, each an array [B, T] without gradient.
 
     policy/ratio: the ratio. policy/ratio_deviation: its distance from 1. policy/clip_fraction:
     whether it lies outside the algorithm's bounds.
+
+    Args:
+        config: The algorithm.
+        logp_BT: Log-probabilities under the trained policy.
+        old_BT: Log-probabilities under the policy that sampled.
+        mask_BT: True on response tokens.
     """
     ratio_BT = jax.lax.stop_gradient(
         ratios.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
@@ -173,11 +186,22 @@ def _ratio_logs(
 
 
 def _token_means(mask_BT: Array, values: dict[str, Array]) -> Logs:
-    """Returns `LossSum`s whose mean is the mean of each array over response tokens."""
+    """Returns a `LossSum` for each array, whose mean is the array's mean over response tokens.
+
+    Args:
+        mask_BT: True on response tokens.
+        values: The arrays [B, T]; the result has the same keys.
+    """
     tokens = losses.count_tokens(mask_BT)
     return {name: LossSum(masked_sum(x_BT, mask_BT), tokens) for name, x_BT in values.items()}
 
 
 def _moments(name: str, x_BT: Array, mask_BT: Array) -> Logs:
-    """Returns the mean of x and of x^2 over response tokens, under NAME/mean and NAME/square."""
+    """Returns the mean of x and of x^2 over response tokens, under NAME/mean and NAME/square.
+
+    Args:
+        name: NAME.
+        x_BT: x.
+        mask_BT: True on response tokens.
+    """
     return _token_means(mask_BT, {f"{name}/mean": x_BT, f"{name}/square": jnp.square(x_BT)})

@@ -21,7 +21,11 @@ def response_log_ratio(
 ) -> jax.Array:
     """Returns sum_t (log pi - log pi_ref) over each row's response tokens, [B].
 
-    mean: divide the sum by the number of response tokens.
+    Args:
+        logp_BT: Log-probabilities under the policy.
+        reference_BT: Log-probabilities under the reference.
+        response_BT: True on response tokens.
+        mean: Divide the sum by the number of response tokens.
     """
     total_B = masked_sum(logp_BT, response_BT, axis=1) - masked_sum(
         reference_BT, response_BT, axis=1
@@ -45,7 +49,10 @@ class Preferences:
 
     @property
     def reference_BT(self) -> jax.Array:
-        """Reference log-probabilities in the row order of `passes.interleaved_pairs`, [2 B, T]."""
+        """Reference log-probabilities [2 B, T], with chosen and rejected rows in turn.
+
+        It is the row order of `passes.interleaved_pairs`.
+        """
         return interleave(self.chosen_BT, self.rejected_BT)
 
 
@@ -64,15 +71,15 @@ def preference_objective(
 ) -> tuple[LossSum, Logs]:
     """Returns the DPO or IPO loss (`losses.preference`) of a batch of comparisons, and metrics.
 
-    Metrics: the implicit rewards beta log(pi / pi_ref) of chosen and rejected responses, and the
-    share of pairs in which the chosen one is higher.
+    The metrics are weighted means over pairs. dpo/chosen_reward and dpo/rejected_reward: implicit
+    rewards beta log(pi / pi_ref). train/accuracy: share of pairs in which the chosen one is higher.
 
     Args:
         lm: The model's functions.
-        roles: Adapters: "policy".
+        roles: Adapters by name: "policy".
         base: The frozen base.
         batch: Comparisons with reference log-probabilities.
-        key: Key of dropout; None: no dropout.
+        key: Random key of dropout; None: no dropout.
         kind: "dpo" or "ipo".
         beta: Scale of the log-ratios.
         label_smoothing: Probability that a preference is wrong.

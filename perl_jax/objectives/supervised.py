@@ -16,20 +16,34 @@ from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
 def sft_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Tokens, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the negative log-likelihood of response tokens, averaged over tokens; no metrics."""
+    """Returns the negative log-likelihood of response tokens, averaged over tokens; no metrics.
+
+    Args:
+        lm: The model's functions.
+        roles: Adapters by name: "policy".
+        base: The frozen base.
+        batch: Demonstrations: prompts with their responses.
+        key: Random key of dropout; None: no dropout.
+    """
     logp_BT = sequence_logprobs(lm, base, roles["policy"], batch, key=key)
     return losses.sft_loss(logp_BT, batch.response_BT), {}
 
 
 def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
-    """Returns 1 where the chosen score is higher, 1/2 where both are equal, and 0 elsewhere [B]."""
+    """Returns 1 where the chosen score is higher, 1/2 where both are equal, 0 elsewhere; [B]."""
     return jnp.where(chosen_B > rejected_B, 1.0, jnp.where(chosen_B == rejected_B, 0.5, 0.0))
 
 
 def accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
-    """Returns the weighted share of pairs whose chosen score is the higher one.
+    """Returns the `LossSum` whose mean is the weighted share of pairs that scores order rightly.
 
-    A tie counts 1/2. Pairs of two equal responses do not count.
+    A pair counts 1 if its chosen score is the higher one, and 1/2 if both are equal. Pairs of two
+    equal responses do not count.
+
+    Args:
+        batch: The comparisons, with their weights.
+        chosen_B: Scores of the preferred responses.
+        rejected_B: Scores of the other responses.
     """
     weight_B = batch.weight_B * responses_differ(batch)
     return LossSum(jnp.sum(in_order(chosen_B, rejected_B) * weight_B), jnp.sum(weight_B))
@@ -45,14 +59,16 @@ def pairwise_objective(
     soft_labels: bool = False,
     centring: float = 0.0,
 ) -> tuple[LossSum, Logs]:
-    """Returns the Bradley-Terry loss (`losses.bradley_terry`) with the rows' margins, and accuracy.
+    """Returns the Bradley-Terry loss (`losses.bradley_terry`) with the rows' margins, and metrics.
+
+    The only metric is train/accuracy (`accuracy`).
 
     Args:
         lm: The model's functions.
-        roles: Adapters: "reward".
+        roles: Adapters by name: "reward".
         base: The frozen base.
         batch: Comparisons.
-        key: Key of dropout; None: no dropout.
+        key: Random key of dropout; None: no dropout.
         soft_labels: Whether a row's known preference probability is its label; otherwise it is 1.
         centring: Coefficient that keeps the mean score of a pair near 0.
     """
@@ -72,9 +88,17 @@ def pairwise_objective(
 def pointwise_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the binary cross-entropy of labels, and the accuracy.
+    """Returns the binary cross-entropy of labels, and metrics.
 
-    The accuracy is the share of rows whose score is above 0 exactly if the label is above 1/2.
+    The only metric is train/accuracy: the weighted share of rows whose score is above 0 exactly if
+    the label is above 1/2.
+
+    Args:
+        lm: The model's functions.
+        roles: Adapters by name: "reward".
+        base: The frozen base.
+        batch: Responses with labels in [0, 1].
+        key: Random key of dropout; None: no dropout.
     """
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     right = LossSum(
@@ -88,6 +112,14 @@ def pointwise_objective(
 def regression_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the squared error of scores against ratings; no metrics."""
+    """Returns the squared error of scores against ratings; no metrics.
+
+    Args:
+        lm: The model's functions.
+        roles: Adapters by name: "reward".
+        base: The frozen base.
+        batch: Responses with ratings.
+        key: Random key of dropout; None: no dropout.
+    """
     score_B = scores(lm, base, roles["reward"], batch.tokens, key)
     return losses.squared_error(score_B, batch.label_B, batch.weight_B), {}

@@ -56,7 +56,10 @@ class Settings:
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings | None:
-    """Reads the settings from environment variables; None: a single process.
+    """Returns the settings in environment variables; None if they describe a single process.
+
+    The variables are PERL_JAX_HOSTS=auto, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID together; and PERL_JAX_CONNECT_SECONDS and PERL_JAX_HEARTBEAT_SECONDS.
 
     Raises UserError for settings that are incomplete or impossible.
     """
@@ -87,7 +90,16 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
 
 
 def _whole(environment: Mapping[str, str], name: str, least: int, most: int | None) -> int:
-    """Returns an environment variable as an integer in [least, most]; raises UserError."""
+    """Returns an environment variable as an integer.
+
+    Args:
+        environment: The environment variables.
+        name: Name of the variable. If it is not set, its entry of DEFAULT_SECONDS is used.
+        least: Smallest allowed value.
+        most: Largest allowed value; None: no limit.
+
+    Raises UserError for a value that is not an integer in [least, most].
+    """
     text = environment.get(name) or str(DEFAULT_SECONDS.get(name, ""))
     good = text.isdecimal() and int(text) >= least and (most is None or int(text) <= most)
     bound = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -101,14 +113,16 @@ def _whole(environment: Mapping[str, str], name: str, least: int, most: int | No
 def connect(command: str, settings: Settings | None) -> None:
     """Makes this process one of several; call it before anything uses a device.
 
-    Afterwards the death of another process ends this one, with exit status 1 and a sentence that
-    begins with `command`, at the latest after the heartbeat timeout.
+    It waits until all processes have called it. Afterwards the death of another process ends this
+    one, with exit status 1 and a sentence that begins with `command`, at the latest after the
+    heartbeat timeout. If the others do not come in time, it ends this process likewise.
 
     Args:
         command: Name of the command, for messages.
         settings: How to connect. None: nothing happens, the process stays alone.
 
-    Raises UserError if no cluster is found or the address cannot be used.
+    Raises UserError if no cluster is found, if the address cannot be used, or if several processes
+    run on CPUs without gloo.
     """
     if settings is None:
         return
@@ -166,8 +180,13 @@ _handlers: list[Any] = []
 def _end_on_abort(sentence: str, status: int = 1) -> None:
     """Makes an abort of this process, by any thread, print `sentence` and exit with `status`.
 
-    The handler is installed through C. A Python handler would run in the main thread, which may
-    wait in a collective operation for ever, and an abort does not wait for it.
+    It replaces what an earlier call installed. The handler is installed through C. A Python handler
+    would run in the main thread, which may wait in a collective operation for ever, and an abort
+    does not wait for it.
+
+    Args:
+        sentence: Text on standard error; "": nothing is printed.
+        status: Exit status.
     """
     text = f"{sentence}\n".encode() if sentence else b""
 
@@ -184,16 +203,21 @@ def _end_on_abort(sentence: str, status: int = 1) -> None:
 
 
 def disconnect() -> None:
-    """Waits until all processes have come to this call, then disconnects from them."""
+    """Waits until all processes have come to this call, then disconnects from them.
+
+    A single process returns at once.
+    """
     if connected():
         barrier("end")
         jax.distributed.shutdown()
 
 
 def leave(status: int) -> int:
-    """Ends this process without waiting for the others; a single process only returns `status`.
+    """Ends this process with exit status `status`, without waiting for the others.
 
-    The normal exit of JAX waits for the others, which may be waiting for this process.
+    A single process is not ended: the function returns `status`. Process 0 waits two seconds first,
+    so that the others can print their own errors. The normal exit of JAX would wait for the others,
+    which may be waiting for this process.
     """
     if not connected():
         return status

@@ -22,7 +22,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """Rebuilds a frozen config, nested ones included, from the output of `to_dict`.
+    """Returns a frozen config, nested ones included, from the output of `to_dict`.
+
+    Args:
+        cls: The config's class.
+        values: The fields, keyed by name; fields with a default may be missing.
 
     Raises UserError for a field that the class does not have, so that settings written by a newer
     version are not dropped silently, and for a missing field without a default.
@@ -45,7 +49,10 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _restore(hint: Any, value: Any) -> Any:
-    """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples."""
+    """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples.
+
+    hint: the field's type annotation.
+    """
     candidates = typing.get_args(hint) or (hint,)
     for candidate in candidates:
         if (
@@ -71,12 +78,15 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value as JSON, atomically."""
+    """Writes a value as JSON with sorted keys, atomically (`write_atomically`)."""
     write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads a JSON file; raises UserError that names the file if it is missing or invalid."""
+    """Returns the content of a JSON file.
+
+    Raises UserError that names the file if it is missing, cannot be read or is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -106,7 +116,7 @@ def digest(value: Any) -> str:
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a JSON object with its own digest added under the key `checksum`."""
+    """Returns a JSON object with its own digest under the key `checksum`, added or replaced."""
     values = {name: value for name, value in values.items() if name != "checksum"}
     return values | {"checksum": digest(values)}
 
@@ -125,11 +135,10 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def new_folder(to: str) -> Iterator[pathlib.Path]:
-    """Context manager that yields a path to write to; it becomes the folder `to` when the block
-    ends.
+    """Context manager that yields a path; it becomes the folder `to` when the block ends.
 
-    The yielded path does not exist yet. After an error nothing is left of it. Raises UserError if
-    `to` exists.
+    Write a folder or file at the yielded path, which does not exist yet. After an error nothing is
+    left of it. Missing parents of `to` are created. Raises UserError if `to` exists.
     """
     folder = pathlib.Path(to).expanduser()
     require(not folder.exists(), f"{folder} exists already; give --to a folder that does not.")

@@ -35,7 +35,7 @@ def connected() -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Returns whether an error was caused by the loss of another process."""
+    """Returns whether an error was caused by the loss of another process, by the error's text."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
@@ -60,9 +60,10 @@ def barrier(name: str) -> None:
 
 
 def writer_first(make: Callable[[], Any]) -> Any:
-    """Returns make(), called by the writer first and by the other processes afterwards.
+    """Returns make(), called by process 0 first and by the other processes afterwards.
 
-    So the others find on a shared disk what the first call wrote.
+    So the others find on a shared disk what the first call wrote. All processes must call this
+    function.
     """
     if is_writer():
         made = make()
@@ -86,12 +87,15 @@ def all_gather(array: np.ndarray) -> np.ndarray:
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether the flag is True on any process: the same answer on all."""
+    """Returns whether the flag is True on any process: the same answer on all.
+
+    All processes must call this function.
+    """
     return bool(all_gather(np.asarray(flag)).any())
 
 
 def broadcast_flag(flag: bool) -> bool:
-    """Returns the flag of process 0 on all processes.
+    """Returns the flag of process 0 on all processes, which must all call this function.
 
     For facts about a file system, which one process may see earlier than another.
     """
@@ -102,7 +106,11 @@ def broadcast_flag(flag: bool) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Returns the tree with every array that lies partly on other hosts copied to this one."""
+    """Returns the tree with every array that lies partly on other hosts copied to this one.
+
+    Such arrays become whole numpy arrays; other leaves are unchanged. All processes must call this
+    function.
+    """
     if not is_distributed():
         return tree
     away = lambda leaf: (
@@ -147,14 +155,15 @@ class Share:
         return self.leaders[self.index] == jax.process_index()
 
     def part(self, rows: np.ndarray) -> np.ndarray:
-        """Returns this process's part of the rows of a whole batch."""
+        """Returns this process's part of the rows of a whole batch, [rows, ...]."""
         size = len(rows) // self.count
         return rows[self.index * size : (self.index + 1) * size]
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Returns the rows of the whole batch on every process, from each process's part.
 
-        Of several processes with the same part, the leader's rows are taken.
+        Of several processes with the same part, the leader's rows are taken. All processes must
+        call this method.
         """
         found = all_gather(rows)
         return np.concatenate([found[leader] for leader in self.leaders])
@@ -164,8 +173,11 @@ class Share:
 def share(sharding: NamedSharding) -> Share:
     """Returns this process's share of batches that are sharded over rows.
 
-    Raises UserError if a process would have rows that are not contiguous, or parts would differ in
-    size.
+    Args:
+        sharding: Sharding of the batches: rows over the mesh's batch axes.
+
+    Raises UserError if a process would have rows that are not contiguous, if parts would differ in
+    size, or if there are other processes and this one is not connected to them.
     """
     if not is_distributed():
         require(
@@ -229,13 +241,16 @@ class Termination:
             signal.raise_signal(signal.SIGTERM)
 
     def asked(self) -> bool:
-        """Returns whether any process has received SIGTERM; all must call it at the same step."""
+        """Returns whether any process has received SIGTERM so far.
+
+        All processes must call this method at the same step.
+        """
         return any_process(self.noted)
 
 
 def to_host(tree: Tree) -> Tree:
     """Returns a tree of device arrays as whole numpy arrays on this host.
 
-    All processes must call it.
+    All processes must call this function.
     """
     return jax.tree.map(np.asarray, jax.device_get(fetch(tree)))

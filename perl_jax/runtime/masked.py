@@ -22,15 +22,18 @@ Axis = int | tuple[int, ...] | None
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Returns sum_i mask_i x_i over `axis` (default: all axes); x and mask have one shape."""
+    """Returns sum_i mask_i x_i over `axis`, in at least float32; x and mask have one shape.
+
+    axis: None: all axes.
+    """
     return jnp.sum(masked_values(x, mask), axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Returns sum_i mask_i x_i / max(sum_i mask_i, 1) over `axis` (default: all axes).
+    """Returns sum_i mask_i x_i / max(sum_i mask_i, 1) over `axis`, in at least float32.
 
-    Over all axes it divides by the number of True positions of the whole batch, so rows with more
-    True positions have more weight.
+    axis: None: all axes. It then divides by the number of True positions of the whole batch, so
+    rows with more True positions have more weight.
     """
     total = masked_sum(x, mask, axis)
     return total / _count(mask, axis, total.dtype)
@@ -40,7 +43,7 @@ def masked_deviation(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
     """Returns x_i - mean over `axis`, in the shape of x; 0 where the mask is False.
 
     Equal elements give exactly 0, even if their mean would be rounded. So a later division by a
-    tiny standard deviation cannot turn rounding errors into a signal.
+    tiny standard deviation cannot turn rounding errors into a signal. axis: None: all axes.
     """
     return _mean_and_deviation(x, mask, axis)[1]
 
@@ -48,7 +51,7 @@ def masked_deviation(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
 def masked_var(x: Array, mask: Array, axis: Axis = None, *, ddof: int = 0) -> jax.Array:
     """Returns sum_i mask_i (x_i - mean)^2 / max(n - ddof, 1), n the number of True positions.
 
-    One True position, or equal elements, give exactly 0.
+    One True position, or equal elements, give exactly 0. axis: None: all axes.
     """
     return _variance(masked_deviation(x, mask, axis), mask, axis, ddof)
 
@@ -58,9 +61,16 @@ def masked_whiten(
 ) -> jax.Array:
     """Returns (x - mean) / sqrt(var + epsilon), plus the mean unless `shift_mean`; 0 where masked.
 
-    Mean and variance (divided by n - ddof) are over all True positions. Advantages are whitened
-    with shift_mean, rewards without, as in the code released with Ziegler et al. 2019 (arXiv
-    1909.08593). Equal elements become 0 with shift_mean and stay as they are without.
+    Mean and variance are over all True positions. Advantages are whitened with shift_mean, rewards
+    without, as in the code released with Ziegler et al. 2019 (arXiv 1909.08593). Equal elements
+    become 0 with shift_mean and stay as they are without.
+
+    Args:
+        x: Values.
+        mask: True on positions that count, in the shape of x.
+        shift_mean: Whether the result has mean 0; False: it keeps the mean of x.
+        epsilon: Added to the variance.
+        ddof: The variance divides by n - ddof, n the number of True positions.
     """
     mean, deviation = _mean_and_deviation(x, mask, None)
     whitened = deviation * jax.lax.rsqrt(_variance(deviation, mask, None, ddof) + epsilon)
@@ -87,7 +97,7 @@ def _variance(deviation: jax.Array, mask: Array, axis: Axis, ddof: int) -> jax.A
 
 
 def _count(mask: Array, axis: Axis, dtype: jnp.dtype, keepdims: bool = False) -> jax.Array:
-    """Returns max(number of True positions, 1)."""
+    """Returns max(number of True positions, 1) over `axis`, in `dtype`."""
     return jnp.maximum(jnp.sum(mask, axis=axis, dtype=dtype, keepdims=keepdims), 1)
 
 

@@ -43,8 +43,11 @@ def platform_of(mesh: Mesh | None) -> str:
 
 
 def decoding_options(mesh: Mesh | None, quantised: bool = False) -> dict[str, Any]:
-    """Returns the XLA options for a program that decodes tokens.
+    """Returns the XLA options for a program that decodes tokens, keyed by their names.
 
-    They are empty for quantised matrices, which cuBLAS would need dense.
+    Args:
+        mesh: Mesh of the program; None: a single device.
+        quantised: Whether the base's matrices are quantised. Then there are no options, because
+            cuBLAS would need them dense.
     """
     return {} if quantised else dict(_DECODING.get(platform_of(mesh), {}))

@@ -26,7 +26,7 @@ def einsum(dimensions: str, *operands: Array, dtype: object = None) -> jax.Array
     """Returns jnp.einsum with the precision of `precision_of`.
 
     Args:
-        dimensions: The subscripts.
+        dimensions: The subscripts, such as "bnxk,bnsk->bnxs".
         operands: The arrays.
         dtype: Dtype of accumulation and result; None: the operands' dtype.
     """

@@ -52,8 +52,12 @@ class Memory:
 def use_compilation_cache(folder: str | None) -> None:
     """Makes JAX keep compiled programs in `folder`, for this and later processes.
 
-    Programs that took a second or more to compile are kept. None changes nothing. Raises UserError
-    if the folder cannot be created.
+    Programs that took a second or more to compile are kept. The folder is created if it is missing.
+
+    Args:
+        folder: Path or URL; None changes nothing.
+
+    Raises UserError if the folder cannot be created.
     """
     if folder is None:
         return
@@ -124,11 +128,18 @@ class Program:
         self._compiled: dict[Any, Any] = {}
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """Traces the function for arguments, or their shapes and shardings, without compiling."""
+        """Returns the traced function, not compiled, for arguments or their shapes.
+
+        Shapes may have shardings (`jax.ShapeDtypeStruct`).
+        """
         return self._jitted.trace(*args)
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the program; compiles it first where the arguments have a new signature."""
+        """Runs the program and returns its outputs; compiles it first for a new signature.
+
+        The signature is the arguments' tree structure, shapes, dtypes and shardings. Donated
+        arguments cannot be used afterwards. Raises RuntimeError at more signatures than the limit.
+        """
         leaves, structure = jax.tree.flatten(args)
         # Shardings belong to the signature: a program compiled for one mesh cannot take arrays of
         # another mesh.
@@ -157,7 +168,7 @@ class Program:
         return len(self._compiled)
 
     def memory(self) -> Memory | None:
-        """Returns the memory of the compilation with the largest peak; None if there is none."""
+        """Returns the memory of the compilation with the largest peak; None before the first."""
         accounts = []
         for compiled in self._compiled.values():
             a = compiled.memory_analysis()

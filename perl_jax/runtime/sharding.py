@@ -68,12 +68,17 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a (data, fsdp, tensor) mesh over the devices, in their order.
 
-    By default it uses all devices, sorted by slice and host. Then only the outermost axis, data,
-    spans slices, which a slow network connects. An order that follows the links within a slice more
-    closely would spread the rows of a host, and each host must load contiguous rows.
+    Only the data axis crosses slices (groups of devices that a slow network connects), if the
+    devices are sorted by slice.
+
+    Args:
+        config: Number of devices along each axis; data = -1: all remaining devices.
+        devices: The devices; None: all devices, sorted by slice and host.
 
     Raises UserError if the config does not use all devices.
     """
+    # An order that follows the links within a slice more closely would spread the rows of a host,
+    # and each host must load contiguous rows.
     whole = lambda device: (getattr(device, "slice_index", None) or 0, device.process_index)
     devices = sorted(jax.devices(), key=whole) if devices is None else list(devices)
     inner = config.fsdp * config.tensor
@@ -91,7 +96,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def partition_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh, pieces: Mapping[str, int] | None = None
 ) -> PartitionSpec:
-    """Returns the PartitionSpec of one leaf.
+    """Returns the PartitionSpec of one leaf, by its logical axes and RULES.
 
     Vectors are replicated, and so are dimensions that their mesh axis does not divide.
 
@@ -100,7 +105,7 @@ def partition_spec(
         shape: Shape of the leaf.
         mesh: The mesh.
         pieces: Number of parts that a logical axis can be cut into, where it is not the size of the
-            dimension: attention heads stay whole.
+            dimension: attention heads stay whole. None: always the size.
 
     Raises KeyError for a logical axis without a rule, and ValueError if two dimensions map to one
     mesh axis.
@@ -122,13 +127,13 @@ def partition_spec(
 def leaf_shardings(
     axes: Tree, abstract: Tree, mesh: Mesh, pieces: Mapping[str, int] | None = None
 ) -> dict[str, NamedSharding]:
-    """Returns the sharding of every leaf, keyed by path name.
+    """Returns the sharding of every leaf, keyed by path.
 
     Args:
         axes: Tree of tuples of logical axis names, one tuple per leaf.
         abstract: Tree of shapes.
         mesh: The mesh.
-        pieces: See `partition_spec`.
+        pieces: Number of parts that a logical axis can be cut into, as in `partition_spec`.
     """
     flat = jax.tree.leaves(axes, is_leaf=lambda node: isinstance(node, tuple))
     leaves = trees.named_leaves(abstract)
@@ -139,7 +144,7 @@ def leaf_shardings(
 
 
 def state_shardings(abstract_state: Tree, placed: Mapping[str, NamedSharding], mesh: Mesh) -> Tree:
-    """Returns the sharding of every leaf of a training state.
+    """Returns the sharding of every leaf of a training state, as a tree like `abstract_state`.
 
     Args:
         abstract_state: Tree of shapes.
@@ -189,7 +194,13 @@ def fitted_sharding(
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *entries: str | tuple[str, ...] | None) -> jax.Array:
-    """Returns x constrained to `fitted_sharding`; unchanged on a single device."""
+    """Returns x constrained to `fitted_sharding`; unchanged on a single device.
+
+    Args:
+        x: The array.
+        mesh: The mesh; None: a single device.
+        entries: Mesh axis (or tuple of axes) of each dimension; None: replicated.
+    """
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitted_sharding(mesh, x.shape, *entries))

@@ -13,7 +13,10 @@ _SAID = 300
 
 
 def short_message(error: BaseException) -> str:
-    """Returns the first line of a storage error, cut to 300 characters, without its settings."""
+    """Returns the first line of a storage error, cut to 300 characters, without its settings.
+
+    An error without text gives the name of its class.
+    """
     line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec")[0]
     return (line if len(line) <= _SAID else f"{line[:_SAID]} ...") or type(error).__name__
 
@@ -28,5 +31,11 @@ def _retrieved(record: logging.LogRecord) -> bool:
 
 
 def changed_leaves(tree: Tree, saved: Mapping[str, str]) -> list[str]:
-    """Returns the names of leaves whose content differs from saved digests (`trees.digests`)."""
+    """Returns the names of leaves whose content differs from saved digests, sorted.
+
+    Args:
+        tree: The tree of arrays.
+        saved: The digests, keyed by path (`trees.digests`). A leaf without a digest counts as
+            changed.
+    """
     return sorted(name for name, text in trees.digests(tree).items() if saved.get(name) != text)

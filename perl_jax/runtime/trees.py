@@ -24,9 +24,9 @@ def path_name(path: tuple) -> str:
 
 
 def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> dict[str, Array]:
-    """Returns every leaf keyed by path name, in the order of the tree.
+    """Returns every leaf keyed by path (`path_name`), in the order of the tree.
 
-    is_leaf: as in `jax.tree.map`.
+    is_leaf: whether a node counts as a leaf, as in `jax.tree.map`; None: arrays are leaves.
     """
     return {
         path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
@@ -34,14 +34,26 @@ def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> d
 
 
 def map_named(function: Callable[..., Array], tree: Tree, *rest: Tree) -> Tree:
-    """Returns `jax.tree.map` of a function that receives each leaf's path name first."""
+    """Returns `jax.tree.map` of a function that receives each leaf's path first.
+
+    Args:
+        function: (path, leaf, leaves of the other trees at this path) -> new leaf.
+        tree: The first tree.
+        rest: Further trees of the same structure.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
 
 
 def insert(tree: dict, name: str, leaf: Array) -> None:
-    """Puts a leaf into nested dicts at the path `name`."""
+    """Puts a leaf into nested dicts, in place.
+
+    Args:
+        tree: The nested dicts; missing levels are added.
+        name: Path of the leaf, such as `layers/attention/q/kernel`.
+        leaf: The leaf.
+    """
     *above, last = name.split("/")
     for part in above:
         tree = tree.setdefault(part, {})
@@ -49,12 +61,12 @@ def insert(tree: dict, name: str, leaf: Array) -> None:
 
 
 def count(tree: Tree) -> int:
-    """Returns the number of array elements."""
+    """Returns the number of array elements of all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def size_bytes(tree: Tree) -> int:
-    """Returns the bytes of all leaves, in global shapes, one copy each."""
+    """Returns the bytes of all leaves, in global shapes: copies on other devices do not count."""
     return sum(int(np.prod(leaf.shape)) * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
 
 
@@ -79,9 +91,9 @@ def global_norm(tree: Tree) -> jax.Array:
 def fingerprint(tree: Tree) -> str:
     """Returns 16 hex digits that identify the weights of a base model.
 
-    They are the SHA-256 of every leaf's path, shape and up to 4,096 evenly spaced elements, rounded
-    to bfloat16. Rounding makes them equal for a checkpoint loaded in bfloat16 and in float32.
-    Sampling makes them quick for large models.
+    They are the SHA-256 of every leaf's path, shape and evenly spaced elements (4,096 to 8,191 of a
+    large leaf, all of a smaller one), rounded to bfloat16. Rounding makes them equal for a
+    checkpoint loaded in bfloat16 and in float32. Sampling makes them quick for large models.
     """
     return fingerprint_of_marks(
         {name: leaf_mark(name, leaf) for name, leaf in named_leaves(tree).items()}
@@ -89,9 +101,13 @@ def fingerprint(tree: Tree) -> str:
 
 
 def leaf_mark(name: str, leaf: Array) -> bytes:
-    """Returns the bytes of one leaf that enter the fingerprint.
+    """Returns the bytes of one leaf that enter the fingerprint: path, shape and sampled elements.
 
-    For trees whose leaves are never in memory together.
+    For trees whose leaves are never in memory together (`fingerprint_of_marks`).
+
+    Args:
+        name: Path of the leaf.
+        leaf: The leaf.
     """
     if isinstance(leaf, jax.Array):
         sample = np.asarray(sample_leaf(leaf, leaf.sharding))
@@ -102,7 +118,10 @@ def leaf_mark(name: str, leaf: Array) -> bytes:
 
 
 def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """Returns indices [X] of evenly spaced elements of the flattened leaf, per dimension."""
+    """Returns the indices of evenly spaced elements of an array, one array [X] per dimension.
+
+    X is 4,096 to 8,191, or all elements of a smaller array. The shape () gives ().
+    """
     size = math.prod(shape)
     positions = np.arange(0, size, max(1, size // _FINGERPRINT_SAMPLES))
     return np.unravel_index(positions, shape) if shape else ()
@@ -182,7 +201,7 @@ def block_on_cpu(tree: Tree) -> Tree:
 
 
 def fingerprint_of_marks(marks: Mapping[str, bytes]) -> str:
-    """Returns the fingerprint of a tree from its leaves' marks (`leaf_mark`), by name."""
+    """Returns the `fingerprint` of a tree from its leaves' marks, keyed by path (`leaf_mark`)."""
     digest = hashlib.sha256()
     for _, mark in sorted(marks.items()):
         digest.update(mark)
@@ -190,7 +209,7 @@ def fingerprint_of_marks(marks: Mapping[str, bytes]) -> str:
 
 
 def digests(tree: Tree) -> dict[str, str]:
-    """Returns `dtype[shape]:16 hex digits` of each leaf, keyed by name, to detect changed content.
+    """Returns `dtype[shape]:16 hex digits` of each leaf, keyed by path, to detect changed content.
 
     The digits are two sums, modulo 2^32, of a hash of each element's bits and index. One changed
     bit always changes the sums; other changes go unnoticed with probability 2^-64. The sums do not
