@@ -6,7 +6,7 @@ import perl_jax as pj
 
 
 def above_the_median(return_PG):
-    """A = R - median of the prompt's R. Less moved by one outlier than the mean is."""
+    """Returns A = R - median of the prompt's R. One outlier moves the median less than the mean."""
     return return_PG - jnp.median(return_PG, axis=1, keepdims=True)
 
 

@@ -7,7 +7,10 @@ or a file with it. In Python: `pj.train_rl(..., rewards=[pj.reward(brevity)])`.
 
 
 def brevity(prompts, responses, rows):
-    """1 for a response of at most the row's number of words (5 where it has none), less above."""
+    """Returns 1 for a response of at most the row's number of words (5 if the row has none).
+
+    For a longer response it returns limit / number of words.
+    """
     limits = [row.get("words", 5) for row in rows]
     return [
         min(1.0, limit / max(len(response.split()), 1))
