@@ -18,8 +18,9 @@ import pytest
 
 import perl_jax as pj
 from perl_jax.data.tasks import get_task
-from perl_jax.hub import config_json, weights
+from perl_jax.hub import config_json, families, weights
 from perl_jax.models.language_model import LanguageModel
+from perl_jax.objectives import algorithms
 from perl_jax.objectives.algorithms import AlgorithmConfig, Outcomes, compute_advantages
 from perl_jax.rewards.models import total_of
 from perl_jax.runtime import sharding
@@ -57,6 +58,17 @@ def one_device():
         one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
         patch.setattr(sharding, "make_mesh", one)
         yield
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What a test registers is no other test's."""
+    tables = (algorithms._ENTRIES, families._ENTRIES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="module")
