@@ -43,10 +43,10 @@ class TfIdf:
         self.weights = np.log((1 + len(texts)) / (1 + counts)) + 1
 
     def matrix(self, texts: Iterable[str]) -> scipy.sparse.csr_matrix:
-        """Returns the features of texts, [texts, terms], each row with length 1.
+        """Returns the features of texts, [texts, terms]; each row has length 1.
 
-        Terms that are not in the training texts are left out; a text without any other has a row of
-        0.
+        Terms that are not in the training texts are left out. The row of a text that has only such
+        terms is 0.
         """
         data, columns, starts = [], [], [0]
         for text in texts:

@@ -12,7 +12,7 @@ from perl_jax.errors import require
 
 # Padded lengths are multiples of this.
 MULTIPLE = 8
-# The row index that stands for no row: it fills up the last batch of an evaluation.
+# The index of a filler row, with which the last batch of an evaluation is filled up.
 FILLER = -1
 
 

@@ -45,7 +45,7 @@ class Dataset:
     gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None
 
     def rows(self, split: str) -> Sequence[Row]:
-        """Returns the rows of a split. Raises UserError for a split without rows."""
+        """Returns the rows of a split; raises UserError if the split has no rows."""
         require(
             split in self.splits,
             f"{self.name} has no {self.kind} rows in a {split} split; it has "
@@ -100,11 +100,10 @@ def of_rows(
 
 
 def _without_defaults(row: Any) -> Any:
-    """Returns a row without the columns whose value is their default, as such a value may not pass
-    the checks.
+    """Returns a row without the columns whose value is their default (`store.DEFAULTS`).
 
-    A default means that a value is not given: an unknown probability is NaN, no group is "". A
-    value that is no mapping is returned unchanged.
+    Such a value may not pass the checks, because it means that nothing is given: an unknown
+    probability is NaN, no group is "". A value that is no mapping is returned unchanged.
     """
     if not isinstance(row, Mapping):
         return row

@@ -100,9 +100,9 @@ def packed_sizes(planned: int, padded: int) -> list[int]:
     ]
 
 
-# Of rollouts: how many lengths of packed rows there are for each padded length of the prompts,
-# those for responses that fill 1/4, 2/4, ... of `max_response_length` on average; and what the
-# lengths are multiples of, so that short responses have few lengths too.
+# Each padded length of the prompts has ROLLOUT_LEVELS lengths of packed rollouts: for responses that
+# have 1/4, 2/4, ... of `max_response_length` tokens on average. The lengths are multiples of
+# ROLLOUT_SLOTS, so that short responses have few lengths too.
 ROLLOUT_LEVELS, ROLLOUT_SLOTS = 4, 64
 
 

@@ -33,7 +33,7 @@ from perl_jax.data.tokenise import Encoder, TokenRows, tokenise
 from perl_jax.errors import UserError, positive, require
 from perl_jax.runtime.hosts import Share
 
-# The whole of each batch.
+# The share of a single process: whole batches.
 WHOLE = Share(0, 1, (0,))
 # How many batches are examined to choose the lengths of packed rows, rounded up to whole epochs.
 _PLANNED = 512

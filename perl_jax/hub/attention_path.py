@@ -45,7 +45,7 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
 
 
 def _choice(config: ModelConfig, mesh: Mesh) -> kernels.AttentionChoice:
-    """Returns the best attention path for the mesh's devices, with the reason."""
+    """Returns the best attention path for the model on the mesh's devices, with the reason."""
     return kernels.choose_attention(
         platform_of(mesh),
         config,

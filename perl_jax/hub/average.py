@@ -61,8 +61,8 @@ def run_average(config: AverageConfig) -> pathlib.Path:
         )
         values: dict[str, Any] = {}
         if roles == ["reward"]:
-            # The summed head gives the weighted sum of raw scores, so its moments are weighted
-            # sums too.
+            # The summed head gives the weighted sum of the scores before normalisation, so its
+            # moments are weighted sums too.
             mean, std = (
                 float(np.dot(weights, part))
                 for part in zip(*((r.score_mean, r.score_std) for r in records), strict=True)

@@ -363,7 +363,11 @@ class ModelOptions:
         one_of("attention", self.attention, ("auto", *ATTENTION))
 
     def check_forward(self, command: str) -> None:
-        """Raises UserError for options of the backward pass in a command that only runs forward."""
+        """Raises UserError if `remat`, an option of the backward pass, is set.
+
+        Args:
+            command: The name of a command that computes no gradients, for the message.
+        """
         unread(self, ("remat",), command, ("training",))
 
 

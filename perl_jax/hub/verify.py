@@ -1,4 +1,4 @@
-"""Compares an export or an import, as read back from disk, with the role that was meant."""
+"""Compares an export or an import, as read back from disk, with the role that it was made from."""
 
 from __future__ import annotations
 

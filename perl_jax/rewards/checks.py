@@ -11,20 +11,18 @@ from perl_jax.errors import is_number, require
 
 
 def number(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is a finite number."""
+    """Raises UserError, naming `field`, unless `value` is a finite number."""
     require(is_number(value), f"{field} is {value!r}; it must be a finite number.")
 
 
 def count(field: str, value: Any, least: int) -> None:
-    """Raises UserError unless `value` is a whole number of at least `least`."""
+    """Raises UserError, naming `field`, unless `value` is a whole number of at least `least`."""
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(good, f"{field} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def text(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is a string with at least one character that is not white
-    space.
-    """
+    """Raises UserError, naming `field`, unless `value` is a string that is not blank."""
     require(
         isinstance(value, str) and bool(value.strip()),
         f"{field} is {value!r}; it must be a text that is not empty.",
@@ -32,7 +30,8 @@ def text(field: str, value: Any) -> None:
 
 
 def texts(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is a list or tuple of strings that are not blank.
+    """Raises UserError, naming `field`, unless `value` is a list or tuple of strings that are not
+    blank.
 
     A single string is refused: Python would read it as a sequence of letters. An empty list passes.
     """
@@ -43,7 +42,7 @@ def texts(field: str, value: Any) -> None:
 
 
 def flag(field: str, value: Any) -> None:
-    """Raises UserError unless `value` is True or False."""
+    """Raises UserError, naming `field`, unless `value` is True or False."""
     require(isinstance(value, bool), f"{field} is {value!r}; it must be true or false.")
 
 

@@ -50,10 +50,10 @@ def check_url(url: Any) -> None:
 
 
 def chat_url(url: str) -> str:
-    """Returns the address for chat completions: `url` with `/chat/completions` at the end of its
-    path.
+    """Returns the address to which requests for chat completions go.
 
-    A `url` without a path gets the path `/v1` first. An address that already ends so is kept.
+    It is `url` with `/chat/completions` at the end of its path, unless the path already ends so. A
+    `url` without a path gets the path `/v1` first.
     """
     parts = urllib.parse.urlsplit(url)
     path = parts.path.rstrip("/") or "/v1"

@@ -135,7 +135,7 @@ def with_turn_end(tokens: Tokens, ends: TurnEnd) -> Tokens:
     ended_B1 = jnp.isin(back(tokens_BT, 0), jnp.asarray(ends.stop_ids, jnp.int32)) & jnp.any(
         response_BT, axis=1, keepdims=True
     )
-    # How many tokens of the stop part are there, counted from its end up to the first missing one.
+    # How many tokens at the response's end equal the end of the stop part.
     matching_B1, goes_on_B1 = jnp.zeros_like(last_B1), ended_B1
     for places, token in enumerate(reversed(ends.stop_part)):
         goes_on_B1 = (

@@ -275,8 +275,8 @@ def checked_value(target: str, value: Any, index: int, response: str) -> float:
 def to_float(value: Any) -> float | None:
     """Returns a value as a float, or None if it is not a number.
 
-    Numbers are Python's, NumPy's and JAX's, and arrays and tensors of any library without axes. An
-    integer that is too large for a float gives infinity.
+    Numbers of Python, NumPy and JAX count, and so do arrays and tensors without axes. An integer
+    that is too large for a float gives infinity.
     """
     if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:
         return None
