@@ -75,8 +75,7 @@ def check_edges(edges: Sequence[int], longest: int) -> tuple[int, ...]:
 def training_plan(
     lengths: np.ndarray, edges: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> Plan:
-    """Returns the shuffled batches of one epoch; there are at most len(lengths) // batch_size of
-    them.
+    """Returns the shuffled batches of one epoch, len(lengths) // batch_size of them.
 
     The rows are permuted by (seed, epoch) and grouped by the smallest bucket that they fit into.
     The rows of a bucket that do not fill a whole batch join the next larger bucket, in the order of

@@ -100,8 +100,8 @@ def packed_sizes(planned: int, padded: int) -> list[int]:
     ]
 
 
-# Each padded length of the prompts has ROLLOUT_LEVELS lengths of packed rollouts: for responses that
-# have 1/4, 2/4, ... of `max_response_length` tokens on average. The lengths are multiples of
+# Each padded length of the prompts has ROLLOUT_LEVELS lengths of packed rollouts, for responses of
+# 1/4, 2/4, ... of `max_response_length` tokens on average. The lengths are multiples of
 # ROLLOUT_SLOTS, so that short responses have few lengths too.
 ROLLOUT_LEVELS, ROLLOUT_SLOTS = 4, 64
 

@@ -30,7 +30,7 @@ def for_devices(config: ModelConfig, mesh: Mesh, attention: str = "auto") -> Mod
             (`kernels.choose_attention`).
 
     Raises:
-        UserError: CPUs do not support the path.
+        UserError: The devices are CPUs, which do not support the path.
     """
     path = _choice(config, mesh).path if attention == "auto" else attention
     if platform_of(mesh) != "cpu":

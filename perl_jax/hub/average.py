@@ -39,8 +39,8 @@ def run_average(config: AverageConfig) -> pathlib.Path:
     """Writes the weighted sum of adapters as an artefact and returns its folder.
 
     The mean and the standard deviation that normalise reward models' scores are summed with the
-    same weights. Raises UserError, and leaves no folder, if roles, numbers of weights or adapters
-    do not fit together, or the folder exists.
+    same weights. Raises UserError, and writes nothing, if the folder exists, or if roles, numbers
+    of weights or adapters do not fit together.
     """
     number = len(config.adapters)
     require(number > 0, "Give at least one adapter to average.")

@@ -103,7 +103,7 @@ def run_export(config: ExportConfig) -> Exported:
     """Writes an export, reads it back, compares its outputs with the role's, and returns an
     `Exported`.
 
-    Raises UserError, and leaves no folder, if outputs differ, the folder exists, or options do not
+    Raises UserError, and leaves nothing, if the folder exists, outputs differ, or options do not
     fit together.
     """
     require(

@@ -37,8 +37,8 @@ def run_import(config: ImportConfig) -> pathlib.Path:
     its folder.
 
     The scores of a reward model are used unchanged: its record gets mean 0 and standard deviation
-    1. Raises UserError, and leaves no folder, if the adapter is not supported or does not fit the
-    base.
+    1. Raises UserError, and leaves nothing, if the folder exists, or the adapter is not supported
+    or does not fit the base.
     """
     folder = pathlib.Path(config.peft).expanduser()
     require(folder.is_dir(), f"There is no folder {folder}.")

@@ -81,7 +81,7 @@ class Model:
         return sharding.state_shardings(abstract, placed, self.mesh)
 
     def place(self, tree: Tree) -> Tree:
-        """Returns a role or a train state on the devices, with the shardings of
+        """Puts a role or a train state on the devices and returns it, with the shardings of
         `adapter_shardings`.
         """
         return jax.device_put(tree, self.adapter_shardings(tree))
@@ -216,9 +216,11 @@ def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokeni
 
 
 def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Model:
-    """Loads a base model from disk directly onto its devices.
+    """Loads a base model from disk directly onto its devices and returns it with its tokenizer.
 
         load_model("Qwen/Qwen3-0.6B", dtype="bfloat16")
+
+    Uses the CPU if there is no accelerator, and the compilation cache that the options name.
 
     Args:
         model: A local folder in Hugging Face's format, a hub name, or all options in one object.
