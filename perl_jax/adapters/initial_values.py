@@ -124,7 +124,12 @@ def initial_value_function(config: LoRAConfig, module: str) -> Callable[[jax.Arr
 
 
 def _pissa_function(config: LoRAConfig, target: str) -> Callable[[jax.Array], Tree]:
-    """Returns the function from a layer's float32 kernel to PiSSA's {lora_a, lora_b}."""
+    """Returns the function from a layer's float32 kernel to PiSSA's {lora_a, lora_b}.
+
+    Args:
+        config: The adapter's config.
+        target: Name of the projection, such as "q".
+    """
     return functools.partial(
         singular_pair, rank=config.rank_of(target), scale=config.scale_of(target)
     )

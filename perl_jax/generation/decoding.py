@@ -220,7 +220,12 @@ def attend_cached(
 
 
 def _logits(q_BNXK: Array, k_BNSK: CacheEntry) -> jax.Array:
-    """Returns q k^T, float32 [B, N, X, S], for X queries per key/value head."""
+    """Returns q k^T, float32 [B, N, X, S].
+
+    Args:
+        q_BNXK: X queries per key/value head.
+        k_BNSK: Cached keys; the scale of int8 keys is multiplied into the result.
+    """
     logits = precision.einsum(
         "bnxk,bnsk->bnxs", q_BNXK, k_BNSK.values.astype(q_BNXK.dtype), dtype=jnp.float32
     )
@@ -230,7 +235,10 @@ def _logits(q_BNXK: Array, k_BNSK: CacheEntry) -> jax.Array:
 def _mixed(weights_BNXS: Array, v_BNSK: CacheEntry, dtype: jnp.dtype) -> jax.Array:
     """Returns the product of weights and values, [B, N, X, K], in `dtype`.
 
-    The scale of an int8 value is multiplied into its weight.
+    Args:
+        weights_BNXS: Attention weights of X queries per key/value head.
+        v_BNSK: Cached values; the scale of int8 values is multiplied into the weights.
+        dtype: Dtype of the activations.
     """
     if v_BNSK.scale is not None:
         weights_BNXS = weights_BNXS * v_BNSK.scale[:, :, None, :]

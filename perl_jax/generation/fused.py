@@ -34,9 +34,14 @@ ALIGNED = 64
 
 
 def fusible(base: Tree, adapter: Adapter | None) -> bool:
-    """Returns whether attention's projections can be fused.
+    """Returns whether attention's projections can be fused by `fuse`.
 
-    Their matrices must be dense. DoRA cannot be fused: it rescales outputs by norms of W + s A B.
+    Their matrices must be dense and not fused already. DoRA cannot be fused: it rescales outputs by
+    norms of W + s A B.
+
+    Args:
+        base: The frozen base.
+        adapter: The adapter; None: the base itself.
     """
     attention = base["layers"]["attention"]
     quantised = any(is_quantised(leaf) for leaf in jax.tree.leaves(attention, is_leaf=is_quantised))

@@ -95,6 +95,11 @@ def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
     Merging costs 2 R D F operations per matrix once, applying 2 R (D + F) per token. For kernels
     that are not float32 the answer is False: rounding to bfloat16 would lose small updates, and the
     sampled policy would differ from the trained one.
+
+    Args:
+        base: The frozen base.
+        adapter: The adapter.
+        tokens: Number of tokens that will be computed.
     """
     kernels = adapted_kernels(base, adapter).values()
     if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):

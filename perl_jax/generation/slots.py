@@ -138,6 +138,10 @@ def constrained_slots(lm: LanguageModel, state: Slots) -> Slots:
 
     Slots are split over the mesh's data and fsdp axes; keys and values also over `tensor`, like the
     heads that read them.
+
+    Args:
+        lm: Gives the mesh; without one the state is unchanged.
+        state: The state.
     """
     placed = map_rows(
         state,

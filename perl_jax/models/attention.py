@@ -28,9 +28,10 @@ MASKED = -1e30
 
 
 def positions(valid_BT: Array) -> jax.Array:
-    """Returns each token's rotary position: the number of real tokens before it.
+    """Returns each token's rotary position [B, T]: the number of real tokens before it.
 
-    Leading padding has position 0.
+    Leading padding has position 0, and later padding that of the last real token. `valid_BT` is
+    True on real tokens.
     """
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
 
@@ -39,7 +40,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Returns the rotary frequencies in radians per position, float32 [K/2].
 
     They are theta^(-2i/K) for i = 0 .. K/2 - 1 (Su et al. 2021, arXiv 2104.09864), scaled as
-    `rope.scaling` says.
+    `rope.scaling` says. `head_dim` is K.
     """
     plain = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if rope.scaling == "none":
@@ -53,7 +54,13 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotary_angles(positions_BT: Array, head_dim: int, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of position * frequency, float32 [B, T, 1, K/2] each."""
+    """Returns cos and sin of position * frequency, float32 [B, T, 1, K/2] each.
+
+    Args:
+        positions_BT: Rotary position of each token (`positions`).
+        head_dim: K.
+        rope: The frequencies.
+    """
     angles = (
         positions_BT.astype(jnp.float32)[:, :, None, None]
         * frequencies(rope, head_dim)[None, None, None, :]
@@ -210,7 +217,10 @@ def _blocked(
 
 
 def _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing):
-    """Returns the output, and the residuals of the backward pass."""
+    """Returns the output of `attend_blocked`, and the residuals of the backward pass.
+
+    The residuals are (q, k, v, output, largest logits, sums, mask_BTS, read_BT, packing).
+    """
     spread = packing.spread if packing is not None else lambda x_BT: x_BT
     heads, kv_heads = q.shape[2], k.shape[2]
     inputs = (_group_heads(spread(x), kv_heads) for x in (q, k, v))
@@ -221,7 +231,14 @@ def _blocked_forward(cap, wide, q, k, v, mask_BTS, read_BT, packing):
 
 
 def _blocked_backward(cap, wide, kept, cotangent):
-    """Returns the gradients of q, k and v; masks and packing have none."""
+    """Returns the gradients of q, k and v; masks and packing have none.
+
+    Args:
+        cap: Cap of the logits; None: no cap.
+        wide: Whether the device is an accelerator.
+        kept: The residuals of `_blocked_forward`.
+        cotangent: Gradient of the output, packed if the output is.
+    """
     q, k, v, out, *sums, mask_BTS, read_BT, packing = kept
     spread = packing.spread if packing is not None else lambda x_BT: x_BT
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -275,7 +292,10 @@ def _map_rows(
 
 
 def _block(length: int, wide: bool) -> int:
-    """Returns the number of queries in a block, for rows of `length` tokens."""
+    """Returns the number of queries in a block, for rows of `length` tokens.
+
+    wide: whether the device is an accelerator, where long rows have longer blocks.
+    """
     return QUERY_BLOCK * (-(-length // (QUERY_BLOCK * WIDE_BLOCKS)) if wide else 1)
 
 
@@ -416,7 +436,7 @@ def _logits(q_NGXK: jax.Array, k_N1SK: jax.Array) -> jax.Array:
 
 
 def _masked(logits_NYS: jax.Array, mask_XS: jax.Array) -> jax.Array:
-    """Returns the logits with MASKED where the mask is False."""
+    """Returns the logits [N, G X, S] with MASKED where the mask [X, S] is False."""
     masked_NGXS = jnp.where(
         mask_XS[None, None], logits_NYS.reshape(logits_NYS.shape[0], -1, *mask_XS.shape), MASKED
     )

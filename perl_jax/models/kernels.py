@@ -423,6 +423,7 @@ def _permuted_forward(x_BTHK, order_BT, inverse_BT):
 
 
 def _permuted_backward(kept, cotangent_BTHK):
+    """Returns the gradient of x: the inverse permutation of the cotangent."""
     order_BT, inverse_BT = kept
     return _permuted(cotangent_BTHK, inverse_BT, order_BT), None, None
 

@@ -537,7 +537,7 @@ def _weights(base: Tree, adapter: Adapter | None) -> Tree:
 def _head(adapter: Adapter | None, hidden: Array) -> jax.Array:
     """Returns the scalar head's output [...], float32, for hidden states [..., D].
 
-    Raises ValueError if there is no head.
+    Raises ValueError if `adapter` is None or has no head.
     """
     if adapter is None or adapter.head is None:
         raise ValueError(

@@ -87,7 +87,12 @@ class LayerKinds:
 
     @classmethod
     def of(cls, config: ModelConfig, positions_BT: Array) -> LayerKinds:
-        """Returns the kinds of a model's layers for tokens at these positions."""
+        """Returns the kinds of a model's layers for tokens at the given rotary positions.
+
+        Args:
+            config: The model.
+            positions_BT: Rotary position of each token.
+        """
         windowed, unrotated = set(config.windowed), set(config.unrotated)
         local = config.local_rope or config.rope
         ropes = [

@@ -93,6 +93,7 @@ def _rounded_product_forward(x_ND, weight_DF, dtype):
 
 
 def _rounded_product_backward(dtype, kept, dy_NF):
+    """Returns (dx in the dtype of x, dW in the dtype of W)."""
     x_ND, weight_DF = kept
     dx_ND = precision.matmul(dy_NF, weight_DF.astype(x_ND.dtype).T, x_ND.dtype)
     return dx_ND, precision.matmul(x_ND.T, dy_NF, weight_DF.dtype)
@@ -243,7 +244,7 @@ class FusedLinear(nnx.Module):
         )
 
     def __call__(self, x_ND: Array) -> list[jax.Array]:
-        """Returns the output of each layer, [N, F of the layer], in the order of the names."""
+        """Returns a list of each layer's output [N, its F], in the order of `names`."""
         features = sum(self.widths)
         out_NF = matmul(x_ND, self.kernel[...])
         if self.up is not None:

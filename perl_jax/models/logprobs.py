@@ -265,7 +265,7 @@ def _with_slopes(
 
 
 def _with_slopes_forward(piece, pieces, hidden_BTD, following_BT):
-    """Returns the results of all pieces, and d logp / d hidden as residual."""
+    """Returns the results of all pieces, and d logp / d hidden [B, T, D] as residual."""
 
     def with_slope(hidden_BCD, following_BC):
         """Returns log-probabilities, entropies and d logp / d hidden of a few columns."""

@@ -37,7 +37,12 @@ class Network:
 
 @functools.lru_cache(maxsize=64)
 def network(config: ModelConfig, adapted: AdapterSpec) -> Network:
-    """Returns the split network of a model's config and its adapters; results are cached."""
+    """Returns the split network of a model; results are cached.
+
+    Args:
+        config: The model.
+        adapted: Which adapters its linear layers have.
+    """
     block = nnx.eval_shape(lambda: Block(config, adapted, nnx.Rngs(0)))
     outer = nnx.eval_shape(lambda: Embedder(config, nnx.Rngs(0)))
     block_graph, base, adapter, _ = nnx.split(block, nnx.Param, LoRAParam, UnderParam)
@@ -58,7 +63,12 @@ def network(config: ModelConfig, adapted: AdapterSpec) -> Network:
 
 
 def _axes(state: nnx.State, prefix: tuple[str, ...]) -> dict:
-    """Returns the logical axis names of each leaf, as nested dicts of tuples, `prefix` first."""
+    """Returns the logical axis names of each leaf, as nested dicts of tuples.
+
+    Args:
+        state: Variables with the metadata `axes`.
+        prefix: Names that come first in each tuple.
+    """
     out: dict = {}
     for path, variable in nnx.to_flat_state(state):
         node = out

@@ -154,9 +154,12 @@ def _by_part(x_BT: Array, parts: int) -> jax.Array:
 
 
 def gather(x_WX: Array, index_WY: Array) -> jax.Array:
-    """Returns the entries [W, Y, ...] of each row of x [W, X, ...] at the row's own indices.
+    """Returns the entries [W, Y, ...] of each row of x at the row's own indices.
 
-    Indices outside the row are clipped to its first or last entry.
+    Args:
+        x_WX: Rows of X entries, [W, X, ...].
+        index_WY: Indices of Y entries per row; indices outside the row are clipped to its first or
+            last entry.
     """
     take = lambda x_X, index_Y: jnp.take(x_X, index_Y, axis=0, mode="clip")
     return jax.vmap(take)(x_WX, index_WY)

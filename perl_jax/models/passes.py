@@ -117,7 +117,15 @@ def logprobs_in_microbatches(
 def values_in_microbatches(
     lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, tokens: Tokens
 ) -> jax.Array:
-    """Returns `values` [B, T] without dropout, computed one microbatch at a time."""
+    """Returns `values` [B, T] without dropout, computed one microbatch at a time.
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of microbatches (`microbatches.each_microbatch`).
+        base: The frozen base.
+        adapter: The critic; it must have a scalar head.
+        tokens: The batch.
+    """
     return each_microbatch(lambda part: values(lm, base, adapter, part), tokens, microbatches)
 
 

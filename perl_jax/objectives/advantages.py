@@ -229,8 +229,13 @@ def leave_one_out(returns_PG: Array) -> jax.Array:
 
         A_i = R_i - (mean of the other G - 1 returns) = G / (G - 1) (R_i - mean)
 
-    Equal returns give exactly 0. Source: Kool et al. 2019; Ahmadian et al. 2024 (arXiv 2402.14740),
-    RLOO. Raises ValueError for G = 1.
+    Equal returns give exactly 0. Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline
+    for free!"; Ahmadian et al. 2024 (arXiv 2402.14740), RLOO.
+
+    Args:
+        returns_PG: R, the return of each sample.
+
+    Raises ValueError for G = 1.
     """
     samples = _samples(returns_PG)
     everything_PG = jnp.ones(returns_PG.shape, bool)

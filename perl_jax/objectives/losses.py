@@ -148,7 +148,13 @@ def bradley_terry(
 
 
 def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
-    """Returns the `LossSum` of (score - label)^2, weighted by `weight_B`."""
+    """Returns the `LossSum` of (score - label)^2.
+
+    Args:
+        score_B: Scores.
+        label_B: What the scores are fitted to.
+        weight_B: Weight of each row.
+    """
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
     error_B = masked_values(score_B, real_B) - masked_values(label_B, real_B)

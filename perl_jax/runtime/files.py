@@ -78,7 +78,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value as JSON with sorted keys, atomically (`write_atomically`)."""
+    """Writes a value as JSON with sorted keys to a file, atomically (`write_atomically`)."""
     write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 

@@ -123,9 +123,9 @@ def fetch(tree: Any) -> Any:
 
 
 def replicated(array: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
-    """Returns a host array as a device array that is whole on every device.
+    """Returns a host array as a device array that is whole on every device of the mesh.
 
-    All processes must pass the same array. A single process gets its array back.
+    All processes must pass the same array. A single process gets its array back, unchanged.
     """
     if not is_distributed():
         return array

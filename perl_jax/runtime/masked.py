@@ -97,12 +97,18 @@ def _variance(deviation: jax.Array, mask: Array, axis: Axis, ddof: int) -> jax.A
 
 
 def _count(mask: Array, axis: Axis, dtype: jnp.dtype, keepdims: bool = False) -> jax.Array:
-    """Returns max(number of True positions, 1) over `axis`, in `dtype`."""
+    """Returns max(number of True positions of the mask, 1) over `axis`, in `dtype`.
+
+    axis: None: all axes. keepdims: keep reduced axes with size 1.
+    """
     return jnp.maximum(jnp.sum(mask, axis=axis, dtype=dtype, keepdims=keepdims), 1)
 
 
 def _mean_and_deviation(x: Array, mask: Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
-    """Returns the masked mean, broadcast to the shape of x, and x - mean."""
+    """Returns the masked mean over `axis`, broadcast to the shape of x, and x - mean.
+
+    The deviation is 0 where the mask is False. axis: None: all axes.
+    """
     values = masked_values(x, mask)
     # The smallest element is subtracted first: for equal elements that gives exact zeros, which a
     # subtraction of a rounded mean does not. The offset does not change the result, so it needs no

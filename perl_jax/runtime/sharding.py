@@ -217,14 +217,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_share(mesh: Mesh) -> hosts.Share:
-    """Returns the part of a batch's rows that this process loads."""
+    """Returns the part of a batch's rows that this process loads; batches are split over `mesh`."""
     return hosts.share(batch_sharding(mesh))
 
 
 def put_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """Returns host arrays (this process's rows of a batch) as global arrays sharded over rows.
+    """Returns host arrays as global arrays that are sharded over rows.
 
-    Raises UserError if the number of rows is not a multiple of data x fsdp.
+    Args:
+        batch: Tree of host arrays, this process's rows of a batch (`row_share`).
+        mesh: The mesh.
+
+    Raises UserError if the number of rows of the whole batch is not a multiple of data x fsdp.
     """
     sharding = batch_sharding(mesh)
     rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}

@@ -232,7 +232,7 @@ def dtype_and_shape(leaf: Array | jax.ShapeDtypeStruct) -> str:
 
 @jax.jit
 def content_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the two uint32 sums of `digests`."""
+    """Returns the two uint32 sums of `digests`, two scalars, for one leaf."""
     bits_ = _as_bits(leaf).astype(jnp.uint32)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
