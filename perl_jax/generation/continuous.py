@@ -46,7 +46,7 @@ HALVINGS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A prompts that enter together, and the slots of their G samples each.
+    """New prompts that enter together: A prompts, and the slots of their G samples each.
 
     Attributes:
         tokens_AS: Token ids of the prompts.

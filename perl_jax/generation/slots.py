@@ -169,7 +169,7 @@ def admit_prompts(
 ) -> Slots:
     """Returns the state with new prompts in their slots and each new row's first token sampled.
 
-    A prompts with G samples each enter. A new row replaces what its slot held before.
+    There are A new prompts with G samples each. A new row replaces what its slot held before.
 
     Args:
         lm: The model's functions.

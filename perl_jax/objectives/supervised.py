@@ -16,7 +16,7 @@ from perl_jax.types import Array, Labelled, Pairs, Tokens, Tree
 def sft_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Tokens, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the negative log-likelihood of response tokens, averaged over tokens; no metrics.
+    """Returns the `LossSum` of -log p of response tokens, averaged over tokens, and no metrics.
 
     Args:
         lm: The model's functions.
@@ -35,10 +35,10 @@ def in_order(chosen_B: Array, rejected_B: Array) -> jax.Array:
 
 
 def accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
-    """Returns the `LossSum` whose mean is the weighted share of pairs that scores order rightly.
+    """Returns the accuracy of scores, as a `LossSum` whose mean is the weighted share of pairs.
 
-    A pair counts 1 if its chosen score is the higher one, and 1/2 if both are equal. Pairs of two
-    equal responses do not count.
+    A pair counts 1 if its chosen score is the higher one, 1/2 if both are equal, and 0 otherwise.
+    Pairs of two equal responses do not count at all.
 
     Args:
         batch: The comparisons, with their weights.
@@ -88,7 +88,7 @@ def pairwise_objective(
 def pointwise_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the binary cross-entropy of labels, and metrics.
+    """Returns the `LossSum` of the binary cross-entropy of labels, and metrics.
 
     The only metric is train/accuracy: the weighted share of rows whose score is above 0 exactly if
     the label is above 1/2.
@@ -112,7 +112,7 @@ def pointwise_objective(
 def regression_objective(
     lm: LanguageModel, roles: dict[str, Adapter], base: Tree, batch: Labelled, key: jax.Array | None
 ) -> tuple[LossSum, Logs]:
-    """Returns the squared error of scores against ratings; no metrics.
+    """Returns the `LossSum` of squared errors of scores against ratings, and no metrics.
 
     Args:
         lm: The model's functions.

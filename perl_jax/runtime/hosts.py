@@ -35,7 +35,7 @@ def connected() -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Returns whether an error was caused by the loss of another process, by the error's text."""
+    """Returns whether an error was caused by the loss of another process, judged by its text."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
