@@ -55,9 +55,12 @@ def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -
 
 
 def positive(field: str, value: float, *, zero: bool = False) -> None:
-    """Raises UserError if `value` is not a finite number above 0 (with `zero`: at least 0).
+    """Raises UserError if `value` is not a finite number above 0.
 
-    `field` is the name in the message.
+    Args:
+        field: Name of the field in the message.
+        value: The field's value.
+        zero: Whether 0 is allowed too.
     """
     good = (
         isinstance(value, (int, float))

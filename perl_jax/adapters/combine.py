@@ -75,7 +75,8 @@ def stack(frozen: Adapter, fresh: Adapter, layers: int) -> Adapter:
 def _concatenated(parts: Sequence[Tree]) -> Tree:
     """Returns pairs whose sum is that of all parts, concatenated along the rank.
 
-    parts: trees in the form of `Adapter.under`; a module may be missing in some of them.
+    Args:
+        parts: Trees in the form of `Adapter.under`; a module may be missing in some of them.
     """
     out: dict = {}
     names = dict.fromkeys(name for part in parts for name in trees.named_leaves(part))

@@ -140,7 +140,10 @@ class LoRAConfig:
 
     @property
     def scaling_rule(self) -> str:
-        """The formula of the scale, as written into an artefact's record."""
+        """The formula of the scale as text, for an artefact's record.
+
+        "alpha / sqrt(rank)" if rank-stabilised, else "alpha / rank".
+        """
         return "alpha / sqrt(rank)" if self.rank_stabilised else "alpha / rank"
 
     def adapted_layers(self, layers: int) -> tuple[int, ...]:

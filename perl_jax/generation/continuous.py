@@ -164,7 +164,8 @@ class ContinuousSampler:
     def __call__(
         self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array
     ) -> Rollout:
-        """Returns the rollout of `samples` responses to each prompt, as `sampling.sample` would.
+        """Returns the rollout of `self.samples` responses to each prompt, as `sampling.sample`
+        would.
 
         The rows are in the order of the prompts, and a prompt's samples are consecutive. Prompts
         without real tokens get no response.

@@ -19,7 +19,7 @@ def sampling_config(
 ) -> SamplingConfig:
     """Returns how to sample from a model: with its stop tokens, and what suits its platform.
 
-    The fields `stages` and `fused` are chosen for the platform, such that decoding is fast.
+    The fields `stages` and `fused` are chosen for the platform, so that decoding is fast.
 
     Args:
         model: The model.

@@ -244,7 +244,7 @@ def decode_chunk(
     until: Array,
     key: Array,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Decodes at most `chunk` steps, fewer once no more than `until` rows are active.
+    """Decodes at most `chunk` steps, fewer once no more than `until` rows have not ended.
 
     Returns the new state, and for the host (done_B, length_B, number of steps taken).
 
@@ -256,7 +256,7 @@ def decode_chunk(
         base: The frozen base.
         adapter: The policy; None: the base itself.
         state: The state before.
-        until: Number of active rows at which decoding stops, a scalar.
+        until: Number of rows that have not ended at which decoding stops, a scalar.
         key: Key data of the rollout's random key (`jax.random.key_data`).
     """
     key_B = row_keys(jax.random.wrap_key_data(key), state.row_B)

@@ -294,7 +294,7 @@ def _map_rows(
 def _block(length: int, wide: bool) -> int:
     """Returns the number of queries in a block, for rows of `length` tokens.
 
-    wide: whether the device is an accelerator, where long rows have longer blocks.
+    With `wide` (on accelerators), long rows have longer blocks.
     """
     return QUERY_BLOCK * (-(-length // (QUERY_BLOCK * WIDE_BLOCKS)) if wide else 1)
 

@@ -312,7 +312,7 @@ class Embedder(nnx.Module):
     def embed(self, tokens_BT: Array, place: Placement) -> jax.Array:
         """Returns the embeddings x_BTD of token ids, in the activations' dtype.
 
-        place: sharding constraints.
+        With `scaled_embedding` they are multiplied by sqrt(D).
         """
         x_BTD = place.looked_up(
             jnp.take(self.embedding[...], place.ids_to_look_up(tokens_BT), axis=0).astype(
@@ -330,7 +330,7 @@ class Embedder(nnx.Module):
     def output_matrix(self, place: Placement) -> jax.Array:
         """Returns the output projection [D, V], sharded as `logits` reads it.
 
-        It is the transposed embedding if embeddings are tied. place: sharding constraints.
+        It is the transposed embedding if embeddings are tied.
         """
         tied = self.config.tied_embeddings
         axes = (self.embedding if tied else self.lm_head).get_metadata()["axes"]

@@ -366,7 +366,8 @@ class LanguageModel:
     def placement(self, stationary: bool = False) -> Placement:
         """Returns the sharding constraints of a pass over whole sequences or of a decoding step.
 
-        stationary: True for a decoding step.
+        Args:
+            stationary: True for a decoding step.
         """
         return Placement(self.mesh, self.split_heads, stationary)
 

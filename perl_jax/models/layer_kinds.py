@@ -117,7 +117,8 @@ class LayerKinds:
     def rotary(self, kind: Tree | None) -> tuple[jax.Array, jax.Array]:
         """Returns cos and sin, [B, T, 1, K/2] each, of one layer.
 
-        kind: the layer's entry of `by_layer`; None: all layers are alike.
+        Args:
+            kind: The layer's entry of `by_layer`; None: all layers are alike.
         """
         if kind is None or len(self.cos_J) == 1:
             return self.cos_J[0], self.sin_J[0]

@@ -187,8 +187,8 @@ class LayerStack:
 
         Args:
             weights: The layer's weights.
-            mine: The leaves of its adapter; None: the layer has no adapter.
-            under: Its frozen pairs; None: the layer has none.
+            mine: The leaves of the layer's adapter; None: the layer has no adapter.
+            under: The layer's frozen pairs; None: the layer has none.
         """
         # Trained weights are moved in the activations' dtype; frozen ones already have it.
         weights = self.place.weights(
@@ -230,7 +230,8 @@ class LayerStack:
 def within_a_layer(shardings: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
     """Returns the shardings of the layers' leaves, keyed by path within a layer.
 
-    shardings: those of a whole tree, keyed by path; paths outside `layers/` are left out.
+    Args:
+        shardings: Shardings of a whole tree, keyed by path; paths outside `layers/` are left out.
     """
     return {
         name.removeprefix("layers/"): sharding
@@ -247,7 +248,8 @@ def _picked(index: jax.Array, leaf_L: Array) -> jax.Array:
 def _interleaved(*leaves: jax.Array) -> jax.Array:
     """Returns [layers, ...] in the order of the layers.
 
-    leaves: one array [repetitions, ...] for each layer of a scan's period.
+    Args:
+        leaves: One array [repetitions, ...] for each layer of a scan's period.
     """
     if len(leaves) == 1:
         return leaves[0]

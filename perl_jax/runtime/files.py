@@ -51,7 +51,9 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
 def _restore(hint: Any, value: Any) -> Any:
     """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples.
 
-    hint: the field's type annotation.
+    Args:
+        hint: Type annotation of the field.
+        value: The JSON value.
     """
     candidates = typing.get_args(hint) or (hint,)
     for candidate in candidates:
@@ -122,7 +124,7 @@ def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def has_valid_checksum(values: Any) -> bool:
-    """Returns whether an object equals what `with_checksum` returned for it."""
+    """Returns whether a JSON object has the checksum that `with_checksum` gives its other keys."""
     return (
         isinstance(values, Mapping) and values.get("checksum") == with_checksum(values)["checksum"]
     )

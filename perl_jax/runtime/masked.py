@@ -22,28 +22,39 @@ Axis = int | tuple[int, ...] | None
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Returns sum_i mask_i x_i over `axis`, in at least float32; x and mask have one shape.
+    """Returns sum_i mask_i x_i, in at least float32; x and mask have one shape.
 
-    axis: None: all axes.
+    Args:
+        x: Values.
+        mask: True on positions that count.
+        axis: Axes of the sum; None: all axes.
     """
     return jnp.sum(masked_values(x, mask), axis=axis)
 
 
 def masked_mean(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Returns sum_i mask_i x_i / max(sum_i mask_i, 1) over `axis`, in at least float32.
+    """Returns sum_i mask_i x_i / max(sum_i mask_i, 1), in at least float32.
 
-    axis: None: all axes. It then divides by the number of True positions of the whole batch, so
-    rows with more True positions have more weight.
+    Args:
+        x: Values.
+        mask: True on positions that count, in the shape of x.
+        axis: Axes of the mean; None: all axes. Over all axes it divides by the number of True
+            positions of the whole batch, so rows with more True positions have more weight.
     """
     total = masked_sum(x, mask, axis)
     return total / _count(mask, axis, total.dtype)
 
 
 def masked_deviation(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
-    """Returns x_i - mean over `axis`, in the shape of x; 0 where the mask is False.
+    """Returns x_i - mean, in the shape of x; 0 where the mask is False.
 
     Equal elements give exactly 0, even if their mean would be rounded. So a later division by a
-    tiny standard deviation cannot turn rounding errors into a signal. axis: None: all axes.
+    tiny standard deviation cannot turn rounding errors into a signal.
+
+    Args:
+        x: Values.
+        mask: True on positions that count, in the shape of x.
+        axis: Axes of the mean; None: all axes.
     """
     return _mean_and_deviation(x, mask, axis)[1]
 
@@ -51,7 +62,13 @@ def masked_deviation(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
 def masked_var(x: Array, mask: Array, axis: Axis = None, *, ddof: int = 0) -> jax.Array:
     """Returns sum_i mask_i (x_i - mean)^2 / max(n - ddof, 1), n the number of True positions.
 
-    One True position, or equal elements, give exactly 0. axis: None: all axes.
+    One True position, or equal elements, give exactly 0.
+
+    Args:
+        x: Values.
+        mask: True on positions that count, in the shape of x.
+        axis: Axes of the variance; None: all axes.
+        ddof: Subtracted from n in the divisor.
     """
     return _variance(masked_deviation(x, mask, axis), mask, axis, ddof)
 
@@ -99,7 +116,7 @@ def _variance(deviation: jax.Array, mask: Array, axis: Axis, ddof: int) -> jax.A
 def _count(mask: Array, axis: Axis, dtype: jnp.dtype, keepdims: bool = False) -> jax.Array:
     """Returns max(number of True positions of the mask, 1) over `axis`, in `dtype`.
 
-    axis: None: all axes. keepdims: keep reduced axes with size 1.
+    With axis None it counts over all axes; with `keepdims` the counted axes keep size 1.
     """
     return jnp.maximum(jnp.sum(mask, axis=axis, dtype=dtype, keepdims=keepdims), 1)
 
@@ -107,7 +124,7 @@ def _count(mask: Array, axis: Axis, dtype: jnp.dtype, keepdims: bool = False) ->
 def _mean_and_deviation(x: Array, mask: Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
     """Returns the masked mean over `axis`, broadcast to the shape of x, and x - mean.
 
-    The deviation is 0 where the mask is False. axis: None: all axes.
+    The deviation is 0 where the mask is False. With axis None the mean is over all axes.
     """
     values = masked_values(x, mask)
     # The smallest element is subtracted first: for equal elements that gives exact zeros, which a

@@ -26,7 +26,9 @@ def path_name(path: tuple) -> str:
 def named_leaves(tree: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> dict[str, Array]:
     """Returns every leaf keyed by path (`path_name`), in the order of the tree.
 
-    is_leaf: whether a node counts as a leaf, as in `jax.tree.map`; None: arrays are leaves.
+    Args:
+        tree: The tree.
+        is_leaf: Whether a node counts as a leaf, as in `jax.tree.map`; None: arrays are leaves.
     """
     return {
         path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)
@@ -131,13 +133,13 @@ def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
 def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
     """Returns the sampled elements of a leaf for its fingerprint, [X], whole on every device.
 
-    A scalar leaf is returned as it is. Each device reads the elements of its own part by their
+    A scalar leaf is returned unchanged. Each device reads the elements of its own part by their
     indices. Flattening or bitcasting a sharded leaf could copy the whole leaf to every device
     first.
 
     Args:
         leaf: The leaf.
-        place: Its sharding.
+        place: Sharding of the leaf (static).
     """
     index = _sample_index(leaf.shape)
     if not index or not isinstance(place, NamedSharding):
