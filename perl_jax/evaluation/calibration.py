@@ -86,7 +86,12 @@ def preference_probabilities(
 
 
 def brier(probabilities: Array | Sequence[float], labels: Array | Sequence[float]) -> float:
-    """Returns the Brier score, the mean of (p - y)^2 over rows (Brier 1950)."""
+    """Returns the Brier score, the mean of (p - y)^2 over rows (Brier 1950).
+
+    Args:
+        probabilities: p, one per row.
+        labels: y, one per row; may be soft.
+    """
     p_B, y_B = checked_probabilities(probabilities, labels)
     return float(np.mean((p_B - y_B) ** 2))
 

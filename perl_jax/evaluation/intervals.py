@@ -59,8 +59,14 @@ class Estimate:
 
 
 def vector(name: str, values: Array | Sequence[float]) -> np.ndarray:
-    """Returns `values` as a float64 vector; raises ValueError if empty, not one-dimensional or not
-    finite.
+    """Returns `values` as a float64 vector.
+
+    Args:
+        name: The name of the values in error messages.
+        values: The values.
+
+    Raises:
+        ValueError: `values` is empty, not one-dimensional, or holds NaN or infinity.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -123,8 +129,12 @@ def freedom(group_B: np.ndarray, w_B: np.ndarray | None = None) -> int:
 
 
 def _effective_rows(w_B: np.ndarray) -> float:
-    """Returns the effective sample size (sum w)^2 / sum w^2 (Kish 1965): the number of equal
-    weights whose mean has the same variance.
+    """Returns the effective sample size (sum w)^2 / sum w^2 (Kish 1965).
+
+    It is the number of rows with equal weights whose mean has the same variance.
+
+    Args:
+        w_B: The weight of each row.
     """
     return float(np.sum(w_B)) ** 2 / float(np.sum(np.square(w_B, dtype=np.float64)))
 

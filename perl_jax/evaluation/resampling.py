@@ -78,8 +78,12 @@ def _cached_counts(count: int, samples: int, seed: int) -> np.ndarray:
 
 
 def _draw_counts(generator: np.random.Generator, count: int, samples: int) -> np.ndarray:
-    """Returns how often each of `count` groups is in each sample of `count` draws: float64 [count,
-    samples].
+    """Returns how often each group is in each sample: float64 [count, samples].
+
+    Args:
+        generator: The source of randomness; its state advances.
+        count: The number of groups, and of draws (with replacement) in a sample.
+        samples: The number of samples.
     """
     places = samples * generator.integers(0, count, (samples, count)) + np.arange(samples)[:, None]
     return (

@@ -159,7 +159,9 @@ def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[di
 
 
 def run_score(config: ScoreConfig) -> None:
-    """Runs `score` and writes the rows to `output` as JSON Lines, or prints them."""
+    """Runs `score` and writes the rows as JSON Lines to `config.output`, or prints them if it is
+    None.
+    """
     lines = "".join(json.dumps(row) + "\n" for row in score(config))
     if config.output is None:
         print(lines, end="")

@@ -268,7 +268,7 @@ def correlation_estimate(
     moments_BK = np.stack([x_B, y_B, x_B**2, y_B**2, x_B * y_B], axis=1)
 
     def pearson(weights_BS: np.ndarray) -> np.ndarray:
-        """Returns the correlation [S] of rows weighted by [B, S]."""
+        """Returns the correlation [S] of rows weighted by [B, S]; 0 where a vector is constant."""
         x_S, y_S, xx_S, yy_S, xy_S = moments_BK.T @ weights_BS / weights_BS.sum(axis=0)
         spread_S = np.sqrt(np.maximum(0, xx_S - x_S**2) * np.maximum(0, yy_S - y_S**2))
         return np.divide(xy_S - x_S * y_S, spread_S, out=np.zeros_like(x_S), where=spread_S > 0)
@@ -294,7 +294,7 @@ def _weighted_auc(scores_B: np.ndarray, labels_B: np.ndarray) -> Callable[[np.nd
     )
 
     def areas(weights_BS: np.ndarray) -> np.ndarray:
-        """Returns the AUC [S] of rows weighted by [B, S]."""
+        """Returns the AUC [S] of rows weighted by [B, S]; NaN where a class has no weight."""
         up_US = weights_BS[up_U]
         below_DS = np.concatenate([np.zeros_like(up_US[:1]), np.cumsum(weights_BS[down_D], axis=0)])
         won_S = np.sum(up_US * (below_DS[above_U] + below_DS[upto_U]), axis=0) / 2

@@ -67,7 +67,9 @@ class Plan:
 
     @property
     def largest(self) -> Measured | None:
-        """The program with the largest peak; None if there is no program or the peak is unknown."""
+        """The program with the largest peak; None if there is no program or if any program's peak
+        is unknown.
+        """
         return (
             max(self.programs, key=lambda program: program.peak or 0)
             if self.programs and self.peak is not None

@@ -97,8 +97,8 @@ def _shards(params: Mapping[str, Any]) -> int:
 
 
 def _grid(params: Mapping[str, Any]) -> int:
-    """Returns the size of a Pallas kernel's grid; raises ValueError if it is known only at run
-    time.
+    """Returns the number of steps of a Pallas kernel's grid; raises ValueError if it is known only
+    at run time.
     """
     grid = params["grid_mapping"].grid
     if not all(isinstance(size, int) for size in grid):

@@ -113,14 +113,15 @@ class _Totals:
 
 
 def account(text: str, *, unknown_trips: int | None = None) -> Account:
-    """Returns the account of a compiled program's text, `compiled.as_text()`.
+    """Returns what one run of a compiled program moves on one device.
 
-    A conditional counts as its most expensive branch.
+    Of the branches of a conditional only the most expensive one counts: the one that moves the most
+    bytes.
 
     Args:
-        text: The optimised HLO.
-        unknown_trips: The iterations of loops whose number is not in the text, such as a sampler's
-            loop that ends when all rows have ended.
+        text: The optimised HLO, `compiled.as_text()`.
+        unknown_trips: The iterations of each loop whose number is not in the text, such as a
+            sampler's loop that ends when all rows have ended.
 
     Raises:
         ValueError: There is such a loop and no `unknown_trips`, or the text is not an HLO module.

@@ -73,7 +73,7 @@ class Array:
 
     @property
     def hbm_bytes(self) -> int:
-        """The bytes if the array is in HBM, else 0."""
+        """Size in bytes if the array is in HBM, else 0."""
         return self.bytes if self.space == 0 else 0
 
 
@@ -151,7 +151,7 @@ class Computation:
 
     @property
     def result(self) -> Instruction:
-        """The root instruction."""
+        """The instruction whose value is the computation's result."""
         return self.instructions[self.root]
 
     @functools.cached_property

@@ -83,15 +83,17 @@ def result_shape(instruction: Instruction) -> Shape:
 
 
 def base_opcode(instruction: Instruction) -> str:
-    """Returns the opcode without `-start`."""
+    """Returns the opcode without a trailing `-start`, which marks the first half of an asynchronous
+    operation.
+    """
     return instruction.opcode.removesuffix("-start")
 
 
 def is_later_piece(instruction: Instruction) -> bool:
-    """Returns whether an instruction repeats a collective that an earlier fusion started.
+    """Returns whether an instruction only repeats a collective that an earlier fusion started.
 
-    The TPU compiler spreads a collective over the fusions that it overlaps with, and each mentions
-    it. Only the first one, which starts it, has no flag (-1).
+    The TPU compiler overlaps a collective with several fusions, and each of them contains the
+    collective. Its `flag_start` is -1 only in the fusion that starts it.
     """
     first = instruction.attribute(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
     return first is not None and first != "-1"

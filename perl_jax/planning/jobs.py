@@ -372,7 +372,7 @@ def _resting(model: Model, role: Adapter) -> Adapter:
 
 
 def _base(model: Model, config: TrainingCommand) -> Tree | None:
-    """Returns the base weights that the update reads; None in full tuning."""
+    """Returns the shapes of the base weights that the update reads; None in full tuning."""
     return None if config.tuning == "full" else model.base
 
 

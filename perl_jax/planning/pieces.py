@@ -27,7 +27,7 @@ class Traceable(Protocol):
 
     @property
     def name(self) -> str:
-        """The name in the plan."""
+        """The program's name in the plan."""
         ...
 
     def trace(self, *args: Any) -> jax.stages.Traced:
@@ -51,7 +51,9 @@ class Jitted:
     after: tuple = ()
 
     def trace(self, *args: Any) -> jax.stages.Traced:
-        """Traces the function with abstract arguments."""
+        """Traces the function for arguments of these shapes, with the static arguments before and
+        after them; compiles nothing.
+        """
         return self.function.trace(*self.before, *args, *self.after)
 
 

@@ -213,8 +213,12 @@ def _slots(
 
 
 def _slots_placed(model: Model, state: Slots) -> Slots:
-    """Returns the state of continuous batching with the shardings that
+    """Returns the shapes of continuous batching's state with the shardings that
     `perl_jax.generation.continuous` uses.
+
+    Args:
+        model: The planned model.
+        state: The shapes of the state.
     """
     keys = (None, sharding.BATCH_AXES, "tensor" if model.lm.split_heads else None, None, None)
     layers = lambda spec: placed(
@@ -232,7 +236,11 @@ def _slots_placed(model: Model, state: Slots) -> Slots:
 
 
 def _evaluate(model: Model, config: EvaluateConfig, role: Role) -> Planned:
-    """Returns the plan of `evaluate`."""
+    """Returns the plan of `evaluate`: sampling, log-probabilities and reward models.
+
+    The policy and the baseline are planned as artefacts of the same size. The judge's reward models
+    are not planned.
+    """
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
     roles = {"policy": policy, "baseline": policy} | rewards
@@ -265,7 +273,7 @@ def _rewarded(
 
 
 def _best_of(model: Model, config: BestOfConfig, role: Role) -> Planned:
-    """Returns the plan of `best-of`."""
+    """Returns the plan of `best-of`: sampling and reward models."""
     policy, reward = role.shapes(model, head=False), role.shapes(model, head=True)
     rewards = {scoring.role_name(index): reward for index in range(len(config.reward))}
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
@@ -332,8 +340,9 @@ def _score(model: Model, config: ScoreConfig, role: Role) -> Planned:
 
 
 def _export(model: Model, config: ExportConfig, role: Role) -> Planned:
-    """Returns the plan of `export`; a merged export holds two bases: the model's and the one read
-    back.
+    """Returns the plan of `export`, whose programs compare the export with the artefact.
+
+    A merged export holds two bases on the devices: the model's and the one that is read back.
     """
     adapter = role.shapes(model, head=True)
     rows, columns = PROBE

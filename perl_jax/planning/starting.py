@@ -28,10 +28,10 @@ _BASE = ("base",)
 
 
 def loading(model: Model) -> list[Piece]:
-    """Returns the programs that load a base: write pieces of leaves, fingerprint leaves, quantise
-    leaves.
+    """Returns the programs that load a base: those that write pieces of leaves, fingerprint leaves
+    and, if the base is quantised, quantise leaves.
 
-    The files are assumed to hold the dtype that the base is loaded in.
+    The files are assumed to hold the dtype in which the base is loaded.
     """
     places = model.lm.base_shardings()
     dense = trees.map_named(lambda name, spec: placed(spec, places[name]), model.lm.abstract_base())

@@ -12,7 +12,9 @@ _BUFFERS = 5
 
 
 def gib(size: int | None) -> str:
-    """Returns bytes in GiB with two decimals, `12.30`; `?` for None."""
+    """Returns a number of bytes in GiB with two decimals and without the unit, `12.30`; `?` for
+    None.
+    """
     return "?" if size is None else f"{size / 2**30:.2f}"
 
 

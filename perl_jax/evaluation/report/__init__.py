@@ -111,10 +111,10 @@ def page(experiment: Experiment) -> str:
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Writes `run_dir/report.html` from the files in the folder and returns its path.
+    """Writes the file `report.html` into a run's or an experiment's folder and returns its path.
 
-    The same files give the same bytes. Raises UserError if the folder is missing or holds neither a
-    run nor an experiment.
+    An existing file is replaced. The same files in the folder give the same bytes. Raises UserError
+    if the folder is missing or holds neither a run nor an experiment.
     """
     run_dir = Path(run_dir)
     path = run_dir / "report.html"

@@ -79,7 +79,9 @@ def curves_of(runs: Sequence[Run], key: str) -> list[Curve]:
 
 
 def describe(title: str, curves: Sequence[Curve]) -> str:
-    """Returns a text alternative for a plot: where each curve starts and ends."""
+    """Returns a text alternative for a plot: its title, and the first and last value of each
+    curve.
+    """
     parts = [
         f"{c.label} goes from {formats.significant(c.y[0])} to {formats.significant(c.y[-1])}"
         for c in curves
@@ -193,7 +195,9 @@ def reward_panels(runs: Sequence[Run]) -> list[Html]:
 
 
 def learning_curves(experiment: Experiment) -> Html:
-    """Returns the section of losses and validation metrics of every job, and of RL rewards."""
+    """Returns the section of losses and validation metrics of every job, and of RL rewards; empty
+    Html without metrics.
+    """
     panels = [
         panel(title, curves_of(job_runs(experiment, job), key), unit)
         for job, key, title, unit in LEARNING_PANELS
@@ -358,7 +362,9 @@ def reliability_rows(run: Run) -> list[tuple[float, Estimate]]:
 
 
 def calibration(experiment: Experiment) -> Html:
-    """Returns the section with the reliability plot of the reward models."""
+    """Returns the section with the reliability plot of the reward models; empty Html if no run has
+    a reliability table.
+    """
     tables = []
     for run in experiment.runs_of("reward"):
         rows = reliability_rows(run)

@@ -19,7 +19,7 @@ LONGEST_LABEL = 48
 
 
 def printable(text: str) -> str:
-    """Returns the text with CRLF as LF and unprintable characters as U+FFFD."""
+    """Returns the text with CRLF replaced by LF and unprintable characters by U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
@@ -147,7 +147,9 @@ def interval(estimate: Estimate, with_sign: bool = False) -> str:
 
 
 def percent_interval(estimate: Estimate) -> str:
-    """Returns a share with its interval in percent: `78.1 % (76.2 to 79.9)`."""
+    """Returns a share with its interval in percent, `78.1 % (76.2 to 79.9)`, or the share alone
+    without an interval.
+    """
     if estimate.low is None or estimate.high is None:
         return percent(estimate.value)
     decimals = min(2, decimals_for(estimate, 100.0) or 0)

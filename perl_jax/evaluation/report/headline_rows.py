@@ -149,7 +149,7 @@ def judge_text(run: Run) -> str:
 
 
 def value_of(found: Estimate | None) -> float | None:
-    """Returns the estimate's value without its interval, or None."""
+    """Returns the estimate's value without its interval; None for None."""
     return None if found is None else found.value
 
 

@@ -92,7 +92,9 @@ class Experiment:
         return sorted(found, key=lambda t: (order.index(t) if t in order else len(order), t))
 
     def run(self, job: str, tuning: str) -> Run | None:
-        """Returns the first run of a job with a tuning, or None."""
+        """Returns the first run of a job (such as `rl`) with a tuning (such as `lora`); None if
+        there is none.
+        """
         return next((r for r in self.runs if (r.job, r.tuning) == (job, tuning)), None)
 
     def runs_of(self, job: str) -> list[Run]:
@@ -173,7 +175,7 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.
 
 
 def nonfinite_steps(rows: Iterable[Mapping[str, Any]]) -> int:
-    """Returns how many steps had a NaN or infinite metric."""
+    """Returns how many rows of metrics.jsonl are marked as having had a NaN or infinite metric."""
     return sum(1 for row in rows if row.get(NONFINITE_KEY))
 
 
@@ -346,9 +348,11 @@ def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run
 
 
 def read_experiment(folder: Path) -> Experiment:
-    """Returns the experiment in a folder, or the single run in it as an experiment.
+    """Returns the experiment in a folder; a folder with a single run gives an experiment with one
+    run.
 
-    Raises UserError if the folder is missing or holds none of the files that a report is made from.
+    Missing or damaged files are named in the experiment's `notes`. Raises UserError if the folder
+    is missing, or holds none of experiment.json, config.json and metrics.jsonl.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder of a run at {folder}.")

@@ -94,7 +94,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def smoothing_window(n: int) -> int:
-    """Returns an odd window of about a twelfth of n points; 1 (no smoothing) for fewer than 12."""
+    """Returns the window of the running mean for n points: odd, about a twelfth of n; 1 (no
+    smoothing) for fewer than 12.
+    """
     return 1 if n < 12 else 2 * (n // 24) + 1
 
 

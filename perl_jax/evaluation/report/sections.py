@@ -49,8 +49,8 @@ FACTS = "data/"
 
 
 def baseline_table(experiment: Experiment) -> Html:
-    """Returns the section that compares reward models with baselines, by AUC and balanced
-    accuracy.
+    """Returns the section that compares reward models with baselines, by AUC and balanced accuracy;
+    empty Html if no run has baselines.
     """
     lines: list[list[str]] = []
     baselines: dict[str, object] = {}
@@ -104,7 +104,11 @@ def side_name(run: Run, side: str) -> str:
 
 
 def policies(experiment: Experiment) -> Html:
-    """Returns the section with a table of all policies of RL and DPO runs, and the win rates."""
+    """Returns the section with a table of the measures of all policies of RL and DPO runs, and a
+    table of win rates.
+
+    Equal lines, such as those of an SFT policy from which several runs start, are shown once.
+    """
     lines: list[list[object]] = []
     columns = dict(POLICY_COLUMNS)
     rows: list[tuple[str, Mapping[str, object]]] = []
@@ -305,8 +309,8 @@ def phase_lines(runs: Sequence[Run | None]) -> list[list[object]]:
 
 
 def time_spent(experiment: Experiment) -> Html:
-    """Returns the section of times: a stacked bar per run, and a table of phases and their
-    shares.
+    """Returns the section of times: a stacked bar per run, and a table of phases and their shares;
+    empty Html if no run has times.
     """
     tunings = experiment.tunings
     bars: dict[str, dict[str, float]] = {}
