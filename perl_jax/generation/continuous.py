@@ -164,11 +164,10 @@ class ContinuousSampler:
     def __call__(
         self, base: Tree, adapter: Adapter | None, prompts: Prompts, key: Array
     ) -> Rollout:
-        """Returns the rollout of `self.samples` responses to each prompt, as `sampling.sample`
-        would.
+        """Returns the rollout of the sampler's number of responses to each prompt.
 
-        The rows are in the order of the prompts, and a prompt's samples are consecutive. Prompts
-        without real tokens get no response.
+        It equals the rollout of `sampling.sample`. The rows are in the order of the prompts, and a
+        prompt's samples are consecutive. Prompts without real tokens get no response.
 
         Args:
             base: The frozen base.
@@ -180,7 +179,7 @@ class ContinuousSampler:
             np.asarray(jax.device_get(hosts.fetch(x)))
             for x in (prompts.tokens_BP, prompts.valid_BP)
         )
-        # Weights that are not merged are not passed through a program, which would copy them.
+        # Only weights that change pass through a program (merge, fuse), which copies its outputs.
         base, adapter = prepare_for_decoding(
             self.lm, base, adapter, self.config, self.TOKENS, self.merge, self.fuse
         )

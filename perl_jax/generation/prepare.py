@@ -50,7 +50,7 @@ def prepare_for_decoding(
         for name, kernel in adapted_kernels(base, adapter).items():
             trees.insert(moved, name, kernel)
         merged = trees.named_leaves(merge(moved, adapter))
-        # The merged policy needs no adapter; sampling does not read a head.
+        # The merged policy needs no adapter, and sampling does not read the adapter's head.
         base, adapter = trees.map_named(merged.get, base), None
     if config.fused and fused.fusible(base, adapter):
         attention = fuse(base["layers"]["attention"], adapter)

@@ -22,8 +22,9 @@ from perl_jax.runtime import precision
 from perl_jax.runtime.masked import at_least_float32
 from perl_jax.types import Array
 
-# Large but finite: a query without a visible key (padding) then averages its values. With -inf it
-# would become NaN, which would spread through the gradients of every other row.
+# Logit of a hidden key. It is large but finite: a query that sees no key (padding) then averages
+# all values. With -inf its output would be NaN, which would spread through the gradients of every
+# other row.
 MASKED = -1e30
 
 
@@ -158,8 +159,8 @@ QUERY_BLOCK = 128
 # Largest number of bytes of attention weights that are computed at a time on a CPU: they fit into
 # its caches.
 CACHED_BYTES = 2**22
-# The same on an accelerator, which needs many rows at a time to be busy; and the largest number of
-# blocks, each of which is compiled separately.
+# WIDE_BYTES: the same on an accelerator, which needs many rows at a time to be busy. WIDE_BLOCKS:
+# largest number of blocks there, each of which is compiled separately.
 WIDE_BYTES, WIDE_BLOCKS = 2**28, 32
 
 

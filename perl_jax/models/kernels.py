@@ -21,7 +21,7 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.runtime.sharding import BATCH_AXES
 from perl_jax.types import Array
 
-# Name of splash's residuals besides its inputs: the output and each query's log-sum-exp. With
+# Name of splash's residuals other than its inputs: the output and each query's log-sum-exp. With
 # `jax.checkpoint_policies.save_only_these_names(RESIDUALS)`, rematerialisation does not run the
 # forward kernel a second time.
 RESIDUALS = "splash_residuals"
@@ -70,7 +70,7 @@ def choose_attention(
             else AttentionChoice("plain", "rows are split over several CPU devices")
         )
     major = "8" if capability is None else capability.partition(".")[0]
-    # GPUs of other makers have a name there, not a number.
+    # The compute capability of GPUs of other makers is a name, not a number.
     if platform not in ("gpu", "cuda") or not major.isdigit() or int(major) < 8:
         return AttentionChoice(
             "blocked",

@@ -41,7 +41,8 @@ def last_valid(valid_BT: Array) -> jax.Array:
     return jnp.max(jnp.where(valid_BT.astype(bool), columns[None, :], 0), axis=1)
 
 
-# ((keys, values) [B, T, N, K] of a layer, its window) -> what is kept of them.
+# ((keys, values) of a layer, [B, T, N, K] each, the layer's window) -> what is kept of the keys and
+# values, a tree.
 Keep = Callable[[tuple[jax.Array, jax.Array], int | None], Tree]
 # Largest number of bytes of float32 logits per device that exist at a time when log-probabilities
 # are computed.
@@ -531,7 +532,7 @@ class LanguageModel:
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:
-    """Returns the weights that a pass reads: the base's, or in full tuning the adapter's."""
+    """Returns the weights that a pass reads: the base's, or in full tuning those of the adapter."""
     return base if adapter is None or adapter.weights is None else adapter.weights
 
 

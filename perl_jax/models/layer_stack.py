@@ -121,8 +121,8 @@ class LayerStack:
                             else _picked(index + offset, order_L)
                         )
                         cache = jax.tree.map(functools.partial(_picked, order), caches[window])
-                    # An entry taken by an index would be kept for the backward pass; an input of
-                    # the scan is there already.
+                    # With period 1 the adapter's leaves are inputs of the scan: leaves taken by an
+                    # index would be kept for the backward pass a second time.
                     mine = loras if period == 1 else jax.tree.map(lambda leaf: leaf[offset], loras)
                     block = self._block(weights, mine, under)
                     x, out = through(block, x, leaves, window, cache)

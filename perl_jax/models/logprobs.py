@@ -50,8 +50,9 @@ def token_logprobs(logits_V: Array, tokens: Array, temperature: float = 1.0) -> 
     return _token_logprobs(jnp.asarray(logits_V), jnp.asarray(tokens), float(temperature))
 
 
-# It has its own gradient because JAX's keeps exp(logits) for the backward pass. For bfloat16 logits
-# JAX's also adds -1 and the softmax in bfloat16, where the gradient of a confident token vanishes.
+# It has its own gradient, because JAX's gradient keeps exp(logits) for the backward pass. For
+# bfloat16 logits JAX's gradient also adds -1 and the softmax in bfloat16, where the gradient of a
+# confident token vanishes.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _token_logprobs(logits_V: jax.Array, tokens: jax.Array, temperature: float) -> jax.Array:
     """Returns `token_logprobs`, with a gradient of its own."""

@@ -42,7 +42,7 @@ def is_peer_failure(error: BaseException) -> bool:
 def is_distributed() -> bool:
     """Returns whether there are other processes.
 
-    For a process that is not connected, JAX is not asked: the question would initialise its
+    A process that is not connected gets False without a call of JAX, which would initialise
     devices.
     """
     return connected() and jax.process_count() > 1

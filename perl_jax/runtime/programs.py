@@ -16,8 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from perl_jax.errors import UserError
 from perl_jax.runtime import trees
 
-# Largest number of padded lengths of a run's data, and of argument shapes of a program that reads
-# batches: each length is padded or packed in a few sizes, for a model with an adapter or without.
+# Largest number of padded lengths of a run's data.
+# SHAPES: largest number of argument shapes of a program that reads batches. Each length is padded
+# or packed in a few sizes, for a model with an adapter or without.
 LENGTHS = 16
 SHAPES = 8 * LENGTHS
 

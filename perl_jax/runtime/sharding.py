@@ -31,7 +31,8 @@ RULES: Mapping[str, str | None] = {
     "rank": None,
 }
 BATCH_AXES = ("data", "fsdp")
-# Axes that only stack leaves. They do not count when `partition_spec` tells vectors from matrices.
+# Axes that only stack leaves. `partition_spec` does not count them when it distinguishes vectors
+# from matrices.
 _STACKED = ("layers",)
 
 
