@@ -55,7 +55,7 @@ def vacant_slots(
     adapter: Adapter | None,
     prompt_1S: Array,
 ) -> Slots:
-    """Returns the state of empty slots.
+    """Returns the state of empty slots: all done, and with a cache of zeros.
 
     Args:
         lm: The model's functions.

@@ -62,7 +62,12 @@ class Packing:
         return spread.reshape(*self.index_BT.shape, *x_WU.shape[2:])
 
     def spread_gradient(self, cotangent_BT: Array) -> jax.Array:
-        """Returns the gradient [W, U, ...] of `spread`: the sum over a token and its copies."""
+        """Returns the gradient [W, U, ...] of `spread`'s input: the sum over a token and its
+        copies.
+
+        Args:
+            cotangent_BT: Gradient of the spread output.
+        """
         if self.group > 1:
             # The gradients of all copies are added to the group's first row.
             grouped = cotangent_BT.reshape(-1, self.group, *cotangent_BT.shape[1:])
@@ -79,7 +84,11 @@ class Packing:
         return _masked(self.packed(cotangent_BT), self.filled_WU)
 
     def packed_gradient(self, cotangent_WU: Array) -> jax.Array:
-        """Returns the gradient [B, T, ...] of `packed`: copies and padding have none."""
+        """Returns the gradient [B, T, ...] of `packed`'s input: 0 on copies and on padding.
+
+        Args:
+            cotangent_WU: Gradient of the packed output.
+        """
         return _masked(self.spread(cotangent_WU), self.own_BT)
 
     def packed_index(self, column_BY: Array) -> jax.Array:

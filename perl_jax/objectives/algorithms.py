@@ -284,8 +284,9 @@ class Outcomes:
         return_B: Return R of each response; includes the KL if the KL is in the reward.
         rewards_BT: The same reward token by token; read by the advantage "gae".
         mask_BT: True on response tokens.
-        values_BT: Value of the state before each token, at sampling time; for "gae" only.
-        greedy_P: Return of the greedy response to each prompt; for "greedy" only.
+        values_BT: Value of the state before each token, at sampling time; for "gae" only, else
+            None.
+        greedy_P: Return of the greedy response to each prompt; for "greedy" only, else None.
     """
 
     return_B: Array

@@ -67,9 +67,10 @@ def _restore(hint: Any, value: Any) -> Any:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a text file so that a reader or a crash sees either the old content or the new.
+    """Writes a text file so that a reader sees either the old content or the new, even after a
+    crash.
 
-    The text goes to a temporary file beside it, which is then renamed.
+    The text goes to a temporary file in the same folder, which is then renamed to `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
