@@ -62,8 +62,7 @@ class Packing:
         return spread.reshape(*self.index_BT.shape, *x_WU.shape[2:])
 
     def spread_gradient(self, cotangent_BT: Array) -> jax.Array:
-        """Returns the gradient [W, U, ...] of `spread`'s input: the sum over a token and its
-        copies.
+        """Returns the gradient [W, U, ...] of `spread`'s input: summed over a token and its copies.
 
         Args:
             cotangent_BT: Gradient of the spread output.

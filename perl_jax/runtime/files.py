@@ -67,8 +67,7 @@ def _restore(hint: Any, value: Any) -> Any:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a text file so that a reader sees either the old content or the new, even after a
-    crash.
+    """Writes a text file so that a reader or a crash sees either the old content or the new.
 
     The text goes to a temporary file in the same folder, which is then renamed to `path`.
     """
