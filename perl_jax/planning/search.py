@@ -66,11 +66,12 @@ def search(config: PlanConfig, say: Callable[[str], None] = lambda _: None) -> l
 
 
 def _fewest_microbatches(layout: PlanConfig, say: Callable[[str], None]) -> PlanConfig | None:
-    """Returns the layout with full rematerialisation and the fewest microbatches whose update fits,
-    or None.
+    """Returns the layout with full rematerialisation and the fewest microbatches whose update fits;
+    None if there is none.
 
-    Tries 1, 2, 4, ... up to MOST_MICROBATCHES. None at the first number that does not divide the
-    batch over the mesh, if the arrays that stay on a device do not fit, or if no number fits.
+    Tries 1, 2, 4, ... up to MOST_MICROBATCHES. Stops with None at the first number for which the
+    batch does not divide evenly over microbatches and mesh, or if the arrays that stay on a device
+    do not fit.
 
     Args:
         layout: The job on one mesh.

@@ -237,8 +237,10 @@ def kept_sentence(run: Run) -> str:
 
 
 def rl_health(experiment: Experiment) -> Html:
-    """Returns the section of RL diagnostics over steps (`HEALTH_PANELS`); runs whose metric is
-    constant are left out of its plot.
+    """Returns the section of RL diagnostics over steps (`HEALTH_PANELS`); empty Html without RL
+    runs.
+
+    Runs whose metric never changes are left out of the metric's plot.
     """
     runs = experiment.runs_of("rl")
     moving = lambda key: [one for one in curves_of(runs, key) if np.any(one.y != one.y[0])]
@@ -307,6 +309,8 @@ def optimisation_sentence(run: Run) -> str:
 def gold_against_proxy(experiment: Experiment) -> Html:
     """Returns the over-optimisation section: true and proxy reward of RL runs over sqrt(KL) and
     over steps.
+
+    Empty Html if no RL run recorded the true reward.
     """
     runs = [run for run in experiment.runs_of("rl") if series(run.rows, "reward/gold")[0].size]
     metrics = (("reward/gold", "gold reward"), ("reward/score", "proxy reward"))

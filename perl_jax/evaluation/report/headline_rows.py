@@ -81,7 +81,9 @@ def bytes_text(run: Run, key: str) -> str | None:
 
 
 def share_text(found: Estimate | None) -> str | None:
-    """Returns a share in percent with its interval; None for None."""
+    """Returns a share as text in percent with its interval, `78.1 % (76.2 to 79.9)`; None for
+    None.
+    """
     return None if found is None else formats.percent_interval(found)
 
 
@@ -305,5 +307,5 @@ JOB_ROWS = {
 
 
 def interval_text(found: Estimate | None) -> str | None:
-    """Returns a value with its interval as text; None for None."""
+    """Returns a value with its interval as text, `0.834 (0.801 to 0.867)`; None for None."""
     return None if found is None else formats.interval(found)

@@ -186,7 +186,7 @@ def shortened(words: str) -> str:
 
 def samples(experiment: Experiment) -> Html:
     """Returns the section with sample responses of SFT, RL and DPO to the first `MOST_PROMPTS`
-    prompts.
+    prompts; empty Html without samples.
 
     Prompts that all runs answered come first, because their responses can be compared.
     """
@@ -235,7 +235,7 @@ def split_facts(run: Run) -> dict[str, dict[str, float]]:
 
 def rows_used(experiment: Experiment) -> Html:
     """Returns the section with each run's numbers of rows: all, those cut to fit, and pairs of
-    equal responses.
+    equal responses; empty Html if no run recorded them.
     """
     items = []
     for run in experiment.runs:
