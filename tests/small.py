@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from perl_jax.adapters.lora import Adapter, LoRAConfig
@@ -25,6 +26,8 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.objectives.losses import bradley_terry
 from perl_jax.runtime import trees
+from perl_jax.training.state import init_state
+from perl_jax.training.step import train_step
 from perl_jax.types import Tokens, Tree
 
 # Query width 4 * 6 = 24 and key/value width 2 * 6 = 12.
@@ -277,3 +280,28 @@ def assert_same(left: Tree, right: Tree) -> None:
     for (name, a), b in zip(trees.named_leaves(left).items(), jax.tree.leaves(right), strict=True):
         assert a.dtype == b.dtype, name
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+def update_gradients(
+    objective: Callable,
+    roles: dict[str, Adapter],
+    frozen: Tree,
+    batch: Tree,
+    key: jax.Array | None,
+    microbatches: int,
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Adapter]]:
+    """(mean loss, means of the logs, gradients by role) that an update of the roles has.
+
+    The optimizer keeps the gradient as its state, and changes nothing.
+    """
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    kept = optax.GradientTransformation(zeros, lambda grads, _, __: (zeros(grads), grads))
+    optimizers = dict.fromkeys(roles, kept)
+    state = init_state(roles, optimizers, jax.random.key(0))
+    state, metrics = train_step(objective, optimizers, microbatches, state, frozen, batch, key)
+    logs = {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("train/loss", "finite") and not name.endswith("/gradient_norm")
+    }
+    return metrics["train/loss"], logs, state.optimizers

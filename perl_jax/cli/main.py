@@ -40,109 +40,19 @@ class ReportConfig:
     run: tyro.conf.Positional[str]
 
 
-def _done(what: str, path: pathlib.Path) -> None:
-    """Prints on standard error what was written and where, from the process that writes."""
-    from perl_jax.runtime import hosts
-
-    if hosts.is_writer():
-        print(f"{what}: {path}", file=sys.stderr)
-
-
-def _sft(config: Any) -> None:
-    from perl_jax.training.commands import run_sft
-
-    _done("policy", run_sft(config))
-
-
-def _reward(config: Any) -> None:
-    from perl_jax.training.commands import run_reward
-
-    _done("reward", run_reward(config))
-
-
-def _rl(config: Any) -> None:
-    from perl_jax.training.commands import run_rl
-
-    _done("policy", run_rl(config))
-
-
-def _base(config: Any) -> None:
-    from perl_jax.training.base import train_base
-
-    _done("base", train_base(config))
-
-
-def _evaluate(config: Any) -> None:
-    from perl_jax.evaluation.compare import run_evaluate
-
-    _done("evaluation", run_evaluate(config) / "evaluation.json")
-
-
-def _generate(config: Any) -> None:
-    from perl_jax.generation.text import run_generate
-
-    for text in run_generate(config):
-        print(text)
-
-
-def _score(config: Any) -> None:
-    from perl_jax.evaluation.score import run_score
-
-    run_score(config)
-
-
-def _export(config: Any) -> None:
-    from perl_jax.hub.export import run_export
-
-    done = run_export(config)
-    note = f" ({done.note})" if done.note else ""
-    _done(
-        f"{config.format} export, read back with outputs within {done.difference:.2g}{note}",
-        done.folder,
-    )
-
-
-def _import(config: Any) -> None:
-    from perl_jax.hub.import_peft import run_import
-
-    _done("adapter", run_import(config))
-
-
-def _average(config: Any) -> None:
-    from perl_jax.hub.average import run_average
-
-    _done("adapter", run_average(config))
-
-
-def _show(config: Any) -> None:
-    from perl_jax.hub.show import show
-
-    print(show(config))
-
-
-def _dpo(config: Any) -> None:
-    from perl_jax.training.commands import run_dpo
-
-    _done("policy", run_dpo(config))
-
-
-def _best_of(config: Any) -> None:
-    from perl_jax.evaluation.best_of import run_best_of
-
-    means = run_best_of(config)
-    _done(
-        ", ".join(f"{name} {value:.4g}" for name, value in means.items()),
-        pathlib.Path(config.output),
-    )
-
-
-def _report(config: ReportConfig) -> None:
+def _report(config: ReportConfig) -> pathlib.Path:
+    """Writes report.html into the folder `config.run`; returns the page's path."""
+    # Imported for this command alone, because Matplotlib takes long to import.
     from perl_jax.evaluation.report import write_report
 
-    _done("report", write_report(pathlib.Path(config.run)))
+    return write_report(pathlib.Path(config.run))
 
 
 def _plan(config: Any) -> None:
+    """Plans a job without an accelerator; prints the plan, and writes it as JSON if asked to.
+
+    With `config.search` it prints the plans of several layouts, and each try on standard error.
+    """
     import jax
 
     # A plan needs no accelerator; on a TPU host the chips stay free for running jobs.
@@ -163,10 +73,14 @@ def _plan(config: Any) -> None:
         )
 
 
-def _config(name: str) -> type:
-    """Returns the config class of a command.
+def _command(name: str) -> tuple[type, Callable[[Any], Any]]:
+    """Returns the config class of a command and the function that runs such a config.
 
-    It is imported on demand, so that the usage text and errors in a command's name come quickly.
+    Both are imported on demand, so that the usage text and an error in the command's name come
+    quickly.
+
+    Args:
+        name: A key of COMMANDS.
     """
     from perl_jax.evaluation import best_of, compare, score
     from perl_jax.generation import text
@@ -175,43 +89,88 @@ def _config(name: str) -> type:
     from perl_jax.training import base, commands
 
     return {
-        "sft": commands.SFTCommand,
-        "reward": commands.RewardCommand,
-        "rl": commands.RLCommand,
-        "dpo": commands.DPOCommand,
-        "best-of": best_of.BestOfConfig,
-        "base": base.BaseConfig,
-        "evaluate": compare.EvaluateConfig,
-        "generate": text.GenerateConfig,
-        "score": score.ScoreConfig,
-        "report": ReportConfig,
-        "export": export.ExportConfig,
-        "import": import_peft.ImportConfig,
-        "average": average.AverageConfig,
-        "show": show.ShowConfig,
-        "plan": PlanConfig,
+        "sft": (commands.SFTCommand, commands.run_sft),
+        "reward": (commands.RewardCommand, commands.run_reward),
+        "rl": (commands.RLCommand, commands.run_rl),
+        "dpo": (commands.DPOCommand, commands.run_dpo),
+        "best-of": (best_of.BestOfConfig, best_of.run_best_of),
+        "base": (base.BaseConfig, base.train_base),
+        "evaluate": (compare.EvaluateConfig, compare.run_evaluate),
+        "generate": (text.GenerateConfig, text.run_generate),
+        "score": (score.ScoreConfig, score.run_score),
+        "report": (ReportConfig, _report),
+        "export": (export.ExportConfig, export.run_export),
+        "import": (import_peft.ImportConfig, import_peft.run_import),
+        "average": (average.AverageConfig, average.run_average),
+        "show": (show.ShowConfig, show.show),
+        "plan": (PlanConfig, _plan),
     }[name]
+
+
+def _print_result(name: str, config: Any, result: Any) -> None:
+    """Prints what the function of a command returned.
+
+    Texts go to standard output. What was written and where goes to standard error, from the first
+    process only.
+
+    Args:
+        name: The command, a key of COMMANDS.
+        config: The command's config.
+        result: The value returned by the function that `_command` names; None prints nothing.
+    """
+    from perl_jax.runtime import hosts
+
+    if result is None:
+        return
+    match name:
+        case "generate":
+            for text in result:
+                print(text)
+            return
+        case "show":
+            print(result)
+            return
+        case "evaluate":
+            what, path = "evaluation", result / "evaluation.json"
+        case "best-of":
+            what = ", ".join(f"{measure} {value:.4g}" for measure, value in result.items())
+            path = pathlib.Path(config.output)
+        case "export":
+            note = f" ({result.note})" if result.note else ""
+            what = (
+                f"{config.format} export, read back with outputs within "
+                f"{result.difference:.2g}{note}"
+            )
+            path = result.folder
+        case "import" | "average":
+            what, path = "adapter", result
+        case "sft" | "dpo" | "rl":
+            what, path = "policy", result
+        case _:
+            what, path = name, result
+    if hosts.is_writer():
+        print(f"{what}: {path}", file=sys.stderr)
 
 
 # Commands that can run in several processes together; the others run in one process.
 TOGETHER = ("sft", "reward", "rl", "dpo", "best-of", "evaluate", "base")
-# The function and the summary of each command.
-COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "sft": (_sft, "fit a policy to demonstrations"),
-    "reward": (_reward, "fit a reward model to comparisons, labels or ratings"),
-    "rl": (_rl, "improve a policy against rewards, by any of the policy gradients"),
-    "dpo": (_dpo, "fit a policy to comparisons without a reward model"),
-    "best-of": (_best_of, "the best of N samples by a reward"),
-    "evaluate": (_evaluate, "compare a policy with its baseline on held-out prompts"),
-    "generate": (_generate, "continue a prompt"),
-    "score": (_score, "log-probabilities and rewards of given responses"),
-    "report": (_report, "write a run's page"),
-    "base": (_base, "train a small base model on the spot"),
-    "export": (_export, "write an adapter for PEFT, or merged into a checkpoint"),
-    "import": (_import, "read an adapter written by PEFT"),
-    "average": (_average, "the weighted sum of adapters"),
-    "show": (_show, "what an artefact is"),
-    "plan": (_plan, "memory and cost on a TPU slice, by its real compiler"),
+# The summary of each command.
+COMMANDS: dict[str, str] = {
+    "sft": "fit a policy to demonstrations",
+    "reward": "fit a reward model to comparisons, labels or ratings",
+    "rl": "improve a policy against rewards, by any of the policy gradients",
+    "dpo": "fit a policy to comparisons without a reward model",
+    "best-of": "the best of N samples by a reward",
+    "evaluate": "compare a policy with its baseline on held-out prompts",
+    "generate": "continue a prompt",
+    "score": "log-probabilities and rewards of given responses",
+    "report": "write a run's page",
+    "base": "train a small base model on the spot",
+    "export": "write an adapter for PEFT, or merged into a checkpoint",
+    "import": "read an adapter written by PEFT",
+    "average": "the weighted sum of adapters",
+    "show": "what an artefact is",
+    "plan": "memory and cost on a TPU slice, by its real compiler",
 }
 
 
@@ -219,7 +178,7 @@ def _usage() -> str:
     """Returns the commands, grouped by what they are for."""
     width = max(map(len, COMMANDS))
     parts = [
-        f"{title}\n" + "\n".join(f"  {name:<{width}}  {COMMANDS[name][1]}" for name in names)
+        f"{title}\n" + "\n".join(f"  {name:<{width}}  {COMMANDS[name]}" for name in names)
         for title, names in GROUPS.items()
     ]
     usage = "usage: perl-jax COMMAND [options]"
@@ -274,9 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    run, _ = COMMANDS[name]
     try:
-        config_class = _config(name)
+        config_class, run = _command(name)
         summary = (config_class.__doc__ or "").partition("Attributes:")[0]
         config = tyro.cli(
             config_class,
@@ -285,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
             args=rest,
         )
         _connect(name)
-        run(config)
+        _print_result(name, config, run(config))
     except UserError as error:
         return _failed(name, error, 2)
     except TrainingError as error:

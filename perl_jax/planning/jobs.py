@@ -6,6 +6,8 @@ runs. Only weights and rows are missing.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +139,8 @@ def _supervised(
         model, roles, optimizers, frozen or {}, None, loaded, base=config.tuning == "lora"
     )
     rows = batch = rows_of(model, _batch(config, job.kind))
-    program = fit.learn_program(model, config, job, state, optimizers)
+    objective = functools.partial(job.objective, model.lm)
+    program = fit.learn_program(model, config, objective, state, optimizers)
     base = _base(model, config)
     pieces, measures = [], []
     if isinstance(config, DPOConfig):

@@ -40,7 +40,14 @@ from perl_jax.types import Pairs
 
 @functools.lru_cache(maxsize=8)
 def reference_program(lm: LanguageModel, microbatches: int) -> Program:
-    """Returns the compiled program (base or None, reference, tokens) -> logp_BT."""
+    """Returns the compiled program (base or None, reference, tokens) -> logp_BT.
+
+    The base is None if the reference has weights of its own (full tuning).
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of parts that a batch is computed in, one after the other.
+    """
     return Program(
         "reference",
         functools.partial(passes.logprobs_in_microbatches, lm, microbatches),
@@ -49,7 +56,14 @@ def reference_program(lm: LanguageModel, microbatches: int) -> Program:
 
 
 def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pairs) -> Preferences:
-    """Returns comparisons with the reference's log-probabilities of both responses."""
+    """Returns comparisons with the reference's log-probabilities of both responses.
+
+    Args:
+        microbatches: Number of parts that a batch is computed in, one after the other.
+        model: The base and its mesh.
+        state: Has the frozen role `reference`.
+        pairs: The comparisons, on the devices.
+    """
     reference = state.frozen["reference"]
     both = passes.interleaved_pairs(pairs)
     logp_BT = reference_program(model.lm, microbatches)(
@@ -93,21 +107,25 @@ def train_dpo(
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Trains a policy on comparisons without a reward model (DPO or IPO).
+    """Returns a policy trained on comparisons without a reward model (DPO or IPO).
 
-    The reference is the policy that training starts from.
+    The reference is the policy that training starts from. With test rows, `Trained.evaluation`
+    holds the result of `evaluate_dpo`.
 
     Args:
         model: The base (`load_model`).
-        rows: Rows with `prompt`, `chosen`, `rejected`.
+        rows: Rows with `prompt`, `chosen`, `rejected`, or an opened data set.
         config: Settings; None: the defaults.
         policy: A policy, or the folder of a policy artefact, to start from. None: the base.
         validation: Rows whose loss and accuracy are measured every `config.evaluate_every` steps.
         test: Rows that the policy is evaluated on at the end.
-        frozen: An adapter that stays as it is beneath a fresh one.
-        run: A folder for checkpoints, metrics, evaluation and artefact; the same call goes on from
-            the last checkpoint, bit for bit. None: nothing is written.
-        on_step: Is called with each step's metrics.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath the fresh one. None:
+            there is none.
+        run: A folder for checkpoints, metrics, evaluation and artefact, or an opened run. The same
+            call continues from the last checkpoint, bit for bit; a finished run is read and not
+            trained again. None: nothing is written.
+        on_step: Called after each step with the row {"step": step, metric: number, ...}, on the
+            process that writes. None: nothing is called.
 
     Raises:
         UserError: For rows, settings or a policy that do not fit.
@@ -146,9 +164,17 @@ def train_dpo(
 def evaluate_dpo(
     model: Model, dataset: Dataset, config: DPOConfig, job: Supervised, state: TrainState
 ) -> dict:
-    """Returns how often the implicit reward, beta log(pi / pi_ref), orders the test comparisons.
+    """Measures how often the implicit reward, beta log(pi / pi_ref), orders the test comparisons.
 
-    Comparisons of equal responses do not count.
+    Returns {"pairwise_accuracy": the fields of an `Estimate`, "data": facts about the rows}.
+    Comparisons of equal responses do not count, and those with equal rewards count half.
+
+    Args:
+        model: The base and its mesh.
+        dataset: Has the split `test`.
+        config: Settings of DPO.
+        job: Prepares the batches (`job_of`).
+        state: Has the trained role `policy` and the frozen role `reference`.
     """
     rows = dataset.rows("test")
     batches = load_batches(
@@ -176,9 +202,10 @@ def evaluate_dpo(
 
 
 def implicit_program(model: Model, config: DPOConfig) -> Program:
-    """Returns the compiled program (base or None, policy, preferences) -> log-ratios.
+    """Returns the compiled program (base or None, policy, preferences) -> (chosen_B, rejected_B).
 
-    The log-ratios log(pi / pi_ref) are (chosen_B, rejected_B).
+    The two arrays hold log(pi / pi_ref) of the chosen and the rejected responses: the sum over a
+    response's tokens, or their mean with `config.token_mean`.
     """
     return Program(
         "implicit",
@@ -190,6 +217,17 @@ def implicit_program(model: Model, config: DPOConfig) -> Program:
 def _implicit(
     lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences
 ) -> tuple:
+    """Returns log(pi / pi_ref) of the chosen and the rejected responses, (chosen_B, rejected_B).
+
+    Args:
+        lm: The model's functions.
+        mean: Whether to take the mean over a response's tokens instead of the sum.
+        microbatches: Number of parts that the batch is computed in, one after the other.
+        base: The base's weights; None in full tuning.
+        policy: The policy.
+        batch: Comparisons with the reference's log-probabilities.
+    """
+
     def of_rows(part: Preferences) -> tuple:
         both = passes.interleaved_pairs(part.pairs)
         logp_BT = passes.sequence_logprobs(lm, base, policy, both)

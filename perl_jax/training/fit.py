@@ -1,6 +1,6 @@
 """Fits a role to rows: the supervised loop that SFT, reward models, DPO and small bases share.
 
-RL shares the first state (`initial_state`) and the program of an update (`step_program`).
+RL shares the first state (`initial_state`) and the program of its updates (`learn_program`).
 """
 
 from __future__ import annotations
@@ -31,14 +31,37 @@ from perl_jax.training.state import TrainState, init_state
 from perl_jax.types import Tree
 
 
-def step_program(model: Model, update: Callable, state: TrainState) -> Program:
-    """Returns the compiled program of an update: (state, base, batch, ...) -> (state, metrics).
+def learn_program(
+    model: Model,
+    config: TrainingConfig,
+    objective: step.Objective,
+    state: TrainState,
+    optimizers: Optimizers,
+    updates: int = 1,
+) -> Program:
+    """Returns the compiled program of a step's updates: (state, base, batch) -> (state, metrics).
 
     The state is donated; base and batch are not. The new state has the shardings of the old one.
+
+    Args:
+        model: The base and its mesh.
+        config: Settings; only the number of microbatches is read.
+        objective: What is minimised.
+        state: A state of the run; only shapes are read.
+        optimizers: One for each trained role, by name.
+        updates: Number of updates from one batch. With more than one the program has a fourth
+            argument: the rows of each update (`step.train_epochs`).
     """
+    update = step.train_step if updates == 1 else step.train_epochs
     places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
-    # Batches of each padded length may be packed or not.
-    return Program("learn", update, donate=(0,), out_shardings=places, limit=SHAPES)
+    return Program(
+        "learn",
+        functools.partial(update, objective, optimizers, config.microbatches),
+        donate=(0,),
+        out_shardings=places,
+        # Batches of each padded length may be packed or not.
+        limit=SHAPES,
+    )
 
 
 def initial_state(
@@ -53,11 +76,12 @@ def initial_state(
 
     Args:
         model: The base and its mesh.
-        config: Settings; the seed makes the state's key.
+        config: Settings; only the seed is read, which the state's key is made from.
         roles: The roles to train, by name.
-        optimizers: One for each of them.
-        frozen: Roles that the job reads but does not train, by name.
-        controls: Initial values of the numbers that the loop adapts (the KL's coefficient).
+        optimizers: One for each trained role, by name.
+        frozen: Roles that the job reads but does not train, by name. None: there are none.
+        controls: Initial values of the numbers that the loop adapts (the KL's coefficient), by
+            name. None: there are none.
     """
     key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
     given = (
@@ -78,7 +102,13 @@ def begin_program(
 ) -> Program:
     """Returns the compiled program (roles, frozen roles, key data) -> the state of step 0.
 
-    Only the shapes and dtypes of the last three arguments are read.
+    Args:
+        model: The mesh that the state is placed on.
+        optimizers: One for each trained role, by name.
+        controls: Initial values of the numbers that the loop adapts, by name; None: there are none.
+        roles: The roles to train, by name; only shapes and dtypes are read.
+        frozen: The frozen roles, by name; only shapes and dtypes are read.
+        key: Key data, uint32; only shape and dtype are read.
     """
 
     def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
@@ -99,14 +129,18 @@ class Supervised:
     Attributes:
         job: The name that messages begin with.
         role: The name of the trained role.
-        kind: The kind of rows that the job trains on.
-        objective: (lm, roles, base, batch, key) -> (loss, logs), both as sums with weights.
-        validate: (model, held-out loss, state, batches, truth) -> validation metrics.
-        best: The validation metric whose best step is kept; None: the last step is.
+        kind: The kind of rows that the job trains on, one of `data.store.KINDS`.
+        objective: (lm, roles by name, base or None, batch, key or None) -> (loss, logs by name),
+            each a LossSum.
+        validate: (model, held-out loss, state, held-out batches, result of `truth` or None) -> the
+            validation metrics.
+        best: The validation metric whose best step is kept (higher is better); None: the last step
+            is.
         shown: Names of the metrics on the progress line.
         prepare: (model, state, batch) -> the batch that the objective reads; None: the batch as it
             is.
-        truth: (rows, task, split) -> what scores are compared with; None: nothing.
+        truth: (rows, name of the data set, split) -> an array [rows] that `validate` compares
+            scores with; None: there is no such array.
     """
 
     job: str
@@ -132,10 +166,18 @@ def begin(
     role: Adapter,
     frozen_roles: Mapping[str, Adapter] | None = None,
 ) -> tuple[TrainState, Optimizers]:
-    """Returns the state that the training of one role begins with, and the role's optimizer.
+    """Returns the state that the training of one role begins with, and the role's optimizer by
+    name.
 
     The state copies the role: delete the given role afterwards, or its weights are on the devices
     twice.
+
+    Args:
+        model: The base and its mesh.
+        config: Settings of the job.
+        job: Names the trained role.
+        role: The initial values of the trained role.
+        frozen_roles: Roles that the job reads but does not train, by name. None: there are none.
     """
     optimizers = {
         job.role: make_optimizer(
@@ -156,22 +198,25 @@ def supervised_loop(
 ) -> tuple[Loop, Program]:
     """Returns the loop that trains a role on a split of labelled rows, and the update's program.
 
-    The rows of the validation split, where there are any, are measured every
-    `config.evaluate_every` steps, and the best of these steps is kept where the job has a measure
-    to choose it by.
+    With a validation split, its rows are measured every `config.evaluate_every` steps, and the step
+    with the best `job.best` is kept. Prints which attention the job uses.
 
-    Only the shapes and shardings of `state` (`begin`) are read.
+    Args:
+        model: The base and its mesh.
+        dataset: Has the rows.
+        split: The split to train on.
+        config: Settings of the job.
+        job: The role, the objective and the validation.
+        state: The state of step 0 (`begin`); only its shapes and shardings are read.
+        optimizers: One for each trained role, by name.
     """
     seed, size, parts = config.seed, config.batch_size, config.microbatches
     batches = load_batches(model, dataset, split, config.data, size, seed, parts)
-    program = learn_program(model, config, job, state, optimizers)
-    frozen = None if config.tuning == "full" else model.base
+    objective = functools.partial(job.objective, model.lm)
+    program = learn_program(model, config, objective, state, optimizers)
+    base = None if config.tuning == "full" else model.base
+    step_of_job = functools.partial(advance, model, base, job, program)
     facts = noted(dataset, split, config.data, batches)
-
-    def advance(state: TrainState, batch: Tree) -> tuple[TrainState, dict, dict]:
-        state, metrics = program(state, frozen, job.ready(model, state, batch))
-        return state, {name: value.item() for name, value in to_host(metrics).items()}, {}
-
     validate = best = None
     if "validation" in dataset.splits:
         best = job.best
@@ -183,27 +228,40 @@ def supervised_loop(
         loss = lambda state: held_out_loss(model, job, measure, state, held_out)
         validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
     say_attention(job.job, model.lm)
-    return Loop(job.job, advance, iter(batches), validate, best, job.shown, facts), program
+    return Loop(job.job, step_of_job, iter(batches), validate, best, job.shown, facts), program
 
 
-def learn_program(
+def advance(
     model: Model,
-    config: TrainingConfig,
+    base: Tree | None,
     job: Supervised,
+    program: Program,
     state: TrainState,
-    optimizers: Optimizers,
-) -> Program:
-    """Returns the compiled update (state, base or None, batch) -> (state, metrics)."""
-    update = functools.partial(
-        step.train_step, functools.partial(job.objective, model.lm), optimizers, config.microbatches
-    )
-    return step_program(model, update, state)
+    batch: Tree,
+) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
+    """Makes one step: puts the batch on the devices, updates the role, fetches the metrics.
+
+    Args:
+        model: The base and its mesh.
+        base: The base's weights; None in full tuning.
+        job: Prepares the batch.
+        program: The compiled `step.train_step`.
+        state: Of step s; it is donated.
+        batch: A batch of rows, on the host.
+
+    Returns:
+        The state of step s + 1, the metrics of `step.train_step` as Python numbers, and no phases:
+        {}.
+    """
+    state, metrics = program(state, base, job.ready(model, state, batch))
+    return state, {name: value.item() for name, value in to_host(metrics).items()}, {}
 
 
 def held_out_program(model: Model, config: TrainingConfig, job: Supervised) -> Program:
-    """Returns the compiled program (roles, base or None, batch) -> (loss, logs), as sums.
+    """Returns the compiled program (roles by name, base or None, batch) -> (loss, logs by name).
 
-    It computes the objective on a held-out batch, in as many microbatches as the update.
+    The loss and each log are LossSums over the batch, computed without dropout, in as many
+    microbatches as the update. The base is None in full tuning.
     """
     return Program(
         "validate",
@@ -217,7 +275,18 @@ def held_out_program(model: Model, config: TrainingConfig, job: Supervised) -> P
 def _held_out(
     objective: Callable, microbatches: int, roles: dict, frozen: Tree, batch: Tree
 ) -> tuple:
-    """Computes the objective without dropout; returns (loss, logs) as sums."""
+    """Returns the objective's loss and logs on one batch, computed without dropout.
+
+    The loss and each log are LossSums: total and weight, added over the microbatches and not yet
+    divided.
+
+    Args:
+        objective: (roles, frozen, batch, key or None) -> (loss, logs by name), each a LossSum.
+        microbatches: Number of parts that the batch is computed in, one after the other.
+        roles: The trained roles, by name.
+        frozen: The base's weights; None in full tuning.
+        batch: The batch that the objective reads.
+    """
     return summed_microbatches(
         lambda part: objective(roles, frozen, part, None), batch, microbatches
     )
@@ -226,9 +295,17 @@ def _held_out(
 def held_out_loss(
     model: Model, job: Supervised, measure: Program, state: TrainState, batches: Batches
 ) -> dict[str, float]:
-    """Returns means over all held-out rows: `loss` and the objective's logs.
+    """Returns the means over all held-out rows: `loss`, and each of the objective's logs by its
+    name.
 
-    Sums and weights are added over all batches and divided once.
+    Totals and weights are added over all batches and divided once. A mean without weight is 0.
+
+    Args:
+        model: The base and its mesh.
+        job: Prepares the batches.
+        measure: The compiled `held_out_program`.
+        state: The state whose roles are measured.
+        batches: All held-out batches.
     """
     frozen = model.base if any(role.weights is None for role in state.roles.values()) else None
     sums: dict[str, list[float]] = {}
@@ -243,7 +320,17 @@ def held_out_loss(
 def validate_policy(
     model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None
 ) -> dict[str, float]:
-    """Returns the held-out loss and, for comparisons, the share of pairs in the right order."""
+    """Returns `validation/loss` and, for comparisons, `validation/accuracy`.
+
+    The accuracy is the share of pairs whose chosen response has the higher implicit reward.
+
+    Args:
+        model: Not read.
+        held_out: state -> the means over the held-out rows.
+        state: The state to measure.
+        batches: Not read.
+        truth: Not read.
+    """
     found = held_out(state)
     accuracy = {"validation/accuracy": found["train/accuracy"]} if "train/accuracy" in found else {}
     return {"validation/loss": found["loss"], **accuracy}

@@ -26,17 +26,20 @@ def rollout_layout(
     microbatches: int,
     orders_XY: np.ndarray | None = None,
 ) -> Layout | None:
-    """Returns how rollouts are packed; None: they stay padded, as packing would gain too little.
+    """Returns how rollouts are packed; None: they stay padded.
+
+    They stay padded if the settings or the mesh exclude packing, if the rows do not divide evenly
+    over the parts and microbatches, or if packing would save too little.
 
     Args:
         model: The base; says whether batches are packed.
         config: Settings of RL.
         prompt_B: Number of tokens of each row's prompt.
         response_B: Number of tokens of each row's response.
-        columns: The padded length of the prompts.
-        microbatches: Microbatches of the pass that reads the rollouts.
-        orders_XY: The rows of each update (`step.dealt`), which all get one layout. None: one pass
-            over all rows in their order.
+        columns: Padded length of the prompts, in tokens.
+        microbatches: Number of microbatches of the pass that reads the rollouts.
+        orders_XY: Row indices of each update (`step.dealt`), which all get one layout. None: one
+            pass over all rows in their order.
     """
     if not model.packs(config.data.packing):
         return None
@@ -64,19 +67,28 @@ def rollout_layout(
 def dealt_group(config: RLConfig, rows: int, parts: int) -> int:
     """Returns how many consecutive rows stay together when `rows` are divided into `parts`.
 
-    A prompt's samples stay together if their groups divide evenly over the parts; otherwise rows
-    are divided one by one.
+    It is the number of samples of a prompt if whole prompts divide evenly over the parts, and
+    otherwise 1.
+
+    Args:
+        config: Settings of RL.
+        rows: Number of rows.
+        parts: Number of parts of equal size.
     """
     samples = config.algorithm.group
     return samples if rows % (parts * samples) == 0 else 1
 
 
 def updates_rows(config: RLConfig, key: jax.Array) -> np.ndarray | None:
-    """Returns the rows of each update of an RL step (`step.dealt`), int [updates, rows].
+    """Returns the row indices of each update of an RL step (`step.dealt`), int [updates, rows].
 
     Returns None for a single update, which takes all rows in their order. A prompt's samples stay
-    together if their groups divide evenly over the minibatches, so that packing can compute the
-    prompt once. Neither the mesh nor the number of microbatches changes the result.
+    together if they divide evenly over the minibatches, so that packing can compute the prompt
+    once. Neither the mesh nor the number of microbatches changes the result.
+
+    Args:
+        config: Settings of RL.
+        key: The key of the random division.
     """
     algorithm = config.algorithm
     if algorithm.updates == 1:

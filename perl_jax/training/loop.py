@@ -42,11 +42,12 @@ class Loop:
 
     Attributes:
         job: The name that messages and the progress line begin with.
-        advance: (state, batch) -> (state, metrics, seconds of each phase): one step. The metrics
-            have the key `finite`.
-        batches: The batches; a checkpoint holds their cursor.
+        advance: (state, batch) -> (state, metrics, seconds of each phase by name): one step. The
+            metrics have the key `finite`.
+        batches: The endless batches of training; a checkpoint holds their cursor.
         validate: state -> (metrics, rows for `runs.metrics.SamplesWriter`); None: no validation.
-        best: The validation metric whose best step is returned; None: the last step is.
+        best: The validation metric whose best step is returned (higher is better); None: the last
+            step is.
         shown: Names of the metrics on the progress line.
         facts: Constant numbers, written with the first step's metrics.
     """
@@ -68,32 +69,50 @@ class Keeper(Protocol):
         ...
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric."""
+        """Returns the step with the highest metric; None: no step was saved with metrics."""
         ...
 
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
-        """Saves a state, with its validation metrics where there are any."""
+        """Saves a state under its step.
+
+        Args:
+            state: The state to save.
+            host: The host state, a JSON object: the data cursor.
+            metrics: The validation metrics, if they were measured at this step; else None.
+        """
         ...
 
     def restore(
         self, abstract: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns (state, host state) of a step."""
+        """Returns (state, host state) of a step.
+
+        Args:
+            abstract: The shapes, dtypes and shardings of the state's leaves.
+            step: The step; None: the newest.
+        """
         ...
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns (state, host state) of the newest step that can be read."""
+        """Returns (state, host state) of the newest step that can be read, placed as `abstract`
+        says.
+        """
         ...
 
     def close(self) -> None:
-        """Releases what is held."""
+        """Releases threads and files."""
         ...
 
 
 class Memory:
-    """Stands in for `Checkpoints` in a run without a folder: holds a copy of the best state."""
+    """Replaces `Checkpoints` in a run without a folder: keeps a copy of the best state on the
+    devices.
+
+    Args:
+        best: The metric whose highest value marks the best state; None: no state is kept.
+    """
 
     def __init__(self, best: str | None) -> None:
         self._best = best
@@ -104,13 +123,21 @@ class Memory:
         """Returns None: there is nothing to resume from."""
 
     def best_step(self) -> int:
-        """Returns the step of the best state."""
+        """Returns the step of the best state. Raises ValueError if no state has been kept."""
         return int(self._held().step)
 
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
-        """Copies the state when its metric is the best one yet."""
+        """Copies the state if its metric `best` is higher than that of every state before.
+
+        Does nothing without metrics, or if `best` is None.
+
+        Args:
+            state: The state. Its arrays are copied, because the next step reuses their buffers.
+            host: Not read.
+            metrics: The validation metrics of this step; None: it was not validated.
+        """
         if self._best is not None and metrics is not None and metrics[self._best] > self._value:
             self._value = metrics[self._best]
             # The arrays of `state` are donated to the next step.
@@ -119,21 +146,27 @@ class Memory:
     def restore(
         self, abstract: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state, the only one that is held."""
+        """Returns the best state, the only one that is kept, and an empty host state, {}.
+
+        Neither argument is read. Raises ValueError if no state has been kept.
+        """
         return self._held(), {}
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state, the only one that is held."""
+        """Returns the best state, the only one that is kept, and an empty host state, {}.
+
+        The argument is not read. Raises ValueError if no state has been kept.
+        """
         return self._held(), {}
 
     def _held(self) -> TrainState:
-        """Returns the copy; raises ValueError before a step has been validated."""
+        """Returns the kept copy. Raises ValueError if no state has been kept."""
         if self._state is None:
             raise ValueError("no validated step has been saved")
         return self._state
 
     def close(self) -> None:
-        """Has nothing to release."""
+        """Does nothing: there are no threads or files."""
 
 
 def train(
@@ -145,21 +178,26 @@ def train(
 ) -> tuple[TrainState, Timings, list[dict[str, Any]]]:
     """Runs the loop to `config.steps`; returns the best or last state, timings, rows of metrics.
 
+    The state is the best one if `loop.best` is set, otherwise the last. The rows are {"step": step,
+    metric: number, ...}, one per step, and are empty on processes that do not write.
+
     With a folder the loop begins at the newest checkpoint there. A checkpoint is written after the
-    step's metrics, and after the step was found to be finite. A resumed run cuts off the metrics
-    that were written after its checkpoint and makes them again, bit for bit.
+    step's metrics, and after the step was found to be finite. A resumed run deletes the metrics
+    that were written after its checkpoint and computes them again, bit for bit.
 
     Without a folder nothing is written, and the best state is a copy on the devices.
 
     Args:
         config: How long to train, how often to validate and to save.
-        state: Its arrays are used up.
+        state: The state of step 0; its arrays are donated.
         loop: The job.
         run: The opened run; None: a run without a folder.
-        on_step: Is called after each step with the row {"step": step, metric: number, ...}, on the
-            process that writes.
+        on_step: Called after each step with the step's row, on the process that writes; None:
+            nothing is called.
 
     Raises:
+        UserError: If a run without a folder has a setting that writes into one (`tensorboard`,
+            `wandb`, `profile`), or if the checkpoints do not fit.
         TrainingError: For NaN or infinity; the last good checkpoint stays.
         Stopped: After SIGTERM to any process of a run with a folder, at the end of the step, which
             is saved.
@@ -241,7 +279,13 @@ def _require_no_files(config: TrainingConfig) -> None:
 def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]) -> None:
     """Removes `finite` from the metrics; raises TrainingError if it is False.
 
-    It is False if a loss, a gradient, an updated weight or a log-probability is NaN or infinite.
+    It is False if a loss, a gradient, an updated weight, a score or a log-probability is NaN or
+    infinite.
+
+    Args:
+        folder: The run's folder, named in the message; None: a run without a folder.
+        step: The step, named in the message.
+        metrics: The step's metrics by name; changed in place.
     """
     if not bool(metrics.pop("finite")):
         bad = [
@@ -260,9 +304,10 @@ def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]
 
 
 def _given_up(state: TrainState) -> TrainState:
-    """Deletes the arrays of a state; returns their shapes and shardings.
+    """Deletes the arrays of a state; returns their shapes, dtypes and shardings as a state.
 
-    Another state is then read into their place: the devices may not have room for two.
+    The caller then restores another state into the freed memory: the devices may not have room for
+    two.
     """
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state

@@ -94,10 +94,15 @@ WIDTH, POWER = 2048, 0.75
 
 
 def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule:
-    """Returns the learning-rate schedule of a run of `steps` updates.
+    """Returns the learning-rate schedule of a run: number of updates done -> learning rate.
 
     A linear warm-up to `rate` is followed by a constant rate, or by a linear or cosine decay that
-    reaches 0 at `steps`.
+    reaches 0 at `steps`. The first update has the rate `rate / warmup_steps`.
+
+    Args:
+        config: The kind of schedule and the steps of warm-up.
+        rate: The learning rate after the warm-up.
+        steps: Number of updates of the run.
     """
     rest = max(steps - config.warmup_steps, 1)
     after = {
@@ -115,7 +120,7 @@ def schedule(config: OptimizerConfig, rate: float, steps: int) -> optax.Schedule
 
 
 def _rule(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW or Adafactor with a learning-rate schedule."""
+    """Returns AdamW or Adafactor, as `config.name` says, with a learning-rate schedule."""
     if config.name == "adamw":
         return optax.adamw(
             rate, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay
@@ -132,10 +137,14 @@ def _rule(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
 
 
 def learning_rate(config: OptimizerConfig, tuning: str, width: int = WIDTH) -> float:
-    """Returns the configured learning rate, or the default of the tuning.
+    """Returns `config.learning_rate`, or the default of the tuning if that is None.
 
-    The default is DEFAULT_RATES[tuning] * max(1, WIDTH / width)^POWER, where `width` is the size of
-    the base's hidden states.
+    The default is DEFAULT_RATES[tuning] * max(1, WIDTH / width)^POWER.
+
+    Args:
+        config: Settings of the optimizer.
+        tuning: lora or full.
+        width: The size of the base's hidden states.
     """
     if config.learning_rate is not None:
         return config.learning_rate
@@ -153,7 +162,7 @@ def make_optimizer(
 
     Args:
         config: Settings of the optimizer.
-        steps: Updates of the run; the schedule ends there.
+        steps: Number of updates of the run; the learning-rate schedule ends there.
         tuning: lora or full; decides the default learning rate.
         width: The size of the base's hidden states; decides the default learning rate too.
     """

@@ -53,9 +53,17 @@ _REFERENCE_ROWS = 512
 def validate_pairs(
     model: Model, held_out: HeldOut, state: TrainState, batches: Batches, weights: np.ndarray
 ) -> dict[str, float]:
-    """Returns the held-out loss and the weighted share of pairs that are scored in the right order.
+    """Returns `validation/loss` and `validation/accuracy`.
 
-    Pairs of equal responses count in the loss but not in that share.
+    The accuracy is the weighted share of pairs whose chosen response has the higher score; a pair
+    of equal scores counts half. Pairs of equal responses count in the loss only.
+
+    Args:
+        model: The base and its mesh.
+        held_out: state -> the means over the held-out rows.
+        state: Has the trained role `reward`.
+        batches: The held-out comparisons.
+        weights: The weight of each comparison, [rows] (`data.targets.pair_weights`).
     """
     chosen, rejected = score_batches(model, state.roles["reward"], batches)
     counted = weights * batches.rows.different
@@ -68,8 +76,14 @@ def validate_pairs(
 def validate_labels(
     model: Model, held_out: HeldOut, state: TrainState, batches: Batches, labels: np.ndarray
 ) -> dict[str, float]:
-    """Returns the held-out loss and the AUC of the scores; a soft label above 0.5 counts as a
-    yes.
+    """Returns `validation/loss`, and `validation/auc` of the scores.
+
+    Args:
+        model: The base and its mesh.
+        held_out: state -> the means over the held-out rows.
+        state: Has the trained role `reward`.
+        batches: The held-out labelled rows.
+        labels: The label of each row, [rows]; a soft label above 0.5 counts as positive.
     """
     (scores,) = score_batches(model, state.roles["reward"], batches)
     return {
@@ -81,7 +95,15 @@ def validate_labels(
 def validate_regression(
     model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: np.ndarray
 ) -> dict[str, float]:
-    """Returns the held-out loss and the correlation of scores with ratings."""
+    """Returns `validation/loss`, and `validation/correlation` of the scores with the ratings.
+
+    Args:
+        model: The base and its mesh.
+        held_out: state -> the means over the held-out rows.
+        state: Has the trained role `reward`.
+        batches: The held-out rated rows.
+        truth: The rating of each row, [rows].
+    """
     (scores,) = score_batches(model, state.roles["reward"], batches)
     return {
         "validation/loss": held_out(state)["loss"],
@@ -91,9 +113,14 @@ def validate_regression(
 
 @functools.lru_cache(maxsize=8)
 def score_program(lm: LanguageModel, microbatches: int) -> Program:
-    """Returns the compiled program (base or None, adapter, batch) -> raw scores.
+    """Returns the compiled program (base or None, adapter, batch) -> scores, not normalised.
 
-    The scores are (chosen_B, rejected_B) for comparisons and (score_B,) for labelled rows.
+    The scores are (chosen_B, rejected_B) for comparisons and (score_B,) for labelled or rated rows.
+    The base is None if the adapter has weights of its own (full tuning).
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of parts that a batch is computed in, one after the other.
     """
     return Program("score", functools.partial(_scores, lm, microbatches), limit=SHAPES)
 
@@ -101,6 +128,18 @@ def score_program(lm: LanguageModel, microbatches: int) -> Program:
 def _scores(
     lm: LanguageModel, microbatches: int, base: Tree, adapter: Adapter, batch: Pairs | Labelled
 ) -> tuple[jax.Array, ...]:
+    """Returns the scores of a batch, not normalised.
+
+    They are (chosen_B, rejected_B) for comparisons and (score_B,) for labelled or rated rows.
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of parts that the batch is computed in, one after the other.
+        base: The base's weights; None in full tuning.
+        adapter: The reward model, with a scalar head.
+        batch: The rows.
+    """
+
     def of_rows(part: Pairs | Labelled) -> tuple[jax.Array, ...]:
         if isinstance(part, Pairs):
             return passes.pair_scores(lm, base, adapter, part)
@@ -110,9 +149,15 @@ def _scores(
 
 
 def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.ndarray, ...]:
-    """Returns the raw scores of all rows in the order of the split, without filler.
+    """Returns the scores of all rows in the order of the split, without filler rows.
 
-    They are (chosen [rows], rejected [rows]) for comparisons and (score [rows],) for labelled rows.
+    The scores are (chosen [rows], rejected [rows]) for comparisons and (score [rows],) for labelled
+    or rated rows. They are the head's outputs, not normalised.
+
+    Args:
+        model: The base and its mesh.
+        adapter: The reward model.
+        batches: All batches of a split.
     """
     program = score_program(model.lm, batches.microbatches)
     base = model.base if adapter.weights is None else None
@@ -133,6 +178,15 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
 def _reward(
     kind: str, objective: Callable, best: str, validate: Callable, truth: Callable
 ) -> Supervised:
+    """Returns a supervised job that trains the role `reward`.
+
+    Args:
+        kind: The kind of rows, one of `data.store.KINDS`.
+        objective: What is minimised.
+        best: The validation metric whose best step is kept.
+        validate: Computes the validation metrics.
+        truth: Returns what `validate` compares scores with.
+    """
     return Supervised(
         "reward", "reward", kind, objective, validate, best, ("train/loss", best), truth=truth
     )
@@ -160,7 +214,7 @@ REWARD = {
 
 
 def reward_job(config: RewardConfig) -> Supervised:
-    """Returns the supervised job of `config.objective`."""
+    """Returns the supervised job of `config.objective`, with `soft_labels` and `centring` set."""
     job = REWARD[config.objective]
     if config.objective != "pairwise":
         return job
@@ -181,25 +235,32 @@ def train_reward(
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Trains an adapter with a scalar head to score responses.
+    """Returns an adapter with a scalar head, trained to score responses.
 
-    With validation rows the best validated step is kept. Raw scores are normalised to mean 0 and
-    variance 1 over responses of the training rows.
+    With validation rows the step with the best validation metric is kept: the accuracy of pairs,
+    the AUC of labels or the correlation with ratings. The record holds the mean and the standard
+    deviation of the scores of training responses; `Trained.reward` normalises scores by them. With
+    test rows, `Trained.evaluation` holds the measures of `evaluate_reward`.
 
     Args:
         model: The base (`load_model`).
-        rows: Rows of the kind that `config.objective` needs: `prompt`, `chosen`, `rejected`
-            (pairwise); `prompt`, `response`, `label` (pointwise) or `rating` (regression).
+        rows: An opened data set, or rows of the kind that `config.objective` needs: `prompt`,
+            `chosen`, `rejected` (pairwise); `prompt`, `response` and `label` (pointwise) or
+            `rating` (regression).
         config: Settings; None: the defaults.
         validation: Rows to choose the best step by.
         test: Rows that the model is evaluated on at the end.
-        frozen: An adapter that stays as it is beneath the one that is trained.
-        run: A folder for checkpoints, metrics, evaluation and artefact; the same call goes on from
-            the last checkpoint, bit for bit. None: nothing is written.
-        on_step: Is called with each step's metrics.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath the fresh one. None:
+            there is none.
+        run: A folder for checkpoints, metrics, evaluation and artefact, or an opened run. The same
+            call continues from the last checkpoint, bit for bit; a finished run is read and not
+            trained again. None: nothing is written.
+        on_step: Called after each step with the row {"step": step, metric: number, ...}, on the
+            process that writes. None: nothing is called.
 
     Raises:
-        UserError: For rows or settings that do not fit.
+        UserError: For rows or settings that do not fit, or if all training responses get equal
+            scores.
         TrainingError: For NaN or infinity.
     """
     config = config or RewardConfig()
@@ -244,9 +305,18 @@ def train_reward(
 def reference_moments(
     model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[float, float]:
-    """Returns mean and standard deviation of the raw scores of the first training responses.
+    """Returns the mean and the standard deviation of the scores of the first training responses.
 
-    Raises UserError if all scores are equal.
+    The responses are those of the first 512 rows; a comparison has two of them.
+
+    Args:
+        model: The base and its mesh.
+        dataset: Has the training split, `config.split`.
+        config: Settings of the reward model.
+        adapter: The reward model.
+
+    Raises:
+        UserError: If all scores are equal, or one is not finite.
     """
     batches = load_batches(
         model,
@@ -272,12 +342,30 @@ def reference_moments(
 def evaluate_reward(
     model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Evaluates a reward model on the test split.
+    """Evaluates a reward model on the test split; returns (measures, scores).
 
-    Returns:
-        The measures for `evaluation.json`, and the raw scores of all rows by name. `n` is the
-        number of rows and `groups` the number of groups (`data.store.group_of`); confidence
-        intervals take groups, not rows, to be independent.
+    The measures are JSON values for `evaluation.json`:
+
+        n, groups                    number of rows, and of groups (`data.store.group_of`)
+        data                         facts about the rows
+        pairwise_accuracy            comparisons; differing responses only
+        noise_ceiling                comparisons whose true probabilities are all known: the best
+                                     accuracy that the noise in the labels allows
+        auc, balanced_accuracy,      labels; the threshold is `validation_threshold`
+        accuracy
+        correlation,                 ratings
+        mean_squared_error
+        ece, brier, reliability      comparisons and labels: calibration
+
+    Those with an interval are the fields of an `Estimate`; intervals take groups, not rows, to be
+    independent. The scores, not normalised, are one list [rows] for each of `chosen` and
+    `rejected`, or `score`.
+
+    Args:
+        model: The base and its mesh.
+        dataset: Has the split `test` and, for labels, `validation`.
+        config: Settings of the reward model.
+        adapter: The reward model.
     """
     kind, rows = dataset.kind, dataset.rows("test")
     batches = load_batches(
@@ -336,7 +424,14 @@ def evaluate_reward(
 def validation_threshold(
     model: Model, dataset: Dataset, config: RewardConfig, adapter: Adapter
 ) -> float:
-    """Returns the score threshold with the best balanced accuracy on the validation rows."""
+    """Returns the score threshold with the best balanced accuracy on the labelled validation rows.
+
+    Args:
+        model: The base and its mesh.
+        dataset: Has the split `validation`; a label above 0.5 counts as positive.
+        config: Settings of the reward model.
+        adapter: The reward model.
+    """
     batches = load_batches(
         model, dataset, "validation", config.data, config.batch_size, None, config.microbatches
     )
@@ -346,7 +441,12 @@ def validation_threshold(
 
 
 def _headline(results: dict[str, Any]) -> dict[str, float]:
-    """Returns the measures that the artefact's record holds."""
+    """Returns the values of the main measures by name, without intervals, for the artefact's
+    record.
+
+    Args:
+        results: The measures of `evaluate_reward`.
+    """
     names = ("auc", "balanced_accuracy", "correlation", "pairwise_accuracy")
     out = {name: results[name]["value"] for name in names if name in results}
     return out | ({"ece": results["ece"]} if "ece" in results else {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +12,14 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.generation.programs import sample_program
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
-from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import policy_gradient
 from perl_jax.runtime import sharding
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training.experience import assemble, experience_of, one_pass
-from perl_jax.training.fit import step_program
+from perl_jax.training.fit import learn_program
 from perl_jax.training.optimizers import Optimizers
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.state import TrainState
-from perl_jax.training.step import train_epochs, train_step
 
 
 class Programs:
@@ -93,8 +90,16 @@ class Programs:
             out_shardings=(rows, sharding.replicated(model.mesh)),
             limit=SHAPES,
         )
-        update = update_function(lm, config, optimizers, self.one_pass)
-        self.learn = step_program(model, update, state)
+        objective = functools.partial(
+            policy_gradient.policy_gradient_objective,
+            lm,
+            algorithm,
+            config.temperature,
+            config.estimator,
+            max_response,
+            experience_of=functools.partial(experience_of, config) if self.one_pass else None,
+        )
+        self.learn = learn_program(model, config, objective, state, optimizers, algorithm.updates)
         refreshed = functools.partial(_refreshed, lm.config.dtype)
         places = model.adapter_shardings(state.frozen.get("reference"))
         self.refresh = (
@@ -107,27 +112,6 @@ class Programs:
         """Returns the programs that are not None, by name."""
         names = ("sample", "greedy", "reward", "logprobs", "values", "assemble", "learn", "refresh")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-def update_function(
-    lm: LanguageModel, config: RLConfig, optimizers: Optimizers, one_pass: bool
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the update (state, base, experience, ...) -> (state, metrics), not compiled.
-
-    With `one_pass` it reads scored rollouts instead of experience. With several updates per rollout
-    it also reads the rows of each (`step.train_epochs`).
-    """
-    objective = functools.partial(
-        policy_gradient.policy_gradient_objective,
-        lm,
-        config.algorithm,
-        config.temperature,
-        config.estimator,
-        config.data.max_response_length,
-        experience_of=functools.partial(experience_of, config) if one_pass else None,
-    )
-    step = train_step if config.algorithm.updates == 1 else train_epochs
-    return functools.partial(step, objective, optimizers, config.microbatches)
 
 
 def _refreshed(dtype: str, policy: Adapter) -> Adapter:

@@ -42,17 +42,21 @@ def train_sft(
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Trains a policy on demonstrations; the loss is -log p of response tokens, averaged.
+    """Returns a policy trained on demonstrations; the loss is the mean of -log p over response
+    tokens.
 
     Args:
         model: The base (`load_model`).
-        rows: Rows with `prompt` and `response`.
+        rows: Rows with `prompt` and `response`, or an opened data set.
         config: Settings; None: the defaults.
         validation: Rows whose loss is measured every `config.evaluate_every` steps.
-        frozen: An adapter that stays as it is beneath the one that is trained.
-        run: A folder for checkpoints, metrics and the artefact; the same call goes on from the last
-            checkpoint, bit for bit. None: nothing is written.
-        on_step: Is called with each step's metrics.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath the fresh one. None:
+            there is none.
+        run: A folder for checkpoints, metrics and the artefact, or an opened run. The same call
+            continues from the last checkpoint, bit for bit; a finished run is read and not trained
+            again. None: nothing is written.
+        on_step: Called after each step with the row {"step": step, metric: number, ...}, on the
+            process that writes. None: nothing is called.
 
     Raises:
         UserError: For rows or settings that do not fit.

@@ -26,30 +26,87 @@ from perl_jax.types import Array, Tree
 Objective = Callable[[dict[str, Adapter], Tree, Tree, jax.Array], tuple[LossSum, Logs]]
 
 
-def gradients(
+# (trainable roles, batch, key) -> ((total, (loss, logs)), gradient of the total).
+Differentiated = Callable[
+    [dict[str, Adapter], Tree, jax.Array],
+    tuple[tuple[jax.Array, tuple[LossSum, Logs]], dict[str, Adapter]],
+]
+
+
+def train_step(
     objective: Objective,
-    roles: dict[str, Adapter],
+    optimizers: Optimizers,
+    microbatches: int,
+    state: TrainState,
     frozen: Tree,
+    batch: Tree,
+    key: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Updates every role once; returns the state of the next step, and the update's metrics.
+
+    Only trainable leaves are differentiated, so that only their gradients exist and have norms. The
+    LoRA pairs that lie frozen under an adapter (`Adapter.under`) are not.
+
+    The metrics are numbers, []: `train/loss`, the mean of each of the objective's logs,
+    `ROLE/gradient_norm` before clipping, and `finite`, which is True if the loss, all gradients and
+    all updated roles are finite.
+
+    Args:
+        objective: What is minimised.
+        optimizers: One for each trained role, by name.
+        microbatches: Number of parts that the batch is computed in, one after the other.
+        state: The state of step s.
+        frozen: What the objective reads and does not train: the base's weights; None in full
+            tuning.
+        batch: The batch that the objective reads; the first axis of every array is the rows.
+        key: The key of dropout; None: the state's own key of step s.
+    """
+    key = state.step_key(UPDATE) if key is None else key
+    trained = {name: trainable(role) for name, role in state.roles.items()}
+    under = {name: role.under for name, role in state.roles.items()}
+
+    def total(trained, part, key):
+        roles = {
+            name: dataclasses.replace(role, under=under[name]) for name, role in trained.items()
+        }
+        loss, logs = objective(roles, frozen, part, key)
+        return loss.total, (loss, logs)
+
+    differentiate = jax.value_and_grad(total, has_aux=True)
+    loss, logs, grads = mean_gradients(differentiate, trained, batch, key, microbatches)
+    roles, opt_states = {}, {}
+    metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
+    for name, role in trained.items():
+        updates, opt_states[name] = optimizers[name].update(
+            grads[name], state.optimizers[name], role
+        )
+        roles[name] = dataclasses.replace(optax.apply_updates(role, updates), under=under[name])
+        metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
+    metrics["finite"] = trees.all_finite((loss, grads, roles))
+    new = dataclasses.replace(state, step=state.step + 1, roles=roles, optimizers=opt_states)
+    return new, metrics
+
+
+def mean_gradients(
+    differentiate: Differentiated,
+    roles: dict[str, Adapter],
     batch: Tree,
     key: jax.Array,
     microbatches: int,
 ) -> tuple[LossSum, Logs, dict[str, Adapter]]:
-    """Returns the sum of losses, the logs, and the gradient of the batch's mean loss.
+    """Returns the loss and the logs of the batch as sums, and the gradient of its mean loss.
 
     The gradient is d(total)/d(roles) / weight over the whole batch. Totals, weights and gradients
     of the microbatches are added in float32 and divided once, so that microbatches of different
-    weight give the same gradient as one batch. Pairs that lie frozen under an adapter (`under`) are
-    not differentiated.
+    weight give the same gradient as one batch.
+
+    Args:
+        differentiate: Returns a microbatch's loss, logs and the gradient of its total.
+        roles: The trainable leaves of each role, by name.
+        batch: The batch; the first axis of every array is the rows.
+        key: The key of dropout; each microbatch gets a part of it.
+        microbatches: Number of parts that the batch is computed in, one after the other.
     """
-    under = {name: role.under for name, role in roles.items()}
-    roles = {name: trainable(role) for name, role in roles.items()}
-
-    def total(roles, microbatch, key):
-        whole = {name: dataclasses.replace(role, under=under[name]) for name, role in roles.items()}
-        loss, logs = objective(whole, frozen, microbatch, key)
-        return loss.total, (loss, logs)
-
-    differentiate = jax.value_and_grad(total, has_aux=True)
     if microbatches == 1:
         (_, (loss, logs)), summed = differentiate(roles, batch, key)
     else:
@@ -70,45 +127,6 @@ def gradients(
     )
 
 
-def train_step(
-    objective: Objective,
-    optimizers: Optimizers,
-    microbatches: int,
-    state: TrainState,
-    frozen: Tree,
-    batch: Tree,
-    key: jax.Array | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates every role once; returns the state of the next step, and the update's metrics.
-
-    Only trainable leaves are differentiated, so that only their gradients exist and have norms.
-    The metric `finite` is False for NaN or infinity in the loss, a gradient or an updated role.
-
-    Args:
-        objective: What is minimised.
-        optimizers: One for each trained role.
-        microbatches: Parts that the batch is computed in.
-        state: Of step s.
-        frozen: What the objective reads and does not train.
-        batch: Rows.
-        key: Of dropout; None: the state's own key of step s.
-    """
-    key = state.step_key(UPDATE) if key is None else key
-    loss, logs, grads = gradients(objective, state.roles, frozen, batch, key, microbatches)
-    roles, opt_states = {}, {}
-    metrics = {"train/loss": loss.mean} | {name: value.mean for name, value in logs.items()}
-    for name, role in state.roles.items():
-        updates, opt_states[name] = optimizers[name].update(
-            grads[name], state.optimizers[name], trainable(role)
-        )
-        updated = optax.apply_updates(trainable(role), updates)
-        roles[name] = dataclasses.replace(updated, under=role.under)
-        metrics[f"{name}/gradient_norm"] = trees.global_norm(grads[name])
-    metrics["finite"] = trees.all_finite((loss, grads, roles))
-    new = dataclasses.replace(state, step=state.step + 1, roles=roles, optimizers=opt_states)
-    return new, metrics
-
-
 @functools.partial(jax.jit, static_argnames=("rows", "epochs", "minibatches", "group"))
 def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int = 1) -> jax.Array:
     """Returns the rows of each update, int [epochs * minibatches, rows / minibatches].
@@ -116,10 +134,10 @@ def dealt(key: jax.Array, rows: int, epochs: int, minibatches: int, group: int =
     Each epoch is another random division of all rows into minibatches.
 
     Args:
-        key: Of the divisions.
+        key: The key of the random divisions.
         rows: Number of rows of the batch.
         epochs: How often each row is used.
-        minibatches: Updates in an epoch.
+        minibatches: Number of updates in an epoch.
         group: How many consecutive rows stay together.
 
     Raises:
@@ -145,11 +163,20 @@ def train_epochs(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes several updates from one batch, each from its own rows; they count as one step.
 
-    Metrics are means over the updates; `finite` is of all of them.
+    Returns the state of the next step, and the means of the updates' metrics (`train_step`).
+    `finite` is True if it is True in all updates.
 
     Args:
-        orders_XY: The rows of each update (`dealt`). A packed batch has the layout of one update's
-            rows.
+        objective: What is minimised.
+        optimizers: One for each trained role, by name.
+        microbatches: Number of parts that the rows of an update are computed in, one after the
+            other.
+        state: The state of step s.
+        frozen: What the objective reads and does not train: the base's weights; None in full
+            tuning.
+        batch: The batch; the first axis of every array is the rows. A packed batch has the layout
+            of one update's rows.
+        orders_XY: Row indices of each update (`dealt`), int [updates, rows of an update].
     """
     keys_X = jax.random.split(state.step_key(UPDATE), orders_XY.shape[0])
 

@@ -55,7 +55,7 @@ def test_no_command_prints_the_commands(capsys):
     assert command.main([]) == 2
     assert command.main(["--help"]) == 0 and command.main(["-h"]) == 0
     usage = capsys.readouterr().out
-    for name, (_, text) in command.COMMANDS.items():
+    for name, text in command.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(text)}$", usage, re.MULTILINE)
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_fails_has_status_1(capsys, monkeypatch):
     def fail(config):
         raise TrainingError("Step 3 gave NaN or infinity.")
 
-    monkeypatch.setitem(command.COMMANDS, "report", (fail, ""))
+    monkeypatch.setattr(command, "_report", fail)
     assert failure(capsys, "report", "x") == (1, "perl-jax report: Step 3 gave NaN or infinity.\n")
 
 
@@ -142,7 +142,7 @@ def test_ctrl_c_has_status_130(capsys, monkeypatch):
     def stop(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command.COMMANDS, "report", (stop, ""))
+    monkeypatch.setattr(command, "_report", stop)
     status, error = failure(capsys, "report", "x")
     assert status == 130 and "the same command resumes from the last checkpoint" in error
 
@@ -327,7 +327,7 @@ def test_every_flag_is_explained(name, capsys, monkeypatch):
     texts = help_of(name, capsys, monkeypatch)
     flags = [
         "positional" if flag == POSITIONAL.get(name) else flag
-        for flag in flags_of(command._config(name))
+        for flag in flags_of(command._command(name)[0])
     ]
     assert len(flags) == len(set(flags))
     for flag in flags:
@@ -340,7 +340,9 @@ def test_every_flag_is_explained(name, capsys, monkeypatch):
 @pytest.mark.parametrize("name", FIRST)
 def test_the_flags_that_most_runs_need_come_first_and_exist(name):
     assert 1 <= len(FIRST[name]) <= 12
-    assert {flag.removeprefix("--") for flag in FIRST[name]} <= set(flags_of(command._config(name)))
+    assert {flag.removeprefix("--") for flag in FIRST[name]} <= set(
+        flags_of(command._command(name)[0])
+    )
     text = description(name, "What it does.")
     assert text.startswith("What it does.\n\nMost runs need no more than\n  --")
 

@@ -40,4 +40,4 @@ def test_the_pages_show_commands():
 )
 def test_shown_commands_are_taken(page):
     for name, *rest in shown_commands(page.read_text()):
-        tyro.cli(cli._config(name), prog=f"perl-jax {name}", args=rest)
+        tyro.cli(cli._command(name)[0], prog=f"perl-jax {name}", args=rest)

@@ -18,9 +18,8 @@ from perl_jax.rewards.shaping import ShapingConfig
 from perl_jax.runtime import sharding, trees
 from perl_jax.runtime.programs import Program
 from perl_jax.runtime.sharding import MeshConfig
-from perl_jax.training import step
 from perl_jax.training.commands import SFTCommand
-from perl_jax.training.fit import initial_state, step_program
+from perl_jax.training.fit import initial_state, learn_program
 from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
 from perl_jax.training.state import init_state
 from perl_jax.types import Pairs
@@ -223,10 +222,7 @@ def supervised(objective: str, tuning: str, where: str | None) -> tuple[Any, dic
     role = small.make_adapter(LM) if tuning == "lora" else small.make_full(BASE, LM)
     optimizers = {name: make_optimizer(config.optimizer, 10, tuning)}
     state = initial_state(model, config, {name: role}, optimizers)
-    update = functools.partial(
-        step.train_step, functools.partial(function, LM), optimizers, config.microbatches
-    )
-    program = step_program(model, update, state)
+    program = learn_program(model, config, functools.partial(function, LM), state, optimizers)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     state, metrics = program(
         state, None if tuning == "full" else model.base, sharding.put_batch(batch, model.mesh)

@@ -480,7 +480,7 @@ def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
     config = tiny.sft_config(tmp_path / "parts", base)
     with monkeypatch.context() as patch:
         signal_at(patch, 3, signal.SIGTERM)
-        patch.setitem(command.COMMANDS, "report", (lambda _: commands.run_sft(config), ""))
+        patch.setattr(command, "_report", lambda _: commands.run_sft(config))
         assert command.main(["report", "x"]) == 143
     assert capsys.readouterr().err.endswith(
         "perl-jax report: stopped by SIGTERM after step 3, which is saved; the same command "

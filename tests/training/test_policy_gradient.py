@@ -302,7 +302,7 @@ def test_step_zero_of_a_reward_reaches_its_head():
     batch = Pairs(chosen, rejected, np.ones(8, np.float32))
     role = FRESH.replace(head=small.make_head(LM))
     grads = jax.jit(
-        lambda role: step_lib.gradients(
+        lambda role: small.update_gradients(
             lambda *a: supervised.pairwise_objective(LM, *a), {"reward": role}, BASE, batch, None, 1
         )[2]
     )(role)
@@ -359,7 +359,7 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     noting(LanguageModel, "logprobs", 6)
     noting(LanguageModel, "values", 5)
     noting(sampling, "sample_tokens", 0)
-    noting(step_lib, "gradients", 4)
+    noting(step_lib, "mean_gradients", 3)
     noting(jax.random, "bernoulli", 0)
     original = sampling.sample
     monkeypatch.setattr(sampling, "sample", lambda *a: note("sample", a[5]) or original(*a))
@@ -385,7 +385,7 @@ def test_no_key_is_used_twice(microbatches, monkeypatch):
     # longest response.
     rows = run.config.batch_size
     whole = {
-        "gradients": 2,
+        "mean_gradients": 2,
         "sample": 2,
         "logprobs": 2 * microbatches,
         "values": 2 * microbatches,

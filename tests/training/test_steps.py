@@ -142,14 +142,14 @@ def gradients_program(name: str, microbatches: int) -> Callable:
     with double_precision() as lm:
         objective = functools.partial(CASES[name].objective, lm)
     return jax.jit(
-        lambda roles, base, batch, key: step.gradients(
+        lambda roles, base, batch, key: small.update_gradients(
             objective, roles, base, batch, key, microbatches
         )
     )
 
 
 def gradients(name: str, batch: Any, microbatches: int = 1) -> tuple:
-    """(loss, logs, gradients) of a case's roles, in float64."""
+    """(loss, logs, gradients) of an update of a case's roles, in float64."""
     with double_precision():
         run, roles, base = (
             gradients_program(name, microbatches),
@@ -560,7 +560,7 @@ def test_every_microbatch_has_a_key_of_its_own(microbatches):
         {},
     )
     key = jax.random.key(3)
-    _, _, grads = step.gradients(
+    _, _, grads = small.update_gradients(
         objective,
         {"policy": Adapter(lora={"x": jnp.float32(1.0)})},
         None,

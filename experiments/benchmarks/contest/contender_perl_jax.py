@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -143,7 +144,8 @@ def reward_step(model: Model, config: RewardCommand, batches: Batches) -> Taken:
     }
     state = fit.initial_state(model, config, {"reward": role}, optimizers)
     job = reward_lib.reward_job(config)
-    program = fit.learn_program(model, config, job, state, optimizers)
+    objective = functools.partial(job.objective, model.lm)
+    program = fit.learn_program(model, config, objective, state, optimizers)
     base, held = None if config.tuning == "full" else model.base, [state]
 
     def step(number: int, parts: contender.Parts) -> int:
