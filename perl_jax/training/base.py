@@ -88,7 +88,10 @@ CORPUS = Supervised(
 
 
 def _task(config: BaseConfig) -> TaskLike:
-    """Returns the task of the corpus. Raises UserError if it does not read a setting."""
+    """Returns the task of the corpus.
+
+    Raises UserError if `vocab_size` is set and the task has a closed vocabulary, which replaces it.
+    """
     task = task_of(config.data)
     if task.vocabulary is not None:
         errors.unread(
@@ -101,16 +104,23 @@ def _task(config: BaseConfig) -> TaskLike:
 
 
 def _tokenizer(config: BaseConfig, task: TaskLike, dataset: Dataset) -> Tokenizer:
-    """Returns the words of a task with a closed vocabulary; otherwise a BPE of the corpus."""
+    """Returns a tokenizer: the words of a task with a closed vocabulary, or a BPE of the corpus.
+
+    Args:
+        config: Has the vocabulary's size.
+        task: The task of the corpus.
+        dataset: The corpus, read for a BPE only.
+    """
     if task.vocabulary is not None:
         return word_tokenizer(list(task.vocabulary))
     return train_bpe((row["text"] for row in dataset.rows("train")), config.vocab_size)
 
 
 def train_base(config: BaseConfig) -> pathlib.Path:
-    """Trains a base and writes its folder; returns the folder. A finished base is left as it is.
+    """Trains a base and writes it as a Hugging Face folder, `config.model`; returns that folder.
 
-    Raises UserError if the folder holds a model that another run trained.
+    A finished base is left as it is. Raises UserError if the folder holds a model that this run did
+    not train.
     """
     task = _task(config)
     folder = open_run("base", config)
@@ -160,7 +170,16 @@ def train_base(config: BaseConfig) -> pathlib.Path:
 
 
 def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
-    """Writes tokenizer and weights first and `config.json` last, which marks a complete folder."""
+    """Writes a model's folder: tokenizer and weights first, and `config.json` last.
+
+    So the presence of `config.json` shows that the folder is complete.
+
+    Args:
+        target: The folder; created with its parents.
+        shape: The decoder's config.
+        weights: The weights of the base, on the host.
+        tokenizer: The tokenizer.
+    """
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(target)
     save_base(target, shape, weights, tokenizer.token_ids())

@@ -52,7 +52,7 @@ class TrainingCommand(ModelOptions, TrainingConfig):
 
     @property
     def has_adapters(self) -> bool:
-        """Returns whether a role of the job is, or may be, an adapter."""
+        """Returns whether the command reads or trains an adapter."""
         return self.tuning == "lora"
 
 
@@ -76,7 +76,7 @@ class PolicyCommand(TrainingCommand):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the command reads or trains an adapter."""
+        """Returns whether the command reads or trains an adapter."""
         return super().has_adapters or self.policy is not None
 
 
@@ -111,7 +111,7 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the command reads or trains an adapter."""
+        """Returns whether the command reads or trains an adapter."""
         return (
             super().has_adapters
             or bool(self.reward)
@@ -120,7 +120,10 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
 
 
 def run_sft(config: SFTCommand) -> pathlib.Path:
-    """Trains a policy on a task's demonstrations; returns the artefact's folder."""
+    """Trains a policy on a task's demonstrations; returns the folder of the policy artefact.
+
+    A finished run is left as it is.
+    """
     folder = open_run("sft", config)
     artefact = folder / "adapters" / "policy"
     if not finished(artefact, folder / "cost.json"):
@@ -131,7 +134,10 @@ def run_sft(config: SFTCommand) -> pathlib.Path:
 
 
 def run_reward(config: RewardCommand) -> pathlib.Path:
-    """Trains a reward model on a task's rows; returns the artefact's folder."""
+    """Trains a reward model on a task's rows; returns the folder of the reward artefact.
+
+    A finished run is left as it is.
+    """
     folder = open_run("reward", config)
     artefact = folder / "adapters" / "reward"
     if not finished(artefact, folder / "evaluation.json"):
@@ -146,7 +152,10 @@ def run_reward(config: RewardCommand) -> pathlib.Path:
 
 
 def run_dpo(config: DPOCommand) -> pathlib.Path:
-    """Trains a policy on a task's comparisons; returns the artefact's folder."""
+    """Trains a policy on a task's comparisons; returns the folder of the policy artefact.
+
+    A finished run is left as it is.
+    """
     folder = open_run("dpo", config)
     artefact = folder / "adapters" / "policy"
     if not finished(artefact, folder / "evaluation.json"):
@@ -164,7 +173,11 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
 
 
 def run_rl(config: RLCommand) -> pathlib.Path:
-    """Improves a policy on a task's prompts; returns the policy artefact's folder."""
+    """Trains a policy against rewards on a task's prompts; returns the folder of the policy
+    artefact.
+
+    A finished run is left as it is.
+    """
     folder = open_run("rl", config)
     artefact = folder / "adapters" / "policy"
     if not finished(artefact, folder / "cost.json"):

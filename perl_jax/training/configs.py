@@ -87,11 +87,19 @@ class TrainingConfig:
 
     @property
     def profiled(self) -> tuple[int, ...]:
-        """Returns the numbers of the steps to trace. Raises UserError for anything else."""
+        """Returns the numbers of the steps to trace, ascending; () for none.
+
+        Raises UserError if `profile` is not of the form 20-22 or 5,20.
+        """
         return errors.numbers("profile", self.profile, "20-22 or 5,20")
 
     def check_headless(self, job: str) -> None:
-        """Raises UserError for a learning rate of the scalar head in a job whose model has none."""
+        """Raises UserError if `optimizer.head_learning_rate` is set, for a job whose model has no
+        head.
+
+        Args:
+            job: The name of the job, for the message.
+        """
         errors.read_by(
             "optimizer.head_learning_rate",
             self.optimizer.head_learning_rate,
@@ -180,5 +188,5 @@ class DPOConfig(TrainingConfig):
 
     @property
     def strength(self) -> float:
-        """Returns beta, or the default of the loss."""
+        """Returns beta; if it is None the default of the loss: 0.5 for dpo, 0.1 for ipo."""
         return {"dpo": 0.5, "ipo": 0.1}[self.loss] if self.beta is None else self.beta

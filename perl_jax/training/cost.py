@@ -26,29 +26,30 @@ from perl_jax.training.state import TrainState
 class Timings:
     """The seconds of each phase of each step.
 
-    Their median is hardly changed by the first steps, which compile.
-
     Attributes:
-        phases: Seconds of each step, by the name of the phase.
+        phases: The seconds of all steps so far, by the name of the phase.
     """
 
     phases: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add(self, **seconds: float) -> dict[str, float]:
-        """Records the seconds of one step's phases; returns them as metrics `time/<phase>`."""
+        """Records the seconds of a step's phases, by name; returns them as `time/PHASE` metrics."""
         for name, value in seconds.items():
             self.phases.setdefault(name, []).append(value)
         return {f"time/{name}": value for name, value in seconds.items()}
 
     def medians(self) -> dict[str, float]:
-        """Returns the median seconds of each phase."""
+        """Returns the median seconds of each phase, by name.
+
+        The first steps, which compile, hardly change a median.
+        """
         return {name: statistics.median(values) for name, values in self.phases.items()}
 
 
 def peak_measured() -> int | None:
-    """Returns the peak bytes in use on this process's first device.
+    """Returns the peak bytes in use so far on this process's first device.
 
-    A CPU device does not report them; the peak memory of the process is returned there.
+    A CPU device does not report them: there the peak memory of the whole process is returned.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -61,10 +62,17 @@ def peak_measured() -> int | None:
 def peak_compiled(
     model: Model, state: TrainState, programs: Mapping[str, Program]
 ) -> dict[str, int]:
-    """Returns peak bytes by program: base and state, plus what the compiler says the program adds.
+    """Returns the peak bytes of each program, by name.
 
-    Base and state are counted whole, the program's temporaries on one device. So the sum is the
-    peak of a job on one device. The base is left out where no role reads it, as in full tuning.
+    A peak is the bytes of base and state, plus the bytes that the compiler says the program needs
+    beyond its arguments. Base and state are counted whole, the program's temporaries on one device,
+    so the sum is the peak of a job on one device. The base is left out if no role reads it, as in
+    full tuning. Programs that have not been compiled are missing.
+
+    Args:
+        model: Has the base.
+        state: The train state.
+        programs: The job's programs, by name.
     """
     tuned = any(role.weights is not None for role in state.roles.values())
     readers = [*state.roles.values(), *state.frozen.values()]
@@ -85,11 +93,19 @@ def write_cost(
     programs: Mapping[str, Program],
     timings: Timings,
 ) -> None:
-    """Writes `cost.json`: sizes, seconds per step, memory, attention paths.
+    """Writes `cost.json` into the run's folder: sizes, seconds per step, memory, attention paths.
 
-    The report compares tunings by these numbers. `peak_bytes_measured` is the largest
-    `peak_measured` of all processes; `peak_bytes_measured_by_process` has that of each. Seconds are
-    medians of the process that writes.
+    The report compares tunings by these numbers. Sizes and memory are in bytes.
+    `peak_bytes_measured_by_process` has `peak_measured` of each process, and `peak_bytes_measured`
+    the largest. Seconds are medians of the process that writes. All processes must call this
+    function.
+
+    Args:
+        folder: The run's folder.
+        model: Has the base.
+        state: The train state at the end.
+        programs: The job's programs, by name.
+        timings: The seconds of the run's steps.
     """
     peaks = peak_compiled(model, state, programs)
     medians = timings.medians()

@@ -108,8 +108,8 @@ def one_pass(config: RLConfig, parts: int, dropout: float) -> bool:
 
     Args:
         config: Settings of RL.
-        parts: Parts that the mesh splits a batch's rows into.
-        dropout: The policy's dropout.
+        parts: Number of parts that the mesh divides a batch's rows into.
+        dropout: The dropout rate of the policy's adapter.
     """
     algorithm = config.algorithm
     if algorithm.updates > 1 or dropout > 0:
@@ -127,11 +127,13 @@ def assemble(
     """Returns the input of the update, and the statistics of the rollouts for the log.
 
     The input is `Rewarded` if the update computes the policy's log-probabilities, and otherwise
-    `Experience`.
+    `Experience`. The statistics are `reward/score` and `reward/score_std` (before shaping),
+    `kl/beta`, `response/length` in tokens, `response/eos_rate`, and, with `Experience`, the logs of
+    `experience_of`.
 
     Args:
         config: Settings of RL.
-        parts: Parts that the mesh splits a batch's rows into.
+        parts: Number of parts that the mesh divides a batch's rows into.
         one: The result of `one_pass`.
         judged: The scored rollouts.
     """
@@ -177,13 +179,14 @@ def assemble(
 def experience_of(
     config: RLConfig, rewarded: Rewarded, policy_BT: Array
 ) -> tuple[Experience, losses.Logs]:
-    """Returns experience, and sums for the log; no gradient flows through either.
+    """Returns experience, and LossSums for the log; no gradient flows through either.
 
     With the KL in the reward the return is R = (1 - beta) s - beta sum_t kl_t for a shaped score s
-    (with `kl.whole_score` R = s - beta sum_t kl_t). With the KL in the loss R = s.
+    (with `kl.whole_score` R = s - beta sum_t kl_t). With the KL in the loss R = s. The logs are
+    `reward/return`, `kl/sequence`, `kl/token` and `sampler/mismatch`.
 
-    Where `rewarded.policy_BT` was measured, the KL reads it instead of `policy_BT`: it comes from
-    the same program as the reference's log-probabilities, so that the KL of a policy to itself is
+    If `rewarded.policy_BT` was measured, the KL reads it instead of `policy_BT`: the same program
+    computed it and the reference's log-probabilities, so that the KL of a policy to itself is
     exactly 0.
 
     Args:

@@ -42,7 +42,13 @@ from perl_jax.training.trained import Trained, content_of, load_finished, open_l
 
 
 def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> Optimizers:
-    """Returns one optimizer for each trained role, with the role's own learning rate."""
+    """Returns one optimizer for each trained role, by name, with the role's own learning rate.
+
+    Args:
+        config: Settings of RL.
+        roles: The names of the trained roles: policy and, for algorithms with a critic, value.
+        width: The size of the base's hidden states; decides the default learning rate.
+    """
     rates = {
         "policy": config.optimizer.learning_rate,
         "value": config.value_learning_rate or config.optimizer.learning_rate,
@@ -57,9 +63,19 @@ def make_optimizers(config: RLConfig, roles: Iterable[str], width: int) -> Optim
 def paid_head(
     config: RLConfig, weight: float, reward: Adapter, record: Record
 ) -> dict[str, jax.Array]:
-    """Returns a reward model's head in the units of returns: w (s - mean) / std for a raw score s.
+    """Returns a reward model's head, {"kernel", "bias"}, rescaled to the units of returns.
 
-    w is `weight`, times 1 - beta where the KL is in the reward.
+    The rescaled head gives w (s - mean) / std for a score s of the reward model. w is `weight`,
+    times 1 - beta if the KL is in the reward and `kl.whole_score` is False.
+
+    Args:
+        config: Settings of RL.
+        weight: The reward model's weight in the total reward.
+        reward: The reward model.
+        record: Has the mean and the standard deviation of the reward model's scores.
+
+    Raises:
+        ValueError: If the reward model has no head.
     """
     whole = config.kl_in_loss or config.kl.whole_score
     weight *= 1.0 if whole else 1.0 - config.kl.beta
@@ -76,10 +92,15 @@ def initial_roles(
 ) -> tuple[dict[str, Adapter], dict[str, Adapter]]:
     """Returns the trained and the frozen roles that RL begins with, each by name.
 
+    The trained roles are `policy` and, for algorithms with a critic, `value`. The frozen ones are
+    the reward models and, unless the base is the reference or there is none, `reference`; they are
+    in the dtype of frozen roles.
+
     Args:
         model: The base.
         config: Settings of RL.
-        start: What policy, critic and, with `kl.reference` start, the reference begin as.
+        start: The initial values of the policy, of the body of the critic and, with `kl.reference`
+            start, of the reference.
         rewards: The loaded rewards.
     """
     trained = {"policy": start}
@@ -110,23 +131,26 @@ def train_rl(
     run: str | pathlib.Path | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Improves a policy against rewards by a policy gradient.
+    """Returns a policy improved against rewards by a policy gradient.
 
-    With validation prompts the step with the best mean reward on them is kept
-    (`config.select`).
+    With validation prompts the step with the best mean reward on them is kept (`config.select`).
+    The critic, if the algorithm has one, is in `Trained.others["value"]`.
 
     Args:
         model: The base (`load_model`).
-        rows: Rows with `prompt`; rewards see all their columns.
+        rows: Rows with `prompt`, or an opened data set; rewards see all columns of the rows.
         config: Settings; None: the defaults.
-        rewards: Reward models (`Trained.reward`), functions (`reward`) and other terms, summed by
-            their weights.
+        rewards: Reward models (`Trained.reward`), functions (`reward`) and other terms. The reward
+            is the sum of their weighted scores.
         policy: A policy, or the folder of a policy artefact, to start from. None: the base.
         validation: Held-out prompts.
-        frozen: An adapter that stays as it is beneath a fresh one.
-        run: A folder for checkpoints, metrics, samples and artefacts; the same call goes on from
-            the last checkpoint, bit for bit. None: nothing is written.
-        on_step: Is called with each step's metrics.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath the fresh one. None:
+            there is none.
+        run: A folder for checkpoints, metrics, samples and artefacts, or an opened run. The same
+            call continues from the last checkpoint, bit for bit; a finished run is read and not
+            trained again. None: nothing is written.
+        on_step: Called after each step with the row {"step": step, metric: number, ...}, on the
+            process that writes. None: nothing is called.
 
     Raises:
         UserError: For rows, settings, rewards or a policy that do not fit.
@@ -196,7 +220,13 @@ def train_rl(
 
 
 def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
-    """Returns JSON values of what a run depends on besides rows and base, by name."""
+    """Returns JSON values of everything besides rows and base that decides a run's numbers, by
+    name.
+
+    Args:
+        policy: The role that RL starts from.
+        rewards: The loaded rewards.
+    """
     values = {
         "the policy": content_of(policy),
         "the weights of rewards": [rewards.combine, rewards.weight],
@@ -209,7 +239,14 @@ def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
 
 
 def _source(reward: Any) -> str:
-    """Returns what decides a term's numbers: the source of its function, or its settings."""
+    """Returns a text that changes when a reward term's numbers may change.
+
+    It is the source code of the term's function, or the settings of a term without a function. For
+    a function without source code it is the term's name.
+
+    Args:
+        reward: The reward of a term.
+    """
     function = getattr(reward, "function", None)
     if isinstance(function, str):
         return files.file_hash(source_of(function)) + repr(reward)

@@ -144,7 +144,7 @@ class RLConfig(TrainingConfig):
             algorithms.check_read(option, value, default, self.algorithm.name)
 
     def _check_rollouts(self) -> None:
-        """Raises UserError for settings of sampling, validation or the critic that do not fit."""
+        """Raises UserError for invalid settings of sampling, validation or the critic."""
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
         errors.one_of("select", self.select, ("best", "last"))
@@ -174,7 +174,7 @@ class RLConfig(TrainingConfig):
         )
 
     def _check_batch(self) -> None:
-        """Raises UserError for a batch that cannot be divided as the algorithm divides it."""
+        """Raises UserError for a batch size that the algorithm's samples or parts do not divide."""
         parts = self.algorithm.minibatches * self.microbatches
         errors.require(
             self.batch_size % parts == 0,
@@ -220,7 +220,11 @@ class RLConfig(TrainingConfig):
         )
 
     def check_value_head(self, models: int) -> None:
-        """Raises UserError for `value_head` reward in a run without reward models."""
+        """Raises UserError if `value_head` is reward in a run without reward models.
+
+        Args:
+            models: Number of reward models.
+        """
         errors.require(
             self.value_head == "zero" or models > 0,
             "value_head reward begins with a reward artefact's head; there is none.",
@@ -229,8 +233,11 @@ class RLConfig(TrainingConfig):
     def check_stale(self, dropout: float) -> None:
         """Raises UserError for bounds on policy ratios and values that can never take effect.
 
-        In a single update per rollout all ratios are 1 and all values are the old ones, unless the
-        policy has dropout.
+        With a single update per rollout all ratios are 1 and all values are the old ones, unless
+        the policy has dropout.
+
+        Args:
+            dropout: The dropout rate of the policy's adapter; 0.0 for full tuning.
         """
         if self.algorithm.updates > 1 or (dropout > 0 and self.tuning == "lora"):
             return

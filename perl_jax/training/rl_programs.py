@@ -26,15 +26,23 @@ class Programs:
     """The compiled programs of one RL step; None for a program that the algorithm does not need.
 
     Attributes:
-        sample: Samples responses.
-        greedy: Decodes the greedy responses of a greedy baseline.
-        reward: Scores responses with the reward models.
-        logprobs: Computes log-probabilities, of the policy or of the reference.
-        values: Computes the critic's values.
-        assemble: Makes the update's input from scored rollouts (`experience.assemble`).
-        learn: Updates the trained roles.
-        refresh: Copies the policy to become the new reference.
+        sample: (base, policy, prompts, key data) -> the rollout: samples responses.
+        greedy: As `sample`: the greedy responses of a greedy baseline.
+        reward: Scores responses with the reward models (`scoring.reward_program`).
+        logprobs: (base, adapter or None, sequences) -> logp_BT, of the policy or of the reference.
+        values: (base, critic, sequences) -> the critic's values, [B, T].
+        assemble: Judged -> (input of the update, statistics) (`experience.assemble`).
+        learn: (state, base, input of the update) -> (state, metrics); with several updates per
+            rollout also the rows of each (`fit.learn_program`).
+        refresh: policy -> a copy of it, the new reference.
         one_pass: Whether the update itself computes the policy's log-probabilities.
+
+    Args:
+        model: The base and its mesh.
+        config: Settings of RL.
+        reward: The program that scores responses; None: there are no reward models.
+        state: The state of step 0; only its adapter settings, shapes and shardings are read.
+        optimizers: One for each trained role, by name.
     """
 
     def __init__(
@@ -115,5 +123,10 @@ class Programs:
 
 
 def _refreshed(dtype: str, policy: Adapter) -> Adapter:
-    """Returns a copy of the policy as a frozen role, in the dtype of frozen roles."""
+    """Returns a copy of the policy as a frozen role, in the dtype of frozen roles.
+
+    Args:
+        dtype: The dtype of the model's activations.
+        policy: The policy.
+    """
     return jax.tree.map(jnp.copy, cast_frozen_role(policy, dtype))

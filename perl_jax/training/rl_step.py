@@ -62,17 +62,18 @@ class Rollouts:
 def advance(
     job: Rollouts, state: TrainState, batch: Prompts
 ) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
-    """Makes one RL step: samples responses, scores them, updates the policy.
+    """Makes one RL step: samples responses, scores them, updates the trained roles.
 
     Sampling and the update have different keys, both derived from the state's key and step.
 
     Args:
         job: Model, programs, rewards and settings.
-        state: Of step s; it is donated.
-        batch: The prompts of the step.
+        state: The state of step s; it is donated.
+        batch: The prompts of the step, on the host.
 
     Returns:
-        The state of step s + 1, the metrics, and the seconds of the phases sample, score and learn.
+        The state of step s + 1, the metrics as Python numbers, and the seconds of the phases
+        `sample`, `score` and `learn`.
 
     Raises:
         TrainingError: If sampler and trainer disagree on log-probabilities (`max_mismatch`).
@@ -145,9 +146,9 @@ def layouts_of(
     Args:
         job: Model and settings.
         rollout: The sampled responses.
-        columns: The padded length of the prompts.
-        orders_XY: The rows of each update. All updates get the layout that the fullest one needs.
-            None: a single update reads all rows.
+        columns: Padded length of the prompts, in tokens.
+        orders_XY: Row indices of each update. All updates get the layout that the fullest one
+            needs. None: a single update reads all rows.
     """
     count = lambda mask_BT: to_host(jnp.sum(mask_BT, axis=1))
     response_B = count(rollout.sequences.response_BT)
@@ -157,22 +158,34 @@ def layouts_of(
 
 
 def with_layout(rollout: Packed, layout: Layout | None) -> Packed:
-    """Returns rollouts or experience whose sequences are packed in a layout; None: padded."""
+    """Returns the rollouts or the experience with another layout of its sequences; None: padded."""
     sequences = dataclasses.replace(rollout.sequences, layout=layout)
     return dataclasses.replace(rollout, sequences=sequences)
 
 
 def _may_be_one(config: RLConfig, step: int) -> bool:
-    """Returns whether policy and reference may be equal when this step begins.
+    """Returns whether policy and reference may be equal when a step begins.
 
     They may be at the first step and after each refresh. The KL is then computed from one program,
     so that it is exactly 0.
+
+    Args:
+        config: Settings of RL.
+        step: Number of steps that are done.
     """
     return step == 0 or (config.kl.refresh is not None and step % config.kl.refresh == 0)
 
 
 def reference_logprobs(job: Rollouts, state: TrainState, rollout: Rollout) -> jax.Array | None:
-    """Returns the log-probabilities of the rollouts under the reference; None: no reference."""
+    """Returns the reference's log-probabilities of the sampled tokens, [B, T].
+
+    Returns None if `kl.reference` is none.
+
+    Args:
+        job: Programs and settings.
+        state: Has the frozen role `reference`, unless the base is the reference.
+        rollout: The sampled responses.
+    """
     kind = job.config.kl.reference
     if kind == "none":
         return None
@@ -187,7 +200,15 @@ def reference_logprobs(job: Rollouts, state: TrainState, rollout: Rollout) -> ja
 def _controlled(
     config: RLConfig, refresh: Program | None, state: TrainState, mean_kl: jax.Array
 ) -> TrainState:
-    """Adapts the KL's coefficient and refreshes the reference where the settings ask for it."""
+    """Returns the state with an adapted KL coefficient and a refreshed reference, as the settings
+    say.
+
+    Args:
+        config: Settings of RL.
+        refresh: The program that copies the policy; None: the reference is never refreshed.
+        state: The state after the update.
+        mean_kl: The mean KL of a response to the reference, [].
+    """
     settings = config.kl
     if settings.target is not None:
         # The coefficient stays below 1: at 1 the score would have weight 1 - beta = 0.
@@ -209,7 +230,13 @@ def _controlled(
 
 
 def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
-    """Raises TrainingError if sampler and trainer disagree by more than `max_mismatch`."""
+    """Raises TrainingError if sampler and trainer disagree by more than `max_mismatch`.
+
+    Args:
+        mismatch: The mean of exp|difference of log-probabilities| over the sampled tokens.
+        config: Settings of RL.
+        step: The step, for the message.
+    """
     if mismatch > config.max_mismatch:
         raise TrainingError(
             f"Step {step}: the sampler and the trainer disagree on log-probabilities, mean "
@@ -220,9 +247,12 @@ def _check_mismatch(mismatch: float, config: RLConfig, step: int) -> None:
 
 
 def _derived(values: dict[str, float]) -> dict[str, float]:
-    """Returns the advantages' standard deviation and the critic's explained variance.
+    """Returns `advantage/std` and, with a critic, `value/explained_variance`.
 
-    They are computed from means of squares, which are taken out of `values`.
+    They are computed from the means of squares, `NAME/square`, which are removed from `values`.
+
+    Args:
+        values: The step's metrics; changed in place.
     """
     variance = lambda name: max(values.pop(f"{name}/square") - values[f"{name}/mean"] ** 2, 0.0)
     out = {"advantage/std": variance("advantage") ** 0.5}
@@ -233,10 +263,10 @@ def _derived(values: dict[str, float]) -> dict[str, float]:
 
 
 def gold_rewards(job: Rollouts, row_B: np.ndarray, rollout: Rollout) -> np.ndarray | None:
-    """Returns the true reward of each sampled response, [B]; None where nothing knows it.
+    """Returns the true reward of each response, [B]; None if the data set knows no true reward.
 
     Args:
-        job: Has the dataset, which may know the true reward.
+        job: Has the data set.
         row_B: Indices into `job.rows`, of this process's rows.
         rollout: The responses.
     """

@@ -40,11 +40,16 @@ _VALIDATION = 3
 
 
 def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts, Batches] | None:
-    """Returns the job with the first validation prompts, and their batches, for `validate`.
+    """Returns the job with the first validation prompts as its rows, and their batches.
 
-    Returns None for a run without validation. A batch has as many prompts as a training batch. It
-    has one of the training batches' padded `lengths` if that holds its prompts, so that training
-    and validation share compiled programs.
+    Returns None if `validation_prompts` is 0, and, with a printed message, if the data set has no
+    validation split. A batch has as many prompts as a training batch. Its padded length is one of
+    the training batches' lengths if the longest of these holds every prompt, so that training and
+    validation share compiled programs.
+
+    Args:
+        job: The job of the training steps.
+        lengths: The padded lengths of the training batches in tokens, ascending.
     """
     config, dataset = job.config, job.dataset
     if config.validation_prompts == 0:
@@ -71,14 +76,19 @@ def held_out_prompts(job: Rollouts, lengths: tuple[int, ...]) -> tuple[Rollouts,
 def validate(
     job: Rollouts, batches: Batches, state: TrainState
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Samples responses to held-out prompts; returns means over them, and a few of them to read.
+    """Samples responses to held-out prompts; returns (means over them, some of them as samples).
 
     Each prompt gets as many responses as in training. The sampling keys depend on the seed and not
     on the step, so that the validations of a run are comparable.
 
-    The means are: `reward`, the score before shaping; `kl`, E[sum_t log pi - log pi_ref] to the
-    current reference; `length` in tokens; `eos_rate`, the share of finished responses; and `gold`,
-    the true reward where it is known. Their names begin with `validation/`.
+    The means are `validation/NAME` for each measure of `measured_responses`. A sample is a
+    dictionary with `prompt`, `response` and the response's `reward` and, if it is known, `gold`;
+    there is one for each of the first 8 prompts.
+
+    Args:
+        job: The result of `held_out_prompts`.
+        batches: The batches of the held-out prompts.
+        state: Has the policy and the reference.
 
     Raises:
         TrainingError: If a mean is NaN or infinite.
@@ -123,10 +133,23 @@ def validate(
 def measured_responses(
     job: Rollouts, state: TrainState, batch: Prompts, key: jax.Array
 ) -> tuple[Rollout, dict[str, np.ndarray]]:
-    """Samples responses to a batch of prompts; returns them, and their measures, float64 [B] each.
+    """Samples responses to a batch of prompts; returns (rollout, measures by name).
 
-    The measures are those of `validate`; `kl` is missing without a reference, and `gold` where
-    nothing knows the true reward.
+    A measure is float64 [B], where B is prompts times samples per prompt:
+
+        reward      the score before shaping
+        length      number of tokens
+        eos_rate    1 for a response that has ended by itself, else 0
+        kl          sum_t log pi - log pi_ref to the current reference; only with a reference
+        gold        the true reward; only if the data set knows it
+
+    Filler prompts (row -1) have measures too, which the caller must leave out.
+
+    Args:
+        job: Programs, rewards and settings.
+        state: Has the policy and the reference.
+        batch: The prompts, on the host.
+        key: The key of sampling.
     """
     config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
     group = config.algorithm.group
@@ -164,14 +187,14 @@ def kept_step(
     step: int,
     selected: bool,
 ) -> dict[str, float]:
-    """Prints which step the artefacts hold; returns the validation metrics of that step.
+    """Prints which step the artefacts hold; returns the validation metrics of that step, by name.
 
     Args:
         run: The opened run; None: a run without a folder.
         metrics: One row per step.
         config: Settings of RL.
         step: The step that the artefacts hold.
-        selected: Whether the best validated step was chosen.
+        selected: Whether it was chosen as the best validated step.
     """
     found = next((row for row in metrics if row["step"] == step), {})
     measured = {name: value for name, value in found.items() if name.startswith("validation/")}

@@ -19,9 +19,18 @@ def fresh_role(
     key: jax.Array,
     frozen: Adapter | str | pathlib.Path | None = None,
 ) -> Adapter:
-    """Returns a fresh trainable tree: a LoRA adapter that leaves the base as it is, or all weights.
+    """Returns a fresh trainable role: a LoRA adapter that does not change the outputs, or all
+    weights.
 
-    frozen: an adapter, or the folder of one, that stays as it is beneath the fresh one.
+    Args:
+        model: The base.
+        config: Settings; `tuning` and `lora` are read.
+        key: The key of the adapter's initial values; not read in full tuning.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath the fresh one; not
+            read in full tuning. None: there is none.
+
+    Raises:
+        UserError: In full tuning of a quantised base, or for a fully tuned `frozen`.
     """
     if config.tuning == "full":
         _require_dense(model)
@@ -32,7 +41,15 @@ def fresh_role(
 
 
 def load_frozen(model: Model, folder: Adapter | str | pathlib.Path | None) -> Adapter | None:
-    """Reads the adapter to train a fresh one upon. Raises UserError for fully tuned weights."""
+    """Returns the adapter that stays unchanged beneath a fresh one.
+
+    Args:
+        model: The base.
+        folder: The folder of an artefact. An adapter, or None, is returned as it is.
+
+    Raises:
+        UserError: If the folder holds fully tuned weights.
+    """
     if folder is None or isinstance(folder, Adapter):
         return folder
     adapter, record = model.load_role(folder)
@@ -50,16 +67,19 @@ def starting_role(
     key: jax.Array,
     frozen: Adapter | str | pathlib.Path | None = None,
 ) -> Adapter:
-    """Returns the role that training goes on from, in the job's tuning.
+    """Returns the role that training continues from, in the job's tuning.
 
-    An adapter goes on as it is, with its own rank and targets. Full tuning from an adapter begins
-    with a merged copy of the base. An adapter cannot go on from fully tuned weights: these are
-    another base, and have to be given as one.
+    An adapter continues with its own rank and targets. Full tuning from an adapter begins with a
+    merged copy of the base. An adapter cannot continue from fully tuned weights: these are another
+    base, and must be given as one.
 
     Args:
+        model: The base.
+        config: Settings of the job.
         policy: A policy, or the folder of a policy artefact. None: `fresh_role`.
-        key: Of the fresh role's initial values.
-        frozen: Beneath a fresh adapter.
+        key: The key of a fresh role's initial values.
+        frozen: An adapter, or the folder of one, that stays unchanged beneath a fresh one. None:
+            there is none.
 
     Raises:
         UserError: For a policy that does not fit the tuning or the settings of the adapter.
@@ -84,10 +104,16 @@ def starting_role(
 
 
 def check_adapter(name: str, decided: LoRAConfig | None, given: LoRAConfig) -> None:
-    """Raises UserError for a setting in `lora` that differs from those of the adapter `name`.
+    """Raises UserError if the config sets a field of `lora` to another value than the adapter has.
 
-    A config cannot tell a default from a value that was given: a setting that is the default
-    counts as not given.
+    A config cannot tell a default from a value that was set: a field at its default counts as not
+    set.
+
+    Args:
+        name: What messages call the adapter.
+        decided: The settings that the adapter was made with; None: fully tuned weights, nothing is
+            checked.
+        given: The config's section `lora`.
     """
     if decided is None:
         return

@@ -42,10 +42,10 @@ class TrainState:
     controls: dict[str, Array] = flax.struct.field(default_factory=dict)
 
     def step_key(self, use: int) -> jax.Array:
-        """Returns the key of the coming step for one use: `UPDATE`, `SAMPLE` or `SHUFFLE`.
+        """Returns the key of the coming step for one use of random numbers.
 
-        The use is folded into the step's key. fold_in(key, i) and split(key, n)[i] are the same
-        key, so the step's key itself is never split: its parts would equal the keys of the uses.
+        Args:
+            use: `UPDATE`, `SAMPLE` or `SHUFFLE`.
         """
         return jax.random.fold_in(
             jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step), use
@@ -66,10 +66,10 @@ def init_state(
 
     Args:
         roles: The roles to train, by name.
-        optimizers: One for each of them.
+        optimizers: One for each trained role, by name.
         key: The key of the run.
-        frozen: Roles that the job reads but does not train, by name.
-        controls: Initial values of the numbers that the loop adapts.
+        frozen: Roles that the job reads but does not train, by name. None: there are none.
+        controls: Initial values of the numbers that the loop adapts, by name. None: there are none.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
     states = {name: optimizers[name].init(trainable(role)) for name, role in roles.items()}

@@ -27,11 +27,11 @@ class Trained:
 
     Attributes:
         adapter: The role's tree: LoRA leaves and head, or all weights after full tuning.
-        record: What an artefact of the role says of itself.
-        metrics: One object per step: `step` and the step's metrics.
-        evaluation: Measures on the test rows; empty where there are none.
+        record: The record of the role's artefact: base, tuning, step and moments of the scores.
+        metrics: One row per step: {"step": step, metric: number, ...}.
+        evaluation: Measures on the test rows, by name; empty without test rows.
         others: Further trained roles by name, such as RL's `value`.
-        folder: Of the artefact, where the run has a folder.
+        folder: The folder of the role's artefact; None for a run without a folder.
     """
 
     adapter: Adapter
@@ -44,7 +44,11 @@ class Trained:
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the role as an artefact, which every command reads; returns the folder.
 
-        Raises UserError for a folder that exists already.
+        Args:
+            folder: The folder to create, with its parents.
+
+        Raises:
+            UserError: If the folder exists already.
         """
         path = pathlib.Path(folder).expanduser()
         require(not path.exists(), f"{path} exists already; give a folder that does not.")
@@ -53,9 +57,15 @@ class Trained:
         return path
 
     def reward(self, weight: float = 1.0) -> RewardModel:
-        """Returns the role as a reward of RL: weight * (raw score - mean) / deviation.
+        """Returns the role as a reward of RL: weight * (score - mean) / standard deviation.
 
-        Raises UserError for a role that is no reward model.
+        The mean and the standard deviation are those of the scores of training responses.
+
+        Args:
+            weight: The weight in the total reward.
+
+        Raises:
+            UserError: If the role is not a reward model.
         """
         require(
             self.record.role == "reward",
@@ -74,10 +84,21 @@ def open_library_run(
 ) -> Run | None:
     """Returns an opened run, or None for a run without a folder.
 
-    A command has opened its folder already. A folder given to a training function is opened here:
-    the run is the same one when its settings, the base, the tokenizer, the rows and everything in
-    `depends_on` (returns JSON values by name) are what they were. Raises UserError that names what
-    is not.
+    A folder that exists holds the same run if its settings, the base, the tokenizer, the rows and
+    the values of `depends_on` have not changed.
+
+    Args:
+        job: sft, reward, dpo or rl.
+        config: The job's settings.
+        run: A folder, which is opened; a run that a command has opened, or None, is returned as it
+            is.
+        model: The base and its tokenizer.
+        dataset: The rows.
+        depends_on: Returns JSON values of everything else that decides the run's numbers, by name
+            for messages. Called only if a folder is opened.
+
+    Raises:
+        UserError: If settings or inputs have changed; the message names them.
     """
     if run is None or isinstance(run, Run):
         return run
@@ -91,7 +112,12 @@ def open_library_run(
 
 
 def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
-    """Returns a JSON value of a role, in memory or in a folder, to compare runs by."""
+    """Returns a JSON value that identifies a role's content: it differs for other weights or
+    settings.
+
+    Args:
+        adapter: A role, or the folder of an artefact. None returns None.
+    """
     if adapter is None:
         return None
     if not isinstance(adapter, Adapter):
@@ -101,9 +127,13 @@ def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
 
 
 def load_finished(run: Run | None, model: Model, role: str, last: str) -> Trained | None:
-    """Returns what a finished run left; None for a run that has not finished.
+    """Returns the result of a finished run; None for an unfinished run or one without a folder.
 
-    last: the file that the run writes last.
+    Args:
+        run: The opened run; None: a run without a folder.
+        model: The base.
+        role: The name of the trained role.
+        last: The name of the file that the run writes last.
     """
     if run is None or not finished(run.artefact(role), run.folder / last):
         return None

@@ -520,7 +520,7 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
         "reward",
         "reward",
         "labels",
-        None,
+        lambda *_: None,
         validate,
         "x",
         (),
