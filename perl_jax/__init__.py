@@ -91,7 +91,10 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used."""
+    """Imports a public name when it is first used, and returns its value.
+
+    Raises AttributeError for a name that is not public.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'perl_jax' has no attribute {name!r}")
     value = vars(importlib.import_module(f"perl_jax.{_HOMES[name]}"))[name]
@@ -100,4 +103,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Returns the public names."""
     return [*_HOMES, "__version__"]

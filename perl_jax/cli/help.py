@@ -84,7 +84,12 @@ FIRST: dict[str, dict[str, str]] = {
 
 
 def description(name: str, summary: str) -> str:
-    """Returns a command's summary, followed by the flags that most runs need, one per line."""
+    """Returns a command's summary, followed by the flags that most runs need, one per line.
+
+    Args:
+        name: The command; one that is not in FIRST has its summary alone.
+        summary: The text of the config's docstring before its attributes.
+    """
     flags = FIRST.get(name)
     if flags is None:
         return summary

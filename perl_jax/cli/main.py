@@ -175,7 +175,7 @@ COMMANDS: dict[str, str] = {
 
 
 def _usage() -> str:
-    """Returns the commands, grouped by what they are for."""
+    """Returns the usage text: all commands with their summaries, in groups."""
     width = max(map(len, COMMANDS))
     parts = [
         f"{title}\n" + "\n".join(f"  {name:<{width}}  {COMMANDS[name]}" for name in names)
@@ -186,10 +186,15 @@ def _usage() -> str:
 
 
 def _connect(name: str) -> None:
-    """Joins the other processes of a run if the environment names them.
+    """Joins the other processes of a run if environment variables name them.
 
-    This must happen before any device is used. Raises UserError for a command that runs in one
-    process.
+    This must happen before any device is used.
+
+    Args:
+        name: The command.
+
+    Raises:
+        UserError: If there are several processes and the command is one that runs in one process.
     """
     from perl_jax.runtime import connecting, hosts
 
@@ -201,7 +206,15 @@ def _connect(name: str) -> None:
 
 
 def _failed(name: str, why: object, status: int) -> int:
-    """Prints why a command failed, leaves the other processes, and returns the exit status."""
+    """Prints why a command failed and leaves the run's other processes; returns the exit status.
+
+    One of several connected processes ends here, without returning.
+
+    Args:
+        name: The command.
+        why: The message, or an error with it.
+        status: The exit status.
+    """
     from perl_jax.runtime import connecting
 
     print(f"perl-jax {name}: {why}", file=sys.stderr)
@@ -215,8 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
     the keyboard; 141 the reader of standard output has closed it; 143 stopped by SIGTERM, with the
     state saved.
 
-    If one of several processes fails, it ends without returning. The other processes cannot go on
-    without it, because they wait for it in collective operations.
+    If one of several processes fails, it ends without returning. The other processes cannot
+    continue without it, because they wait for it in collective operations.
+
+    Args:
+        arguments: The command's name and its flags; None: those of this process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -35,15 +35,18 @@ class Damaged(UserError):
 
 
 class Checkpoints:
-    """A run's `checkpoints/` folder: keeps the last `keep` steps and the best one.
+    """The `checkpoints/` folder of a run: keeps the last `keep` steps and the best one.
 
-    A checkpoint is one atomic Orbax directory with two items: the TrainState (roles, optimizer
-    states, key, step), and a JSON object of host state (data cursor, best value so far). `save`
-    returns only when the checkpoint is on disk, because the state's buffers are donated to the next
-    step. A half-written checkpoint is never listed.
+    A checkpoint is one atomic Orbax directory with three items: the TrainState (roles, optimizer
+    states, key, step), the host state (a JSON object with the data cursor), and checksums of both
+    and of the metrics. `save` returns only when the checkpoint is on disk, because the state's
+    buffers are donated to the next step. A half-written checkpoint is never listed.
+
+    Opening verifies the checksums of all checkpoints' metrics. A damaged newest checkpoint is
+    renamed to `STEP.damaged` if there are others.
 
     Args:
-        folder: The `checkpoints/` folder.
+        folder: The `checkpoints/` folder; created if it does not exist.
         keep: How many of the newest checkpoints to keep.
         best: The metric, among those given to `save`, whose largest value marks the best step; None
             keeps the newest steps only.
@@ -83,24 +86,23 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest complete checkpoint, or None if there is none."""
+        """Returns the step of the newest complete checkpoint; None: there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Returns the step with the best metric, or None if no checkpoint was saved with
-        metrics.
-        """
+        """Returns the step with the best metric; None: no checkpoint was saved with metrics."""
         return self._manager.best_step()
 
     def save(
         self, state: Tree, host: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Saves a checkpoint, with checksums of all that it holds.
+        """Saves a checkpoint with its checksums, and deletes those that are no longer kept.
 
         Args:
             state: The TrainState; its `step` names the checkpoint.
             host: The host state, a JSON object.
-            metrics: The validation metrics, if they were measured at this very step; else None.
+            metrics: The validation metrics, if they were measured at this step; else None. Not
+                saved if `best` is None.
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
@@ -119,15 +121,17 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
-        """Returns (state, host state) of a checkpoint, by default the newest.
+        """Returns (state, host state) of a checkpoint. The host state holds the data cursor.
 
-        The state's leaves get the shardings of the leaves of `abstract`.
+        If one process cannot read its part, all processes raise.
+
+        Args:
+            abstract: The shapes, dtypes and shardings of the state's leaves.
+            step: The checkpoint's step; None: the newest.
 
         Raises:
             UserError: The checkpoint's tree does not fit `abstract`.
             Damaged: What is read differs from what was saved.
-
-        If one process cannot read its part, all processes raise.
         """
         step = self._manager.latest_step() if step is None else step
         seal = self._seal(step)
@@ -164,10 +168,16 @@ class Checkpoints:
         return restored.state, restored.host
 
     def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
-        """Returns `restore` of the newest undamaged checkpoint.
+        """Returns (state, host state) of the newest undamaged checkpoint.
 
-        Damaged checkpoints that are newer are deleted, with a message. Raises UserError if all are
-        damaged.
+        Damaged checkpoints that are newer are deleted, with a printed message. All processes must
+        call this method.
+
+        Args:
+            abstract: The shapes, dtypes and shardings of the state's leaves.
+
+        Raises:
+            UserError: All checkpoints are damaged, or one does not fit `abstract`.
         """
         damaged: list[Damaged] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -209,8 +219,9 @@ class Checkpoints:
                     raise
 
     def _seal(self, step: int) -> dict[str, Any] | None:
-        """Returns a checkpoint's recorded checksums, or None if an earlier version saved it without
-        any.
+        """Returns a checkpoint's recorded checksums; None: an earlier version saved it without any.
+
+        The keys are `state` (a text with dtype, shape and checksum per leaf), `host` and `metrics`.
 
         Raises Damaged if the checksums themselves or the metrics are damaged.
         """
@@ -231,7 +242,12 @@ class Checkpoints:
         return seal
 
     def _damage(self, step: int, what: str) -> Damaged:
-        """Returns the error for a damaged checkpoint; `what` names its damaged part."""
+        """Returns the error for a damaged checkpoint.
+
+        Args:
+            step: The checkpoint's step.
+            what: The damaged part, for the message.
+        """
         return Damaged(
             f"The checkpoint of step {step} in {self.folder} is damaged ({what}): what is read is "
             "not what was saved.",
@@ -244,11 +260,15 @@ class Checkpoints:
 
 
 def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | None]:
-    """Reads a checkpoint without waiting for other processes; returns (what was read, error or
-    None).
+    """Reads a checkpoint without waiting for other processes; returns (items, error).
 
-    The manager's own `restore` synchronises processes: one that cannot read its part would leave
-    the others waiting.
+    The items have the fields `state` and `host`; they are None after an error. The error is None
+    after success, and otherwise any error of Orbax or of its storage. The manager's own `restore`
+    synchronises processes: one that cannot read its part would leave the others waiting.
+
+    Args:
+        folder: The folder of one checkpoint.
+        abstract: The shapes, dtypes and shardings of the state's leaves.
     """
     alone = (
         {
@@ -277,8 +297,9 @@ def saved_steps(folder: pathlib.Path) -> list[int]:
 
 
 def newest_bytes(folder: pathlib.Path) -> int | None:
-    """Returns the size in bytes of the newest checkpoint in a `checkpoints/` folder, or None if
-    there is none.
+    """Returns the size in bytes of the newest checkpoint in a `checkpoints/` folder.
+
+    Returns None if there is no checkpoint.
     """
     steps = saved_steps(folder)
     return files.folder_bytes(folder / str(steps[-1])) if steps else None

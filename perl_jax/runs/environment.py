@@ -40,12 +40,13 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """Returns the git commit of a folder, with `-dirty` if files are edited, or None without git.
+    """Returns the git commit of a folder, with `-dirty` added if files are edited.
 
-    A folder that git does not track (an environment inside some other repository) has no commit.
+    Returns None if git is missing or does not answer within 10 seconds, or if no file of the folder
+    is tracked (an environment inside some other repository).
 
     Args:
-        folder: The folder; by default that of this package.
+        folder: The folder; None: that of this package.
     """
     folder = Path(__file__).parent if folder is None else folder
     outputs = []
@@ -68,8 +69,11 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a run ran on, for `config.json`: Python, platform, devices, package versions,
-    commit.
+    """Returns what a run ran on, for `config.json`.
+
+    The keys are `python` and `platform` (versions), `backend`, `device` (the kind of the first
+    device), `devices` and `processes` (numbers), `packages` (`package_versions`) and `commit`
+    (`git_commit`).
 
     Call it after `jax.distributed.initialize`, because it starts JAX's backend.
     """

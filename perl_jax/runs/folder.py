@@ -91,7 +91,14 @@ def open_run(
 
 
 def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
-    """Raises UserError naming the inputs of a run that have changed since it began."""
+    """Raises UserError naming the inputs of a run that have changed since it began.
+
+    For a run of an earlier version, which recorded no inputs, it prints that changes are not known.
+
+    Args:
+        folder: The run's folder.
+        now: Fingerprints of the inputs.
+    """
     if not hosts.broadcast_flag((folder / INPUTS_FILE).exists()):
         if hosts.is_writer():
             print(
@@ -114,13 +121,21 @@ def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
 
 
 def finished(*paths: pathlib.Path) -> bool:
-    """Returns whether all files exist; with several processes, whether the first one sees them."""
+    """Returns whether all files or folders exist.
+
+    With several processes all must call it; all get the answer of the first process.
+    """
     return hosts.broadcast_flag(all(path.exists() for path in paths))
 
 
 def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """Writes each value as a JSON file of its name into the folder, in this order; only the first
-    process writes.
+    """Writes values as JSON files into a folder, in the given order.
+
+    Only the first process writes.
+
+    Args:
+        folder: The folder, which exists.
+        results: JSON values by file name.
     """
     if hosts.is_writer():
         for name, value in results.items():
@@ -130,8 +145,15 @@ def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
-    """Returns a phrase for each setting that differs; nested configs are compared field by
-    field.
+    """Returns one phrase for each setting that differs, such as "lora.rank was 8, is now 16".
+
+    Settings that may differ (`_MAY_DIFFER`) and `run` are not compared. Nested configs are compared
+    field by field.
+
+    Args:
+        found: The settings that the run began with.
+        wanted: The settings now.
+        prefix: The names of the enclosing configs, each followed by a dot.
     """
     out = []
     for name in sorted({*found, *wanted} - {"run", *_MAY_DIFFER}):

@@ -39,7 +39,12 @@ EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
 def scalar(name: str, value: Any) -> float:
     """Returns a number, NumPy scalar or one-element array of any float type as a Python float.
 
-    Raises ValueError, naming the metric, for an array with more or fewer elements.
+    Args:
+        name: The metric's name, for the message.
+        value: The value.
+
+    Raises:
+        ValueError: For an array with any other number of elements.
     """
     array = np.asarray(value)
     if array.size != 1:
@@ -48,10 +53,17 @@ def scalar(name: str, value: Any) -> float:
 
 
 def encode_row(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the JSON object of one step: `step`, the metrics in their order, then `nonfinite` if
-    needed.
+    """Returns the JSON object of one step: `step`, then the metrics in their order.
 
-    Raises ValueError for a metric that is named `step` or `nonfinite`.
+    A NaN or infinite metric becomes None, and the names of such metrics follow as the list
+    `nonfinite`, which is missing if there are none.
+
+    Args:
+        step: The step.
+        metrics: Numbers or one-element arrays, by name.
+
+    Raises:
+        ValueError: For a metric that is named `step` or `nonfinite`, or that is not one number.
     """
     row: dict[str, Any] = {"step": int(step)}
     nonfinite = []
@@ -120,8 +132,8 @@ def prepare_file(path: Path, resume_step: int | None) -> int | None:
 
     Args:
         path: The file.
-        resume_step: Rows up to this step are kept. None starts a new file; existing rows are moved
-            to `metrics.previous.jsonl`.
+        resume_step: Rows up to this step are kept, later ones deleted. None starts a new file: an
+            existing one with rows is moved to `NAME.previous.jsonl`.
     """
     if resume_step is None:
         if path.exists() and path.stat().st_size:
@@ -135,8 +147,13 @@ def prepare_file(path: Path, resume_step: int | None) -> int | None:
 
 
 def import_extra(module: str) -> Any:
-    """Returns an imported optional package; raises UserError with the installation command if it is
-    missing.
+    """Returns an imported optional package.
+
+    Args:
+        module: A key of EXTRAS.
+
+    Raises:
+        UserError: The package is not installed; the message has the command that installs it.
     """
     extra = EXTRAS[module]
     try:
@@ -195,10 +212,14 @@ class MetricsWriter:
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the row of one step to the file and the dashboards; the values are numbers or
-        one-element arrays.
+        """Writes the row of one step to the file and the dashboards.
 
-        Raises ValueError if the step is not larger than the last one.
+        Args:
+            step: The step.
+            metrics: Numbers or one-element arrays, by name. Dashboards get the finite ones.
+
+        Raises:
+            ValueError: If the step is not larger than the last one.
         """
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
@@ -241,8 +262,12 @@ class SamplesWriter:
     """Appends validation samples to `folder/validation_samples.jsonl`, as objects with `step`
     first.
 
-    A resumed writer drops the samples written after the checkpoint that it resumes from, as
+    A resumed writer deletes the samples written after the checkpoint that it resumes from, as
     `MetricsWriter` does. The file is created with the first sample.
+
+    Args:
+        folder: The run's folder.
+        resume_step: The step of the checkpoint that the run resumes from; None for a new run.
     """
 
     def __init__(self, folder: Path, resume_step: int | None):
@@ -250,7 +275,12 @@ class SamplesWriter:
         prepare_file(self.path, resume_step)
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the samples of a step; they are on disk when the call returns."""
+        """Appends the samples of a step; they are on disk when the call returns.
+
+        Args:
+            step: The step.
+            rows: One JSON object per sample; without any the file is not touched.
+        """
         if rows:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"step": int(step), **row}) + "\n" for row in rows))
@@ -278,8 +308,12 @@ class NoMetrics:
 
 
 def wandb_id(folder: Path, resume_step: int | None) -> str:
-    """Returns the run's wandb id, stored in `folder/wandb_id.txt` so that a resumed run keeps its
-    id.
+    """Returns the run's wandb id, which `folder/wandb_id.txt` stores.
+
+    Args:
+        folder: The run's folder.
+        resume_step: With a step the stored id is returned. None, or a missing file, stores a new
+            random id.
     """
     path = folder / "wandb_id.txt"
     if resume_step is not None and path.exists():

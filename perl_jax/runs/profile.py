@@ -33,9 +33,13 @@ class Profile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Context manager around one step, which traces the step if its number was selected.
+        """Returns a context manager around one step, which traces the step if its number was
+        selected.
 
-        The step's results must be on the host when it ends.
+        The step's results must be on the host when the block ends.
+
+        Args:
+            number: The number of the step.
         """
         if number in self._steps and not self._open:
             jax.profiler.start_trace(self.folder)
@@ -46,7 +50,7 @@ class Profile:
             self._close()
 
     def _close(self) -> None:
-        """Stops a running trace."""
+        """Stops a running trace and writes its file; without a trace does nothing."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

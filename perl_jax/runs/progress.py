@@ -36,9 +36,9 @@ class Progress:
     Args:
         stage: The text at the beginning of the line.
         total: The number of steps.
-        start: The step that a resumed run continues from.
-        interval: Seconds between two lines where there is no terminal.
-        stream: Where to print; standard error by default.
+        start: The last step that a resumed run has done already.
+        interval: Seconds between two lines if the stream is not a terminal.
+        stream: Where to print; None: standard error.
         clock: Returns the time in seconds.
     """
 
@@ -84,7 +84,12 @@ class Progress:
             self._print(*self._last_line)
 
     def update(self, step: int, **shown: Any) -> None:
-        """Reports that `step` steps are done; `shown` are metrics to print on the line."""
+        """Reports a step; redraws the line, or prints it if it is due.
+
+        Args:
+            step: Number of steps that are done.
+            shown: Metrics to show on the line, by name.
+        """
         now = self._clock()
         if self._first is None:
             self._first = (step, now)
@@ -101,7 +106,13 @@ class Progress:
             self._print(step, line)
 
     def _details(self, step: int, now: float, shown: Mapping[str, Any]) -> str:
-        """Returns the part of the line after the step count: rate, time left, metrics."""
+        """Returns the part of the line after the number of steps: rate, time left, metrics.
+
+        Args:
+            step: Number of steps that are done.
+            now: The time in seconds.
+            shown: Metrics to show, by name.
+        """
         parts = []
         first_step, first_time = self._first or (step, now)
         if step > first_step and now > first_time:
@@ -113,6 +124,6 @@ class Progress:
         return "  ".join(parts)
 
     def _print(self, step: int, line: str) -> None:
-        """Prints the line and remembers its step."""
+        """Prints the line and remembers its step, so that the last line is printed once."""
         self._printed_step = step
         print(line, file=self._stream, flush=True)

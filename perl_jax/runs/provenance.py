@@ -43,15 +43,25 @@ Fingerprints = dict[str, str | None]
 
 
 def fingerprints(job: str, config: Any) -> Fingerprints:
-    """Returns a digest of each input of a job, by the name used in messages; None if the input
-    cannot be read.
+    """Returns a digest of each input of a job, by the name used in messages.
+
+    A digest is None if the input cannot be read.
+
+    Args:
+        job: base, sft, reward, dpo, rl or evaluate.
+        config: The job's config.
     """
     return {name: _read(make) for name, make in _inputs(job, config)}
 
 
 def changed(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Returns the names of inputs that changed. An input that could not be read, then or now,
-    counts as unchanged.
+    """Returns the names of the inputs that changed.
+
+    An input that could not be read, before or now, counts as unchanged.
+
+    Args:
+        before: Digests by name, of the run when it began.
+        now: Digests by name.
     """
     return [
         name
@@ -61,7 +71,7 @@ def changed(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> 
 
 
 def _read(make: Callable[[], Any]) -> str | None:
-    """Returns the digest of `make()`, or None if the input cannot be read."""
+    """Returns the digest of the JSON value that `make()` returns; None if it cannot be read."""
     try:
         return files.digest(make())
     # A job reports unreadable inputs itself; a finished job no longer needs them.
@@ -70,8 +80,14 @@ def _read(make: Callable[[], Any]) -> str | None:
 
 
 def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields (name for messages, function that returns the content as a JSON value) for each input
-    of a job.
+    """Yields (name for messages, function that returns the content as a JSON value) for each input.
+
+    The inputs are base, tokenizer, rows, a chat template's file, artefacts and the files of reward
+    terms.
+
+    Args:
+        job: base, sft, reward, dpo, rl or evaluate.
+        config: The job's config.
     """
     if job != "base":  # a base job has no model as input; it writes one
         yield (
@@ -115,7 +131,9 @@ def check_rows(job: str, config: Any) -> None:
 
 
 def _artefacts(config: Any) -> Iterator[tuple[str, str]]:
-    """Yields (role, folder) of each artefact that a config names."""
+    """Yields (role, folder) of each artefact that a config names, such as ("policy",
+    "runs/sft/adapters/policy").
+    """
     given = {
         "policy": "policy",
         "frozen": "stack_on",
@@ -134,8 +152,13 @@ def _artefacts(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields the file of reward terms and the source file of each function in it, as `_inputs`
-    does.
+    """Yields (name for messages, function that returns the content) for the files of reward terms.
+
+    These are the file with the terms, if there is one, and the source file of each Python function.
+    Terms that are not valid JSON yield no functions.
+
+    Args:
+        source: The terms as JSON text, or the path of a file with it.
     """
     text = source
     if not source.lstrip().startswith("["):
@@ -161,10 +184,12 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 def source_of(function: str) -> pathlib.Path:
     """Returns the source file of a reward function, without importing anything.
 
-    A module is looked up on `sys.path`; FileNotFoundError if it is not found.
-
     Args:
-        function: `path/to/file.py:function` or `module:function`.
+        function: `path/to/file.py:function`, or `module:function` with a module on `sys.path`.
+
+    Raises:
+        FileNotFoundError: There is no such module. The existence of `path/to/file.py` is not
+            checked.
     """
     source = function.rpartition(":")[0]
     if source.endswith(".py"):
@@ -181,15 +206,24 @@ def source_of(function: str) -> pathlib.Path:
 
 
 def base_content(folder: pathlib.Path) -> Any:
-    """Returns what identifies a base model: the config fields that affect its outputs, and a sample
-    of every tensor.
+    """Returns a JSON value that identifies a base model.
+
+    It holds the config fields that affect outputs, and a sample of every tensor's bytes.
+
+    Args:
+        folder: The model's folder.
     """
     return [config_json.read_config(folder).function, weights.sampled_content(folder)]
 
 
 def tokenizer_content(folder: pathlib.Path) -> Any:
-    """Returns what identifies a tokenizer: hashes of its files, and the end-of-sequence ids of the
-    model's configs.
+    """Returns a JSON value that identifies a tokenizer.
+
+    It holds a hash of each of the tokenizer's files, and the end-of-sequence ids of the model's
+    configs.
+
+    Args:
+        folder: The model's folder.
     """
     found = {
         path.name: files.file_hash(path)
@@ -202,7 +236,12 @@ def tokenizer_content(folder: pathlib.Path) -> Any:
 
 
 def rows_content(kind: str, config: DataConfig) -> Any:
-    """Returns what determines the rows of a kind: hashes of their files, or a synthetic task's seed
-    and sizes.
+    """Returns a JSON value that identifies the rows of a task.
+
+    It holds hashes of the rows' files, or the seed and sizes of a synthetic task.
+
+    Args:
+        kind: The kind of rows, one of `data.store.KINDS`.
+        config: The task, the folder of its files and the sizes of its splits.
     """
     return task_of(config).content(kind, config)

@@ -17,5 +17,5 @@ class Run:
     folder: pathlib.Path
 
     def artefact(self, role: str) -> pathlib.Path:
-        """Returns the folder of a role's artefact."""
+        """Returns the folder of a role's artefact, `adapters/ROLE`. It may not exist yet."""
         return self.folder / "adapters" / role
