@@ -79,7 +79,7 @@ FIRST: dict[str, dict[str, str]] = {
         "--input": "a JSON Lines file with prompt and response",
         "--output": "the file to write; default: standard output",
     },
-    "base": {**_TRAINING, "--width": "of the hidden states", "--layers": "number of layers"},
+    "base": {**_TRAINING, "--width": "size of the hidden states", "--layers": "number of layers"},
 }
 
 

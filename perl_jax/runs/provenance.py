@@ -121,7 +121,7 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _kind(job: str, config: Any) -> str:
-    """Returns the kind of rows that a job reads."""
+    """Returns the kind of rows that a job reads, one of `data.store.KINDS`."""
     return _OBJECTIVES[config.objective] if job == "reward" else _KINDS[job]
 
 

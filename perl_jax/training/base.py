@@ -37,15 +37,15 @@ class BaseConfig(TrainingCommand):
     """A decoder's shape and how long to train it.
 
     Attributes:
-        model: The folder it is saved to.
-        tuning: full, as a base is trained from nothing.
-        width: Of the hidden states.
-        ffn_width: Of the feed-forward layers.
+        model: The folder that the base is saved to.
+        tuning: full, because a base is trained from random weights.
+        width: Size of the hidden states.
+        ffn_width: Hidden size of the feed-forward layers.
         layers: Number of layers.
         heads: Query heads; they must divide the width.
         kv_heads: Key and value heads; they must divide the query heads.
-        vocab_size: Of the byte-level BPE trained on the corpus; a task with a closed vocabulary
-            has its words instead.
+        vocab_size: Size of the byte-level BPE trained on the corpus; a task with a closed
+            vocabulary uses its words instead.
     """
 
     tuning: str = "full"

@@ -94,7 +94,7 @@ class RLConfig(TrainingConfig):
         algorithm: Which policy gradient. In Python a name such as "rloo" stands for its defaults.
         kl: How the policy is kept near a reference.
         shaping: Clipping, whitening and penalties of scores.
-        temperature: Of sampling and of every log-probability.
+        temperature: The sampling temperature; log-probabilities are computed at it too.
         rollout: How responses are decoded.
         value_head: Begin the value model's head at zero, or with the (first) reward model's.
         value_learning_rate: The value model's own rate; None: the policy's.
