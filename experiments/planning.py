@@ -55,8 +55,8 @@ class Plans:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, config: PlanConfig, only: str | None = None) -> dict[str, Any]:
-        """The plan of all programs together, or of those of one name: config, programs, peak_bytes,
-        link_bytes, fits.
+        """The plan of all programs together, or of those of one name: config, programs,
+        peak_bytes_per_chip, link_bytes, fits.
         """
         planned, _ = command.prepare(config)
         names = dict.fromkeys(piece.name for piece in planned.pieces if only in (None, piece.name))
@@ -64,7 +64,7 @@ class Plans:
         return {
             "config": parts[0]["config"],
             "programs": [program for part in parts for program in part["programs"]],
-            "peak_bytes": max(part["peak_bytes"] or math.inf for part in parts),
+            "peak_bytes_per_chip": max(part["peak_bytes_per_chip"] or math.inf for part in parts),
             "link_bytes": sum(part["link_bytes"] for part in parts),
             "fits": all(part["fits"] for part in parts),
         }
@@ -157,8 +157,9 @@ def memory_cell(plans: Plans, start: PlanConfig, generation: str) -> str:
             **{field: full["config"][field] for field in ("topology", "mesh", "microbatches")},
         )
     )
-    ratio = f"{there['peak_bytes'] / full['peak_bytes']:.0%}".replace("%", " %")
-    peaks = f"{full['peak_bytes'] / 2**30:.1f}, {there['peak_bytes'] / 2**30:.1f} ({ratio})"
+    most, there_bytes = full["peak_bytes_per_chip"], there["peak_bytes_per_chip"]
+    ratio = f"{there_bytes / most:.0%}".replace("%", " %")
+    peaks = f"{most / 2**30:.1f}, {there_bytes / 2**30:.1f} ({ratio})"
     sent = f"{full['link_bytes'] / 1e9:.0f}, {there['link_bytes'] / 1e9:.0f}"
     return f"{slice_of(full)} / {full['config']['microbatches']}: {peaks}; {sent}; {fits}"
 
@@ -191,7 +192,7 @@ def scaling_rows(plans: Plans, model: str, job: str) -> Iterator[list[str]]:
         numbers = [
             f"{learn['link_bytes'] / 1e9:.3f}",
             f"{found['link_bytes'] / 1e9:.3f}",
-            f"{found['peak_bytes'] / 2**30:.2f}",
+            f"{found['peak_bytes_per_chip'] / 2**30:.2f}",
         ]
         yield [str(chips), config.mesh or "", str(config.batch), *numbers]
 

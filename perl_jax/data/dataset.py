@@ -32,7 +32,7 @@ class Dataset:
         name: The name of the dataset in messages.
         kind: Which columns a row has (`data.store.KINDS`).
         splits: The rows of each split that has any, in order, with random access.
-        place: (split, index from 0) -> text that says where a row comes from, for messages.
+        location: (split, index from 0) -> text that says where a row comes from, for messages.
         content: Returns a JSON value that determines the rows.
         gold: (prompts, responses) -> true rewards [n]; None: they are not known.
     """
@@ -40,7 +40,7 @@ class Dataset:
     name: str
     kind: str
     splits: Mapping[str, Sequence[Row]]
-    place: Callable[[str, int], str]
+    location: Callable[[str, int], str]
     content: Callable[[], object]
     gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None
 
@@ -84,19 +84,19 @@ def of_rows(
         return train
     given = {"train": list(train), "validation": list(validation), "test": list(test)}
     require(bool(given["train"]), f"There are no {kind} rows to train on; give at least one.")
-    place = lambda split, index: f"Row {index + 1} of the {split} rows"
+    location = lambda split, index: f"Row {index + 1} of the {split} rows"
     splits: dict[str, Sequence[Row]] = {}
     for split, rows in given.items():
         found = [
             checked
             for index, row in enumerate(rows)
             for checked in checked_rows(
-                _without_defaults(row), KINDS[kind], place(split, index), kind in OPEN
+                _without_defaults(row), KINDS[kind], location(split, index), kind in OPEN
             )
         ]
         if found:
             splits[split] = found
-    return Dataset("the given rows", kind, splits, place, lambda: files.digest(splits))
+    return Dataset("the given rows", kind, splits, location, lambda: files.digest(splits))
 
 
 def _without_defaults(row: Any) -> Any:
@@ -169,8 +169,8 @@ def _of_splits(
     task: TaskLike, config: DataConfig, kind: str, splits: Mapping[str, Sequence[Row]]
 ) -> Dataset:
     """Returns the opened splits of a task's rows as a dataset."""
-    place = lambda split, index: task.place(kind, split, config, index)
-    return Dataset(task.name, kind, splits, place, lambda: task.content(kind, config), task.gold)
+    location = lambda split, index: task.location(kind, split, config, index)
+    return Dataset(task.name, kind, splits, location, lambda: task.content(kind, config), task.gold)
 
 
 def _compare_splits(

@@ -353,7 +353,7 @@ class JsonlBuilder(RowsBuilder):
         return (row for _, _, row in cls._numbered(kind, split, config))
 
     @classmethod
-    def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
+    def location(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns the file and the line that a row comes from, as text for messages.
 
         Args:

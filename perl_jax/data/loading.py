@@ -56,7 +56,7 @@ def load_batches(
         microbatches: Microbatches of the update that reads the batches.
         most: Read only the first so many rows; None: all.
         lengths: Padded lengths, so that programs compiled for them are used again; the longest row
-            must fit into the last one. None: chosen from the rows.
+            must fit into the last one. None: selected from the rows.
 
     Raises:
         UserError: The split has no rows, a row cannot be encoded, or `Batches` refuses an argument.
@@ -80,7 +80,7 @@ def load_batches(
             microbatches=microbatches,
         )
     except RowError as error:
-        raise UserError(f"{dataset.place(split, error.index)}: {error.reason}") from error
+        raise UserError(f"{dataset.location(split, error.index)}: {error.reason}") from error
 
 
 def noted(dataset: Dataset, split: str, config: DataConfig, batches: Batches) -> dict[str, float]:

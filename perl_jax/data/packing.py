@@ -1,6 +1,6 @@
 """Chooses how batches are packed: which rows share a packed row, and how long packed rows are.
 
-Every length is another program to compile, so lengths are chosen from a few sizes: those of the
+Every length is another program to compile, so lengths are selected from a few sizes: those of the
 batches of a split (`Packer`) and those of sampled rollouts (`rollout_capacity`). What packing is,
 and the functions of a packed batch, are in `perl_jax.models.packing`.
 """
@@ -56,15 +56,15 @@ def balanced(counts: np.ndarray, parts: int, microbatches: int) -> np.ndarray:
     return rounds.reshape(-1, parts, microbatches).swapaxes(0, 1).reshape(-1)
 
 
-# Lengths of packed rows are multiples of SLOTS tokens. A batch is packed only if that makes it at
-# most WORTH times as long as padding does.
-SLOTS, WORTH = 16, 0.95
+# Lengths of packed rows are multiples of MULTIPLE tokens. A batch is packed only if that makes it
+# at most WORTH times as long as padding does.
+MULTIPLE, WORTH = 16, 0.95
 # A batch that does not fit the planned size is packed into the next eighth of the padded size.
 LEVELS = 8
 
 
-def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
-    """Returns the length in tokens of packed rows that a batch fits into, a multiple of `SLOTS`.
+def packed_length(counts: np.ndarray, parts: int, microbatches: int, padded: int) -> int | None:
+    """Returns the length in tokens of packed rows that a batch fits into, a multiple of `MULTIPLE`.
 
     Returns None if the length is more than `WORTH` times that of padded rows, or if the rows do not
     divide over parts * microbatches.
@@ -77,9 +77,9 @@ def packed_slots(counts: np.ndarray, parts: int, microbatches: int, padded: int)
     """
     if len(counts) % (parts * microbatches):
         return None
-    slots = round_up(fullest(counts, parts, microbatches), SLOTS)
+    length = round_up(fullest(counts, parts, microbatches), MULTIPLE)
     whole = len(counts) // (parts * microbatches) * padded
-    return slots if slots <= WORTH * whole else None
+    return length if length <= WORTH * whole else None
 
 
 def packed_sizes(planned: int, padded: int) -> list[int]:
@@ -93,7 +93,7 @@ def packed_sizes(planned: int, padded: int) -> list[int]:
         padded: The padded size: tokens that the rows of one packed row take with padding.
     """
     levels = (
-        round_up(-(-padded * level // LEVELS), SLOTS) for level in range(LEVELS // 2 + 1, LEVELS)
+        round_up(-(-padded * level // LEVELS), MULTIPLE) for level in range(LEVELS // 2 + 1, LEVELS)
     )
     return ([planned] if planned else []) + [
         size for size in levels if planned < size <= WORTH * padded
@@ -102,8 +102,8 @@ def packed_sizes(planned: int, padded: int) -> list[int]:
 
 # Each padded length of the prompts has ROLLOUT_LEVELS lengths of packed rollouts, for responses of
 # 1/4, 2/4, ... of `max_response_length` tokens on average. The lengths are multiples of
-# ROLLOUT_SLOTS, so that short responses have few lengths too.
-ROLLOUT_LEVELS, ROLLOUT_SLOTS = 4, 64
+# ROLLOUT_MULTIPLE, so that short responses have few lengths too.
+ROLLOUT_LEVELS, ROLLOUT_MULTIPLE = 4, 64
 
 
 def rollout_capacity(
@@ -121,7 +121,8 @@ def rollout_capacity(
     """
     sizes = [
         round_up(
-            rows // group * columns + rows * max_response * level // ROLLOUT_LEVELS, ROLLOUT_SLOTS
+            rows // group * columns + rows * max_response * level // ROLLOUT_LEVELS,
+            ROLLOUT_MULTIPLE,
         )
         for level in range(1, ROLLOUT_LEVELS + 1)
     ]
@@ -148,7 +149,7 @@ class Packer:
         lengths: Sequence[int],
         plans: Callable[[], Iterable[Plan]],
     ) -> None:
-        """Stores the arguments; sizes are chosen when the first batch is packed.
+        """Stores the arguments; sizes are selected when the first batch is packed.
 
         Args:
             rows: The tokenised rows.
@@ -221,7 +222,7 @@ class Packer:
             rows: Indices into the split, int [batch_size], in the order that `arranged` returns.
             columns: The batch's padded length in tokens.
         """
-        return packed_slots(
+        return packed_length(
             self._counts(rows), self.parts, self.microbatches, columns * self._group
         )
 

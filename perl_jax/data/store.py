@@ -118,7 +118,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         """
 
     @classmethod
-    def place(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
+    def location(cls, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns text for messages that says where a row comes from.
 
         Args:

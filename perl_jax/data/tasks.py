@@ -71,7 +71,7 @@ class TaskLike(Protocol):
         """Returns a JSON value that determines all rows of a kind."""
         raise NotImplementedError
 
-    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
+    def location(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns text for messages that says where a row comes from.
 
         Args:
@@ -147,7 +147,7 @@ class Task:
             checked
             for index, row in enumerate(self.rows(kind, split, config))
             for checked in checked_rows(
-                row, KINDS[kind], self.place(kind, split, config, index), kind in OPEN
+                row, KINDS[kind], self.location(kind, split, config, index), kind in OPEN
             )
         ]
 
@@ -157,7 +157,7 @@ class Task:
             split: files.digest(self._checked(kind, split, config)) for split in self.splits[kind]
         }
 
-    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
+    def location(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns text for messages that says where a row comes from; `index` is its number in the
         split, from 0.
         """
@@ -209,11 +209,11 @@ class PreparedTask:
         """Returns a JSON value that determines the rows: seeds, sizes, hashes of files."""
         return self.builder.content(kind, config)
 
-    def place(self, kind: str, split: str, config: DataConfig, index: int) -> str:
+    def location(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns text for messages that says where a row comes from; `index` is its number in the
         split, from 0.
         """
-        return self.builder.place(kind, split, config, index)
+        return self.builder.location(kind, split, config, index)
 
 
 TASKS: dict[str, TaskLike] = {JsonlBuilder.name: PreparedTask(JsonlBuilder, options=("data_dir",))}
@@ -270,7 +270,7 @@ def get_task(name: str) -> TaskLike:
         found: Any = vars(_module(source)).get(attribute)
     except UserError as error:
         raise UserError(f"data.task is {name!r}; {error}") from error
-    needed = ("name", "splits", "gold", "vocabulary", "options", "open", "content", "place")
+    needed = ("name", "splits", "gold", "vocabulary", "options", "open", "content", "location")
     require(
         all(hasattr(found, field) for field in needed),
         f"data.task is {name!r}; {source} has no perl_jax.Task that is called {attribute}.",

@@ -224,12 +224,12 @@ def best_responses(
             texts_PG = np.asarray(response_texts(model.tokenizer, rollout), object).reshape(
                 -1, config.n
             )
-            for place, row in enumerate(batches.rows_of(index).tolist()):
+            for entry, row in enumerate(batches.rows_of(index).tolist()):
                 if row >= 0:
-                    source, texts_G = rows[row], texts_PG[place]
+                    source, texts_G = rows[row], texts_PG[entry]
                     # A demonstration has the group of its prompt.
                     prompt, group = source["prompt"], named_group(source)
-                    measured = {name: column_PG[place] for name, column_PG in columns.items()}
+                    measured = {name: column_PG[entry] for name, column_PG in columns.items()}
                     if dataset.gold is not None:
                         measured["gold"] = dataset.gold([prompt] * config.n, list(texts_G))
                     made[row] = {

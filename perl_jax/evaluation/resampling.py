@@ -85,9 +85,9 @@ def _draw_counts(generator: np.random.Generator, count: int, samples: int) -> np
         count: The number of groups, and of draws (with replacement) in a sample.
         samples: The number of samples.
     """
-    places = samples * generator.integers(0, count, (samples, count)) + np.arange(samples)[:, None]
+    drawn = samples * generator.integers(0, count, (samples, count)) + np.arange(samples)[:, None]
     return (
-        np.bincount(places.ravel(), minlength=samples * count)
+        np.bincount(drawn.ravel(), minlength=samples * count)
         .reshape(count, samples)
         .astype(np.float64)
     )

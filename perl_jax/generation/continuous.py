@@ -108,7 +108,7 @@ class ContinuousSampler:
             parts,
             chunk,
         )
-        place, options = (
+        constrain, options = (
             functools.partial(constrained_slots, lm),
             decoding_options(lm.mesh, quantised),
         )
@@ -118,23 +118,23 @@ class ContinuousSampler:
         # sizes of admissions, HALVINGS + 1 sizes of batches, and the halvings between them.
         lengths = 2 * LENGTHS
         self.vacant = Program(
-            "vacant", functools.partial(vacant_slots, lm, config, slots, place), limit=lengths
+            "vacant", functools.partial(vacant_slots, lm, config, slots, constrain), limit=lengths
         )
         self.admit = Program(
             "admit",
-            functools.partial(admit_prompts, lm, config, place),
+            functools.partial(admit_prompts, lm, config, constrain),
             donate=(2,),
             limit=2 * lengths,
         )
         self.decode = Program(
             "decode",
-            functools.partial(decode_chunk, lm, config, place, chunk),
+            functools.partial(decode_chunk, lm, config, constrain, chunk),
             donate=(2,),
             limit=(HALVINGS + 1) * lengths,
             compiler_options=options,
         )
         self.fewer = Program(
-            "fewer", functools.partial(keep_slots, place), limit=HALVINGS * LENGTHS
+            "fewer", functools.partial(keep_slots, constrain), limit=HALVINGS * LENGTHS
         )
 
     @property

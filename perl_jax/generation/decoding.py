@@ -50,7 +50,7 @@ def prefill(
         samples: Number of rows per prompt.
         kind: Dtype of the cache; auto: the activations' dtype.
     """
-    place = lm.placement()
+    placement = lm.placement()
     # Keys and values of the tokens that a window does not hold are dropped layer by layer.
     taken = {window: last_tokens(valid_PS, window) for window in lm.config.windows}
     hidden_PSD, kept = lm.hidden_and_kept(
@@ -61,14 +61,14 @@ def prefill(
     def part(window: int | None, kv: tuple[Array, Array]) -> WindowCache:
         """Returns the cache of the layers with this window, given their (keys, values)."""
         prompt_k, prompt_v = (
-            place.cache(cache_entry(jnp.swapaxes(x_LPSNK, -3, -2), kind)) for x_LPSNK in kv
+            placement.cache(cache_entry(jnp.swapaxes(x_LPSNK, -3, -2), kind)) for x_LPSNK in kv
         )
         own = own_columns(max_new_tokens, window)
         return WindowCache(
             prompt_k=prompt_k,
             prompt_v=prompt_v,
-            own_k=place.cache(prompt_k.vacant(rows, own)),
-            own_v=place.cache(prompt_v.vacant(rows, own)),
+            own_k=placement.cache(prompt_k.vacant(rows, own)),
+            own_v=placement.cache(prompt_v.vacant(rows, own)),
             prompt_visible_PS=taken[window](jnp.asarray(valid_PS, bool)),
             prompt_position_PS=taken[window](attention.positions(valid_PS)),
             own_visible_BC=jnp.zeros((rows, own), bool),
@@ -100,7 +100,7 @@ def decode(
         cache: Keys and values of the tokens before it.
         kind: Dtype of the cache, as in `prefill`.
     """
-    outer, place = lm.embedder(base, adapter), lm.placement(stationary=True)
+    outer, placement = lm.embedder(base, adapter), lm.placement(stationary=True)
     kinds = LayerKinds.of(lm.config, cache.position_B[:, None])
     visible = {part.window: part.visible(cache.position_B) for part in cache.parts}
 
@@ -120,11 +120,11 @@ def decode(
             )
             return heads, (k, v)
 
-        return block.decode(x, kinds.rotary(by_layer), attend, place)
+        return block.decode(x, kinds.rotary(by_layer), attend, placement)
 
-    x_B1D, new = lm.layers(base, adapter, place).run(
+    x_B1D, new = lm.layers(base, adapter, placement).run(
         layer,
-        outer.embed(token_B[:, None], place),
+        outer.embed(token_B[:, None], placement),
         kinds.by_layer,
         windows=lm.config.windows,
         caches={part.window: part.by_layer for part in cache.parts},
@@ -135,7 +135,7 @@ def decode(
         k_LB1NK, v_LB1NK = new[part.window]
         part = part.appended(k_LB1NK, v_LB1NK, cache.position_B, cache.step, kind)
         return dataclasses.replace(
-            part, own_k=place.cache(part.own_k), own_v=place.cache(part.own_v)
+            part, own_k=placement.cache(part.own_k), own_v=placement.cache(part.own_v)
         )
 
     after = KVCache(tuple(map(appended, cache.parts)), cache.position_B + 1, cache.step + 1)
@@ -153,8 +153,8 @@ def _next_logits(
         adapter: The adapter; None: the base itself.
         hidden_B1D: Hidden state of each row's last token, after the final norm.
     """
-    place = lm.placement()
-    return place.next_logits(lm.logits_of(base, adapter, hidden_B1D, place)[:, 0])
+    placement = lm.placement()
+    return placement.next_logits(lm.logits_of(base, adapter, hidden_B1D, placement)[:, 0])
 
 
 def attend_cached(

@@ -19,13 +19,13 @@ def sampling_config(
 ) -> SamplingConfig:
     """Returns how to sample from a model: with its stop tokens, and what suits its platform.
 
-    The fields `stages` and `fused` are chosen for the platform, so that decoding is fast.
+    The fields `stages` and `fused` are selected for the platform, so that decoding is fast.
 
     Args:
         model: The model.
         max_new_tokens: Largest number of sampled tokens, the stop token included.
         temperature: Divides the logits; 0: greedy.
-        more: Further fields of `SamplingConfig`; they replace the values chosen here.
+        more: Further fields of `SamplingConfig`; they replace the values selected here.
     """
     # Matrices that are split over devices cannot be concatenated locally.
     fused = (

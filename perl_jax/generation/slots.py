@@ -20,7 +20,7 @@ from perl_jax.runtime import sharding
 from perl_jax.types import Array, Tree
 
 # Adds sharding constraints to the state.
-Place = Callable[["Slots"], "Slots"]
+Constrain = Callable[["Slots"], "Slots"]
 
 
 @flax.struct.dataclass
@@ -50,7 +50,7 @@ def vacant_slots(
     lm: LanguageModel,
     config: SamplingConfig,
     slots: int,
-    place: Place,
+    constrain: Constrain,
     base: Tree,
     adapter: Adapter | None,
     prompt_1S: Array,
@@ -61,7 +61,7 @@ def vacant_slots(
         lm: The model's functions.
         config: How tokens are sampled.
         slots: Number of slots.
-        place: Adds sharding constraints to the state.
+        constrain: Adds sharding constraints to the state.
         base: The frozen base; only its shapes are used.
         adapter: The policy; None: the base itself. Only its shapes are used.
         prompt_1S: Any array [1, S]; prompts will have S columns.
@@ -79,7 +79,7 @@ def vacant_slots(
         jnp.zeros(slots, jnp.int32),
         jnp.zeros((slots, config.max_new_tokens), jnp.int32),
     )
-    return place(
+    return constrain(
         Slots(
             cache,
             number_B,
@@ -157,7 +157,7 @@ def constrained_slots(lm: LanguageModel, state: Slots) -> Slots:
 def admit_prompts(
     lm: LanguageModel,
     config: SamplingConfig,
-    place: Place,
+    constrain: Constrain,
     base: Tree,
     adapter: Adapter | None,
     state: Slots,
@@ -174,7 +174,7 @@ def admit_prompts(
     Args:
         lm: The model's functions.
         config: How tokens are sampled.
-        place: Adds sharding constraints to the state.
+        constrain: Adds sharding constraints to the state.
         base: The frozen base.
         adapter: The policy; None: the base itself.
         state: The state before.
@@ -217,7 +217,7 @@ def admit_prompts(
     first_X = token_keys(row_keys(jax.random.wrap_key_data(key), row_X), jnp.int32(0))
     token_X, logp_X = sample_tokens(first_X, wide(logits_AV), config)
     put = lambda array_BC, value_X: array_BC.at[slot_X, 0].set(value_X, mode="drop")
-    return place(
+    return constrain(
         dataclasses.replace(
             state,
             cache=cache,
@@ -236,7 +236,7 @@ def admit_prompts(
 def decode_chunk(
     lm: LanguageModel,
     config: SamplingConfig,
-    place: Place,
+    constrain: Constrain,
     chunk: int,
     base: Tree,
     adapter: Adapter | None,
@@ -251,7 +251,7 @@ def decode_chunk(
     Args:
         lm: The model's functions.
         config: How tokens are sampled.
-        place: Adds sharding constraints to the state.
+        constrain: Adds sharding constraints to the state.
         chunk: Largest number of steps.
         base: The frozen base.
         adapter: The policy; None: the base itself.
@@ -280,7 +280,7 @@ def decode_chunk(
             state.done_B | is_stop(token_B, config.stop_ids) | (length_B >= config.max_new_tokens)
         )
         made = {"tokens_BC": put(state.tokens_BC, token_B), "logp_BC": put(state.logp_BC, logp_B)}
-        return step + 1, place(
+        return step + 1, constrain(
             dataclasses.replace(
                 state, cache=cache, token_B=token_B, length_B=length_B, done_B=done_B, **made
             )
@@ -288,15 +288,15 @@ def decode_chunk(
 
     steps, state = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))
     known = lambda x: sharding.constrain(x, lm.mesh, *[None] * x.ndim)
-    return place(state), (known(state.done_B), known(state.length_B), steps)
+    return constrain(state), (known(state.done_B), known(state.length_B), steps)
 
 
-def keep_slots(place: Place, state: Slots, stays_Y: Array) -> Slots:
+def keep_slots(constrain: Constrain, state: Slots, stays_Y: Array) -> Slots:
     """Returns the state with only the slots of the indices `stays_Y`, in that order.
 
     Args:
-        place: Adds sharding constraints to the state.
+        constrain: Adds sharding constraints to the state.
         state: The state before.
         stays_Y: Indices of the Y slots that stay.
     """
-    return place(map_rows(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))
+    return constrain(map_rows(state, lambda x: x[:, stays_Y], lambda x: x[stays_Y]))

@@ -57,8 +57,8 @@ class Turns:
             text: The new text of that turn.
         """
         joined = text
-        for place, content in enumerate(self.contents[turn + 1 :]):
-            joined += self.joints[place % 2] + content
+        for index, content in enumerate(self.contents[turn + 1 :]):
+            joined += self.joints[index % 2] + content
         return self.opening + joined + self.cue
 
 

@@ -75,9 +75,9 @@ class Model:
         Args:
             abstract: A role or a train state, of arrays or of their shapes.
         """
-        placed = {f"weights/{name}": place for name, place in self.lm.base_shardings().items()}
+        placed = {f"weights/{name}": stored for name, stored in self.lm.base_shardings().items()}
         if self.shard_adapters:
-            placed |= {f"lora/{name}": place for name, place in self.lm.lora_shardings().items()}
+            placed |= {f"lora/{name}": stored for name, stored in self.lm.lora_shardings().items()}
         return sharding.state_shardings(abstract, placed, self.mesh)
 
     def place(self, tree: Tree) -> Tree:

@@ -44,8 +44,8 @@ def tensor_names(name: str, config: ModelConfig) -> list[str]:
         name: The leaf, such as `layers/attention/q/kernel` or `outer/embedding`.
         config: The base model's configuration.
     """
-    place, _, rest = name.partition("/")
-    if place == "outer":
+    part, _, rest = name.partition("/")
+    if part == "outer":
         return [_OUTER[rest] + ".weight"]
     module, _, leaf = rest.rpartition("/")
     path = f"{module_names(config)[module]}.{_LEAVES[leaf]}"

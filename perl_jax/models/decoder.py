@@ -122,7 +122,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(config, config.head_dim, "head_dim")
 
     def project(
-        self, x_BTD: Array, rotary: tuple, key: Array | None, place: Placement
+        self, x_BTD: Array, rotary: tuple, key: Array | None, placement: Placement
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, T, H, K], rotated keys [B, T, N, K], and values [B, T, N, K].
 
@@ -130,10 +130,12 @@ class Attention(nnx.Module):
             x_BTD: Input after the layer's norm.
             rotary: (cos, sin) of the positions (`attention.rotary_angles`).
             key: Random key of dropout; None: no dropout. Unused by fused projections.
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
         x_ND = flatten_tokens(x_BTD)
-        split = lambda x_NF: place.heads(x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim))
+        split = lambda x_NF: placement.heads(
+            x_NF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
+        )
         q_BTHK, k_BTNK, v_BTNK = map(
             split,
             self.qkv(x_ND)
@@ -144,15 +146,17 @@ class Attention(nnx.Module):
             q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
         return attention.rotate(q_BTHK, *rotary), attention.rotate(k_BTNK, *rotary), v_BTNK
 
-    def output(self, heads_BTHK: Array, key: Array | None, place: Placement) -> jax.Array:
+    def output(self, heads_BTHK: Array, key: Array | None, placement: Placement) -> jax.Array:
         """Returns the output projection of all heads, [B, T, D].
 
         Args:
             heads_BTHK: Output of attention.
             key: Random key of dropout; None: no dropout. Unused by a fused projection.
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
-        heads_BTF = place.features(heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), place.split_heads)
+        heads_BTF = placement.features(
+            heads_BTHK.reshape(*heads_BTHK.shape[:2], -1), placement.split_heads
+        )
         out_ND = (
             self.o(flatten_tokens(heads_BTF))[0]
             if isinstance(self.o, FusedLinear)
@@ -196,16 +200,16 @@ class MLP(nnx.Module):
             "down", config, adapted, (config.ffn_width, config.width), ("mlp", "embed"), rngs
         )
 
-    def __call__(self, x_BTD: Array, key: Array | None, place: Placement) -> jax.Array:
+    def __call__(self, x_BTD: Array, key: Array | None, placement: Placement) -> jax.Array:
         """Returns the gated feed-forward layer's output, [B, T, D].
 
         Args:
             x_BTD: Input after the layer's norm.
             key: Random key of dropout; None: no dropout.
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
         x_ND = flatten_tokens(x_BTD)
-        features = lambda x_NF: place.features(x_NF.reshape(*x_BTD.shape[:2], -1))
+        features = lambda x_NF: placement.features(x_NF.reshape(*x_BTD.shape[:2], -1))
         gated_BTF = _gated(
             self.activation, features(self.gate(x_ND, key)), features(self.up(x_ND, key))
         )
@@ -231,7 +235,7 @@ class Block(nnx.Module):
         rotary: tuple,
         attend: Attend,
         key: Array | None,
-        place: Placement,
+        placement: Placement,
         only_BR: Array | None = None,
     ) -> tuple[jax.Array, tuple]:
         """Returns the layer's output x_BTD and its (keys, values), [B, T, N, K] each.
@@ -241,22 +245,22 @@ class Block(nnx.Module):
             rotary: (cos, sin) of the positions (`attention.rotary_angles`).
             attend: (queries, keys, values) -> attention output.
             key: Random key of dropout; None: no dropout.
-            place: Sharding constraints.
+            placement: Sharding constraints.
             only_BR: Indices of the columns that are computed after attention; the output is [B, R,
                 D]. None: all.
         """
-        q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, place)
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), rotary, key, placement)
         heads_BTHK = attend(q, k, v)
         if only_BR is not None:
             x_BTD, heads_BTHK = gather(x_BTD, only_BR), gather(heads_BTHK, only_BR)
-        return self._after_attention(x_BTD, heads_BTHK, key, place), (k, v)
+        return self._after_attention(x_BTD, heads_BTHK, key, placement), (k, v)
 
     def decode(
         self,
         x_B1D: Array,
         rotary: tuple,
         attend: Callable[[Array, Array, Array], tuple[Array, Tree]],
-        place: Placement,
+        placement: Placement,
     ) -> tuple[jax.Array, Tree]:
         """Returns the layer's output x_B1D for one new token, and the second result of `attend`.
 
@@ -264,15 +268,15 @@ class Block(nnx.Module):
             x_B1D: Input of the layer.
             rotary: (cos, sin) of the new token's position.
             attend: (query, key, value) -> (attention output, what the cache needs of the token).
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
         heads, kept = attend(
-            *self.attention.project(self.attention_norm(x_B1D), rotary, None, place)
+            *self.attention.project(self.attention_norm(x_B1D), rotary, None, placement)
         )
-        return self._after_attention(x_B1D, heads, None, place), kept
+        return self._after_attention(x_B1D, heads, None, placement), kept
 
     def _after_attention(
-        self, x_BTD: Array, heads_BTHK: Array, key: Array | None, place: Placement
+        self, x_BTD: Array, heads_BTHK: Array, key: Array | None, placement: Placement
     ) -> jax.Array:
         """Returns the layer's output x_BTD, given the output of attention.
 
@@ -282,12 +286,12 @@ class Block(nnx.Module):
             x_BTD: Input of the layer.
             heads_BTHK: Output of attention.
             key: Random key of dropout; None: no dropout.
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
         sandwich = self.config.sandwich_norms
-        out_BTD = place.residual(self.attention.output(heads_BTHK, key, place))
+        out_BTD = placement.residual(self.attention.output(heads_BTHK, key, placement))
         x_BTD = x_BTD + (self.attention_post_norm(out_BTD) if sandwich else out_BTD)
-        out_BTD = place.residual(self.mlp(self.mlp_norm(x_BTD), key, place))
+        out_BTD = placement.residual(self.mlp(self.mlp_norm(x_BTD), key, placement))
         return x_BTD + (self.mlp_post_norm(out_BTD) if sandwich else out_BTD)
 
 
@@ -309,17 +313,17 @@ class Embedder(nnx.Module):
                 axes=("embed", "vocab"),
             )
 
-    def embed(self, tokens_BT: Array, place: Placement) -> jax.Array:
+    def embed(self, tokens_BT: Array, placement: Placement) -> jax.Array:
         """Returns the embeddings x_BTD of token ids, in the activations' dtype.
 
         With `scaled_embedding` they are multiplied by sqrt(D).
         """
-        x_BTD = place.looked_up(
-            jnp.take(self.embedding[...], place.ids_to_look_up(tokens_BT), axis=0).astype(
+        x_BTD = placement.looked_up(
+            jnp.take(self.embedding[...], placement.ids_to_look_up(tokens_BT), axis=0).astype(
                 self.config.dtype
             )
         )
-        x_BTD = place.residual(x_BTD)
+        x_BTD = placement.residual(x_BTD)
         # The factor is rounded to the activations' dtype, as in the model's training.
         return (
             x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype)
@@ -327,7 +331,7 @@ class Embedder(nnx.Module):
             else x_BTD
         )
 
-    def output_matrix(self, place: Placement) -> jax.Array:
+    def output_matrix(self, placement: Placement) -> jax.Array:
         """Returns the output projection [D, V], sharded as `logits` reads it.
 
         It is the transposed embedding if embeddings are tied.
@@ -337,17 +341,19 @@ class Embedder(nnx.Module):
         width, vocabulary = axes[::-1] if tied else axes
         own = (sharding.RULES[width], sharding.RULES[vocabulary])
         weight_DV = self.embedding[...].T if tied else self.lm_head[...]
-        return place.output_matrix(weight_DV, own, self.config.dtype)
+        return placement.output_matrix(weight_DV, own, self.config.dtype)
 
-    def logits(self, hidden_BTD: Array, weight_DV: Array, place: Placement) -> jax.Array:
+    def logits(self, hidden_BTD: Array, weight_DV: Array, placement: Placement) -> jax.Array:
         """Returns logits_BTV in float32, with the model's cap.
 
         Args:
             hidden_BTD: Hidden states after the final norm.
             weight_DV: The output projection (`output_matrix`).
-            place: Sharding constraints.
+            placement: Sharding constraints.
         """
-        logits_NV = matmul(flatten_tokens(place.before_logits(hidden_BTD)), weight_DV, jnp.float32)
+        logits_NV = matmul(
+            flatten_tokens(placement.before_logits(hidden_BTD)), weight_DV, jnp.float32
+        )
         return attention.soft_cap(
-            place.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap
+            placement.logits(logits_NV.reshape(*hidden_BTD.shape[:2], -1)), self.config.logit_cap
         )

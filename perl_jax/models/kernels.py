@@ -34,7 +34,7 @@ FUSED_BLOCKS = 4
 
 
 class AttentionChoice(NamedTuple):
-    """An attention implementation, and why it is chosen.
+    """An attention implementation, and why it is selected.
 
     Attributes:
         path: The implementation, a value of `ModelConfig.attention`.
@@ -109,7 +109,7 @@ def effective_window(window: int | None, length: int) -> int | None:
 def cond_on_window(
     flag: Array, call_windowed: Callable[[], jax.Array], call_full: Callable[[], jax.Array]
 ) -> jax.Array:
-    """Returns the result of one of two calls, chosen by a traced flag; only that call runs.
+    """Returns the result of one of two calls, selected by a traced flag; only that call runs.
 
     For a layer scan in which only some layers have a window. The gradient keeps the residuals of
     both calls, one of them zeros; inside a rematerialised layer they exist for one layer at a time.

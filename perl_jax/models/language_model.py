@@ -270,11 +270,11 @@ class LanguageModel:
             packing: How the batch is packed. None: it is padded.
             wanted_BT: Needed with packing, else unused: the tokens that are computed; others are 0.
         """
-        place = self.placement()
+        placement = self.placement()
         hidden = self.hidden(base, adapter, tokens_BT, valid_BT, dropout_key, packing=packing)
         outer = self.embedder(base, adapter)
-        weight_DV = outer.output_matrix(place)
-        head = lambda hidden_BCD: outer.logits(hidden_BCD, weight_DV, place)
+        weight_DV = outer.output_matrix(placement)
+        head = lambda hidden_BCD: outer.logits(hidden_BCD, weight_DV, placement)
         devices = 1 if self.mesh is None else self.mesh.size
         frozen = adapter is None or adapter.weights is None
         size = CPU_LOGIT_BYTES if frozen and platform_of(self.mesh) == "cpu" else LOGIT_BYTES
@@ -295,10 +295,10 @@ class LanguageModel:
         number = min(
             packing.token_WU.shape[1], tokens_BT.shape[0] // packing.parts * (length - start)
         )
-        place_WY, back = select_tokens(packing, wanted_BT, number)
+        taken_WY, back = select_tokens(packing, wanted_BT, number)
         hidden_WYD, token_WY = (
-            packing.read_tokens(hidden, place_WY - 1),
-            token_values(packing, tokens_BT, place_WY),
+            packing.read_tokens(hidden, taken_WY - 1),
+            token_values(packing, tokens_BT, taken_WY),
         )
         logp_WY, entropy_WY = following_logprobs(
             head, hidden_WYD, token_WY, temperature, columns(packing.parts), frozen
@@ -378,13 +378,13 @@ class LanguageModel:
             network(self.config, AdapterSpec()).outer, _weights(base, adapter)["outer"]
         )
 
-    def layers(self, base: Tree, adapter: Adapter | None, place: Placement) -> LayerStack:
+    def layers(self, base: Tree, adapter: Adapter | None, placement: Placement) -> LayerStack:
         """Returns the layers with their weights, ready to run.
 
         Args:
             base: The frozen base.
             adapter: The adapter; None: the base itself.
-            place: Sharding constraints of the pass.
+            placement: Sharding constraints of the pass.
         """
         shardings = (
             ({}, {}) if self.mesh is None else (self.base_shardings(), self.lora_shardings())
@@ -393,7 +393,7 @@ class LanguageModel:
         inner = lambda tree: None if tree is None else tree["layers"]
         return LayerStack(
             config=self.config,
-            place=place,
+            placement=placement,
             weights=_weights(base, adapter)["layers"],
             lora=inner(adapter.lora),
             lora_config=None if adapter.lora is None else adapter.config,
@@ -404,7 +404,7 @@ class LanguageModel:
         )
 
     def logits_of(
-        self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, place: Placement
+        self, base: Tree, adapter: Adapter | None, hidden_BTD: Array, placement: Placement
     ) -> jax.Array:
         """Returns logits_BTV, float32.
 
@@ -412,10 +412,10 @@ class LanguageModel:
             base: The frozen base.
             adapter: The adapter; None: the base itself.
             hidden_BTD: Hidden states after the final norm.
-            place: Sharding constraints of the pass.
+            placement: Sharding constraints of the pass.
         """
         outer = self.embedder(base, adapter)
-        return outer.logits(hidden_BTD, outer.output_matrix(place), place)
+        return outer.logits(hidden_BTD, outer.output_matrix(placement), placement)
 
     def hidden_and_kept(
         self, base: Tree, adapter: Adapter | None, tokens_BT: Array, valid_BT: Array, keep: Keep
@@ -432,17 +432,17 @@ class LanguageModel:
             valid_BT: True on real tokens.
             keep: ((keys, values) of a layer, [B, T, N, K] each, its window) -> the layer's entry.
         """
-        place, outer = self.placement(), self.embedder(base, adapter)
+        placement, outer = self.placement(), self.embedder(base, adapter)
         kinds = LayerKinds.of(self.config, attention.positions(valid_BT))
-        over = self._layer(kinds, place, valid_BT, None)
+        over = self._layer(kinds, placement, valid_BT, None)
 
         def layer(block, x, entries, window, cache):
             """Runs one layer; returns x, and what is kept of its keys and values."""
             x, kv = over(block, x, (None, entries), window, cache)
             return x, keep(kv, window)
 
-        x_BTD, kept = self.layers(base, adapter, place).run(
-            layer, outer.embed(tokens_BT, place), kinds.by_layer, windows=self.config.windows
+        x_BTD, kept = self.layers(base, adapter, placement).run(
+            layer, outer.embed(tokens_BT, placement), kinds.by_layer, windows=self.config.windows
         )
         return outer.final_norm(x_BTD), kept
 
@@ -474,9 +474,9 @@ class LanguageModel:
         own = (lambda x_BT: x_BT) if packing is None else packing.packed
         tokens, positions = own(tokens_BT), own(attention.positions(valid_BT))
         kinds = LayerKinds.of(self.config, positions)
-        place, outer = self.placement(), self.embedder(base, adapter)
+        placement, outer = self.placement(), self.embedder(base, adapter)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
-        over = functools.partial(self._layer, kinds, place, valid_BT, packing)
+        over = functools.partial(self._layer, kinds, placement, valid_BT, packing)
         without_kv = lambda layer: lambda *inputs: (layer(*inputs)[0], None)
         last = only_WR = None
         if only_BR is not None:
@@ -485,9 +485,9 @@ class LanguageModel:
             # layers' weights and their gradients.
             if adapter is None or adapter.weights is None:
                 last = without_kv(over(only_WR))
-        x, _ = self.layers(base, adapter, place).run(
+        x, _ = self.layers(base, adapter, placement).run(
             without_kv(over()),
-            outer.embed(tokens, place),
+            outer.embed(tokens, placement),
             (keys, kinds.by_layer),
             backward=True,
             last=last,
@@ -499,7 +499,7 @@ class LanguageModel:
     def _layer(
         self,
         kinds: LayerKinds,
-        place: Placement,
+        placement: Placement,
         valid_BT: Array,
         packing: Packing | None,
         only_WR: Array | None = None,
@@ -508,7 +508,7 @@ class LanguageModel:
 
         Args:
             kinds: What differs between layers.
-            place: Sharding constraints of the pass.
+            placement: Sharding constraints of the pass.
             valid_BT: True on real tokens.
             packing: How the batch is packed; None: it is padded.
             only_WR: Indices in each (packed) row of the columns that are computed after attention;
@@ -526,7 +526,7 @@ class LanguageModel:
             attend = attend_whole(
                 self.config, self.mesh, kinds, by_layer, valid_BT, read_BT, packing
             )
-            return block(x, kinds.rotary(by_layer), attend, key, place, only_WR)
+            return block(x, kinds.rotary(by_layer), attend, key, placement, only_WR)
 
         return layer
 

@@ -36,7 +36,7 @@ class LayerStack:
 
     Attributes:
         config: Shape and options of the decoder.
-        place: Sharding constraints of the pass.
+        placement: Sharding constraints of the pass.
         weights: The layers' weights, leaves stacked over L.
         lora: The adapter's leaves, stacked over the adapted layers; None: no adapter.
         lora_config: The adapter's config; None: no adapter.
@@ -47,7 +47,7 @@ class LayerStack:
     """
 
     config: ModelConfig
-    place: Placement
+    placement: Placement
     weights: Tree
     lora: Tree
     lora_config: LoRAConfig | None
@@ -183,7 +183,7 @@ class LayerStack:
         )
 
     def _block(self, weights: Tree, mine: Tree | None, under: Tree | None) -> Block:
-        """Returns the module of one layer with its leaves, sharded as `place` reads them.
+        """Returns the module of one layer with its leaves, sharded as `placement` reads them.
 
         Args:
             weights: The layer's weights.
@@ -191,10 +191,10 @@ class LayerStack:
             under: The layer's frozen pairs; None: the layer has none.
         """
         # Trained weights are moved in the activations' dtype; frozen ones already have it.
-        weights = self.place.weights(
+        weights = self.placement.weights(
             weights, self.base_shardings, self.config.dtype if self.trained else None
         )
-        mine = self.place.weights(mine, self.lora_shardings)
+        mine = self.placement.weights(mine, self.lora_shardings)
         attention = weights["attention"]
         spec = AdapterSpec(
             lora=None if mine is None else self.lora_config,
@@ -216,7 +216,9 @@ class LayerStack:
             picked: Whether a layer takes its weights out of a stack.
         """
         if self.config.remat == "none":
-            if not picked and (self.place.mesh is None or self.place.mesh.shape["fsdp"] == 1):
+            if not picked and (
+                self.placement.mesh is None or self.placement.mesh.shape["fsdp"] == 1
+            ):
                 return turn
             return jax.checkpoint(turn, prevent_cse=False, policy=save_all_but_weights)
         policies = jax.checkpoint_policies

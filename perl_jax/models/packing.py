@@ -98,14 +98,14 @@ class Packing:
         """
         return _by_part(jnp.take_along_axis(self.index_BT, column_BY, axis=1), self.parts)
 
-    def read_tokens(self, x_WU: Array, place_WY: Array) -> jax.Array:
+    def read_tokens(self, x_WU: Array, taken_WY: Array) -> jax.Array:
         """Returns [W, Y, ...]: the packed values of some tokens.
 
         Args:
             x_WU: Values of packed tokens, [W, U, ...].
-            place_WY: Indices of the tokens in [b T] of each part.
+            taken_WY: Indices of the tokens in [b T] of each part.
         """
-        return gather(x_WU, gather(_by_part(self.index_BT, self.parts), place_WY))
+        return gather(x_WU, gather(_by_part(self.index_BT, self.parts), taken_WY))
 
     def to_sequences(self, x_WU: Array) -> jax.Array:
         """Returns `spread(x_WU)`, [B, T, ...], with a gradient that is computed by gathers."""
@@ -140,15 +140,15 @@ def pack(tokens: Tokens) -> Packing | None:
     shared_BT = valid_BT & (jnp.cumsum(response_BT, axis=1) == 0) & (layout.group > 1)
     own_BT = valid_BT & (first_B[:, None] | ~shared_BT)
     own_WX = _by_part(own_BT, layout.parts)
-    place_WX = jnp.cumsum(own_WX, axis=1) - 1
+    packed_WX = jnp.cumsum(own_WX, axis=1) - 1
     # A copy has the index of the same column in its group's first row.
-    place_PGT = place_WX.reshape(-1, layout.group, valid_BT.shape[1])
-    place_BT = jnp.where(
+    packed_PGT = packed_WX.reshape(-1, layout.group, valid_BT.shape[1])
+    packed_BT = jnp.where(
         shared_BT,
-        jnp.repeat(place_PGT[:, 0], layout.group, axis=0),
-        place_WX.reshape(valid_BT.shape),
+        jnp.repeat(packed_PGT[:, 0], layout.group, axis=0),
+        packed_WX.reshape(valid_BT.shape),
     )
-    index_BT = jnp.where(valid_BT, place_BT, 0)
+    index_BT = jnp.where(valid_BT, packed_BT, 0)
     token_WU = jax.vmap(
         lambda own_X: jnp.nonzero(own_X, size=layout.total_capacity, fill_value=0)[0]
     )(own_WX)
@@ -221,20 +221,20 @@ def select_tokens(
         number: Number of places, at least the number of wanted tokens of any part.
     """
     wanted_WX = _by_part(jnp.asarray(wanted_BT, bool), packing.parts)
-    place_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(
+    taken_WY = jax.vmap(lambda wanted_X: jnp.nonzero(wanted_X, size=number, fill_value=1)[0])(
         wanted_WX
     )
     rank_WX = jnp.where(wanted_WX, jnp.cumsum(wanted_WX, axis=1) - 1, 0)
     back = lambda x_WY: jnp.where(wanted_BT, gather(x_WY, rank_WX).reshape(wanted_BT.shape), 0)
-    return place_WY, back
+    return taken_WY, back
 
 
-def token_values(packing: Packing, x_BT: Array, place_WY: Array) -> jax.Array:
+def token_values(packing: Packing, x_BT: Array, taken_WY: Array) -> jax.Array:
     """Returns [W, Y]: the values of some tokens of a padded array.
 
     Args:
         packing: How the batch is packed.
         x_BT: One value per token of the padded batch.
-        place_WY: Indices of the tokens in [b T] of each part.
+        taken_WY: Indices of the tokens in [b T] of each part.
     """
-    return gather(_by_part(x_BT, packing.parts), place_WY)
+    return gather(_by_part(x_BT, packing.parts), taken_WY)

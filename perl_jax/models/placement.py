@@ -162,8 +162,8 @@ class Placement:
         """
         if self.mesh is None or self.mesh.size == 1:
             return weight_DV
-        place = functools.partial(sharding.fitted_sharding, self.mesh, weight_DV.shape)
-        return gather_weight(weight_DV, place(None, VOCABULARY), place(*own), dtype)
+        fitted = functools.partial(sharding.fitted_sharding, self.mesh, weight_DV.shape)
+        return gather_weight(weight_DV, fitted(None, VOCABULARY), fitted(*own), dtype)
 
     def logits(self, logits_BTV: Array) -> jax.Array:
         """Returns logits, constrained: rows over `data`, the vocabulary over tensor and fsdp."""
@@ -174,7 +174,7 @@ class Placement:
         return sharding.constrain(logits_BV, self.mesh, ROWS, None)
 
     def weights(
-        self, layer: Tree, places: Mapping[str, NamedSharding], dtype: str | None = None
+        self, layer: Tree, shardings: Mapping[str, NamedSharding], dtype: str | None = None
     ) -> Tree:
         """Returns one layer's leaves as the layout reads them.
 
@@ -183,7 +183,7 @@ class Placement:
 
         Args:
             layer: The layer's leaves.
-            places: Shardings of the stacked leaves, keyed by path within a layer.
+            shardings: Shardings of the stacked leaves, keyed by path within a layer.
             dtype: For trained weights: the dtype in which they are moved; their gradients go
                 directly to where they are stored (`gather_weight`). If they are float32 and
                 activations are not, that halves the bytes. None: frozen weights, which move as they
@@ -195,16 +195,16 @@ class Placement:
         def read(name: str, leaf: Array) -> Array:
             """Returns the leaf at path `name` as the layout reads it."""
             # A quantised matrix is a node of several leaves with one sharding.
-            place = places.get(name) or places.get(name.rpartition("/")[0])
-            if place is None or leaf.ndim < 2:
+            stored = shardings.get(name) or shardings.get(name.rpartition("/")[0])
+            if stored is None or leaf.ndim < 2:
                 return leaf
-            entries = place.spec[1:]
+            entries = stored.spec[1:]
             there = sharding.fitted_sharding(
                 self.mesh,
                 leaf.shape,
                 *["tensor" if entry == "tensor" else None for entry in entries],
             )
-            if dtype is not None and name in places:
+            if dtype is not None and name in shardings:
                 leaf = gather_weight(
                     leaf, there, sharding.fitted_sharding(self.mesh, leaf.shape, *entries), dtype
                 )

@@ -161,9 +161,9 @@ def prepare(config: PlanConfig) -> tuple[Planned, Mesh]:
 def as_json(found: Plan) -> dict[str, Any]:
     """Returns the plan as plain JSON types.
 
-    The keys are `config`, `mesh`, `chip`, `peak_bytes`, `fits`, `link_bytes`, `bound_seconds`,
-    `programs` (one dictionary per program), `caveat` and `jax` (its version). Bytes are those of
-    one device.
+    The keys are `config`, `mesh`, `chip`, `peak_bytes_per_chip`, `fits`, `link_bytes`,
+    `bound_seconds`, `programs` (one dictionary per program), `caveat` and `jax` (its version).
+    Bytes are those of one chip.
     """
     chip = topology.chip(found.config.topology)
 
@@ -204,7 +204,7 @@ def as_json(found: Plan) -> dict[str, Any]:
             "hbm_bandwidth": chip.hbm_bandwidth,
             "ici_bandwidth": chip.ici_bandwidth,
         },
-        "peak_bytes": found.peak,
+        "peak_bytes_per_chip": found.peak,
         "fits": found.fits,
         "link_bytes": found.link_bytes,
         "bound_seconds": found.seconds,

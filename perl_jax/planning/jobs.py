@@ -65,7 +65,7 @@ def planned_model(
         shard_adapters: Whether adapters are split like the weights that they adapt; if not, every
             device holds a copy.
     """
-    places = lm.base_shardings()
+    shardings = lm.base_shardings()
 
     def leaf(path: str, spec: jax.ShapeDtypeStruct) -> Tree:
         """Returns the shapes of a leaf of the base as the devices hold it (possibly quantised),
@@ -74,7 +74,7 @@ def planned_model(
         held = jax.eval_shape(lambda kernel: quantise_leaf(path, kernel, quantise), spec)
         return jax.tree.map(
             lambda part: placed(
-                part, sharding.fitted_sharding(lm.mesh, part.shape, *places[path].spec)
+                part, sharding.fitted_sharding(lm.mesh, part.shape, *shardings[path].spec)
             ),
             held,
         )

@@ -182,7 +182,7 @@ def cache_of(model: Model, rows: int, positions: int) -> Tree:
     config, found = model.lm.config, []
     for window, layers in collections.Counter(config.windows).items():
         shape = (layers, rows, config.kv_heads, own_columns(positions, window), config.head_dim)
-        place = sharding.fitted_sharding(
+        target = sharding.fitted_sharding(
             model.mesh,
             shape,
             None,
@@ -191,5 +191,5 @@ def cache_of(model: Model, rows: int, positions: int) -> Tree:
             None,
             None,
         )
-        found += [jax.ShapeDtypeStruct(shape, config.dtype, sharding=place)] * 2
+        found += [jax.ShapeDtypeStruct(shape, config.dtype, sharding=target)] * 2
     return found

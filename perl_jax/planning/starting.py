@@ -33,8 +33,10 @@ def loading(model: Model) -> list[Piece]:
 
     The files are assumed to hold the dtype in which the base is loaded.
     """
-    places = model.lm.base_shardings()
-    dense = trees.map_named(lambda name, spec: placed(spec, places[name]), model.lm.abstract_base())
+    shardings = model.lm.base_shardings()
+    dense = trees.map_named(
+        lambda name, spec: placed(spec, shardings[name]), model.lm.abstract_base()
+    )
     leaves = _distinct(trees.named_leaves(dense))
     quantises = model.quantise.kind != "none"
     # A quantised base has one unquantised leaf beside it; else the leaf is part of the base.

@@ -203,7 +203,7 @@ def describe_search(plans: list[Plan]) -> str:
     if not plans:
         return "No layout fits. A larger slice, a quantised base or a smaller batch may."
     rows = [["", "mesh", "parts", "remat", "peak GiB", "of", "links GB", "bound, s"]]
-    for place, found in enumerate(plans, 1):
+    for order, found in enumerate(plans, 1):
         config = found.config
         numbers = [
             gib(found.peak),
@@ -212,7 +212,7 @@ def describe_search(plans: list[Plan]) -> str:
             f"{found.seconds:.2f}",
         ]
         rows.append(
-            [str(place), config.mesh or "", str(config.microbatches), config.remat, *numbers]
+            [str(order), config.mesh or "", str(config.microbatches), config.remat, *numbers]
         )
     note = (
         "Bound: seconds of a step that the chip's operations, HBM and links allow at the "

@@ -129,8 +129,8 @@ def replicated(array: np.ndarray, mesh: Mesh) -> jax.Array | np.ndarray:
     """
     if not is_distributed():
         return array
-    place = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _sample_index(shape: Sequence[int]) -> tuple[np.ndarray, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
+def sample_leaf(leaf: jax.Array, target: Sharding) -> jax.Array:
     """Returns the sampled elements of a leaf for its fingerprint, [X], whole on every device.
 
     A scalar leaf is returned unchanged. Each device reads the elements of its own part by their
@@ -139,19 +139,19 @@ def sample_leaf(leaf: jax.Array, place: Sharding) -> jax.Array:
 
     Args:
         leaf: The leaf.
-        place: Sharding of the leaf (static).
+        target: Sharding of the leaf (static).
     """
     index = _sample_index(leaf.shape)
-    if not index or not isinstance(place, NamedSharding):
+    if not index or not isinstance(target, NamedSharding):
         return leaf[index]
-    entries = (*place.spec, *[None] * (leaf.ndim - len(place.spec)))
+    entries = (*target.spec, *[None] * (leaf.ndim - len(target.spec)))
     axes = [
         () if entry is None else entry if isinstance(entry, tuple) else (entry,)
         for entry in entries
     ]
     local = functools.partial(_sample_part, index=index, axes=axes)
     return jax.shard_map(
-        local, mesh=place.mesh, in_specs=place.spec, out_specs=PartitionSpec(), check_vma=False
+        local, mesh=target.mesh, in_specs=target.spec, out_specs=PartitionSpec(), check_vma=False
     )(leaf)
 
 

@@ -311,7 +311,7 @@ def test_the_command_prints_and_writes(folder, tmp_path, capsys):
         "fingerprint",
         "checksums",
     } <= {program["name"] for program in found["programs"]}
-    assert found["fits"] and found["peak_bytes"] == max(
+    assert found["fits"] and found["peak_bytes_per_chip"] == max(
         program["peak_bytes"] for program in found["programs"]
     )
 

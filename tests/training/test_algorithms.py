@@ -140,7 +140,7 @@ def test_several_updates_learn_from_packed_rows_what_they_learn_from_padded_ones
 ):
     # Packed rows have no room to spare; and one token in six ends a response, far shorter than
     # the longest one.
-    monkeypatch.setattr(data_packing, "ROLLOUT_SLOTS", 1)
+    monkeypatch.setattr(data_packing, "ROLLOUT_MULTIPLE", 1)
     monkeypatch.setattr(data_packing, "ROLLOUT_LEVELS", 400)
 
     def run(packing: str, mesh: MeshConfig = MeshConfig(data=1)):

@@ -13,8 +13,8 @@ from perl_jax.data.packing import (
     ROLLOUT_LEVELS,
     balanced,
     fullest,
+    packed_length,
     packed_sizes,
-    packed_slots,
 )
 from perl_jax.data.pipeline import Batches
 from perl_jax.data.tokenise import Ragged, TokenRows
@@ -62,11 +62,11 @@ def test_the_fullest_part_of_a_dealt_batch():
 
 def test_packing_that_saves_little_or_does_not_divide_is_left():
     assert (
-        packed_slots(np.full(8, 100), 1, 1, 200) == 800
-        and packed_slots(np.full(8, 101), 1, 1, 200) == 816
+        packed_length(np.full(8, 100), 1, 1, 200) == 800
+        and packed_length(np.full(8, 101), 1, 1, 200) == 816
     )
-    assert packed_slots(np.full(8, 100), 1, 1, 104) is None
-    assert packed_slots(np.full(6, 10), 4, 1, 200) is None
+    assert packed_length(np.full(8, 100), 1, 1, 104) is None
+    assert packed_length(np.full(6, 10), 4, 1, 200) is None
 
 
 def test_a_length_has_the_size_that_is_planned_and_levels_above():
