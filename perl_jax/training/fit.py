@@ -53,12 +53,12 @@ def learn_program(
             argument: the rows of each update (`step.train_epochs`).
     """
     update = step.train_step if updates == 1 else step.train_epochs
-    places = (model.adapter_shardings(state), sharding.replicated(model.mesh))
+    shardings = (model.adapter_shardings(state), sharding.replicated(model.mesh))
     return Program(
         "learn",
         functools.partial(update, objective, optimizers, config.microbatches),
         donate=(0,),
-        out_shardings=places,
+        out_shardings=shardings,
         # Batches of each padded length may be packed or not.
         limit=SHAPES,
     )
@@ -114,8 +114,8 @@ def begin_program(
     def make(roles: dict[str, Adapter], frozen: dict[str, Adapter], data: jax.Array) -> TrainState:
         return init_state(roles, optimizers, jax.random.wrap_key_data(data), frozen, controls)
 
-    places = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
-    return Program("begin", make, out_shardings=places, limit=1)
+    shardings = model.adapter_shardings(jax.eval_shape(make, roles, frozen, key))
+    return Program("begin", make, out_shardings=shardings, limit=1)
 
 
 # state -> the means over the held-out rows: `loss` and the objective's logs (`held_out_loss`).

@@ -109,9 +109,9 @@ class Programs:
         )
         self.learn = learn_program(model, config, objective, state, optimizers, algorithm.updates)
         refreshed = functools.partial(_refreshed, lm.config.dtype)
-        places = model.adapter_shardings(state.frozen.get("reference"))
+        shardings = model.adapter_shardings(state.frozen.get("reference"))
         self.refresh = (
-            Program("refresh", refreshed, out_shardings=places)
+            Program("refresh", refreshed, out_shardings=shardings)
             if config.kl.refresh is not None
             else None
         )

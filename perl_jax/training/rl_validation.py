@@ -103,17 +103,17 @@ def validate(
         for name, value_B in measured.items():
             columns.setdefault(name, []).append(value_B[rows_B >= 0])
         texts = response_texts(job.model.tokenizer, rollout)
-        for place in np.flatnonzero(rows_B >= 0)[::group].tolist():
+        for row in np.flatnonzero(rows_B >= 0)[::group].tolist():
             if len(samples) < _KEPT:
                 measures = {
-                    name: float(measured[name][place])
+                    name: float(measured[name][row])
                     for name in ("reward", "gold")
                     if name in measured
                 }
                 samples.append(
                     {
-                        "prompt": job.rows[int(rows_B[place])]["prompt"],
-                        "response": texts[place],
+                        "prompt": job.rows[int(rows_B[row])]["prompt"],
+                        "response": texts[row],
                         **measures,
                     }
                 )
