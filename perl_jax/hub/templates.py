@@ -200,7 +200,7 @@ def _as_json(
     )
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
     """Returns a node of the syntax tree that applies a filter to another node.
 
     Args:
@@ -226,11 +226,11 @@ def _counting(environment: _Environment, function: Callable) -> Callable:
     return counted
 
 
-@jinja2.pass_context
-def _counted(context: Context, items: Iterable) -> Iterator:
+@jinja2.pass_environment
+def _counted(environment: _Environment, items: Iterable) -> Iterator:
     """Yields the items of a loop and counts one step for each; raises Endless above the limit."""
     for item in items:
-        context.environment.take(1)
+        environment.take(1)
         yield item
 
 
