@@ -72,7 +72,12 @@ def positive(field: str, value: float, *, zero: bool = False) -> None:
 
 
 def whole(field: str, value: float) -> None:
-    """Raises UserError if `value` is not an integer above 0; `field` is the name in the message."""
+    """Raises UserError unless `value` is an int above 0: 3.0 is refused, True passes as 1.
+
+    Args:
+        field: Name of the field in the message.
+        value: The field's value.
+    """
     require(
         isinstance(value, int) and value > 0,
         f"{field} is {value!r}; it must be a whole number greater than 0.",

@@ -164,6 +164,9 @@ def _pissa(
 ) -> dict[str, jax.Array]:
     """Returns PiSSA's initial {lora_a, lora_b} of one module, stacked over the adapted layers.
 
+    The base keeps this part of its kernels: `LanguageModel.init_adapter` adds the frozen pair that
+    subtracts s A B.
+
     Raises UserError if the rank exceeds a side of the kernel.
 
     Args:

@@ -126,11 +126,17 @@ class LoRAConfig:
         return tuple(name.strip() for name in self.targets.split(","))
 
     def rank_of(self, target: str) -> int:
-        """Returns the rank R of one target."""
+        """Returns the rank R of one target: its entry in `ranks`, else `rank`.
+
+        Does not check that the target is adapted.
+        """
         return int(_pattern("ranks", self.ranks).get(target, self.rank))
 
     def alpha_of(self, target: str) -> float:
-        """Returns the alpha of one target."""
+        """Returns the alpha of one target: its entry in `alphas`, else `alpha`.
+
+        Does not check that the target is adapted.
+        """
         return _pattern("alphas", self.alphas).get(target, self.alpha)
 
     def scale_of(self, target: str) -> float:

@@ -168,7 +168,14 @@ def of_split(config: DataConfig, kind: str, split: str) -> Dataset:
 def _of_splits(
     task: TaskLike, config: DataConfig, kind: str, splits: Mapping[str, Sequence[Row]]
 ) -> Dataset:
-    """Returns the opened splits of a task's rows as a dataset."""
+    """Returns the dataset of a task's opened splits.
+
+    Args:
+        task: The task.
+        config: The settings that the splits were opened with.
+        kind: The kind of the rows (`data.store.KINDS`).
+        splits: The rows by split.
+    """
     location = lambda split, index: task.location(kind, split, config, index)
     return Dataset(task.name, kind, splits, location, lambda: task.content(kind, config), task.gold)
 

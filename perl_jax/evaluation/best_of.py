@@ -130,11 +130,12 @@ def is_empty(row: Mapping[str, Any]) -> bool:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
-    """Returns means over the prompts of all numbers in the rows, and two more numbers.
+    """Returns the mean over the prompts of each number in the rows, by name, and two more numbers.
 
-    `NAME` is the mean of the best responses' number, `mean_NAME` the mean over all responses;
-    `finished` is renamed to `eos_rate`. `kl_bound` is the bound of `kl_bound`, in nats. `empty` is
-    the number of best responses that are empty.
+    The rows have the numbers `NAME` (of the best response) and `mean_NAME` (the mean over all n
+    responses). `finished` is renamed to `eos_rate`, and `mean_finished` to `mean_eos_rate`.
+    `kl_bound` is `kl_bound(n)`, an upper bound on the KL to the policy in nats. `empty` is the
+    number of best responses that are empty.
 
     Args:
         rows: The rows of `best_responses`, at least one.

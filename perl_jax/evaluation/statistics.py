@@ -321,9 +321,17 @@ def best_threshold(scores: Array | Sequence[float], labels: Array | Sequence[flo
     """Returns the threshold with the best balanced accuracy; select it on validation rows, not on
     test rows.
 
-    Candidates lie midway between neighbouring distinct scores. Of equally good candidates the
-    lowest is returned. If no candidate beats a constant prediction, returns the lowest score, with
-    which all rows are predicted positive.
+    A row is predicted positive if its score >= threshold. Candidates lie midway between
+    neighbouring distinct scores. Of equally good candidates the lowest is returned. If no candidate
+    beats a constant prediction, returns the lowest score, with which all rows are predicted
+    positive.
+
+    Args:
+        scores: One score per row.
+        labels: One label per row, 0 or 1.
+
+    Raises:
+        ValueError: A label is neither 0 nor 1, or only one of them occurs.
     """
     scores_B, labels_B = checked_scores(scores, labels)
     values, inverse_B = np.unique(scores_B, return_inverse=True)

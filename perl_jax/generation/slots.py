@@ -244,9 +244,10 @@ def decode_chunk(
     until: Array,
     key: Array,
 ) -> tuple[Slots, tuple[Array, Array, Array]]:
-    """Decodes at most `chunk` steps, fewer once no more than `until` rows have not ended.
+    """Decodes at most `chunk` steps; stops early when at most `until` rows are still active.
 
-    Returns the new state, and for the host (done_B, length_B, number of steps taken).
+    A row is active until it has ended. Returns the new state, and for the host (done_B, length_B,
+    number of steps taken).
 
     Args:
         lm: The model's functions.
@@ -256,7 +257,7 @@ def decode_chunk(
         base: The frozen base.
         adapter: The policy; None: the base itself.
         state: The state before.
-        until: Number of rows that have not ended at which decoding stops, a scalar.
+        until: Decoding stops when at most this number of rows is active, int [].
         key: Key data of the rollout's random key (`jax.random.key_data`).
     """
     key_B = row_keys(jax.random.wrap_key_data(key), state.row_B)

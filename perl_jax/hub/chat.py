@@ -176,8 +176,11 @@ class Chat:
         return Turns(opening, tuple(contents), joints, cue) if len(contents) % 2 == 1 else None
 
     def _split_cue(self, text: str) -> tuple[str, str] | None:
-        """Returns (text before the cue, the cue with the white space around it as written), or None
-        if the text does not end with the cue.
+        """Returns (text before the cue, the rest), or None if there is no cue.
+
+        There is no cue if the template writes none, or if the text, without trailing white space,
+        does not end with it. The rest is the cue and all white space after it. White space before
+        the cue belongs to the rest only where the template writes exactly this white space.
         """
         bare, cue = text.rstrip(), self.after.strip()
         if not cue or not bare.endswith(cue):

@@ -292,8 +292,8 @@ def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def _is_leftover(field: str) -> bool:
-    """Returns whether a field of `config.json` is known not to affect outputs: no family reads
-    it, and it is in `_LEFTOVERS` or begins with one of `_LEFTOVER_BEGINNINGS`.
+    """Returns whether a field of `config.json` is ignored: no family reads it, and it is in
+    `_LEFTOVERS` or begins with one of `_LEFTOVER_BEGINNINGS`.
     """
     read = any(field in family.reads for family in FAMILIES.values())
     return not read and (field in _LEFTOVERS or field.startswith(_LEFTOVER_BEGINNINGS))

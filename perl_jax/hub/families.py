@@ -174,7 +174,10 @@ def _biases(values: Any) -> tuple[str, ...]:
 
 
 def _windows(values: Any, used: bool) -> Settings:
-    """Returns the ModelConfig fields `window` and `windowed`; {} if no layer has a sliding window.
+    """Returns the ModelConfig fields `window`, the size in tokens, and `windowed`, the indices of
+    the layers with a sliding window.
+
+    Returns {} if `used` is False or no layer has a sliding window.
 
     Args:
         values: transformers' config object, with `layer_types` and `sliding_window`.

@@ -107,11 +107,10 @@ class Model:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def shared_prompts(self, rows: int, samples: int) -> int:
-        """Returns how many samples of a prompt share one copy of the prompt's tokens: `samples` or
-        1.
+        """Returns how many samples of a prompt share one copy of the prompt's tokens.
 
-        It is `samples` if each row part of the mesh gets whole prompts with all their samples, else
-        1.
+        It is `samples` if each of the `row_parts` (data x fsdp) gets whole prompts with all their
+        samples, else 1.
 
         Args:
             rows: The number of responses in a batch.

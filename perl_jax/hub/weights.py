@@ -174,9 +174,10 @@ def _load_leaf(
     spec: jax.ShapeDtypeStruct,
     sharding: Sharding,
 ) -> jax.Array:
-    """Returns one leaf on its devices, filled piece by piece.
+    """Returns one leaf on its devices.
 
-    A part that several devices hold is read once.
+    Each device's shard is filled with pieces of the files' tensors, read one at a time. A shard
+    that several devices hold is read once.
 
     Args:
         stored: The tensors of the files by name.
@@ -216,13 +217,13 @@ def _load_leaf(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_piece(whole: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns a device's part of a leaf with a piece written into it, converted to the part's
+    """Returns a device's shard of a leaf with a piece written into it, converted to the shard's
     dtype.
 
     The buffer of `whole` is donated: the caller must not use it again.
 
     Args:
-        whole: The device's part.
+        whole: The device's shard.
         piece: The piece, of as many dimensions.
         start: The index in `whole` of the piece's first element.
     """
@@ -265,7 +266,7 @@ def _piece_rows(rest: Sequence[int], itemsize: int) -> int:
 
 
 def piece_shape(part: Sequence[int], turn: bool, itemsize: int) -> tuple[int, ...]:
-    """Returns the shape of the largest piece with which a device's part of a tensor is filled.
+    """Returns the shape of the largest piece with which a shard's part of one tensor is filled.
 
     Args:
         part: The part's shape as used (after transposition).

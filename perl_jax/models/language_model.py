@@ -124,7 +124,10 @@ class LanguageModel:
         return dict.fromkeys(("heads", "kv_heads"), self.config.kv_heads)
 
     def abstract_under(self, ranks: Mapping[str, int]) -> Tree:
-        """Returns shapes and dtypes of frozen pairs (`Adapter.under`), as a tree.
+        """Returns shapes and dtypes of frozen LoRA pairs beneath the adapter (`Adapter.under`).
+
+        The leaves of the tree are `MODULE/under_a` [L, width, R] and `MODULE/under_b`
+        [L, R, features], float32.
 
         Args:
             ranks: Rank of each projection that has a pair, keyed by its name (q, k, ...).
@@ -253,11 +256,15 @@ class LanguageModel:
         packing: Packing | None = None,
         wanted_BT: Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns logp_BT and entropy_BT of every token (module `logprobs`); column 0 is 0.
+        """Returns logp_BT and entropy_BT: the log-probability of token t given the tokens before t,
+        and the entropy in nats of its distribution.
+
+        Column 0 is 0. In a padded batch, padding gets arbitrary values. With packing, all tokens
+        outside `wanted_BT` are 0. The entropy is a metric and has no gradient.
 
         Logits exist for a few columns at a time: at most LOGIT_BYTES per device (CPU_LOGIT_BYTES on
         a CPU with a frozen output projection). If the output projection is trained, the backward
-        pass computes them again. The entropy is a metric and has no gradient.
+        pass computes them again.
 
         Args:
             base: The frozen base.

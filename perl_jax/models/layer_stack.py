@@ -171,9 +171,15 @@ class LayerStack:
         return self.lora_config.adapted_layers(self.config.layers)
 
     def _loras(self, start: int, stop: int, period: int) -> Tree:
-        """Returns the adapter's leaves of the layers from start to stop, as the scan reads them.
+        """Returns the adapter's leaves of layers start to stop - 1, as the scan reads them.
 
-        They are [repetitions, period, ...]; with period 1, [layers, ...].
+        The shape is [(stop - start) / period, period, ...]; with period 1 it is
+        [stop - start, ...].
+
+        Args:
+            start: Index of the first layer.
+            stop: Index after the last layer. All layers in between must be adapted.
+            period: Number of layers in one step of the scan; it divides stop - start.
         """
         first = self._adapted_layers.index(start)
         shape = (-1,) if period == 1 else (-1, period)

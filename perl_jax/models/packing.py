@@ -185,7 +185,10 @@ def _wide(mask: Array, ndim: int) -> jax.Array:
 
 @jax.custom_vjp
 def _to_sequences(packing: Packing, x_WU: jax.Array) -> jax.Array:
-    """Returns `Packing.spread`, with a gradient that is computed by gathers."""
+    """Returns packing.spread(x_WU): [B, T, ...] from packed [W, U, ...].
+
+    Its gradient is computed by gathers.
+    """
     return packing.spread(x_WU)
 
 
@@ -197,7 +200,10 @@ _to_sequences.defvjp(
 
 @jax.custom_vjp
 def _to_packed(packing: Packing, x_BT: jax.Array) -> jax.Array:
-    """Returns `Packing.packed`, with a gradient that is computed by a gather."""
+    """Returns packing.packed(x_BT): packed [W, U, ...] from [B, T, ...].
+
+    Its gradient is computed by a gather.
+    """
     return packing.packed(x_BT)
 
 

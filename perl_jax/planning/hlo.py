@@ -113,7 +113,8 @@ class _Totals:
 
 
 def account(text: str, *, unknown_trips: int | None = None) -> Account:
-    """Returns what one run of a compiled program moves on one device.
+    """Returns the bytes that one run of a compiled program moves on one device, and its estimated
+    cycles.
 
     Of the branches of a conditional only the most expensive one counts: the one that moves the most
     bytes.

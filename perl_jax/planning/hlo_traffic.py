@@ -117,12 +117,12 @@ def traffic(instruction: Instruction, computation: Computation, module: Module) 
     operands = [computation.instructions[name].shape for name in instruction.operands]
     read, written = hbm(*operands), hbm(result_shape(instruction))
     if opcode in SLICES:
-        taken = part(operands[0], elements(result_shape(instruction)))
+        taken = part_bytes(operands[0], elements(result_shape(instruction)))
         return taken + hbm(*operands[1:]), written
     if opcode == "dynamic-update-slice":
-        return hbm(*operands[1:]), part(operands[0], elements(operands[1]))
+        return hbm(*operands[1:]), part_bytes(operands[0], elements(operands[1]))
     if opcode == "scatter":
-        touched = sum(part(buffer, elements(new)) for buffer, new in _scattered(operands))
+        touched = sum(part_bytes(buffer, elements(new)) for buffer, new in _scattered(operands))
         return hbm(*operands[len(operands) // 2 :]) + touched, touched
     return read, written
 
@@ -142,9 +142,9 @@ def elements(shape: Shape) -> int:
     return sum(array.elements for array in leaves(shape))
 
 
-def part(shape: Shape, count: int) -> int:
-    """Returns the bytes in HBM of `count` elements of a shape, in proportion to its size; never
-    more than the whole.
+def part_bytes(shape: Shape, count: int) -> int:
+    """Returns the bytes in HBM of `count` elements of a shape: this fraction of its padded size,
+    but never more than the whole; 0 for an empty shape.
     """
     whole = elements(shape)
     return hbm(shape) * min(count, whole) // whole if whole else 0
@@ -171,7 +171,7 @@ def _fusion(fusion: Instruction, computation: Computation, module: Module) -> tu
     inner = module.computations[fusion.called["calls"]]
     wanted = demand(inner, module)
     operands = [computation.instructions[name].shape for name in fusion.operands]
-    read = sum(part(shape, count) for shape, count in zip(operands, wanted, strict=True))
+    read = sum(part_bytes(shape, count) for shape, count in zip(operands, wanted, strict=True))
     return read, _written(fusion, inner, module)
 
 
@@ -225,7 +225,7 @@ def _output_bytes(shape: Shape, value: Instruction, inner: Computation, module: 
             if made.opcode == "dynamic-update-slice"
             else [new for _, new in _scattered(operands)]
         )
-        return part(shape, sum(map(elements, updates)))
+        return part_bytes(shape, sum(map(elements, updates)))
     return hbm(shape)
 
 

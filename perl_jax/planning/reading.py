@@ -343,6 +343,11 @@ def _export(model: Model, config: ExportConfig, role: Role) -> Planned:
     """Returns the plan of `export`, whose programs compare the export with the artefact.
 
     A merged export holds two bases on the devices: the model's and the one that is read back.
+
+    Args:
+        model: The planned model.
+        config: The command's config.
+        role: Gives the shapes of the exported adapter.
     """
     adapter = role.shapes(model, head=True)
     rows, columns = PROBE

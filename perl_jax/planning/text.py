@@ -121,10 +121,11 @@ def _memory(programs: list[Measured]) -> list[list[str]]:
 
 
 def _work(found: Plan, programs: list[Measured]) -> list[list[str]]:
-    """Returns the table of work: rows of operations, HBM and link traffic and estimated seconds, a
-    column per program.
+    """Returns the table of work, one column per program; the first row has the programs' names.
 
-    Seconds are given only with effort full, and if the chip's clock is known.
+    The other rows are, per device, TFLOP, GB of HBM traffic and GB sent over links, then the
+    estimated seconds. Unknown numbers are "-". Seconds are known only with effort full and if the
+    chip's clock rate is known.
 
     Args:
         found: The plan.

@@ -56,7 +56,7 @@ class CallableReward:
         Raises:
             UserError: The function does not return n finite numbers.
         """
-        checks.sequences(prompts, responses, rows)
+        checks.require_equal_lengths(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
         arguments = (prompts, responses, rows) if self.takes_rows else (prompts, responses)

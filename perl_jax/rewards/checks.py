@@ -10,18 +10,18 @@ from typing import Any
 from perl_jax.errors import is_number, require
 
 
-def number(field: str, value: Any) -> None:
+def require_number(field: str, value: Any) -> None:
     """Raises UserError, naming `field`, unless `value` is a finite number."""
     require(is_number(value), f"{field} is {value!r}; it must be a finite number.")
 
 
-def count(field: str, value: Any, least: int) -> None:
+def require_count(field: str, value: Any, least: int) -> None:
     """Raises UserError, naming `field`, unless `value` is a whole number of at least `least`."""
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
     require(good, f"{field} is {value!r}; it must be a whole number of at least {least}.")
 
 
-def text(field: str, value: Any) -> None:
+def require_text(field: str, value: Any) -> None:
     """Raises UserError, naming `field`, unless `value` is a string that is not blank."""
     require(
         isinstance(value, str) and bool(value.strip()),
@@ -29,7 +29,7 @@ def text(field: str, value: Any) -> None:
     )
 
 
-def texts(field: str, value: Any) -> None:
+def require_texts(field: str, value: Any) -> None:
     """Raises UserError, naming `field`, unless `value` is a list or tuple of strings that are not
     blank.
 
@@ -41,12 +41,12 @@ def texts(field: str, value: Any) -> None:
     require(good, f"{field} is {value!r}; it must be a list of texts that are not empty.")
 
 
-def flag(field: str, value: Any) -> None:
+def require_flag(field: str, value: Any) -> None:
     """Raises UserError, naming `field`, unless `value` is True or False."""
     require(isinstance(value, bool), f"{field} is {value!r}; it must be true or false.")
 
 
-def sequences(*columns: Sequence[Any]) -> None:
+def require_equal_lengths(*columns: Sequence[Any]) -> None:
     """Raises ValueError unless all columns (prompts, responses, rows) have the same length.
 
     The error is not a UserError, because only calling code can cause the mismatch.

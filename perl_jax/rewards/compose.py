@@ -43,8 +43,8 @@ class Term:
     reward: Reward
 
     def __post_init__(self) -> None:
-        checks.text("name", self.name)
-        checks.number("weight", self.weight)
+        checks.require_text("name", self.name)
+        checks.require_number("weight", self.weight)
 
 
 def read_terms(source: str | pathlib.Path | None) -> tuple[Term, ...]:
@@ -209,7 +209,7 @@ class Composite:
         Raises:
             UserError: A term fails, or does not return n finite numbers.
         """
-        checks.sequences(prompts, responses, rows)
+        checks.require_equal_lengths(prompts, responses, rows)
         if not len(responses):
             return {term.name: np.zeros(0, np.float64) for term in self.terms}
         return {

@@ -236,7 +236,7 @@ class FunctionReward:
     )
 
     def __post_init__(self) -> None:
-        checks.text("function.function", self.function)
+        checks.require_text("function.function", self.function)
         source, _, name = self.function.rpartition(":")
         form = "it must be module:function or path/to/file.py:function"
         require(
@@ -272,7 +272,7 @@ class FunctionReward:
             UserError: The function cannot be loaded, fails, takes longer than `timeout_seconds`, or
                 does not return n finite numbers.
         """
-        checks.sequences(prompts, responses, rows)
+        checks.require_equal_lengths(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
         self.start()

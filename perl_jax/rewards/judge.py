@@ -94,7 +94,7 @@ class Judge:
     def __post_init__(self) -> None:
         check_url(self.url)
         for field in ("model", "template"):
-            checks.text(f"judge.{field}", getattr(self, field))
+            checks.require_text(f"judge.{field}", getattr(self, field))
         holes = [hole for hole in ("{prompt}", "{response}") if hole not in self.template]
         require(
             not holes,
@@ -102,7 +102,7 @@ class Judge:
             "{response}.",
         )
         for field in ("lowest", "highest"):
-            checks.number(f"judge.{field}", getattr(self, field))
+            checks.require_number(f"judge.{field}", getattr(self, field))
         above = self.lowest < self.highest
         require(
             above,
@@ -124,9 +124,9 @@ class Judge:
         for field in ("timeout_seconds", "backoff_seconds"):
             positive(f"judge.{field}", getattr(self, field))
         positive("judge.temperature", self.temperature, zero=True)
-        checks.count("judge.retries", self.retries, 0)
+        checks.require_count("judge.retries", self.retries, 0)
         for field in ("concurrency", "max_tokens", "top_logprobs"):
-            checks.count(f"judge.{field}", getattr(self, field), 1)
+            checks.require_count(f"judge.{field}", getattr(self, field), 1)
         read_by(
             "judge.top_logprobs",
             self.top_logprobs,
@@ -149,7 +149,7 @@ class Judge:
         Raises:
             UserError: A response gets no score; the remaining requests are cancelled.
         """
-        checks.sequences(prompts, responses, rows)
+        checks.require_equal_lengths(prompts, responses, rows)
         key = self.api_key()
         questions = [self.question(*pair) for pair in zip(prompts, responses, strict=True)]
         stop = threading.Event()

@@ -34,7 +34,7 @@ class Unavailable(Exception):
 
 def check_url(url: Any) -> None:
     """Raises UserError unless `url` is an http or https address without a user name or password."""
-    checks.text("judge.url", url)
+    checks.require_text("judge.url", url)
     example = "such as http://localhost:8000/v1"
     try:
         parts = urllib.parse.urlsplit(url)

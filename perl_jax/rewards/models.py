@@ -32,7 +32,7 @@ class RewardModel:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.number("weight", self.weight)
+        checks.require_number("weight", self.weight)
         require(
             self.record.role == "reward",
             f"A {self.record.role} cannot score responses; a reward model is needed here.",

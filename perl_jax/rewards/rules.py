@@ -53,9 +53,9 @@ class Length:
     scale: float = 20.0
 
     def __post_init__(self) -> None:
-        checks.count("length.minimum", self.minimum, 0)
+        checks.require_count("length.minimum", self.minimum, 0)
         if self.maximum is not None:
-            checks.count("length.maximum", self.maximum, self.minimum)
+            checks.require_count("length.maximum", self.maximum, self.minimum)
         bounded = self.minimum > 0 or self.maximum is not None
         require(
             bounded,
@@ -95,7 +95,7 @@ class Format:
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.texts("format.keys", self.keys)
+        checks.require_texts("format.keys", self.keys)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
@@ -140,7 +140,7 @@ class Regex:
     mode: str = "search"
 
     def __post_init__(self) -> None:
-        checks.text("regex.pattern", self.pattern)
+        checks.require_text("regex.pattern", self.pattern)
         one_of("regex.mode", self.mode, MODES)
         try:
             re.compile(self.pattern)
@@ -178,8 +178,8 @@ class ExactMatch:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        checks.text("exact_match.field", self.field)
-        checks.flag("exact_match.strict", self.strict)
+        checks.require_text("exact_match.field", self.field)
+        checks.require_flag("exact_match.strict", self.strict)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
@@ -256,11 +256,11 @@ class Words:
     most: int = 1
 
     def __post_init__(self) -> None:
-        checks.texts("words.words", self.words)
+        checks.require_texts("words.words", self.words)
         require(
             len(self.words) > 0, "words.words is empty; it must be a list of at least one word."
         )
-        checks.count("words.most", self.most, 1)
+        checks.require_count("words.most", self.most, 1)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]

@@ -127,7 +127,7 @@ class Checkpoints:
 
         Args:
             abstract: The shapes, dtypes and shardings of the state's leaves.
-            step: The checkpoint's step; None: the newest.
+            step: The checkpoint's step. None: the newest; there must be one.
 
         Raises:
             UserError: The checkpoint's tree does not fit `abstract`.
@@ -170,8 +170,8 @@ class Checkpoints:
     def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, host state) of the newest undamaged checkpoint.
 
-        Damaged checkpoints that are newer are deleted, with a printed message. All processes must
-        call this method.
+        There must be a checkpoint. Damaged checkpoints that are newer than the returned one are
+        deleted, with a printed message. All processes must call this method.
 
         Args:
             abstract: The shapes, dtypes and shardings of the state's leaves.
@@ -198,7 +198,8 @@ class Checkpoints:
         )
 
     def _check_seals(self) -> None:
-        """Verifies the checksums of all checkpoints' metrics, which decide which step is the best.
+        """Verifies the seals (recorded checksums) of all checkpoints and, by them, the metrics,
+        which decide which step is the best.
 
         A damaged newest checkpoint is renamed to `STEP.damaged` if there are others. Raises Damaged
         if a best step is kept and another checkpoint is damaged, or if the only checkpoint is

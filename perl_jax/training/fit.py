@@ -100,10 +100,13 @@ def begin_program(
     frozen: Tree,
     key: jax.Array | jax.ShapeDtypeStruct,
 ) -> Program:
-    """Returns the compiled program (roles, frozen roles, key data) -> the state of step 0.
+    """Returns the program (roles, frozen roles, key data) -> the state of step 0.
+
+    The program is compiled at its first call. `controls` are constants in it; roles and key are its
+    arguments.
 
     Args:
-        model: The mesh that the state is placed on.
+        model: Has the mesh that the state is placed on.
         optimizers: One for each trained role, by name.
         controls: Initial values of the numbers that the loop adapts, by name; None: there are none.
         roles: The roles to train, by name; only shapes and dtypes are read.

@@ -174,7 +174,12 @@ class RLConfig(TrainingConfig):
         )
 
     def _check_batch(self) -> None:
-        """Raises UserError for a batch size that the algorithm's samples or parts do not divide."""
+        """Checks `batch_size`, the number of responses per step.
+
+        Raises UserError unless `batch_size` is a multiple of `algorithm.minibatches` *
+        `microbatches` and of the samples per prompt, and 2 or more if the algorithm's advantage is
+        batch-mean.
+        """
         parts = self.algorithm.minibatches * self.microbatches
         errors.require(
             self.batch_size % parts == 0,

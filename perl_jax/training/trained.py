@@ -84,8 +84,8 @@ def open_library_run(
 ) -> Run | None:
     """Returns an opened run, or None for a run without a folder.
 
-    A folder that exists holds the same run if its settings, the base, the tokenizer, the rows and
-    the values of `depends_on` have not changed.
+    An existing folder is resumed only if the settings (a few, such as `checkpoint_every`, may
+    differ), the base, the tokenizer, the rows and the values of `depends_on` have not changed.
 
     Args:
         job: sft, reward, dpo or rl.
