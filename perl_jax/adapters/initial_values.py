@@ -164,8 +164,8 @@ def _pissa(
 ) -> dict[str, jax.Array]:
     """Returns PiSSA's initial {lora_a, lora_b} of one module, stacked over the adapted layers.
 
-    The base keeps this part of its kernels: `LanguageModel.init_adapter` adds the frozen pair that
-    subtracts s A B.
+    s A B is not taken out of the base's kernels: `LanguageModel.init_adapter` adds a frozen pair
+    that subtracts it.
 
     Raises UserError if the rank exceeds a side of the kernel.
 

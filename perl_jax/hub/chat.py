@@ -179,8 +179,8 @@ class Chat:
         """Returns (text before the cue, the rest), or None if there is no cue.
 
         There is no cue if the template writes none, or if the text, without trailing white space,
-        does not end with it. The rest is the cue and all white space after it. White space before
-        the cue belongs to the rest only where the template writes exactly this white space.
+        does not end with it. The rest is the cue and all white space after it. If the text also
+        has the white space that the template writes before the cue, the rest begins with it.
         """
         bare, cue = text.rstrip(), self.after.strip()
         if not cue or not bare.endswith(cue):
