@@ -68,6 +68,11 @@ def copy_tracked(folder: pathlib.Path) -> None:
             shutil.copyfile(CHECKOUT / name, folder / name)
 
 
+def temporary(folder: pathlib.Path) -> pathlib.Path:
+    """The folder of temporary files of the tests in a copy."""
+    return folder.with_name(f"{folder.name}-temporary")
+
+
 def environment(folder: pathlib.Path, programs: pathlib.Path) -> dict[str, str]:
     """Of a test process: it imports from the copy, and shares compiled programs with the others."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -78,6 +83,8 @@ def environment(folder: pathlib.Path, programs: pathlib.Path) -> dict[str, str]:
     return shared | {
         "PYTHONPATH": os.pathsep.join(paths),
         ROOT: str(folder),
+        # Processes that clean up one folder of temporary files disturb each other.
+        "PYTEST_DEBUG_TEMPROOT": str(temporary(folder)),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
@@ -87,6 +94,7 @@ class Copy:
 
     def __init__(self, folder: pathlib.Path, programs: pathlib.Path) -> None:
         copy_tracked(folder)
+        temporary(folder).mkdir()
         self.folder, self.output = folder, folder / "output.txt"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.mutants.nursery"],
