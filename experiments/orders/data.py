@@ -9,10 +9,12 @@ and the effect of label noise can be measured exactly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -216,32 +218,24 @@ def with_item(order: Order, index: int, item: Item) -> Order:
     return dataclasses.replace(order, items=items)
 
 
-def wrong_quantity(rng: random.Random, order: Order) -> Order:
-    """Returns the order with another quantity of one random item."""
+def wrong_slot(slot: str, options: Sequence[Any], rng: random.Random, order: Order) -> Order:
+    """Returns the order with another value in one slot of one random item.
+
+    Args:
+        slot: The name of the slot, a key of `SLOTS`.
+        options: The values that the slot can have.
+        rng: The random generator, which is advanced.
+        order: The order.
+    """
     i = rng.randrange(len(order.items))
-    quantity = other(rng, QUANTITIES, order.items[i].quantity)
-    return with_item(order, i, dataclasses.replace(order.items[i], quantity=quantity))
+    value = other(rng, options, getattr(order.items[i], slot))
+    return with_item(order, i, dataclasses.replace(order.items[i], **{slot: value}))
 
 
-def wrong_size(rng: random.Random, order: Order) -> Order:
-    """Returns the order with another size of one random item."""
-    i = rng.randrange(len(order.items))
-    size = other(rng, SIZES, order.items[i].size)
-    return with_item(order, i, dataclasses.replace(order.items[i], size=size))
-
-
-def wrong_milk(rng: random.Random, order: Order) -> Order:
-    """Returns the order with another milk in one random item."""
-    i = rng.randrange(len(order.items))
-    milk = other(rng, MILKS, order.items[i].milk)
-    return with_item(order, i, dataclasses.replace(order.items[i], milk=milk))
-
-
-def wrong_drink(rng: random.Random, order: Order) -> Order:
-    """Returns the order with another drink in one random item."""
-    i = rng.randrange(len(order.items))
-    drink = other(rng, DRINKS, order.items[i].drink)
-    return with_item(order, i, dataclasses.replace(order.items[i], drink=drink))
+wrong_quantity = functools.partial(wrong_slot, "quantity", QUANTITIES)
+wrong_size = functools.partial(wrong_slot, "size", SIZES)
+wrong_milk = functools.partial(wrong_slot, "milk", MILKS)
+wrong_drink = functools.partial(wrong_slot, "drink", DRINKS)
 
 
 def wrong_place(rng: random.Random, order: Order) -> Order:

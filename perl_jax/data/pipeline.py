@@ -161,7 +161,11 @@ class Batches:
         return training_plan(lengths, self.lengths, self.batch_size, self.seed, epoch)
 
     def _first_plans(self) -> Iterator[Plan]:
-        """Returns the plans of the epochs whose batches decide the lengths of packed rows."""
+        """Returns plans of at least `_PLANNED` batches, from the first epochs; without a seed, the
+        one plan that all epochs have.
+
+        The lengths of packed rows are selected by these batches.
+        """
         epochs = 1 if self.seed is None else -(-_PLANNED // self.steps_per_epoch)
         # In reverse, so that the first epoch's plan is still cached when iteration begins.
         return map(self.plan, reversed(range(epochs)))

@@ -32,27 +32,27 @@ class TaskLike(Protocol):
     @property
     def name(self) -> str:
         """The name of the task in messages."""
-        raise NotImplementedError
+        ...
 
     @property
     def splits(self) -> Mapping[str, Sequence[str]]:
         """The splits of each kind of rows (`data.store.KINDS`) that the task has."""
-        raise NotImplementedError
+        ...
 
     @property
     def gold(self) -> Gold | None:
         """(prompts, responses) -> true rewards [n]; None: these are not known."""
-        raise NotImplementedError
+        ...
 
     @property
     def vocabulary(self) -> Sequence[str] | None:
         """All words of the task's texts; None: there may be any words."""
-        raise NotImplementedError
+        ...
 
     @property
     def options(self) -> Sequence[str]:
         """The names in `OPTIONS` of the settings that the task reads."""
-        raise NotImplementedError
+        ...
 
     def open(self, kind: str, split: str, config: DataConfig) -> Sequence[Mapping[str, Any]]:
         """Returns the rows of a split, at most `config.size(split)`.
@@ -65,11 +65,11 @@ class TaskLike(Protocol):
         Raises:
             NoRows: The split has no rows.
         """
-        raise NotImplementedError
+        ...
 
     def content(self, kind: str, config: DataConfig) -> object:
         """Returns a JSON value that determines all rows of a kind."""
-        raise NotImplementedError
+        ...
 
     def location(self, kind: str, split: str, config: DataConfig, index: int) -> str:
         """Returns text for messages that says where a row comes from.
@@ -80,7 +80,7 @@ class TaskLike(Protocol):
             config: Where rows come from.
             index: The row's number in the split, from 0.
         """
-        raise NotImplementedError
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,27 +21,27 @@ class Encoder(Protocol):
     @property
     def pad_id(self) -> int:
         """The token id of padding."""
-        raise NotImplementedError
+        ...
 
     @property
     def bos_id(self) -> int | None:
         """The id that begins a prompt; None if the tokenizer has none."""
-        raise NotImplementedError
+        ...
 
     @property
     def tail_ids(self) -> Sequence[int]:
         """The ids that the chat template writes after a response's last token."""
-        raise NotImplementedError
+        ...
 
     def prompt_ids(self, text: str) -> list[int]:
         """Returns the ids of a prompt, rendered by the chat template if there is one, with bos
         first if the tokenizer has one.
         """
-        raise NotImplementedError
+        ...
 
     def is_rendered(self, text: str) -> bool:
         """Returns whether a prompt is already rendered by the chat template."""
-        raise NotImplementedError
+        ...
 
     def shortened_prompt(self, text: str, limit: int) -> list[int] | None:
         """Returns at most `limit` ids of a prompt that has more: text is cut, the chat template
@@ -53,15 +53,15 @@ class Encoder(Protocol):
             text: The prompt.
             limit: The largest number of ids.
         """
-        raise NotImplementedError
+        ...
 
     def response_ids(self, text: str) -> list[int]:
         """Returns the ids of a complete response; the last one ends the turn."""
-        raise NotImplementedError
+        ...
 
     def text_ids(self, text: str) -> list[int]:
         """Returns the ids of free text: bos, text, eos."""
-        raise NotImplementedError
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +190,7 @@ RESPONSES = {
 
 
 def clip_prompt(ids: Sequence[int], limit: int, bos_id: int | None) -> list[int]:
-    """Returns the last `limit` ids of a prompt; if it begins with bos, bos and the last `limit -
-    1`.
+    """Returns at most `limit` ids of a prompt: its end, after bos if the prompt begins with bos.
 
     The end is kept because the response answers the end. A leading bos is kept because a model that
     was trained with bos needs it.

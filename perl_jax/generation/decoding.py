@@ -105,7 +105,7 @@ def decode(
     visible = {part.window: part.visible(cache.position_B) for part in cache.parts}
 
     def layer(block, x, by_layer, window, entries):
-        """Runs one layer for the new token; returns x, and the token's (key, value)."""
+        """Runs one layer for the new token; returns its output x, and the token's (key, value)."""
 
         def attend(q, k, v):
             """Returns the attention output, and (key, value) for the cache."""

@@ -46,10 +46,7 @@ def prepare_for_decoding(
     if adapter is not None and adapter.weights is not None:
         base, adapter = cast_frozen_role(adapter, lm.config.dtype).weights, None
     if adapter is not None and should_merge(base, adapter, config, tokens):
-        moved: dict = {}
-        for name, kernel in adapted_kernels(base, adapter).items():
-            trees.insert(moved, name, kernel)
-        merged = trees.named_leaves(merge(moved, adapter))
+        merged = trees.named_leaves(merge(adapted_kernels(base, adapter), adapter))
         # The merged policy needs no adapter, and sampling does not read the adapter's head.
         base, adapter = trees.map_named(merged.get, base), None
     if config.fused and fused.fusible(base, adapter):
@@ -101,7 +98,7 @@ def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
         adapter: The adapter.
         tokens: Number of tokens that will be computed.
     """
-    kernels = adapted_kernels(base, adapter).values()
+    kernels = jax.tree.leaves(adapted_kernels(base, adapter), is_leaf=is_quantised)
     if any(is_quantised(leaf) or leaf.dtype != jnp.float32 for leaf in kernels):
         return False
     shapes = [leaf.shape[1:] for leaf in kernels]
@@ -109,13 +106,13 @@ def merging_pays(base: Tree, adapter: Adapter, tokens: int) -> bool:
 
 
 def adapted_kernels(base: Tree, adapter: Adapter) -> dict[str, Tree]:
-    """Returns the base's kernels that an adapter changes, keyed by path.
+    """Returns the base's kernels that an adapter changes, as a tree of the same paths.
 
     Example of a path: `layers/attention/q/kernel`.
     """
     moved = combine.adapted_modules(adapter)
-    return {
-        name: leaf
-        for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items()
-        if name.endswith("/kernel") and name.removesuffix("/kernel") in moved
-    }
+    out: dict[str, Tree] = {}
+    for name, leaf in trees.named_leaves(base, is_leaf=is_quantised).items():
+        if name.endswith("/kernel") and name.removesuffix("/kernel") in moved:
+            trees.insert(out, name, leaf)
+    return out

@@ -327,10 +327,10 @@ def _blocks(read_T: jax.Array, wide: bool) -> Iterator[tuple[int, int, Callable]
 def _row(
     row: tuple[jax.Array, ...], cap: float | None, wide: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the attention of one row: output [N, G, T, K], largest logits, sums of weights.
+    """Returns the attention of one row of the batch: (output, largest, total).
 
-    The largest logit of each query and the sum of its weights exp(logit - largest) are [N, G, T, 1]
-    each.
+    `output` is [N, G, T, K]. For each query, `largest` is its largest logit and `total` the sum of
+    exp(logit - largest) over the keys, [N, G, T, 1] each; the backward pass needs both.
 
     Args:
         row: (queries [N, G, T, K], keys [N, 1, T, K], values [N, 1, T, K], mask [T, T], read [T]).

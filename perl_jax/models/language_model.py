@@ -439,6 +439,7 @@ class LanguageModel:
             valid_BT: True on real tokens.
             keep: ((keys, values) of a layer, [B, T, N, K] each, its window) -> the layer's entry.
         """
+        _check_tokens(tokens_BT, valid_BT)
         placement, outer = self.placement(), self.embedder(base, adapter)
         kinds = LayerKinds.of(self.config, attention.positions(valid_BT))
         over = self._layer(kinds, placement, valid_BT, None)
@@ -476,8 +477,7 @@ class LanguageModel:
                 computes only these, and the result is [B, R, D]; with packing, [W, b R, D]. None:
                 all columns.
         """
-        chex.assert_rank([tokens_BT, valid_BT], 2)
-        chex.assert_equal_shape([tokens_BT, valid_BT])
+        _check_tokens(tokens_BT, valid_BT)
         own = (lambda x_BT: x_BT) if packing is None else packing.packed
         tokens, positions = own(tokens_BT), own(attention.positions(valid_BT))
         kinds = LayerKinds.of(self.config, positions)
@@ -536,6 +536,12 @@ class LanguageModel:
             return block(x, kinds.rotary(by_layer), attend, key, placement, only_WR)
 
         return layer
+
+
+def _check_tokens(tokens_BT: Array, valid_BT: Array) -> None:
+    """Raises AssertionError unless tokens and their mask are both [B, T]."""
+    chex.assert_rank([tokens_BT, valid_BT], 2)
+    chex.assert_equal_shape([tokens_BT, valid_BT])
 
 
 def _weights(base: Tree, adapter: Adapter | None) -> Tree:

@@ -36,14 +36,14 @@ GATHERED = "gathered weights"
 def save_all_but_weights(
     primitive: jax.extend.core.Primitive, *_: object, **settings: object
 ) -> bool:
-    """Returns whether the result of an operation is kept for the backward pass: all but weights.
+    """Returns whether an operation's result is kept for the backward pass; weights are not.
 
-    It is a policy of `jax.checkpoint`, called with the operation (`primitive`) and its parameters;
-    `name` is GATHERED for gathered weights. Weights that were gathered from other devices or taken
-    out of a stack are not kept: kept for the backward pass, those of all layers would be a second
-    base on every device. Before gathered weights get their name they are the result of a constraint
-    or a cast, so results of these operations are not kept either; for activations they cost little
-    to compute again.
+    This function is a policy of `jax.checkpoint`, called with the operation (`primitive`) and its
+    parameters; `name` is GATHERED for gathered weights. Weights that were gathered from other
+    devices or taken out of a stack are not kept: kept for the backward pass, those of all layers
+    would be a second base on every device. Before gathered weights get their name they are the
+    result of a constraint or a cast, so results of these operations are not kept either; for
+    activations they cost little to compute again.
     """
     return settings.get("name") != GATHERED and primitive.name not in (
         "sharding_constraint",

@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every program compiled and the largest peak is at most `usable`."""
+        """Whether every program compiled, and none needs more memory than `usable`."""
         return (
             self.peak is not None
             and self.peak <= self.usable

@@ -42,7 +42,7 @@ from perl_jax.planning.pieces import (
     with_role_shardings,
 )
 from perl_jax.rewards import scoring
-from perl_jax.runtime import sharding, trees
+from perl_jax.runtime import sharding
 from perl_jax.runtime.programs import Program
 from perl_jax.types import Prompts, Tokens, Tree
 
@@ -180,9 +180,7 @@ def _slots(
         own = base
     elif policy is not None and should_merge(base, policy, sampler.config, sampler.TOKENS):
         # Merged copies of the adapted matrices are held beside the base during sampling.
-        own = {}
-        for name, kernel in adapted_kernels(base, policy).items():
-            trees.insert(own, name, kernel)
+        own = adapted_kernels(base, policy)
         pieces, policy = [Piece(sampler.merge, (own, policy), None)], None
     elif policy is not None:
         policy = with_role_shardings(

@@ -155,6 +155,28 @@ def value_of(found: Estimate | None) -> float | None:
     return None if found is None else found.value
 
 
+def interval_text(found: Estimate | None) -> str | None:
+    """Returns a value with its interval as text, `0.834 (0.801 to 0.867)`; None for None."""
+    return None if found is None else formats.interval(found)
+
+
+def estimate_row(
+    title: str,
+    measure: Callable[[Run], Estimate | None],
+    shown: Callable[[Estimate | None], str | None],
+    against: str,
+) -> Row:
+    """Returns the table's line of an estimate.
+
+    Args:
+        title: The line's title.
+        measure: Returns a run's estimate; None: not measured.
+        shown: Returns an estimate as text.
+        against: How the columns are compared (`Row`).
+    """
+    return Row(title, lambda r: value_of(measure(r)), lambda r: shown(measure(r)), against)
+
+
 COST_ROWS = (
     Row(
         "Trained parameters (share of all)",
@@ -197,10 +219,10 @@ REWARD_ROWS = (
         ),
         "none",
     ),
-    Row(
+    estimate_row(
         "Pairwise accuracy",
-        lambda r: value_of(reward_measure(r, "pairwise_accuracy")),
-        lambda r: share_text(reward_measure(r, "pairwise_accuracy")),
+        lambda r: reward_measure(r, "pairwise_accuracy"),
+        share_text,
         "points",
     ),
     Row(
@@ -209,28 +231,28 @@ REWARD_ROWS = (
         lambda r: share_text(reward_measure(r, "noise_ceiling")),
         "none",
     ),
-    Row(
+    estimate_row(
         "AUC",
-        lambda r: value_of(reward_measure(r, "auc")),
-        lambda r: interval_text(reward_measure(r, "auc")),
+        lambda r: reward_measure(r, "auc"),
+        interval_text,
         "difference",
     ),
-    Row(
+    estimate_row(
         "Correlation with ratings",
-        lambda r: value_of(reward_measure(r, "correlation")),
-        lambda r: interval_text(reward_measure(r, "correlation")),
+        lambda r: reward_measure(r, "correlation"),
+        interval_text,
         "difference",
     ),
-    Row(
+    estimate_row(
         "Balanced accuracy",
-        lambda r: value_of(reward_measure(r, "balanced_accuracy")),
-        lambda r: share_text(reward_measure(r, "balanced_accuracy")),
+        lambda r: reward_measure(r, "balanced_accuracy"),
+        share_text,
         "points",
     ),
-    Row(
+    estimate_row(
         "Calibration error (ECE)",
-        lambda r: value_of(reward_measure(r, "ece")),
-        lambda r: share_text(reward_measure(r, "ece")),
+        lambda r: reward_measure(r, "ece"),
+        share_text,
         "points",
     ),
 )
@@ -243,10 +265,10 @@ DPO_ROWS = (
         lambda r: rows_text(estimate(r.evaluation, "pairwise_accuracy")),
         "none",
     ),
-    Row(
+    estimate_row(
         "Pairs in order of the implicit reward",
-        lambda r: value_of(estimate(r.evaluation, "pairwise_accuracy")),
-        lambda r: share_text(estimate(r.evaluation, "pairwise_accuracy")),
+        lambda r: estimate(r.evaluation, "pairwise_accuracy"),
+        share_text,
         "points",
     ),
 )
@@ -265,16 +287,16 @@ def policy_rows(name: str) -> tuple[Row, ...]:
             lambda r: rows_text(win_estimate(r), policy_measure(r, "rl", "kl")),
             "none",
         ),
-        Row(
+        estimate_row(
             "Gold reward, SFT",
-            lambda r: value_of(policy_measure(r, "sft", "gold_reward")),
-            lambda r: interval_text(policy_measure(r, "sft", "gold_reward")),
+            lambda r: policy_measure(r, "sft", "gold_reward"),
+            interval_text,
             "difference",
         ),
-        Row(
+        estimate_row(
             f"Gold reward, after {name}",
-            lambda r: value_of(policy_measure(r, "rl", "gold_reward")),
-            lambda r: interval_text(policy_measure(r, "rl", "gold_reward")),
+            lambda r: policy_measure(r, "rl", "gold_reward"),
+            interval_text,
             "difference",
         ),
         Row(
@@ -283,16 +305,16 @@ def policy_rows(name: str) -> tuple[Row, ...]:
             gain_text,
             "difference",
         ),
-        Row(
+        estimate_row(
             f"Win rate of {name} over SFT, ties half",
-            lambda r: value_of(win_estimate(r)),
-            lambda r: share_text(win_estimate(r)),
+            win_estimate,
+            share_text,
             "points",
         ),
-        Row(
+        estimate_row(
             "KL from the SFT policy (nats)",
-            lambda r: value_of(policy_measure(r, "rl", "kl")),
-            lambda r: interval_text(policy_measure(r, "rl", "kl")),
+            lambda r: policy_measure(r, "rl", "kl"),
+            interval_text,
             "difference",
         ),
     )
@@ -304,8 +326,3 @@ JOB_ROWS = {
     "dpo": DPO_ROWS + policy_rows(JOB_NAMES["dpo"]),
     "sft": (),
 }
-
-
-def interval_text(found: Estimate | None) -> str | None:
-    """Returns a value with its interval as text, `0.834 (0.801 to 0.867)`; None for None."""
-    return None if found is None else formats.interval(found)
