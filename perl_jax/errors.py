@@ -40,6 +40,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def shown(value: Any) -> str:
+    """Returns a value for a message: its `repr`, cut after 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -> None:
     """Raises UserError if `value` is not among `allowed`; the message lists the allowed values.
 
@@ -50,7 +56,8 @@ def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -
     """
     names = list(allowed)
     require(
-        value in names, f"{field} is {value!r}; it must be one of {', '.join(map(str, names))}."
+        any(value is name or value == name for name in names),
+        f"{field} is {shown(value)}; it must be one of {', '.join(map(str, names))}.",
     )
 
 

@@ -87,8 +87,8 @@ def test_configs_survive_json():
 def test_unknown_fields_are_refused_wherever_they_are(values):
     with pytest.raises(
         UserError,
-        match=r"(Outer has no field speed; it has inner, lora, path|Inner has no field speed; it "
-        r"has size, names)",
+        match=r"(Outer has no field speed; it has inner, lora, path|Outer\.inner has no field "
+        r"speed; it has size, names)",
     ):
         files.from_dict(Outer, values)
 
@@ -130,8 +130,44 @@ def test_unreadable_json_is_named(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=f"{tmp_path}/bad.json is not valid JSON"):
             files.read_json(tmp_path / "bad.json")
-    with pytest.raises(UserError, match=f"{tmp_path} cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder; it must be a file"):
         files.read_json(tmp_path)
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json is a named pipe; it must be a file"):
+        files.read_json(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="/dev/zero is a device; it must be a file"):
+        files.read_json(pathlib.Path("/dev/zero"))
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(UserError, match=r"loop\.json cannot be read: Too many levels"):
+        files.read_json(tmp_path / "loop.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=r"large\.json has 1099511627776 bytes; a file of this"):
+        files.read_json(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "x.json is []; it must be an object."),
+        ({"inner": None}, "x.json.inner is None; it must be an object."),
+        ({"inner": {"size": "3"}}, "x.json.inner.size is '3'; it must be a whole number."),
+        ({"inner": {"size": True}}, "x.json.inner.size is True; it must be a whole number."),
+        ({"inner": {"names": [1]}}, "x.json.inner.names is [1]; it must be a list of texts."),
+        (
+            {"inner": {}, "lora": {"alpha": "a"}},
+            "x.json.lora.alpha is 'a'; it must be a number.",
+        ),
+        ({"inner": {}, "path": 3}, "x.json.path is 3; it must be a text or null."),
+    ],
+)
+def test_values_of_another_type_are_named(values, message):
+    with pytest.raises(UserError) as error:
+        files.from_dict(Outer, values, "x.json")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

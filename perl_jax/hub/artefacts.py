@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from perl_jax.adapters.lora import TUNINGS, Adapter, LoRAConfig, under_ranks
 from perl_jax.adapters.quantise import QuantiseConfig
-from perl_jax.errors import UserError, one_of, require
+from perl_jax.errors import UserError, one_of, require, shown
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, hosts, trees
@@ -205,7 +205,11 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
         )
         values.pop("checksum")
     content = values.pop("digests", None)
-    return files.from_dict(Record, values), content
+    good = content is None or (
+        isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
+    )
+    require(good, f"{path}.digests is {shown(content)}; it must be an object of texts.")
+    return files.from_dict(Record, values, str(path)), content
 
 
 def content_of(folder: pathlib.Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import dataclasses
 import hashlib
@@ -9,11 +10,16 @@ import json
 import os
 import pathlib
 import shutil
+import stat
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from perl_jax.errors import UserError, require
+from perl_jax.errors import UserError, require, shown
+
+# The most bytes of a JSON file that is read.
+_LARGEST_JSON = 2**27
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -21,49 +27,107 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+def from_dict(cls: type, values: Any, where: str | None = None) -> Any:
     """Returns a frozen config, nested ones included, from the output of `to_dict`.
 
     Args:
         cls: The config's class.
         values: The fields, keyed by name; fields with a default may be missing.
+        where: What a message names before a field, such as a file; None: the class.
 
-    Raises UserError for a field that the class does not have, so that settings written by a newer
-    version are not dropped silently, and for a missing field without a default.
+    Raises UserError for a value that does not have its field's type, for a field that the class
+    does not have, so that settings written by a newer version are not dropped silently, and for a
+    missing field without a default.
     """
+    where = where or cls.__name__
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    require(
-        not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}."
-    )
+    require(isinstance(values, Mapping), f"{where} is {shown(values)}; it must be an object.")
+    unknown = sorted(str(name)[:80] for name in set(values) - set(hints))
+    require(not unknown, f"{where} has no field {', '.join(unknown)}; it has {', '.join(hints)}.")
     missing = [
         field.name
         for field in dataclasses.fields(cls)
         if field.default is field.default_factory is dataclasses.MISSING
         and field.name not in values
     ]
-    require(
-        not missing, f"{cls.__name__} needs the field {', '.join(missing)}, which is not there."
+    require(not missing, f"{where} needs the field {', '.join(missing)}, which is not there.")
+    return cls(
+        **{name: _restore(f"{where}.{name}", hints[name], value) for name, value in values.items()}
     )
-    return cls(**{name: _restore(hints[name], value) for name, value in values.items()})
 
 
-def _restore(hint: Any, value: Any) -> Any:
+def _restore(where: str, hint: Any, value: Any) -> Any:
     """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples.
 
     Args:
+        where: The field, for messages.
         hint: Type annotation of the field.
         value: The JSON value.
+
+    Raises UserError for a value of another type.
     """
-    candidates = typing.get_args(hint) or (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    candidates = typing.get_args(hint) if union else (hint,)
     for candidate in candidates:
-        if (
-            isinstance(candidate, type)
-            and dataclasses.is_dataclass(candidate)
-            and isinstance(value, Mapping)
-        ):
-            return from_dict(candidate, value)
-    return tuple(value) if isinstance(value, list) else value
+        if dataclasses.is_dataclass(candidate) and isinstance(value, Mapping):
+            return from_dict(typing.cast(type, candidate), value, where)
+        if _has_type(candidate, value):
+            return tuple(value) if isinstance(value, list) else value
+    kinds = " or ".join(map(_kind, candidates))
+    raise UserError(f"{where} is {shown(value)}; it must be {kinds}.")
+
+
+def _has_type(hint: Any, value: Any) -> bool:
+    """Returns whether a JSON value has the type of an annotation that is no union and no config.
+
+    An int is a float too; a bool is neither.
+    """
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is types.NoneType:
+        return value is None
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    if origin in (bool, str):
+        return isinstance(value, origin)
+    if origin is pathlib.Path:
+        return isinstance(value, str)
+    if origin in (tuple, list, collections.abc.Sequence):
+        kinds = [kind for kind in inner if kind is not Ellipsis]
+        return isinstance(value, list) and all(
+            not kinds or any(_has_type(kind, item) for kind in kinds) for item in value
+        )
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(
+            not inner or _has_type(inner[1], item) for item in value.values()
+        )
+    # Any other annotation, such as Any, has no JSON type to compare with.
+    return not dataclasses.is_dataclass(origin)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    types.NoneType: "null",
+    pathlib.Path: "a path",
+    tuple: "a list",
+    list: "a list",
+}
+
+
+def _kind(hint: Any) -> str:
+    """Returns the description of a type annotation for a message: `a whole number`."""
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (tuple, list) and inner and inner[0] in (int, float, str):
+        return {int: "a list of whole numbers", float: "a list of numbers"}.get(
+            inner[0], "a list of texts"
+        )
+    return _KINDS.get(origin, "an object")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -87,8 +151,10 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def read_json(path: pathlib.Path) -> Any:
     """Returns the content of a JSON file.
 
-    Raises UserError that names the file if it is missing, cannot be read or is not valid JSON.
+    Raises UserError that names the file if it is missing, is no regular file or a very large one,
+    cannot be read, or is not valid JSON.
     """
+    require_regular(path, largest=_LARGEST_JSON)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -104,6 +170,40 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def require_regular(path: pathlib.Path, *, largest: int | None = None) -> None:
+    """Raises UserError unless a path is that of a regular file; call it before opening the file.
+
+    Opening a named pipe or a device could wait for ever or never end.
+
+    Args:
+        path: The path, whose links are followed. What is in no local file system passes.
+        largest: The largest size in bytes; None allows any.
+    """
+    if "://" in str(path):
+        return
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    kind = kinds.get(stat.S_IFMT(found.st_mode))
+    require(kind is None, f"{path} is {kind}; it must be a file.")
+    require(
+        largest is None or found.st_size <= largest,
+        f"{path} has {found.st_size} bytes; a file of this kind has at most {largest}.",
+    )
 
 
 def file_hash(path: pathlib.Path) -> str:
