@@ -53,6 +53,8 @@ setup(
         "retrieval": ["bm25s>=0.3.16,<0.4", "PyStemmer>=3", "scipy>=1.13"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.19"],
+        # Folders in buckets, gs://bucket/path.
+        "gcs": ["gcsfs>=2026.9"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -67,6 +69,9 @@ setup(
             "PyStemmer>=3",
             "scipy>=1.13",
             "pytrec_eval-terrier>=0.5.10",
+            # A bucket on loopback.
+            "gcsfs>=2026.9",
+            "gcp-storage-emulator>=2026.7",
         ],
     },
     entry_points={"console_scripts": ["perl-jax=perl_jax.cli.main:main"]},

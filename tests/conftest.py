@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from tests.xla import xla_flags
 
@@ -26,6 +27,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# gcsfs, which reads it once, would ask a server of Google's which kind of bucket a test's is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Threads of torch and NumPy compute while they wait for each other: a tiny model takes up to thirty
@@ -144,6 +147,17 @@ def dataset_cache(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("datasets")
     os.environ["PERL_JAX_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def bucket() -> Iterator[Any]:
+    """An empty bucket, gs://bucket, on a server of this process (`tests.bucket.Bucket`)."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    from tests.bucket import running_bucket
+
+    with running_bucket() as found:
+        yield found
 
 
 # What was compiled while tests were collected: each worker would do it again before its first test.
