@@ -20,6 +20,18 @@ class UserError(Exception):
     """
 
 
+class Occupied(UserError):
+    """A folder or file holds something else than what a command would put there.
+
+    Attributes:
+        path: The folder or file.
+    """
+
+    def __init__(self, message: str, path: Any) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class TrainingError(RuntimeError):
     """An error that ends a run, such as a NaN loss.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def broadcast_flag(flag: bool) -> bool:
     For facts about a file system, which one process may see earlier than another.
     """
     return bool(all_gather(np.asarray(flag))[0])
+
+
+def broadcast_json(value: Any) -> Any:
+    """Returns the JSON value of process 0 on all processes, which must all call this function."""
+    if not is_distributed():
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = all_gather(np.asarray(text.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    return json.loads(all_gather(padded)[0][: int(sizes[0])].tobytes())
 
 
 # Arrays.

@@ -22,8 +22,7 @@ from perl_jax.hub.weights import save_base
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
-from perl_jax.runs.folder import finished, open_run
-from perl_jax.runs.run import Run
+from perl_jax.runs.folder import exist, open_run
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
@@ -123,12 +122,12 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     not train.
     """
     task = _task(config)
-    folder = open_run("base", config)
-    target = pathlib.Path(config.model)
-    if finished(target / "config.json"):
-        if finished(folder / "cost.json"):
+    run = open_run("base", config)
+    folder, target = run.folder, pathlib.Path(config.model)
+    if exist(target / "config.json"):
+        if not run.goes_on and exist(folder / "cost.json"):
             return target
-        ours = finished(folder / "checkpoints")
+        ours = exist(folder / "checkpoints")
         errors.require(
             ours,
             f"{target} already holds a model that this run did not train; give another --model "
@@ -160,7 +159,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     state, optimizers = begin(model, config, CORPUS, role)
     del initial, base, role
     loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
-    state, timings, _ = train(config, state, loop, Run(folder))
+    state, timings, _ = train(config, state, loop, run)
     weights = hosts.fetch(state.roles["policy"].weights)
     if hosts.is_writer():
         _save(target, shape, weights, tokenizer)
@@ -175,11 +174,12 @@ def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenize
     So the presence of `config.json` shows that the folder is complete.
 
     Args:
-        target: The folder; created with its parents.
+        target: The folder; created with its parents. An earlier base of the same run is replaced.
         shape: The decoder's config.
         weights: The weights of the base, on the host.
         tokenizer: The tokenizer.
     """
     target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").unlink(missing_ok=True)
     tokenizer.save(target)
     save_base(target, shape, weights, tokenizer.token_ids())

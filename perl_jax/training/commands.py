@@ -16,8 +16,7 @@ from perl_jax.hub.model import ModelOptions, load_model
 from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
-from perl_jax.runs.folder import finished, open_run
-from perl_jax.runs.run import Run
+from perl_jax.runs.folder import is_finished, open_run
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from perl_jax.training.dpo import train_dpo
 from perl_jax.training.reward import reward_job, train_reward
@@ -124,13 +123,12 @@ def run_sft(config: SFTCommand) -> pathlib.Path:
 
     A finished run is left as it is.
     """
-    folder = open_run("sft", config)
-    artefact = folder / "adapters" / "policy"
-    if not finished(artefact, folder / "cost.json"):
+    run = open_run("sft", config)
+    if not is_finished(run, "policy", "cost.json"):
         rows = of_task(config.data, "demonstrations", ("train", "validation"))
         # No name here holds the model: full tuning lets go of the base.
-        train_sft(load_model(config), rows, config, frozen=config.stack_on, run=Run(folder))
-    return artefact
+        train_sft(load_model(config), rows, config, frozen=config.stack_on, run=run)
+    return run.artefact("policy")
 
 
 def run_reward(config: RewardCommand) -> pathlib.Path:
@@ -138,17 +136,16 @@ def run_reward(config: RewardCommand) -> pathlib.Path:
 
     A finished run is left as it is.
     """
-    folder = open_run("reward", config)
-    artefact = folder / "adapters" / "reward"
-    if not finished(artefact, folder / "evaluation.json"):
+    run = open_run("reward", config)
+    if not is_finished(run, "reward", "evaluation.json"):
         job = reward_job(config)
         check = job.truth
         if config.objective == "pairwise":
             soft = config.split if config.soft_labels else None
             check = functools.partial(targets.check_pairs, soft)
         rows = of_task(config.data, job.kind, (config.split, "validation", "test"), check)
-        train_reward(load_model(config), rows, config, frozen=config.stack_on, run=Run(folder))
-    return artefact
+        train_reward(load_model(config), rows, config, frozen=config.stack_on, run=run)
+    return run.artefact("reward")
 
 
 def run_dpo(config: DPOCommand) -> pathlib.Path:
@@ -156,9 +153,8 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
 
     A finished run is left as it is.
     """
-    folder = open_run("dpo", config)
-    artefact = folder / "adapters" / "policy"
-    if not finished(artefact, folder / "evaluation.json"):
+    run = open_run("dpo", config)
+    if not is_finished(run, "policy", "evaluation.json"):
         check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
         rows = of_task(config.data, "comparisons", ("train", "validation", "test"), check)
         train_dpo(
@@ -167,9 +163,9 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
             config,
             policy=config.policy,
             frozen=config.stack_on,
-            run=Run(folder),
+            run=run,
         )
-    return artefact
+    return run.artefact("policy")
 
 
 def run_rl(config: RLCommand) -> pathlib.Path:
@@ -178,9 +174,8 @@ def run_rl(config: RLCommand) -> pathlib.Path:
 
     A finished run is left as it is.
     """
-    folder = open_run("rl", config)
-    artefact = folder / "adapters" / "policy"
-    if not finished(artefact, folder / "cost.json"):
+    run = open_run("rl", config)
+    if not is_finished(run, "policy", "cost.json"):
         rows = of_task(config.data, "prompts", ("train",))
         terms = compose.read_terms(config.terms)
         train_rl(
@@ -190,6 +185,6 @@ def run_rl(config: RLCommand) -> pathlib.Path:
             rewards=RewardTotal(config.reward, config.combine, config.reward_weight, terms),
             policy=config.policy,
             frozen=config.stack_on,
-            run=Run(folder),
+            run=run,
         )
-    return artefact
+    return run.artefact("policy")

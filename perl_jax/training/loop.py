@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from perl_jax.data.pipeline import BatchIterator
 from perl_jax.errors import Stopped, TrainingError, require
 from perl_jax.runs.checkpoints import Checkpoints
+from perl_jax.runs.folder import begin as begin_run
 from perl_jax.runs.metrics import (
     FILE_NAME,
     MetricsWriter,
@@ -181,7 +182,8 @@ def train(
     The state is the best one if `loop.best` is set, otherwise the last. The rows are {"step": step,
     metric: number, ...}, one per step, and are empty on processes that do not write.
 
-    With a folder the loop begins at the newest checkpoint there. A checkpoint is written after the
+    With a folder the loop begins at the newest checkpoint there. The settings of a new run are
+    written before the first step, so that a command that is refused leaves nothing. A checkpoint is written after the
     step's metrics, and after the step was found to be finite. A resumed run deletes the metrics
     that were written after its checkpoint and computes them again, bit for bit.
 
@@ -218,6 +220,8 @@ def train(
             start = int(state.step)
             loop.batches.set_state(saved["cursor"])
         begin, writes = int(state.step), hosts.is_writer()
+        if run is not None:
+            begin_run(run)
         writer = samples = progress = NoMetrics()
         if writes:
             progress = Progress(loop.job, config.steps, begin)

@@ -14,7 +14,7 @@ from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model
 from perl_jax.rewards.models import RewardModel
-from perl_jax.runs.folder import finished, open_run
+from perl_jax.runs.folder import is_finished, open_run
 from perl_jax.runs.metrics import FILE_NAME, read_metrics
 from perl_jax.runs.provenance import Fingerprints
 from perl_jax.runs.run import Run
@@ -108,7 +108,7 @@ def open_library_run(
         f"the rows of {dataset.name}": files.digest(dataset.content()),
         **{name: files.digest(value) for name, value in depends_on().items()},
     }
-    return Run(open_run(job, config, run, prints))
+    return open_run(job, config, run, prints)
 
 
 def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
@@ -135,7 +135,7 @@ def load_finished(run: Run | None, model: Model, role: str, last: str) -> Traine
         role: The name of the trained role.
         last: The name of the file that the run writes last.
     """
-    if run is None or not finished(run.artefact(role), run.folder / last):
+    if run is None or not is_finished(run, role, last):
         return None
     adapter, record = model.load_role(run.artefact(role))
     others = {

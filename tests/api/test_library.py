@@ -129,9 +129,9 @@ def test_a_folder_makes_a_run_that_goes_on_where_it_stopped(model, rows, tmp_pat
     other = [rows["train"][0] | {"response": "no"}, *rows["train"][1:]]
     with pytest.raises(pj.UserError, match=r"changed since .* the rows of the given rows"):
         pj.train_sft(model, other, config, run=tmp_path / "run")
-    with pytest.raises(pj.UserError, match="steps was 4, is now 5"):
+    with pytest.raises(pj.UserError, match="seed was 0, is now 5"):
         pj.train_sft(
-            model, rows["train"], dataclasses.replace(config, steps=5), run=tmp_path / "run"
+            model, rows["train"], dataclasses.replace(config, seed=5), run=tmp_path / "run"
         )
 
 

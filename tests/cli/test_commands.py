@@ -166,6 +166,7 @@ def test_folders_that_hold_no_model(capsys, tmp_path):
             status, error = failure(capsys, job, "--model", folder, *more)
             assert status == 2 and str(folder) in error, error
             assert_one_sentence(error, job)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +204,7 @@ def test_bad_rows_are_named_by_file_line_and_field(line, message, model_folder, 
     )
     assert status == 2 and f"{path}, {message}" in error
     assert_one_sentence(error, "sft")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_and_folders_that_are_missing(model_folder, capsys, tmp_path):
@@ -227,6 +229,7 @@ def test_files_and_folders_that_are_missing(model_folder, capsys, tmp_path):
         status, error = failure(capsys, *arguments)
         assert status == 2 and str(gone) in error, error
         assert_one_sentence(error, arguments[0])
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_job_on_rows_of_ones_own(model_folder, capsys, tmp_path, monkeypatch):

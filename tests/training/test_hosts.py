@@ -523,8 +523,8 @@ def test_processes_with_different_settings_are_refused(base, tmp_path):
     with running(Started(tmp_path / "run", settings, 2, 4)) as processes:
         processes.wait(2, [1])
         assert processes.sentences(1) == [
-            f"perl-jax sft: {tmp_path / 'run'} holds a run with other settings (seed was 0, is "
-            "now 1); use the same ones, or another --run."
+            "perl-jax sft: This process has other settings than the first process of the run "
+            "(seed is 1, there 0); give all of them the same command."
         ]
         processes.wait(1, [0], seconds=BOUND)
         assert [LOST in said for said in processes.sentences(0)] == [True]

@@ -340,8 +340,8 @@ def test_a_run_goes_on_with_what_decides_its_numbers():
     )
     after = before | {"seed": 1, "data": {"task": "orders", "bucket_count": 1}}
     assert folder_lib._differences(before, after) == [
-        "data.bucket_count was 4, is now 1",
-        "seed was 0, is now 1",
+        ("data.bucket_count was 4, is now 1", "--data.bucket-count 4"),
+        ("seed was 0, is now 1", "--seed 0"),
     ]
 
 

@@ -161,6 +161,27 @@ def test_a_run_resumes_with_the_same_settings_only(base, tmp_path):
     commands.run_sft(dataclasses.replace(config, checkpoint_every=7, keep=9))
 
 
+@pytest.mark.slow
+def test_a_finished_run_goes_on_to_more_steps(jobs, base, model, tmp_path, capsys):
+    """The longer run is that of as many steps from the start, its artefact and evaluation too."""
+    config = tiny.reward_config(tmp_path / "whole", base, steps=6)
+    commands.run_reward(config)
+    parts = dataclasses.replace(config, run=str(tmp_path / "parts"), steps=4)
+    commands.run_reward(parts)
+    capsys.readouterr()
+    longer = dataclasses.replace(parts, steps=6)
+    assert commands.run_reward(longer) == tmp_path / "parts" / "adapters" / "reward"
+    assert "steps was 4, is now 6; the run goes on from step 4.\n" in capsys.readouterr().err
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("reward",), model)
+    for name in ("evaluation.json", "scores.json"):
+        assert tiny.read(tmp_path / "whole" / name) == tiny.read(tmp_path / "parts" / name)
+    before = tiny.snapshot(tmp_path / "parts")
+    commands.run_reward(longer)
+    assert tiny.snapshot(tmp_path / "parts") == before
+    with pytest.raises(UserError, match="has done 6 steps; steps is 4: give --steps 6 or more"):
+        commands.run_reward(parts)
+
+
 def test_finished_runs_are_left_as_they_are(jobs, monkeypatch):
     before = tiny.snapshot(jobs.root)
     # Nothing is even loaded.
@@ -380,6 +401,7 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
         )
     with pytest.raises(UserError, match=r"is not an artefact: there is no artefact\.json in it"):
         commands.run_rl(tiny.rl_config(tmp_path / "c", jobs.base, tmp_path, jobs.reward))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -401,8 +423,9 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
 )
 def test_what_does_not_fit_is_refused_before_training(base, tmp_path, fields, message):
     with pytest.raises(UserError) as error:
-        commands.run_sft(tiny.sft_config(tmp_path, base, **fields))
+        commands.run_sft(tiny.sft_config(tmp_path / "run", base, **fields))
     assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

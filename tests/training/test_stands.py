@@ -113,6 +113,12 @@ def exchange_rows(folder: pathlib.Path) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def begin(config: RLCommand) -> None:
+    """Begins a run and gives it a checkpoint's folder: it holds work from here on."""
+    folder_lib.begin(folder_lib.open_run("rl", config))
+    (pathlib.Path(config.run) / "checkpoints" / "1").mkdir(parents=True)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -140,7 +146,7 @@ def exchange_rows(folder: pathlib.Path) -> None:
     ],
 )
 def test_what_changed_is_named(config, tmp_path, change, said):
-    folder_lib.open_run("rl", config)
+    begin(config)
     folder_lib.open_run("rl", config)
     change(tmp_path)
     with pytest.raises(UserError) as error:
@@ -152,7 +158,7 @@ def test_what_changed_is_named(config, tmp_path, change, said):
 
 
 def test_what_does_not_matter_may_change(config, tmp_path):
-    folder_lib.open_run("rl", config)
+    begin(config)
     # Other times, an order of keys, a field that no number depends on.
     for name in ("policy", "base"):
         shutil.copytree(tmp_path / name, tmp_path / "copy")
@@ -165,7 +171,7 @@ def test_what_does_not_matter_may_change(config, tmp_path):
 
 
 def test_runs_of_an_earlier_version_go_on_with_a_notice(config, tmp_path, capsys):
-    folder_lib.open_run("rl", config)
+    begin(config)
     (tmp_path / "run" / folder_lib.INPUTS_FILE).unlink()
     other_weights(tmp_path)
     folder_lib.open_run("rl", config)
