@@ -233,16 +233,14 @@ def _said_of_steps(folder: pathlib.Path, before: Any, values: Mapping[str, Any],
         values: The settings now.
         done: The number of steps that are done.
     """
-    said = (
-        f"{folder}: steps was {before}, is now {values['steps']}; the run goes on from step {done}"
-    )
-    schedule = values["optimizer"]["schedule"]
+    steps, schedule = values["steps"], values["optimizer"]["schedule"]
+    said = f"{folder}: steps was {before}, is now {steps}; the run goes on from step {done}"
     if schedule == "constant":
         return f"{said}."
     return (
-        f"{said}, with a {schedule} learning rate that reaches 0 at step {values['steps']}: steps 1 "
-        f"to {done} had the rates of a run of {before} steps, so the numbers are not those of a run "
-        f"of {values['steps']} steps from the start."
+        f"{said}, with a {schedule} learning rate that reaches 0 at step {steps}: steps 1 to {done} "
+        f"had the rates of a run of {before} steps, so the numbers are not those of a run of "
+        f"{steps} steps from the start."
     )
 
 

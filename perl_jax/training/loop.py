@@ -182,10 +182,10 @@ def train(
     The state is the best one if `loop.best` is set, otherwise the last. The rows are {"step": step,
     metric: number, ...}, one per step, and are empty on processes that do not write.
 
-    With a folder the loop begins at the newest checkpoint there. The settings of a new run are
-    written before the first step, so that a command that is refused leaves nothing. A checkpoint is written after the
-    step's metrics, and after the step was found to be finite. A resumed run deletes the metrics
-    that were written after its checkpoint and computes them again, bit for bit.
+    With a folder the loop begins at the newest checkpoint there. A new run's settings are written
+    before the first step, so that a command that is refused leaves nothing. A checkpoint is written
+    after the step's metrics, and after the step was found to be finite. A resumed run deletes the
+    metrics that were written after its checkpoint and computes them again, bit for bit.
 
     Without a folder nothing is written, and the best state is a copy on the devices.
 
