@@ -37,6 +37,7 @@ from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.runs import provenance
 from perl_jax.runs.environment import environment
+from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
@@ -306,6 +307,7 @@ def _is_current(
     return found.get("config") == config and found.get("stands") == now
 
 
+@holding(run_of_config)
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     """Runs the comparison, writes evaluation.json and samples.jsonl, and returns the run's folder.
 

@@ -23,6 +23,7 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import exist, open_run
+from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
@@ -115,6 +116,7 @@ def _tokenizer(config: BaseConfig, task: TaskLike, dataset: Dataset) -> Tokenize
     return train_bpe((row["text"] for row in dataset.rows("train")), config.vocab_size)
 
 
+@holding(run_of_config)
 def train_base(config: BaseConfig) -> pathlib.Path:
     """Trains a base and writes it as a Hugging Face folder, `config.model`; returns that folder.
 

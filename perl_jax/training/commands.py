@@ -17,6 +17,7 @@ from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.runs.folder import is_finished, open_run
+from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from perl_jax.training.dpo import train_dpo
 from perl_jax.training.reward import reward_job, train_reward
@@ -118,6 +119,7 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
         )
 
 
+@holding(run_of_config)
 def run_sft(config: SFTCommand) -> pathlib.Path:
     """Trains a policy on a task's demonstrations; returns the folder of the policy artefact.
 
@@ -131,6 +133,7 @@ def run_sft(config: SFTCommand) -> pathlib.Path:
     return run.artefact("policy")
 
 
+@holding(run_of_config)
 def run_reward(config: RewardCommand) -> pathlib.Path:
     """Trains a reward model on a task's rows; returns the folder of the reward artefact.
 
@@ -148,6 +151,7 @@ def run_reward(config: RewardCommand) -> pathlib.Path:
     return run.artefact("reward")
 
 
+@holding(run_of_config)
 def run_dpo(config: DPOCommand) -> pathlib.Path:
     """Trains a policy on a task's comparisons; returns the folder of the policy artefact.
 
@@ -168,6 +172,7 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
     return run.artefact("policy")
 
 
+@holding(run_of_config)
 def run_rl(config: RLCommand) -> pathlib.Path:
     """Trains a policy against rewards on a task's prompts; returns the folder of the policy
     artefact.

@@ -25,6 +25,7 @@ from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
 from perl_jax.runs.folder import write_results
+from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
@@ -95,6 +96,7 @@ def job_of(config: DPOConfig) -> Supervised:
     )
 
 
+@holding(run_of)
 def train_dpo(
     model: Model,
     rows: Iterable[Row] | Dataset,

@@ -33,6 +33,7 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import write_results
+from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
@@ -224,6 +225,7 @@ def reward_job(config: RewardConfig) -> Supervised:
     return dataclasses.replace(job, objective=objective)
 
 
+@holding(run_of)
 def train_reward(
     model: Model,
     rows: Iterable[Row] | Dataset,

@@ -26,6 +26,7 @@ from perl_jax.hub.model import Model
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
 from perl_jax.rewards.scoring import Scorer
+from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.provenance import source_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts
@@ -119,6 +120,7 @@ def initial_roles(
     return trained, {name: cast_frozen_role(role, dtype) for name, role in frozen.items()}
 
 
+@holding(run_of)
 def train_rl(
     model: Model,
     rows: Iterable[Row] | Dataset,

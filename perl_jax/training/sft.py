@@ -13,6 +13,7 @@ from perl_jax.data.loading import check_context
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.objectives import supervised
+from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
 from perl_jax.training import cost
 from perl_jax.training.configs import SFTConfig
@@ -32,6 +33,7 @@ SFT = Supervised(
 )
 
 
+@holding(run_of)
 def train_sft(
     model: Model,
     rows: Iterable[Row] | Dataset,
