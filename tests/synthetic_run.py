@@ -230,7 +230,7 @@ def make_run(folder: Path, job: str, tuning: str, steps: int = 60, seed: int = 0
     if job in ("rl", "dpo"):
         write_json(folder / "evaluation.json", policy_evaluation(job, tuning))
         lines = "".join(json.dumps(row) + "\n" for row in sample_rows(job, tuning, 14))
-        (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "evaluation_samples.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 

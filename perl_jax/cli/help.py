@@ -51,7 +51,7 @@ FIRST: dict[str, dict[str, str]] = {
     },
     "evaluate": {
         **_MODEL,
-        "--run": "the folder that evaluation.json and samples.jsonl go to",
+        "--run": "the folder that evaluation.json and its samples go to",
         "--policy": "the policy artefact",
         "--baseline": "the artefact to compare with; default: the base",
         **_ROWS,

@@ -37,6 +37,7 @@ from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.runs import provenance
 from perl_jax.runs.environment import environment
+from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
 from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
@@ -51,7 +52,7 @@ class EvaluateConfig(RewardOptions):
     trained on (reward, combine, reward_weight and terms) is the proxy, which is reported too.
 
     Attributes:
-        run: The folder for evaluation.json and samples.jsonl.
+        run: The folder for evaluation.json and evaluation_samples.jsonl.
         policy: The policy artefact to evaluate.
         baseline: The policy artefact to compare with; None compares with the base model.
         judge: Reward artefacts whose mean score decides wins if the task has no gold reward.
@@ -267,8 +268,8 @@ def compare(policy: Responses, baseline: Responses, judge: str) -> dict[str, Any
 def sample_rows(
     prompts: Sequence[str], policy: Responses, baseline: Responses
 ) -> list[dict[str, Any]]:
-    """Returns the rows of samples.jsonl, one per prompt: {"prompt", "sft": the baseline's response,
-    "rl": the policy's response}.
+    """Returns the rows of evaluation_samples.jsonl, one per prompt: {"prompt", "sft": the response
+    of the baseline, "rl": that of the policy}.
 
     A response is {"text", "gold": its true reward or None, "proxy": its proxy reward}.
 
@@ -309,7 +310,8 @@ def _is_current(
 
 @holding(run_of_config)
 def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
-    """Runs the comparison, writes evaluation.json and samples.jsonl, and returns the run's folder.
+    """Runs the comparison, writes evaluation.json and evaluation_samples.jsonl, and returns the
+    run's folder.
 
     Does nothing if the folder holds an evaluation with the same settings and the same inputs (base,
     policies, rewards and prompts, compared by content). Raises UserError for artefacts, rows or
@@ -381,7 +383,7 @@ def _write(
     results: dict[str, Any],
     samples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes config.json, samples.jsonl and evaluation.json, in this order.
+    """Writes config.json, evaluation_samples.jsonl and evaluation.json, in this order.
 
     An existing config.json (that of the run that trained the policy) is not overwritten. Keys of an
     existing evaluation.json that `results` lacks are kept.
@@ -390,14 +392,14 @@ def _write(
         folder: The folder; it is made if it does not exist.
         config: The settings of the evaluation.
         results: The content of evaluation.json.
-        samples: The rows of samples.jsonl.
+        samples: The rows of evaluation_samples.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "config.json").exists():
         settings = {"job": "evaluate", **files.to_dict(config)}
         files.write_json(folder / "config.json", {"config": settings, "environment": environment()})
     lines = [json.dumps(row) + "\n" for row in samples]
-    files.write_atomically(folder / "samples.jsonl", "".join(lines))
+    files.write_atomically(folder / EVALUATION_SAMPLES_NAME, "".join(lines))
     path = folder / "evaluation.json"
     before = files.read_json(path) if path.exists() else {}
     files.write_json(path, before | results)

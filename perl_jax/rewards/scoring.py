@@ -263,32 +263,48 @@ class Scorer:
             rollout: The sampled responses.
             row_B: Indices into `rows` of this process's part of the batch.
         """
-        parts: list[Array] = []
+        score_B, scores_MB, columns = self.parts(frozen, rollout, row_B)
         logs: dict[str, float] = {}
+        if scores_MB is not None and len(scores_MB) > 1:
+            spread_B = np.std(to_host(scores_MB), axis=0)
+            logs |= {
+                f"reward/model_{i}": float(np.mean(scores_B))
+                for i, scores_B in enumerate(to_host(scores_MB))
+            }
+            logs["reward/disagreement"] = float(np.mean(spread_B))
+        logs |= {f"reward/term/{name}": float(np.mean(column)) for name, column in columns.items()}
+        return score_B, logs
+
+    def parts(
+        self, frozen: Mapping[str, Adapter], rollout: Rollout, row_B: np.ndarray
+    ) -> tuple[Array, Array | None, dict[str, np.ndarray]]:
+        """Returns (score_B, scores_MB, columns): the total reward of every row, and what it is made
+        of.
+
+        scores_MB has the normalised score of each reward model; it is None without reward models.
+        `columns` has the unweighted rewards of each term, float64 [B], by the term's name.
+
+        Args:
+            frozen: The frozen roles, as in a call.
+            rollout: The sampled responses.
+            row_B: Indices into `rows` of this process's part of the batch.
+        """
+        parts: list[Array] = []
+        scores_MB, columns = None, {}
         if self.program is not None:
             # Ordered by number: the state is sorted by name, with reward_10 before reward_2.
             names = (role_name(index) for index in itertools.count())
             rewards = [frozen[name] for name in itertools.takewhile(frozen.__contains__, names)]
             base = self.model.base if any(role.weights is None for role in rewards) else None
             score_B, scores_MB = self.program(base, rewards, rollout.sequences)
-            if len(rewards) > 1:
-                spread_B = np.std(to_host(scores_MB), axis=0)
-                logs |= {
-                    f"reward/model_{i}": float(np.mean(scores_B))
-                    for i, scores_B in enumerate(to_host(scores_MB))
-                }
-                logs["reward/disagreement"] = float(np.mean(spread_B))
             parts.append(score_B if self.weight == 1.0 else self.weight * score_B)
         if self.terms is not None:
             columns = self._columns(self.terms, rollout, row_B)
-            logs |= {
-                f"reward/term/{name}": float(np.mean(column)) for name, column in columns.items()
-            }
             total_B = hosts.replicated(
                 np.asarray(self.terms.total(columns), np.float32), self.model.mesh
             )
             parts.append(jnp.asarray(total_B))
-        return sum(parts[1:], start=parts[0]), logs
+        return sum(parts[1:], start=parts[0]), scores_MB, columns
 
     def _columns(
         self, terms: Composite, rollout: Rollout, row_B: np.ndarray

@@ -31,6 +31,7 @@ _MAY_DIFFER = (
     "profile",
     "compile_cache",
     "steps",
+    "show_samples",
 )
 # What each job writes last, which marks its run as finished.
 WRITTEN_LAST = {

@@ -29,7 +29,9 @@ from perl_jax.errors import UserError
 from perl_jax.runtime.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
-SAMPLES_NAME = "validation_samples.jsonl"
+# What RL writes while it trains, and the rows that an evaluation was measured on.
+SAMPLES_NAME = "samples.jsonl"
+EVALUATION_SAMPLES_NAME = "evaluation_samples.jsonl"
 TIMING_PREFIX = "time/"
 NONFINITE_KEY = "nonfinite"
 RESERVED_KEYS = ("step", NONFINITE_KEY)
@@ -259,8 +261,7 @@ class MetricsWriter:
 
 
 class SamplesWriter:
-    """Appends validation samples to `folder/validation_samples.jsonl`, as objects with `step`
-    first.
+    """Appends samples of what RL writes to `folder/samples.jsonl`, as objects with `step` first.
 
     A resumed writer deletes the samples written after the checkpoint that it resumes from, as
     `MetricsWriter` does. The file is created with the first sample.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from perl_jax.data.pipeline import BatchIterator
 from perl_jax.errors import Stopped, TrainingError, require
+from perl_jax.runs import shown
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.folder import begin as begin_run
 from perl_jax.runs.metrics import (
@@ -25,10 +26,10 @@ from perl_jax.runs.metrics import (
     read_metrics,
 )
 from perl_jax.runs.profile import Profile
-from perl_jax.runs.progress import Progress
 from perl_jax.runs.run import Run
-from perl_jax.runtime import hosts
+from perl_jax.runtime import hosts, progress
 from perl_jax.runtime.hosts import Termination
+from perl_jax.runtime.progress import Progress
 from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.cost import Timings
 from perl_jax.training.state import TrainState
@@ -46,11 +47,15 @@ class Loop:
         advance: (state, batch) -> (state, metrics, seconds of each phase by name): one step. The
             metrics have the key `finite`.
         batches: The endless batches of training; a checkpoint holds their cursor.
-        validate: state -> (metrics, rows for `runs.metrics.SamplesWriter`); None: no validation.
+        validate: state -> (metrics, samples for `runs.metrics.SamplesWriter`); None: no validation.
         best: The validation metric whose best step is returned (higher is better); None: the last
             step is.
         shown: Names of the metrics on the progress line.
         facts: Constant numbers, written with the first step's metrics.
+        sample: state -> samples of what the policy writes; called before the first step and, if
+            there is no validation, every `evaluate_every` steps and at the end. None: there are
+            none.
+        show_samples: How many samples at a time are printed, too.
     """
 
     job: str
@@ -60,6 +65,8 @@ class Loop:
     best: str | None
     shown: tuple[str, ...]
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sample: Callable[[TrainState], list[dict[str, Any]]] | None = None
+    show_samples: int = 0
 
 
 class Keeper(Protocol):
@@ -222,16 +229,21 @@ def train(
         begin, writes = int(state.step), hosts.is_writer()
         if run is not None:
             begin_run(run)
-        writer = samples = progress = NoMetrics()
+        writer = samples = line = NoMetrics()
         if writes:
-            progress = Progress(loop.job, config.steps, begin)
+            line = Progress(loop.job, config.steps, begin)
         if folder is not None and writes:
             writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
             samples = SamplesWriter(folder, start)
         # Without a folder there is nothing to save, and SIGTERM stays what it was.
         termination = None if folder is None else Termination()
         profile = Profile(pathlib.Path(folder or ".") / "profile", config.profiled)
-        with writer, progress, termination or contextlib.nullcontext(), profile:
+        numbers = ShownNumbers(loop.shown)
+        # Samples that are neither written nor printed are not made.
+        sample = loop.sample if folder is not None or loop.show_samples else None
+        with writer, line, termination or contextlib.nullcontext(), profile:
+            if sample is not None and start is None:
+                keep_samples(loop, samples, begin, sample(state))
             for step in range(begin + 1, config.steps + 1):
                 clock = time.perf_counter()
                 with profile.step(step):
@@ -240,11 +252,14 @@ def train(
                 row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
                 row |= loop.facts if step == 1 else {}
                 validated, last = None, step == config.steps
-                if loop.validate is not None and (step % config.evaluate_every == 0 or last):
-                    clock = time.perf_counter()
-                    validated, shown = loop.validate(state)
-                    row |= validated | {"time/validate": time.perf_counter() - clock}
-                    samples.write(step, shown)
+                if step % config.evaluate_every == 0 or last:
+                    if loop.validate is not None:
+                        clock = time.perf_counter()
+                        validated, made = loop.validate(state)
+                        row |= validated | {"time/validate": time.perf_counter() - clock}
+                        keep_samples(loop, samples, step, made)
+                    elif sample is not None:
+                        keep_samples(loop, samples, step, sample(state))
                 writer.write(step, row)
                 stop = termination is not None and termination.asked()
                 due = stop or last or step % config.checkpoint_every == 0
@@ -252,9 +267,7 @@ def train(
                     writer.sync()
                     cursor = {"cursor": loop.batches.get_state()}
                     checkpoints.save(state, cursor, validated if loop.best else None)
-                progress.update(
-                    step, **{name.split("/")[-1]: row[name] for name in loop.shown if name in row}
-                )
+                line.update(step, **numbers.after(step, row))
                 if writes and (folder is None or on_step is not None):
                     encoded = encode_row(step, row)
                     if folder is None:
@@ -271,6 +284,50 @@ def train(
     if folder is not None and writes:
         rows = read_metrics(folder / FILE_NAME)
     return state, timings, rows
+
+
+class ShownNumbers:
+    """The numbers on a progress line. Those of the last validation stay, with their step.
+
+    Args:
+        names: The keys of the metrics, in the order in which they are shown.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._kept: dict[str, str] = {}
+
+    def after(self, step: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the numbers to show after a step, by their names for people (`shown.label`).
+
+        Args:
+            step: The step.
+            row: The metrics of the step.
+        """
+        found: dict[str, Any] = {}
+        for name in self._names:
+            if name.startswith("validation/"):
+                if name in row:
+                    self._kept[name] = f"{shown.number(row[name])} (step {step})"
+                if name in self._kept:
+                    found[shown.label(name)] = self._kept[name]
+            elif name in row:
+                found[shown.label(name)] = row[name]
+        return found
+
+
+def keep_samples(loop: Loop, samples: Any, step: int, made: list[dict[str, Any]]) -> None:
+    """Writes samples into the run's folder, and prints the first ones if the loop says so.
+
+    Args:
+        loop: The loop.
+        samples: The writer of samples.
+        step: The step.
+        made: The samples.
+    """
+    samples.write(step, made)
+    if loop.show_samples and made:
+        progress.say(shown.sample_text(loop.job, step, made[: loop.show_samples]))
 
 
 def _require_no_files(config: TrainingConfig) -> None:

@@ -37,7 +37,14 @@ from perl_jax.training.optimizers import Optimizers, make_optimizer
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.rl_programs import Programs
 from perl_jax.training.rl_step import Rollouts, advance
-from perl_jax.training.rl_validation import SELECTED_BY, held_out_prompts, kept_step, validate
+from perl_jax.training.rl_validation import (
+    SELECTED_BY,
+    held_out_prompts,
+    kept_step,
+    sample_prompts,
+    shown_prompts,
+    validate,
+)
 from perl_jax.training.roles import starting_role
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 
@@ -196,12 +203,25 @@ def train_rl(
         shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate", SELECTED_BY)
         facts = noted(dataset, "train", config.data, batches)
         measure = best = None
-        if held_out := held_out_prompts(job, batches.lengths):
+        held_out = held_out_prompts(job, batches.lengths)
+        examples = shown_prompts(job, batches.lengths, held_out)
+        if held_out is not None:
             measure = functools.partial(validate, *held_out)
             best = SELECTED_BY if config.select == "best" else None
             facts |= noted(dataset, "validation", config.data, held_out[1])
         step = functools.partial(advance, job)
-        loop = Loop("rl", step, iter(batches), measure, best, shown, facts)
+        sample = functools.partial(sample_prompts, examples)
+        loop = Loop(
+            "rl",
+            step,
+            iter(batches),
+            measure,
+            best,
+            shown,
+            facts,
+            sample=sample,
+            show_samples=config.show_samples,
+        )
         say_attention("rl", model.lm)
         state, timings, metrics = train(config, state, loop, run, on_step)
     number, measured = int(state.step), {}

@@ -104,6 +104,8 @@ class RLConfig(TrainingConfig):
             without validation.
         select: Which step the artefacts are of: the validated one with the best mean reward, or the
             last.
+        show_samples: How many responses are printed before the first step, every evaluate_every
+            steps and at the end; the run's samples.jsonl has at least 8 of each time.
     """
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -116,6 +118,7 @@ class RLConfig(TrainingConfig):
     max_mismatch: float = 1.1
     validation_prompts: int = 64
     select: Literal["best", "last"] = "best"
+    show_samples: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.algorithm, str):
@@ -147,6 +150,7 @@ class RLConfig(TrainingConfig):
         """Raises UserError for invalid settings of sampling, validation or the critic."""
         errors.positive("temperature", self.temperature)
         errors.positive("validation_prompts", self.validation_prompts, zero=True)
+        errors.positive("show_samples", self.show_samples, zero=True)
         errors.one_of("select", self.select, ("best", "last"))
         # The gradient needs log-probabilities of the distribution that was sampled from, and the
         # trainer computes those of the whole softmax.

@@ -508,7 +508,7 @@ class TestMissing:
             for path in copy.rglob(f"{name}.json"):
                 content = json.loads(path.read_text())
                 path.write_text(json.dumps(dict.fromkeys(content, value)))
-        for path in copy.rglob("samples.jsonl"):
+        for path in copy.rglob("evaluation_samples.jsonl"):
             row = json.dumps({"prompt": value, "sft": value, "rl": {"text": value, "gold": value}})
             path.write_text(row + "\n")
         parse(copy)
@@ -577,7 +577,7 @@ class TestHostileText:
     def test_long_text_is_cut(self, tmp_path):
         folder = make_run(tmp_path / "rl", "rl", "lora")
         row = {"prompt": "p", "sft": {"text": "x" * 5000}, "rl": {"text": ""}}
-        (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / "evaluation_samples.jsonl").write_text(json.dumps(row) + "\n")
         text = parse(folder).text
         assert "(3500 characters more)" in text and "(empty)" in text
 

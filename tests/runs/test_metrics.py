@@ -1,8 +1,7 @@
-"""Writers, resume, progress lines and versions."""
+"""Writers, resume and versions."""
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -13,9 +12,8 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.runs import environment, metrics, progress
+from perl_jax.runs import environment, metrics
 from perl_jax.runs.metrics import MetricsWriter, read_metrics, without_timing
-from perl_jax.runs.progress import Progress
 
 
 def write_steps(folder, steps, resume_step=None, clock=0.0):
@@ -166,67 +164,6 @@ class TestDashboards:
         MetricsWriter(tmp_path, None, wandb=True).close()
         assert started[0]["id"] == started[1]["id"] != started[2]["id"]
         assert logged == [(1, {"a": 1.0}), (2, {"b": 2.0})]
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-class TestProgress:
-    def test_plain_lines_are_rare_but_first_and_last_are_there(self):
-        stream, clock = io.StringIO(), Clock()
-        with Progress("sft", 100, interval=10, stream=stream, clock=clock) as progress:
-            for step in range(1, 41):
-                progress.update(step, loss=1 / step)
-                clock.now += 0.5
-        lines = stream.getvalue().splitlines()
-        assert [line.split()[1] for line in lines] == ["1/100", "21/100", "40/100"]
-        assert lines[0] == "sft 1/100 (1%)  loss 1"
-        assert lines[1] == "sft 21/100 (21%)  2 steps/s  40 s left  loss 0.04762"
-
-    def test_rate_leaves_out_the_first_update(self):
-        stream, clock = io.StringIO(), Clock()
-        with Progress("rl", 10, start=4, interval=0, stream=stream, clock=clock) as progress:
-            clock.now += 60  # compilation
-            progress.update(5)
-            clock.now += 2
-            progress.update(6)
-        assert stream.getvalue().splitlines()[-1] == "rl 6/10 (60%)  2 s/step  8 s left"
-
-    def test_a_step_reported_twice_has_no_rate(self):
-        stream, clock = io.StringIO(), Clock()
-        with Progress("rl", 10, interval=0, stream=stream, clock=clock) as progress:
-            progress.update(1)
-            clock.now += 1
-            progress.update(1)
-        assert stream.getvalue().splitlines()[-1] == "rl 1/10 (10%)"
-
-    def test_terminal_shows_the_same_facts(self):
-        stream, clock = Terminal(), Clock()
-        with Progress("reward", 10, stream=stream, clock=clock) as progress:
-            progress.update(1, accuracy=0.5)
-            clock.now += 1
-            progress.update(10, accuracy=0.75)
-        assert "reward" in stream.getvalue()
-        assert "10/10" in stream.getvalue()
-        assert "accuracy 0.75" in stream.getvalue()
-
-    def test_durations(self):
-        assert [progress.duration(s) for s in (0.2, 59.6, 380, 7500)] == [
-            "0 s",
-            "1 min 00 s",
-            "6 min 20 s",
-            "2 h 05 min",
-        ]
 
 
 class TestEnvironment:

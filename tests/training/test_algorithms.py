@@ -369,7 +369,7 @@ def test_an_evaluation_reports_the_reward_that_rl_was_paid(jobs, second, tmp_pat
         found = tiny.read(compare.run_evaluate(config) / "evaluation.json")
         samples = [
             json.loads(line)["rl"]
-            for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()
+            for line in (tmp_path / name / "evaluation_samples.jsonl").read_text().splitlines()
         ]
         return np.array([row["proxy"] for row in samples]), [row["text"] for row in samples], found
 

@@ -320,7 +320,7 @@ def test_evaluation_and_best_of_n_see_all_rows(jobs, tmp_path):
         with running(Started(tmp_path / f"best-{run}", arguments, **layout)) as processes:
             processes.wait()
     # No sum goes over processes here: they are the same to the last bit.
-    for file in ("{}/samples.jsonl", "{}.jsonl"):
+    for file in ("{}/evaluation_samples.jsonl", "{}.jsonl"):
         one, two = ((tmp_path / file.format(run)).read_text() for run in ("one", "two"))
         assert one == two and len(one.splitlines()) == (19 if "samples" in file else 32)
     one, two = (tiny.read(tmp_path / run / "evaluation.json") for run in ("one", "two"))

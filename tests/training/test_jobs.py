@@ -210,7 +210,8 @@ def test_evaluation_of_a_policy(jobs):
 
 
 def samples(run: pathlib.Path) -> list[dict]:
-    return [tiny.json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines = (run / "evaluation_samples.jsonl").read_text().splitlines()
+    return [tiny.json.loads(line) for line in lines]
 
 
 def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):

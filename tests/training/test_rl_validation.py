@@ -32,9 +32,7 @@ def model(base):
 
 
 def samples(run) -> list[dict]:
-    return [
-        json.loads(line) for line in (run / "validation_samples.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +58,17 @@ def test_samples_are_of_held_out_prompts_with_their_own_rewards(ran):
     task = get_task(ORDERS)
     held_out = [row["prompt"] for row in task.open("prompts", "validation", config.data)][:6]
     found = samples(folder)
-    assert [row["step"] for row in found] == [1] * 6 + [2] * 6 + [3] * 6
+    # Step 0 is what the start policy writes.
+    assert [row["step"] for row in found] == [0] * 6 + [1] * 6 + [2] * 6 + [3] * 6
+    assert {row["split"] for row in found} == {"validation"}
+    assert [row["prompt"] for row in found[:6]] == [row["prompt"] for row in found[6:12]]
     assert {row["prompt"] for row in found} == set(held_out) and len(held_out) == 6
     gold = task.gold([row["prompt"] for row in found], [row["response"] for row in found])
     np.testing.assert_allclose([row["gold"] for row in found], gold)
+    assert all(isinstance(row["finished"], bool) for row in found)
+    # A reward of a single part has no parts. The KL is measured by validations alone.
+    assert not any("parts" in row for row in found)
+    assert ["kl" in row for row in found] == [False] * 6 + [True] * 18
 
 
 def test_the_page_says_which_step_was_kept(ran):
@@ -212,8 +217,11 @@ def test_the_selected_step_is_kept_and_said_after_a_resume(
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")) == sorted(
         {str(step), "4"}
     )
-    # Samples after the checkpoint that the run went on from were cut off and made again.
-    assert [row["response"] for row in samples(tmp_path)] == ["1", "2", "3", "4"]
+    # Samples after the checkpoint that the run went on from were cut off and made again; those of
+    # the start policy were kept.
+    found = samples(tmp_path)
+    assert [row["response"] for row in found if row["step"]] == ["1", "2", "3", "4"]
+    assert [row["step"] for row in found] == [0] * 8 + [1, 2, 3, 4]
     said = [
         line
         for line in capsys.readouterr().out.splitlines()
@@ -243,7 +251,10 @@ def test_without_a_validation_split_the_last_step_is_kept_and_that_is_said_once(
         == 1
     )
     assert tiny.read(tmp_path / "run" / "adapters" / "policy" / "artefact.json")["step"] == 2
-    assert not (tmp_path / "run" / "validation_samples.jsonl").exists()
+    # What is shown then comes from the training prompts, at the start and at the end.
+    found = samples(tmp_path / "run")
+    assert [(row["step"], row["split"]) for row in found] == [(0, "train")] * 8 + [(2, "train")] * 8
+    assert [row["prompt"] for row in found[:8]] == [row["prompt"] for row in found[8:]]
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(jobs, tmp_path, monkeypatch):

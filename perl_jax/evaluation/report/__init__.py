@@ -50,8 +50,8 @@ from perl_jax.evaluation.report.load import Experiment, read_experiment
 from perl_jax.evaluation.report.markup import Html, join, section, tag
 from perl_jax.evaluation.report.style import CSS
 from perl_jax.evaluation.report.summary import summary_paragraph
-from perl_jax.runs.progress import duration
 from perl_jax.runtime.files import write_atomically
+from perl_jax.runtime.progress import duration
 
 __all__ = ["write_report"]
 

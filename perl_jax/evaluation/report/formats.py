@@ -6,7 +6,7 @@ import math
 import re
 
 from perl_jax.evaluation.intervals import Estimate
-from perl_jax.runs.progress import duration
+from perl_jax.runtime.progress import duration
 
 NOT_MEASURED = "not measured"
 MINUS = "\u2212"

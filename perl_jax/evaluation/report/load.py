@@ -19,10 +19,18 @@ import numpy as np
 
 from perl_jax.errors import UserError
 from perl_jax.evaluation.intervals import Estimate
-from perl_jax.runs.metrics import FILE_NAME, NONFINITE_KEY, read_metrics
+from perl_jax.runs.metrics import (
+    EVALUATION_SAMPLES_NAME,
+    FILE_NAME,
+    NONFINITE_KEY,
+    SAMPLES_NAME,
+    read_metrics,
+)
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
 JOB_NAMES = {"base": "Base model", "sft": "SFT", "reward": "Reward model", "rl": "RL", "dpo": "DPO"}
+# Where earlier versions wrote what RL wrote while it trained.
+OLD_SAMPLES_NAME = "validation_samples.jsonl"
 # Jobs whose policies `perl-jax evaluate` compares with what they start from.
 POLICY_JOBS = ("rl", "dpo")
 
@@ -39,7 +47,8 @@ class Run:
         rows: The rows of metrics.jsonl.
         evaluation: evaluation.json.
         cost: cost.json.
-        samples: The rows of samples.jsonl.
+        samples: The rows of evaluation_samples.jsonl.
+        written: The rows of samples.jsonl: what RL wrote while it trained.
         artefact: The artefact.json of the run's policy.
     """
 
@@ -51,6 +60,7 @@ class Run:
     evaluation: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    written: list[dict[str, Any]] = field(default_factory=list)
     artefact: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -228,6 +238,26 @@ def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]
     return rows
 
 
+def read_both_samples(
+    folder: Path, shown: str, notes: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns (samples of an evaluation, samples written while training) of a run.
+
+    Earlier versions wrote those of an evaluation to samples.jsonl, and those of training to
+    validation_samples.jsonl; rows of training have a `step`.
+
+    Args:
+        folder: The run's folder.
+        shown: What comes before a file's name in a note.
+        notes: Gets the notes.
+    """
+    names = (EVALUATION_SAMPLES_NAME, SAMPLES_NAME, OLD_SAMPLES_NAME)
+    found = {name: read_samples(folder / name, notes, f"{shown}{name}") for name in names}
+    written = [row for row in found[SAMPLES_NAME] if "step" in row]
+    compared = [row for row in found[SAMPLES_NAME] if "step" not in row]
+    return found[EVALUATION_SAMPLES_NAME] or compared, written or found[OLD_SAMPLES_NAME]
+
+
 def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file; [] with a note if the file is missing or damaged.
 
@@ -303,6 +333,7 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
     shown = f"{name}/" if name else ""
     config = read_object(folder / "config.json", notes, f"{shown}config.json")
     rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
+    samples, written = read_both_samples(folder, shown, notes)
     return Run(
         name=name or folder.name,
         job=job or infer_job(config, rows),
@@ -311,7 +342,8 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
         rows=rows,
         evaluation=read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json"),
         cost=read_object(folder / "cost.json", notes, f"{shown}cost.json"),
-        samples=read_samples(folder / "samples.jsonl", notes, f"{shown}samples.jsonl"),
+        samples=samples,
+        written=written,
         artefact=read_object(
             folder / "adapters" / "policy" / "artefact.json",
             notes,

@@ -24,8 +24,8 @@ from perl_jax.evaluation.report.load import (
     tuning_name,
 )
 from perl_jax.evaluation.report.markup import Html, figure, join, section, table, tag, with_interval
-from perl_jax.runs import progress
 from perl_jax.runs.metrics import TIMING_PREFIX
+from perl_jax.runtime import progress
 
 POLICY_COLUMNS = {
     "gold_reward": "Gold reward",

@@ -1,0 +1,150 @@
+"""Lines of progress: when they are printed, what is on them, and lines within lines."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+
+from perl_jax.runtime import progress
+from perl_jax.runtime.progress import Progress
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class TestProgress:
+    def test_plain_lines_are_rare_but_first_and_last_are_there(self):
+        stream, clock = io.StringIO(), Clock()
+        with Progress("sft", 100, interval=10, stream=stream, clock=clock) as progress:
+            for step in range(1, 41):
+                progress.update(step, loss=1 / step)
+                clock.now += 0.5
+        lines = stream.getvalue().splitlines()
+        assert [line.split()[1] for line in lines] == ["1/100", "21/100", "40/100"]
+        assert lines[0] == "sft 1/100 (1%)  loss 1"
+        assert lines[1] == "sft 21/100 (21%)  2 steps/s  40 s left  loss 0.04762"
+
+    def test_rate_leaves_out_the_first_update(self):
+        stream, clock = io.StringIO(), Clock()
+        with Progress("rl", 10, start=4, interval=0, stream=stream, clock=clock) as progress:
+            clock.now += 60  # compilation
+            progress.update(5)
+            clock.now += 2
+            progress.update(6)
+        assert stream.getvalue().splitlines()[-1] == "rl 6/10 (60%)  2 s/step  8 s left"
+
+    def test_a_step_reported_twice_has_no_rate(self):
+        stream, clock = io.StringIO(), Clock()
+        with Progress("rl", 10, interval=0, stream=stream, clock=clock) as progress:
+            progress.update(1)
+            clock.now += 1
+            progress.update(1)
+        assert stream.getvalue().splitlines()[-1] == "rl 1/10 (10%)"
+
+    def test_terminal_shows_the_same_facts(self):
+        stream, clock = Terminal(), Clock()
+        with Progress("reward", 10, stream=stream, clock=clock) as progress:
+            progress.update(1, accuracy=0.5)
+            clock.now += 1
+            progress.update(10, accuracy=0.75)
+        assert "reward" in stream.getvalue()
+        assert "10/10" in stream.getvalue()
+        assert "accuracy 0.75" in stream.getvalue()
+
+    def test_durations(self):
+        assert [progress.duration(s) for s in (0.2, 59.6, 380, 7500)] == [
+            "0 s",
+            "1 min 00 s",
+            "6 min 20 s",
+            "2 h 05 min",
+        ]
+
+
+class TestInnerLines:
+    def test_an_inner_line_is_printed_only_in_silence(self):
+        stream, clock = io.StringIO(), Clock()
+        with Progress("rl", 10, interval=30, stream=stream, clock=clock) as line:
+            line.update(1)
+            with progress.activity("validating", 64) as inner:
+                clock.now += 20
+                inner.update(8)
+                clock.now += 20
+                inner.update(16)
+                clock.now += 20
+                inner.update(24)
+        assert stream.getvalue().splitlines() == [
+            "rl 1/10 (10%)",
+            "rl 1/10: validating 16/64 prompts",
+        ]
+
+    def test_a_call_that_blocks_is_reported_with_its_time(self):
+        stream, clock = io.StringIO(), Clock()
+        with (
+            Progress("rl", 10, interval=30, stream=stream, clock=clock) as line,
+            progress.activity("compiling learn"),
+        ):
+            clock.now += 29
+            line.beat()
+            assert stream.getvalue() == ""
+            clock.now += 61
+            line.beat()
+            line.beat()
+        assert stream.getvalue().splitlines() == ["rl 0/10: compiling learn (1 min 30 s)"]
+
+    def test_the_thread_reports_and_ends_with_its_line(self):
+        class Stream(io.StringIO):
+            def write(self, text):
+                printed.set()
+                return super().write(text)
+
+        printed, stream, before = threading.Event(), Stream(), threading.active_count()
+        with Progress("export", None, interval=0.02, stream=stream):
+            assert printed.wait(10)
+        assert stream.getvalue().startswith("export (0 s)")
+        for thread in threading.enumerate():
+            if getattr(thread, "_target", None) is not None and "beat" in repr(thread._target):
+                thread.join(10)
+        assert threading.active_count() <= before
+
+    def test_a_terminal_shows_the_inner_line_and_texts_above(self):
+        stream, clock = Terminal(), Clock()
+        with Progress("rl", 10, stream=stream, clock=clock) as line:
+            line.update(1, **{"validation reward": 0.25, "split": "test"})
+            with progress.activity("validating", 64) as inner:
+                inner.update(32)
+                line._live.refresh()
+                progress.say("a [sample] of step 0")
+        shown = stream.getvalue()
+        assert "validation reward 0.25" in shown and "split test" in shown
+        assert "validating" in shown and "32/64 prompts" in shown
+        assert "a [sample] of step 0" in shown
+
+    def test_batches_are_counted_by_their_rows(self):
+        stream, clock = io.StringIO(), Clock()
+        with Progress("evaluate", None, interval=0, stream=stream, clock=clock):
+            assert list(progress.counted("abc", "answering", 20, 8)) == ["a", "b", "c"]
+        assert stream.getvalue().splitlines() == [
+            f"evaluate: answering {done}/20 prompts" for done in (8, 16, 20)
+        ]
+
+    def test_an_error_closes_the_lines(self):
+        stream = io.StringIO()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Progress("rl", 10, stream=stream),
+            progress.activity("validating", 64),
+        ):
+            raise KeyboardInterrupt
+        assert progress._OPEN == []
