@@ -74,6 +74,6 @@ setup(
             "gcp-storage-emulator>=2026.7",
         ],
     },
-    entry_points={"console_scripts": ["perl-jax=perl_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["perl-jax=perl_jax.cli.start:start"]},
     classifiers=["Programming Language :: Python :: 3"],
 )

@@ -2,7 +2,7 @@
 
 import sys
 
-from perl_jax.cli.main import main
+from perl_jax.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

@@ -46,6 +46,14 @@ class Stopped(Exception):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised after Ctrl-C to a run with a folder, at the end of the step, which has been saved.
+
+    It is a KeyboardInterrupt, so that `except Exception` does not swallow it and a notebook stops
+    at its cell. The command line exits with status 130.
+    """
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `UserError(message)` if the condition is False."""
     if not condition:

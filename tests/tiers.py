@@ -85,6 +85,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_a_process_that_hangs_ends_the_others": EXHAUSTIVE,
         "test_a_process_whose_fellows_do_not_come_says_so": EXHAUSTIVE,
         "test_a_run_goes_on_in_another_layout": EXHAUSTIVE,
+        "test_ctrl_c_on_one_of_two_processes_saves_the_step_of_both": EXHAUSTIVE,
         "test_evaluation_and_best_of_n_see_all_rows": EXHAUSTIVE,
         "test_sigterm_saves_the_step_and_the_same_command_goes_on": EXHAUSTIVE,
         "test_sigterm_to_all_leaves_no_trace": EXHAUSTIVE,

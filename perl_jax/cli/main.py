@@ -21,7 +21,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("absl").setLevel(logging.ERROR)
 from perl_jax import __version__  # noqa: E402
 from perl_jax.cli.help import GROUPS, description  # noqa: E402
-from perl_jax.errors import Stopped, TrainingError, UserError, require  # noqa: E402
+from perl_jax.cli.interrupts import Interrupts  # noqa: E402
+from perl_jax.errors import (  # noqa: E402
+    Interrupted,
+    Stopped,
+    TrainingError,
+    UserError,
+    require,
+)
 from perl_jax.runtime import platforms  # noqa: E402
 
 platforms.use_cpu_if_no_accelerator()
@@ -224,9 +231,9 @@ def _failed(name: str, why: object, status: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
-    The statuses are: 0 success; 1 the run failed; 2 the user made an error; 130 interrupted from
-    the keyboard; 141 the reader of standard output has closed it; 143 stopped by SIGTERM, with the
-    state saved.
+    The statuses are: 0 success; 1 the run failed; 2 the user made an error; 130 stopped by Ctrl-C
+    (in a training loop with the state saved, unless it came twice); 141 the reader of standard
+    output has closed it; 143 stopped by SIGTERM, with the state saved.
 
     If one of several processes fails, it ends without returning. The other processes cannot
     continue without it, because they wait for it in collective operations.
@@ -249,17 +256,19 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    interrupts = Interrupts(name, resumes=name in GROUPS["Train"])
     try:
-        config_class, run = _command(name)
-        summary = (config_class.__doc__ or "").partition("Attributes:")[0]
-        config = tyro.cli(
-            config_class,
-            prog=f"perl-jax {name}",
-            description=description(name, inspect.cleandoc(summary)),
-            args=rest,
-        )
-        _connect(name)
-        _print_result(name, config, run(config))
+        with interrupts:
+            config_class, run = _command(name)
+            summary = (config_class.__doc__ or "").partition("Attributes:")[0]
+            config = tyro.cli(
+                config_class,
+                prog=f"perl-jax {name}",
+                description=description(name, inspect.cleandoc(summary)),
+                args=rest,
+            )
+            _connect(name)
+            _print_result(name, config, run(config))
     except UserError as error:
         return _failed(name, error, 2)
     except TrainingError as error:
@@ -267,8 +276,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as error:
         print(f"perl-jax {name}: {error}", file=sys.stderr)
         status = 143
+    except Interrupted as error:
+        print(f"perl-jax {name}: {error}", file=sys.stderr)
+        status = 130
     except KeyboardInterrupt:
-        return _failed(name, "stopped; the same command resumes from the last checkpoint.", 130)
+        return _failed(name, interrupts.sentence, 130)
     except BrokenPipeError:
         # The reader has closed the pipe, as `| head` does. Standard output is replaced, so that
         # nothing is flushed into the closed pipe at exit.

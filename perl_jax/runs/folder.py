@@ -239,9 +239,9 @@ def _said_of_steps(folder: pathlib.Path, before: Any, values: Mapping[str, Any],
     if schedule == "constant":
         return f"{said}."
     return (
-        f"{said}, with a {schedule} learning rate that reaches 0 at step {steps}: steps 1 to {done} "
-        f"had the rates of a run of {before} steps, so the numbers are not those of a run of "
-        f"{steps} steps from the start."
+        f"{said}, with a {schedule} learning rate that reaches 0 at step {steps}: steps 1 to "
+        f"{done} had the rates of a run of {before} steps, so the numbers are not those of a run "
+        f"of {steps} steps from the start."
     )
 
 

@@ -1,4 +1,4 @@
-"""Multi-process runs: communication between processes, and the end of a run by SIGTERM.
+"""Multi-process runs: communication between processes, and the end of a run by SIGTERM or Ctrl-C.
 
 Every process runs the same program on the same global arrays. With a single process, the functions
 of this module return their argument (or the obvious constant) without communication.
@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -108,7 +108,7 @@ def broadcast_json(value: Any) -> Any:
     if not is_distributed():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = all_gather(np.asarray(text.size))
+    sizes = all_gather(np.asarray(text.size)).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: text.size] = text
     return json.loads(all_gather(padded)[0][: int(sizes[0])].tobytes())
@@ -222,42 +222,56 @@ def share(sharding: NamedSharding) -> Share:
 
 
 class Termination:
-    """Context manager that records SIGTERM instead of ending the process; SIGINT works as usual.
+    """Context manager that records SIGTERM and Ctrl-C (SIGINT) instead of ending the process.
 
-    SIGTERM may come several times (Slurm sends it twice). Call `asked` at the end of a step. It is
-    a collective operation, so that all processes stop at the same step. Python runs the handler
-    between two instructions of the main thread: a SIGTERM during a long device program is recorded
-    when the program has ended.
+    SIGTERM may come several times (Slurm sends it twice). Ctrl-C after another Ctrl-C or SIGTERM
+    raises KeyboardInterrupt at once. A process that ignores SIGINT, as `nohup` makes it, goes on to
+    ignore it. Call `asked` at the end of a step. It is a collective operation, so that all
+    processes stop at the same step. Python runs the handler between two instructions of the main
+    thread: a signal during a long device program is recorded when the program has ended.
+
+    Attributes:
+        current: The context that records signals now; None: there is none.
     """
 
+    current: ClassVar[Termination | None] = None
+
     def __init__(self) -> None:
-        self.noted = False
-        self._before: Any = None
+        self.noted = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
         # Only the main thread can install handlers.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-            signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before = signal.getsignal(number) or signal.SIG_DFL
+                if before != signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, self._note)
+            Termination.current = self
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Handler of SIGTERM."""
-        self.noted = True
+        """Handler of both signals."""
+        if self.noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noted = max(self.noted, number)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._before:
+            Termination.current = None
+        for number, before in self._before.items():
+            signal.signal(number, before)
         if self.noted and kind is None:
-            # SIGTERM came after the end of the last step: deliver it now.
-            signal.raise_signal(signal.SIGTERM)
+            # The signal came after the end of the last step: deliver it now.
+            signal.raise_signal(self.noted)
 
-    def asked(self) -> bool:
-        """Returns whether any process has received SIGTERM so far.
+    def asked(self) -> int:
+        """Returns the signal that any process has received so far; 0: none has received any.
 
-        All processes must call this method at the same step.
+        SIGTERM goes before SIGINT. All processes must call this method at the same step.
         """
-        return any_process(self.noted)
+        return int(all_gather(np.asarray(self.noted)).max())
 
 
 def to_host(tree: Tree) -> Tree:

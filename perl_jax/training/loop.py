@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from perl_jax.data.pipeline import BatchIterator
-from perl_jax.errors import Stopped, TrainingError, require
+from perl_jax.errors import Interrupted, Stopped, TrainingError, require
 from perl_jax.runs import shown
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.folder import begin as begin_run
@@ -210,6 +211,7 @@ def train(
         TrainingError: For NaN or infinity; the last good checkpoint stays.
         Stopped: After SIGTERM to any process of a run with a folder, at the end of the step, which
             is saved.
+        Interrupted: Likewise after Ctrl-C; a second Ctrl-C raises KeyboardInterrupt at once.
     """
     folder = None if run is None else run.folder
     if folder is None:
@@ -235,7 +237,7 @@ def train(
         if folder is not None and writes:
             writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
             samples = SamplesWriter(folder, start)
-        # Without a folder there is nothing to save, and SIGTERM stays what it was.
+        # Without a folder there is nothing to save, and signals stay what they were.
         termination = None if folder is None else Termination()
         profile = Profile(pathlib.Path(folder or ".") / "profile", config.profiled)
         numbers = ShownNumbers(loop.shown)
@@ -261,8 +263,8 @@ def train(
                     elif sample is not None:
                         keep_samples(loop, samples, step, sample(state))
                 writer.write(step, row)
-                stop = termination is not None and termination.asked()
-                due = stop or last or step % config.checkpoint_every == 0
+                stop = 0 if termination is None else termination.asked()
+                due = bool(stop) or last or step % config.checkpoint_every == 0
                 if due or (validated and loop.best):
                     writer.sync()
                     cursor = {"cursor": loop.batches.get_state()}
@@ -275,10 +277,7 @@ def train(
                     if on_step is not None:
                         on_step(encoded)
                 if stop:
-                    raise Stopped(
-                        f"stopped by SIGTERM after step {step}, which is saved; the same command "
-                        "resumes from there."
-                    )
+                    raise stopped(stop, step)
         if loop.best is not None:
             state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
     if folder is not None and writes:
@@ -328,6 +327,19 @@ def keep_samples(loop: Loop, samples: Any, step: int, made: list[dict[str, Any]]
     samples.write(step, made)
     if loop.show_samples and made:
         progress.say(shown.sample_text(loop.job, step, made[: loop.show_samples]))
+
+
+def stopped(number: int, step: int) -> BaseException:
+    """Returns the error that ends a run after a signal, when the step has been saved.
+
+    Args:
+        number: The signal: SIGTERM or SIGINT.
+        step: The step.
+    """
+    error, name = (Interrupted, "Ctrl-C") if number == signal.SIGINT else (Stopped, "SIGTERM")
+    return error(
+        f"stopped by {name} after step {step}, which is saved; the same command resumes from there."
+    )
 
 
 def _require_no_files(config: TrainingConfig) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -20,6 +23,7 @@ from perl_jax.runs.metrics import read_metrics
 from tests import small
 from tests.paths import ORDERS
 
+ROOT = pathlib.Path(__file__).parents[2]
 WORDS = ["good", "bad", "fine", "tea", "coffee", "please", "yes", "no", "thanks"]
 JOBS = list(command.COMMANDS)
 
@@ -143,8 +147,51 @@ def test_ctrl_c_has_status_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_report", stop)
-    status, error = failure(capsys, "report", "x")
-    assert status == 130 and "the same command resumes from the last checkpoint" in error
+    assert failure(capsys, "report", "x") == (130, "perl-jax report: stopped by Ctrl-C.\n")
+    monkeypatch.setitem(command.GROUPS, "Train", ("report",))
+    assert failure(capsys, "report", "x") == (
+        130,
+        "perl-jax report: stopped by Ctrl-C; the same command resumes from the last checkpoint.\n",
+    )
+
+
+# Blocks the main thread in C for minutes, where no handler of Python's runs.
+BLOCKED = """
+import hashlib, os, signal, sys, threading
+from perl_jax.cli import interrupts, start
+from perl_jax.cli import main as command
+from perl_jax.runtime import hosts
+
+interrupts.GRACE = 0.2
+
+def block(config):
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.6, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with hosts.Termination():
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+
+command._report = block
+sys.argv[1:] = ["report", "x"]
+sys.exit(start.start())
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_a_loop_that_does_not_return_to_python():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == (
+        "perl-jax report: this step is finished and saved first; Ctrl-C again ends at once.\n"
+        "perl-jax report: stopped by Ctrl-C.\n"
+    )
 
 
 # Folders and files.

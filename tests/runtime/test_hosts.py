@@ -238,6 +238,7 @@ def test_alone_everything_is_as_it_was():
     share = sharding.row_share(mesh)
     assert share == Share(0, 1, (0,)) and share.leads
     np.testing.assert_array_equal(share.gather(x), x)
+    assert hosts.broadcast_json({"a": "é"}) == {"a": "é"}
     hosts.barrier("nobody")
     connecting.disconnect()
 
@@ -284,6 +285,8 @@ def two_processes() -> None:
     )
     assert hosts.any_process(index == 1) and not hosts.any_process(False)
     assert hosts.broadcast_flag(index == 0) and not hosts.broadcast_flag(index == 1)
+    # Of other lengths on the processes.
+    assert hosts.broadcast_json({"a": [1, None, "é" * (1 + 7 * index)]}) == {"a": [1, None, "é"]}
     share = sharding.row_share(mesh)
     assert share == Share(index, 2, (0, 1)) and share.leads
     rows = np.arange(16).reshape(8, 2)

@@ -8,6 +8,7 @@ gloo in another, so that numbers differ in their last bits, and grow apart as tr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,8 +24,10 @@ import numpy as np
 import pytest
 
 from perl_jax.cli import main as command
-from perl_jax.errors import Stopped
+from perl_jax.errors import Interrupted, Stopped
 from perl_jax.training import commands, loop
+from perl_jax.training.configs import SFTConfig
+from perl_jax.training.sft import train_sft
 from tests.paths import ORDERS
 from tests.training import tiny
 from tests.training.processes import PATIENCE, ROOT, Limit, settings, steps_done
@@ -492,23 +495,57 @@ def test_sigterm_in_one_process(base, tmp_path, monkeypatch, capsys):
     assert_same_runs(tmp_path / "whole", tmp_path / "parts", ("policy",), tiny.open_model(base))
 
 
-def test_a_second_signal(base, tmp_path, monkeypatch):
-    """Another SIGTERM changes nothing, because clusters send several; SIGINT ends the run at
-    once.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    for second, error, saved in (
-        (signal.SIGTERM, Stopped, [1]),
-        (signal.SIGINT, KeyboardInterrupt, []),
-    ):
-        with monkeypatch.context() as patch:
-            signal_at(patch, 1, signal.SIGTERM, second)
-            with pytest.raises(error):
-                commands.run_sft(tiny.sft_config(tmp_path / str(second), base))
-        assert signal.getsignal(signal.SIGTERM) == before
-        assert [
-            int(path.name) for path in (tmp_path / str(second) / "checkpoints").glob("[0-9]*")
-        ] == saved
+@pytest.mark.parametrize(
+    ("numbers", "error", "saved"),
+    [
+        # Another SIGTERM changes nothing, because clusters send several.
+        ((signal.SIGTERM, signal.SIGTERM), Stopped, [1]),
+        ((signal.SIGINT,), Interrupted, [1]),
+        ((signal.SIGINT, signal.SIGTERM), Stopped, [1]),
+        # Ctrl-C after either ends the run at once.
+        ((signal.SIGTERM, signal.SIGINT), KeyboardInterrupt, []),
+        ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt, []),
+    ],
+)
+def test_signals_save_the_step_and_ctrl_c_again_ends_it(
+    numbers, error, saved, base, tmp_path, monkeypatch
+):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, *numbers)
+        with pytest.raises(error) as ended:
+            commands.run_sft(tiny.sft_config(tmp_path / "run", base))
+    assert ended.type is error
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    steps = (tmp_path / "run" / "checkpoints").glob("[0-9]*")
+    assert [int(path.name) for path in steps] == saved
+
+
+def test_ctrl_c_without_a_folder_is_that_of_python(base, monkeypatch):
+    signal_at(monkeypatch, 1, signal.SIGINT)
+    model, rows = tiny.open_model(base), [{"prompt": "a", "response": "b"}] * 8
+    config = tiny.sft_config("-", base)
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    settings = {name: value for name, value in vars(config).items() if name in fields}
+    with pytest.raises(KeyboardInterrupt) as ended:
+        train_sft(model, rows, SFTConfig(**settings))
+    assert ended.type is KeyboardInterrupt
+
+
+def test_ctrl_c_on_one_of_two_processes_saves_the_step_of_both(base, tmp_path):
+    arguments = ("--model", base, *SETTINGS)
+    with started("sft", tmp_path / "run", arguments) as processes:
+        processes.wait_for_step(2)
+        processes.processes[0].send_signal(signal.SIGINT)
+        processes.wait(130)
+        step = last_checkpoint(tmp_path / "run")
+        said = (
+            f"perl-jax sft: stopped by Ctrl-C after step {step}, which is saved; the same command "
+            "resumes from there."
+        )
+        first = "perl-jax sft: this step is finished and saved first; Ctrl-C again ends at once."
+        assert processes.sentences(0) == [first, said] and processes.sentences(1) == [said]
+    assert steps_done(tmp_path / "run") == step < STEPS
 
 
 # Refused.
