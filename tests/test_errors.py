@@ -141,7 +141,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path):
     with pytest.raises(UserError, match="/dev/zero is a device; it must be a file"):
         files.read_json(pathlib.Path("/dev/zero"))
     (tmp_path / "loop.json").symlink_to("loop.json")
-    with pytest.raises(UserError, match=r"loop\.json cannot be read: Too many levels"):
+    with pytest.raises(UserError, match=r"loop\.json cannot be read: its symbolic links"):
         files.read_json(tmp_path / "loop.json")
     with open(tmp_path / "large.json", "wb") as file:
         file.truncate(2**40)

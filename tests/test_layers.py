@@ -58,6 +58,39 @@ CALLS_ALLOWED: dict[str, set[str]] = {
 # Of these objects the forbidden names are attributes too (`builtins.eval`); `nnx.eval` is not.
 FORBIDDEN_CALL_OWNERS = {"builtins", "importlib"}
 
+# Files are read and written through `perl_jax/runtime/files.py`, which turns the faults of disks
+# and buckets into sentences: nothing else calls these functions of modules,
+FILE_MODULES = {"shutil", "tempfile", "glob"}
+FILE_FUNCTIONS = {
+    "os": {
+        *("replace", "rename", "remove", "unlink", "makedirs", "mkdir", "rmdir", "listdir"),
+        *("walk", "scandir", "open", "stat"),
+    },
+    "io": {"open"},
+    "pathlib": {"Path", "PurePath"},
+    "epath": {"Path"},
+}
+# or these methods of paths.
+FILE_METHODS = {
+    *("read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "unlink", "rmdir"),
+    *("rename", "rmtree", "iterdir", "glob", "rglob", "touch", "exists", "is_file", "is_dir"),
+}
+FILE_DOORS = {f"runtime/{name}.py" for name in ("files", "outputs", "scratch", "buckets", "faults")}
+# Files that may make such a call after all, and why.
+FILE_CALLS_ALLOWED: dict[str, set[str]] = {
+    "cli/main.py": {"os.open"},  # standard output becomes the null device
+    "runtime/platforms.py": {"glob.glob"},  # the devices of accelerators
+    "data/store.py": {"pathlib.Path"},  # the cache of prepared rows, on this host's disk
+    "data/tasks.py": {"pathlib.Path", "is_file"},  # the Python file of a task
+    "rewards/worker.py": {"os.open", "pathlib.Path"},  # the Python file of a reward
+    "runs/environment.py": {"Path"},  # the package's own folder
+    "runs/provenance.py": {"pathlib.Path", "is_file"},  # the Python file of a reward
+    "runs/metrics.py": {"open"},  # lines are appended
+    # The lock of a folder on a disk.
+    "runs/owner.py": {"os.open", "os.stat", "pathlib.Path", "exists", "is_dir", "mkdir", "rmdir"}
+    | {"unlink"},
+}
+
 
 def room_of(dotted: list[str]) -> str | None:
     """The room of a module given without `perl_jax`; [] is the package itself.
@@ -126,6 +159,24 @@ def call_problems(tree: ast.AST, allowed: set[str]) -> Iterator[str]:
             yield f"line {node.lineno} calls getattr with a name that is not written out"
 
 
+def file_problems(tree: ast.AST, allowed: set[str]) -> Iterator[str]:
+    """Calls that read, write or look for files past `perl_jax.runtime.files`."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function, name = node.func, ""
+        if isinstance(function, ast.Name):
+            name = function.id if function.id == "open" else ""
+        elif isinstance(function, ast.Attribute):
+            owner = function.value.id if isinstance(function.value, ast.Name) else ""
+            if owner in FILE_MODULES or function.attr in FILE_FUNCTIONS.get(owner, ()):
+                name = f"{owner}.{function.attr}"
+            elif owner != "files" and function.attr in FILE_METHODS:
+                name = function.attr
+        if name and name not in allowed:
+            yield f"line {node.lineno} calls {name}: use perl_jax.runtime.files"
+
+
 def is_plain_getattr(node: ast.Call) -> bool:
     """`getattr(x, "name")`, or `getattr(self, field)`, which cannot reach into a module."""
     on_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == "self"
@@ -142,7 +193,10 @@ def problems(source: str, path: Path, root: Path) -> list[str]:
     if importer not in ROOMS:
         found.append(f"{importer} is no room: add it to ROOMS")
     found += import_problems(importer, absolute_imports(tree, module, is_package))
-    found += call_problems(tree, CALLS_ALLOWED.get(path.relative_to(root).as_posix(), set()))
+    name = path.relative_to(root).as_posix()
+    found += call_problems(tree, CALLS_ALLOWED.get(name, set()))
+    if name not in FILE_DOORS:
+        found += file_problems(tree, FILE_CALLS_ALLOWED.get(name, set()))
     return [f"{path.relative_to(root)}: {problem}" for problem in found]
 
 
@@ -219,6 +273,13 @@ BAD = {
         ("import importlib\nimportlib.import_module('torch')", "calls import_module"),
         ("__import__('torch')", "calls __import__"),
         ("import jax\nname = 'jit'\ngetattr(jax, name)", "calls getattr"),
+        ("with open(path) as file:\n    file.read()", "calls open"),
+        ("import os\nos.replace(a, b)", "calls os.replace"),
+        ("import shutil\nshutil.rmtree(folder)", "calls shutil.rmtree"),
+        ("import glob\nglob.glob('*')", "calls glob.glob"),
+        ("import pathlib\npathlib.Path(name)", "calls pathlib.Path"),
+        ("(folder / 'a').read_text()", "calls read_text"),
+        ("folder.exists()", "calls exists"),
     ],
     "models/__init__.py": [("from ..data import tasks", "higher room data")],
     "models/vision/tower.py": [("from ...data import tasks", "higher room data")],
@@ -256,6 +317,8 @@ nnx.eval(x)
 model.eval()
 length = getattr(config, "head_dim", None)
 value = getattr(self, field)
+there = files.exists(folder) and task.open(kind)
+name = text.replace("a", "b")
 version = importlib.metadata.version("jax")
 """
 

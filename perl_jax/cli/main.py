@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import logging
 import os
-import pathlib
 import sys
 import traceback
 import warnings
@@ -47,12 +46,12 @@ class ReportConfig:
     run: tyro.conf.Positional[str]
 
 
-def _report(config: ReportConfig) -> pathlib.Path:
+def _report(config: ReportConfig) -> str:
     """Writes report.html into the folder `config.run`; returns the page's path."""
     # Imported for this command alone, because Matplotlib takes long to import.
     from perl_jax.evaluation.report import write_report
 
-    return write_report(pathlib.Path(config.run))
+    return write_report(config.run)
 
 
 def _plan(config: Any) -> None:
@@ -75,9 +74,7 @@ def _plan(config: Any) -> None:
         print(text.describe(plans[0]))
     if config.json is not None:
         values = [command.as_json(plan) for plan in plans]
-        files.write_json(
-            pathlib.Path(config.json).expanduser(), values if config.search else values[0]
-        )
+        files.write_json(config.json, values if config.search else values[0])
 
 
 def _command(name: str) -> tuple[type, Callable[[Any], Any]]:
@@ -141,7 +138,7 @@ def _print_result(name: str, config: Any, result: Any) -> None:
             what, path = "evaluation", result / "evaluation.json"
         case "best-of":
             what = ", ".join(f"{measure} {value:.4g}" for measure, value in result.items())
-            path = pathlib.Path(config.output)
+            path = config.output
         case "export":
             note = f" ({result.note})" if result.note else ""
             what = (

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from perl_jax.data.store import (
     part_of,
 )
 from perl_jax.errors import UserError, is_number, require
-from perl_jax.runtime.files import file_hash
+from perl_jax.runtime import files
 
 # The largest number that the float32 arrays of a batch can hold.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -34,7 +33,7 @@ RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
 
 def read_jsonl(
-    path: pathlib.Path, fields: Sequence[str], others: bool = False
+    path: files.PathLike, fields: Sequence[str], others: bool = False
 ) -> list[dict[str, Any]]:
     """Returns the rows of a JSON Lines file. Blank lines are skipped.
 
@@ -60,7 +59,7 @@ def read_jsonl(
 
 
 def numbered_rows(
-    path: pathlib.Path, fields: Sequence[str], others: bool = False
+    path: files.PathLike, fields: Sequence[str], others: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
     """Returns (number of the line from 1, row) for each row of a file; several rows of a ranking
     have the same number.
@@ -73,11 +72,8 @@ def numbered_rows(
     Raises:
         UserError: The file cannot be read or has no rows, or a line is wrong (`read_jsonl`).
     """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    path = files.path_of(path)
+    lines = files.read_bytes(path).split(b"\n")
     numbered = enumerate(lines, start=1)
     rows = [
         (number, row)
@@ -291,7 +287,7 @@ def split_of(text: str) -> str:
     return part_of(text, TENTHS)
 
 
-def find(config: DataConfig) -> pathlib.Path:
+def find(config: DataConfig) -> files.Path:
     """Returns the file or folder of the user's rows, `config.data_dir`.
 
     Raises UserError if it is not given or does not exist.
@@ -301,8 +297,8 @@ def find(config: DataConfig) -> pathlib.Path:
             "The task jsonl needs --data.data-dir: a .jsonl file, or a folder of them; --data.task "
             "PATH.py:NAME names another task."
         )
-    path = pathlib.Path(config.data_dir).expanduser()
-    require(path.exists(), f"There is no file or folder {path}.")
+    path = files.path_of(config.data_dir)
+    require(files.exists(path), f"There is no file or folder {path}.")
     return path
 
 
@@ -331,12 +327,13 @@ class JsonlBuilder(RowsBuilder):
         Raises UserError if there is none.
         """
         path = find(config)
-        files = [path] if path.is_file() else [path / f"{split}.jsonl" for split in SPLITS]
-        found = {file.name: file_hash(file) for file in files if file.is_file()}
+        single = files.is_file(path)
+        given = [path] if single else [path / f"{split}.jsonl" for split in SPLITS]
+        found = {file.name: files.file_hash(file) for file in given if files.is_file(file)}
         require(
             bool(found), f"{path} holds none of {', '.join(f'{split}.jsonl' for split in SPLITS)}."
         )
-        return [path.is_file(), found]
+        return [single, found]
 
     @classmethod
     def rows(cls, kind: str, split: str, config: DataConfig) -> Iterator[dict]:
@@ -368,7 +365,7 @@ class JsonlBuilder(RowsBuilder):
     @classmethod
     def _numbered(
         cls, kind: str, split: str, config: DataConfig
-    ) -> Iterator[tuple[pathlib.Path, int, dict]]:
+    ) -> Iterator[tuple[files.Path, int, dict]]:
         """Returns an iterator over (file, number of the line from 1, row) for each row of a split.
 
         Args:
@@ -377,7 +374,7 @@ class JsonlBuilder(RowsBuilder):
             config: `data_dir` names the file or the folder.
         """
         path, fields, others = find(config), KINDS[kind], kind in OPEN
-        if path.is_file():
+        if files.is_file(path):
             return (
                 (path, line, row)
                 for line, row in numbered_rows(path, fields, others)
@@ -386,5 +383,5 @@ class JsonlBuilder(RowsBuilder):
         file = path / f"{split}.jsonl"
         return (
             (file, line, row)
-            for line, row in (numbered_rows(file, fields, others) if file.is_file() else [])
+            for line, row in (numbered_rows(file, fields, others) if files.is_file(file) else [])
         )

@@ -15,8 +15,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +23,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from perl_jax.errors import UserError, one_of, require
+from perl_jax.runtime import files
+from perl_jax.runtime.faults import explained
 from perl_jax.runtime.files import digest, file_hash
+from perl_jax.runtime.outputs import scratch_folder
 
 if TYPE_CHECKING:  # rows are read without JAX, which the module of configs imports
     from perl_jax.data.config import DataConfig
@@ -273,8 +274,8 @@ def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathli
 
     The folder's name contains the fingerprint of its rows, so outdated rows are never read. The
     folder is written under a temporary name and renamed when it is complete. A process that is
-    killed leaves only a `.preparing-*` folder, which nothing reads. If two processes write at the
-    same time, both use the folder that is renamed first.
+    killed leaves only such a temporary folder, which nothing reads and the next one deletes. If two
+    processes write at the same time, both use the folder that is renamed first.
 
     Args:
         builder: Writes the rows.
@@ -285,23 +286,21 @@ def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathli
         UserError: There are no rows of the kind.
     """
     final = cache_folder() / f"{builder.name}-{kind}-{fingerprint(builder, kind, config)}"
-    if final.is_dir():
+    if files.is_folder(final):
         return final
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    files.make_folder(cache_folder())
     tfds.disable_progress_bar()
-    temporary = tempfile.mkdtemp(prefix=f".preparing-{final.name}-", dir=cache_folder())
-    try:
+    with scratch_folder(final) as temporary, explained(cache_folder(), "written"):
         # TFDS prints its progress to standard output, which is kept for the command's results.
         with contextlib.redirect_stdout(io.StringIO()):
-            builder(config, data_dir=temporary, config=kind).download_and_prepare(
+            builder(config, data_dir=str(temporary), config=kind).download_and_prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
-        os.rename(temporary, final)
-    except OSError:
-        if not final.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            files.move(temporary, final)
+        except UserError:
+            if not files.is_folder(final):
+                raise
     return final
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import pathlib
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
 
 from perl_jax.errors import UserError, require
+from perl_jax.runtime import files
 from perl_jax.runtime.files import read_json
 
 TIMEOUT_SECONDS = 60
@@ -34,7 +33,7 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
             .zip) or no JSON (for any other name).
     """
     target = folder / name
-    if target.exists():
+    if files.exists(target):
         return target
     url = f"{base_url}/{name}"
     try:
@@ -52,11 +51,7 @@ def fetch(base_url: str, name: str, folder: pathlib.Path) -> pathlib.Path:
             f"{url} did not give valid {kind} ({error}); try again, or give a local copy "
             "(data_dir)."
         ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".part-", dir=target.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(body)
-    os.replace(temporary, target)
+    files.write_bytes(target, body)
     return target
 
 
@@ -79,7 +74,7 @@ def check(name: str, body: bytes) -> None:
         raise ValueError(f"{broken} in it is damaged")
 
 
-def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
+def local_files(data_dir: str, folder: str) -> list[files.Path]:
     """Returns the .json files in a folder of a local copy, sorted.
 
     Args:
@@ -89,8 +84,8 @@ def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
     Raises:
         UserError: There is no such file.
     """
-    path = pathlib.Path(data_dir).expanduser() / folder
-    found = sorted(path.glob("*.json"))
+    path = files.path_of(data_dir) / folder
+    found = files.listing(path, "*.json")
     require(
         bool(found),
         f"There are no .json files in {path}; data_dir must name a copy of the upstream folder.",
@@ -98,7 +93,7 @@ def local_files(data_dir: str, folder: str) -> list[pathlib.Path]:
     return found
 
 
-def read_lists(paths: Sequence[pathlib.Path]) -> list[dict]:
+def read_lists(paths: Sequence[files.PathLike]) -> list[dict]:
     """Returns the objects of JSON files that each contain a list of objects, in order.
 
     Raises UserError if a file contains anything else.

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -153,9 +152,9 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
 
     Raises UserError if the output file exists, or if all best responses are empty.
     """
-    output = pathlib.Path(config.output).expanduser()
+    output = files.path_of(config.output)
     errors.require(
-        not hosts.broadcast_flag(output.exists()),
+        not hosts.broadcast_flag(files.exists(output)),
         f"{output} exists already; give --output a file that does not.",
     )
     terms = compose.read_terms(config.terms)
@@ -167,7 +166,6 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     )
     errors.require(bool(written), nothing)
     if hosts.is_writer():
-        output.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(
             output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
         )

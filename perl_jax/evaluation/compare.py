@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -290,9 +289,7 @@ def sample_rows(
     ]
 
 
-def _is_current(
-    path: pathlib.Path, config: Mapping[str, Any], now: provenance.Fingerprints
-) -> bool:
+def _is_current(path: files.Path, config: Mapping[str, Any], now: provenance.Fingerprints) -> bool:
     """Returns whether the evaluation at `path` was made with these settings from these inputs.
 
     Returns False if there is no evaluation, or if an input cannot be read.
@@ -302,14 +299,14 @@ def _is_current(
         config: The settings as a dictionary.
         now: The fingerprints of the inputs as they are now; None where an input cannot be read.
     """
-    if not path.exists() or None in now.values():
+    if not files.exists(path) or None in now.values():
         return False
     found = files.read_json(path)
     return found.get("config") == config and found.get("stands") == now
 
 
 @holding(run_of_config)
-def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
+def run_evaluate(config: EvaluateConfig) -> files.Path:
     """Runs the comparison, writes evaluation.json and evaluation_samples.jsonl, and returns the
     run's folder.
 
@@ -317,7 +314,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
     policies, rewards and prompts, compared by content). Raises UserError for artefacts, rows or
     settings that do not fit the model.
     """
-    folder = pathlib.Path(config.run)
+    folder = files.path_of(config.run)
     path = folder / "evaluation.json"
     now = provenance.fingerprints("evaluate", config)
     if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
@@ -378,7 +375,7 @@ def run_evaluate(config: EvaluateConfig) -> pathlib.Path:
 
 
 def _write(
-    folder: pathlib.Path,
+    folder: files.Path,
     config: EvaluateConfig,
     results: dict[str, Any],
     samples: Sequence[Mapping[str, Any]],
@@ -394,12 +391,12 @@ def _write(
         results: The content of evaluation.json.
         samples: The rows of evaluation_samples.jsonl.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
+    files.make_folder(folder)
+    if not files.exists(folder / "config.json"):
         settings = {"job": "evaluate", **files.to_dict(config)}
         files.write_json(folder / "config.json", {"config": settings, "environment": environment()})
     lines = [json.dumps(row) + "\n" for row in samples]
     files.write_atomically(folder / EVALUATION_SAMPLES_NAME, "".join(lines))
     path = folder / "evaluation.json"
-    before = files.read_json(path) if path.exists() else {}
+    before = files.read_json(path) if files.exists(path) else {}
     files.write_json(path, before | results)

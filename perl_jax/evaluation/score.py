@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,7 +97,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     encoded or are too long.
     """
     numbers, rows = zip(
-        *numbered_rows(pathlib.Path(config.input), ("prompt", "response")), strict=True
+        *numbered_rows(files.path_of(config.input), ("prompt", "response")), strict=True
     )
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
@@ -166,4 +165,4 @@ def run_score(config: ScoreConfig) -> None:
     if config.output is None:
         print(lines, end="")
     else:
-        files.write_atomically(pathlib.Path(config.output), lines)
+        files.write_atomically(files.path_of(config.output), lines)

@@ -5,8 +5,6 @@ elsewhere.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,9 +18,14 @@ from perl_jax.errors import UserError, one_of, require, shown
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, hosts, trees
+from perl_jax.runtime.faults import explained
 from perl_jax.runtime.storage import changed_leaves, hide_unretrieved_errors, short_message
 
 RECORD = "artefact.json"
+# Names of the tree's folder. An artefact that replaces another one has the other's other name.
+_TREES = ("tree", "tree.2")
+# Endings of the folders that earlier versions wrote beside an artefact, and left when killed.
+_EARLIER = (".tmp", ".old")
 
 
 # Format 2 added checksums, and fingerprints that cover every setting that affects outputs.
@@ -126,55 +129,63 @@ def base_fingerprint(config: ModelConfig, weights: str) -> str:
     return files.digest([weights, config.function])
 
 
-def save_artefact(folder: pathlib.Path, adapter: Adapter, record: Record) -> None:
-    """Writes an artefact: `tree/` (Orbax) and `artefact.json`. The folder appears complete or not
-    at all.
+def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
+    """Writes an artefact: first the tree (Orbax), then `artefact.json`, whose presence shows that
+    the artefact is complete.
 
-    An existing artefact in the folder is replaced. With several processes all must call this
-    function: each writes the parts of the tree that it alone holds, the first writes the rest, and
-    all return when the artefact is complete. `artefact.json` contains a digest of each leaf as it
-    is in memory, and a checksum of the file.
+    A folder without that file is no artefact and is overwritten. An existing artefact is replaced:
+    the new tree is written beside the old one, `artefact.json` is replaced in one step, and
+    everything else in the folder is deleted. So a process that is killed leaves the old artefact or
+    the new one, on a disk and in a bucket.
+
+    With several processes all must call this function: each writes the parts of the tree that it
+    alone holds, the first writes the rest, and all return when the artefact is complete.
+    `artefact.json` contains a digest of each leaf as it is in memory, and a checksum of the file.
 
     Args:
         folder: The artefact's folder.
         adapter: The role.
         record: Its record; the format is set to `FORMAT`.
+
+    Raises:
+        FileError: The folder cannot be written.
     """
     content = trees.digests(adapter)
-    temporary = folder.with_name(folder.name + ".tmp")
+    target = files.absolute(folder)
+    tree = _TREES[hosts.broadcast_flag(_tree_of(target) == _TREES[0])]
     if hosts.is_writer():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        files.make_folder(target)
+        files.remove(target / tree)
     hosts.barrier("artefact begun")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((temporary / "tree").absolute(), adapter)
+    with explained(folder, "written"), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(target / tree, adapter)
     if hosts.is_writer():
-        values = dataclasses.replace(record, format=FORMAT)
+        values = files.to_dict(dataclasses.replace(record, format=FORMAT))
+        # Read by earlier versions too, if the tree has its first name.
+        named = {} if tree == _TREES[0] else {"tree": tree}
         files.write_json(
-            temporary / RECORD, files.with_checksum({**files.to_dict(values), "digests": content})
+            target / RECORD, files.with_checksum({**values, **named, "digests": content})
         )
-        _put_in_place(temporary, folder)
+        for path in files.listing(target):
+            if path.name not in (RECORD, tree):
+                files.remove(path)
+        if not files.is_remote(target):
+            for ending in _EARLIER:
+                files.remove(target.with_name(target.name + ending))
     hosts.barrier("artefact written")
 
 
-def _put_in_place(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames a complete artefact to its final name; replaces an existing one.
-
-    Args:
-        temporary: The complete folder.
-        folder: Its final name.
-    """
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+def _tree_of(folder: files.Path) -> str | None:
+    """Returns the name of the folder of an artefact's tree; None if there is no such artefact."""
+    if not files.exists(folder / RECORD):
+        return None
+    try:
+        return _read_record(folder)[2]
+    except UserError:
+        return None
 
 
-def read_record(folder: pathlib.Path) -> Record:
+def read_record(folder: files.Path) -> Record:
     """Returns the record of an artefact.
 
     Raises UserError if the folder holds none, its format is unknown, or the record is damaged.
@@ -182,14 +193,15 @@ def read_record(folder: pathlib.Path) -> Record:
     return _read_record(folder)[0]
 
 
-def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
-    """Returns (record, digests of the tree's leaves by name); the digests are None in format 1.
+def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str]:
+    """Returns (record, digests of the tree's leaves by name, name of the tree's folder); the
+    digests are None in format 1.
 
     Raises UserError if the folder holds no artefact, its format is unknown, or the record is
     damaged.
     """
     path = folder / RECORD
-    require(path.exists(), f"{folder} is not an artefact: there is no {RECORD} in it.")
+    require(files.exists(path), f"{folder} is not an artefact: there is no {RECORD} in it.")
     values = files.read_json(path)
     require(isinstance(values, dict), f"{path} does not hold a JSON object.")
     found = values.get("format")
@@ -209,25 +221,23 @@ def _read_record(folder: pathlib.Path) -> tuple[Record, dict[str, str] | None]:
         isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
     )
     require(good, f"{path}.digests is {shown(content)}; it must be an object of texts.")
-    return files.from_dict(Record, values, str(path)), content
+    tree = values.pop("tree", _TREES[0])
+    require(tree in _TREES, f"{path} names the folder {tree!r} for its tree.")
+    return files.from_dict(Record, values, str(path)), content, tree
 
 
-def content_of(folder: pathlib.Path) -> Any:
+def content_of(folder: files.Path) -> Any:
     """Returns a JSON value that identifies an artefact's content: [record, digests, file hashes].
 
     The digests of the tree's leaves are None in an artefact of format 1, which has none; then
     hashes of all its files by name replace them. Otherwise the file hashes are None. Raises
     UserError if the folder holds no artefact.
     """
-    record, content = _read_record(folder)
+    record, content, _ = _read_record(folder)
     hashes = (
         None
         if content is not None
-        else {
-            str(path.relative_to(folder)): files.file_hash(path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        else {name: files.file_hash(folder / name) for name in files.tree(folder)}
     )
     return [files.to_dict(record), content, hashes]
 
@@ -270,7 +280,7 @@ def abstract_adapter(
 
 
 def load_artefact(
-    folder: pathlib.Path,
+    folder: files.Path,
     lm: LanguageModel,
     *,
     weights: str,
@@ -293,7 +303,7 @@ def load_artefact(
         UserError: The artefact belongs to another base or has another role, a reward or value model
             has no head, or the tree does not fit its record or is damaged.
     """
-    record, content = _read_record(folder)
+    record, content, tree = _read_record(folder)
     base = weights if record.format == 1 else base_fingerprint(lm.config, weights)
     require(
         record.base_fingerprint == base,
@@ -323,7 +333,7 @@ def load_artefact(
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            adapter = checkpointer.restore((folder / "tree").absolute(), abstract)
+            adapter = checkpointer.restore(files.absolute(folder) / tree, abstract)
     # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
         if hosts.is_peer_failure(error):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from perl_jax.adapters import combine
 from perl_jax.errors import require
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import TemplateOptions, load_model
-from perl_jax.runtime.files import new_folder
+from perl_jax.runtime import files
+from perl_jax.runtime.outputs import new_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class AverageConfig(TemplateOptions):
         self.check_forward("average")
 
 
-def run_average(config: AverageConfig) -> pathlib.Path:
+def run_average(config: AverageConfig) -> files.Path:
     """Writes the weighted sum of adapters as an artefact and returns its folder.
 
     The mean and the standard deviation that normalise reward models' scores are summed with the
@@ -52,7 +52,7 @@ def run_average(config: AverageConfig) -> pathlib.Path:
         len(weights) == number,
         f"There are {number} adapters and {len(weights)} weights; give one weight for each.",
     )
-    with new_folder(config.to) as written:
+    with new_folder(config.to, artefacts.RECORD) as written:
         model = load_model(config)
         adapters, records = zip(*map(model.load_role, config.adapters), strict=True)
         roles = sorted({record.role for record in records})
@@ -78,4 +78,4 @@ def run_average(config: AverageConfig) -> pathlib.Path:
         artefacts.save_artefact(
             written, adapter, model.record(roles[0], adapter, metrics=metrics, **values)
         )
-    return pathlib.Path(config.to)
+    return files.path_of(config.to)

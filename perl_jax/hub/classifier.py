@@ -91,7 +91,7 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, pad_id: int) -> N
     inner.padding_side = "right"
     inner.save_pretrained(folder)
     legacy = folder / _LEGACY
-    if legacy.exists():
+    if files.exists(legacy):
         # A file of the base. Some versions of transformers prefer its pad token.
         files.write_json(legacy, files.read_json(legacy) | {"pad_token": inner.pad_token})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from perl_jax.hub import classifier, naming, peft, verify, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime import files, trees
-from perl_jax.runtime.files import new_folder
+from perl_jax.runtime.outputs import new_folder
 
 # A merged checkpoint is written in files of about so many bytes.
 _SHARD_BYTES = 4 * 2**30
@@ -63,13 +62,13 @@ class Exported:
             (`verify.share_kept`); None for a PEFT adapter, or if the share is unknown.
     """
 
-    folder: pathlib.Path
+    folder: files.Path
     difference: float
     note: str
     kept: float | None = None
 
 
-def export_peft(model: Model, role: Any, to: str | pathlib.Path) -> Exported:
+def export_peft(model: Model, role: Any, to: files.PathLike) -> Exported:
     """Writes a role as a PEFT adapter, reads it back and compares its outputs with the role's.
 
     Args:
@@ -90,13 +89,12 @@ def export_peft(model: Model, role: Any, to: str | pathlib.Path) -> Exported:
         adapter, record = role, model.record("policy", role)
     else:
         adapter, record = role.adapter, role.record
-    with new_folder(str(to)) as folder:
-        folder.mkdir()
+    with new_folder(to, "adapter_config.json") as folder:
         _write_peft(folder, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
         difference = verify.compare_peft(folder, model, adapter, record)
     notes = _loading_notes(model, adapter, record, "peft")
-    return Exported(pathlib.Path(to), difference, "; ".join(notes))
+    return Exported(files.path_of(to), difference, "; ".join(notes))
 
 
 def run_export(config: ExportConfig) -> Exported:
@@ -119,10 +117,9 @@ def run_export(config: ExportConfig) -> Exported:
         "A merged export is made from unquantised weights; leave --quantise.kind out.",
     )
     in_float32 = config.weights == "float32"
-    with new_folder(config.to) as folder:
+    with new_folder(config.to, "config.json") as folder:
         model = load_model(config)
         adapter, record = model.load_role(config.adapter)
-        folder.mkdir()
         _write_merged(folder, config, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
         merged = verify.read_merged(folder, model, adapter, in_float32)
@@ -132,7 +129,7 @@ def run_export(config: ExportConfig) -> Exported:
         )
     notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
     notes += _loading_notes(model, adapter, record, "merged")
-    return Exported(pathlib.Path(config.to), difference, "; ".join(notes), kept)
+    return Exported(files.path_of(config.to), difference, "; ".join(notes), kept)
 
 
 class _Role(NamedTuple):
@@ -254,7 +251,7 @@ def _write_merged(
         )
     flush()
     if len(shards) == 1:
-        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+        files.move(folder / "model-00001.safetensors", folder / "model.safetensors")
     else:
         index = {
             tensor: f"model-{number:05}.safetensors"
@@ -264,15 +261,15 @@ def _write_merged(
         files.write_json(
             folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index}
         )
-    for path in source.iterdir():
+    for path in files.listing(source):
         if path.suffix in (".json", ".model", ".jinja", ".txt") and not path.name.endswith(
             ".index.json"
         ):
-            shutil.copyfile(path, folder / path.name)
+            files.copy(path, folder / path.name)
     if config.template != "auto":
         # The role's template replaces the base's; the role may have none.
-        for path in folder.glob("chat_template*"):
-            path.unlink()
+        for path in files.listing(folder, "chat_template*"):
+            files.remove(path)
         model.tokenizer.save(folder)
     values = files.read_json(source / "config.json")
     if config.weights == "float32":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import tyro
 from perl_jax.errors import require
 from perl_jax.hub import artefacts, peft, verify
 from perl_jax.hub.model import TemplateOptions, load_model
-from perl_jax.runtime.files import new_folder
+from perl_jax.runtime import files
+from perl_jax.runtime.outputs import new_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ImportConfig(TemplateOptions):
         self.check_forward("import")
 
 
-def run_import(config: ImportConfig) -> pathlib.Path:
+def run_import(config: ImportConfig) -> files.Path:
     """Writes a PEFT adapter as an artefact, reads the artefact back and compares outputs; returns
     its folder.
 
@@ -40,9 +40,9 @@ def run_import(config: ImportConfig) -> pathlib.Path:
     1. Raises UserError, and leaves nothing, if the folder exists, or the adapter is not supported
     or does not fit the base.
     """
-    folder = pathlib.Path(config.peft).expanduser()
-    require(folder.is_dir(), f"There is no folder {folder}.")
-    with new_folder(config.to) as written:
+    folder = files.local(config.peft, "peft")
+    require(files.is_folder(folder), f"There is no folder {folder}.")
+    with new_folder(config.to, artefacts.RECORD) as written:
         model = load_model(config)
         adapter, offset = peft.read_peft(folder, model.lm.config)
         values: dict[str, Any] = {}
@@ -66,4 +66,4 @@ def run_import(config: ImportConfig) -> pathlib.Path:
             1e-6,
             "outputs",
         )
-    return pathlib.Path(config.to)
+    return files.path_of(config.to)

@@ -24,7 +24,7 @@ from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import config
 from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import hosts, sharding, trees
+from perl_jax.runtime import files, hosts, sharding, trees
 from perl_jax.runtime.platforms import platform_of, use_cpu_if_no_accelerator
 from perl_jax.runtime.programs import Program, use_compilation_cache
 from perl_jax.runtime.sharding import MeshConfig
@@ -157,9 +157,7 @@ class Model:
             **more,
         )
 
-    def load_role(
-        self, folder: str | pathlib.Path, role: str | None = None
-    ) -> tuple[Adapter, Record]:
+    def load_role(self, folder: files.PathLike, role: str | None = None) -> tuple[Adapter, Record]:
         """Returns (adapter, record) of an artefact; the adapter is placed on the mesh.
 
         Args:
@@ -171,7 +169,7 @@ class Model:
                 damaged.
         """
         adapter, record = artefacts.load_artefact(
-            pathlib.Path(folder),
+            files.path_of(folder),
             self.lm,
             weights=self.weights_fingerprint,
             base_name=self.name,
@@ -191,7 +189,7 @@ class Model:
         return adapter, record
 
 
-def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokenizer) -> None:
+def check_turn_end(folder: files.PathLike, record: Record, tokenizer: Tokenizer) -> None:
     """Raises UserError for a reward model that was trained with other ids at the end of a turn.
 
     Its scores would be read at a token at which it was not trained. Artefacts without recorded ids
@@ -214,7 +212,7 @@ def check_turn_end(folder: str | pathlib.Path, record: Record, tokenizer: Tokeni
     )
 
 
-def load_model(model: str | pathlib.Path | ModelOptions, **options: Any) -> Model:
+def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
     """Loads a base model from disk directly onto its devices and returns it with its tokenizer.
 
         load_model("Qwen/Qwen3-0.6B", dtype="bfloat16")

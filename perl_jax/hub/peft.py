@@ -149,7 +149,7 @@ def head_facts(folder: pathlib.Path) -> dict[str, Any]:
     model with offset 0. Raises UserError if the file contains anything else.
     """
     path = folder / OFFSET_FILE
-    found = files.read_json(path) if path.exists() else {"offset": 0.0, "role": "reward"}
+    found = files.read_json(path) if files.exists(path) else {"offset": 0.0, "role": "reward"}
     good = (
         isinstance(found, dict)
         and isinstance(found.get("offset"), float)

@@ -9,7 +9,6 @@ the text part. Its embedding has 64 more rows than the 262,144 tokens, as in tra
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from perl_jax import errors
 from perl_jax.hub import config_json
 from perl_jax.hub.families import Settings
 from perl_jax.models.config import ModelConfig
+from perl_jax.runtime import files
 
 _GEMMA2: Settings = {
     "model_type": "gemma2",
@@ -161,9 +161,9 @@ def model_config(model: str, **overrides: Any) -> ModelConfig:
     """
     if model in PRESETS:
         return preset(model, **overrides)
-    folder = pathlib.Path(model).expanduser()
+    folder = files.local(model, "model")
     errors.require(
-        folder.is_dir(),
+        files.is_folder(folder),
         f"model is {model!r}; it must be a folder with a config.json or one of "
         f"{', '.join(PRESETS)}.",
     )

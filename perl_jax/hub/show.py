@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 
 import tyro
 
@@ -27,7 +26,7 @@ def show(config: ShowConfig) -> str:
     """Returns the artefact's record and its size on disk as text, one `NAME VALUE` per line; raises
     UserError if the folder holds no artefact.
     """
-    folder = pathlib.Path(config.adapter)
+    folder = files.path_of(config.adapter)
     record = artefacts.read_record(folder)
     settings = {} if record.lora is None else dataclasses.asdict(record.lora)
     kind = (

@@ -154,7 +154,7 @@ class Tokenizer:
             inner.chat_template = None if template == "none" else _read_template(template)
         stops: list[int] = []
         for name in ("config.json", "generation_config.json"):
-            if (folder / name).exists():
+            if files.exists(folder / name):
                 found = files.read_json(folder / name).get("eos_token_id")
                 stops += found if isinstance(found, list) else [] if found is None else [found]
         return cls(inner, stops, vocab_size, date)
@@ -379,10 +379,9 @@ class Tokenizer:
 
 def _read_template(file: str) -> str:
     """Returns the text of a template file; raises UserError if it cannot be read."""
-    path = pathlib.Path(file).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_text(files.path_of(file))
+    except UserError as error:
         raise UserError(
             f"template is {file!r}; it must be auto, none, or a file with a Jinja template "
             f"({error})."

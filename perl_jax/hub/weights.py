@@ -52,8 +52,8 @@ def find_model(model: str) -> pathlib.Path:
     Raises:
         UserError: There is no such model.
     """
-    path = pathlib.Path(model).expanduser()
-    if path.is_dir():
+    path = files.local(model, "model")
+    if files.is_folder(path):
         return path
     require(
         not path.is_absolute() and not model.startswith("."),
@@ -66,9 +66,8 @@ def find_model(model: str) -> pathlib.Path:
     name, _, revision = model.partition("@")
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        return pathlib.Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns)
-        )
+        found = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+        return files.local(found, "model")
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -335,7 +334,7 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     # As in transformers, a single file takes precedence over an index left by an earlier save.
-    if index.exists() and not single.exists():
+    if files.exists(index) and not files.exists(single):
         found = files.read_json(index).get("weight_map")
         require(bool(found), f"{index} has no weight_map.")
         paths = [folder / file for file in sorted(set(found.values()))]
@@ -348,7 +347,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     """Returns the tensors of one safetensors file by name; raises UserError if it is missing or
     incomplete.
     """
-    require(path.exists(), f"There is no file {path}; weights are read from safetensors only.")
+    require(files.exists(path), f"There is no file {path}; weights are read from safetensors only.")
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -376,7 +375,7 @@ def save_base(
     Raises:
         ValueError: A Llama config cannot express a setting.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     tensors = {}
     for name, leaf in trees.named_leaves(base).items():
         array = np.asarray(leaf).astype(jnp.dtype(config.param_dtype))
@@ -385,6 +384,6 @@ def save_base(
             tensors[tensor] = np.ascontiguousarray(part.T if naming.transposed(name) else part)
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
+    files.move(temporary, folder / "model.safetensors")
     text = json.dumps(config_json.llama_json(config, token_ids), indent=1) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    files.write_atomically(folder / "config.json", text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +19,7 @@ from perl_jax.rewards import checks
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
 from perl_jax.rewards.rules import RULES, ExactMatch, Row
+from perl_jax.runtime import files
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 
@@ -47,7 +47,7 @@ class Term:
         checks.require_number("weight", self.weight)
 
 
-def read_terms(source: str | pathlib.Path | None) -> tuple[Term, ...]:
+def read_terms(source: files.PathLike | None) -> tuple[Term, ...]:
     """Returns the reward terms described by a JSON list.
 
         [{"kind": "length", "weight": 0.2, "maximum": 50},
@@ -69,7 +69,7 @@ def read_terms(source: str | pathlib.Path | None) -> tuple[Term, ...]:
         return ()
     inline = str(source).lstrip().startswith("[")
     where = "The reward terms" if inline else f"The file of reward terms {source}"
-    values = parse(str(source) if inline else read(pathlib.Path(source).expanduser()), where)
+    values = parse(str(source) if inline else read(files.path_of(source)), where)
     require(
         isinstance(values, list) and bool(values),
         f"{where} must be a JSON list of at least one object.",
@@ -81,20 +81,14 @@ def read_terms(source: str | pathlib.Path | None) -> tuple[Term, ...]:
     return terms
 
 
-def read(path: pathlib.Path) -> str:
+def read(path: files.PathLike) -> str:
     """Returns the text of a file of reward terms; raises UserError if the file cannot be read or is
     not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"The file of reward terms {path} cannot be read: {error.strerror or error}."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"The file of reward terms {path} is not UTF-8 text (byte {error.start})."
-        ) from error
+        return files.read_text(path)
+    except UserError as error:
+        raise UserError(f"The file of reward terms {error}") from error
 
 
 def parse(text: str, where: str) -> Any:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 
 from perl_jax.errors import UserError, positive, require
 from perl_jax.rewards import checks
+from perl_jax.runtime import files
 
 Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prompts, responses, rows
 
@@ -244,7 +244,7 @@ class FunctionReward:
         )
         if source.endswith(".py"):
             require(
-                pathlib.Path(source).expanduser().is_file(),
+                files.is_file(source),
                 f"There is no file {source}, the source of a reward function.",
             )
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from perl_jax.rewards import checks
 from perl_jax.rewards.callables import CallableReward
 from perl_jax.rewards.compose import Term
 from perl_jax.rewards.scoring import role_name
+from perl_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RewardTotal:
         terms: Rewards computed on the host.
     """
 
-    models: tuple[RewardModel | str | pathlib.Path, ...] = ()
+    models: tuple[RewardModel | files.PathLike, ...] = ()
     combine: str | tuple[float, ...] = "mean"
     weight: float = 1.0
     terms: tuple[Term, ...] = ()
@@ -135,7 +136,7 @@ def total_of(rewards: Iterable[Any] | RewardTotal) -> RewardTotal:
         return rewards
     models, terms = [], []
     for item in rewards:
-        if isinstance(item, (RewardModel, str, pathlib.Path)):
+        if isinstance(item, (RewardModel, str, os.PathLike)):
             models.append(item)
         elif isinstance(item, Term):
             terms.append(item)

@@ -4,8 +4,6 @@ weights.
 
 from __future__ import annotations
 
-import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +53,7 @@ class Checkpoints:
         UserError: The checkpoints cannot be read, or a damaged one is needed.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int = 2, best: str | None = None):
+    def __init__(self, folder: files.PathLike, *, keep: int = 2, best: str | None = None):
         policies = [LatestN(keep)]
         if best is not None:
             policies.append(
@@ -72,7 +70,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
-        self.folder = folder.absolute()
+        self.folder = files.absolute(folder)
         # Before the manager reads the metrics, from which it picks the best step.
         self._check_seals()
         hosts.barrier("checkpoints checked")
@@ -213,8 +211,8 @@ class Checkpoints:
                 if step == steps[-1] and len(steps) > 1:
                     if hosts.is_writer():
                         aside = self.folder / f"{step}.damaged"
-                        shutil.rmtree(aside, ignore_errors=True)
-                        (self.folder / str(step)).rename(aside)
+                        files.remove(aside)
+                        files.move(self.folder / str(step), aside)
                         print(f"{error} It is set aside as {aside.name}.", flush=True)
                 elif self._best is not None or len(steps) == 1:
                     raise
@@ -227,13 +225,13 @@ class Checkpoints:
         Raises Damaged if the checksums themselves or the metrics are damaged.
         """
         folder = self.folder / str(step)
-        if not (folder / _SEAL).exists():
+        if not files.exists(folder / _SEAL):
             return None
         try:
             seal = files.read_json(folder / _SEAL / "metadata")
             metrics = (
                 files.read_json(folder / "metrics" / "metrics")
-                if (folder / "metrics").exists()
+                if files.exists(folder / "metrics")
                 else None
             )
         except UserError as error:
@@ -260,7 +258,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | None]:
+def _read_alone(folder: files.Path, abstract: Tree) -> tuple[Any, Exception | None]:
     """Reads a checkpoint without waiting for other processes; returns (items, error).
 
     The items have the fields `state` and `host`; they are None after an error. The error is None
@@ -292,12 +290,12 @@ def _read_alone(folder: pathlib.Path, abstract: Tree) -> tuple[Any, Exception | 
         return None, error
 
 
-def saved_steps(folder: pathlib.Path) -> list[int]:
+def saved_steps(folder: files.PathLike) -> list[int]:
     """Returns the steps of complete checkpoints in a `checkpoints/` folder, in ascending order."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in files.listing(folder) if path.name.isdecimal())
 
 
-def newest_bytes(folder: pathlib.Path) -> int | None:
+def newest_bytes(folder: files.Path) -> int | None:
     """Returns the size in bytes of the newest checkpoint in a `checkpoints/` folder.
 
     Returns None if there is no checkpoint.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -46,7 +45,7 @@ WRITTEN_LAST = {
 def open_run(
     job: str,
     config: Any,
-    run: str | pathlib.Path | None = None,
+    run: files.PathLike | None = None,
     now: provenance.Fingerprints | None = None,
 ) -> Run:
     """Returns the run of a folder; if the folder holds a run, checks that it is the same one.
@@ -69,7 +68,7 @@ def open_run(
         UserError: Processes have different settings, a dashboard's package is missing, or the rows
             of a new run cannot be read.
     """
-    folder = pathlib.Path(config.run if run is None else run)
+    folder = files.path_of(config.run if run is None else run)
     path = folder / "config.json"
     values = {"job": job, **files.to_dict(config)}
     _check_agreement(values)
@@ -102,7 +101,7 @@ def open_run(
     return Run(folder, _settings_file(values) | {"earlier": earlier}, goes_on=True)
 
 
-def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+def _read_settings(folder: files.Path) -> dict[str, Any]:
     """Returns the content of a run's config.json; raises UserError if it is not that of a run."""
     path = folder / "config.json"
     found = files.read_json(path)
@@ -113,15 +112,15 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def has_work(folder: pathlib.Path) -> bool:
+def has_work(folder: files.Path) -> bool:
     """Returns whether a run's folder holds anything that was computed: a checkpoint, a row of
     metrics, an artefact or an evaluation.
     """
     metrics = folder / FILE_NAME
     return (
         bool(saved_steps(folder / "checkpoints"))
-        or (metrics.exists() and bool(metrics.read_bytes()))
-        or any((folder / name).exists() for name in ("adapters", *WRITTEN_LAST.values()))
+        or (files.exists(metrics) and files.size(metrics) > 0)
+        or any(files.exists(folder / name) for name in ("adapters", *WRITTEN_LAST.values()))
     )
 
 
@@ -135,19 +134,19 @@ def begin(run: Run) -> None:
     """
     path = run.folder / "config.json"
     if run.settings is not None and hosts.is_writer():
-        run.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(run.folder)
         if run.goes_on:
             # Before config.json: a run that is killed in between has its old settings, and ends
             # again.
             last = WRITTEN_LAST[run.settings["config"]["job"]]
-            (run.folder / last).unlink(missing_ok=True)
+            files.remove(run.folder / last)
         if run.inputs is not None:
             # Before config.json, whose presence marks the run as begun.
             files.write_json(run.folder / INPUTS_FILE, run.inputs)
         files.write_json(path, run.settings)
     if run.settings is not None:
         hosts.barrier("run begun")
-        shared = not hosts.any_process(not path.exists())
+        shared = not hosts.any_process(not files.exists(path))
         errors.require(
             shared,
             f"Not every process finds {path}; --run must be a folder that all hosts share.",
@@ -180,7 +179,7 @@ def _check_agreement(values: Mapping[str, Any]) -> None:
 
 
 def _check_settings(
-    folder: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+    folder: files.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     """Raises Occupied if a run's settings differ; the message has the flags that would be right.
 
@@ -205,7 +204,7 @@ def _check_settings(
         )
 
 
-def _check_steps(folder: pathlib.Path, steps: int) -> int:
+def _check_steps(folder: files.Path, steps: int) -> int:
     """Returns the number of steps that a run has done, by its newest checkpoint.
 
     Args:
@@ -225,7 +224,7 @@ def _check_steps(folder: pathlib.Path, steps: int) -> int:
     return done
 
 
-def _said_of_steps(folder: pathlib.Path, before: Any, values: Mapping[str, Any], done: int) -> str:
+def _said_of_steps(folder: files.Path, before: Any, values: Mapping[str, Any], done: int) -> str:
     """Returns what is printed when a run goes on to another last step.
 
     Args:
@@ -245,7 +244,7 @@ def _said_of_steps(folder: pathlib.Path, before: Any, values: Mapping[str, Any],
     )
 
 
-def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
+def _check_inputs(folder: files.Path, now: provenance.Fingerprints) -> None:
     """Raises Occupied naming the inputs of a run that have changed since it began.
 
     For a run of an earlier version, which recorded no inputs, it prints that changes are not known.
@@ -254,7 +253,7 @@ def _check_inputs(folder: pathlib.Path, now: provenance.Fingerprints) -> None:
         folder: The run's folder.
         now: Fingerprints of the inputs.
     """
-    if not hosts.broadcast_flag((folder / INPUTS_FILE).exists()):
+    if not hosts.broadcast_flag(files.exists(folder / INPUTS_FILE)):
         if hosts.is_writer():
             print(
                 f"{folder} was begun by an earlier version, which did not record the run's inputs: "
@@ -290,15 +289,15 @@ def is_finished(run: Run, role: str, last: str) -> bool:
     return not run.goes_on and exist(run.artefact(role), run.folder / last)
 
 
-def exist(*paths: pathlib.Path) -> bool:
+def exist(*paths: files.Path) -> bool:
     """Returns whether all files or folders exist.
 
     With several processes all must call it; all get the answer of the first process.
     """
-    return hosts.broadcast_flag(all(path.exists() for path in paths))
+    return hosts.broadcast_flag(all(map(files.exists, paths)))
 
 
-def write_results(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+def write_results(folder: files.Path, results: Mapping[str, Any]) -> None:
     """Writes values as JSON files into a folder, in the given order.
 
     Only the first process writes.

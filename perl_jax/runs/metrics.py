@@ -20,12 +20,12 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perl_jax.errors import UserError
+from perl_jax.errors import UserError, require
+from perl_jax.runtime import files
 from perl_jax.runtime.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
@@ -81,18 +81,16 @@ def encode_row(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+def read_metrics(path: files.PathLike) -> list[dict[str, Any]]:
     """Returns the rows of a `metrics.jsonl`, without an incomplete last line (which a killed run
     may leave).
 
     Raises UserError if the file is missing, or if another line is not an object with an integer
     `step`.
     """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"There is no metrics file at {path}.") from None
+    path = files.path_of(path)
+    require(files.exists(path), f"There is no metrics file at {path}.")
+    lines = files.read_bytes(path).split(b"\n")
     if lines and not lines[-1]:
         lines.pop()
     rows = []
@@ -129,7 +127,7 @@ def without_timing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return cleaned
 
 
-def prepare_file(path: Path, resume_step: int | None) -> int | None:
+def prepare_file(path: files.Path, resume_step: int | None) -> int | None:
     """Prepares a metrics file for appending; returns the last step that it keeps, or None.
 
     Args:
@@ -138,10 +136,10 @@ def prepare_file(path: Path, resume_step: int | None) -> int | None:
             existing one with rows is moved to `NAME.previous.jsonl`.
     """
     if resume_step is None:
-        if path.exists() and path.stat().st_size:
-            os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+        if files.exists(path) and files.size(path):
+            files.move(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
         return None
-    if not path.exists():
+    if not files.exists(path):
         return None
     rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -188,17 +186,16 @@ class MetricsWriter:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: files.PathLike,
         resume_step: int | None,
         tensorboard: bool = False,
         wandb: bool = False,
     ):
-        folder = Path(folder)
         # Optional packages first: if one is missing, the rows of an earlier run must stay.
         tensorboard_module = import_extra("tensorboardX") if tensorboard else None
         wandb_module = import_extra("wandb") if wandb else None
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE_NAME
+        made = files.make_folder(folder)
+        self.path = made / FILE_NAME
         self._last_step = prepare_file(self.path, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  `close` closes it
         self._tensorboard = None
@@ -206,11 +203,11 @@ class MetricsWriter:
         if tensorboard_module is not None:
             purge = None if resume_step is None else resume_step + 1
             self._tensorboard = tensorboard_module.SummaryWriter(
-                logdir=str(folder / "tensorboard"), purge_step=purge
+                logdir=str(made / "tensorboard"), purge_step=purge
             )
         if wandb_module is not None:
             self._wandb = wandb_module.init(
-                dir=str(folder), name=folder.name, id=wandb_id(folder, resume_step), resume="allow"
+                dir=str(made), name=made.name, id=wandb_id(made, resume_step), resume="allow"
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -271,7 +268,7 @@ class SamplesWriter:
         resume_step: The step of the checkpoint that the run resumes from; None for a new run.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None):
+    def __init__(self, folder: files.Path, resume_step: int | None):
         self.path = folder / SAMPLES_NAME
         prepare_file(self.path, resume_step)
 
@@ -308,7 +305,7 @@ class NoMetrics:
         pass
 
 
-def wandb_id(folder: Path, resume_step: int | None) -> str:
+def wandb_id(folder: files.Path, resume_step: int | None) -> str:
     """Returns the run's wandb id, which `folder/wandb_id.txt` stores.
 
     Args:
@@ -317,8 +314,8 @@ def wandb_id(folder: Path, resume_step: int | None) -> str:
             random id.
     """
     path = folder / "wandb_id.txt"
-    if resume_step is not None and path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    if resume_step is not None and files.exists(path):
+        return files.read_text(path).strip()
     identifier = uuid.uuid4().hex[:12]
     write_atomically(path, identifier + "\n")
     return identifier

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 
 import jax
+
+from perl_jax.runtime import files
 
 
 class Profile:
@@ -21,7 +22,7 @@ class Profile:
         steps: The numbers of the steps to trace.
     """
 
-    def __init__(self, folder: pathlib.Path, steps: tuple[int, ...]) -> None:
+    def __init__(self, folder: files.Path, steps: tuple[int, ...]) -> None:
         self.folder = (
             folder / f"process-{jax.process_index()}" if jax.process_count() > 1 else folder
         )

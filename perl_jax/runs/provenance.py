@@ -105,15 +105,15 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         lambda: rows_content(kind, config.data),
     )
     template = getattr(config.data, "template", None)
-    if template is not None and pathlib.Path(template).expanduser().is_file():
+    if template is not None and files.is_file(template):
         yield (
             f"the chat template {template}",
-            lambda: files.file_hash(pathlib.Path(template).expanduser()),
+            lambda: files.file_hash(template),
         )
     for role, folder in _artefacts(config):
         yield (
             f"the {role} artefact {folder}",
-            lambda folder=folder: artefacts.content_of(pathlib.Path(folder)),
+            lambda folder=folder: artefacts.content_of(files.path_of(folder)),
         )
     terms = getattr(config, "terms", None)
     if terms is not None:
@@ -162,11 +162,11 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """
     text = source
     if not source.lstrip().startswith("["):
-        path = pathlib.Path(source).expanduser()
+        path = files.path_of(source)
         yield f"the file of terms {source}", lambda: files.file_hash(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            text = files.read_text(path)
+        except UserError:
             return
     try:
         values = json.loads(text)
@@ -228,11 +228,14 @@ def tokenizer_content(folder: pathlib.Path) -> Any:
     found = {
         path.name: files.file_hash(path)
         for pattern in _TOKENIZER
-        for path in sorted(folder.glob(pattern))
-        if path.is_file()
+        for path in files.listing(folder, pattern)
+        if files.is_file(path)
     }
     configs = [folder / name for name in ("config.json", "generation_config.json")]
-    return [found, [files.read_json(path).get("eos_token_id") for path in configs if path.exists()]]
+    return [
+        found,
+        [files.read_json(path).get("eos_token_id") for path in configs if files.exists(path)],
+    ]
 
 
 def rows_content(kind: str, config: DataConfig) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from perl_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Run:
             to another last step.
     """
 
-    folder: pathlib.Path
+    folder: files.Path
     settings: Mapping[str, Any] | None = None
     inputs: Mapping[str, Any] | None = None
     goes_on: bool = False
 
-    def artefact(self, role: str) -> pathlib.Path:
+    def artefact(self, role: str) -> files.Path:
         """Returns the folder of a role's artefact, `adapters/ROLE`. It may not exist yet."""
         return self.folder / "adapters" / role

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from perl_jax.errors import UserError
-from perl_jax.runtime import trees
+from perl_jax.runtime import files, trees
 
 # Largest number of padded lengths of a run's data.
 # SHAPES: largest number of argument shapes of a program that reads batches. Each length is padded
@@ -64,7 +63,7 @@ def use_compilation_cache(folder: str | None) -> None:
         return
     if "://" not in folder:
         try:
-            pathlib.Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder)
         except OSError as error:
             raise UserError(
                 f"compile_cache is {folder}, a folder that cannot be created: {error.strerror}."

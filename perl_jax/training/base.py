@@ -7,7 +7,6 @@ command takes as --model. Pre-training at scale is not a purpose of this package
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import jax
 
@@ -24,7 +23,7 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import exist, open_run
 from perl_jax.runs.owner import holding, run_of_config
-from perl_jax.runtime import hosts, sharding, trees
+from perl_jax.runtime import files, hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.training import cost
 from perl_jax.training.commands import TrainingCommand
@@ -117,7 +116,7 @@ def _tokenizer(config: BaseConfig, task: TaskLike, dataset: Dataset) -> Tokenize
 
 
 @holding(run_of_config)
-def train_base(config: BaseConfig) -> pathlib.Path:
+def train_base(config: BaseConfig) -> files.Path:
     """Trains a base and writes it as a Hugging Face folder, `config.model`; returns that folder.
 
     A finished base is left as it is. Raises UserError if the folder holds a model that this run did
@@ -125,7 +124,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     """
     task = _task(config)
     run = open_run("base", config)
-    folder, target = run.folder, pathlib.Path(config.model)
+    folder, target = run.folder, files.path_of(config.model)
     if exist(target / "config.json"):
         if not run.goes_on and exist(folder / "cost.json"):
             return target
@@ -170,7 +169,7 @@ def train_base(config: BaseConfig) -> pathlib.Path:
     return target
 
 
-def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
+def _save(target: files.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:
     """Writes a model's folder: tokenizer and weights first, and `config.json` last.
 
     So the presence of `config.json` shows that the folder is complete.
@@ -181,7 +180,7 @@ def _save(target: pathlib.Path, shape: ModelConfig, weights, tokenizer: Tokenize
         weights: The weights of the base, on the host.
         tokenizer: The tokenizer.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").unlink(missing_ok=True)
+    files.make_folder(target)
+    files.remove(target / "config.json")
     tokenizer.save(target)
     save_base(target, shape, weights, tokenizer.token_ids())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 
 from perl_jax import errors
 from perl_jax.data import targets
@@ -18,6 +17,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.runs.folder import is_finished, open_run
 from perl_jax.runs.owner import holding, run_of_config
+from perl_jax.runtime import files
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from perl_jax.training.dpo import train_dpo
 from perl_jax.training.reward import reward_job, train_reward
@@ -120,7 +120,7 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
 
 
 @holding(run_of_config)
-def run_sft(config: SFTCommand) -> pathlib.Path:
+def run_sft(config: SFTCommand) -> files.Path:
     """Trains a policy on a task's demonstrations; returns the folder of the policy artefact.
 
     A finished run is left as it is.
@@ -134,7 +134,7 @@ def run_sft(config: SFTCommand) -> pathlib.Path:
 
 
 @holding(run_of_config)
-def run_reward(config: RewardCommand) -> pathlib.Path:
+def run_reward(config: RewardCommand) -> files.Path:
     """Trains a reward model on a task's rows; returns the folder of the reward artefact.
 
     A finished run is left as it is.
@@ -152,7 +152,7 @@ def run_reward(config: RewardCommand) -> pathlib.Path:
 
 
 @holding(run_of_config)
-def run_dpo(config: DPOCommand) -> pathlib.Path:
+def run_dpo(config: DPOCommand) -> files.Path:
     """Trains a policy on a task's comparisons; returns the folder of the policy artefact.
 
     A finished run is left as it is.
@@ -173,7 +173,7 @@ def run_dpo(config: DPOCommand) -> pathlib.Path:
 
 
 @holding(run_of_config)
-def run_rl(config: RLCommand) -> pathlib.Path:
+def run_rl(config: RLCommand) -> files.Path:
     """Trains a policy against rewards on a task's prompts; returns the folder of the policy
     artefact.
 

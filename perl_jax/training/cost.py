@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import resource
 import statistics
 import sys
@@ -17,7 +16,7 @@ from perl_jax.hub.attention_path import attention_paths
 from perl_jax.hub.model import Model
 from perl_jax.runs import checkpoints
 from perl_jax.runs.folder import write_results
-from perl_jax.runtime import hosts, trees
+from perl_jax.runtime import files, hosts, trees
 from perl_jax.runtime.programs import Program
 from perl_jax.training.state import TrainState
 
@@ -87,7 +86,7 @@ def peak_compiled(
 
 
 def write_cost(
-    folder: pathlib.Path,
+    folder: files.Path,
     model: Model,
     state: TrainState,
     programs: Mapping[str, Program],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterable
 
 import jax
@@ -27,6 +26,7 @@ from perl_jax.objectives.preference import Preferences
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
+from perl_jax.runtime import files
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
@@ -102,11 +102,11 @@ def train_dpo(
     rows: Iterable[Row] | Dataset,
     config: DPOConfig | None = None,
     *,
-    policy: Adapter | str | pathlib.Path | None = None,
+    policy: Adapter | files.PathLike | None = None,
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
-    frozen: Adapter | str | pathlib.Path | None = None,
-    run: str | pathlib.Path | Run | None = None,
+    frozen: Adapter | files.PathLike | None = None,
+    run: files.PathLike | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Returns a policy trained on comparisons without a reward model (DPO or IPO).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from perl_jax.runs.metrics import (
 )
 from perl_jax.runs.profile import Profile
 from perl_jax.runs.run import Run
-from perl_jax.runtime import hosts, progress
+from perl_jax.runtime import files, hosts, progress
 from perl_jax.runtime.hosts import Termination
 from perl_jax.runtime.progress import Progress
 from perl_jax.training.configs import TrainingConfig
@@ -239,7 +238,7 @@ def train(
             samples = SamplesWriter(folder, start)
         # Without a folder there is nothing to save, and signals stay what they were.
         termination = None if folder is None else Termination()
-        profile = Profile(pathlib.Path(folder or ".") / "profile", config.profiled)
+        profile = Profile(files.path_of(folder or ".") / "profile", config.profiled)
         numbers = ShownNumbers(loop.shown)
         # Samples that are neither written nor printed are not made.
         sample = loop.sample if folder is not None or loop.show_samples else None
@@ -349,7 +348,7 @@ def _require_no_files(config: TrainingConfig) -> None:
         require(not value, f"{name} is {value!r}, which is written into a run's folder; give run.")
 
 
-def check_finite(folder: pathlib.Path | None, step: int, metrics: dict[str, Any]) -> None:
+def check_finite(folder: files.Path | None, step: int, metrics: dict[str, Any]) -> None:
     """Removes `finite` from the metrics; raises TrainingError if it is False.
 
     It is False if a loss, a gradient, an updated weight, a score or a log-probability is NaN or

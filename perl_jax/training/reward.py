@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +34,7 @@ from perl_jax.objectives import supervised
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import sharding
+from perl_jax.runtime import files, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.training import cost
@@ -233,8 +232,8 @@ def train_reward(
     *,
     validation: Iterable[Row] = (),
     test: Iterable[Row] = (),
-    frozen: Adapter | str | pathlib.Path | None = None,
-    run: str | pathlib.Path | Run | None = None,
+    frozen: Adapter | files.PathLike | None = None,
+    run: files.PathLike | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Returns an adapter with a scalar head, trained to score responses.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -134,10 +133,10 @@ def train_rl(
     config: RLConfig | None = None,
     *,
     rewards: Iterable[Any] | RewardTotal,
-    policy: Adapter | str | pathlib.Path | None = None,
+    policy: Adapter | files.PathLike | None = None,
     validation: Iterable[Row] = (),
-    frozen: Adapter | str | pathlib.Path | None = None,
-    run: str | pathlib.Path | Run | None = None,
+    frozen: Adapter | files.PathLike | None = None,
+    run: files.PathLike | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Returns a policy improved against rewards by a policy gradient.

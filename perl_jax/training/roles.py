@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
 
 import jax
 
@@ -10,6 +10,7 @@ from perl_jax.adapters import combine
 from perl_jax.adapters.lora import Adapter, LoRAConfig
 from perl_jax.errors import UserError, require
 from perl_jax.hub.model import Model, merge_program, weights_program
+from perl_jax.runtime import files
 from perl_jax.training.configs import TrainingConfig
 
 
@@ -17,7 +18,7 @@ def fresh_role(
     model: Model,
     config: TrainingConfig,
     key: jax.Array,
-    frozen: Adapter | str | pathlib.Path | None = None,
+    frozen: Adapter | files.PathLike | None = None,
 ) -> Adapter:
     """Returns a fresh trainable role: a LoRA adapter that does not change the outputs, or all
     weights.
@@ -40,7 +41,7 @@ def fresh_role(
     return fresh if below is None else combine.stack(below, fresh, model.lm.config.layers)
 
 
-def load_frozen(model: Model, folder: Adapter | str | pathlib.Path | None) -> Adapter | None:
+def load_frozen(model: Model, folder: Adapter | files.PathLike | None) -> Adapter | None:
     """Returns the adapter that stays unchanged beneath a fresh one.
 
     Args:
@@ -63,9 +64,9 @@ def load_frozen(model: Model, folder: Adapter | str | pathlib.Path | None) -> Ad
 def starting_role(
     model: Model,
     config: TrainingConfig,
-    policy: Adapter | str | pathlib.Path | None,
+    policy: Adapter | files.PathLike | None,
     key: jax.Array,
-    frozen: Adapter | str | pathlib.Path | None = None,
+    frozen: Adapter | files.PathLike | None = None,
 ) -> Adapter:
     """Returns the role that training continues from, in the job's tuning.
 
@@ -87,7 +88,7 @@ def starting_role(
     if policy is None:
         return fresh_role(model, config, key, frozen)
     name = "The policy"
-    if isinstance(policy, (str, pathlib.Path)):
+    if isinstance(policy, (str, os.PathLike)):
         name = str(policy)
         policy = model.load_role(policy, "policy")[0]
     tuning = "lora" if policy.weights is None else "full"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable
 
 import jax
@@ -15,6 +14,7 @@ from perl_jax.hub.model import Model
 from perl_jax.objectives import supervised
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
+from perl_jax.runtime import files
 from perl_jax.training import cost
 from perl_jax.training.configs import SFTConfig
 from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
@@ -40,8 +40,8 @@ def train_sft(
     config: SFTConfig | None = None,
     *,
     validation: Iterable[Row] = (),
-    frozen: Adapter | str | pathlib.Path | None = None,
-    run: str | pathlib.Path | Run | None = None,
+    frozen: Adapter | files.PathLike | None = None,
+    run: files.PathLike | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Returns a policy trained on demonstrations; the loss is the mean of -log p over response

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,9 +38,9 @@ class Trained:
     metrics: list[dict[str, Any]]
     evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     others: Mapping[str, Adapter] = dataclasses.field(default_factory=dict)
-    folder: pathlib.Path | None = None
+    folder: files.Path | None = None
 
-    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+    def save(self, folder: files.PathLike) -> files.Path:
         """Writes the role as an artefact, which every command reads; returns the folder.
 
         Args:
@@ -50,9 +49,8 @@ class Trained:
         Raises:
             UserError: If the folder exists already.
         """
-        path = pathlib.Path(folder).expanduser()
-        require(not path.exists(), f"{path} exists already; give a folder that does not.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = files.path_of(folder)
+        require(not files.exists(path), f"{path} exists already; give a folder that does not.")
         artefacts.save_artefact(path, self.adapter, self.record)
         return path
 
@@ -77,7 +75,7 @@ class Trained:
 def open_library_run(
     job: str,
     config: Any,
-    run: str | pathlib.Path | Run | None,
+    run: files.PathLike | Run | None,
     model: Model,
     dataset: Dataset,
     depends_on: Callable[[], Mapping[str, Any]],
@@ -111,7 +109,7 @@ def open_library_run(
     return open_run(job, config, run, prints)
 
 
-def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
+def content_of(adapter: Adapter | files.PathLike | None) -> Any:
     """Returns a JSON value that identifies a role's content: it differs for other weights or
     settings.
 
@@ -121,7 +119,7 @@ def content_of(adapter: Adapter | str | pathlib.Path | None) -> Any:
     if adapter is None:
         return None
     if not isinstance(adapter, Adapter):
-        return artefacts.content_of(pathlib.Path(adapter))
+        return artefacts.content_of(files.path_of(adapter))
     settings = None if adapter.config is None else files.to_dict(adapter.config)
     return [trees.digests(adapter), settings]
 
@@ -140,10 +138,10 @@ def load_finished(run: Run | None, model: Model, role: str, last: str) -> Traine
     adapter, record = model.load_role(run.artefact(role))
     others = {
         path.name: model.load_role(path)[0]
-        for path in sorted(run.artefact(role).parent.iterdir())
-        if path.name != role and (path / artefacts.RECORD).exists()
+        for path in files.listing(run.artefact(role).parent)
+        if path.name != role and files.exists(path / artefacts.RECORD)
     }
     path = run.folder / "evaluation.json"
-    evaluation = files.read_json(path) if path.exists() else {}
+    evaluation = files.read_json(path) if files.exists(path) else {}
     metrics = read_metrics(run.folder / FILE_NAME)
     return Trained(adapter, record, metrics, evaluation, others, run.artefact(role))

@@ -96,7 +96,7 @@ def test_errors_of_whole_files(tmp_path):
         UserError, match=r"empty\.jsonl is empty; it must hold one JSON object a line"
     ):
         jsonl.read_jsonl(write(tmp_path / "empty.jsonl"), ("prompt",))
-    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read: there is no such file"):
         jsonl.read_jsonl(tmp_path / "gone.jsonl", ("prompt",))
 
 

@@ -160,9 +160,9 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
         "import os\n"
         "from perl_jax.data.config import DataConfig\n"
         "from perl_jax.data.tasks import get_task\n"
-        "rename = os.rename\n"
-        "ours = lambda path: os.path.basename(path).startswith('.preparing-')\n"
-        "os.rename = lambda source, target: os._exit(9) if ours(source) else rename(source, "
+        "replace = os.replace\n"
+        "ours = lambda path: os.path.basename(path).startswith('.orders-prompts-')\n"
+        "os.replace = lambda source, target: os._exit(9) if ours(source) else replace(source, "
         "target)\n"
         "config = DataConfig(train_size=20, evaluation_size=6)\n"
         f"get_task({ORDERS!r}).open('prompts', 'train', config)\n"
@@ -172,20 +172,22 @@ def test_a_process_killed_when_all_is_written_leaves_nothing_that_is_read(tmp_pa
     )
     assert done.returncode == 9, done.stderr
     (left,) = (tmp_path / "cache").iterdir()
-    assert left.name.startswith(".preparing-orders-prompts-")
+    assert left.name.startswith(".orders-prompts-")
     assert len(get_task(ORDERS).open("prompts", "train", small())) == 20
+    # What the dead process left is gone.
+    assert not left.exists() and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_the_loser_of_a_race_uses_the_winners_rows(tmp_path, monkeypatch):
     """Both see no folder and prepare; the second to finish must neither fail nor replace."""
-    both_ready, original, folders = threading.Barrier(2), os.rename, []
+    both_ready, original, folders = threading.Barrier(2), os.replace, []
 
     def rename_together(source, target):
-        if ".preparing-counted" in os.path.basename(str(source)):
+        if ".counted-prompts" in os.path.basename(str(source)):
             both_ready.wait(timeout=60)
         original(source, target)
 
-    monkeypatch.setattr(store.os, "rename", rename_together)
+    monkeypatch.setattr(os, "replace", rename_together)
     # Only the redirection of standard output is not made for threads.
     monkeypatch.setattr(
         store.contextlib, "redirect_stdout", lambda stream: store.contextlib.nullcontext()

@@ -111,8 +111,8 @@ def test_sources_that_cannot_be_read(tmp_path):
         read_terms("[" * 100_000)
     with pytest.raises(
         UserError,
-        match=r"^The file of reward terms .*gone\.json cannot be read: No such file or "
-        r"directory\.$",
+        match=r"^The file of reward terms .*gone\.json cannot be read: there is no such file "
+        r"or folder; check the path\.$",
     ):
         read_terms(tmp_path / "gone.json")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):

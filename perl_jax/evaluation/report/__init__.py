@@ -42,15 +42,14 @@ the network.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from perl_jax.evaluation.report import curves, sections
 from perl_jax.evaluation.report.headline import headline_table
 from perl_jax.evaluation.report.load import Experiment, read_experiment
 from perl_jax.evaluation.report.markup import Html, join, section, tag
 from perl_jax.evaluation.report.style import CSS
 from perl_jax.evaluation.report.summary import summary_paragraph
-from perl_jax.runtime.files import write_atomically
+from perl_jax.runtime import files
+from perl_jax.runtime.files import PathLike, path_of, write_atomically
 from perl_jax.runtime.progress import duration
 
 __all__ = ["write_report"]
@@ -110,13 +109,13 @@ def page(experiment: Experiment) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: PathLike) -> files.Path:
     """Writes the file `report.html` into a run's or an experiment's folder and returns its path.
 
     An existing file is replaced. The same files in the folder give the same bytes. Raises UserError
     if the folder is missing or holds neither a run nor an experiment.
     """
-    run_dir = Path(run_dir)
-    path = run_dir / "report.html"
-    write_atomically(path, page(read_experiment(run_dir)))
+    folder = path_of(run_dir)
+    path = folder / "report.html"
+    write_atomically(path, page(read_experiment(folder)))
     return path

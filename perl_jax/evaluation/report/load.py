@@ -12,7 +12,6 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from perl_jax.runs.metrics import (
     SAMPLES_NAME,
     read_metrics,
 )
+from perl_jax.runtime import files
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
 JOB_NAMES = {"base": "Base model", "sft": "SFT", "reward": "Reward model", "rl": "RL", "dpo": "DPO"}
@@ -189,7 +189,7 @@ def nonfinite_steps(rows: Iterable[Mapping[str, Any]]) -> int:
     return sum(1 for row in rows if row.get(NONFINITE_KEY))
 
 
-def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
+def read_object(path: files.Path, notes: list[str], name: str) -> dict[str, Any]:
     """Returns the JSON object in a file; {} if the file is missing, and {} with a note if it cannot
     be read.
 
@@ -199,10 +199,8 @@ def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
         name: The file's name in the note.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(files.read_bytes(path)) if files.exists(path) else {}
+    except (UserError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         notes.append(f"{name} could not be read as a JSON object and was left out.")
@@ -210,7 +208,7 @@ def read_object(path: Path, notes: list[str], name: str) -> dict[str, Any]:
     return value
 
 
-def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
+def read_samples(path: files.Path, notes: list[str], name: str) -> list[dict[str, Any]]:
     """Returns the objects of a JSON Lines file; [] if the file cannot be read. Other lines are left
     out, with a note of their number.
 
@@ -220,8 +218,8 @@ def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]
         name: The file's name in the note.
     """
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
+        lines = files.read_bytes(path).splitlines()
+    except UserError:
         return []
     rows, bad = [], 0
     for line in filter(bytes.strip, lines):
@@ -239,7 +237,7 @@ def read_samples(path: Path, notes: list[str], name: str) -> list[dict[str, Any]
 
 
 def read_both_samples(
-    folder: Path, shown: str, notes: list[str]
+    folder: files.Path, shown: str, notes: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns (samples of an evaluation, samples written while training) of a run.
 
@@ -258,7 +256,7 @@ def read_both_samples(
     return found[EVALUATION_SAMPLES_NAME] or compared, written or found[OLD_SAMPLES_NAME]
 
 
-def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
+def read_rows(path: files.Path, notes: list[str], name: str) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file; [] with a note if the file is missing or damaged.
 
     Args:
@@ -268,7 +266,7 @@ def read_rows(path: Path, notes: list[str], name: str) -> list[dict[str, Any]]:
     """
     try:
         return read_metrics(path)
-    except (OSError, UserError):
+    except UserError:
         notes.append(f"{name} is missing or damaged; its curves were left out.")
         return []
 
@@ -320,7 +318,7 @@ def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     return "reward" if {"train/accuracy", "validation/accuracy", "validation/auc"} & keys else "sft"
 
 
-def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:
+def read_run(folder: files.Path, name: str, job: str, tuning: str, notes: list[str]) -> Run:
     """Returns the run in a folder.
 
     Args:
@@ -352,7 +350,7 @@ def read_run(folder: Path, name: str, job: str, tuning: str, notes: list[str]) -
     )
 
 
-def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run]:
+def read_listed_runs(folder: files.Path, listed: object, notes: list[str]) -> list[Run]:
     """Returns the runs that an experiment lists.
 
     Runs whose folder is missing, or not inside the experiment's folder, are left out with a note.
@@ -366,10 +364,12 @@ def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run
     for item in listed if isinstance(listed, list) else []:
         name = text(item, "name") or text(item, "folder")
         where = folder / text(item, "folder")
-        if not text(item, "folder") or not where.resolve().is_relative_to(folder.resolve()):
+        if not text(item, "folder") or not files.resolved(where).is_relative_to(
+            files.resolved(folder)
+        ):
             notes.append(f"the run {name!r} names no folder inside this one and was left out.")
             continue
-        if not where.is_dir():
+        if not files.is_folder(where):
             notes.append(f"the folder of the run {name!r} is missing.")
             continue
         run = read_run(where, name, text(item, "job"), text(item, "tuning"), notes)
@@ -379,25 +379,25 @@ def read_listed_runs(folder: Path, listed: object, notes: list[str]) -> list[Run
     return runs
 
 
-def read_experiment(folder: Path) -> Experiment:
+def read_experiment(folder: files.Path) -> Experiment:
     """Returns the experiment in a folder; a folder with a single run gives an experiment with one
     run.
 
     Missing or damaged files are named in the experiment's `notes`. Raises UserError if the folder
     is missing, or holds none of experiment.json, config.json and metrics.jsonl.
     """
-    if not folder.is_dir():
+    if not files.is_folder(folder):
         raise UserError(f"There is no folder of a run at {folder}.")
     notes: list[str] = []
-    if (folder / "experiment.json").exists():
+    if files.exists(folder / "experiment.json"):
         about = read_object(folder / "experiment.json", notes, "experiment.json")
         runs = read_listed_runs(folder, about.get("runs"), notes)
-    elif (folder / FILE_NAME).exists() or (folder / "config.json").exists():
+    elif files.exists(folder / FILE_NAME) or files.exists(folder / "config.json"):
         about = {}
         runs = [read_run(folder, "", "", "", notes)]
         for run in runs:
             # The top level only: nested objects, such as an algorithm, have names too.
-            about = {"title": text(run.config, "name") or folder.resolve().name}
+            about = {"title": text(run.config, "name") or files.resolved(folder).name}
             about["command"] = command_of(run.config)
             about["task"] = find_text(run.config, "task")
     else:
@@ -411,7 +411,7 @@ def read_experiment(folder: Path) -> Experiment:
         if nonfinite_steps(run.rows)
     ]
     return Experiment(
-        title=text(about, "title") or folder.resolve().name,
+        title=text(about, "title") or files.resolved(folder).name,
         summary=text(about, "summary"),
         command=text(about, "command"),
         hardware=text(about, "hardware"),
