@@ -564,7 +564,7 @@ LOOPS = (
 ),
     *_of(
         "runs/provenance.py",
-        ("artefacts-by-path", "an artefact with other weights under the same path is not noticed", "lambda folder=folder: artefacts.content_of(pathlib.Path(folder))", "lambda folder=folder: folder", "training/test_measures.py::test_other_weights_under_the_path_of_an_artefact_are_noticed"),
+        ("artefacts-by-path", "an artefact with other weights under the same path is not noticed", "lambda folder=folder: artefacts.content_of(files.path_of(folder))", "lambda folder=folder: folder", "training/test_measures.py::test_other_weights_under_the_path_of_an_artefact_are_noticed"),
         ("template-not-noticed", "another chat template in the model's folder is not noticed", '"*.jinja", "chat_template*", "*.model"', '"*.model"', "training/test_measures.py::test_every_file_of_a_tokenizer_is_compared"),
     ),
     *_of(

@@ -115,7 +115,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         r"or folder; check the path\.$",
     ):
         read_terms(tmp_path / "gone.json")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="cannot be read: it is a folder"):
         read_terms(tmp_path)
     path = tmp_path / "terms.json"
     path.write_text('{"kind": "length"}')
