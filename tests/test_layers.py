@@ -67,7 +67,7 @@ FILE_FUNCTIONS = {
         *("walk", "scandir", "open", "stat"),
     },
     "io": {"open"},
-    "pathlib": {"Path", "PurePath"},
+    "pathlib": {"Path"},
     "epath": {"Path"},
 }
 # or these methods of paths.

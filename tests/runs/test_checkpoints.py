@@ -563,7 +563,7 @@ def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
     with pytest.raises(UserError, match="has format 3; this version reads formats 1 and 2"):
         load(artefact)
     change_record(artefact, format=2)
-    with pytest.raises(UserError, match="Record has no field surprise"):
+    with pytest.raises(UserError, match="artefact.json has no field surprise"):
         load(artefact)
 
 
@@ -657,7 +657,7 @@ def test_artefacts_of_format_1_are_read(artefact):
     # Nothing but their fields can be compared: one that is broken is named.
     broken = {
         "was trained on the base": values | {"base_fingerprint": fingerprint()},
-        "Record needs the field role": {
+        "artefact.json needs the field role": {
             name: value for name, value in values.items() if name != "role"
         },
         "Record has no field rolf": {
