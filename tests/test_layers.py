@@ -60,13 +60,14 @@ FORBIDDEN_CALL_OWNERS = {"builtins", "importlib"}
 
 # Files are read and written through `perl_jax/runtime/files.py`, which turns the faults of disks
 # and buckets into sentences: nothing else calls these functions of modules,
-FILE_MODULES = {"shutil", "tempfile", "glob"}
+FILE_MODULES = {"tempfile", "glob"}
 FILE_FUNCTIONS = {
     "os": {
         *("replace", "rename", "remove", "unlink", "makedirs", "mkdir", "rmdir", "listdir"),
         *("walk", "scandir", "open", "stat"),
     },
     "io": {"open"},
+    "shutil": {"copy", "copy2", "copyfile", "copyfileobj", "copytree", "move", "rmtree"},
     "pathlib": {"Path"},
     "epath": {"Path"},
 }

@@ -660,12 +660,12 @@ def test_artefacts_of_format_1_are_read(artefact):
         "artefact.json needs the field role": {
             name: value for name, value in values.items() if name != "role"
         },
-        "Record has no field rolf": {
+        "artefact.json has no field rolf": {
             "rolf" if name == "role" else name: value for name, value in values.items()
         },
-        "artefact.role is 'rewarf'; it must be one of policy, reward, value": values
+        "artefact.json.role is 'rewarf'; it must be one of policy, reward, value": values
         | {"role": "rewarf"},
-        "artefact.tuning is 'mora'; it must be one of lora, full": values | {"tuning": "mora"},
+        "artefact.json.tuning is 'mora'; it must be one of lora, full": values | {"tuning": "mora"},
         "artefact.json does not describe its adapter": values | {"lora": None},
     }
     for message, found in broken.items():
