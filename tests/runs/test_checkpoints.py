@@ -563,7 +563,7 @@ def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
     with pytest.raises(UserError, match="has format 3; this version reads formats 1 and 2"):
         load(artefact)
     change_record(artefact, format=2)
-    with pytest.raises(UserError, match="artefact.json has no field surprise"):
+    with pytest.raises(UserError, match=r"artefact\.json has no field surprise"):
         load(artefact)
 
 
