@@ -35,6 +35,8 @@ setup(
         "tokenizers>=0.22",
         # Chat templates.
         "jinja2>=3.1.6",
+        # Files of settings.
+        "pyyaml>=6",
         "safetensors>=0.7",
         "huggingface_hub>=1.0",
         "qwix>=0.1.8,<0.2",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 # The commands of each group, in the order of the usage text.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Train": ("sft", "reward", "dpo", "rl", "base"),
@@ -32,6 +34,10 @@ _ADAPTER = {"--lora.rank": "rank of the adapter"}
 _REWARD = {
     "--reward": "folders of reward artefacts",
     "--terms": "other rewards: rules, Python functions, judges",
+}
+# Options of the command line itself, which are no settings.
+OPTIONS = {
+    "--config": "a YAML or JSON file with settings, such as a run's config.json; flags go first"
 }
 # The flags that most runs of a command need, with a short explanation each.
 FIRST: dict[str, dict[str, str]] = {
@@ -83,16 +89,21 @@ FIRST: dict[str, dict[str, str]] = {
 }
 
 
-def description(name: str, summary: str) -> str:
-    """Returns a command's summary, followed by the flags that most runs need, one per line.
+def description(name: str, summary: str, options: Collection[str] = ()) -> str:
+    """Returns a command's summary, followed by the flags that most runs need and by options of the
+    command line, one per line.
 
     Args:
-        name: The command; one that is not in FIRST has its summary alone.
+        name: The command; one that is not in FIRST has no flags here.
         summary: The text of the config's docstring before its attributes.
+        options: The keys of OPTIONS that the command has.
     """
-    flags = FIRST.get(name)
-    if flags is None:
-        return summary
-    width = max(map(len, flags))
-    lines = [f"  {flag:<{width}}  {text}" for flag, text in flags.items()]
-    return "\n".join([summary, "", "Most runs need no more than", *lines, "", "All flags:"])
+    parts = [summary]
+    for title, flags in (
+        ("Most runs need no more than", FIRST.get(name, {})),
+        ("These are no settings", {option: OPTIONS[option] for option in options}),
+    ):
+        width = max(map(len, flags), default=0)
+        lines = [f"  {flag:<{width}}  {text}" for flag, text in flags.items()]
+        parts += ["", title, *lines] if lines else []
+    return "\n".join(parts if len(parts) == 1 else [*parts, "", "All flags:"])

@@ -34,6 +34,8 @@ platforms.use_cpu_if_no_accelerator()
 
 import tyro  # noqa: E402
 
+from perl_jax.cli import config_file  # noqa: E402
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
@@ -158,6 +160,19 @@ def _print_result(name: str, config: Any, result: Any) -> None:
 
 # Commands that can run in several processes together; the others run in one process.
 TOGETHER = ("sft", "reward", "rl", "dpo", "best-of", "evaluate", "base")
+# Commands whose settings can come from a file; the others have arguments without a name.
+FROM_FILES = (
+    "sft",
+    "reward",
+    "dpo",
+    "rl",
+    "base",
+    "generate",
+    "score",
+    "evaluate",
+    "best-of",
+    "plan",
+)
 # The summary of each command.
 COMMANDS: dict[str, str] = {
     "sft": "fit a policy to demonstrations",
@@ -187,6 +202,34 @@ def _usage() -> str:
     ]
     usage = "usage: perl-jax COMMAND [options]"
     return "\n\n".join([usage, *parts, "perl-jax COMMAND --help explains every flag."])
+
+
+def _config(name: str, config_class: type, arguments: list[str]) -> Any:
+    """Returns the config of a command line; a file given by `--config` has its defaults.
+
+    Args:
+        name: The command.
+        config_class: Its config's class.
+        arguments: The flags.
+
+    Raises:
+        UserError: The file cannot be read or does not fit the command, or settings do not fit each
+            other.
+        SystemExit: A flag is wrong, or --help is asked for.
+    """
+    source = None
+    if name in FROM_FILES:
+        source, arguments = config_file.take(arguments)
+    summary = (config_class.__doc__ or "").partition("Attributes:")[0]
+    return tyro.cli(
+        config_class,
+        prog=f"perl-jax {name}",
+        description=description(
+            name, inspect.cleandoc(summary), ["--config"] if name in FROM_FILES else []
+        ),
+        args=arguments,
+        default=None if source is None else config_file.read_defaults(name, config_class, source),
+    )
 
 
 def _connect(name: str) -> None:
@@ -252,18 +295,15 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if rest in (["-V"], ["--version"]):
+        print(f"perl-jax {__version__}")
+        return 0
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     interrupts = Interrupts(name, resumes=name in GROUPS["Train"])
     try:
         with interrupts:
             config_class, run = _command(name)
-            summary = (config_class.__doc__ or "").partition("Attributes:")[0]
-            config = tyro.cli(
-                config_class,
-                prog=f"perl-jax {name}",
-                description=description(name, inspect.cleandoc(summary)),
-                args=rest,
-            )
+            config = _config(name, config_class, rest)
             _connect(name)
             _print_result(name, config, run(config))
     except UserError as error:

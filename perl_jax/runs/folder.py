@@ -26,6 +26,8 @@ _MAY_DIFFER = (
     "keep",
     "tensorboard",
     "wandb",
+    "wandb_project",
+    "wandb_name",
     "mesh",
     "profile",
     "compile_cache",

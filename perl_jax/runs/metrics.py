@@ -179,6 +179,8 @@ class MetricsWriter:
         resume_step: The step of the checkpoint that the run resumes from; None for a new run.
         tensorboard: Whether to write TensorBoard events to `folder/tensorboard`.
         wandb: Whether to log to Weights & Biases.
+        wandb_project: The project there; None: that of WANDB_PROJECT, or perl_jax.
+        wandb_name: The run's name there; None: the last two folders of the run's path.
 
     Raises:
         UserError: An optional package is not installed, or the file is damaged.
@@ -190,6 +192,8 @@ class MetricsWriter:
         resume_step: int | None,
         tensorboard: bool = False,
         wandb: bool = False,
+        wandb_project: str | None = None,
+        wandb_name: str | None = None,
     ):
         # Optional packages first: if one is missing, the rows of an earlier run must stay.
         tensorboard_module = import_extra("tensorboardX") if tensorboard else None
@@ -207,7 +211,11 @@ class MetricsWriter:
             )
         if wandb_module is not None:
             self._wandb = wandb_module.init(
-                dir=str(made), name=made.name, id=wandb_id(made, resume_step), resume="allow"
+                dir=str(made),
+                project=wandb_project or os.environ.get("WANDB_PROJECT") or "perl_jax",
+                name=wandb_name or "/".join(made.absolute().parts[-2:]),
+                id=wandb_id(made, resume_step),
+                resume="allow",
             )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

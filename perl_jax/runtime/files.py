@@ -404,11 +404,11 @@ def from_dict(cls: type, values: Any, where: str | None = None) -> Any:
     ]
     require(not missing, f"{where} needs the field {', '.join(missing)}, which is not there.")
     return cls(
-        **{name: _restore(f"{where}.{name}", hints[name], value) for name, value in values.items()}
+        **{name: restored(f"{where}.{name}", hints[name], value) for name, value in values.items()}
     )
 
 
-def _restore(where: str, hint: Any, value: Any) -> Any:
+def restored(where: str, hint: Any, value: Any) -> Any:
     """Returns a JSON value as its field's type: configs are rebuilt, lists become tuples.
 
     Args:

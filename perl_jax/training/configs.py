@@ -30,6 +30,8 @@ class TrainingConfig:
         seed: Seed of initial weights, the order of rows, dropout and sampling.
         tensorboard: Write metrics for TensorBoard, too.
         wandb: Send metrics to Weights & Biases, too.
+        wandb_project: The project there; None: that of WANDB_PROJECT, or perl_jax.
+        wandb_name: The run's name there; None: the last two folders of the run's path.
         profile: Steps to trace with jax.profiler, such as 20-22 or 5,20; traces go into the run's
             folder `profile`.
     """
@@ -47,6 +49,8 @@ class TrainingConfig:
     seed: int = 0
     tensorboard: bool = False
     wandb: bool = False
+    wandb_project: str | None = None
+    wandb_name: str | None = None
     profile: str | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +69,10 @@ class TrainingConfig:
             self.batch_size % self.microbatches == 0,
             f"microbatches is {self.microbatches}; it must divide batch_size, {self.batch_size}.",
         )
+        if not self.wandb:
+            errors.unread(
+                self, ("wandb_project", "wandb_name"), "a run without wandb", ("a run with wandb",)
+            )
         traced = self.profiled
         inside = not traced or (traced[0] >= 1 and traced[-1] <= self.steps)
         errors.require(inside, f"profile is {self.profile!r}; the run has steps 1 to {self.steps}.")

@@ -234,7 +234,14 @@ def train(
         if writes:
             line = Progress(loop.job, config.steps, begin)
         if folder is not None and writes:
-            writer = MetricsWriter(folder, start, config.tensorboard, config.wandb)
+            writer = MetricsWriter(
+                folder,
+                start,
+                config.tensorboard,
+                config.wandb,
+                config.wandb_project,
+                config.wandb_name,
+            )
             samples = SamplesWriter(folder, start)
         # Without a folder there is nothing to save, and signals stay what they were.
         termination = None if folder is None else Termination()

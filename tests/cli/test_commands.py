@@ -65,8 +65,8 @@ def test_no_command_prints_the_commands(capsys):
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_the_version_is_printed(flag, capsys):
-    assert command.main([flag]) == 0
-    assert capsys.readouterr().out == f"perl-jax {perl_jax.__version__}\n"
+    assert command.main([flag]) == command.main(["sft", flag]) == 0
+    assert capsys.readouterr().out == 2 * f"perl-jax {perl_jax.__version__}\n"
 
 
 def test_unknown_command(capsys):
@@ -395,6 +395,7 @@ def test_the_flags_that_most_runs_need_come_first_and_exist(name):
     )
     text = description(name, "What it does.")
     assert text.startswith("What it does.\n\nMost runs need no more than\n  --")
+    assert "--config" not in text and "  --config  a YAML" in description(name, "", ["--config"])
 
 
 def test_every_command_is_in_one_group_of_the_help(capsys):

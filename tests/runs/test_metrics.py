@@ -165,6 +165,19 @@ class TestDashboards:
         assert started[0]["id"] == started[1]["id"] != started[2]["id"]
         assert logged == [(1, {"a": 1.0}), (2, {"b": 2.0})]
 
+    def test_wandb_gets_a_project_and_a_name(self, tmp_path, monkeypatch):
+        found = []
+        run = types.SimpleNamespace(finish=lambda: None)
+        init = lambda **options: found.append((options["project"], options["name"])) or run
+        monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+        folder = tmp_path / "my" / "sft"
+        MetricsWriter(folder, None, wandb=True).close()
+        monkeypatch.setenv("WANDB_PROJECT", "theirs")
+        MetricsWriter(folder, None, wandb=True).close()
+        MetricsWriter(folder, None, False, True, "ours", "first").close()
+        assert found == [("perl_jax", "my/sft"), ("theirs", "my/sft"), ("ours", "first")]
+
 
 class TestEnvironment:
     def test_names_what_decides_the_numbers(self):
