@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import pathlib
 import re
 import typing
@@ -18,8 +17,9 @@ from perl_jax.errors import UserError, require, shown
 from perl_jax.runtime import files
 
 FLAG = "--config"
-# The most bytes of a file of settings.
-_LARGEST = 2**22
+# The most bytes of a file of settings, and the most opening brackets, whose square is the time that
+# PyYAML takes for them.
+_LARGEST, _BRACKETS = 2**20, 500
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,13 +49,16 @@ for _tag, _pattern, _first in (
 ):
     _firsts = [*_first, *([""] if _tag == "null" else [])]
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _firsts)
-# YAML 1.1 reads 010 as 8.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
-)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node))
-)
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    """Returns a number; YAML 1.1 would read 010 as 8."""
+    text = str(loader.construct_scalar(node))
+    return int(text) if node.tag.endswith(":int") else float(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def take(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -121,8 +124,10 @@ def _read(file: pathlib.Path) -> Any:
     if file.suffix == ".json":
         return files.read_json(file)
     try:
-        # JSON is YAML, except for some texts of JSON's that YAML escapes otherwise.
-        return yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader
+        text = file.read_text(encoding="utf-8")
+        brackets = text.count("[") + text.count("{")
+        require(brackets <= _BRACKETS, f"it has {brackets} brackets; at most {_BRACKETS} are read.")
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = "" if mark is None else f" line {mark.line + 1},"
@@ -165,7 +170,7 @@ def _unchecked(where: str, above: str, config: type, values: Any) -> Any:
             path = f"{above}{field.name}"
             value = (
                 _unchecked(where, f"{path}.", hint, value)
-                if dataclasses.is_dataclass(hint)
+                if isinstance(hint, type) and dataclasses.is_dataclass(hint)
                 else files.restored(f"{where}{path}", hint, value)
             )
         elif field.default is not dataclasses.MISSING:
