@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import pathlib
 import re
 import typing
 from collections.abc import Hashable, Mapping, Sequence
@@ -100,7 +99,7 @@ def read_defaults(name: str, config: type, path: str) -> Any:
         UserError: The file cannot be read, has a setting that the command does not have, a value of
             another type, or is for another job. The message has the setting's path.
     """
-    file = pathlib.Path(path).expanduser()
+    file = files.path_of(path)
     values = _read(file)
     require(
         isinstance(values, Mapping), f"{file} is {shown(values)}; it must hold settings, by name."
@@ -118,13 +117,13 @@ def read_defaults(name: str, config: type, path: str) -> Any:
     return _unchecked(f"{file}: ", "", config, values)
 
 
-def _read(file: pathlib.Path) -> Any:
+def _read(file: files.Path) -> Any:
     """Returns the content of a YAML or JSON file; raises UserError if it cannot be read."""
     files.require_regular(file, largest=_LARGEST)
     if file.suffix == ".json":
         return files.read_json(file)
+    text = files.read_text(file)
     try:
-        text = file.read_text(encoding="utf-8")
         brackets = text.count("[") + text.count("{")
         require(brackets <= _BRACKETS, f"it has {brackets} brackets; at most {_BRACKETS} are read.")
         return yaml.load(text, _Loader)
@@ -137,8 +136,6 @@ def _read(file: pathlib.Path) -> Any:
         raise UserError(f"{file} is not valid YAML: {said}.") from error
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _unchecked(where: str, above: str, config: type, values: Any) -> Any:

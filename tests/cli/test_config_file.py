@@ -113,7 +113,7 @@ def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path):
         ("[" * 3000, "{0}: it has 3000 brackets; at most 500 are read."),
         ("- " * 3000, "{0} is not valid YAML: "),
         ("\x00", "{0} is not valid YAML: unacceptable character"),
-        (b"\xff\xfe\x00", "{0} is not valid YAML: "),
+        (b"\xff\xfe\x00", "{0} is not UTF-8 text (byte 0)."),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_sentence(text, said, tmp_path, capsys):
