@@ -126,7 +126,7 @@ class Batches:
         """How many texts were cut, by the name of the column (`TokenRows.truncated`)."""
         return self.rows.truncated
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that identify which rows each step gets: kind and lengths of the rows,
         batch size, seed and padded lengths.

@@ -48,18 +48,18 @@ class Term:
 
 
 def read_terms(source: files.PathLike | None) -> tuple[Term, ...]:
-    """Returns the reward terms described by a JSON list.
+    """Returns the reward terms described by a JSON list, or by a JSON object for a single term.
 
         [{"kind": "length", "weight": 0.2, "maximum": 50},
          {"kind": "function", "function": "my.py:score"}]
 
     `kind` is a key of `KINDS`. `weight` defaults to 1 and `name` to the kind. All other keys are
-    fields of the kind's class. Paths in the list are relative to the working directory of the
+    fields of the kind's class. Paths in the terms are relative to the working directory of the
     command.
 
     Args:
-        source: The JSON text, which must begin with `[`, or the path of a file that holds the list.
-            None gives no terms.
+        source: The JSON text (`is_inline`), or the path of a file that holds it. None gives no
+            terms.
 
     Raises:
         UserError: The file cannot be read, the JSON is not valid, or a term is wrong. The message
@@ -67,18 +67,26 @@ def read_terms(source: files.PathLike | None) -> tuple[Term, ...]:
     """
     if source is None:
         return ()
-    inline = str(source).lstrip().startswith("[")
+    inline = is_inline(source)
     where = "The reward terms" if inline else f"The file of reward terms {source}"
     values = parse(str(source) if inline else read(files.path_of(source)), where)
+    values = [values] if isinstance(values, dict) else values
     require(
         isinstance(values, list) and bool(values),
-        f"{where} must be a JSON list of at least one object.",
+        f"{where} must be a JSON object, or a list of at least one.",
     )
     terms = tuple(
         to_term(value, f"Reward term {number}") for number, value in enumerate(values, start=1)
     )
     check_names(terms)
     return terms
+
+
+def is_inline(source: files.PathLike) -> bool:
+    """Returns whether reward terms are given as JSON text, which begins with `[` or `{`, and not as
+    the path of a file.
+    """
+    return str(source).lstrip().startswith(("[", "{"))
 
 
 def read(path: files.PathLike) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from perl_jax import errors
 from perl_jax.hub.model import ModelOptions
+from perl_jax.rewards import compose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class RewardOptions(ModelOptions):
         reward: Folders of reward artefacts trained on this base model; several form an ensemble.
         combine: How an ensemble's normalised scores are combined: their mean or their minimum.
         reward_weight: The factor of the reward models' score when `terms` are added to it.
-        terms: Further rewards (rules, Python functions, judges): a JSON list, or the path of a file
-            that holds one.
+        terms: Further rewards (rules, Python functions, judges): a JSON object or a list of them,
+            or the path of a file that holds one.
     """
 
     reward: tuple[str, ...] = ()
@@ -33,6 +34,9 @@ class RewardOptions(ModelOptions):
             bool(self.reward) or self.terms is not None,
             "There is no reward: give reward artefacts, or terms.",
         )
+        if self.terms is not None and compose.is_inline(self.terms):
+            # Before the text is written into a run's folder: it may hold a key in a wrong place.
+            compose.read_terms(self.terms)
         errors.one_of("combine", self.combine, ("mean", "min"))
         errors.require(
             math.isfinite(self.reward_weight),

@@ -6,14 +6,15 @@ The model is served by an OpenAI-compatible chat endpoint (`judge_endpoint`).
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
 import os
+import queue
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ import numpy as np
 from perl_jax.errors import UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.judge_answers import READERS, Unreadable, first_choice
-from perl_jax.rewards.judge_endpoint import Unavailable, chat_url, check_url, post
+from perl_jax.rewards.judge_endpoint import Unavailable, chat_url, check_url, post, without_key
+from perl_jax.rewards.judge_transport import Cancelled
+from perl_jax.runtime import stopping
 
 TEMPLATE = """\
 Rate how good the response to the request below is: helpful, correct, and to the point.
@@ -48,7 +51,11 @@ class Judge:
     response.
 
     Time-outs, lost connections and the statuses 429 and 5xx are retried after a wait that doubles
-    each time. An answer without a score is retried at once. Any other status is an error.
+    each time. An answer without a score is retried at once. Any other status is an error, and so is
+    a reply of more than 8 MiB.
+
+    No setting may hold a key: an address with a user name, a password or a query is refused. A key
+    that the server sends back does not get into messages.
 
     Attributes:
         url: The base URL of the endpoint, in the form of OpenAI's client: http://localhost:8000/v1.
@@ -61,8 +68,8 @@ class Judge:
             the answer's first token (the paper's score). With `expected` every score must be a
             single token: where a tokenizer splits 10 into digits, `highest` must be 9.
         api_key_variable: The environment variable that holds the API key; None sends no key.
-        timeout_seconds: The longest silence of the server in seconds (not the time for the whole
-            answer).
+        timeout_seconds: The longest time for a whole reply in seconds, from the connection to the
+            last byte.
         retries: Further attempts after the first one, for each response.
         backoff_seconds: The wait before the first retry, in seconds; no wait is longer than 60 s.
         concurrency: The number of simultaneous requests.
@@ -148,25 +155,13 @@ class Judge:
 
         Raises:
             UserError: A response gets no score; the remaining requests are cancelled.
+            stopping.Abandoned: The process was told to stop while it waited.
         """
         checks.require_equal_lengths(prompts, responses, rows)
         key = self.api_key()
         questions = [self.question(*pair) for pair in zip(prompts, responses, strict=True)]
-        stop = threading.Event()
-        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [
-                pool.submit(self.ask, index, text, key, stop)
-                for index, text in enumerate(questions)
-            ]
-            try:
-                done, _ = concurrent.futures.wait(
-                    futures, return_when=concurrent.futures.FIRST_EXCEPTION
-                )
-            finally:  # after the first error, or Ctrl-C, the other requests are not needed
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        scores = [future.result() for future in futures if future in done]
-        return self.rewards(scores)
+        ask = lambda index, stop: self.ask(index, questions[index], key, stop)
+        return self.rewards(all_of(ask, len(questions), self.concurrency))
 
     def rewards(self, scores: Sequence[float | None]) -> np.ndarray:
         """Returns scores mapped from [lowest, highest] to [0, 1]: float64 [n].
@@ -235,7 +230,7 @@ class Judge:
         """Sends a request up to retries + 1 times and returns the score, in [lowest, highest].
 
         Waits between attempts if the judge is unavailable. Returns None if the judge gave no score
-        and `on_failure` is neutral, or if `stop` is set while waiting.
+        and `on_failure` is neutral, or as soon as `stop` is set.
 
         Args:
             index: The response's index in the batch, for error messages.
@@ -247,11 +242,16 @@ class Judge:
             UserError: All attempts have failed, or the judge refuses the request.
         """
         failure: Unreadable | Unavailable | None = None
+        hide = functools.partial(without_key, key)
         for attempt in range(self.retries + 1):
             wait = 0.0
             try:
-                choice = first_choice(post(chat_url(self.url), data, key, self.timeout_seconds))
-                return READERS[self.mode](choice, self.lowest, self.highest)
+                reply = post(chat_url(self.url), data, key, self.timeout_seconds, stop)
+                return READERS[self.mode](
+                    first_choice(reply, hide), self.lowest, self.highest, hide
+                )
+            except Cancelled:
+                return None
             except Unreadable as error:
                 failure = error
             except Unavailable as error:
@@ -264,7 +264,7 @@ class Judge:
         attempts = f"{self.retries + 1} attempt{'s' if self.retries else ''}"
         raise UserError(
             f"The judge at {self.url} gave no score for index {index} in {attempts}: {failure}."
-        ) from failure
+        ) from None
 
     def body(self, question: str) -> dict[str, Any]:
         """Returns the JSON body of a chat-completion request, which asks for log-probabilities in
@@ -313,3 +313,51 @@ class Judge:
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+def all_of(ask: Callable[[int, threading.Event], Any], count: int, concurrency: int) -> list[Any]:
+    """Returns [ask(0, stop), ..., ask(count - 1, stop)], computed by several threads.
+
+    Sets `stop` and raises at the first exception of a call, at Ctrl-C, and when the process is told
+    to stop (`stopping`). The other calls are not waited for; each should end soon after `stop` is
+    set. Their threads are daemons, so they cannot keep the process alive.
+
+    Args:
+        ask: (index, stop) -> the result.
+        count: How many results there are.
+        concurrency: The largest number of threads.
+
+    Raises:
+        stopping.Abandoned: The process was told to stop.
+    """
+    stop, done, indices, lock = (
+        threading.Event(),
+        queue.SimpleQueue(),
+        iter(range(count)),
+        threading.Lock(),
+    )
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                index = next(indices, None)
+            if index is None:
+                return
+            try:
+                done.put((index, ask(index, stop), None))
+            except BaseException as error:
+                stop.set()
+                done.put((index, None, error))
+
+    results = [None] * count
+    try:
+        for number in range(min(count, concurrency)):
+            threading.Thread(target=work, name=f"judge {number}", daemon=True).start()
+        for _ in range(count):
+            index, result, error = stopping.get(done)
+            if error is not None:
+                raise error
+            results[index] = result
+    finally:
+        stop.set()
+    return results

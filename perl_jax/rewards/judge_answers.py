@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from perl_jax.errors import UserError
-from perl_jax.rewards.judge_endpoint import SHOWN
+from perl_jax.rewards.judge_endpoint import Hide, cut
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)")
 
@@ -19,11 +19,12 @@ class Unreadable(Exception):
     """The judge's answer holds no score; another attempt may give one."""
 
 
-def first_choice(reply: bytes) -> dict[str, Any]:
+def first_choice(reply: bytes, hide: Hide = str) -> dict[str, Any]:
     """Returns the first choice of a chat completion, a dictionary with the key `message`.
 
     Args:
         reply: The body of the server's reply.
+        hide: Takes the API key out of a text that a message quotes.
 
     Raises:
         UserError: The reply is not a chat completion in JSON.
@@ -32,21 +33,24 @@ def first_choice(reply: bytes) -> dict[str, Any]:
         choice = json.loads(reply)["choices"][0]
         choice["message"].get("content")
         return choice
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        shown = reply[:SHOWN].decode("utf-8", "replace")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        shown = cut(hide(reply.decode("utf-8", "replace")))
         advice = "check that judge.url is an OpenAI-compatible endpoint"
         raise UserError(
             f"The judge's reply is not a chat completion: {shown!r}; {advice}."
-        ) from error
+        ) from None
 
 
-def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
+def read_number(
+    choice: Mapping[str, Any], lowest: float, highest: float, hide: Hide = str
+) -> float:
     """Returns the first number of the judge's answer.
 
     Args:
         choice: The choice of the chat completion.
         lowest: The lowest allowed score.
         highest: The highest allowed score.
+        hide: Takes the API key out of a text that a message quotes.
 
     Raises:
         Unreadable: The answer has no number, or the first number is not in [lowest, highest].
@@ -54,19 +58,21 @@ def read_number(choice: Mapping[str, Any], lowest: float, highest: float) -> flo
     answer = content(choice)
     found = NUMBER.search(answer)
     if found is None or not lowest <= float(found.group()) <= highest:
-        cut = " (cut at max_tokens)" if choice.get("finish_reason") == "length" else ""
+        short = " (cut at max_tokens)" if choice.get("finish_reason") == "length" else ""
         problem = (
             "holds no number"
             if found is None
-            else f"has {found.group()[:SHOWN]} as its first number, not one"
+            else f"has {cut(hide(found.group()))} as its first number, not one"
         )
         raise Unreadable(
-            f"the answer {answer[:SHOWN]!r}{cut} {problem} from {lowest:g} to {highest:g}"
+            f"the answer {cut(hide(answer))!r}{short} {problem} from {lowest:g} to {highest:g}"
         )
     return float(found.group())
 
 
-def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> float:
+def read_expected(
+    choice: Mapping[str, Any], lowest: float, highest: float, hide: Hide = str
+) -> float:
     """Returns the expected score, sum_s s P(s) / sum_s P(s) (Lee et al. 2023).
 
     s runs over the whole numbers in [lowest, highest] among the candidates for the answer's first
@@ -77,6 +83,7 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
         choice: The choice of the chat completion, with log-probabilities.
         lowest: The lowest score.
         highest: The highest score.
+        hide: Takes the API key out of a text that a message quotes.
 
     Raises:
         Unreadable: No candidate is a number in range.
@@ -84,7 +91,7 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
     """
     tokens = list(itertools.dropwhile(lambda token: not token["token"].strip(), listed(choice)))
     if len(tokens) > 1 and (tokens[0]["token"].strip() + tokens[1]["token"]).isdecimal():
-        pieces = f"{tokens[0]['token']!r} and {tokens[1]['token']!r}"
+        pieces = " and ".join(repr(cut(hide(token["token"]))) for token in tokens[:2])
         advice = "which mode expected cannot read; let judge.highest be 9, or use mode number"
         raise UserError(f"The judge's model writes a score as two tokens, {pieces}, {advice}.")
     weights: dict[float, float] = {}
@@ -92,11 +99,11 @@ def read_expected(choice: Mapping[str, Any], lowest: float, highest: float) -> f
         digits = candidate["token"].strip()
         if digits.isdecimal() and lowest <= float(digits) <= highest:
             weights[float(digits)] = weights.get(float(digits), 0.0) + math.exp(
-                min(candidate["logprob"], 0)
+                min(float(candidate["logprob"]), 0)
             )
     total = sum(weights.values())
     if not total > 0:
-        answer = content(choice)[:SHOWN]
+        answer = cut(hide(content(choice)))
         raise Unreadable(
             f"the answer {answer!r} has no number from {lowest:g} to {highest:g} among its likely "
             "first tokens"
@@ -119,11 +126,11 @@ def listed(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for candidate in token["top_logprobs"]
             ]
         return tokens
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         advice = "use a server that does, or mode number"
         raise UserError(
             f"The judge's server returns no log-probabilities, which mode expected needs; {advice}."
-        ) from error
+        ) from None
 
 
 def content(choice: Mapping[str, Any]) -> str:
@@ -135,7 +142,7 @@ def content(choice: Mapping[str, Any]) -> str:
     return answer if isinstance(answer, str) else ""
 
 
-READERS: Mapping[str, Callable[[Mapping[str, Any], float, float], float]] = {
+READERS: Mapping[str, Callable[[Mapping[str, Any], float, float, Hide], float]] = {
     "number": read_number,
     "expected": read_expected,
 }

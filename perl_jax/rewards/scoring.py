@@ -23,7 +23,7 @@ from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.rewards.compose import Composite, Term
-from perl_jax.runtime import hosts, sharding
+from perl_jax.runtime import hosts, sharding, stopping
 from perl_jax.runtime.hosts import Share, to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.types import Array, Tokens, Tree
@@ -317,13 +317,22 @@ class Scorer:
             terms: The terms.
             rollout: The sampled responses of the whole batch.
             row_B: Indices into `rows` of this process's part of the batch.
+
+        Raises:
+            stopping.Abandoned: A process was told to stop while a term waited.
         """
         share = sharding.row_share(self.model.mesh)
         rows = [self.rows[int(row)] for row in row_B]
         texts = response_texts(self.model.tokenizer, rollout, share)
         columns = {term.name: np.zeros(len(rows), np.float64) for term in terms.terms}
-        if share.leads:
-            columns = terms([row["prompt"] for row in rows], texts, rows)
+        told = False
+        try:
+            if share.leads:
+                columns = terms([row["prompt"] for row in rows], texts, rows)
+        except stopping.Abandoned:
+            told = True
+        if hosts.any_process(told):  # all processes stop together
+            raise stopping.Abandoned
         return {name: share.gather(column) for name, column in columns.items()}
 
 

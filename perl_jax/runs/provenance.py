@@ -16,6 +16,7 @@ from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import task_of
 from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, config_json, weights
+from perl_jax.rewards import compose
 from perl_jax.runtime import files
 
 # The kind of rows that a job reads; that of a reward model depends on its objective.
@@ -161,7 +162,7 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         source: The terms as JSON text, or the path of a file with it.
     """
     text = source
-    if not source.lstrip().startswith("["):
+    if not compose.is_inline(source):
         path = files.path_of(source)
         yield f"the file of terms {source}", lambda: files.file_hash(path)
         try:
@@ -172,7 +173,7 @@ def _terms(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return
-    for value in values if isinstance(values, list) else ():
+    for value in values if isinstance(values, list) else (values,):
         function = value.get("function") if isinstance(value, dict) else None
         if isinstance(function, str):
             yield (

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from perl_jax.errors import require
+from perl_jax.runtime import stopping
 from perl_jax.types import Tree
 
 # The environment variable that says whether JAX finds the processes of a cluster.
@@ -228,7 +229,8 @@ class Termination:
     raises KeyboardInterrupt at once. A process that ignores SIGINT, as `nohup` makes it, goes on to
     ignore it. Call `asked` at the end of a step. It is a collective operation, so that all
     processes stop at the same step. Python runs the handler between two instructions of the main
-    thread: a signal during a long device program is recorded when the program has ended.
+    thread: a signal during a long device program is recorded when the program has ended. The
+    signal is recorded for `stopping` too, so that rewards that wait for a server can stop.
 
     Attributes:
         current: The context that records signals now; None: there is none.
@@ -241,6 +243,7 @@ class Termination:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
+        stopping.forget()
         # Only the main thread can install handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -256,8 +259,10 @@ class Termination:
         if self.noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.noted = max(self.noted, number)
+        stopping.tell()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        stopping.forget()
         if self._before:
             Termination.current = None
         for number, before in self._before.items():

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -27,7 +27,7 @@ from perl_jax.runs.metrics import (
 )
 from perl_jax.runs.profile import Profile
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, hosts, progress
+from perl_jax.runtime import files, hosts, progress, stopping
 from perl_jax.runtime.hosts import Termination
 from perl_jax.runtime.progress import Progress
 from perl_jax.training.configs import TrainingConfig
@@ -208,8 +208,9 @@ def train(
         UserError: If a run without a folder has a setting that writes into one (`tensorboard`,
             `wandb`, `profile`), or if the checkpoints do not fit.
         TrainingError: For NaN or infinity; the last good checkpoint stays.
-        Stopped: After SIGTERM to any process of a run with a folder, at the end of the step, which
-            is saved.
+        Stopped: After SIGTERM to any process of a run with a folder. The step is made and saved; if
+            its rewards wait for a server or another process, the step before is saved. A validation
+            that waits ends without a checkpoint.
         Interrupted: Likewise after Ctrl-C; a second Ctrl-C raises KeyboardInterrupt at once.
     """
     folder = None if run is None else run.folder
@@ -249,13 +250,20 @@ def train(
         numbers = ShownNumbers(loop.shown)
         # Samples that are neither written nor printed are not made.
         sample = loop.sample if folder is not None or loop.show_samples else None
-        with writer, line, termination or contextlib.nullcontext(), profile:
+        with writer, line, termination or contextlib.nullcontext(), profile, waits(termination):
             if sample is not None and start is None:
                 keep_samples(loop, samples, begin, sample(state))
             for step in range(begin + 1, config.steps + 1):
-                clock = time.perf_counter()
-                with profile.step(step):
-                    state, metrics, phases = loop.advance(state, next(loop.batches))
+                clock, cursor = time.perf_counter(), {"cursor": loop.batches.get_state()}
+                try:
+                    with profile.step(step):
+                        state, metrics, phases = loop.advance(state, next(loop.batches))
+                except stopping.Abandoned:
+                    # A reward was waiting, so nothing has changed since the last step.
+                    if step - 1 > (checkpoints.latest_step() or 0):
+                        writer.sync()
+                        checkpoints.save(state, cursor, None)
+                    raise
                 check_finite(folder, step, metrics)
                 row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
                 row |= loop.facts if step == 1 else {}
@@ -335,17 +343,37 @@ def keep_samples(loop: Loop, samples: Any, step: int, made: list[dict[str, Any]]
         progress.say(shown.sample_text(loop.job, step, made[: loop.show_samples]))
 
 
-def stopped(number: int, step: int) -> BaseException:
-    """Returns the error that ends a run after a signal, when the step has been saved.
+def stopped(number: int, step: int | None) -> BaseException:
+    """Returns the error that ends a run after a signal.
 
     Args:
         number: The signal: SIGTERM or SIGINT.
-        step: The step.
+        step: The step, which has been saved; None: the run ended while it waited for rewards.
     """
     error, name = (Interrupted, "Ctrl-C") if number == signal.SIGINT else (Stopped, "SIGTERM")
+    if step is None:
+        return error(
+            f"stopped by {name} while rewards were awaited; the same command resumes from the last "
+            "checkpoint."
+        )
     return error(
         f"stopped by {name} after step {step}, which is saved; the same command resumes from there."
     )
+
+
+@contextlib.contextmanager
+def waits(termination: Termination | None) -> Iterator[None]:
+    """Context manager that turns `stopping.Abandoned` into the error that ends a run (`stopped`).
+
+    Args:
+        termination: Knows the signal; None: there is none, and nothing is abandoned.
+    """
+    try:
+        yield
+    except stopping.Abandoned:
+        if termination is None:
+            raise
+        raise stopped(termination.asked(), None) from None
 
 
 def _require_no_files(config: TrainingConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.rewards.compose import KINDS, Composite, Term, read_terms
+from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
 from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Words
@@ -34,10 +35,28 @@ def test_terms_of_a_text_and_of_a_file(tmp_path):
         Term("judge", 1.0, Judge("http://localhost/v1", "m", highest=5)),
     )
     assert read_terms("\n " + json.dumps(values)) == expected
+    assert read_terms("\n" + json.dumps(values[0])) == expected[:1]
     (tmp_path / "terms.json").write_text(json.dumps(values))
     assert (
         read_terms(tmp_path / "terms.json") == read_terms(str(tmp_path / "terms.json")) == expected
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": "http://localhost/v1?key=sk-1"},
+        {"url": "http://me:sk-1@localhost/v1"},
+        {"api_key_variable": "sk-1"},
+        {"api_key": "sk-1"},
+    ],
+)
+def test_a_key_in_the_terms_is_refused_before_a_run_could_write_it(wrong):
+    terms = json.dumps({"kind": "judge", "url": "http://localhost/v1", "model": "m", **wrong})
+    with pytest.raises(UserError) as caught:
+        RewardOptions(model="m", terms=terms)
+    assert str(caught.value).startswith("Reward term 1 (judge)")
+    assert "sk-1" not in str(caught.value)
 
 
 def test_the_table_of_kinds():
@@ -47,7 +66,8 @@ def test_the_table_of_kinds():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([], "The reward terms must be a JSON list of at least one object."),
+        ([], "The reward terms must be a JSON object, or a list of at least one."),
+        ({}, "Reward term 1 has no kind; it must be one of length,"),
         (
             ["length"],
             "Reward term 1 is 'length'; it must be an object with a kind, one of length, format, "
@@ -118,11 +138,11 @@ def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot be read: it is a folder"):
         read_terms(tmp_path)
     path = tmp_path / "terms.json"
-    path.write_text('{"kind": "length"}')
+    path.write_text('"length"')
     with pytest.raises(
         UserError,
-        match=r"^The file of reward terms .*terms\.json must be a JSON list of at least one "
-        r"object\.$",
+        match=r"^The file of reward terms .*terms\.json must be a JSON object, or a list of at "
+        r"least one\.$",
     ):
         read_terms(path)
     path.write_bytes(b"[\xff]")

@@ -220,7 +220,7 @@ def recorded(waits, wait):
         if (
             seconds is not None
             and 1 < seconds <= 60
-            and threading.current_thread().name.startswith("ThreadPoolExecutor")
+            and threading.current_thread().name.startswith("judge")
         ):
             waits.append(seconds)
             return False

@@ -507,7 +507,7 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
             "value_head is 'policy'; it must be one of zero, reward.",
         ),
         (
-            lambda: {"value_head": "reward", "reward": (), "terms": "[]"},
+            lambda: {"value_head": "reward", "reward": (), "terms": '{"kind": "format"}'},
             "value_head reward begins with a reward artefact's head",
         ),
         (lambda: {"reward": ()}, "There is no reward: give reward artefacts, or terms."),
@@ -632,11 +632,11 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
             "combine is 'min' over 1 reward artefacts; leave it out, or give two or more.",
         ),
         (
-            lambda: {"reward": (), "terms": "[]", "combine": "min"},
+            lambda: {"reward": (), "terms": '{"kind": "format"}', "combine": "min"},
             "combine is 'min' over 0 reward artefacts",
         ),
         (
-            lambda: {"reward": (), "terms": "[]", "reward_weight": 2.0},
+            lambda: {"reward": (), "terms": '{"kind": "format"}', "reward_weight": 2.0},
             "reward_weight is 2.0 without a reward artefact; leave it out, or give reward",
         ),
     ],
