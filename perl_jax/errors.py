@@ -6,10 +6,50 @@ Each message is one sentence that names the field, the value it has and the valu
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+# The largest number of float32, its smallest above 0, and the largest number of a 32-bit counter.
+# Devices compute with these types, in which other numbers would be infinite, 0 or negative.
+LARGEST, SMALLEST, COUNT = 3.4028234e38, 1.1754944e-38, 2**31 - 1
+# The largest seed.
+SEED = 2**63 - 1
+# The largest values of fields by name that memory or compilation is in proportion to, far above
+# any that is used; other whole numbers are at most COUNT (`in_range`).
+MOST = {
+    "rank": 2**16,
+    "batch_size": 2**20,
+    "batch": 2**20,
+    "microbatches": 2**20,
+    "samples": 2**16,
+    "n": 2**16,
+    "slots": 2**20,
+    "minibatches": 2**20,
+    "epochs": 2**16,
+    "max_new_tokens": 2**20,
+    "max_prompt_length": 2**20,
+    "max_response_length": 2**20,
+    "prompt_length": 2**20,
+    "response_length": 2**20,
+    "bucket_count": 2**10,
+    "block": 2**20,
+    "validation_prompts": 2**20,
+    "train_size": 10**8,
+    "evaluation_size": 10**8,
+    "vocab_size": 2**24,
+    "width": 2**20,
+    "ffn_width": 2**22,
+    "layers": 10_000,
+    "heads": 2**16,
+    "kv_heads": 2**16,
+    "head_dim": 2**16,
+    "unroll": 10_000,
+    "seed": SEED,
+    "data_seed": SEED,
+}
+# The most numbers in a list with ranges (`numbers`).
+_LISTED = 10_000
 
 
 class UserError(Exception):
@@ -66,6 +106,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def listed(items: Iterable[str], most: int = 8) -> str:
+    """Returns the first items of a list for a message, and how many more there are."""
+    names = list(items)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:200] for name in names[:most]) + more
+
+
 def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -> None:
     """Raises UserError if `value` is not among `allowed`; the message lists the allowed values.
 
@@ -76,39 +123,70 @@ def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -
     """
     names = list(allowed)
     require(
-        any(value is name or value == name for name in names),
+        value in names,
         f"{field} is {shown(value)}; it must be one of {', '.join(map(str, names))}.",
     )
 
 
-def positive(field: str, value: float, *, zero: bool = False) -> None:
-    """Raises UserError if `value` is not a finite number above 0.
+def positive(field: str, value: float, *, zero: bool = False, most: float = LARGEST) -> None:
+    """Raises UserError if `value` is not a finite number above 0 and at most `most`.
 
     Args:
         field: Name of the field in the message.
         value: The field's value.
         zero: Whether 0 is allowed too.
+        most: The largest value; the default is the largest that 32 bits hold.
     """
-    good = (
-        isinstance(value, (int, float))
-        and math.isfinite(value)
-        and (value >= 0 if zero else value > 0)
-    )
+    good = is_number(value) and (value >= 0 if zero else value > 0)
     bound = "at least 0" if zero else "greater than 0"
-    require(good, f"{field} is {value!r}; it must be a finite number {bound}.")
+    require(good, f"{field} is {shown(value)}; it must be a finite number {bound}.")
+    require(value <= most, f"{field} is {shown(value)}; it must be at most {most}.")
 
 
-def whole(field: str, value: float) -> None:
-    """Raises UserError unless `value` is an int above 0: 3.0 is refused, True passes as 1.
+def whole(field: str, value: float, *, zero: bool = False, most: int = COUNT) -> None:
+    """Raises UserError unless `value` is an int above 0 and at most `most`; 3.0 is refused.
 
     Args:
         field: Name of the field in the message.
         value: The field's value.
+        zero: Whether 0 is allowed too.
+        most: The largest value; the default is the largest of a 32-bit counter.
     """
-    require(
-        isinstance(value, int) and value > 0,
-        f"{field} is {value!r}; it must be a whole number greater than 0.",
-    )
+    good = isinstance(value, int) and not isinstance(value, bool)
+    good = good and (value >= 0 if zero else value > 0)
+    bound = "at least 0" if zero else "greater than 0"
+    require(good, f"{field} is {shown(value)}; it must be a whole number {bound}.")
+    require(value <= most, f"{field} is {shown(value)}; it must be at most {most}.")
+
+
+def in_range(config: Any, section: str = "") -> None:
+    """Raises UserError for a numeric field of a config that no device could compute with.
+
+    A field annotated int must hold a whole number of at most `MOST[its name]`, or `COUNT`, in
+    absolute value. A field annotated float must hold a finite number in float32's range. None
+    passes where the annotation allows it. A seed must be 0 or more; what else a field demands,
+    such as a sign, its config checks itself.
+
+    Args:
+        config: A frozen config.
+        section: Its name in messages, such as lora; nothing for a command's own fields.
+    """
+    for field in dataclasses.fields(config):
+        kinds = {kind.strip() for kind in str(field.type).split("|")}
+        value, name = vars(config)[field.name], f"{section}.{field.name}".lstrip(".")
+        if not kinds & {"int", "float"} or (value is None and "None" in kinds):
+            continue
+        good = is_number(value) and ("float" in kinds or isinstance(value, int))
+        kind = "a finite number" if "float" in kinds else "a whole number"
+        require(good, f"{name} is {shown(value)}; it must be {kind}.")
+        most = LARGEST if "float" in kinds else MOST.get(field.name, COUNT)
+        require(abs(value) <= most, f"{name} is {shown(value)}; it must be at most {most}.")
+        signed = value >= 0 or most != SEED
+        require(signed, f"{name} is {shown(value)}; a seed is 0 to {SEED}.")
+        require(
+            value == 0 or abs(value) >= SMALLEST,
+            f"{name} is {shown(value)}, which is 0 in float32; it must be at least {SMALLEST}.",
+        )
 
 
 def read_by(field: str, value: Any, default: Any, choice: str, readers: Sequence[str]) -> None:
@@ -163,13 +241,15 @@ def numbers(field: str, text: str | None, example: str) -> tuple[int, ...]:
     found: set[int] = set()
     for item in [] if text is None else text.split(","):
         first, dash, last = item.strip().partition("-")
-        good = (
-            first.isdecimal()
-            and (last.isdecimal() if dash else True)
-            and (not dash or int(first) <= int(last))
+        last = last if dash else first
+        good = all(end.isdecimal() and len(end) <= len(str(COUNT)) for end in (first, last))
+        good = good and int(first) <= int(last)
+        require(good, f"{field} is {shown(text)}; it must look like {example}.")
+        require(
+            int(last) - int(first) + len(found) < _LISTED,
+            f"{field} is {shown(text)}; it may list at most {_LISTED} numbers.",
         )
-        require(good, f"{field} is {text!r}; it must look like {example}.")
-        found |= set(range(int(first), int(last if dash else first) + 1))
+        found |= set(range(int(first), int(last) + 1))
     return tuple(sorted(found))
 
 

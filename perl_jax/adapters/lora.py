@@ -71,6 +71,7 @@ class LoRAConfig:
     dtype: Literal["float32"] = "float32"
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "lora")
         errors.positive("lora.rank", self.rank)
         require(
             isinstance(self.rank, int), f"lora.rank is {self.rank!r}; it must be a whole number."
@@ -87,7 +88,11 @@ class LoRAConfig:
         )
         for target in self.projections:
             rank = _pattern("ranks", self.ranks).get(target, self.rank)
-            errors.whole(f"lora.ranks of {target}", int(rank) if rank == int(rank) else rank)
+            errors.whole(
+                f"lora.ranks of {target}",
+                int(rank) if rank == int(rank) else rank,
+                most=errors.MOST["rank"],
+            )
             errors.positive(f"lora.alphas of {target}", self.alpha_of(target))
         for field, pattern in (("ranks", self.ranks), ("alphas", self.alphas)):
             outside = sorted(set(_pattern(field, pattern)) - set(self.projections))

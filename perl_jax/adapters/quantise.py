@@ -37,6 +37,7 @@ class QuantiseConfig:
     block: int | None = None
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "quantise")
         errors.one_of("quantise.kind", self.kind, ("none", *KINDS))
         if self.block is not None:
             errors.whole("quantise.block", self.block)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from perl_jax.errors import require
+from perl_jax.runtime.seeds import numpy_generator
 
 # Padded lengths are multiples of this.
 MULTIPLE = 8
@@ -89,7 +90,7 @@ def training_plan(
         seed: Seed of the order, the same in every epoch.
         epoch: Number of the epoch, from 0.
     """
-    rng = np.random.default_rng([seed, epoch])
+    rng = numpy_generator(seed, epoch)
     order = rng.permutation(len(lengths))
     bucket = np.searchsorted(edges, lengths[order])
     batches, padded, left = [], [], np.zeros(0, np.int64)

@@ -48,6 +48,7 @@ class DataConfig:
     packing: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
+        errors.in_range(self)
         errors.one_of("packing", self.packing, ("auto", "on", "off"))
         for field in ("bucket_count", "max_prompt_length", "max_response_length"):
             errors.whole(field, getattr(self, field))

@@ -29,6 +29,7 @@ from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.seeds import random_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ def best_responses(
     )
     base = model.base if policy is None or policy.weights is None else None
     program = scoring.reward_program(model, records, config.combine) if records else None
-    key = jax.random.key(config.seed)
+    key = random_key(config.seed)
     made: dict[int, dict[str, Any]] = {}
     with Scorer(model, program, rewards.terms, rewards.weight, rows) as scorer:
         for index, batch in enumerate(batches):

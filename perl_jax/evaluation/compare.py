@@ -41,6 +41,7 @@ from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
+from perl_jax.runtime.seeds import random_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def respond(
     columns: dict[str, list[np.ndarray]] = {
         name: [] for name in ("row", "finished", "kl", *job.raters)
     }
-    key = jax.random.key(job.seed)
+    key = random_key(job.seed)
     for index, batch in enumerate(job.batches):
         rollout = job.sample(
             model.base,

@@ -33,6 +33,7 @@ class RolloutConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "rollout")
         if self.slots is not None:
             errors.whole("rollout.slots", self.slots)
         errors.one_of("rollout.cache", self.cache, CACHES)
@@ -78,6 +79,7 @@ class SamplingConfig:
     fused: bool = False
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "sampling")
         errors.whole("sampling.max_new_tokens", self.max_new_tokens)
         errors.positive("sampling.temperature", self.temperature, zero=True)
         errors.whole("sampling.stages", self.stages)

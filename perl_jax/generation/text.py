@@ -16,6 +16,7 @@ from perl_jax.generation.config import GREEDY
 from perl_jax.generation.programs import batch_sampler, sampling_config
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.seeds import random_key
 from perl_jax.types import Prompts
 
 
@@ -105,7 +106,7 @@ def generate(
     sampler = sampling_config(model, max_new_tokens, temperature, top_k=top_k, top_p=top_p)
     batch = Prompts(tokens_PS, valid_PS, np.arange(len(rows), dtype=np.int32))
     rollout = batch_sampler(model, sampler, samples)(
-        model.base, adapter, batch, jax.random.key_data(jax.random.key(seed))
+        model.base, adapter, batch, jax.random.key_data(random_key(seed))
     )
     sequences = to_host(rollout.sequences)
     texts = []

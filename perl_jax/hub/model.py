@@ -15,7 +15,7 @@ from perl_jax.adapters import combine
 from perl_jax.adapters.full import full_weights
 from perl_jax.adapters.lora import Adapter
 from perl_jax.adapters.quantise import QuantiseConfig, quantise_leaf
-from perl_jax.errors import one_of, require, unread
+from perl_jax.errors import in_range, one_of, require, unread
 from perl_jax.hub import artefacts, config_json, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.attention_path import for_devices
@@ -357,6 +357,7 @@ class ModelOptions:
     compile_cache: str | None = None
 
     def __post_init__(self) -> None:
+        in_range(self)
         one_of("dtype", self.dtype, config.DTYPES)
         one_of("remat", self.remat, REMAT)
         one_of("attention", self.attention, ("auto", *ATTENTION))

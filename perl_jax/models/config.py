@@ -37,6 +37,7 @@ class Rope:
     original_positions: int = 8192
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "rope")
         errors.one_of("rope.scaling", self.scaling, ("none", "linear", "llama3"))
         for field in ("theta", "factor", "low_factor", "high_factor", "original_positions"):
             errors.positive(f"rope.{field}", getattr(self, field))
@@ -125,6 +126,7 @@ class ModelConfig:
     attention: Literal["plain", "blocked", "splash", "cudnn"] = "plain"
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "model")
         for field in (
             "vocab_size",
             "width",

@@ -192,6 +192,7 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "algorithm")
         errors.one_of("algorithm.name", self.name, ALGORITHMS)
         for field in ("epochs", "minibatches", *(("samples",) if self.samples is not None else ())):
             errors.whole(f"algorithm.{field}", getattr(self, field))

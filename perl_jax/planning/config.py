@@ -103,6 +103,7 @@ class PlanConfig:
     json: str | None = None
 
     def __post_init__(self) -> None:
+        errors.in_range(self)
         errors.one_of("job", self.job, (*JOBS, *READING))
         errors.one_of("remat", self.remat, REMAT)
         errors.one_of("effort", self.effort, ("quick", "full"))

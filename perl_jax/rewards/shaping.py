@@ -36,6 +36,7 @@ class ShapingConfig:
     overlong_buffer: int = 0
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "shaping")
         if self.clip is not None:
             errors.positive("shaping.clip", self.clip)
         for field in ("missing_eos_penalty", "overlong_penalty", "overlong_buffer"):

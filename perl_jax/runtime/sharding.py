@@ -55,6 +55,7 @@ class MeshConfig:
     adapters: Literal["replicated", "sharded"] = "replicated"
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "mesh")
         for field in ("fsdp", "tensor"):
             errors.positive(f"mesh.{field}", getattr(self, field))
         errors.one_of("mesh.adapters", self.adapters, ("replicated", "sharded"))

@@ -25,6 +25,7 @@ from perl_jax.runs.folder import exist, open_run
 from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
 from perl_jax.training.commands import TrainingCommand
 from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
@@ -152,7 +153,7 @@ def train_base(config: BaseConfig) -> files.Path:
     mesh = sharding.make_mesh(config.mesh)
     lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
     shardings = lm.base_shardings()
-    initial = lm.init_base(jax.random.key(config.seed))
+    initial = lm.init_base(random_key(config.seed))
     base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)
     model = Model(str(target), lm, base, tokenizer, trees.fingerprint(base))
     check_context(model, config.data)

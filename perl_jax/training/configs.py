@@ -54,6 +54,7 @@ class TrainingConfig:
     profile: str | None = None
 
     def __post_init__(self) -> None:
+        errors.in_range(self)
         errors.one_of("tuning", self.tuning, TUNINGS)
         for field in (
             "steps",

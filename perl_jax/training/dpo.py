@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
-import jax
 import numpy as np
 
 from perl_jax.adapters.full import cast_frozen_role
@@ -29,6 +28,7 @@ from perl_jax.runs.run import Run
 from perl_jax.runtime import files
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
 from perl_jax.training.configs import DPOConfig
 from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
@@ -135,7 +135,7 @@ def train_dpo(
     """
     config = config or DPOConfig()
     dataset = of_rows("comparisons", rows, validation, test)
-    start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
+    start = starting_role(model, config, policy, random_key(config.seed), frozen)
     depends_on = lambda start=start: {"the policy": content_of(start)}
     run = open_library_run("dpo", config, run, model, dataset, depends_on)
     if done := load_finished(run, model, "policy", "evaluation.json"):

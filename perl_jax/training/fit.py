@@ -23,6 +23,7 @@ from perl_jax.models.microbatches import summed_microbatches
 from perl_jax.runtime import sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import step
 from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.loop import Loop
@@ -83,7 +84,7 @@ def initial_state(
         controls: Initial values of the numbers that the loop adapts (the KL's coefficient), by
             name. None: there are none.
     """
-    key = jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+    key = jax.random.key_data(jax.random.fold_in(random_key(config.seed), 1))
     given = (
         model.place(roles),
         model.place(dict(frozen or {})),

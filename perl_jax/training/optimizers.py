@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from perl_jax.adapters.lora import Adapter
-from perl_jax.errors import default_of, one_of, positive, read_by, require
+from perl_jax.errors import default_of, in_range, one_of, positive, read_by, require
 from perl_jax.runtime import trees
 
 OPTIMIZERS = ("adafactor", "adamw")
@@ -54,6 +54,7 @@ class OptimizerConfig:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
+        in_range(self, "optimizer")
         one_of("optimizer.name", self.name, OPTIMIZERS)
         one_of("optimizer.schedule", self.schedule, SCHEDULES)
         for field in ("learning_rate", "head_learning_rate"):

@@ -37,6 +37,7 @@ from perl_jax.runs.run import Run
 from perl_jax.runtime import files, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
 from perl_jax.training.configs import RewardConfig
 from perl_jax.training.fit import HeldOut, Supervised, begin, supervised_loop
@@ -273,7 +274,7 @@ def train_reward(
         return done
     check_context(model, config.data)
     # Fold 1 makes the train state's key.
-    body_key, head_key = (jax.random.fold_in(jax.random.key(config.seed), fold) for fold in (0, 2))
+    body_key, head_key = (jax.random.fold_in(random_key(config.seed), fold) for fold in (0, 2))
     role = fresh_role(model, config, body_key, frozen)
     role = dataclasses.replace(role, head=init_head(head_key, model.lm.config.width))
     model = model.relieved((role,))

@@ -29,6 +29,7 @@ from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.provenance import source_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
 from perl_jax.training.fit import initial_state
 from perl_jax.training.loop import Loop, OnStep, train
@@ -168,7 +169,7 @@ def train_rl(
     dataset = of_rows("prompts", rows, validation)
     rewards = total_of(rewards)
     config.check_value_head(len(rewards.models))
-    start = starting_role(model, config, policy, jax.random.key(config.seed), frozen)
+    start = starting_role(model, config, policy, random_key(config.seed), frozen)
     rewards = rewards.loaded(model)
     depends_on = functools.partial(_depends_on, start, rewards)
     run = open_library_run("rl", config, run, model, dataset, depends_on)

@@ -44,6 +44,7 @@ class KLConfig:
     whole_score: bool = False
 
     def __post_init__(self) -> None:
+        errors.in_range(self, "kl")
         errors.require(0 <= self.beta < 1, f"kl.beta is {self.beta!r}; it must lie in [0, 1).")
         if self.place is not None:
             errors.one_of("kl.place", self.place, ("reward", "loss"))

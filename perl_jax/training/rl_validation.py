@@ -19,6 +19,7 @@ from perl_jax.rewards.scoring import response_texts
 from perl_jax.runs.run import Run
 from perl_jax.runtime import hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training.rl_config import RLConfig
 from perl_jax.training.rl_step import (
     Rollouts,
@@ -214,7 +215,7 @@ def answers(
         compare: Whether the KL to the reference is measured.
     """
     group = job.config.algorithm.group
-    key = jax.random.fold_in(jax.random.key(job.config.seed), _VALIDATION)
+    key = jax.random.fold_in(random_key(job.config.seed), _VALIDATION)
     counted = progress.counted(
         batches, "validating" if compare else "sampling", len(job.rows), batches.batch_size
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import jax
-
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context
@@ -15,6 +13,7 @@ from perl_jax.objectives import supervised
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files
+from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
 from perl_jax.training.configs import SFTConfig
 from perl_jax.training.fit import Supervised, begin, supervised_loop, validate_policy
@@ -71,7 +70,7 @@ def train_sft(
     if done := load_finished(run, model, "policy", "cost.json"):
         return done
     check_context(model, config.data)
-    role = fresh_role(model, config, jax.random.key(config.seed), frozen)
+    role = fresh_role(model, config, random_key(config.seed), frozen)
     model = model.relieved((role,))
     state, optimizers = begin(model, config, SFT, role)
     del role

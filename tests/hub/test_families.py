@@ -336,7 +336,7 @@ def test_a_gemma_without_caps_has_none(tmp_path, tmp_path_factory):
             "model_type 'mixtral'; supported: llama, mistral, smollm3, qwen2, qwen3, gemma2, "
             "gemma3_text",
         ),
-        ("mistral", {"hidden_size": "wide"}, "is not a valid mistral config"),
+        ("mistral", {"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, tmp_path_factory, case, fields, message):
