@@ -106,11 +106,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def listed(items: Iterable[str], most: int = 8) -> str:
-    """Returns the first items of a list for a message, and how many more there are."""
+def listed(items: Iterable[str], most: int = 8, separator: str = ", ") -> str:
+    """Returns the first items of a list for a message, and how many more there are.
+
+    Args:
+        items: The items; of each at most 200 characters are shown.
+        most: How many are shown.
+        separator: What is put between two.
+    """
     names = list(items)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:200] for name in names[:most]) + more
+    return separator.join(name[:200] for name in names[:most]) + more
 
 
 def one_of(field: str, value: Any, allowed: Sequence[Any] | Mapping[str, Any]) -> None:

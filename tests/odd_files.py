@@ -70,7 +70,9 @@ def odd_fields(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, An
             holder = holder[part]
         del holder[path[-1]]
         yield f"{'.'.join(map(str, path))} removed", changed
-    below = list(inner) if isinstance(inner, dict) else [0] if inner and isinstance(inner, list) else []
+    below = (
+        list(inner) if isinstance(inner, dict) else [0] if inner and isinstance(inner, list) else []
+    )
     for part in below:
         yield from odd_fields(value, (*path, part))
 

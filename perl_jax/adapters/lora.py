@@ -83,8 +83,8 @@ class LoRAConfig:
         unknown = [name for name in self.projections if name not in LINEAR]
         require(
             not unknown and len(self.projections) > 0,
-            f"lora.targets is {self.targets!r}; it must be attention, all-linear, or names out of "
-            f"{', '.join(LINEAR)}.",
+            f"lora.targets is {errors.shown(self.targets)}; it must be attention, all-linear, or "
+            f"names out of {', '.join(LINEAR)}.",
         )
         for target in self.projections:
             rank = _pattern("ranks", self.ranks).get(target, self.rank)
@@ -98,7 +98,7 @@ class LoRAConfig:
             outside = sorted(set(_pattern(field, pattern)) - set(self.projections))
             require(
                 not outside,
-                f"lora.{field} names {', '.join(outside)}; the targets are "
+                f"lora.{field} names {errors.listed(outside)}; the targets are "
                 f"{', '.join(self.projections)}.",
             )
         _layer_numbers(self.layers)
@@ -167,7 +167,7 @@ class LoRAConfig:
         numbers = _layer_numbers(self.layers)
         require(
             numbers[-1] < layers,
-            f"lora.layers is {self.layers!r}; the model has layers 0 to {layers - 1}.",
+            f"lora.layers is {errors.shown(self.layers)}; the model has layers 0 to {layers - 1}.",
         )
         return numbers
 
@@ -208,7 +208,7 @@ def _pattern(field: str, text: str) -> dict[str, float]:
         except ValueError:
             number = math.nan
         good = math.isfinite(number) and name.strip() not in out
-        require(good, f"lora.{field} is {text!r}; it must look like q=4,down=32.")
+        require(good, f"lora.{field} is {errors.shown(text)}; it must look like q=4,down=32.")
         out[name.strip()] = number
     return out
 

@@ -12,9 +12,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from perl_jax.adapters.lora import TUNINGS, Adapter, LoRAConfig, under_ranks
+from perl_jax.adapters.lora import LINEAR, TUNINGS, Adapter, LoRAConfig, under_ranks
 from perl_jax.adapters.quantise import QuantiseConfig
-from perl_jax.errors import UserError, one_of, require, shown
+from perl_jax.errors import (
+    MOST,
+    UserError,
+    in_range,
+    listed,
+    one_of,
+    positive,
+    require,
+    shown,
+    whole,
+)
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, hosts, trees
@@ -79,6 +89,20 @@ class Record:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
+        in_range(self, "artefact")
+        whole("artefact.step", self.step, zero=True)
+        if self.score_std is not None:
+            positive("artefact.score_std", self.score_std)
+        for index in self.turn_end or ():
+            whole("artefact.turn_end", index, zero=True)
+        for target, rank in (self.under or {}).items():
+            one_of("artefact.under", target, LINEAR)
+            whole(f"artefact.under of {target}", rank, most=MOST["rank"])
+        require(
+            (self.score_mean is None) == (self.score_std is None),
+            f"artefact.score_mean is {self.score_mean} and artefact.score_std {self.score_std}; "
+            "either both or none must be there.",
+        )
         one_of("artefact.role", self.role, ("policy", "reward", "value"))
         one_of("artefact.tuning", self.tuning, TUNINGS)
         rule = "alpha / rank" if self.lora is None else self.lora.scaling_rule
@@ -207,7 +231,7 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
     found = values.get("format")
     require(
         found in FORMATS,
-        f"{path} has format {found!r}; this version reads formats "
+        f"{path} has format {shown(found)}; this version reads formats "
         f"{' and '.join(map(str, FORMATS))}.",
     )
     if found > 1:
@@ -307,7 +331,8 @@ def load_artefact(
     base = weights if record.format == 1 else base_fingerprint(lm.config, weights)
     require(
         record.base_fingerprint == base,
-        f"{folder} was trained on the base {record.base_name} ({record.base_fingerprint}), "
+        f"{folder} was trained on the base {record.base_name[:200]} "
+        f"({record.base_fingerprint[:16]}), "
         f"not on {base_name} ({base}); give --model the base it belongs to.",
     )
     require(
@@ -342,6 +367,8 @@ def load_artefact(
         raise UserError(
             f"The tree in {folder} does not fit its {RECORD}, or is damaged: {short_message(error)}"
         ) from error
+    wrong = trees.not_finite(adapter)
+    require(not wrong, f"The tree in {folder} holds NaN or infinity: {listed(wrong)}.")
     changed = [] if content is None else changed_leaves(adapter, content)
     require(
         not changed, f"The tree in {folder} is damaged: {', '.join(changed)} is not what was saved."

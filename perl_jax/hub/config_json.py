@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from perl_jax.errors import UserError, require
+from perl_jax.errors import COUNT, MOST, UserError, listed, positive, require, shown, whole
 from perl_jax.hub.families import FAMILIES, Settings
 from perl_jax.models.config import ModelConfig, Rope
 from perl_jax.runtime import files
@@ -126,6 +126,47 @@ _ONLY = {
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
 }
+# Fields of whole numbers, with the field of ModelConfig that bounds each (`errors.MOST`).
+_WHOLE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "intermediate_size": "ffn_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_positions",
+    "sliding_window": "window",
+    "sliding_window_size": "window",
+    "max_window_layers": "max_window_layers",
+    "sliding_window_pattern": "layers",
+    "_sliding_window_pattern": "layers",
+    "no_rope_layer_interval": "layers",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "original_max_position_embeddings": "original_positions",
+}
+# Fields of other positive numbers, of true or false, of texts, and of lists with an entry a layer.
+_REAL = {
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_local_base_freq",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "partial_rotary_factor",
+}
+_FLAGS = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"}
+_TEXTS = {"hidden_act", "hidden_activation", "rope_type", "type"}
+_LISTS = {"layer_types": str, "no_rope_layers": int}
+# Fields of settings of their own: of rotary positions, maybe one object for each kind of layer.
+_OBJECTS = {
+    "rope_parameters",
+    "rope_scaling",
+    "full_attention",
+    "sliding_attention",
+}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -145,7 +186,9 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
         "linear": "linear",
         "llama3": "llama3",
     }
-    require(kind in scalings, f"{source} has rope type {kind!r}; supported: {', '.join(scalings)}.")
+    require(
+        kind in scalings, f"{source} has rope type {shown(kind)}; supported: {', '.join(scalings)}."
+    )
     known = {
         "rope_type",
         "type",
@@ -191,9 +234,7 @@ def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
             value.
     """
     path = folder / "config.json"
-    raw = files.read_json(path)
-    require(isinstance(raw, dict), f"{path} does not hold a JSON object.")
-    return from_json(raw, str(path), **computing)
+    return from_json(files.read_object(path), str(path), **computing)
 
 
 def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelConfig:
@@ -212,14 +253,15 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     text_alone = (
         f"; its text model ({inner}) can be used where it is saved alone"
-        if inner in FAMILIES
+        if isinstance(inner, str) and inner in FAMILIES
         else ""
     )
-    if kind is None or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{source} has model_type {kind!r}{text_alone}; supported: {', '.join(FAMILIES)}."
+            f"{source} has model_type {shown(kind)}{text_alone}; supported: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[kind]
+    _check_types(source, raw, _SHARED | _ROPE | family.reads)
     for field in _SHAPE:
         require(
             raw.get(field) is not None or field in family.implied,
@@ -229,7 +271,7 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
         found = raw.get(field, allowed)
         require(
             found == allowed or (not found and not allowed),
-            f"{source} has {field} {found!r}; only {allowed!r} is supported.",
+            f"{source} has {field} {shown(found)}; only {allowed!r} is supported.",
         )
     read = _SHARED | _ROPE | set(_ONLY) | family.reads
     unknown = sorted(
@@ -239,9 +281,9 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     )
     require(
         not unknown,
-        f"{source} sets {', '.join(f'{field} {raw[field]!r}' for field in unknown)}, which is not "
-        f"supported for {kind}; ignoring it could change the outputs. If it cannot, remove it from "
-        "the file.",
+        f"{source} sets {listed(f'{field} {shown(raw[field])}' for field in unknown)}, which is "
+        f"not supported for {kind}; ignoring it could change the outputs. If it cannot, remove it "
+        "from the file.",
     )
     values = _resolved(
         source, kind, {field: value for field, value in raw.items() if field in read}
@@ -251,7 +293,7 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     field = "hidden_activation" if gated else "hidden_act"
     require(
         activation in _ACTIVATIONS,
-        f"{source} has {field} {activation!r}; supported: {', '.join(_ACTIVATIONS)}.",
+        f"{source} has {field} {shown(activation)}; supported: {', '.join(_ACTIVATIONS)}.",
     )
     ropes = values.rope_parameters
     local = None
@@ -280,6 +322,43 @@ def from_json(raw: Mapping[str, Any], source: str, **computing: Any) -> ModelCon
     )
 
 
+def _check_types(source: str, raw: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raises UserError for a field that has another type than transformers writes, or a number that
+    no model has.
+
+    It comes before transformers reads the fields, which would make lists of as many entries as
+    there are layers, and would take some wrong types.
+
+    Args:
+        source: Where the fields are from, for messages.
+        raw: The fields; nulls pass.
+        read: The fields to check; fields of nested settings are all checked.
+    """
+    for field, value in raw.items():
+        if value is None or field not in read:
+            continue
+        where = f"{source}: {field}"
+        if field in _WHOLE:
+            least = field in ("sliding_window", "max_window_layers", "head_dim")
+            number = int(value) if isinstance(value, float) and value.is_integer() else value
+            whole(where, number, zero=least, most=MOST.get(_WHOLE[field], COUNT))
+        elif field in _REAL:
+            positive(where, value)
+        elif field in _OBJECTS:
+            require(isinstance(value, Mapping), f"{where} is {shown(value)}; it must be an object.")
+            _check_types(where, value, (*_WHOLE, *_REAL, *_FLAGS, *_TEXTS, *_OBJECTS))
+        elif field in _LISTS:
+            good = isinstance(value, list) and all(isinstance(v, _LISTS[field]) for v in value)
+            good = good and len(value) <= MOST["layers"]
+            require(good, f"{where} is {shown(value)}; it must be a list with an entry a layer.")
+        elif field in _FLAGS:
+            require(
+                isinstance(value, bool), f"{where} is {shown(value)}; it must be true or false."
+            )
+        elif field in _TEXTS:
+            require(isinstance(value, str), f"{where} is {shown(value)}; it must be a text.")
+
+
 def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
     """Returns the fields of a folder's `config.json` that are set, but are read neither by this
     package nor by transformers' models; sorted.
@@ -287,7 +366,7 @@ def leftovers(folder: pathlib.Path) -> tuple[str, ...]:
     None of them affects outputs; a field that could is an error in `from_json`.
     """
     return tuple(
-        sorted(filter(_is_leftover, _active_fields(files.read_json(folder / "config.json"))))
+        sorted(filter(_is_leftover, _active_fields(files.read_object(folder / "config.json"))))
     )
 
 
@@ -329,7 +408,7 @@ def _resolved(source: str, kind: str, raw: Mapping[str, Any]) -> Any:
         return AutoConfig.for_model(kind, **copy.deepcopy(given))
     # The class's own checks raise errors of many types.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source} is not a valid {kind} config: {reason}") from error
 
 

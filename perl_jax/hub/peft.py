@@ -18,7 +18,7 @@ import numpy as np
 
 from perl_jax.adapters.combine import average
 from perl_jax.adapters.lora import LINEAR, Adapter, LoRAConfig
-from perl_jax.errors import require
+from perl_jax.errors import is_number, listed, require
 from perl_jax.hub import naming, weights
 from perl_jax.hub.peft_settings import check_settings
 from perl_jax.models.config import ModelConfig
@@ -135,7 +135,8 @@ def read_peft(folder: pathlib.Path, config: ModelConfig) -> tuple[Adapter, float
         UserError: A setting or a tensor is not supported or does not fit the base, or a file is
             damaged.
     """
-    values = files.read_json(folder / "adapter_config.json")
+    values = files.read_object(folder / "adapter_config.json")
+    check_settings(values)
     stored = weights.read_header(folder / "adapter_model.safetensors")
     tensors = {name: weights.read_tensor(tensor) for name, tensor in stored.items()}
     return from_peft(values, tensors, config), head_facts(folder)["offset"]
@@ -152,7 +153,7 @@ def head_facts(folder: pathlib.Path) -> dict[str, Any]:
     found = files.read_json(path) if files.exists(path) else {"offset": 0.0, "role": "reward"}
     good = (
         isinstance(found, dict)
-        and isinstance(found.get("offset"), float)
+        and is_number(found.get("offset"))
         and found.get("role") in ("reward", "value")
     )
     require(good, f"{path} must hold an offset (a number) and a role (reward or value).")
@@ -265,6 +266,7 @@ def _pairs(
     parts = {suffix: part for part, suffix in _PARTS.items()}
     found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     head, unknown = None, []
+    layers = set(map(str, range(config.layers)))
     for name, array in tensors.items():
         match = re.fullmatch(
             rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.([a-z_.]+?)"
@@ -276,7 +278,7 @@ def _pairs(
                 "kernel": jnp.asarray(array[0], jnp.float32),
                 "bias": jnp.zeros((), jnp.float32),
             }
-        elif match and match[2] in projections and int(match[1]) < config.layers:
+        elif match and match[2] in projections and match[1] in layers:
             found.setdefault((int(match[1]), projections[match[2]]), {})[parts[match[3]]] = (
                 np.asarray(array, np.float32).T
             )
@@ -285,7 +287,7 @@ def _pairs(
     require(
         not unknown,
         "adapter_model.safetensors has tensors that have no place in this base: "
-        f"{', '.join(sorted(unknown))}.",
+        f"{listed(sorted(unknown))}.",
     )
     require(bool(found), "adapter_model.safetensors holds no LoRA pair.")
     pairs, problems = {}, []
@@ -315,12 +317,12 @@ def _pairs(
             problems.append(f"{module} has magnitudes {magnitude.shape} for {features} outputs")
             continue
         alpha = _by_pattern(
-            values.get("alpha_pattern"), f"model.{module}", values.get("lora_alpha", 8)
+            values.get("alpha_pattern"), f"model.{module}", values.get("lora_alpha") or 8
         )
         rank = a.shape[1]
         scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
         pairs[index, projection] = _Pair(a, b, magnitude, scale)
-    require(not problems, f"The adapter does not fit this base: {'; '.join(problems)}.")
+    require(not problems, f"The adapter does not fit this base: {listed(problems, 12, '; ')}.")
     return pairs, head
 
 
@@ -334,6 +336,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
         default: Returned if no pattern matches.
     """
     for pattern, value in (patterns or {}).items():
+        # `check_settings` has refused patterns that could take for ever.
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

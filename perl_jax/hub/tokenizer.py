@@ -14,10 +14,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from perl_jax.errors import UserError, require
+from perl_jax.errors import UserError, require, shown
 from perl_jax.hub.chat import DATE, Chat, template_of
 from perl_jax.runtime import files
 
+# Endings of the files that transformers may read for a tokenizer, and the most bytes of one.
+_READ = (".json", ".jinja", ".model", ".txt")
+_LARGEST = 2**28
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
@@ -141,22 +144,35 @@ class Tokenizer:
         Raises:
             UserError: The files cannot be read, or `Tokenizer` refuses them.
         """
+        for path in folder.iterdir():
+            if path.suffix in _READ:
+                files.require_regular(path, largest=_LARGEST)
         try:
             inner = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        # The libraries raise a bare Exception for files that they cannot read.
-        except Exception as error:
-            raise UserError(
-                f"{folder} holds no tokenizer that can be read: {str(error).partition(chr(10))[0]}"
-            ) from error
+            # Some wrong settings are noticed only when a text is encoded.
+            inner.encode("a", add_special_tokens=False)
+        # The libraries raise a bare Exception for files that they cannot read; tokenizers, which is
+        # written in Rust, also a PanicException, which is no Exception.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            why = str(error).partition("\n")[0][:300]
+            raise UserError(f"{folder} holds no tokenizer that can be read: {why}") from error
         if template != "auto":
             inner.chat_template = None if template == "none" else _read_template(template)
         stops: list[int] = []
         for name in ("config.json", "generation_config.json"):
             if files.exists(folder / name):
-                found = files.read_json(folder / name).get("eos_token_id")
-                stops += found if isinstance(found, list) else [] if found is None else [found]
+                found = files.read_object(folder / name).get("eos_token_id")
+                ids = found if isinstance(found, list) else [] if found is None else [found]
+                require(
+                    all(isinstance(index, int) and not isinstance(index, bool) for index in ids),
+                    f"{folder / name} has eos_token_id {shown(found)}; it must be a token's id or "
+                    "a list of ids.",
+                )
+                stops += ids
         return cls(inner, stops, vocab_size, date)
 
     def prompt_ids(self, text: str) -> list[int]:

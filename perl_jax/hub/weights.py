@@ -20,7 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from perl_jax.errors import UserError, require
+from perl_jax.errors import UserError, listed, require, shown
 from perl_jax.hub import config_json, naming
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
@@ -162,7 +162,8 @@ def _check(
                 f"{name} is stored as {stored[name].dtype}, not as one of {', '.join(STORED)}"
             )
     require(
-        not problems, f"The weights in {folder} do not fit its config.json: {'; '.join(problems)}."
+        not problems,
+        f"The weights in {folder} do not fit its config.json: {listed(problems, 12, '; ')}.",
     )
 
 
@@ -249,6 +250,7 @@ def _pieces(
     for start in range(first, last, step):
         with safe_open(stored.path, framework="numpy") as handle:
             piece = handle.get_slice(stored.name)[(slice(start, min(start + step, last)), *rest)]
+        _require_finite(stored, piece)
         offset = start - first
         yield (_transposed(piece), (0, offset)) if turn else (piece, (offset,) + (0,) * len(rest))
 
@@ -291,9 +293,36 @@ def _transposed(piece_FD: np.ndarray) -> np.ndarray:
 
 
 def read_tensor(stored: Stored) -> np.ndarray:
-    """Returns a whole tensor in its stored dtype and layout."""
+    """Returns a whole tensor in its stored dtype and layout.
+
+    Raises UserError if it is stored in a dtype that is not read (`STORED`), or holds NaN or
+    infinity.
+    """
+    require(
+        stored.dtype in STORED,
+        f"{stored.path}: {stored.name[:200]} is stored as {stored.dtype}, not as one of "
+        f"{', '.join(STORED)}.",
+    )
     with safe_open(stored.path, framework="numpy") as handle:
-        return handle.get_tensor(stored.name)
+        tensor = handle.get_tensor(stored.name)
+    _require_finite(stored, tensor)
+    return tensor
+
+
+def _require_finite(stored: Stored, piece: np.ndarray) -> None:
+    """Raises UserError if a piece of a tensor holds NaN or infinity.
+
+    Args:
+        stored: The tensor, for the message.
+        piece: Some of its elements, in a dtype of `STORED`.
+    """
+    # As integers, because NumPy is slow with bfloat16: all bits of the exponent are 1.
+    mask = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[stored.dtype]
+    bits = np.ascontiguousarray(piece).view(f"u{piece.itemsize}")
+    require(
+        not bool(((bits & mask) == mask).any()),
+        f"{stored.path}: {stored.name} holds NaN or infinity; the file is damaged.",
+    )
 
 
 def sampled_content(folder: pathlib.Path) -> dict[str, list]:
@@ -335,8 +364,17 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     single = folder / "model.safetensors"
     # As in transformers, a single file takes precedence over an index left by an earlier save.
     if files.exists(index) and not files.exists(single):
-        found = files.read_json(index).get("weight_map")
-        require(bool(found), f"{index} has no weight_map.")
+        found = files.read_object(index).get("weight_map")
+        good = isinstance(found, dict) and len(found) > 0
+        require(good, f"{index} has no weight_map.")
+        for file in found.values():
+            require(
+                isinstance(file, str)
+                and pathlib.PurePath(file).name == file
+                and 0 < len(file) < 256,
+                f"{index} has {shown(file)} in its weight_map; each value must be the name of a "
+                "file in the same folder.",
+            )
         paths = [folder / file for file in sorted(set(found.values()))]
     else:
         paths = [single]
@@ -344,10 +382,11 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors of one safetensors file by name; raises UserError if it is missing or
-    incomplete.
+    """Returns the tensors of one safetensors file by name; raises UserError if it is missing, no
+    regular file, or incomplete.
     """
     require(files.exists(path), f"There is no file {path}; weights are read from safetensors only.")
+    files.require_regular(path)
     found = {}
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -355,8 +394,10 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
             for name in names:
                 part = handle.get_slice(name)
                 found[name] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a complete safetensors file: {error}.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a complete safetensors file: {str(error)[:300]}."
+        ) from error
     return found
 
 

@@ -325,6 +325,16 @@ def read_json(path: PathLike) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}).") from error
 
 
+def read_object(path: PathLike) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises UserError as `read_json` does, and if the file holds another value.
+    """
+    value = read_json(path)
+    require(isinstance(value, dict), f"{path} does not hold a JSON object.")
+    return value
+
+
 def require_regular(path: PathLike, *, largest: int | None = None) -> None:
     """Raises UserError unless a path is that of a regular file; call it before opening the file.
 

@@ -227,6 +227,19 @@ def digests(tree: Tree) -> dict[str, str]:
     return found
 
 
+def not_finite(tree: Tree) -> list[str]:
+    """Returns the paths of the leaves that hold NaN or infinity, in the parts on this host."""
+    return [
+        name
+        for name, leaf in named_leaves(tree).items()
+        if not all(
+            np.isfinite(np.asarray(part.data)).all()
+            for part in leaf.addressable_shards
+            if part.replica_id == 0 or leaf.is_fully_replicated
+        )
+    ]
+
+
 def dtype_and_shape(leaf: Array | jax.ShapeDtypeStruct) -> str:
     """Returns the dtype and shape as text: `float32[3,5]`."""
     return f"{jnp.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"

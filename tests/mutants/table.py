@@ -334,8 +334,11 @@ DATA = (
         ("tail-of-a-cut-response", "a response that was cut is followed by the template's tail", "ids + tail if end else ids", "ids + tail", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
     ),
     *_of(
+        "runtime/seeds.py",
+        ("epochs-alike", "every epoch has the same order", "if high else [seed, epoch]", "if high else [seed]", "data/test_pipeline.py::test_epochs_are_shuffled_differently_and_reproducibly"),
+    ),
+    *_of(
         "data/bucketing.py",
-        ("epochs-alike", "every epoch has the same order", "np.random.default_rng([seed, epoch])", "np.random.default_rng([seed])", "data/test_pipeline.py::test_epochs_are_shuffled_differently_and_reproducibly"),
         ("drawn-with-replacement", "an epoch has some rows twice and others never", "order = rng.permutation(len(lengths))", "order = rng.integers(len(lengths), size=len(lengths))", "data/test_pipeline.py::test_training_plan_keeps_the_epoch_whole_when_it_divides"),
         ("leftovers-dropped", "each bucket drops its remainder", "left = pool[whole:]", "left = pool[:0]", "data/test_pipeline.py::test_training_plan_promotes_leftovers_and_drops_only_the_last_remainder"),
         ("filler-is-the-first-row", "the last batch is filled up with row 0, which counts again", "batch_size, FILLER, order.dtype)", "batch_size, 0, order.dtype)", "data/test_pipeline.py::test_evaluation_plan_by_hand"),
