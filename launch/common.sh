@@ -61,7 +61,7 @@ check_command() {
   [[ $# -gt 0 ]] || die "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ..."
 }
 
-# Hosts share nothing but what is mounted on all of them.
+# Hosts share nothing but buckets and what is mounted on all of them.
 check_shared_run() {
   local word before=''
   for word; do
@@ -70,12 +70,28 @@ check_shared_run() {
     esac
     if [[ $before == --run ]]; then
       case $word in
-        gs://*) die "--run is $word; a run's folder has JSON files beside the checkpoints: mount the bucket (gcsfuse) or use NFS (Filestore), and give the mounted folder." ;;
-        /*) ;;
-        *) die "--run is $word; it must be an absolute path in a folder that is mounted on every host." ;;
+        gs://[!/]*/?* | /*) ;;
+        *) die "--run is $word; it must be in a bucket (gs://BUCKET/FOLDER), or an absolute path in a folder that is mounted on every host." ;;
       esac
     fi
     before=$word
+  done
+}
+
+# The variables of --env: each must be a name, without a value, which would be seen in lists of processes and in logs.
+check_names() {
+  local variable
+  for variable; do
+    [[ $variable =~ ^[a-zA-Z_][a-zA-Z0-9_]*$ ]] || die "--env takes the name of an environment variable without its value, as in --env HF_TOKEN."
+  done
+}
+
+# ... and each must be set where the script is started.
+check_variables() {
+  local variable
+  check_names "$@"
+  for variable; do
+    [[ -n ${!variable-} ]] || die "$variable is not set here, and --env $variable asks for it; export it first."
   done
 }
 

@@ -20,6 +20,8 @@
 #                             checkpoint (default 0; never after status 2, the user's error)
 #   --grace SECONDS           from SIGTERM to SIGKILL (default 60)
 #   --port PORT               of the coordinator (default: a free one)
+#   --env NAME                an environment variable that the run needs, as HF_TOKEN or WANDB_API_KEY; may be given again. Processes
+#                             inherit this shell's variables; this says at once if one is missing.
 #   --dry-run                 print the commands, one a process, and run nothing
 #   --help                    print this
 set -euo pipefail
@@ -27,7 +29,7 @@ script=local.sh
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-processes='' devices=1 restarts=0 grace=60 port='' dry_run=0
+processes='' devices=1 restarts=0 grace=60 port='' variables=() dry_run=0
 while (($#)); do
   case $1 in
     --) break ;;
@@ -37,6 +39,7 @@ while (($#)); do
     --restarts) restarts=$(value "$@"); shift 2 ;;
     --grace) grace=$(value "$@"); shift 2 ;;
     --port) port=$(value "$@"); shift 2 ;;
+    --env) variables+=("$(value "$@")"); shift 2 ;;
     --dry-run) dry_run=1; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit 0 ;;
     *) die "there is no option '$1' before --; see --help." ;;
@@ -44,6 +47,7 @@ while (($#)); do
 done
 (($#)) && shift
 check_command "$@"
+check_variables "${variables[@]+"${variables[@]}"}"
 [[ -n $processes ]] || die "--processes is missing."
 whole --processes "$processes" 1
 whole --devices-per-process "$devices" 1

@@ -4,7 +4,7 @@
 #   launch/on_worker.sh install                       the package for TPUs, in .venv of the repository this file is in
 #   launch/on_worker.sh run NAME [ATTEMPT] -- COMMAND [ARGUMENT ...]
 #   launch/on_worker.sh stop NAME                     SIGTERM to the command: it saves a checkpoint and ends
-#   launch/on_worker.sh run rl-1 -- perl-jax rl --run /mnt/runs/my/rl ...
+#   launch/on_worker.sh run rl-1 --env HF_TOKEN -- perl-jax rl --run gs://my-bucket/runs/rl-1 ...
 #
 # Needs: Linux with bash, setsid and flock; to install, Python 3.11 or newer with venv, or any Python with pip.
 #
@@ -12,6 +12,8 @@
 # again while the command still runs (the connection was lost, say) it joins that one and starts no second; asked again with the
 # same ATTEMPT, any word, after it has ended, it only says how. Log and status are in ~/.perl_jax_launch/NAME.
 #
+#   --env NAME  a variable that the command needs; may be given again. Its value is taken from ~/.perl_jax_launch/NAME/environment,
+#               which launch/tpu_vm.sh writes and which is deleted when the run has ended, or else from this shell.
 #   --dry-run   print the commands and run nothing
 #   --help      print this
 set -euo pipefail
@@ -20,10 +22,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$root/launch/common.sh"
 
-words=() dry_run=0
+words=() variables=() dry_run=0
 while (($#)); do
   case $1 in
     --) break ;;
+    --env=*) variables+=("${1#*=}"); shift ;;
+    --env) variables+=("$(value "$@")"); shift 2 ;;
     --dry-run) dry_run=1; shift ;;
     --help | -h) help_of "${BASH_SOURCE[0]}"; exit 0 ;;
     -*) die "there is no option '$1' before --; see --help." ;;
@@ -31,6 +35,7 @@ while (($#)); do
   esac
 done
 (($#)) && shift
+check_names "${variables[@]+"${variables[@]}"}"
 action=${words[0]-} name=${words[1]-} attempt=${words[2]-}
 [[ -n $action ]] || die "say what to do: install, run or stop."
 if [[ $action != install ]]; then
@@ -54,7 +59,7 @@ install() {
       run python3 -m uv venv --quiet --seed --python 3.11 .venv
     fi
   fi
-  run .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu]'
+  run .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu,gcs]'
 }
 
 # The keeper of a run holds this lock as long as it lives, whatever became of who asked for it.
@@ -78,6 +83,8 @@ keep() {
     wait "$pid" || status=$?
     kill -0 "$pid" 2>/dev/null || break
   done
+  # A run that failed is started again with the same values; any other is over.
+  [[ $status == [02] || $status == 143 ]] && rm -f "$folder/environment"
   echo "$status" >"$folder/status"
 }
 
@@ -110,6 +117,11 @@ case $action in
     fi
     if [[ -n $attempt && -f $folder/status && $attempt == "$(cat "$folder/attempt")" ]]; then
       follow 20
+    fi
+    if ((${#variables[@]})); then
+      # shellcheck source=/dev/null
+      [[ ! -f $folder/environment ]] || source "$folder/environment"
+      check_variables "${variables[@]}"
     fi
     mkdir -p "$folder"
     rm -f "$folder"/{pid,keeper,status,log}

@@ -5,7 +5,7 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 launch/slurm.sh -- perl-jax rl --run /shared/runs/my/rl ...
 #
 # Needs: Slurm; the package in an environment on a shared file system, active where sbatch is called (jobs inherit it); the run's
-# folder, --run, on a file system that every host mounts.
+# folder, --run, in a bucket (gs://BUCKET/FOLDER) or on a file system that every host mounts.
 #
 # One process a host, which drives all its GPUs; with --ntasks-per-node=G one a GPU, which is JAX's own way under Slurm. JAX
 # finds the other processes from Slurm's variables. --cpus-per-task counts: without it Slurm may bind a process to one core.
@@ -18,6 +18,8 @@
 #
 #   --restarts R   when the run fails, start it again in the same allocation at most R times (default 3; never after status 2,
 #                  the user's error)
+#   --env NAME     an environment variable that the run needs, as HF_TOKEN or WANDB_API_KEY; may be given again. Jobs inherit the
+#                  variables of the shell that called sbatch; this says at once if one is missing.
 #   --dry-run      print the commands and run nothing
 #   --help         print this
 
@@ -50,7 +52,7 @@ quote() {
   printf '%s' "$line"
 }
 
-restarts=3 dry_run=0
+restarts=3 needed=() dry_run=0
 while (($#)); do
   case $1 in
     --) break ;;
@@ -58,6 +60,11 @@ while (($#)); do
     --restarts)
       [[ ${2-} =~ ^[0-9]{1,9}$ ]] || die "--restarts is '${2-}'; it must be a whole number, at least 0."
       restarts=$2
+      shift 2
+      ;;
+    --env)
+      [[ ${2-} =~ ^[a-zA-Z_][a-zA-Z0-9_]*$ ]] || die "--env takes the name of an environment variable without its value, as in --env HF_TOKEN."
+      needed+=("$2")
       shift 2
       ;;
     --dry-run) dry_run=1; shift ;;
@@ -70,6 +77,10 @@ while (($#)); do
 done
 (($#)) && shift
 (($#)) || die "there is no command to run; give it after --, as in: -- perl-jax rl --run FOLDER ..."
+
+for name in "${needed[@]+"${needed[@]}"}"; do
+  [[ -n ${!name-} ]] || die "$name is not set here, and --env $name asks for it; export it first."
+done
 
 if ((!dry_run)); then
   [[ -n ${SLURM_JOB_ID-} ]] || die "this is not a Slurm job; submit it: sbatch --nodes=N --gpus-per-node=G launch/slurm.sh -- COMMAND"

@@ -4,12 +4,11 @@
 #
 #   launch/tpu_vm.sh --name NAME --zone ZONE --accelerator-type TYPE --runtime-version VERSION [options] -- COMMAND [ARGUMENT ...]
 #   launch/tpu_vm.sh --name rl-1 --zone us-east5-a --accelerator-type v5p-16 --runtime-version v2-alpha-tpuv5 --spot --delete \
-#     --setup 'sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount 10.0.0.2:/runs /mnt/runs' -- perl-jax rl --run /mnt/runs/my/rl ...
+#     --env HF_TOKEN -- perl-jax rl --run gs://my-bucket/runs/rl-1 ...
 #
 # Needs: gcloud with its alpha component (gcloud components install alpha), signed in, its key in the ssh agent (ssh-add
-# ~/.ssh/google_compute_engine); quota for the slice; a file system that every worker mounts. Orbax could write its checkpoints
-# to gs://, but a run's folder has JSON files too, so --run must be in a mounted folder: NFS (Filestore) is the simple choice; a
-# bucket (gcsfuse) should have a hierarchical namespace, for checkpoints are folders that are renamed when complete. --setup mounts
+# ~/.ssh/google_compute_engine); quota for the slice; a bucket in the slice's region that the workers' service account may read
+# and write, for the run's folder: --run gs://BUCKET/FOLDER. A folder that every worker mounts (NFS) serves too: --setup mounts
 # it, and installs what that needs. Runtime versions: v2-alpha-tpuv6e (v6e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv5-lite (v5e),
 # tpu-ubuntu2204-base (v4 and older). Newer TPUs than v6e are not in this service of Google's: see gke.sh.
 #
@@ -24,6 +23,9 @@
 #   --connect-flag FLAG     one more of `tpu-vm ssh` and `scp`, as --connect-flag=--internal-ip; may be given again
 #   --repository URL        install from a Git repository instead of this working tree
 #   --ref REF               its branch, tag or commit (default HEAD)
+#   --env NAME              pass this environment variable to the run, as HF_TOKEN or WANDB_API_KEY; may be given again. Its value is
+#                           taken from this shell and goes to the workers in a file that its owner alone can read, never in a
+#                           command line or a log; the file is deleted when the run has ended.
 #   --setup COMMAND         a line of shell that every worker runs before the run, as to mount the run's file system; it must be
 #                           harmless when it is run again
 #   --restarts R            when the run fails on a slice that is well, start it again at most R times (default 3; never after
@@ -40,7 +42,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/common.sh"
 
 name='' zone='' project='' accelerator='' runtime='' repository='' ref='' setup='' restarts=3 poll=30
-capacity=() create_flags=() connect_flags=() stop=0 delete=0 dry_run=0
+capacity=() create_flags=() connect_flags=() variables=() stop=0 delete=0 dry_run=0
 while (($#)); do
   case $1 in
     --) break ;;
@@ -55,6 +57,7 @@ while (($#)); do
     --connect-flag) connect_flags+=("$(value "$@")"); shift 2 ;;
     --repository) repository=$(value "$@"); shift 2 ;;
     --ref) ref=$(value "$@"); shift 2 ;;
+    --env) variables+=("$(value "$@")"); shift 2 ;;
     --setup) setup=$(value "$@"); shift 2 ;;
     --restarts) restarts=$(value "$@"); shift 2 ;;
     --poll) poll=$(value "$@"); shift 2 ;;
@@ -76,6 +79,7 @@ else
   [[ -n $accelerator ]] || die "--accelerator-type is missing."
   [[ -n $runtime ]] || die "--runtime-version is missing."
   check_shared_run "$@"
+  check_variables "${variables[@]+"${variables[@]}"}"
 fi
 ((${#capacity[@]} <= 1)) || die "--spot and --reserved are two kinds of capacity: give one of them."
 [[ -z $ref || -n $repository ]] || die "--ref needs --repository."
@@ -184,7 +188,27 @@ install() {
       "${connect_flags[@]+"${connect_flags[@]}"}" || return
     on_workers "mkdir -p perl_jax && tar --extract --gzip --file perl_jax.tar.gz --directory perl_jax && bash perl_jax/launch/on_worker.sh install" || return
   fi
-  [[ -z $setup ]] || on_workers "$setup"
+  [[ -z $setup ]] || on_workers "$setup" || return
+  send_variables
+}
+
+# The values of --env, in a file of shell that only its owner can read here and there: no command line and no output has them.
+values=''
+send_variables() {
+  local variable status=0 target=.perl_jax_launch/$name
+  ((${#variables[@]})) || return 0
+  on_workers "umask 077 && mkdir -p $target && chmod 700 .perl_jax_launch $target" || return
+  values=${TMPDIR:-/tmp}/perl_jax-$name.env
+  if ((!dry_run)); then
+    values=$(mktemp) || return
+    for variable in "${variables[@]}"; do
+      printf 'export %s=%s\n' "$variable" "$(quote "${!variable}")"
+    done >"$values"
+  fi
+  run gcloud compute tpus tpu-vm scp "$values" "$name:$target/environment" "${place[@]}" --worker all \
+    "${connect_flags[@]+"${connect_flags[@]}"}" || status=$?
+  rm -f "$values"
+  return "$status"
 }
 
 finish() {
@@ -201,9 +225,13 @@ fi
 # connection is lost: the attempt's name tells the workers that it is the same run.
 connection='' started=$(date +%Y%m%d-%H%M%S) attempt=0
 run_command() {
-  local line
+  local line variable
   attempt=$((attempt + 1))
-  line="bash perl_jax/launch/on_worker.sh run $name $started-$attempt -- $(quote "$@")"
+  line="bash perl_jax/launch/on_worker.sh run $name $started-$attempt"
+  for variable in "${variables[@]+"${variables[@]}"}"; do
+    line+=" --env $variable"
+  done
+  line+=" -- $(quote "$@")"
   if ((dry_run)); then
     on_workers "$line"
     return
@@ -216,6 +244,7 @@ run_command() {
 }
 
 leave() {
+  [[ -z $values ]] || rm -f "$values"
   [[ -z $connection ]] || kill -TERM -- "-$connection" 2>/dev/null || true
   note "the run goes on if it had started; the same line joins it again, and --stop makes it end."
   exit "$1"

@@ -4,6 +4,7 @@ what needs no cluster.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
@@ -23,6 +24,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = ("local.sh", "tpu_vm.sh", "on_worker.sh", "gke.sh", "slurm.sh")
 # Everything that the scripts may use besides the tools that they are for.
 SMALL_TOOLS = [
+    "base64",
     "bash",
     "cat",
     "chmod",
@@ -46,6 +48,7 @@ SMALL_TOOLS = [
     "sleep",
     "tail",
     "tar",
+    "tr",
 ]
 # A bound for what should take a second or two.
 PATIENCE = 60
@@ -301,7 +304,13 @@ def test_errors_are_one_sentence(script, arguments, sentence, tools):
 @pytest.mark.parametrize(("script", "options"), [("tpu_vm.sh", TPU_VM), ("gke.sh", GKE)])
 @pytest.mark.parametrize("flag", [["--run", "{}"], ["--run={}"]])
 @pytest.mark.parametrize(
-    ("folder", "word"), [("gs://bucket/run", "mount the bucket"), ("runs/my", "absolute path")]
+    ("folder", "word"),
+    [
+        ("gs://", "gs://BUCKET/FOLDER"),
+        ("gs://bucket", "gs://BUCKET/FOLDER"),
+        ("gs:///run", "gs://BUCKET/FOLDER"),
+        ("runs/my", "absolute path"),
+    ],
 )
 def test_a_run_folder_that_hosts_cannot_share_is_refused(
     script, options, flag, folder, word, tools
@@ -317,6 +326,58 @@ def test_a_run_folder_that_hosts_cannot_share_is_refused(
         and word in result.stderr
     )
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("script", "options"), [("tpu_vm.sh", TPU_VM), ("gke.sh", GKE)])
+def test_a_run_in_a_bucket_is_taken_as_it_is(script, options, tools):
+    command = ["perl-jax", "rl", "--run", "gs://bucket/runs/my", "--steps", "3"]
+    commands = planned(script, *options, "--", *command, env=environment(tools))
+    assert sum(" ".join(command) in words[-1] for words in commands) == 1
+
+
+# A value that no command line, output or file that stays may hold.
+VALUE = "hf_Secret'\" $HOME\n2nd"
+NAMED = {
+    "local.sh": ["--processes", "1"],
+    "tpu_vm.sh": TPU_VM,
+    "gke.sh": GKE,
+    "slurm.sh": [],
+    "on_worker.sh": ["run", "rl-1"],
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("given", [["--env", f"HF_TOKEN={VALUE}"], ["--env=4"], ["--env", "A B"]])
+def test_a_variable_is_given_by_its_name_alone(script, given, tools):
+    command = [*NAMED[script], "--dry-run", *given, "--", "true"]
+    result = call(script, *command, env=environment(tools))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"{script}: --env takes the name of an environment variable without its value, as in "
+        "--env HF_TOKEN.\n"
+    )
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "on_worker.sh"])
+@pytest.mark.parametrize("variables", [{}, {"WANDB_API_KEY": ""}])
+def test_a_variable_that_is_missing_is_one_sentence(script, variables, tools):
+    command = [*NAMED[script], "--dry-run", "--env=HF_TOKEN", "--env", "WANDB_API_KEY"]
+    env = environment(tools, HF_TOKEN=VALUE, **variables)
+    result = call(script, *command, "--", "true", env=env)
+    said = "WANDB_API_KEY is not set here, and --env WANDB_API_KEY asks for it; export it first."
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{script}: {said}\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_shows_no_value(script, tools):
+    command = [*NAMED[script], "--dry-run", "--env", "HF_TOKEN", "--", "perl-jax", "show", "x"]
+    result = call(script, *command, env=environment(tools, HF_TOKEN=VALUE))
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout + result.stderr
+    assert "Secret" not in shown
+    assert "aGZfU2VjcmV0" not in shown  # in base64
+    assert script in ("local.sh", "slurm.sh", "on_worker.sh") or "HF_TOKEN" in shown
 
 
 # What would be run.
@@ -556,7 +617,9 @@ def test_gke_plans_a_workload_that_survives_two_readings(tools, tmp_path):
         check=False,
     )
     assert json.loads(result.stdout) == WORDS[1:]
-    assert (tmp_path / "installed").read_text() == "install,--quiet,-c,constraints.txt,-e,.[tpu],"
+    assert (
+        tmp_path / "installed"
+    ).read_text() == "install,--quiet,-c,constraints.txt,-e,.[tpu,gcs],"
 
 
 def test_gke_with_an_image_installs_nothing(tools):
@@ -576,6 +639,98 @@ def test_gke_with_an_image_installs_nothing(tools):
         and "--script-dir" not in create
     )
     assert create[-1] == "exec perl-jax show 'a b'"
+
+
+def test_gke_puts_values_into_a_secret_that_containers_read(tools, tmp_path):
+    """Really run, with an xpk and a kubectl that write down what they were given."""
+    for name in ("xpk", "kubectl"):
+        tool(tmp_path, name, f'printf "%s\\x1f" {name} "$@" >>calls; echo >>calls\n')
+    with open(tmp_path / "kubectl", "a") as file:
+        file.write("[[ $1 != apply ]] || cat >manifest\n")
+    options = [*GKE, "--image", "i", "--wait", "--delete", "--env", "HF_TOKEN", "--env", "WANDB"]
+    result = subprocess.run(
+        [LAUNCH / "gke.sh", *options, "--", *WORDS],
+        env=environment(tmp_path, tools, HF_TOKEN=VALUE, WANDB="w"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "Secret" not in calls + result.stdout + result.stderr
+    assert "aGZfU2VjcmV0" not in calls + result.stdout + result.stderr
+    words = [line.split("\x1f")[:-1] for line in calls.splitlines()]
+    assert [line[:3] for line in words] == [
+        ["xpk", "workload", "list"],
+        ["kubectl", "apply", "--namespace"],
+        ["xpk", "workload", "create"],
+        ["xpk", "workload", "list"],
+        ["xpk", "workload", "delete"],
+        ["kubectl", "delete", "--namespace"],
+    ]
+    secret, role, binding = json.loads((tmp_path / "manifest").read_text())["items"]
+    found = {name: base64.b64decode(text).decode() for name, text in secret["data"].items()}
+    assert found == {"HF_TOKEN": VALUE, "WANDB": "w"}
+    assert {item["metadata"]["name"] for item in (secret, role, binding)} == {"perl-jax-rl-1"}
+    assert role["rules"][0]["resourceNames"] == ["perl-jax-rl-1"]
+    assert role["rules"][0]["verbs"] == ["get"]
+    assert binding["roleRef"]["name"] == "perl-jax-rl-1"
+
+    # The container: the words after Kubernetes and a shell have read the line, and its Python.
+    line = kubernetes(words[2][-1], {"HOME": "expanded"})
+    tool(
+        tmp_path,
+        "python3",
+        "exec python -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n",
+    )
+    (tmp_path / "python").symlink_to(sys.executable)
+    read = subprocess.run(
+        ["bash", "-c", line],
+        env=environment(tmp_path, tools),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    option, code, name, *command = json.loads(read.stdout)
+    assert (option, name, command) == ("-c", "perl-jax-rl-1", WORDS)
+    container_becomes(code, secret, command)
+
+
+def container_becomes(code: str, secret: dict, command: list[str]) -> None:
+    """Runs a container's Python against a cluster of a few lines, and checks what it becomes."""
+    around = f"""
+import builtins, io, json, os, ssl, sys, urllib.request
+real = open
+builtins.open = lambda path, *rest, **named: (
+    io.StringIO("a-" + os.path.basename(path) + "\\n") if str(path).startswith("/var/run/secrets/")
+    else real(path, *rest, **named)
+)
+ssl.create_default_context = lambda cafile: cafile
+
+def answer(request, context, timeout):
+    assert context == "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+    assert request.get_header("Authorization") == "Bearer a-token"
+    assert request.full_url == (
+        "https://kubernetes.default.svc/api/v1/namespaces/a-namespace/secrets/perl-jax-rl-1"
+    )
+    return io.StringIO({json.dumps(json.dumps(secret))})
+
+urllib.request.urlopen = answer
+os.execvp = lambda file, words: print(json.dumps([file, words, os.environ["HF_TOKEN"]]))
+exec({code!r})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", around, "perl-jax-rl-1", *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [command[0], command, VALUE]
 
 
 def test_gke_refuses_line_breaks(tools):
@@ -939,7 +1094,10 @@ case " $* " in
     mkdir -p home/perl_jax/.venv/bin
     printf '#!/usr/bin/env bash\necho "$@" >>"$FAKE/installed"\n' >home/perl_jax/.venv/bin/python
     chmod +x home/perl_jax/.venv/bin/python
-    cp "$5" home/perl_jax.tar.gz
+    case $6 in
+      *:perl_jax.tar.gz) cp "$5" home/perl_jax.tar.gz ;;
+      *) cp "$5" "home/${6#*:}" && chmod 644 "home/${6#*:}" ;;
+    esac
     ;;
   *' ssh '*) cd home && HOME=$PWD exec bash -c "${!#}" ;;
 esac
@@ -947,13 +1105,17 @@ esac
 
 
 def on_fake_slice(
-    folder: pathlib.Path, tools: pathlib.Path, states: list[str], *arguments: str
+    folder: pathlib.Path,
+    tools: pathlib.Path,
+    states: list[str],
+    *arguments: str,
+    variables: dict[str, str] | None = None,
 ) -> tuple[subprocess.CompletedProcess, list[str]]:
     """tpu_vm.sh, and what it asked of gcloud: the verbs, in order."""
     (folder / "home").mkdir()
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
     tool(folder, "gcloud", GCLOUD)
-    env = environment(folder, tools, FAKE=str(folder), TMPDIR=str(folder))
+    env = environment(folder, tools, FAKE=str(folder), TMPDIR=str(folder)) | (variables or {})
     result = call("tpu_vm.sh", *TPU_VM, "--poll=0", *arguments, env=env)
     verbs = []
     for line in (folder / "calls").read_text().splitlines():
@@ -964,7 +1126,7 @@ def on_fake_slice(
         if verb == "ssh":
             verb = next(
                 action
-                for action in ("install", "run", "setup")
+                for action in ("install", "mkdir", "run", "setup")
                 if action in words[-2].split(" -- ")[0]
             )
         if verb != "describe":
@@ -990,11 +1152,57 @@ def test_tpu_vm_creates_installs_runs_and_deletes(tools, tmp_path):
     assert verbs == ["create", "scp", "install", "setup", "run", "delete"]
     assert (
         (tmp_path / "installed").read_text()
-        == "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[tpu]\n"
+        == "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[tpu,gcs]\n"
     )
     assert (tmp_path / "home/perl_jax/perl_jax/__main__.py").exists() and not (
         tmp_path / "home/perl_jax/.git"
     ).exists()
+
+
+def test_values_reach_the_run_and_nothing_else(tools, tmp_path):
+    """A run that fails once and is started again; then no file has them any more."""
+    seen = tmp_path / "seen"
+    code = (
+        f"import os, pathlib, sys; seen = pathlib.Path({str(seen)!r}); "
+        "seen.open('a').write(os.environ['HF_TOKEN'] + '|' + os.environ['WANDB'] + '|'); "
+        "sys.exit(1 if seen.read_text().count('|') < 4 else 0)"
+    )
+    result, verbs = on_fake_slice(
+        tmp_path,
+        tools,
+        ["ACTIVE"],
+        "--env=HF_TOKEN",
+        "--env",
+        "WANDB",
+        "--",
+        *python(code),
+        variables={"HF_TOKEN": VALUE, "WANDB": "w", "TMPDIR": str(tmp_path)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert verbs == ["scp", "install", "mkdir", "scp", "run", "run"]
+    assert seen.read_text() == f"{VALUE}|w|" * 2
+    calls = (tmp_path / "calls").read_text()
+    assert "--env HF_TOKEN --env WANDB -- " in calls
+    assert "Secret" not in calls + result.stdout + result.stderr
+    seen.unlink()
+    copied = tmp_path / "home/perl_jax"
+    kept = [
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and not path.is_symlink() and copied not in path.parents
+    ]
+    assert kept
+    assert not [path for path in kept if b"hf_Secret" in path.read_bytes()]
+    assert (tmp_path / "home/.perl_jax_launch/rl-1").stat().st_mode & 0o777 == 0o700
+
+
+def test_worker_says_which_variable_it_was_not_given(tools, tmp_path):
+    command = ("run", "rl-1", "--env", "HF_TOKEN", "--", *python("pass"))
+    result = worker(*command, home=tmp_path, tools=tools)
+    assert result.returncode == 2
+    assert "HF_TOKEN is not set here, and --env HF_TOKEN asks for it" in result.stderr
+    given = environment(tools, HF_TOKEN="x") | {"HOME": str(tmp_path)}
+    assert call("on_worker.sh", *command, env=given).returncode == 0
 
 
 def test_tpu_vm_comes_back_after_a_preemption(tools, tmp_path):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -69,10 +70,50 @@ def find_model(model: str) -> pathlib.Path:
         found = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
         return files.local(found, "model")
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{model} is neither a local folder nor a model that the hub provides: {reason}"
+            f"{model} is neither a local folder nor a model that the hub provides: "
+            f"{_hub_reason(name, error)}"
         ) from error
+
+
+# The environment variable with the hub's access token.
+TOKEN = "HF_TOKEN"
+
+
+def _hub_reason(name: str, error: Exception) -> str:
+    """Returns why the hub gave no model, and what to do, as the end of a sentence.
+
+    Args:
+        name: The model's name.
+        error: What the hub's client raised.
+    """
+    from huggingface_hub import errors
+
+    token = f"{TOKEN} is set" if os.environ.get(TOKEN) else f"{TOKEN} is not set"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"it is gated. Accept its terms at https://huggingface.co/{name}, and set {TOKEN} to a "
+            f"token of an account that did ({token})."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision (a branch, tag or commit after @)."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is none of this name, or it is private. Check the name, and for a private "
+            f"model set {TOKEN} to a token that may read it ({token})."
+        )
+    if status in (401, 403):
+        return (
+            f"the hub refused access ({status}). Set {TOKEN} to a valid token of an account that "
+            f"may read it ({token})."
+        )
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return (
+            "it was not downloaded before, and the hub cannot be reached from here (no network, or "
+            "HF_HUB_OFFLINE is set)."
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @dataclasses.dataclass(frozen=True)

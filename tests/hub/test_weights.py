@@ -10,11 +10,14 @@ import hashlib
 import json
 import pathlib
 import shutil
+import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import errors
 from safetensors import numpy as safetensors
 
 from perl_jax.errors import UserError
@@ -376,3 +379,40 @@ def test_a_name_the_hub_cannot_give_is_refused(model):
         UserError, match=f"{model} is neither a local folder nor a model that the hub provides"
     ):
         weights.find_model(model)
+
+
+def hub_error(kind: type[Exception], status: int) -> Exception:
+    """An error as the hub's client raises it for a status."""
+    response = types.SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind("first line\nsecond", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_error(errors.GatedRepoError, 403), "Accept its terms at https://huggingface.co/a/b"),
+        (hub_error(errors.RepositoryNotFoundError, 401), "there is none of this name, or it is"),
+        (hub_error(errors.RepositoryNotFoundError, 404), "there is none of this name, or it is"),
+        (hub_error(errors.HfHubHTTPError, 401), "the hub refused access (401). Set HF_TOKEN to a"),
+        (hub_error(errors.RevisionNotFoundError, 404), "it has no such revision"),
+        (errors.LocalEntryNotFoundError("x"), "the hub cannot be reached from here (no network"),
+        (hub_error(errors.HfHubHTTPError, 500), "first line"),
+        (ConnectionError("no route"), "no route"),
+    ],
+)
+@pytest.mark.parametrize("token", [None, "hf_secret"])
+def test_why_the_hub_gives_no_model_is_one_sentence(error, message, token, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError) as found:
+        weights.find_model("a/b@main")
+    said = str(found.value)
+    assert message in said and "\n" not in said and "hf_secret" not in said
+    if "HF_TOKEN" in message or "Accept" in message:
+        assert f"HF_TOKEN is {'set' if token else 'not set'}" in said
