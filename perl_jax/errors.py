@@ -179,7 +179,8 @@ def in_range(config: Any, section: str = "") -> None:
     """
     for field in dataclasses.fields(config):
         kinds = {kind.strip() for kind in str(field.type).split("|")}
-        value, name = vars(config)[field.name], f"{section}.{field.name}".lstrip(".")
+        value: Any = vars(config)[field.name]
+        name = f"{section}.{field.name}".lstrip(".")
         if not kinds & {"int", "float"} or (value is None and "None" in kinds):
             continue
         good = is_number(value) and ("float" in kinds or isinstance(value, int))

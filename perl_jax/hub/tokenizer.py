@@ -20,7 +20,7 @@ from perl_jax.runtime import files
 
 # Endings of the files that transformers may read for a tokenizer, and the most bytes of one.
 _READ = (".json", ".jinja", ".model", ".txt")
-_LARGEST = 2**28
+_LARGEST, _LARGEST_TEMPLATE = 2**28, 2**24
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 
@@ -144,7 +144,7 @@ class Tokenizer:
         Raises:
             UserError: The files cannot be read, or `Tokenizer` refuses them.
         """
-        for path in folder.iterdir():
+        for path in files.listing(folder):
             if path.suffix in _READ:
                 files.require_regular(path, largest=_LARGEST)
         try:
@@ -396,10 +396,12 @@ class Tokenizer:
 def _read_template(file: str) -> str:
     """Returns the text of a template file; raises UserError if it cannot be read."""
     try:
-        return files.read_text(files.path_of(file))
+        path = files.path_of(file)
+        files.require_regular(path, largest=_LARGEST_TEMPLATE)
+        return files.read_text(path)
     except UserError as error:
         raise UserError(
-            f"template is {file!r}; it must be auto, none, or a file with a Jinja template "
+            f"template is {shown(file)}; it must be auto, none, or a file with a Jinja template "
             f"({error})."
         ) from error
 

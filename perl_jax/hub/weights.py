@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -405,9 +406,8 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     single = folder / "model.safetensors"
     # As in transformers, a single file takes precedence over an index left by an earlier save.
     if files.exists(index) and not files.exists(single):
-        found = files.read_object(index).get("weight_map")
-        good = isinstance(found, dict) and len(found) > 0
-        require(good, f"{index} has no weight_map.")
+        found: Any = files.read_object(index).get("weight_map")
+        require(isinstance(found, dict) and len(found) > 0, f"{index} has no weight_map.")
         for file in found.values():
             require(
                 isinstance(file, str)
