@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 # The largest number of float32, its smallest above 0, and the largest number of a 32-bit counter.
 # Devices compute with these types, in which other numbers would be infinite, 0 or negative.
@@ -179,19 +179,20 @@ def in_range(config: Any, section: str = "") -> None:
     """
     for field in dataclasses.fields(config):
         kinds = {kind.strip() for kind in str(field.type).split("|")}
-        value: Any = vars(config)[field.name]
+        value = vars(config)[field.name]
         name = f"{section}.{field.name}".lstrip(".")
         if not kinds & {"int", "float"} or (value is None and "None" in kinds):
             continue
         good = is_number(value) and ("float" in kinds or isinstance(value, int))
         kind = "a finite number" if "float" in kinds else "a whole number"
         require(good, f"{name} is {shown(value)}; it must be {kind}.")
+        number = cast(float, value)
         most = LARGEST if "float" in kinds else MOST.get(field.name, COUNT)
-        require(abs(value) <= most, f"{name} is {shown(value)}; it must be at most {most}.")
-        signed = value >= 0 or most != SEED
+        require(abs(number) <= most, f"{name} is {shown(value)}; it must be at most {most}.")
+        signed = number >= 0 or most != SEED
         require(signed, f"{name} is {shown(value)}; a seed is 0 to {SEED}.")
         require(
-            value == 0 or abs(value) >= SMALLEST,
+            number == 0 or abs(number) >= SMALLEST,
             f"{name} is {shown(value)}, which is 0 in float32; it must be at least {SMALLEST}.",
         )
 
