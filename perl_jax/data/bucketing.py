@@ -35,6 +35,21 @@ def round_up(length: int, multiple: int = MULTIPLE) -> int:
     return -(-int(length) // multiple) * multiple
 
 
+def fitting_batch(batch_size: int, rows: int, multiple: int) -> int:
+    """Returns how many rows a batch of an evaluation needs: `batch_size`, or fewer if all rows fit
+    into fewer.
+
+    Filler rows take as long as others. The draws of a row depend on its place in the batch, so a
+    smaller batch gives the same responses.
+
+    Args:
+        batch_size: The largest number of rows of a batch.
+        rows: The number of rows to evaluate.
+        multiple: The number of rows must be a multiple of this, because the mesh splits them.
+    """
+    return min(batch_size, round_up(rows, multiple))
+
+
 def bucket_edges(lengths: Sequence[int], count: int, maximum: int) -> tuple[int, ...]:
     """Returns the padded lengths of at most `count` buckets, increasing.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from perl_jax.data.bucketing import fitting_batch
 from perl_jax.data.config import DataConfig
 from perl_jax.data.counts import said_of
 from perl_jax.data.dataset import Dataset
@@ -42,6 +45,7 @@ def load_batches(
     *,
     most: int | None = None,
     lengths: tuple[int, ...] | None = None,
+    fitting: bool = False,
 ) -> Batches:
     """Returns the batches of a split; each process builds only its own part of them.
 
@@ -57,6 +61,7 @@ def load_batches(
         most: Read only the first so many rows; None: all.
         lengths: Padded lengths, so that programs compiled for them are used again; the longest row
             must fit into the last one. None: selected from the rows.
+        fitting: Whether batches are smaller if all rows fit into one (`bucketing.fitting_batch`).
 
     Raises:
         UserError: The split has no rows, a row cannot be encoded, or `Batches` refuses an argument.
@@ -64,6 +69,10 @@ def load_batches(
     rows = dataset.rows(split)
     if most is not None:
         rows = [rows[index] for index in range(min(most, len(rows)))]
+    share = sharding.row_share(model.mesh)
+    if fitting:
+        multiple = math.lcm(model.row_parts * microbatches, share.count)
+        batch_size = fitting_batch(batch_size, len(rows), multiple)
     try:
         return make_batches(
             rows,
@@ -74,7 +83,7 @@ def load_batches(
             seed=seed,
             epochs=None if seed is not None else 1,
             lengths=lengths,
-            share=sharding.row_share(model.mesh),
+            share=share,
             packed=model.packs(config.packing),
             parts=model.row_parts,
             microbatches=microbatches,

@@ -31,6 +31,7 @@ from perl_jax.data.packing import Packer
 from perl_jax.data.store import OPEN
 from perl_jax.data.tokenise import Encoder, TokenRows, tokenise
 from perl_jax.errors import UserError, positive, require
+from perl_jax.runtime import progress
 from perl_jax.runtime.hosts import Share
 
 # The share of a single process: whole batches.
@@ -298,6 +299,22 @@ def make_batches(
     tokens = tokenise(rows, kind, encoder, config.max_prompt_length, config.max_response_length)
     columns = columns_digest(rows) if kind in OPEN else ""
     return Batches(tokens, config, batch_size, encoder.pad_id, columns=columns, **how)
+
+
+def with_progress(batches: Batches, stage: str, unit: str = "rows") -> Iterator[Batch]:
+    """Yields the batches of an evaluation; a line of progress shows how many rows are done.
+
+    Args:
+        batches: Batches with each row once.
+        stage: What is done with them, such as `validating`.
+        unit: What the rows are, in the plural.
+    """
+    done = 0
+    with progress.activity(stage, len(batches.rows.prompts), unit) as line:
+        for index, batch in enumerate(batches):
+            yield batch
+            done += int((batches.rows_of(index) >= 0).sum())
+            line.update(done)
 
 
 def _check(batch_size: int, seed: int | None, epochs: int | None, share: Share) -> None:

@@ -17,6 +17,7 @@ from perl_jax import errors
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_split
 from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.pipeline import with_progress
 from perl_jax.data.store import named_group
 from perl_jax.generation.config import RolloutConfig
 from perl_jax.generation.programs import sample_program
@@ -27,7 +28,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
-from perl_jax.runtime import files, hosts, sharding
+from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.seeds import random_key
 
@@ -147,6 +148,7 @@ def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
     return means | {"kl_bound": kl_bound(n), "empty": float(sum(map(is_empty, rows)))}
 
 
+@progress.reported("best-of")
 def run_best_of(config: BestOfConfig) -> dict[str, float]:
     """Runs best-of-N, writes the rows whose response is not empty as JSON Lines, and returns the
     `summary` of all rows.
@@ -193,9 +195,9 @@ def best_responses(
     roles, records = rewards.roles, rewards.records
     dataset = of_split(config.data, "prompts", config.split)
     rows, number = dataset.rows(config.split), config.batch_size // config.n
-    batches = load_batches(model, dataset, config.split, config.data, number, None)
+    batches = load_batches(model, dataset, config.split, config.data, number, None, fitting=True)
     noted(dataset, config.split, config.data, batches)
-    shared = model.shared_prompts(config.batch_size, config.n)
+    shared = model.shared_prompts(batches.batch_size * config.n, config.n)
     sample = sample_program(
         model, config.data.max_response_length, config.temperature, config.rollout, shared
     )
@@ -204,7 +206,7 @@ def best_responses(
     key = random_key(config.seed)
     made: dict[int, dict[str, Any]] = {}
     with Scorer(model, program, rewards.terms, rewards.weight, rows) as scorer:
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(with_progress(batches, "responding to", "prompts")):
             # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
             repeated = batch.repeated(config.n)
             prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)

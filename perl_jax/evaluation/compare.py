@@ -19,7 +19,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_split
 from perl_jax.data.loading import check_context, load_batches, noted
-from perl_jax.data.pipeline import Batches
+from perl_jax.data.pipeline import Batches, with_progress
 from perl_jax.data.store import group_of
 from perl_jax.data.tasks import Gold
 from perl_jax.evaluation import intervals, resampling, statistics
@@ -34,14 +34,17 @@ from perl_jax.rewards import compose, scoring
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
-from perl_jax.runs import provenance
+from perl_jax.runs import provenance, shown
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
 from perl_jax.runs.owner import holding, run_of_config
-from perl_jax.runtime import files, hosts, sharding
+from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
+
+# Who decides wins, by the name in evaluation.json.
+DECIDES = {"gold": "the gold reward", "judge": "the judge", "proxy": "the proxy reward"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class EvaluateConfig(RewardOptions):
             Without any the proxy decides, which favours a policy trained on it.
         data: The prompts.
         split: The split that the prompts are taken from.
-        batch_size: How many prompts are sampled at a time, over all devices.
+        batch_size: How many prompts are sampled at a time, over all devices; fewer if there are
+            fewer.
         temperature: The sampling temperature; 0 decodes greedily.
         rollout: How responses are decoded.
         seed: The seed of sampling.
@@ -175,7 +179,8 @@ def respond(
         name: [] for name in ("row", "finished", "kl", *job.raters)
     }
     key = random_key(job.seed)
-    for index, batch in enumerate(job.batches):
+    who = "the baseline" if policy is anchor else "the policy"
+    for index, batch in enumerate(with_progress(job.batches, f"{who} responds to", "prompts")):
         rollout = job.sample(
             model.base,
             policy,
@@ -271,7 +276,8 @@ def sample_rows(
     """Returns the rows of evaluation_samples.jsonl, one per prompt: {"prompt", "sft": the response
     of the baseline, "rl": that of the policy}.
 
-    A response is {"text", "gold": its true reward or None, "proxy": its proxy reward}.
+    A response is {"text", "gold": its true reward or None, "proxy": its proxy reward, "finished":
+    whether it ended before max_response_length}.
 
     Args:
         prompts: The prompts as text.
@@ -280,9 +286,14 @@ def sample_rows(
     """
 
     def cell(side: Responses, i: int) -> dict[str, Any]:
-        """Returns {"text", "gold", "proxy"} of one policy's response to the i-th prompt."""
+        """Returns one policy's response to the i-th prompt with its numbers."""
         gold = None if side.gold is None else float(side.gold[i])
-        return {"text": side.texts[i], "gold": gold, "proxy": float(side.rewards["proxy"][i])}
+        return {
+            "text": side.texts[i],
+            "gold": gold,
+            "proxy": float(side.rewards["proxy"][i]),
+            "finished": bool(side.finished[i]),
+        }
 
     return [
         {"prompt": prompt, "sft": cell(baseline, i), "rl": cell(policy, i)}
@@ -307,6 +318,7 @@ def _is_current(path: files.Path, config: Mapping[str, Any], now: provenance.Fin
 
 
 @holding(run_of_config)
+@progress.reported("evaluate")
 def run_evaluate(config: EvaluateConfig) -> files.Path:
     """Runs the comparison, writes evaluation.json and evaluation_samples.jsonl, and returns the
     run's folder.
@@ -319,6 +331,7 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
     path = folder / "evaluation.json"
     now = provenance.fingerprints("evaluate", config)
     if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
+        progress.say(result_text(config.split, files.read_json(path)))
         return folder
     terms = compose.read_terms(config.terms)
     model = load_model(config)
@@ -329,7 +342,9 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
         model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
     )
     rows = dataset.rows(config.split)
-    batches = load_batches(model, dataset, config.split, config.data, config.batch_size, None)
+    batches = load_batches(
+        model, dataset, config.split, config.data, config.batch_size, None, fitting=True
+    )
     facts = noted(dataset, config.split, config.data, batches)
     with contextlib.ExitStack() as stack:
 
@@ -372,7 +387,29 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
     }
     if hosts.is_writer():
         _write(folder, config, results | {"prompts": facts}, sample_rows(prompts, ours, theirs))
+    progress.say(result_text(config.split, results))
     return folder
+
+
+def result_text(split: str, results: Mapping[str, Any]) -> str:
+    """Returns a sentence with the main measures of an evaluation, with their intervals.
+
+    Args:
+        split: The split of the prompts.
+        results: The content of evaluation.json.
+    """
+    ours, theirs, wins = (*map(results["policies"].get, ("rl", "sft")), results["win_rate"])
+    # The fields of an estimate, for a share that has other names.
+    rate = shown.estimate_text({**wins, "value": wins["rate"]}, percent=True)
+    said = [f"win rate {rate}, decided by {DECIDES[wins['judge']]}"]
+    for key in ("gold_reward", "judge_reward", "proxy_reward"):
+        if key in ours:
+            before = shown.estimate_text(theirs[key]["value"])
+            now = shown.estimate_text(ours[key])
+            said.append(f"{key.replace('_', ' ')} {now} against {before}")
+    said.append(f"KL {shown.estimate_text(ours['kl'])} nats")
+    said.append(f"{shown.estimate_text(ours['eos_rate'], percent=True)} of the responses ended")
+    return f"evaluate: {ours['kl']['n']:,} {split} prompts: {'; '.join(said)}."
 
 
 def _write(

@@ -12,16 +12,17 @@ import numpy as np
 
 from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
+from perl_jax.data.bucketing import fitting_batch
 from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import numbered_rows
-from perl_jax.data.pipeline import make_batches
+from perl_jax.data.pipeline import make_batches, with_progress
 from perl_jax.data.tokenise import RowError
 from perl_jax.errors import UserError
 from perl_jax.hub.model import TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files, sharding
+from perl_jax.runtime import files, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import Program
 from perl_jax.types import Tokens, Tree
@@ -105,8 +106,9 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
         max_prompt_length=config.max_prompt_length, max_response_length=config.max_response_length
     )
     try:
+        size = fitting_batch(config.batch_size, len(rows), model.row_parts)
         batches = make_batches(
-            rows, "demonstrations", model.tokenizer, data, config.batch_size, seed=None, epochs=1
+            rows, "demonstrations", model.tokenizer, data, size, seed=None, epochs=1
         )
     except RowError as error:
         raise UserError(f"{config.input}, line {numbers[error.index]}: {error.reason}") from error
@@ -120,7 +122,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     program = measure_program(model.lm, config.temperature)
     normalise = float if record is None or record.role != "reward" else record.normalise
     out: list[dict[str, Any]] = [dict(row) for row in rows]
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(with_progress(batches, "scoring")):
         logp_BT, score_B = to_host(
             program(model.base, adapter, sharding.put_batch(batch, model.mesh))
         )
@@ -157,6 +159,7 @@ def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[di
     raise ValueError("no row is too long")
 
 
+@progress.reported("score")
 def run_score(config: ScoreConfig) -> None:
     """Runs `score` and writes the rows as JSON Lines to `config.output`, or prints them if it is
     None.
@@ -166,3 +169,4 @@ def run_score(config: ScoreConfig) -> None:
         print(lines, end="")
     else:
         files.write_atomically(files.path_of(config.output), lines)
+        progress.say(f"score: {lines.count(chr(10)):,} scored rows written to {config.output}.")

@@ -18,7 +18,7 @@ from perl_jax.errors import require
 from perl_jax.hub import classifier, naming, peft, verify, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, TemplateOptions, load_model
-from perl_jax.runtime import files, trees
+from perl_jax.runtime import files, progress, trees
 from perl_jax.runtime.outputs import new_folder
 
 # A merged checkpoint is written in files of about so many bytes.
@@ -92,11 +92,13 @@ def export_peft(model: Model, role: Any, to: files.PathLike) -> Exported:
     with new_folder(to, "adapter_config.json") as folder:
         _write_peft(folder, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
-        difference = verify.compare_peft(folder, model, adapter, record)
+        with progress.activity("comparing what was written with the adapter"):
+            difference = verify.compare_peft(folder, model, adapter, record)
     notes = _loading_notes(model, adapter, record, "peft")
     return Exported(files.path_of(to), difference, "; ".join(notes))
 
 
+@progress.reported("export")
 def run_export(config: ExportConfig) -> Exported:
     """Writes an export, reads it back, compares its outputs with the role's, and returns an
     `Exported`.
@@ -120,13 +122,15 @@ def run_export(config: ExportConfig) -> Exported:
     with new_folder(config.to, "config.json") as folder:
         model = load_model(config)
         adapter, record = model.load_role(config.adapter)
-        _write_merged(folder, config, model, adapter, record)
+        with progress.activity("writing the merged checkpoint"):
+            _write_merged(folder, config, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
-        merged = verify.read_merged(folder, model, adapter, in_float32)
-        difference = verify.compare_merged(folder, merged, model, adapter, record)
-        kept = verify.share_kept(
-            merged, model, adapter, weights.find_model(config.model), in_float32
-        )
+        with progress.activity("comparing what was written with the adapter"):
+            merged = verify.read_merged(folder, model, adapter, in_float32)
+            difference = verify.compare_merged(folder, merged, model, adapter, record)
+            kept = verify.share_kept(
+                merged, model, adapter, weights.find_model(config.model), in_float32
+            )
     notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
     notes += _loading_notes(model, adapter, record, "merged")
     return Exported(files.path_of(config.to), difference, "; ".join(notes), kept)

@@ -24,7 +24,7 @@ from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import config
 from perl_jax.models.config import ATTENTION, REMAT
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files, hosts, sharding, trees
+from perl_jax.runtime import files, hosts, progress, sharding, trees
 from perl_jax.runtime.platforms import platform_of, use_cpu_if_no_accelerator
 from perl_jax.runtime.programs import Program, use_compilation_cache
 from perl_jax.runtime.sharding import MeshConfig
@@ -250,7 +250,8 @@ def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
         marks[name] = trees.leaf_mark(name, leaf)
         return quantise_leaf(name, leaf, settings.quantise)
 
-    base = weights.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
+    with progress.activity(f"loading {settings.model}"):
+        base = weights.load_base(folder, lm.config, lm.base_shardings(), finish=finish)
     return Model(
         str(settings.model),
         lm,

@@ -12,6 +12,8 @@ from typing import Any
 import rich.console
 import rich.text
 
+from perl_jax.runtime.progress import duration
+
 # The words for the last part of a metric's key, where they are not that part.
 WORDS = {
     "sequence": "KL",
@@ -90,6 +92,79 @@ def measures_of(sample: Mapping[str, Any]) -> str:
     if "finished" in sample:
         shown += ", ended" if sample["finished"] else ", cut at the maximum length"
     return shown
+
+
+def estimate_text(found: Mapping[str, Any] | float, percent: bool = False) -> str:
+    """Returns a value with its 95 % interval, `0.834 (0.801 to 0.867)`, or the value alone.
+
+    Args:
+        found: A number, or the fields of an `intervals.Estimate`.
+        percent: Whether the value is a share, shown as `78.1 % (76.2 % to 79.9 %)`.
+    """
+    shown = lambda value: f"{100 * value:.1f} %" if percent else f"{value:.3g}"
+    if not isinstance(found, Mapping):
+        return shown(found)
+    text = shown(found["value"])
+    if found.get("low") is None or found.get("high") is None:
+        return text
+    return f"{text} ({shown(found['low'])} to {shown(found['high'])})"
+
+
+# The measures of a test split in the order in which they are said: key, name, whether a share.
+_TEST_MEASURES = (
+    ("pairwise_accuracy", "pairs in the right order", True),
+    ("auc", "AUC", False),
+    ("balanced_accuracy", "balanced accuracy", True),
+    ("correlation", "correlation", False),
+    ("ece", "calibration error", True),
+)
+
+
+def test_text(job: str, results: Mapping[str, Any]) -> str:
+    """Returns a sentence with the measures of a job's test rows, with their intervals.
+
+    Args:
+        job: The job's name, with which the sentence begins.
+        results: The content of evaluation.json.
+    """
+    said = [
+        f"{name} {estimate_text(results[key], percent)}"
+        for key, name, percent in _TEST_MEASURES
+        if key in results
+    ]
+    rows = next(
+        (
+            results[key]["n"]
+            for key in ("pairwise_accuracy", "auc", "correlation")
+            if key in results
+        ),
+        None,
+    )
+    many = "" if rows is None else f" of {rows:,} rows"
+    return f"{job}: test{many}: {', '.join(said)}."
+
+
+def training_text(job: str, rows: Sequence[Mapping[str, Any]], step: int, best: bool) -> str:
+    """Returns a sentence with the numbers of the step that a training keeps, and the time of all
+    steps.
+
+    Args:
+        job: The job's name, with which the sentence begins.
+        rows: The rows of metrics, one per step, as in metrics.jsonl.
+        step: The step that is kept.
+        best: Whether it is kept because it was the best validated one.
+    """
+    names = ("time/step", "time/validate")
+    seconds = sum(row.get(name) or 0.0 for row in rows for name in names)
+    kept = next((row for row in rows if row["step"] == step), {})
+    keys = [
+        key
+        for key in kept
+        if key.startswith("validation/") or key in ("train/loss", "reward/score", "kl/sequence")
+    ]
+    numbers = ", ".join(f"{label(key)} {number(kept[key])}" for key in keys)
+    why = "the best one" if best else "the last one"
+    return f"{job}: {len(rows)} steps in {duration(seconds)}; of step {step}, {why}: {numbers}."
 
 
 def sample_text(

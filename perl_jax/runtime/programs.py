@@ -13,7 +13,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from perl_jax.errors import UserError
-from perl_jax.runtime import files, trees
+from perl_jax.runtime import files, progress, trees
 
 # Largest number of padded lengths of a run's data.
 # SHAPES: largest number of argument shapes of a program that reads batches. Each length is padded
@@ -153,7 +153,8 @@ class Program:
                     f"program {self.name!r} met more than {self.limit} argument shapes; its "
                     "batches have too many different lengths"
                 )
-            self._compiled[signature] = self._jitted.lower(*args).compile()
+            with progress.activity(f"compiling {self.name}"):
+                self._compiled[signature] = self._jitted.lower(*args).compile()
             release_freed_memory()
         return trees.block_on_cpu(self._compiled[signature](*args))
 

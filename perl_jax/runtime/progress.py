@@ -12,18 +12,20 @@ that nothing is silent for minutes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import rich.console
 import rich.progress
 
 from perl_jax.runtime import hosts
 
-Item = TypeVar("Item")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def duration(seconds: float) -> str:
@@ -40,10 +42,8 @@ class Progress:
     """Shows one line of progress: stage, how much is done, rate, time left and a few numbers.
 
     A line that is opened while another is open is shown below that line on a terminal. Elsewhere
-    the text of the outer line comes before its own (`rl 100/200: validating 32/64 prompts`), and it
-    is printed only if nothing was printed for `interval` seconds. The outermost line is also
-    printed at the first and the last update. The rate excludes the first update, which includes
-    compilation.
+    the text of the outermost line comes before its own (`rl 100/200: validating 32/64 prompts`).
+    The rate excludes the first update, which includes compilation.
 
         with Progress("sft", total=1000) as progress:
             progress.update(1, loss=2.31)
@@ -57,6 +57,8 @@ class Progress:
             of the outermost one, as it has the stream and the clock.
         stream: Where to print; None: standard error.
         clock: Returns the time in seconds.
+        eager: Whether, where the line cannot be redrawn, the first and the last update are printed
+            in any case; else the line is printed only if nothing was for `interval` seconds.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class Progress:
         stream: TextIO | None = None,
         clock: Any = time.monotonic,
         unit: str = "steps",
+        eager: bool = True,
     ):
         self._stage, self._total, self._unit = stage, total, unit
         self._done, self._details_now = start, ""
-        self._interval, self._clock = interval, clock
+        self._interval, self._clock, self._eager = interval, clock, eager
         self._stream = sys.stderr if stream is None else stream
         self._first: tuple[int, float] | None = None
         self._opened = 0.0
@@ -153,14 +156,14 @@ class Progress:
             return
         with _LOCK:
             root = self._root
-            if self._outer is None:
-                due = root._printed_at is None or now - root._printed_at >= self._interval
+            due = now - root._silent_since() >= self._interval
+            eager = self._eager and self._outer is None
+            if eager:
+                due = due or self._printed_at is None
                 due = due or (self._total is not None and done >= self._total)
-            else:
-                due = now - root._silent_since() >= self._interval
             if due:
                 root._print(self._line())
-            self._unprinted = "" if due or self._outer is not None else self._line()
+            self._unprinted = self._line() if eager and not due else ""
 
     def beat(self) -> None:
         """Prints the innermost open line, with the time since it was opened, if nothing was printed
@@ -201,7 +204,7 @@ class Progress:
         """Returns the line as it is printed where it cannot be redrawn."""
         count, share = self._count(), f" ({self._done / self._total:.0%})" if self._total else ""
         if self._outer is not None:
-            before = f"{self._outer._stage} {self._outer._count()}".rstrip()
+            before = f"{self._root._stage} {self._root._count()}".rstrip()
             return f"{before}: {self._stage} {count}".rstrip()
         line = f"{self._stage} {count}{share}".rstrip()
         return line + (f"  {self._details_now}" if self._details_now else "")
@@ -271,25 +274,25 @@ def activity(stage: str, total: int | None = None, unit: str = "prompts") -> Pro
         total: How much there is to do; None: not known.
         unit: What is counted, in the plural.
     """
-    return Progress(stage, total, unit=unit) if hosts.is_writer() else Silent()
+    return Progress(stage, total, unit=unit, eager=False) if hosts.is_writer() else Silent()
 
 
-def counted(
-    batches: Iterable[Item], stage: str, total: int, size: int, unit: str = "prompts"
-) -> Iterator[Item]:
-    """Yields the batches, and reports after each how many of the rows are done (`activity`).
+def reported(stage: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Returns a decorator: while the function runs, a line shows its stage (`activity`).
 
     Args:
-        batches: The batches; the last one may hold filler.
-        stage: What is done with them.
-        total: How many rows there are.
-        size: Rows of a batch.
-        unit: What the rows are, in the plural.
+        stage: What the function does.
     """
-    with activity(stage, total, unit) as line:
-        for number, batch in enumerate(batches, start=1):
-            yield batch
-            line.update(min(number * size, total))
+
+    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
+        @functools.wraps(function)
+        def call(*args: Given.args, **keywords: Given.kwargs) -> Result:
+            with activity(stage):
+                return function(*args, **keywords)
+
+        return call
+
+    return decorate
 
 
 def say(text: str) -> None:

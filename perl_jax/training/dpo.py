@@ -13,6 +13,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data import targets
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.pipeline import with_progress
 from perl_jax.data.store import group_of
 from perl_jax.evaluation import statistics
 from perl_jax.hub import artefacts
@@ -22,10 +23,11 @@ from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences
+from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files
+from perl_jax.runtime import files, progress
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -152,6 +154,7 @@ def train_dpo(
     results, measured = {}, {}
     if "test" in dataset.splits:
         results = evaluate_dpo(model, dataset, config, job, state)
+        progress.say(shown.test_text("dpo", results))
         measured = {"pairwise_accuracy": results["pairwise_accuracy"]["value"]}
     record = model.record("policy", policy, step=int(state.step), metrics=measured)
     if run is None:
@@ -186,7 +189,7 @@ def evaluate_dpo(
     program = implicit_program(model, config)
     base = model.base if state.roles["policy"].weights is None else None
     order, chosen, rejected = [], [], []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(with_progress(batches, "evaluating", "pairs")):
         real_B = batches.rows_of(index) >= 0
         order += batches.rows_of(index)[real_B].tolist()
         chosen_B, rejected_B = to_host(

@@ -16,7 +16,7 @@ import numpy as np
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset
 from perl_jax.data.loading import load_batches, noted
-from perl_jax.data.pipeline import Batches
+from perl_jax.data.pipeline import Batches, with_progress
 from perl_jax.hub.attention_path import say_attention
 from perl_jax.hub.model import Model
 from perl_jax.models.microbatches import summed_microbatches
@@ -313,7 +313,7 @@ def held_out_loss(
     """
     frozen = model.base if any(role.weights is None for role in state.roles.values()) else None
     sums: dict[str, list[float]] = {}
-    for batch in batches:
+    for batch in with_progress(batches, "validating"):
         loss, logs = to_host(measure(state.roles, frozen, job.ready(model, state, batch)))
         for name, part in {"loss": loss, **logs}.items():
             total = sums.setdefault(name, [0.0, 0.0])

@@ -296,6 +296,8 @@ def train(
             state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
     if folder is not None and writes:
         rows = read_metrics(folder / FILE_NAME)
+    if rows:
+        progress.say(shown.training_text(loop.job, rows, int(state.step), loop.best is not None))
     return state, timings, rows
 
 

@@ -16,7 +16,7 @@ from perl_jax.adapters.initial_values import init_head
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
-from perl_jax.data.pipeline import Batches
+from perl_jax.data.pipeline import Batches, with_progress
 from perl_jax.data.store import group_of
 from perl_jax.data.targets import (
     both_classes,
@@ -31,10 +31,11 @@ from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import supervised
+from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, sharding
+from perl_jax.runtime import files, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -164,7 +165,7 @@ def score_batches(model: Model, adapter: Adapter, batches: Batches) -> tuple[np.
     base = model.base if adapter.weights is None else None
     sides: tuple[list, list] = ([], [])
     order: list[np.ndarray] = []
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(with_progress(batches, "scoring")):
         order.append(batches.rows_of(index))
         scores = program(base, adapter, sharding.put_batch(batch, model.mesh))
         # Labelled rows have one side.
@@ -287,6 +288,7 @@ def train_reward(
     results, scores = {}, {}
     if "test" in dataset.splits:
         results, scores = evaluate_reward(model, dataset, config, adapter)
+        progress.say(shown.test_text("reward", results))
     record = model.record(
         "reward",
         adapter,

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from perl_jax.data.loading import load_batches
-from perl_jax.data.pipeline import Batches
+from perl_jax.data.pipeline import Batches, with_progress
 from perl_jax.errors import TrainingError
 from perl_jax.generation.sampling import Rollout
 from perl_jax.objectives import kl
 from perl_jax.rewards.scoring import response_texts
 from perl_jax.runs.run import Run
-from perl_jax.runtime import hosts, progress, sharding
+from perl_jax.runtime import hosts, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.seeds import random_key
 from perl_jax.training.rl_config import RLConfig
@@ -216,10 +216,8 @@ def answers(
     """
     group = job.config.algorithm.group
     key = jax.random.fold_in(random_key(job.config.seed), _VALIDATION)
-    counted = progress.counted(
-        batches, "validating" if compare else "sampling", len(job.rows), batches.batch_size
-    )
-    for index, batch in enumerate(counted):
+    stage = "validating" if compare else "sampling"
+    for index, batch in enumerate(with_progress(batches, stage, "prompts")):
         rollout, measures, parts = measured_responses(
             job, state, batch, jax.random.fold_in(key, index), compare
         )

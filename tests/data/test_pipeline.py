@@ -520,3 +520,11 @@ def test_no_rows_and_unknown_kind():
         make_batches([], "labels", Numbers(), **spec(**EVALUATE))
     with pytest.raises(UserError, match="kind is 'pairs'; it must be one of demonstrations"):
         make_batches([], "pairs", Numbers(), **spec())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "multiple", "expected"),
+    [(128, 5, 1, 5), (128, 5, 8, 8), (128, 128, 8, 128), (128, 500, 8, 128), (6, 5, 4, 6)],
+)
+def test_a_batch_has_no_more_rows_than_all_rows_need(batch_size, rows, multiple, expected):
+    assert bucketing.fitting_batch(batch_size, rows, multiple) == expected

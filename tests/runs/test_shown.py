@@ -66,3 +66,25 @@ def test_wide_letters_take_two_columns():
 
 def test_joined_letters_stay_joined():
     assert shown.visible("👨\u200d👩 می\u200cخواهم") == "👨\u200d👩 می\u200cخواهم"
+
+
+def test_the_end_of_a_training_says_the_numbers_of_the_step_that_is_kept():
+    rows = [
+        {"step": 1, "train/loss": 2.0, "validation/reward": 0.5, "time/step": 60.0},
+        {"step": 2, "train/loss": 1.0, "kl/sequence": 0.25, "time/step": 5.0, "time/validate": 1.0},
+    ]
+    assert shown.training_text("rl", rows, 1, best=True) == (
+        "rl: 2 steps in 1 min 06 s; of step 1, the best one: loss 2, validation reward 0.5."
+    )
+    assert shown.training_text("rl", rows, 2, best=False).endswith(
+        "of step 2, the last one: loss 1, KL 0.25."
+    )
+
+
+def test_measures_of_test_rows_have_their_intervals():
+    accuracy = {"value": 0.75, "low": 0.5, "high": 0.875, "n": 1024, "groups": 9}
+    assert shown.test_text("reward", {"n": 5, "ece": 0.125, "pairwise_accuracy": accuracy}) == (
+        "reward: test of 1,024 rows: pairs in the right order 75.0 % (50.0 % to 87.5 %), "
+        "calibration error 12.5 %."
+    )
+    assert shown.estimate_text({"value": 0.5, "low": None, "high": None}) == "0.5"

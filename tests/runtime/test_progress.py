@@ -131,13 +131,25 @@ class TestInnerLines:
         assert "validating" in shown and "32/64 prompts" in shown
         assert "a [sample] of step 0" in shown
 
-    def test_batches_are_counted_by_their_rows(self):
+    def test_an_activity_by_itself_speaks_only_in_silence(self, monkeypatch):
         stream, clock = io.StringIO(), Clock()
-        with Progress("evaluate", None, interval=0, stream=stream, clock=clock):
-            assert list(progress.counted("abc", "answering", 20, 8)) == ["a", "b", "c"]
-        assert stream.getvalue().splitlines() == [
-            f"evaluate: answering {done}/20 prompts" for done in (8, 16, 20)
-        ]
+        with Progress("score", None, stream=stream, clock=clock, eager=False):
+            with progress.activity("loading tiny"):
+                clock.now += 20
+            with progress.activity("scoring", 20, "rows") as line:
+                line.update(8)
+                clock.now += 20
+                line.update(20)
+        assert stream.getvalue().splitlines() == ["score: scoring 20/20 rows"]
+
+    def test_a_reported_function_is_the_innermost_activity_while_it_runs(self):
+        @progress.reported("doing it")
+        def doing(value):
+            """Says so."""
+            return value, progress._OPEN[-1]._stage
+
+        assert doing(3) == (3, "doing it") and doing.__doc__ == "Says so."
+        assert progress._OPEN == []
 
     def test_an_error_closes_the_lines(self):
         stream = io.StringIO()

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from perl_jax.data import loading
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 from perl_jax.evaluation import compare
@@ -222,6 +223,43 @@ def test_samples_are_the_prompts_in_order_with_their_own_rewards(jobs):
         for side in ("sft", "rl"):
             gold = get_task(ORDERS).gold([row["prompt"]], [row[side]["text"]])[0]
             assert row[side]["gold"] == pytest.approx(gold)
+
+
+@pytest.mark.slow
+def test_few_prompts_make_a_small_batch_with_the_same_responses(
+    jobs, tmp_path, monkeypatch, capsys
+):
+    """Five prompts in a batch of 64 are sampled as 5 rows, and not as 64."""
+    sampled = []
+
+    def recorded(*arguments):
+        program = sample_program(*arguments)
+
+        def sample(base, policy, prompts, key):
+            sampled.append(prompts.tokens_BP.shape[0])
+            return program(base, policy, prompts, key)
+
+        return sample
+
+    sample_program = compare.sample_program
+    monkeypatch.setattr(compare, "sample_program", recorded)
+    data = dataclasses.replace(tiny.DATA, evaluation_size=5)
+
+    def evaluated(name: str) -> list[dict]:
+        given = {"policy": str(jobs.policy), "reward": (str(jobs.reward),)}
+        config = tiny.evaluate_config(tmp_path / name, jobs.base, data=data, batch_size=64, **given)
+        compare.run_evaluate(config)
+        return samples(tmp_path / name)
+
+    small = evaluated("small")
+    assert sampled == [5, 5]
+    said = capsys.readouterr().err
+    assert "evaluate: 5 test prompts: win rate " in said and "decided by the gold reward" in said
+    monkeypatch.setattr(loading, "fitting_batch", lambda size, rows, multiple: size)
+    large = evaluated("large")
+    assert sampled[2:] == [64, 64]
+    texts = lambda rows: [(row["sft"]["text"], row["rl"]["text"]) for row in rows]
+    assert texts(small) == texts(large) and len(small) == 5
 
 
 @pytest.mark.slow

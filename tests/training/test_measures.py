@@ -49,7 +49,9 @@ class Planned:
     """Batches of the rows above."""
 
     microbatches = 1
-    rows = types.SimpleNamespace(equal=np.zeros(5, bool), different=np.ones(5, bool), facts={})
+    rows = types.SimpleNamespace(
+        prompts=range(5), equal=np.zeros(5, bool), different=np.ones(5, bool), facts={}
+    )
 
     def __init__(self, make):
         self.make = make
@@ -316,7 +318,7 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
     ]
     # Row 2's responses are equal as they were cut: in no order, it does not count.
     equal = np.arange(5) == 2
-    rows = types.SimpleNamespace(equal=equal, different=~equal, facts={})
+    rows = types.SimpleNamespace(prompts=range(5), equal=equal, different=~equal, facts={})
     monkeypatch.setattr(Planned, "rows", rows)
     found = dpo.evaluate_dpo(MODEL, dataset, config, job, state)["pairwise_accuracy"]
     assert found["value"] == pytest.approx((4 + 5) / 12) and found["n"] == 4
