@@ -301,7 +301,7 @@ def make_batches(
     return Batches(tokens, config, batch_size, encoder.pad_id, columns=columns, **how)
 
 
-def with_progress(batches: Batches, stage: str, unit: str = "rows") -> Iterator[Batch]:
+def with_progress(batches: Batches, stage: str, unit: str = "rows") -> Iterator[Any]:
     """Yields the batches of an evaluation; a line of progress shows how many rows are done.
 
     Args:
