@@ -37,7 +37,8 @@ _REWARD = {
 }
 # Options of the command line itself, which are no settings.
 OPTIONS = {
-    "--config": "a YAML or JSON file with settings, such as a run's config.json; flags go first"
+    "--config": "a YAML or JSON file with settings, such as a run's config.json; flags go first",
+    "--overwrite": "replace what the command would refuse to touch: asks; --overwrite yes does not",
 }
 # The flags that most runs of a command need, with a short explanation each.
 FIRST: dict[str, dict[str, str]] = {

@@ -23,6 +23,7 @@ from perl_jax.cli.help import GROUPS, description  # noqa: E402
 from perl_jax.cli.interrupts import Interrupts  # noqa: E402
 from perl_jax.errors import (  # noqa: E402
     Interrupted,
+    Occupied,
     Stopped,
     TrainingError,
     UserError,
@@ -173,6 +174,8 @@ FROM_FILES = (
     "best-of",
     "plan",
 )
+# Commands that refuse to touch what is there already.
+OVERWRITING = (*GROUPS["Train"], "best-of", "export", "import", "average")
 # The summary of each command.
 COMMANDS: dict[str, str] = {
     "sft": "fit a policy to demonstrations",
@@ -225,7 +228,13 @@ def _config(name: str, config_class: type, arguments: list[str]) -> Any:
         config_class,
         prog=f"perl-jax {name}",
         description=description(
-            name, inspect.cleandoc(summary), ["--config"] if name in FROM_FILES else []
+            name,
+            inspect.cleandoc(summary),
+            [
+                option
+                for option, names in (("--config", FROM_FILES), ("--overwrite", OVERWRITING))
+                if name in names
+            ],
         ),
         args=arguments,
         default=None if source is None else config_file.read_defaults(name, config_class, source),
@@ -303,9 +312,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupts:
             config_class, run = _command(name)
+            # Imported here, because it imports much.
+            from perl_jax.cli import overwrite
+
+            mode, rest = overwrite.take(rest) if name in OVERWRITING else (None, rest)
             config = _config(name, config_class, rest)
             _connect(name)
-            _print_result(name, config, run(config))
+            with overwrite.overwriting(name, mode):
+                result = run(config)
+            _print_result(name, config, result)
+    except Occupied as error:
+        instead = ", or --overwrite to replace what is there." if name in OVERWRITING else "."
+        return _failed(name, str(error).removesuffix(".") + instead, 2)
     except UserError as error:
         return _failed(name, error, 2)
     except TrainingError as error:

@@ -30,6 +30,7 @@ from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
 from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
+from perl_jax.runtime.replacing import require_consent
 from perl_jax.runtime.seeds import random_key
 
 
@@ -153,13 +154,12 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     """Runs best-of-N, writes the rows whose response is not empty as JSON Lines, and returns the
     `summary` of all rows.
 
-    Raises UserError if the output file exists, or if all best responses are empty.
+    Raises Occupied if the output file exists and may not be replaced, and UserError if all best
+    responses are empty.
     """
     output = files.path_of(config.output)
-    errors.require(
-        not hosts.broadcast_flag(files.exists(output)),
-        f"{output} exists already; give --output a file that does not.",
-    )
+    if hosts.broadcast_flag(files.exists(output)):
+        require_consent(f"{output} exists already; give --output a file that does not.", output)
     terms = compose.read_terms(config.terms)
     everything = best_responses(config, load_model(config), terms)
     written = [row for row in everything if not is_empty(row)]

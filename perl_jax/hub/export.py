@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from perl_jax.adapters import combine
@@ -19,10 +20,13 @@ from perl_jax.hub import classifier, naming, peft, verify, weights
 from perl_jax.hub.artefacts import Record
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime import files, progress, trees
+from perl_jax.runtime.buckets import is_remote
 from perl_jax.runtime.outputs import new_folder
 
 # A merged checkpoint is written in files of about so many bytes.
 _SHARD_BYTES = 4 * 2**30
+# In the header of every exported file, beside what transformers expects there.
+METADATA = {"format": "pt", "written_by": "perl_jax export"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +184,7 @@ def _write_peft(folder: pathlib.Path, model: Model, adapter: Adapter, record: Re
     with_head = dataclasses.replace(adapter, head=head)
     values, tensors = peft.to_peft(with_head, model.lm.config, model.name)
     files.write_json(folder / "adapter_config.json", values)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=METADATA)
     # With the chat template that the role was trained with, which may not be the base's.
     model.tokenizer.save(folder)
     _write_loading(folder, model, record, offset)
@@ -234,9 +238,7 @@ def _write_merged(
 
     def flush() -> None:
         """Writes the pending tensors as one file."""
-        save_file(
-            pending, folder / f"model-{len(shards) + 1:05}.safetensors", metadata={"format": "pt"}
-        )
+        save_file(pending, folder / f"model-{len(shards) + 1:05}.safetensors", metadata=METADATA)
         shards.append(list(pending))
         pending.clear()
 
@@ -295,6 +297,24 @@ def _write_merged(
         }
     files.write_json(folder / "config.json", values)
     _write_loading(folder, model, record, offset)
+
+
+def is_export(folder: files.PathLike) -> bool:
+    """Returns whether a folder on this host's disk was written by `export`, by the headers of its
+    safetensors files; a folder that holds other folders was not.
+    """
+    entries = files.listing(folder)
+    found = [path for path in entries if path.suffix == ".safetensors"]
+    if not found or is_remote(files.path_of(folder)) or any(map(files.is_folder, entries)):
+        return False
+    try:
+        for path in found:
+            with safe_open(path, "numpy") as file:
+                if file.metadata() != METADATA:
+                    return False
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def _common_dtype(stored: Mapping[str, weights.Stored]) -> np.dtype:

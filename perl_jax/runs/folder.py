@@ -14,6 +14,7 @@ from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import FILE_NAME, import_extra
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts
+from perl_jax.runtime.replacing import require_consent
 
 # The file with fingerprints of a run's inputs, beside its config.json.
 INPUTS_FILE = "stands.json"
@@ -34,6 +35,24 @@ _MAY_DIFFER = (
     "steps",
     "show_samples",
 )
+# What commands write into a run's folder.
+_MADE = (
+    "config.json",
+    INPUTS_FILE,
+    "metrics*",
+    "validation_samples*",
+    "samples*",
+    "checkpoints",
+    "adapters",
+    "evaluation.json",
+    "scores.json",
+    "cost.json",
+    "report.html",
+    "profile",
+    "tensorboard",
+    "wandb",
+    "wandb_id.txt",
+)
 # What each job writes last, which marks its run as finished.
 WRITTEN_LAST = {
     "base": "cost.json",
@@ -52,7 +71,8 @@ def open_run(
 ) -> Run:
     """Returns the run of a folder; if the folder holds a run, checks that it is the same one.
 
-    Nothing is written. A run is the same if its settings are equal (a few, such as
+    Nothing is written. With `--overwrite` (`runtime.replacing`) a run that is not the same is
+    replaced instead of refused. A run is the same if its settings are equal (a few, such as
     `checkpoint_every`, may differ) and if its inputs have not changed: base, tokenizer, rows,
     artefacts and rewards (`provenance`). A finished run is checked too. `steps` may differ, as long
     as the run has not done more steps already. A folder without any work (`has_work`) holds no run,
@@ -78,7 +98,7 @@ def open_run(
         if wanted:
             import_extra(module)
     # Also a folder without work must not lose a config.json of another kind, such as a model's.
-    found = _read_settings(folder) if exist(path) else None
+    found = read_settings(folder) if exist(path) else None
     begun = found is not None and hosts.broadcast_flag(has_work(folder))
     if now is None:
         now = provenance.fingerprints(job, config)
@@ -86,9 +106,13 @@ def open_run(
             provenance.check_rows(job, config)
     if found is None or not begun:
         return Run(folder, _settings_file(values), now)
-    _check_settings(folder, found["config"], values)
-    _check_inputs(folder, now)
-    done = _check_steps(folder, values["steps"])
+    try:
+        _check_settings(folder, found["config"], values)
+        _check_inputs(folder, now)
+        done = _check_steps(folder, values["steps"])
+    except errors.Occupied as error:
+        require_consent(str(error), folder)
+        return Run(folder, _settings_file(values), now, replaces=found["config"])
     before = found["config"].get("steps")
     if values["steps"] == before:
         return Run(folder)
@@ -103,7 +127,7 @@ def open_run(
     return Run(folder, _settings_file(values) | {"earlier": earlier}, goes_on=True)
 
 
-def _read_settings(folder: files.Path) -> dict[str, Any]:
+def read_settings(folder: files.Path) -> dict[str, Any]:
     """Returns the content of a run's config.json; raises UserError if it is not that of a run."""
     path = folder / "config.json"
     found = files.read_json(path)
@@ -124,6 +148,23 @@ def has_work(folder: files.Path) -> bool:
         or (files.exists(metrics) and files.size(metrics) > 0)
         or any(files.exists(folder / name) for name in ("adapters", *WRITTEN_LAST.values()))
     )
+
+
+def contents(folder: files.Path) -> list[files.Path]:
+    """Returns the files and folders in a run's folder that commands have written there."""
+    return sorted({path for pattern in _MADE for path in files.listing(folder, pattern)})
+
+
+def clear(run: Run) -> None:
+    """Deletes the run that is replaced (`Run.replaces`); does nothing if there is none.
+
+    Only what commands have written is deleted (`contents`). All processes must call this function.
+    """
+    if run.replaces is not None:
+        if hosts.is_writer():
+            for path in contents(run.folder):
+                files.remove(path)
+        hosts.barrier("run cleared")
 
 
 def begin(run: Run) -> None:
@@ -277,18 +318,19 @@ def _check_inputs(folder: files.Path, now: provenance.Fingerprints) -> None:
         )
 
 
-def is_finished(run: Run, role: str, last: str) -> bool:
+def is_finished(run: Run, role: str | None, last: str) -> bool:
     """Returns whether a run has its artefact and the file that it writes last.
 
-    A run that goes on to another last step is not finished. With several processes all must call
-    this function; all get the answer of the first process.
+    A run that goes on to another last step, or replaces another, is not finished. With several
+    processes all must call this function; all get the answer of the first process.
 
     Args:
         run: The opened run.
-        role: The name of the trained role.
+        role: The name of the trained role; None: its artefact is not looked for.
         last: The name of the file that the run writes last.
     """
-    return not run.goes_on and exist(run.artefact(role), run.folder / last)
+    written = [run.folder / last, *([] if role is None else [run.artefact(role)])]
+    return not run.goes_on and run.replaces is None and exist(*written)
 
 
 def exist(*paths: files.Path) -> bool:

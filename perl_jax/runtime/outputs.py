@@ -14,6 +14,7 @@ from perl_jax.runtime import buckets, files
 from perl_jax.runtime.buckets import is_remote
 from perl_jax.runtime.faults import explained
 from perl_jax.runtime.files import PathLike
+from perl_jax.runtime.replacing import require_consent
 from perl_jax.runtime.scratch import make_parents, remove_dead, remove_empty, scratch_name
 
 # Bytes that a check of a target writes: a block, which a full disk has no room for.
@@ -105,12 +106,13 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
         marker: The file whose presence shows that the folder is complete.
 
     Raises:
-        UserError: `to` exists.
+        Occupied: `to` exists, and may not be replaced (`replacing`).
         FileError: `to` cannot be written.
     """
     folder = files.path_of(to)
     there = files.exists(folder / marker) if is_remote(folder) else os.path.lexists(folder)
-    require(not there, f"{folder} exists already; give --to a folder that does not.")
+    if there:
+        require_consent(f"{folder} exists already; give --to a folder that does not.", folder)
     if is_remote(folder):
         check_writable(folder / marker)
         with tempfile.TemporaryDirectory(prefix="perl_jax_") as built:
@@ -119,6 +121,8 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
         return
     with scratch_folder(folder) as built:
         yield built
+        if there:
+            files.remove(folder)
         with explained(folder, "written"):
             os.rename(built, files.absolute(folder))
 

@@ -21,7 +21,7 @@ from perl_jax.hub.weights import save_base
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
-from perl_jax.runs.folder import exist, open_run
+from perl_jax.runs.folder import exist, is_finished, open_run
 from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding, trees
 from perl_jax.runtime.programs import use_compilation_cache
@@ -127,9 +127,10 @@ def train_base(config: BaseConfig) -> files.Path:
     run = open_run("base", config)
     folder, target = run.folder, files.path_of(config.model)
     if exist(target / "config.json"):
-        if not run.goes_on and exist(folder / "cost.json"):
+        if is_finished(run, None, "cost.json"):
             return target
-        ours = exist(folder / "checkpoints")
+        same = run.replaces is None or run.replaces.get("model") == config.model
+        ours = same and exist(folder / "checkpoints")
         errors.require(
             ours,
             f"{target} already holds a model that this run did not train; give another --model "

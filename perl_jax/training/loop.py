@@ -17,6 +17,7 @@ from perl_jax.errors import Interrupted, Stopped, TrainingError, require
 from perl_jax.runs import shown
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.folder import begin as begin_run
+from perl_jax.runs.folder import clear
 from perl_jax.runs.metrics import (
     FILE_NAME,
     MetricsWriter,
@@ -216,6 +217,8 @@ def train(
     folder = None if run is None else run.folder
     if folder is None:
         _require_no_files(config)
+    if run is not None:
+        clear(run)
     timings, rows = Timings(), []
     keeper: Keeper = (
         Memory(loop.best)
