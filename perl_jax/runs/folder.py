@@ -42,6 +42,7 @@ _MADE = (
     "metrics*",
     "validation_samples*",
     "samples*",
+    "evaluation_samples*",
     "checkpoints",
     "adapters",
     "evaluation.json",
