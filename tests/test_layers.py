@@ -86,9 +86,20 @@ FILE_CALLS_ALLOWED: dict[str, set[str]] = {
     "rewards/worker.py": {"os.open", "pathlib.Path"},  # the Python file of a reward
     "runs/environment.py": {"Path"},  # the package's own folder
     "runs/provenance.py": {"pathlib.Path", "is_file"},  # the Python file of a reward
+    "runs/lease.py": {"open"},  # what the system says of a process
+    "runtime/storage.py": {"tempfile.TemporaryDirectory"},  # a link to a folder
     "runs/metrics.py": {"open"},  # lines are appended
     # The lock of a folder on a disk.
-    "runs/owner.py": {"os.open", "os.stat", "pathlib.Path", "exists", "is_dir", "mkdir", "rmdir"}
+    "runs/owner.py": {
+        "pathlib.PurePath",
+        "os.open",
+        "os.stat",
+        "pathlib.Path",
+        "exists",
+        "is_dir",
+        "mkdir",
+        "rmdir",
+    }
     | {"unlink"},
 }
 

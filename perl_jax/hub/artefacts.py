@@ -29,11 +29,18 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.runtime import files, hosts, trees
 from perl_jax.runtime.faults import explained
-from perl_jax.runtime.storage import changed_leaves, hide_unretrieved_errors, short_message
+from perl_jax.runtime.storage import (
+    changed_leaves,
+    hide_unretrieved_errors,
+    plain_path,
+    short_message,
+)
 
 RECORD = "artefact.json"
 # Names of the tree's folder. An artefact that replaces another one has the other's other name.
 _TREES = ("tree", "tree.2")
+# What Orbax writes last into a tree; without it nothing of the tree can be read.
+_MANIFEST = "manifest.ocdbt"
 # Endings of the folders that earlier versions wrote beside an artefact, and left when killed.
 _EARLIER = (".tmp", ".old")
 
@@ -181,9 +188,17 @@ def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
         files.make_folder(target)
         files.remove(target / tree)
     hosts.barrier("artefact begun")
-    with explained(folder, "written"), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(target / tree, adapter)
+    with (
+        explained(folder, "written"),
+        plain_path(target) as path,
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
+        checkpointer.save(path / tree, adapter)
     if hosts.is_writer():
+        require(
+            files.exists(target / tree / _MANIFEST),
+            f"The tree in {folder} was saved, but cannot be read back: it has no {_MANIFEST}.",
+        )
         values = files.to_dict(dataclasses.replace(record, format=FORMAT))
         # Read by earlier versions too, if the tree has its first name.
         named = {} if tree == _TREES[0] else {"tree": tree}
@@ -357,8 +372,11 @@ def load_artefact(
         lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), abstract, where
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            adapter = checkpointer.restore(files.absolute(folder) / tree, abstract)
+        with (
+            plain_path(files.absolute(folder)) as path,
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
+            adapter = checkpointer.restore(path / tree, abstract)
     # Orbax and its storage raise errors of many types for unreadable bytes.
     except Exception as error:
         if hosts.is_peer_failure(error):

@@ -4,6 +4,7 @@ weights.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,20 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from perl_jax.errors import UserError
-from perl_jax.runtime import files, hosts, trees
-from perl_jax.runtime.storage import changed_leaves, hide_unretrieved_errors, short_message
+from perl_jax.errors import TrainingError, UserError
+from perl_jax.runs.whole import SEAL, examine, saved_steps
+from perl_jax.runtime import buckets, files, hosts, trees
+from perl_jax.runtime.faults import explained, reason
+from perl_jax.runtime.storage import (
+    changed_leaves,
+    hide_unretrieved_errors,
+    plain_path,
+    short_message,
+)
 from perl_jax.types import Tree
 
-# The item of a checkpoint that holds checksums of the other items; earlier versions wrote none.
-_SEAL = "digests"
+# Where Orbax puts a checkpoint before it is deleted, so that a half-deleted one is never listed.
+_DELETED = ".deleted"
 
 
 class Damaged(UserError):
@@ -35,13 +43,15 @@ class Damaged(UserError):
 class Checkpoints:
     """The `checkpoints/` folder of a run: keeps the last `keep` steps and the best one.
 
-    A checkpoint is one atomic Orbax directory with three items: the TrainState (roles, optimizer
-    states, key, step), the host state (a JSON object with the data cursor), and checksums of both
-    and of the metrics. `save` returns only when the checkpoint is on disk, because the state's
-    buffers are donated to the next step. A half-written checkpoint is never listed.
+    A checkpoint is one Orbax folder with three items: the TrainState (roles, optimizer states, key,
+    step), the host state (a JSON object with the data cursor), and checksums of both and of the
+    metrics. It appears complete or not at all: on a disk it is renamed, in a bucket a marker is
+    written last. `save` returns only when the checkpoint is stored and its checksums have been read
+    back, because the state's buffers are donated to the next step.
 
-    Opening verifies the checksums of all checkpoints' metrics. A damaged newest checkpoint is
-    renamed to `STEP.damaged` if there are others.
+    Opening examines all checkpoints but their arrays, deletes what killed processes left, and sets
+    damaged checkpoints aside if another one is whole: on a disk as `checkpoints/STEP.damaged`, in a
+    bucket below `checkpoints.damaged/`. Each is said in one printed sentence.
 
     Args:
         folder: The `checkpoints/` folder; created if it does not exist.
@@ -50,7 +60,7 @@ class Checkpoints:
             keeps the newest steps only.
 
     Raises:
-        UserError: The checkpoints cannot be read, or a damaged one is needed.
+        UserError: The checkpoints cannot be read, or none is whole.
     """
 
     def __init__(self, folder: files.PathLike, *, keep: int = 2, best: str | None = None):
@@ -69,19 +79,25 @@ class Checkpoints:
             best_fn=None if best is None else (lambda metrics: metrics[best]),
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
+            todelete_subdir=_DELETED,
         )
         self.folder = files.absolute(folder)
-        # Before the manager reads the metrics, from which it picks the best step.
-        self._check_seals()
-        hosts.barrier("checkpoints checked")
-        try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
-        except Exception as error:
-            if hosts.is_peer_failure(error):
-                raise
-            raise UserError(
-                f"The checkpoints in {folder} cannot be read: {short_message(error)}"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            if not files.is_remote(self.folder):
+                # Before a link to it.
+                files.make_folder(self.folder)
+            self._path = stack.enter_context(plain_path(self.folder))
+            # Before the manager reads the metrics, from which it picks the best step.
+            self._examine_all()
+            try:
+                self._manager = ocp.CheckpointManager(self._path, options=options)
+            except Exception as error:
+                if hosts.is_peer_failure(error):
+                    raise
+                raise UserError(
+                    f"The checkpoints in {folder} cannot be read: {self._said(error)}"
+                ) from error
+            self._opened = stack.pop_all()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint; None: there is none."""
@@ -101,6 +117,9 @@ class Checkpoints:
             host: The host state, a JSON object.
             metrics: The validation metrics, if they were measured at this step; else None. Not
                 saved if `best` is None.
+
+        Raises:
+            TrainingError: What was saved cannot be read back.
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
@@ -114,9 +133,21 @@ class Checkpoints:
         items = {
             "state": ocp.args.StandardSave(state),
             "host": ocp.args.JsonSave(dict(host)),
-            _SEAL: ocp.args.JsonSave(seal),
+            SEAL: ocp.args.JsonSave(seal),
         }
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        wrong = None
+        if hosts.is_writer():
+            files.remove(self.folder / _DELETED)
+            listed = step in saved_steps(self.folder)
+            found = examine(self.folder / str(step))
+            wrong = found.wrong or (None if listed and found.seal == seal else "it is not listed")
+        wrong = hosts.broadcast_json(wrong)
+        if wrong is not None:
+            raise TrainingError(
+                f"The checkpoint of step {step} in {self.folder} was saved, but cannot be read "
+                f"back ({wrong}); the run stopped."
+            )
 
     def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, host state) of a checkpoint. The host state holds the data cursor.
@@ -139,13 +170,16 @@ class Checkpoints:
         fits = seal is None or wanted == {
             name: text.partition(":")[0] for name, text in seal["state"].items()
         }
-        restored, error = _read_alone(self.folder / str(step), abstract)
+        restored, error = _read_alone(self._path / str(step), abstract)
+        if hosts.any_process(error is not None and self._is_out_of_reach(error)):
+            why = "another process cannot read its part" if error is None else self._said(error)
+            raise UserError(
+                f"The checkpoint of step {step} in {self.folder} cannot be read: {why}."
+            ) from error
         if hosts.any_process(error is not None):
             error = error or UserError("another process cannot read its part")
-            if seal is None and not isinstance(error, (ValueError, UserError)):
-                raise error
-            if seal is not None and fits:
-                raise self._damage(step, short_message(error)) from error
+            if fits and not (seal is None and isinstance(error, ValueError)):
+                raise self._damage(step, self._said(error)) from error
             raise UserError(
                 f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}"
             ) from error
@@ -168,8 +202,8 @@ class Checkpoints:
     def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, host state) of the newest undamaged checkpoint.
 
-        There must be a checkpoint. Damaged checkpoints that are newer than the returned one are
-        deleted, with a printed message. All processes must call this method.
+        There must be a checkpoint. Damaged checkpoints that are newer than the returned one are set
+        aside, with a printed sentence. All processes must call this method.
 
         Args:
             abstract: The shapes, dtypes and shardings of the state's leaves.
@@ -177,8 +211,39 @@ class Checkpoints:
         Raises:
             UserError: All checkpoints are damaged, or one does not fit `abstract`.
         """
+        return self._restore_first(sorted(self._manager.all_steps(), reverse=True), abstract)
+
+    def restore_best(self, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+        """Returns (state, host state) of the undamaged checkpoint with the best metric.
+
+        There must be a checkpoint with metrics. Damaged ones that are better are set aside, with a
+        printed sentence. All processes must call this method.
+
+        Args:
+            abstract: The shapes, dtypes and shardings of the state's leaves.
+
+        Raises:
+            UserError: All checkpoints with metrics are damaged, or one does not fit `abstract`.
+        """
+        measured = {
+            step: metrics[self._best]
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step))
+        }
+        order = sorted(measured, key=lambda step: (measured[step], step), reverse=True)
+        best = self.best_step()
+        # Of equal steps Orbax keeps one; the others are only for when it is damaged.
+        order.sort(key=lambda step: step != best)
+        return self._restore_first(order, abstract)
+
+    def _restore_first(self, steps: list[int], abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+        """Returns (state, host state) of the first of some steps that is undamaged, and sets those
+        before it aside.
+
+        Raises UserError if all are damaged, or one does not fit `abstract`.
+        """
         damaged: list[Damaged] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in steps:
             try:
                 found = self.restore(abstract, step)
             except Damaged as error:
@@ -186,59 +251,109 @@ class Checkpoints:
                 continue
             for error in damaged:
                 if hosts.is_writer():
-                    print(
-                        f"{error} It is removed, and the run goes on from step {step}.", flush=True
-                    )
-                self._manager.delete(error.step)
+                    aside = self._set_aside(error.step)
+                    said = f"It is set aside as {aside}, and the run goes on from step {step}."
+                    print(f"{error} {said}", flush=True)
+            if damaged:
+                hosts.barrier("checkpoints set aside")
+                self._manager.reload()
             return found
         raise UserError(
             f"{damaged[0]} No checkpoint is undamaged; start a new run in another --run folder."
         )
 
-    def _check_seals(self) -> None:
-        """Verifies the seals (recorded checksums) of all checkpoints and, by them, the metrics,
-        which decide which step is the best.
+    def _examine_all(self) -> None:
+        """Examines all checkpoints, and deletes or sets aside those that cannot be used.
 
-        A damaged newest checkpoint is renamed to `STEP.damaged` if there are others. Raises Damaged
-        if a best step is kept and another checkpoint is damaged, or if the only checkpoint is
-        damaged.
+        Process 0 does it; all processes must call this method.
+
+        Raises UserError if there are checkpoints and none is whole, or if they cannot be read.
         """
-        steps = saved_steps(self.folder)
-        for step in steps:
+        refused = None
+        if hosts.is_writer():
             try:
-                self._seal(step)
-            except Damaged as error:
-                if step == steps[-1] and len(steps) > 1:
-                    if hosts.is_writer():
-                        aside = self.folder / f"{step}.damaged"
-                        files.remove(aside)
-                        files.move(self.folder / str(step), aside)
-                        print(f"{error} It is set aside as {aside.name}.", flush=True)
-                elif self._best is not None or len(steps) == 1:
-                    raise
+                self._clean()
+            except UserError as error:
+                refused = error
+        said = hosts.broadcast_json(None if refused is None else str(refused))
+        if said is not None:
+            raise refused or UserError(said)
+
+    def _clean(self) -> None:
+        """Deletes what killed processes left, and sets damaged checkpoints aside.
+
+        Raises Damaged if no checkpoint is whole.
+        """
+        files.remove(self.folder / _DELETED)
+        steps = saved_steps(self.folder)
+        found = {step: examine(self.folder / str(step)) for step in steps}
+        whole = [step for step in steps if found[step].wrong is None]
+        for step in steps:
+            wrong = found[step].wrong
+            if wrong is None:
+                continue
+            error = self._damage(step, wrong)
+            if not whole:
+                if step == steps[-1]:
+                    raise error
+            elif found[step].absent and step < whole[-1]:
+                # As a deletion that was stopped leaves it.
+                files.remove(self.folder / str(step))
+                print(f"{error} It is deleted.", flush=True)
+            else:
+                print(f"{error} It is set aside as {self._set_aside(step)}.", flush=True)
+
+    def _set_aside(self, step: int) -> str:
+        """Moves a damaged checkpoint to where it is not taken for one; returns its new name.
+
+        In a bucket it is copied and then deleted, because nothing there can be renamed.
+        """
+        damaged = self.folder / str(step)
+        if not files.is_remote(damaged):
+            aside = damaged.with_name(f"{step}.damaged")
+            files.remove(aside)
+            files.move(damaged, aside)
+            return aside.name
+        above = self.folder.with_name(f"{self.folder.name}.damaged")
+        for name in files.tree(damaged):
+            with explained(damaged / name, "copied"):
+                buckets.copy_object(damaged / name, above / str(step) / name)
+        files.remove(damaged)
+        return f"{above.name}/{step}"
 
     def _seal(self, step: int) -> dict[str, Any] | None:
-        """Returns a checkpoint's recorded checksums; None: an earlier version saved it without any.
+        """Returns a checkpoint's recorded checksums (`whole.Found`), as process 0 finds them.
 
-        The keys are `state` (a text with dtype, shape and checksum per leaf), `host` and `metrics`.
-
-        Raises Damaged if the checksums themselves or the metrics are damaged.
+        All processes must call this method. Raises Damaged if the checkpoint is not whole, and
+        UserError if it cannot be read.
         """
-        folder = self.folder / str(step)
-        if not files.exists(folder / _SEAL):
-            return None
-        try:
-            seal = files.read_json(folder / _SEAL / "metadata")
-            metrics = (
-                files.read_json(folder / "metrics" / "metrics")
-                if files.exists(folder / "metrics")
-                else None
-            )
-        except UserError as error:
-            raise self._damage(step, str(error).removesuffix(".")) from error
-        if not files.has_valid_checksum(seal) or files.digest(metrics) != seal["metrics"]:
-            raise self._damage(step, "its checksums or its metrics")
+        said: list[Any] = [None, None, None]
+        if hosts.is_writer():
+            try:
+                found = examine(self.folder / str(step))
+                said = [found.seal, found.wrong, None]
+            except UserError as error:
+                said = [None, None, str(error)]
+        seal, wrong, refused = hosts.broadcast_json(said)
+        if refused is not None:
+            raise UserError(refused)
+        if wrong is not None:
+            raise self._damage(step, wrong)
         return seal
+
+    def _is_out_of_reach(self, error: BaseException) -> bool:
+        """Returns whether a checkpoint could not be read for a reason that is not damage: a bucket
+        that does not answer, or a missing right.
+        """
+        said, text = reason(error), str(error)
+        if files.is_remote(self.folder):
+            return said is not None and "NOT_FOUND" not in text
+        return isinstance(error, PermissionError) or "Permission denied" in text
+
+    def _said(self, error: BaseException) -> str:
+        """Returns the reason or a short message of an error, with the folder's own path."""
+        said = reason(error) or short_message(error)
+        return said.replace(str(self._path), str(self.folder))
 
     def _damage(self, step: int, what: str) -> Damaged:
         """Returns the error for a damaged checkpoint.
@@ -256,6 +371,7 @@ class Checkpoints:
     def close(self) -> None:
         """Stops Orbax's threads."""
         self._manager.close()
+        self._opened.close()
 
 
 def _read_alone(folder: files.Path, abstract: Tree) -> tuple[Any, Exception | None]:
@@ -288,11 +404,6 @@ def _read_alone(folder: files.Path, abstract: Tree) -> tuple[Any, Exception | No
             raise
         hide_unretrieved_errors()
         return None, error
-
-
-def saved_steps(folder: files.PathLike) -> list[int]:
-    """Returns the steps of complete checkpoints in a `checkpoints/` folder, in ascending order."""
-    return sorted(int(path.name) for path in files.listing(folder) if path.name.isdecimal())
 
 
 def newest_bytes(folder: files.Path) -> int | None:

@@ -1,8 +1,9 @@
 """One owner a run: the process that writes into a run's folder holds it, and others are refused.
 
 On a disk the owner holds a lock of the operating system on a small file in the folder. The lock
-ends with its process, however that ends, and works on network file systems. The file says who holds
-the folder; it is deleted when the owner lets go.
+ends with its process, however that ends, and works on network file systems. In a bucket the file is
+an object on which the owner has a lease (`runs.lease`). The file says who holds the folder, and is
+deleted when the owner lets go.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
-
-from perl_jax.errors import UserError
+from perl_jax.errors import TrainingError, UserError
+from perl_jax.runs.lease import Held, Lease
 from perl_jax.runs.run import Run
-from perl_jax.runtime import hosts
+from perl_jax.runtime import files, hosts
+from perl_jax.runtime.storage import check_address
 
 # The file in a run's folder that says who holds it; there is none while nobody does.
 FILE_NAME = "owner.json"
@@ -41,6 +42,8 @@ _SAID = 2000
 # process: the process itself would get it twice, and would lose it by closing the file once.
 _held: dict[tuple[int, int], Owner] = {}
 _guard = threading.Lock()
+# The leases of this process by the folder's address.
+_leases: dict[str, Lease] = {}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +51,10 @@ T = TypeVar("T")
 
 class InUse(UserError):
     """Another command holds the run's folder."""
+
+
+class Lost(TrainingError):
+    """Another command has taken over the run's folder in a bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +89,14 @@ def this_process() -> Holder:
     return Holder(socket.gethostname(), os.getpid(), command, now)
 
 
-def holder_of(text: bytes | str) -> Holder | None:
-    """Returns the holder that an owner's file describes; None if it does not describe one."""
+def holder_of(text: bytes | str | dict[str, Any]) -> Holder | None:
+    """Returns the holder that an owner's file describes; None if it does not describe one.
+
+    Args:
+        text: The content of the file, or the JSON object in it.
+    """
     try:
-        values = json.loads(text)
+        values = text if isinstance(text, dict) else json.loads(text)
         return Holder(**{field.name: values[field.name] for field in dataclasses.fields(Holder)})
     # An owner may be writing it, and a user may have.
     except (ValueError, TypeError, KeyError):
@@ -220,8 +231,34 @@ class Owner:
             self._remove_made()
 
 
+class Leaseholder:
+    """Holds a run's folder in a bucket from its making until `release`.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        InUse: Another process, or this one, holds the folder. Waits for a lease time (a minute)
+            if the other one may have ended without letting go.
+        FileError: The bucket cannot be used.
+    """
+
+    def __init__(self, folder: files.Path) -> None:
+        self._key = os.fspath(folder)
+        if self._key in _leases:
+            raise InUse(refusal(folder, this_process()))
+        try:
+            _leases[self._key] = Lease(folder / FILE_NAME, vars(this_process()))
+        except Held as error:
+            raise InUse(refusal(folder, holder_of(dict(error.said)))) from error
+
+    def release(self) -> None:
+        """Lets go of the folder."""
+        _leases.pop(self._key).release()
+
+
 @contextlib.contextmanager
-def owned(folder: str | os.PathLike[str]) -> Iterator[None]:
+def owned(folder: files.PathLike) -> Iterator[None]:
     """Context manager that holds a run's folder for this command.
 
     With several processes process 0 holds it, and all of them must call this function; all hear a
@@ -229,17 +266,20 @@ def owned(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         InUse: Another command holds the folder; the sentence says which.
-        UserError: The folder cannot be made.
+        UserError: The folder cannot be made, or its address has a character that a run's may not
+            have.
     """
-    path = pathlib.Path(folder)
+    path = files.path_of(folder)
+    check_address(path)
     holds, refused = None, None
     if hosts.is_writer():
         try:
-            holds = Owner(path)
+            remote = files.is_remote(path)
+            holds = Leaseholder(path) if remote else Owner(pathlib.Path(path))
         except UserError as error:
             refused = error
     try:
-        said = _told(None if refused is None else str(refused))
+        said = hosts.broadcast_json(None if refused is None else str(refused))
         if said is not None:
             raise refused or InUse(said)
         yield
@@ -248,17 +288,21 @@ def owned(folder: str | os.PathLike[str]) -> Iterator[None]:
             holds.release()
 
 
-def _told(message: str | None) -> str | None:
-    """Returns process 0's message on all processes, which must all call this function; None: it
-    has none.
+def check_held(folder: files.Path) -> None:
+    """Checks that this command still holds a run's folder in a bucket; call it before writing.
+
+    A folder on a disk is held as long as the process lives. All processes must call this function.
+
+    Raises:
+        Lost: Another command has taken the folder over.
     """
-    if not hosts.is_distributed():
-        return message
-    sent = np.zeros(_SAID, np.uint8)
-    content = (message or "").encode("utf-8", "replace")[:_SAID]
-    sent[: len(content)] = np.frombuffer(content, np.uint8)
-    heard = hosts.all_gather(sent)[0].tobytes().rstrip(b"\0").decode("utf-8", "replace")
-    return heard or None
+    if files.is_remote(folder):
+        lease = _leases.get(os.fspath(folder))
+        if hosts.any_process(lease is not None and lease.is_lost()):
+            raise Lost(
+                f"{folder} was taken over by another command, because this one did not renew its "
+                "lease in time: it stops without writing anything more."
+            )
 
 
 def holding(

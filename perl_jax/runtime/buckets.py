@@ -88,3 +88,8 @@ def tree(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     root = os.fspath(folder).removeprefix(SCHEME).rstrip("/")
     found = client().find(os.fspath(folder), detail=True)
     return {name[len(root) + 1 :]: about for name, about in found.items() if name != root}
+
+
+def copy_object(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
+    """Copies an object to another name in its bucket, without reading it here."""
+    client().cp_file(os.fspath(path), os.fspath(to))

@@ -1,15 +1,77 @@
-"""Messages of Orbax's storage errors, and comparison of restored leaves with saved digests."""
+"""What Orbax's storage needs: paths without special characters, short messages, and a comparison of
+restored leaves with saved digests.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
 
-from perl_jax.runtime import trees
+from perl_jax.errors import require
+from perl_jax.runtime import files, trees
 from perl_jax.types import Tree
+
+# Orbax looks for files by a pattern that has the folder's own path in it, and tensorstore reads
+# paths as UTF-8 parts of an address. The second range is of bytes that are not UTF-8.
+_SPECIAL = re.compile(r"[*?\[\]\\:\udc80-\udcff]")
+# In a bucket, where no other path leads to the same folder; `#` begins an object's generation.
+_NOT_IN_BUCKETS = re.compile(r"[*?\[\]\\#\r\n\udc80-\udcff]")
+# A longer path leaves too little room for the names in a checkpoint: a system's longest path has
+# 4,096 bytes, and that of macOS 1,024.
+_LONGEST = 600
 
 # Largest number of characters of a storage error in a message (`short_message`).
 _SAID = 300
+
+
+@contextlib.contextmanager
+def plain_path(folder: files.Path) -> Iterator[files.Path]:
+    """Context manager that yields a path to the same folder that Orbax can use.
+
+    It is the path itself, unless the path is very long or has one of the characters `*?[]:` or a
+    backslash, or bytes that are not UTF-8. Then it is that of a symbolic link, which is deleted at
+    the end.
+
+    Args:
+        folder: An absolute path. The folder need not exist.
+
+    Raises:
+        UserError: The path is an address in a bucket with such a character, or the folder for
+            temporary files has one.
+    """
+    text = os.fspath(folder)
+    if files.is_remote(folder):
+        check_address(folder)
+        yield folder
+        return
+    if not _SPECIAL.search(text) and len(os.fsencode(text)) <= _LONGEST:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="perl_jax_") as above:
+        require(
+            not _SPECIAL.search(above),
+            f"The folder for temporary files, {os.path.dirname(above)}, has a special character in "
+            "its path; set TMPDIR to another one.",
+        )
+        os.symlink(folder, os.path.join(above, "folder"))
+        yield files.path_of(os.path.join(above, "folder"))
+
+
+def check_address(folder: files.Path) -> None:
+    """Raises UserError for a folder in a bucket whose address has a character that Orbax cannot
+    use: `*?[]#`, a backslash or a line's end. A path on a disk passes.
+    """
+    if files.is_remote(folder):
+        found = _NOT_IN_BUCKETS.search(os.fspath(folder))
+        require(
+            found is None,
+            f"{folder} has the character {found and found[0]!r}, which a folder of checkpoints in "
+            "a bucket may not have; choose another address.",
+        )
 
 
 def short_message(error: BaseException) -> str:

@@ -77,10 +77,6 @@ class Keeper(Protocol):
         """Returns the step to resume from; None: there is none."""
         ...
 
-    def best_step(self) -> int | None:
-        """Returns the step with the highest metric; None: no step was saved with metrics."""
-        ...
-
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
@@ -93,20 +89,15 @@ class Keeper(Protocol):
         """
         ...
 
-    def restore(
-        self, abstract: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns (state, host state) of a step.
-
-        Args:
-            abstract: The shapes, dtypes and shardings of the state's leaves.
-            step: The step; None: the newest.
-        """
-        ...
-
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns (state, host state) of the newest step that can be read, placed as `abstract`
         says.
+        """
+        ...
+
+    def restore_best(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns (state, host state) of the step with the highest metric that can be read, placed
+        as `abstract` says.
         """
         ...
 
@@ -131,10 +122,6 @@ class Memory:
     def latest_step(self) -> None:
         """Returns None: there is nothing to resume from."""
 
-    def best_step(self) -> int:
-        """Returns the step of the best state. Raises ValueError if no state has been kept."""
-        return int(self._held().step)
-
     def save(
         self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> None:
@@ -152,17 +139,15 @@ class Memory:
             # The arrays of `state` are donated to the next step.
             self._state = jax.tree.map(jnp.copy, state)
 
-    def restore(
-        self, abstract: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Returns the best state, the only one that is kept, and an empty host state, {}.
 
-        Neither argument is read. Raises ValueError if no state has been kept.
+        The argument is not read. Raises ValueError if no state has been kept.
         """
         return self._held(), {}
 
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state, the only one that is kept, and an empty host state, {}.
+    def restore_best(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the best state and an empty host state, {}.
 
         The argument is not read. Raises ValueError if no state has been kept.
         """
@@ -296,7 +281,7 @@ def train(
                 if stop:
                     raise stopped(stop, step)
         if loop.best is not None:
-            state, _ = checkpoints.restore(_given_up(state), checkpoints.best_step())
+            state, _ = checkpoints.restore_best(_given_up(state))
     if folder is not None and writes:
         rows = read_metrics(folder / FILE_NAME)
     if rows:

@@ -557,7 +557,7 @@ LOOPS = (
     *(
     _of(
         "training/loop.py",
-        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.best_step()", "checkpoints.latest_step()", "training/test_measures.py::test_a_run_does_each_step_once_and_gives_back_the_best"),
+        ("last-step-for-the-best", "the artefact is of the last step, not of the best", "checkpoints.restore_best(", "checkpoints.restore_newest(", "training/test_measures.py::test_a_run_does_each_step_once_and_gives_back_the_best"),
         ("resume-repeats-a-step", "a resumed run does its last saved step again", "range(begin + 1, config.steps + 1)", "range(max(begin, 1), config.steps + 1)", "training/test_measures.py::test_a_run_does_each_step_once_and_gives_back_the_best"),
     )
     + _of(

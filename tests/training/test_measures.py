@@ -446,8 +446,8 @@ class Kept:
     def latest_step(self):
         return max(self.states, default=None)
 
-    def best_step(self):
-        return self.best
+    def restore_best(self, abstract):
+        return self.restore(abstract, self.best)
 
     def restore(self, abstract, step=None):
         step = self.latest_step() if step is None else step
