@@ -522,10 +522,13 @@ ADAPTERS = (
     ),
     *(
     _of(
-        "runs/checkpoints.py",
-        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if changed or files.digest(restored.host) != seal["host"]:', "if changed:", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+        "runs/whole.py",
+        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if files.digest(host) != seal["host"]:', "if False:", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
         ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and "
-                              "choose the best step", 'or files.digest(metrics) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+                              "choose the best step", 'or files.digest(measured) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+    )
+    + _of(
+        "runs/checkpoints.py",
         ("worst-step-kept", "the step with the lowest metric is kept as the best", "best_fn=None if best is None else (lambda metrics: metrics[best])", "best_fn=None if best is None else (lambda metrics: -metrics[best])", "runs/test_checkpoints.py::test_the_last_and_the_best_are_kept"),
     )
     + _of(
