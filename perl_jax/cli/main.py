@@ -277,6 +277,33 @@ def _failed(name: str, why: object, status: int) -> int:
     return connecting.leave(status)
 
 
+def _unexpected(name: str, error: Exception) -> int:
+    """Prints why a command failed, judged by an error of any type; returns the exit status.
+
+    The loss of another process comes first, because it can lie beneath any other error. An error of
+    which nothing is known is raised again in a process that is alone.
+
+    Args:
+        name: The command.
+        error: The error.
+    """
+    from perl_jax.runtime import connecting, hosts
+
+    if hosts.connected() and hosts.is_peer_failure(error):
+        return _failed(name, connecting.LOST, 1)
+    if isinstance(error, UserError):
+        return _failed(name, error, 2)
+    if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+        why = (str(error).strip() or "no memory is left").splitlines()[0][:300]
+        return _failed(
+            name, f"out of memory ({why}); smaller batches or shorter lengths need less.", 1
+        )
+    if not hosts.connected():
+        raise error
+    traceback.print_exception(error)
+    return _failed(name, "this process failed, and the run with it.", 1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status.
 
@@ -324,8 +351,6 @@ def main(arguments: list[str] | None = None) -> int:
     except Occupied as error:
         instead = ", or --overwrite to replace what is there." if name in OVERWRITING else "."
         return _failed(name, str(error).removesuffix(".") + instead, 2)
-    except UserError as error:
-        return _failed(name, error, 2)
     except TrainingError as error:
         return _failed(name, error, 1)
     except Stopped as error:
@@ -342,17 +367,13 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from perl_jax.runtime import connecting, hosts
-
-        if not hosts.connected():
-            raise
-        if hosts.is_peer_failure(error):
-            return _failed(name, connecting.LOST, 1)
-        traceback.print_exception(error)
-        return _failed(name, "this process failed, and the run with it.", 1)
+        return _unexpected(name, error)
     else:
         status = 0
     from perl_jax.runtime import connecting
 
-    connecting.disconnect()
+    try:
+        connecting.disconnect()
+    except Exception as error:
+        return _unexpected(name, error)
     return status

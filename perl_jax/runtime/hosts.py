@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -21,14 +22,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from perl_jax.errors import require
+from perl_jax.errors import UserError, require
 from perl_jax.runtime import stopping
 from perl_jax.types import Tree
 
 # The environment variable that says whether JAX finds the processes of a cluster.
 CLUSTER = "PERL_JAX_HOSTS"
-# Parts of the text of errors that the loss of another process causes.
-_SIGNS = ("Gloo", "coordination service", "CoordinationService", "heartbeat")
+# What the text of an error says when another process is lost: of gloo, which carries collective
+# operations between CPUs; of the coordination service, to which every process is connected; and of
+# the barriers of both.
+_SIGNS = re.compile(
+    r"\bgloo\b|coordination[ _]?(service|agent|leader)|heartbeat|(closed|reset) by peer"
+    r"|barrier (timed out|failed|has failed)|tasks? (is|are|have) (unhealthy|crashed)|another task"
+    r"|failed to send rpc|preempted/died",
+    re.IGNORECASE,
+)
+# Statuses that JAX's own errors begin with when another process does not answer.
+_STATUSES = ("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:")
 
 
 def connected() -> bool:
@@ -37,8 +47,34 @@ def connected() -> bool:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Returns whether an error was caused by the loss of another process, judged by its text."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    """Returns whether an error was caused by the loss of another process, judged by its text.
+
+    JAX raises it as different types (JaxRuntimeError, ValueError, RuntimeError), and libraries wrap
+    it, so the errors that it was raised from are judged too. Errors of files and of sockets that
+    Python opened are none of it; nor are those of a bucket's storage.
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or found in seen:
+            continue
+        seen.append(found)
+        waiting += [found.__cause__, found.__context__, *getattr(found, "exceptions", ())]
+    return any(map(_lost_a_peer, seen))
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Returns whether one error, without those that it was raised from, says that another process
+    is lost.
+    """
+    text = str(error)
+    if isinstance(error, (OSError, UserError)) or not isinstance(error, Exception):
+        return False
+    if "tensorstore" in text or "gs://" in text:
+        return False
+    jax_says = isinstance(error, jax.errors.JaxRuntimeError) and text.startswith(_STATUSES)
+    return jax_says or _SIGNS.search(text) is not None
 
 
 def is_distributed() -> bool:

@@ -435,3 +435,123 @@ def test_two_processes_go_on_from_the_same_whole_checkpoint(tmp_path):
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
+
+
+# The loss of another process, as JAX 0.10 says it: collected from survivors of killed processes,
+# and from the messages in jaxlib.
+LOSSES = (
+    (
+        jax.errors.JaxRuntimeError,
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] "
+        "Connection closed by peer [127.0.0.1]:35220",
+    ),
+    (
+        jax.errors.JaxRuntimeError,
+        "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read "
+        "error [127.0.0.1]:15788: Connection reset by peer",
+    ),
+    (
+        jax.errors.JaxRuntimeError,
+        "FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: [external/gloo/gloo/"
+        "transport/tcp/buffer.cc:72] Timed out waiting 30000ms for send operation to complete",
+    ),
+    (
+        ValueError,
+        "UNKNOWN: Gloo context initialization failed: [external/gloo/gloo/transport/tcp/pair."
+        "cc:144] Connection closed by peer [127.0.0.1]:4002",
+    ),
+    (ValueError, "UNKNOWN: Gloo AllGather failed: Connection closed by peer [10.0.0.2]:1"),
+    (RuntimeError, "[external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+    (RuntimeError, "Connection reset by peer [10.0.0.2]:4002"),
+    (
+        jax.errors.JaxRuntimeError,
+        "DEADLINE_EXCEEDED: Barrier timed out. Id: b17::0. This usually happens because a task "
+        "triggered the barrier too early or too slowly.",
+    ),
+    (
+        jax.errors.JaxRuntimeError,
+        "INTERNAL: Barrier failed because: The following tasks are unhealthy (stopped sending "
+        "heartbeats)",
+    ),
+    (
+        jax.errors.JaxRuntimeError,
+        "UNAVAILABLE: Failed to send RPC to coordination service. Either the leader task was "
+        "preempted/died/restarted unexpectedly",
+    ),
+    (jax.errors.JaxRuntimeError, "UNAVAILABLE: Socket closed"),
+    (
+        jax.errors.JaxRuntimeError,
+        "ABORTED: Leader incarnation ID mismatch: the coordination leader has restarted",
+    ),
+    (
+        jax.errors.JaxRuntimeError,
+        "DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu:gloo/0/1 and duration: 20s",
+    ),
+    (RuntimeError, "CoordinationServiceAgent is in ERROR state"),
+    (RuntimeError, "/job:jax_worker/replica:0/task:1 heartbeat timeout"),
+)
+OTHERS = (
+    ValueError("operands could not be broadcast together with shapes (3,) (4,)"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes"),
+    jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"),
+    ValueError("UNAVAILABLE: Error reading gs://b/x: HTTP 503 [tensorstore_spec='{}']"),
+    ConnectionResetError(104, "Connection reset by peer"),
+    BrokenPipeError(32, "Broken pipe"),
+    TimeoutError("timed out"),
+    UserError("template is 'gloo'; it must be auto, none, or a file."),
+    KeyError("igloos"),
+)
+
+
+@pytest.mark.parametrize(("kind", "text"), LOSSES)
+def test_the_loss_of_a_process_is_known_in_every_form(kind, text):
+    lost = kind(text)
+    assert hosts.is_peer_failure(lost)
+    # Beneath another error, as its cause, its context, or one of a group.
+    for wrapped in (UserError("The tree in x is damaged."), ValueError("no restore"), OSError()):
+        wrapped.__cause__ = lost
+        assert hosts.is_peer_failure(wrapped)
+    after = KeyError("x")
+    after.__context__ = ValueError("y")
+    after.__context__.__context__ = lost
+    assert hosts.is_peer_failure(after)
+    group = RuntimeError("several")
+    group.exceptions = (ValueError("a"), lost)
+    assert hosts.is_peer_failure(group)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=[type(error).__name__ for error in OTHERS])
+def test_other_errors_are_no_loss_of_a_process(error):
+    assert not hosts.is_peer_failure(error)
+    # An error that is its own context ends the search too.
+    error.__context__ = ValueError("first")
+    error.__context__.__context__ = error
+    assert not hosts.is_peer_failure(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "connected", "status", "said"),
+    [
+        (ValueError(LOSSES[3][1]), True, 1, connecting.LOST),
+        (UserError("Wrong."), True, 2, "Wrong."),
+        (UserError("Wrong."), False, 2, "Wrong."),
+        (MemoryError(), False, 1, "out of memory (no memory is left)"),
+        (OTHERS[1], False, 1, "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 68"),
+    ],
+)
+def test_a_command_says_why_it_failed(error, connected, status, said, monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "connected", lambda: connected)
+    monkeypatch.setattr(connecting, "leave", lambda status: status)
+    monkeypatch.setattr(command, "_command", lambda _: raised(error))
+    assert command.main(["show", "x"]) == status
+    assert f"perl-jax show: {said}" in capsys.readouterr().err
+
+
+def raised(error: Exception):
+    raise error
+
+
+def test_an_unknown_error_of_a_process_alone_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(command, "_command", lambda _: raised(KeyError("x")))
+    with pytest.raises(KeyError):
+        command.main(["show", "x"])
