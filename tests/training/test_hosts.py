@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -404,6 +405,27 @@ def test_a_killed_process_ends_the_others_and_leaves_no_trace(job, victim, jobs,
     whole(job, tmp_path / "killed", arguments, **LAYOUTS["2x4"])
     roles = {"reward": ("reward",), "rl": ("policy", "value")}[job]
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", roles, tiny.open_model(jobs.base))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(6))
+def test_a_process_killed_at_any_moment_is_named_by_the_other(seed, base, tmp_path):
+    """From the connection on: while programs compile, in a step, in a checkpoint, at the end."""
+    draw = random.Random(seed)
+    victim, sent = draw.randrange(2), draw.choice([signal.SIGKILL, signal.SIGSEGV])
+    arguments = ("--model", base, *SETTINGS, "--checkpoint-every", "1", "--steps", "40")
+    with started("sft", tmp_path / "run", arguments) as processes:
+        limit = Limit(processes.processes, PATIENCE)
+        while not (tmp_path / "run").exists():
+            assert not limit.passed()
+            assert processes.processes[0].poll() is None, processes.printed()[-4000:]
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 20))
+        processes.processes[victim].send_signal(sent)
+        processes.wait(1, [1 - victim], seconds=BOUND)
+        assert [LOST in said for said in processes.sentences(1 - victim)] == [True]
+        assert "Traceback" not in processes.printed(1 - victim)
+        assert "this process failed" not in processes.printed(1 - victim)
 
 
 @pytest.mark.slow
