@@ -84,6 +84,7 @@ FILE_CALLS_ALLOWED: dict[str, set[str]] = {
     "data/store.py": {"pathlib.Path"},  # the cache of prepared rows, on this host's disk
     "data/tasks.py": {"pathlib.Path", "is_file"},  # the Python file of a task
     "rewards/worker.py": {"os.open", "pathlib.Path"},  # the Python file of a reward
+    "rewards/supervisor.py": {"os.listdir", "open"},  # what the system says of processes
     "runs/environment.py": {"Path"},  # the package's own folder
     "runs/provenance.py": {"pathlib.Path", "is_file"},  # the Python file of a reward
     "runs/lease.py": {"open"},  # what the system says of a process

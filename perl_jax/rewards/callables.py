@@ -59,6 +59,7 @@ class CallableReward:
         checks.require_equal_lengths(prompts, responses, rows)
         if not len(responses):
             return np.zeros(0, np.float64)
-        arguments = (prompts, responses, rows) if self.takes_rows else (prompts, responses)
-        values = listed(self.function(*arguments))
+        # Copies, because other terms get the same lists.
+        texts = (list(prompts), list(responses))
+        values = listed(self.function(*texts, *([list(rows)] if self.takes_rows else [])))
         return np.asarray(checked_values(self.name, values, responses), np.float64)

@@ -21,17 +21,19 @@ import numpy as np
 
 from perl_jax.errors import UserError, positive, require
 from perl_jax.rewards import checks
-from perl_jax.runtime import files
+from perl_jax.rewards.worker import LOST_PIPE
+from perl_jax.runtime import files, stopping
 
 Batch = tuple[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]]  # prompts, responses, rows
 
+REPLIES = ("ready", "values", "error")  # the kinds of a worker's messages
 GRACE_SECONDS = 2.0  # how long a worker may take to exit once its pipe is closed
-LOOK_SECONDS = 0.1  # interval of the checks that a silent worker still runs
+END_SECONDS = 10.0  # how long the supervisor may take to end what the function started
 # The worker's program. multiprocessing would import the user's script again, and with it jax and
 # everything else that training needs.
 WORKER_PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); from perl_jax.rewards import "
-    "worker; worker.main()"
+    "supervisor; supervisor.main()"
 )
 
 
@@ -40,14 +42,16 @@ class Worker:
     """A worker process and the pipe to it.
 
     Attributes:
-        process: The process, or None while none runs.
+        process: The process of the supervisor, which runs the worker; None while none runs.
         pipe: This side's end of the pipe, or None while no process runs.
         takes_rows: Whether the function has a parameter for the rows.
+        number: The number of the last batch that was sent to the process.
     """
 
     process: subprocess.Popen | None = None
     pipe: connection.Connection | None = None
     takes_rows: bool = False
+    number: int = 0
 
     @property
     def running(self) -> tuple[subprocess.Popen, connection.Connection]:
@@ -67,6 +71,7 @@ class Worker:
             UserError: Loading fails or takes too long; the process is killed.
         """
         self.pipe, theirs = multiprocessing.Pipe()
+        self.number = 0
         number = theirs.fileno()
         # -P: until sys.path is set, a module in the working directory must not hide a standard one.
         command = [
@@ -78,9 +83,9 @@ class Worker:
             str(number),
             json.dumps(sys.path, default=str),
         ]
-        # A session of its own, so that the worker's child processes can be killed with it. Nothing
-        # is written to its standard input; the end of that pipe tells the worker that this process
-        # has ended, even by SIGKILL.
+        # A session of its own: Ctrl-C is for this process alone. Nothing is written to its standard
+        # input; the end of that pipe tells the supervisor that this process has ended, even by
+        # SIGKILL.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, pass_fds=(number,), start_new_session=True
         )
@@ -102,10 +107,13 @@ class Worker:
         Raises:
             UserError: The function fails, the process ends, or the call takes too long. A process
                 that is too slow is killed.
+            stopping.Abandoned: This process was told to stop; the worker is killed.
         """
         prompts, responses, rows = batch
         what = f"a batch of {len(responses)} (timeout_seconds)"
+        self.number += 1
         message = (
+            self.number,
             list(prompts),
             list(responses),
             [dict(row) for row in rows] if self.takes_rows else [],
@@ -113,16 +121,19 @@ class Worker:
         _, pipe = self.running
         try:
             pipe.send(message)
-            return self.receive(target, seconds, what)
         except OSError:
             self.ended(target, what)
-        except KeyboardInterrupt:
-            self.kill()  # else its late reply would be read as the reply to the next batch
+        try:
+            return self.receive(target, seconds, what)
+        except (KeyboardInterrupt, stopping.Abandoned):
+            self.kill()  # the function still computes
             raise
 
     def receive(self, target: str, seconds: float, what: str) -> Any:
-        """Waits for the worker's next message and returns its content: `takes_rows` after the
+        """Waits for the reply to the last message and returns its content: `takes_rows` after the
         start, later the rewards of a batch.
+
+        Replies to earlier batches are dropped.
 
         Args:
             target: The function's name, for error messages.
@@ -134,10 +145,12 @@ class Worker:
         """
         process, pipe = self.running
         latest = time.monotonic() + seconds
-        try:
-            while not pipe.poll(max(0.0, min(LOOK_SECONDS, latest - time.monotonic()))):
-                # Check the process too: a child process that it left behind can keep the pipe open.
-                # Its last message may have arrived since the poll.
+        number, kind = -1, ""
+        content: Any = None
+        while number != self.number:
+            while not pipe.poll(max(0.0, min(stopping.LOOK_SECONDS, latest - time.monotonic()))):
+                # Check the process too: a program that it has started can keep the pipe open. Its
+                # last message may have arrived since the poll.
                 if process.poll() is not None and not pipe.poll():
                     self.ended(target, what)
                 if time.monotonic() >= latest:
@@ -146,9 +159,19 @@ class Worker:
                         f"The reward function {target} took longer than {seconds:g} s for {what} "
                         "and was ended."
                     )
-            kind, content = pipe.recv()
-        except (EOFError, OSError):
-            self.ended(target, what)
+                stopping.check()
+            try:
+                number, kind, content = pipe.recv()
+            except (EOFError, OSError):
+                self.ended(target, what)
+            except Exception:  # bytes that are no message, or a message that is no reply
+                number, kind = None, ""
+            if not (isinstance(number, int) and number <= self.number and kind in REPLIES):
+                self.kill()
+                raise UserError(
+                    f"The process of the reward function {target} sent what is no reply during "
+                    f"{what}: something writes into the worker's pipe."
+                )
         require(kind != "error", content)
         return content
 
@@ -160,36 +183,41 @@ class Worker:
             target: The function's name, for the message.
             what: What the worker was doing, for the message.
         """
-        code = self.wait()
+        code = self.wait(END_SECONDS)
         self.kill()
+        if code == LOST_PIPE:
+            raise UserError(
+                f"The reward function {target} closed file descriptors that are not its own, and "
+                f"with them the worker's pipe, during {what}."
+            )
         signalled = f" ({signal.strsignal(-code)})" if code is not None and code < 0 else ""
         raise UserError(
             f"The process of the reward function {target} ended with exit code {code}{signalled} "
             f"during {what}."
         )
 
-    def wait(self) -> int | None:
-        """Waits up to `GRACE_SECONDS` for the process to exit; returns its exit code, or None if it
-        still runs.
+    def wait(self, seconds: float) -> int | None:
+        """Waits up to `seconds` for the process to exit; returns its exit code, or None if it still
+        runs.
         """
         process, _ = self.running
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(seconds)
         return process.returncode
 
     def kill(self) -> None:
-        """Kills the process and all processes that it started, and closes the pipe; does nothing
-        while no process runs.
+        """Ends the process and everything that the function started, and closes the pipe; does
+        nothing while no process runs.
         """
         if self.process is None:
             return
         process, pipe = self.running
-        if process.poll() is None:  # else another process may have its number by now
+        if process.stdin is not None:
+            process.stdin.close()  # the supervisor then kills them all
+        if self.wait(END_SECONDS) is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended since
                 os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+            process.wait()
         pipe.close()
         self.process = self.pipe = None
 
@@ -203,7 +231,7 @@ class Worker:
         if self.process is None:
             return
         self.running[1].close()
-        self.wait()
+        self.wait(GRACE_SECONDS)
         self.kill()
 
 
@@ -219,7 +247,8 @@ class FunctionReward:
     batch. The process keeps running, so state that the function keeps between calls persists. After
     a time-out or a crash the next batch starts a new process. The worker imports the function's
     module, but neither jax nor the training script, and must not use the accelerator that training
-    uses. It ends when the training process ends.
+    uses. It ends when the training process ends, and with it everything that the function started
+    (on systems other than Linux: what stayed in its process group).
 
     Attributes:
         function: `module:function`, or `path/to/file.py:function`.

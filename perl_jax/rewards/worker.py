@@ -2,7 +2,7 @@
 
 The process is separate from training, so this module imports nothing heavy (a test checks). What
 the function prints goes to standard error, because standard output belongs to the command; replies
-travel through a pipe of their own.
+travel through a pipe of their own. `supervisor` starts the process.
 """
 
 from __future__ import annotations
@@ -29,36 +29,43 @@ SHOWN = 80  # characters of a response that a message quotes
 LONGEST = 300  # characters of an exception's message that a message quotes
 
 
-def main() -> None:
-    """Runs the worker until the other end of the pipe is closed; `function.Worker` starts this
-    program.
+LOST_PIPE = 117  # the exit code of a worker whose function has closed the pipe
 
-    The program has two arguments: the function (`module:function` or `path/to/file.py:function`),
-    and the file descriptor of the worker's end of the pipe.
 
-    The worker first sends ("ready", whether the function takes rows), or ("error", message) and
-    ends. Then it answers each (prompts, responses, rows) with ("values", floats) or ("error",
-    message).
+def main(target: str, number: int, watched: int) -> None:
+    """Runs the worker until the other end of the pipe is closed.
+
+    The worker first sends (0, "ready", whether the function takes rows), or (0, "error", message)
+    and ends. Then it answers each (n, prompts, responses, rows) with (n, "values", floats) or
+    (n, "error", message). The numbers n say which batch a reply belongs to.
+
+    Args:
+        target: The function, `module:function` or `path/to/file.py:function`.
+        number: The file descriptor of the worker's end of the pipe.
+        watched: The file descriptor of a pipe whose other end the supervisor holds open.
     """
-    target, number = sys.argv[1], int(sys.argv[2])
-    os.set_inheritable(number, False)  # the function's child processes would keep the pipe open
-    threading.Thread(target=end_with_parent, args=(os.dup(0),), daemon=True).start()
+    os.set_inheritable(number, False)  # programs that the function starts would keep the pipe open
+    threading.Thread(target=end_with_supervisor, args=(watched,), daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     sys.stdout = sys.stderr  # line buffered: prints appear at once
+    connection = Connection(number)
+    # A process that the function forks must neither read batches nor answer them.
+    os.register_at_fork(after_in_child=connection.close)
     with contextlib.suppress(EOFError, OSError):  # the other end is closed
-        answer(target, Connection(number))
+        answer(target, connection)
 
 
-def end_with_parent(watched: int) -> None:
-    """Waits until the parent process ends, even by SIGKILL; then kills this process and its
-    children.
+def end_with_supervisor(watched: int) -> None:
+    """Waits until the supervisor ends, even by SIGKILL; then kills this process and its group.
 
     Args:
-        watched: The file descriptor of a copy of the standard input, whose other end the parent
-            holds open.
+        watched: The file descriptor of a pipe whose other end the supervisor holds open.
     """
-    os.read(watched, 1)
+    try:
+        os.read(watched, 1)
+    except OSError:
+        return  # the function has closed it
     os.killpg(0, signal.SIGKILL)
 
 
@@ -72,22 +79,67 @@ def answer(target: str, connection: Connection) -> None:
         target: The function, `module:function` or `path/to/file.py:function`.
         connection: The worker's end of the pipe.
     """
+    own, pipe = os.getpid(), identity(connection)
     try:
         function = load(target)
         takes_rows = wants_rows(target, function)
+        reply = ("ready", takes_rows)
     except UserError as error:
-        connection.send(("error", str(error)))
+        reply = ("error", str(error))
+    end_if_forked(own)
+    send(connection, pipe, (0, *reply))
+    if reply[0] == "error":
         return
-    connection.send(("ready", takes_rows))
     while True:
-        prompts, responses, rows = connection.recv()
+        number, prompts, responses, rows = connection.recv()
+        arguments = (prompts, list(responses), rows) if takes_rows else (prompts, list(responses))
         try:
-            arguments = (prompts, responses, rows) if takes_rows else (prompts, responses)
-            reply = ("values", checked_values(target, call(target, function, arguments), responses))
+            result = call(target, function, arguments, own)
+            answered = ("values", checked_values(target, result, responses))
         except UserError as error:
-            reply = ("error", str(error))
-        sys.stderr.flush()
-        connection.send(reply)
+            answered = ("error", str(error))
+        except BaseException as error:  # of a value that is asked for its float
+            answered = ("error", f"The values of {target} cannot be read: {described(error)}.")
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        send(connection, pipe, (number, *answered))
+
+
+def end_if_forked(own: int) -> None:
+    """Ends this process if it is a copy of the worker that the function has forked.
+
+    Args:
+        own: The number of the worker's process.
+    """
+    if os.getpid() != own:
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        os._exit(0)
+
+
+def identity(connection: Connection) -> tuple[int, int] | None:
+    """Returns numbers that identify the file behind a connection; None if it is closed."""
+    try:
+        found = os.fstat(connection.fileno())
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def send(connection: Connection, pipe: tuple[int, int] | None, message: tuple) -> None:
+    """Sends a message through the pipe.
+
+    Ends the process with `LOST_PIPE` if the function has closed the pipe: its file descriptor may
+    belong to a file of the function by now.
+
+    Args:
+        connection: The worker's end of the pipe.
+        pipe: The `identity` of the pipe.
+        message: The message.
+    """
+    if pipe is None or identity(connection) != pipe:
+        os._exit(LOST_PIPE)
+    connection.send(message)
 
 
 def load(target: str) -> Callable:
@@ -99,7 +151,7 @@ def load(target: str) -> Callable:
     try:
         module = load_file(source) if source.endswith(".py") else load_module(source)
     except BaseException as error:  # also SystemExit: an imported script may call sys.exit
-        traceback.print_exc()
+        print_traceback()
         where = location(error.__traceback__, source)
         raise UserError(
             f"The reward function {target} cannot be imported: {described(error)}{where}."
@@ -186,29 +238,40 @@ def wants_rows(target: str, function: Callable) -> bool:
     return rows
 
 
-def call(target: str, function: Callable, arguments: tuple) -> Any:
+def call(target: str, function: Callable, arguments: tuple, own: int) -> Any:
     """Calls the function and returns its result, with arrays and other iterables as lists
     (`listed`).
 
-    Prints the traceback if the function raises.
+    Prints the traceback if the function raises. Ends the process if it is not the worker: the
+    function may fork, and return or raise in both processes.
 
     Args:
         target: The function's name, for error messages.
         function: The function.
         arguments: Its positional arguments.
+        own: The number of the worker's process.
 
     Raises:
         UserError: The function raises anything, SystemExit too.
     """
     try:
         # Listed here, because a generator runs the function's code.
-        return listed(function(*arguments))
+        result = listed(function(*arguments))
     except BaseException as error:  # also SystemExit, which would end the worker silently
-        traceback.print_exc()
+        end_if_forked(own)
+        print_traceback()
         where = location(error.__traceback__, target.rpartition(":")[0])
         raise UserError(
             f"The reward function {target} raised {described(error)}{where}."
         ) from error
+    end_if_forked(own)
+    return result
+
+
+def print_traceback() -> None:
+    """Prints the traceback of the exception that is handled, unless standard error is closed."""
+    with contextlib.suppress(Exception):
+        traceback.print_exc()
 
 
 def listed(result: Any) -> Any:
@@ -292,7 +355,10 @@ def described(error: BaseException) -> str:
     """Returns an exception's type and its message on one line, cut to `LONGEST` characters, without
     a full stop at its end.
     """
-    message = " ".join(str(error).split())[:LONGEST]
+    try:
+        message = " ".join(str(error).split())[:LONGEST]
+    except Exception:  # of the user's own class
+        message = ""
     return f"{type(error).__name__}: {message}".rstrip(": .")
 
 

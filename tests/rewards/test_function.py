@@ -9,12 +9,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.rewards.function import FunctionReward
+from perl_jax.runtime import hosts, stopping
 
 # Does what the first response says.
 SCORE = """
@@ -204,46 +207,267 @@ def test_a_hang_a_crash_and_a_kill_end_the_process_and_the_next_batch_has_a_new_
         assert "ended with exit code -9 (Killed) during a batch of 1" in message(reward, "killed")
 
 
-# Writes to a named pipe, whose reader sees its end when every process that holds it has ended.
+# Starts a program that holds the named pipe that the prompt names, in one of several ways, and then
+# does what the response says. Who reads the pipe sees its end when every process that holds it has
+# ended.
 HOLDS_A_PIPE = """
-import subprocess
+import os, subprocess, time
 
 def score(prompts, responses):
-    pipe = open(prompts[0], "wb", 0)
-    pipe.write(b"begun ")
-    subprocess.run(["sh", "-c", "sleep 8; echo late"], stdout=pipe)
+    pipe, how = open(prompts[0], "wb", 0), responses[0].split()
+    program = ["sh", "-c", "echo begun; sleep 20; echo late"]
+    if how[0] == "child":
+        subprocess.Popen(program, stdout=pipe)
+    elif how[0] == "session":
+        subprocess.Popen(program, stdout=pipe, start_new_session=True)
+    elif how[0] == "orphan":
+        code = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
+        subprocess.run(["python3", "-c", code, *program], stdout=pipe, start_new_session=True)
+    elif os.fork() == 0:
+        os.setsid()
+        pipe.write(b"begun\\n")
+        time.sleep(20)
+    pipe.close()
+    if how[1] == "hang":
+        time.sleep(20)
+    return [1.0]
+"""
+HOW = ["child", "session", "orphan", "fork"]
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """Reads the named pipe `pipe` in the test's folder; a read without bytes is its end."""
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "rb", 0) as pipe:
+        yield pipe
+
+
+def wait_for_begin(reader) -> None:
+    while not (found := reader.read(6)):  # nobody has opened the pipe yet
+        time.sleep(0.01)
+    assert found == b"begun\n"
+
+
+def ask_in_thread(reward, path, response):
+    """Asks, and returns a list that gets the error or the values."""
+    found = []
+
+    def asks():
+        try:
+            found.append(reward([str(path)], [response], [{}]).tolist())
+        except UserError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=asks)
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_time_out_ends_what_the_function_started(tmp_path, reader, how):
+    with FunctionReward(file(tmp_path, HOLDS_A_PIPE), timeout_seconds=1.5) as reward:
+        thread, found = ask_in_thread(reward, tmp_path / "pipe", f"{how} hang")
+        wait_for_begin(reader)
+        assert reader.read() == b""  # before `late`
+        thread.join(20)
+        assert "took longer than 1.5 s" in found[0]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_end_of_the_context_ends_what_the_function_started(tmp_path, reader, how):
+    with FunctionReward(file(tmp_path, HOLDS_A_PIPE)) as reward:
+        assert reward([str(tmp_path / "pipe")], [f"{how} return"], [{}]).tolist() == [1]
+        wait_for_begin(reader)
+        begun = time.monotonic()
+    assert reader.read() == b""
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_killed_parent_takes_along_what_the_function_started(tmp_path, reader, how):
+    code = (
+        "import sys; from perl_jax.rewards.function import FunctionReward; "
+        "FunctionReward(sys.argv[1])([sys.argv[2]], [sys.argv[3]], [{}])"
+    )
+    source, pipe = file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")
+    command = [sys.executable, "-c", code, source, pipe, f"{how} hang"]
+    with subprocess.Popen(command) as parent:
+        wait_for_begin(reader)
+        parent.send_signal(signal.SIGKILL)
+        assert reader.read() == b""
+
+
+# Forks, and returns in both processes, in the child later.
+FORKS = """
+import ctypes, os, sys, time
+
+FORK = {"os": os.fork, "libc": ctypes.CDLL(None).fork}
+
+def score(prompts, responses):
+    how, end, number = responses[0].split()
+    if FORK[how]() == 0:
+        time.sleep(0.2)
+        if end == "exit":
+            sys.exit("the child's end")
+        return [-1.0]
+    return [float(number)]
+"""
+
+
+@pytest.mark.parametrize("how", ["os", "libc"])
+@pytest.mark.parametrize("end", ["return", "exit"])
+def test_a_function_that_forks_is_paid_for_its_own_batch(tmp_path, how, end):
+    with FunctionReward(file(tmp_path, FORKS)) as reward:
+        assert ask(reward, f"{how} {end} 1") == [1]
+        time.sleep(0.4)  # the child has returned by now, and its answer would be there
+        assert ask(reward, f"{how} {end} 2") == [2]
+        assert ask(reward, f"{how} {end} 3") == [3]
+
+
+WORKS_IN_A_POOL = """
+import multiprocessing
+
+def score(prompts, responses):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.map(len, responses)
+"""
+
+
+def test_a_function_may_have_a_pool_of_processes(tmp_path):
+    with FunctionReward(file(tmp_path, WORKS_IN_A_POOL)) as reward:
+        assert ask(reward, "a", "bc", "def") == [1, 2, 3]
+        assert ask(reward, "bc") == [2]
+
+
+# Finds the worker's end of the pipe, and writes into it.
+MEDDLES = """
+import gc, os
+from multiprocessing.connection import Connection
+
+def score(prompts, responses):
+    pipe = next(one for one in gc.get_objects() if isinstance(one, Connection))
+    if responses[0] == "late":
+        pipe.send((0, "values", [-1.0]))
+    elif responses[0] == "early":
+        pipe.send((99, "values", [-1.0]))
+    elif responses[0] == "kind":
+        pipe.send((1, "prices", [-1.0]))
+    elif responses[0] == "shape":
+        pipe.send("values")
+    elif responses[0] == "bytes":
+        os.write(pipe.fileno(), b"\\0\\0\\0\\4abcd")
     return [1.0]
 """
 
 
-def test_a_time_out_ends_the_programs_that_the_function_started(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    os.set_blocking(reader, True)
-    with (
-        FunctionReward(file(tmp_path, HOLDS_A_PIPE), timeout_seconds=1.5) as reward,
-        pytest.raises(UserError, match=r"took longer than 1\.5 s"),
-    ):
-        reward([str(tmp_path / "pipe")], ["r"], [{}])
-    with os.fdopen(reader, "rb") as pipe:
-        assert pipe.read() == b"begun "
+def test_a_reply_to_another_batch_is_dropped_and_what_is_no_reply_ends_the_worker(tmp_path):
+    with FunctionReward(file(tmp_path, MEDDLES)) as reward:
+        assert ask(reward, "late") == [1]
+        assert ask(reward, "nothing") == [1]
+        for what in ("early", "kind", "shape", "bytes"):
+            if reward.worker.process is None:
+                reward.start()
+            found = message(reward, what)
+            assert found == (
+                f"The process of the reward function {reward.function} sent what is no reply "
+                "during a batch of 1 (timeout_seconds): something writes into the worker's pipe."
+            )
+            assert reward.worker.process is None
+        assert ask(reward, "nothing") == [1]
 
 
-def test_a_killed_parent_takes_the_worker_along(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    code = (
-        "import sys; from perl_jax.rewards.function import FunctionReward; "
-        "FunctionReward(sys.argv[1])([sys.argv[2]], ['r'], [{}])"
-    )
-    with (
-        subprocess.Popen(
-            [sys.executable, "-c", code, file(tmp_path, HOLDS_A_PIPE), str(tmp_path / "pipe")]
-        ) as parent,
-        open(tmp_path / "pipe", "rb", 0) as pipe,
-    ):
-        assert pipe.read(6) == b"begun "
-        parent.send_signal(signal.SIGKILL)
-        assert pipe.read() == b""
+# Does strange things to its own process.
+STRANGE = """
+import os, sys
+
+class Odd(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+class Number:
+    def __float__(self):
+        raise RuntimeError("not today")
+
+KEPT = []
+
+def close_all(opens=False):
+    os.closerange(3, 256)
+    if opens:
+        for _ in range(20):  # one of them has the number of the pipe
+            KEPT.append(open(os.path.dirname(__file__) + "/own", "a"))
+    return [1.0]
+
+def raise_odd():
+    raise Odd
+
+def clear(responses):
+    responses.clear()
+    return [1.0]
+
+def close_standard():
+    sys.stderr.close()
+    for number in (0, 1, 2):
+        os.close(number)
+    raise ValueError("unheard")
+
+def score(prompts, responses):
+    return {
+        "close": lambda: close_all(),
+        "open": lambda: close_all(True),
+        "odd": raise_odd,
+        "number": lambda: [Number()],
+        "memory": lambda: [len(bytearray(10**16))],
+        "clear": lambda: clear(responses),
+        "folder": lambda: os.chdir("/") or [1.0],
+        "standard": close_standard,
+        "fine": lambda: [2.0],
+    }[responses[0]]()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("close", "closed file descriptors that are not its own, and with them the worker's pipe"),
+        ("open", "closed file descriptors that are not its own, and with them the worker's pipe"),
+        ("odd", "raised Odd ("),
+        ("number", "cannot be read: RuntimeError: not today."),
+        ("memory", "raised MemoryError ("),
+        ("standard", "raised ValueError: unheard ("),
+    ],
+)
+def test_strange_functions_end_in_one_sentence(tmp_path, what, expected):
+    with FunctionReward(file(tmp_path, STRANGE)) as reward:
+        found = message(reward, what)
+        assert expected in found
+        assert "\n" not in found
+        assert ask(reward, "fine") == [2]
+    if what == "open":
+        assert (tmp_path / "own").read_bytes() == b""
+
+
+def test_a_function_may_change_its_folder_and_its_arguments(tmp_path):
+    here = os.getcwd()
+    with FunctionReward(file(tmp_path, STRANGE)) as reward:
+        assert ask(reward, "folder") == [1]
+        assert ask(reward, "clear") == [1]
+        assert ask(reward, "fine") == [2]
+    assert os.getcwd() == here
+
+
+def test_a_run_that_gets_sigterm_does_not_wait_for_the_function(tmp_path):
+    with FunctionReward(file(tmp_path, SCORE)) as reward, hosts.Termination() as termination:
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        begun = time.monotonic()
+        with pytest.raises(stopping.Abandoned):
+            ask(reward, "hang")
+        assert time.monotonic() - begun < 10
+        assert reward.worker.process is None
+        termination.noted = 0  # the test itself goes on
 
 
 # Without `if __name__ == "__main__":`, and with much imported.
