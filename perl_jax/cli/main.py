@@ -67,8 +67,10 @@ def _plan(config: Any) -> None:
     # A plan needs no accelerator; on a TPU host the chips stay free for running jobs.
     jax.config.update("jax_platforms", "cpu")
     from perl_jax.planning import command, search, text
-    from perl_jax.runtime import files
+    from perl_jax.runtime import files, outputs
 
+    if config.json is not None:
+        outputs.check_writable(config.json)
     if config.search:
         plans = search.search(config, say=lambda line: print(line, file=sys.stderr))
         print(text.describe_search(plans))
@@ -287,12 +289,16 @@ def _unexpected(name: str, error: Exception) -> int:
         name: The command.
         error: The error.
     """
-    from perl_jax.runtime import connecting, hosts
+    from perl_jax.runtime import connecting, faults, hosts
 
     if hosts.connected() and hosts.is_peer_failure(error):
         return _failed(name, connecting.LOST, 1)
     if isinstance(error, UserError):
         return _failed(name, error, 2)
+    # Disks and buckets also fail where this package calls a library.
+    fault = faults.sentence(error)
+    if fault is not None:
+        return _failed(name, fault, 1)
     if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
         why = (str(error).strip() or "no memory is left").splitlines()[0][:300]
         return _failed(

@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 
 from perl_jax.errors import UserError, one_of, require
 from perl_jax.runtime import files
-from perl_jax.runtime.faults import explained
+from perl_jax.runtime.faults import FileError, sentence
 from perl_jax.runtime.files import digest, file_hash
 from perl_jax.runtime.outputs import scratch_folder
 
@@ -288,20 +288,42 @@ def prepare(builder: type[RowsBuilder], kind: str, config: DataConfig) -> pathli
     final = cache_folder() / f"{builder.name}-{kind}-{fingerprint(builder, kind, config)}"
     if files.is_folder(final):
         return final
-    files.make_folder(cache_folder())
     tfds.disable_progress_bar()
-    with scratch_folder(final) as temporary, explained(cache_folder(), "written"):
-        # TFDS prints its progress to standard output, which is kept for the command's results.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder(config, data_dir=str(temporary), config=kind).download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
+    with _writable_cache(), scratch_folder(final) as temporary:
+        try:
+            # TFDS prints its progress to standard output, which is kept for the command's results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder(config, data_dir=str(temporary), config=kind).download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+        except UserError:
+            raise
+        except Exception as error:
+            # A file of the cache, or one that the task reads.
+            said = sentence(error, f"The cache of prepared rows in {cache_folder()}")
+            if said is None:
+                raise
+            raise FileError(said) from error
         try:
             files.move(temporary, final)
         except UserError:
             if not files.is_folder(final):
                 raise
     return final
+
+
+@contextlib.contextmanager
+def _writable_cache() -> Iterator[None]:
+    """Context manager that makes the cache's folder; a fault there names the variable that moves
+    it.
+    """
+    try:
+        files.make_folder(cache_folder())
+        yield
+    except FileError as error:
+        raise UserError(
+            f"{error} {CACHE_VARIABLE} names another folder for the cache of prepared rows."
+        ) from error
 
 
 class NoRows(UserError):

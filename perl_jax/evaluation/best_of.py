@@ -28,7 +28,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
-from perl_jax.runtime import files, hosts, progress, sharding
+from perl_jax.runtime import files, hosts, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.replacing import require_consent
 from perl_jax.runtime.seeds import random_key
@@ -160,6 +160,8 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     output = files.path_of(config.output)
     if hosts.broadcast_flag(files.exists(output)):
         require_consent(f"{output} exists already; give --output a file that does not.", output)
+    if hosts.is_writer():
+        outputs.check_writable(output)
     terms = compose.read_terms(config.terms)
     everything = best_responses(config, load_model(config), terms)
     written = [row for row in everything if not is_empty(row)]

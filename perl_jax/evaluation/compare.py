@@ -38,7 +38,7 @@ from perl_jax.runs import provenance, shown
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
 from perl_jax.runs.owner import holding, run_of_config
-from perl_jax.runtime import files, hosts, progress, sharding
+from perl_jax.runtime import files, hosts, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -333,6 +333,8 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
     if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
         progress.say(result_text(config.split, files.read_json(path)))
         return folder
+    if hosts.is_writer():
+        outputs.check_writable(path)
     terms = compose.read_terms(config.terms)
     model = load_model(config)
     check_context(model, config.data)

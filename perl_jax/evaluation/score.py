@@ -22,7 +22,7 @@ from perl_jax.hub.model import TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files, progress, sharding
+from perl_jax.runtime import files, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import Program
 from perl_jax.types import Tokens, Tree
@@ -164,6 +164,8 @@ def run_score(config: ScoreConfig) -> None:
     """Runs `score` and writes the rows as JSON Lines to `config.output`, or prints them if it is
     None.
     """
+    if config.output is not None:
+        outputs.check_writable(config.output)
     lines = "".join(json.dumps(row) + "\n" for row in score(config))
     if config.output is None:
         print(lines, end="")

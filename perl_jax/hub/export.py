@@ -53,6 +53,10 @@ class ExportConfig(TemplateOptions):
         self.check_forward("export")
 
 
+# The file of a PEFT adapter's folder that is written last.
+_PEFT_MARKER = "adapter_config.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """An export that was read back and verified.
@@ -93,7 +97,7 @@ def export_peft(model: Model, role: Any, to: files.PathLike) -> Exported:
         adapter, record = role, model.record("policy", role)
     else:
         adapter, record = role.adapter, role.record
-    with new_folder(to, "adapter_config.json") as folder:
+    with new_folder(to, _PEFT_MARKER) as folder:
         _write_peft(folder, model, adapter, record)
         classifier.read_back(folder, model.tokenizer)
         with progress.activity("comparing what was written with the adapter"):
@@ -115,6 +119,7 @@ def run_export(config: ExportConfig) -> Exported:
         "--weights is for merged exports; an adapter's own weights are float32.",
     )
     if config.format == "peft":
+        check_new(config.to, _PEFT_MARKER)
         model = load_model(config)
         adapter, record = model.load_role(config.adapter)
         return export_peft(model, _Role(adapter, record), config.to)

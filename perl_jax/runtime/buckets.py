@@ -6,6 +6,8 @@ optional package.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -17,6 +19,8 @@ from etils import epath
 from perl_jax.errors import UserError, require
 
 SCHEME = "gs://"
+# Requests that are under way at the same time.
+_REQUESTS = 16
 # epath would import TensorFlow if it is installed, for buckets only.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
@@ -61,7 +65,8 @@ def _set_up() -> None:
     for name in ("gs", "gcs"):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     if "GCSFS_DEBUG" not in os.environ:
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+        for name in ("gcsfs", "google.auth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def client() -> Any:
@@ -81,6 +86,21 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return client().info(os.fspath(path))
     except FileNotFoundError:
         return None
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    """Deletes an object, or all objects below a folder; does nothing if there is neither."""
+    # Not by the client's recursive `rm`, which reads `[` and `*` in the path as a pattern.
+    address = os.fspath(path).rstrip("/")
+    paths = [f"{address}/{name}" for name in tree(address)] or [address]
+
+    def delete(one: str) -> None:
+        """Deletes an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            client().rm_file(one)
+
+    with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
+        list(pool.map(delete, paths))
 
 
 def tree(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

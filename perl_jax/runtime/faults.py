@@ -65,7 +65,7 @@ _STATUS = {
     "login`, or give the machine's service account access to the bucket",
     403: "the credentials give no access to the bucket; give the account the role Storage Object "
     "User, or choose another bucket",
-    404: "there is no such bucket or object; check the address",
+    404: "there is no such file, folder or bucket; check the path",
     412: "another process has written the object at the same time",
     429: "the bucket gets too many requests, also after several tries; try again later",
 }
@@ -99,26 +99,32 @@ def reason(error: BaseException) -> str | None:
         error: The error of the operating system, or of a library. Errors that it was raised from
             are looked at too.
     """
-    for found in _chain(error):
+    for found, raised_from in _chain(error):
         said = _system_reason(found) or _bucket_reason(found) or _text_reason(found)
-        if said is not None:
+        # An error that was raised while another one was handled may be a mistake of a program: it
+        # is explained by a full disk, but not by a file that is missing.
+        certain = raised_from or getattr(found, "errno", None) in _IN_TEXT
+        if said is not None and certain:
             return said
     return None
 
 
-def sentence(error: BaseException) -> str | None:
-    """Returns one sentence about a fault of a disk or a bucket, with the path if the error has one;
-    None for any other error.
+def sentence(error: BaseException, unnamed: object = "A file or folder") -> str | None:
+    """Returns one sentence about a fault of a disk or a bucket; None for any other error.
+
+    Args:
+        error: The error of the operating system, or of a library.
+        unnamed: What the sentence names if the error has no path.
     """
     said = reason(error)
     if said is None:
         return None
     paths = [
         os.fsdecode(found.filename)
-        for found in _chain(error)
+        for found, _ in _chain(error)
         if isinstance(found, OSError) and isinstance(found.filename, (str, bytes))
     ]
-    return f"{paths[0] if paths else 'A file or folder'} cannot be used: {said}."
+    return f"{paths[0] if paths else unnamed} cannot be used: {said}."
 
 
 @contextlib.contextmanager
@@ -142,22 +148,27 @@ def explained(path: object, action: str) -> Iterator[None]:
         said = reason(error)
         if said is None:
             raise
-        missing = any(isinstance(found, FileNotFoundError) for found in _chain(error))
+        missing = any(isinstance(found, FileNotFoundError) for found, _ in _chain(error))
         raise FileError(f"{path} cannot be {action}: {said}.", missing) from error
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yields an error, the parts of a group of errors, and what they were raised from."""
-    waiting, seen = [error], set()
+def _chain(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """Yields (error, True) for an error, the parts of a group of errors and what they were raised
+    from, and (error, False) for errors that were being handled when one of these was raised.
+    """
+    waiting, seen = [(error, True)], set()
     while waiting:
-        found = waiting.pop(0)
+        found, raised_from = waiting.pop(0)
         if id(found) in seen:
             continue
         seen.add(id(found))
-        yield found
+        yield found, raised_from
         if isinstance(found, BaseExceptionGroup):
-            waiting += found.exceptions
-        waiting += [above for above in (found.__cause__, found.__context__) if above is not None]
+            waiting += [(part, raised_from) for part in found.exceptions]
+        if found.__cause__ is not None:
+            waiting.append((found.__cause__, raised_from))
+        if found.__context__ is not None:
+            waiting.append((found.__context__, False))
 
 
 def _system_reason(error: BaseException) -> str | None:
@@ -207,7 +218,7 @@ def _bucket_reason(error: BaseException) -> str | None:
             return _NO_CREDENTIALS if "nonymous caller" in text else _STATUS[403]
         # As the clients of buckets raise them, without a code.
         if isinstance(error, FileNotFoundError):
-            return _REASONS[errno.ENOENT]
+            return _STATUS[404]
         if isinstance(error, FileExistsError):
             return _STATUS[412]
         if isinstance(error, TimeoutError):

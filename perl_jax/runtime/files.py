@@ -214,7 +214,7 @@ def remove(path: PathLike) -> None:
     with explained(path, "deleted"):
         try:
             if is_remote(path):
-                buckets.client().rm(os.fspath(path), recursive=True)
+                buckets.remove(path)
             elif os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:

@@ -92,6 +92,24 @@ def scratch_folder(target: PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_new(to: PathLike, marker: str) -> files.Path:
+    """Checks that `new_folder` can write a folder, before long work; returns its path.
+
+    Args:
+        to: The folder to make.
+        marker: The file whose presence shows that the folder is complete.
+
+    Raises:
+        UserError: `to` exists.
+        FileError: `to` cannot be written.
+    """
+    folder = files.path_of(to)
+    there = files.exists(folder / marker) if is_remote(folder) else os.path.lexists(folder)
+    require(not there, f"{folder} exists already; give --to a folder that does not.")
+    check_writable(folder / marker)
+    return folder
+
+
 @contextlib.contextmanager
 def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
     """Context manager that yields an empty folder on this host's disk; its content becomes the
@@ -114,7 +132,6 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
     if there:
         require_consent(f"{folder} exists already; give --to a folder that does not.", folder)
     if is_remote(folder):
-        check_writable(folder / marker)
         with tempfile.TemporaryDirectory(prefix="perl_jax_") as built:
             yield pathlib.Path(built)
             upload(pathlib.Path(built), folder, marker)

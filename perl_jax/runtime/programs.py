@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
+import functools
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,13 +14,15 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from perl_jax.errors import UserError
-from perl_jax.runtime import files, progress, trees
+from perl_jax.runtime import files, outputs, progress, trees
 
 # Largest number of padded lengths of a run's data.
 # SHAPES: largest number of argument shapes of a program that reads batches. Each length is padded
 # or packed in a few sizes, for a model with an adapter or without.
 LENGTHS = 16
 SHAPES = 8 * LENGTHS
+# The name by which it is tried whether a folder can be written.
+_PROBE = "probe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +58,42 @@ def use_compilation_cache(folder: str | None) -> None:
     Programs that took a second or more to compile are kept. The folder is created if it is missing.
 
     Args:
-        folder: Path or URL; None changes nothing.
+        folder: A folder on a disk or in a bucket. None keeps the folder that the environment
+            variable JAX_COMPILATION_CACHE_DIR names, if there is one: if programs cannot be written
+            there, that is printed once, and programs are still read from there.
 
-    Raises UserError if the folder cannot be created.
+    Raises:
+        UserError: `folder` cannot be written.
     """
     if folder is None:
+        _check_environments_cache()
         return
-    if "://" not in folder:
-        try:
-            files.make_folder(folder)
-        except OSError as error:
-            raise UserError(
-                f"compile_cache is {folder}, a folder that cannot be created: {error.strerror}."
-            ) from error
+    try:
+        path = outputs.check_writable(files.path_of(folder) / _PROBE).parent
+        files.make_folder(path)
+    except UserError as error:
+        raise UserError(f"compile_cache is {folder}: {error}") from error
     # JAX reads the setting once, at its first compilation, which may already have happened.
-    compilation_cache.set_cache_dir(os.path.expanduser(folder))
+    compilation_cache.set_cache_dir(str(path))
     compilation_cache.reset_cache()
+
+
+@functools.cache
+def _check_environments_cache() -> None:
+    """Prints one note if programs cannot be kept in the folder that the environment names.
+
+    JAX would warn at each program.
+    """
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if folder is None:
+        return
+    try:
+        outputs.check_writable(files.path_of(folder) / _PROBE)
+    except UserError as error:
+        print(
+            f"JAX_COMPILATION_CACHE_DIR: {error} Compiled programs are not kept.", file=sys.stderr
+        )
+        warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
 
 
 def release_freed_memory() -> None:

@@ -50,6 +50,7 @@ from perl_jax.evaluation.report.style import CSS
 from perl_jax.evaluation.report.summary import summary_paragraph
 from perl_jax.runtime import files
 from perl_jax.runtime.files import PathLike, path_of, write_atomically
+from perl_jax.runtime.outputs import check_writable
 from perl_jax.runtime.progress import duration
 
 __all__ = ["write_report"]
@@ -117,5 +118,7 @@ def write_report(run_dir: PathLike) -> files.Path:
     """
     folder = path_of(run_dir)
     path = folder / "report.html"
-    write_atomically(path, page(read_experiment(folder)))
+    experiment = read_experiment(folder)
+    check_writable(path)
+    write_atomically(path, page(experiment))
     return path
