@@ -76,13 +76,14 @@ FILE_METHODS = {
     *("read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "unlink", "rmdir"),
     *("rename", "rmtree", "iterdir", "glob", "rglob", "touch", "exists", "is_file", "is_dir"),
 }
-FILE_DOORS = {f"runtime/{name}.py" for name in ("files", "outputs", "scratch", "buckets", "faults")}
+FILE_DOORS = {
+    f"runtime/{name}.py" for name in ("files", "outputs", "copies", "scratch", "buckets", "faults")
+}
 # Files that may make such a call after all, and why.
 FILE_CALLS_ALLOWED: dict[str, set[str]] = {
     "cli/main.py": {"os.open"},  # standard output becomes the null device
     "runtime/platforms.py": {"glob.glob"},  # the devices of accelerators
     "data/store.py": {"pathlib.Path"},  # the cache of prepared rows, on this host's disk
-    "data/tasks.py": {"pathlib.Path", "is_file"},  # the Python file of a task
     "rewards/worker.py": {"os.open", "pathlib.Path"},  # the Python file of a reward
     "rewards/supervisor.py": {"os.listdir", "open"},  # what the system says of processes
     "runs/environment.py": {"Path"},  # the package's own folder

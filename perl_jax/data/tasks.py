@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
@@ -294,8 +293,8 @@ def _module(source: str) -> ModuleType:
     try:
         if not source.endswith(".py"):
             return importlib.import_module(source)
-        path = pathlib.Path(source).expanduser().resolve()
-        require(path.is_file(), f"there is no file {path}.")
+        path = files.local(source, "The file of a task").resolve()
+        require(files.is_file(path), f"there is no file {path}.")
         unique = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
         spec = importlib.util.spec_from_file_location(
             f"perl_jax_task_{path.stem}_{unique}",

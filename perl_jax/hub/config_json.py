@@ -222,7 +222,7 @@ def _rope(source: str, found: Mapping[str, Any]) -> Rope:
     return Rope(scaling=scalings[kind], **values)
 
 
-def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
+def read_config(folder: files.PathLike, **computing: Any) -> ModelConfig:
     """Returns the ModelConfig that a folder's `config.json` describes.
 
     Args:
@@ -233,7 +233,7 @@ def read_config(folder: pathlib.Path, **computing: Any) -> ModelConfig:
         UserError: The file is no JSON object, or a field is missing, unknown or has an unsupported
             value.
     """
-    path = folder / "config.json"
+    path = files.path_of(folder) / "config.json"
     return from_json(files.read_object(path), str(path), **computing)
 
 

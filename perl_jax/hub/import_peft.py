@@ -11,7 +11,7 @@ import tyro
 from perl_jax.errors import require
 from perl_jax.hub import artefacts, peft, verify
 from perl_jax.hub.model import TemplateOptions, load_model
-from perl_jax.runtime import files
+from perl_jax.runtime import copies, files, outputs
 from perl_jax.runtime.outputs import new_folder
 
 
@@ -40,8 +40,10 @@ def run_import(config: ImportConfig) -> files.Path:
     1. Raises UserError, and leaves nothing, if the folder exists, or the adapter is not supported
     or does not fit the base.
     """
-    folder = files.local(config.peft, "peft")
-    require(files.is_folder(folder), f"There is no folder {folder}.")
+    source = str(files.path_of(config.peft))
+    outputs.check_new(config.to, artefacts.RECORD)
+    folder = copies.local_copy(config.peft, ["*.json", "*.safetensors"])
+    require(files.is_folder(folder), f"There is no folder {source}.")
     with new_folder(config.to, artefacts.RECORD) as written:
         model = load_model(config)
         adapter, offset = peft.read_peft(folder, model.lm.config)
@@ -57,7 +59,7 @@ def run_import(config: ImportConfig) -> files.Path:
         artefacts.save_artefact(
             written,
             adapter,
-            model.record(role, adapter, metrics={"imported_from": str(folder)}, **values),
+            model.record(role, adapter, metrics={"imported_from": source}, **values),
         )
         again, _ = model.load_role(written, role)
         verify.require_same(

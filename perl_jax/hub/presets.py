@@ -147,7 +147,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 
 def model_config(model: str, **overrides: Any) -> ModelConfig:
-    """Returns the ModelConfig of a preset, or else of a local folder in Hugging Face's format.
+    """Returns the ModelConfig of a preset, or else of a folder in Hugging Face's format.
 
     Only `config.json` is read, so the folder needs no weights. A preset's name takes precedence
     over a folder of that name; write `./NAME` for the folder.
@@ -161,9 +161,9 @@ def model_config(model: str, **overrides: Any) -> ModelConfig:
     """
     if model in PRESETS:
         return preset(model, **overrides)
-    folder = files.local(model, "model")
+    folder = files.path_of(model)
     errors.require(
-        files.is_folder(folder),
+        files.exists(folder / "config.json"),
         f"model is {model!r}; it must be a folder with a config.json or one of "
         f"{', '.join(PRESETS)}.",
     )

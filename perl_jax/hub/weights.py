@@ -26,7 +26,8 @@ from perl_jax.errors import UserError, listed, require, shown
 from perl_jax.hub import config_json, naming
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files, trees
+from perl_jax.runtime import copies, files, trees
+from perl_jax.runtime.faults import reason
 from perl_jax.types import Tree
 
 # Weights are read from disk in pieces of at most so many bytes, but at least one row.
@@ -42,18 +43,21 @@ STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def find_model(model: str) -> pathlib.Path:
-    """Returns the local folder of a model: a folder as given, or a hub name downloaded by the hub
-    client.
+    """Returns the local folder of a model: a folder as given, a copy of a folder in a bucket, or a
+    hub name downloaded by the hub client.
 
-    A model that was downloaded before is found without a network.
+    A model of the hub that was downloaded before is found without a network.
 
     Args:
-        model: A folder, or a hub name, which may pin a revision (branch, tag or commit):
-            `owner/name@revision`.
+        model: A folder on a disk or in a bucket, or a hub name, which may pin a revision (branch,
+            tag or commit): `owner/name@revision`.
 
     Raises:
         UserError: There is no such model.
     """
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    if files.is_remote(model):
+        return copies.local_copy(model, [*patterns, "*.txt"])
     path = files.local(model, "model")
     if files.is_folder(path):
         return path
@@ -66,11 +70,15 @@ def find_model(model: str) -> pathlib.Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
         found = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
         return files.local(found, "model")
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and reason(error):
+            raise UserError(
+                f"{model} cannot be kept in the hub's cache: {error.filename or 'a file'} cannot "
+                f"be used: {reason(error)}. HF_HOME names another folder for the cache."
+            ) from error
         raise UserError(
             f"{model} is neither a local folder nor a model that the hub provides: "
             f"{_hub_reason(name, error)}"

@@ -273,7 +273,7 @@ class FunctionReward:
         )
         if source.endswith(".py"):
             require(
-                files.is_file(source),
+                files.is_file(files.local(source, "function.function")),
                 f"There is no file {source}, the source of a reward function.",
             )
         else:

@@ -19,6 +19,8 @@ from perl_jax.runtime.scratch import make_parents, remove_dead, remove_empty, sc
 
 # Bytes that a check of a target writes: a block, which a full disk has no room for.
 _BLOCK = 4096
+# The object that marks a new folder in a bucket as incomplete.
+_INCOMPLETE = ".incomplete"
 
 
 def check_writable(path: PathLike) -> files.Path:
@@ -100,11 +102,14 @@ def check_new(to: PathLike, marker: str) -> files.Path:
         marker: The file whose presence shows that the folder is complete.
 
     Raises:
-        UserError: `to` exists.
+        UserError: `to` exists. An upload that was stopped may be replaced.
         FileError: `to` cannot be written.
     """
     folder = files.path_of(to)
-    there = files.exists(folder / marker) if is_remote(folder) else os.path.lexists(folder)
+    if is_remote(folder):
+        there = files.exists(folder) and not files.exists(folder / _INCOMPLETE)
+    else:
+        there = os.path.lexists(folder)
     require(not there, f"{folder} exists already; give --to a folder that does not.")
     check_writable(folder / marker)
     return folder
@@ -116,8 +121,8 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
     folder `to` when the block ends.
 
     On a disk the folder is renamed, and appears complete or not at all. In a bucket its files are
-    uploaded, the marker last: a folder without the marker is incomplete, and is replaced. After an
-    error nothing is left. Missing parents of `to` are made.
+    uploaded, the marker last; what a stopped upload left is replaced. After an error in the block
+    nothing is left. Missing parents of `to` are made.
 
     Args:
         to: The folder to make.
@@ -134,7 +139,10 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
     if is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="perl_jax_") as built:
             yield pathlib.Path(built)
+            files.remove(folder)
+            files.write_bytes(folder / _INCOMPLETE, b"")
             upload(pathlib.Path(built), folder, marker)
+            files.remove(folder / _INCOMPLETE)
         return
     with scratch_folder(folder) as built:
         yield built
@@ -144,11 +152,34 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
             os.rename(built, files.absolute(folder))
 
 
-def upload(folder: pathlib.Path, to: PathLike, marker: str) -> None:
-    """Copies a folder of this host's disk into a bucket; replaces what is there.
+@contextlib.contextmanager
+def filled_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
+    """Context manager that yields a folder on this host's disk for files of the folder `to`; write
+    the marker last.
 
-    The marker is deleted first and copied last, so that it is there only while the copy is
-    complete.
+    On a disk it is `to` itself, which is made if it does not exist. In a bucket the files are
+    uploaded when the block ends, the marker last. Other files in `to` stay; its marker is deleted
+    first.
+
+    Args:
+        to: The folder.
+        marker: The file whose presence shows that the folder is complete.
+
+    Raises:
+        FileError: `to` cannot be written.
+    """
+    folder = files.path_of(to)
+    files.remove(folder / marker)
+    if not is_remote(folder):
+        yield pathlib.Path(files.make_folder(folder))
+        return
+    with tempfile.TemporaryDirectory(prefix="perl_jax_") as built:
+        yield pathlib.Path(built)
+        upload(pathlib.Path(built), folder, marker)
+
+
+def upload(folder: pathlib.Path, to: PathLike, marker: str) -> None:
+    """Copies the files of a folder on this host's disk into a bucket, the marker last.
 
     Args:
         folder: The folder.
@@ -159,9 +190,6 @@ def upload(folder: pathlib.Path, to: PathLike, marker: str) -> None:
         FileError: A file cannot be read or uploaded.
     """
     target = files.path_of(to)
-    files.remove(target / marker)
-    files.remove(target)
-    names = sorted(files.tree(folder), key=lambda name: (name == marker, name))
-    for name in names:
+    for name in sorted(files.tree(folder), key=lambda name: (name == marker, name)):
         with explained(target / name, "written"):
             buckets.client().put_file(os.fspath(folder / name), os.fspath(target / name))

@@ -24,6 +24,7 @@ from perl_jax.objectives import supervised
 from perl_jax.runs.folder import exist, is_finished, open_run
 from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files, hosts, sharding, trees
+from perl_jax.runtime.outputs import check_writable, filled_folder
 from perl_jax.runtime.programs import use_compilation_cache
 from perl_jax.runtime.seeds import random_key
 from perl_jax.training import cost
@@ -136,6 +137,8 @@ def train_base(config: BaseConfig) -> files.Path:
             f"{target} already holds a model that this run did not train; give another --model "
             "folder.",
         )
+    if hosts.is_writer():
+        check_writable(target / "config.json")
     dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
     use_compilation_cache(config.compile_cache)
     tokenizer = _tokenizer(config, task, dataset)
@@ -182,7 +185,6 @@ def _save(target: files.Path, shape: ModelConfig, weights, tokenizer: Tokenizer)
         weights: The weights of the base, on the host.
         tokenizer: The tokenizer.
     """
-    files.make_folder(target)
-    files.remove(target / "config.json")
-    tokenizer.save(target)
-    save_base(target, shape, weights, tokenizer.token_ids())
+    with filled_folder(target, "config.json") as folder:
+        tokenizer.save(folder)
+        save_base(folder, shape, weights, tokenizer.token_ids())

@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.runtime import buckets, faults, files, outputs, scratch
+from perl_jax.runtime import buckets, copies, faults, files, outputs, scratch
 
 # An address in the bucket of `tests.bucket` and its way of spelling it.
 BUCKET = "gs://bucket/a folder/[run]"
@@ -239,6 +239,9 @@ def test_an_upload_that_stopped_is_replaced(bucket):
     """Killed before the marker: what is there is no export, and the same command replaces it."""
     to = files.path_of(f"{BUCKET}/export")
     files.write_bytes(to / "stale", b"1")
+    with pytest.raises(UserError, match="export exists already"):
+        outputs.check_new(to, "last.json")
+    files.write_bytes(to / ".incomplete", b"")
     with outputs.new_folder(to, "last.json") as folder:
         files.write_json(folder / "last.json", 1)
         files.write_json(folder / "zz.json", 1)
@@ -311,3 +314,51 @@ def test_mistakes_of_programs_are_not_explained_as_faults():
     assert faults.sentence(mistake) is not None
     with pytest.raises(KeyError), faults.explained("/a", "read"):
         raise KeyError("name")
+
+
+def test_a_folder_in_a_bucket_is_copied_once_until_it_changes(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path))
+    source = files.path_of(BUCKET)
+    for name in ("config.json", "deep/b.json", "other.bin"):
+        files.write_bytes(source / name, name.encode())
+    first = copies.local_copy(BUCKET, ["*.json"])
+    assert files.tree(first) == {"config.json": 11, "deep/b.json": 11}
+    assert (first / "deep" / "b.json").read_text() == "deep/b.json"
+    bucket.chosen, bucket.failing = lambda method, path: "alt=media" in path, 1.0
+    assert copies.local_copy(BUCKET, ["*.json"]) == first
+    bucket.failing = 0.0
+    # Of the same size, so only the generation tells.
+    files.write_bytes(source / "config.json", b"changed.js")
+    files.write_bytes(source / "config.json", b"changed.jso")
+    second = copies.local_copy(BUCKET, ["*.json"])
+    assert second != first and (second / "config.json").read_text() == "changed.jso"
+    assert sorted(os.listdir(tmp_path / "copies")) == sorted([first.name, second.name])
+    assert copies.local_copy(str(tmp_path)) == tmp_path
+
+
+def test_a_copy_that_fails_leaves_nothing(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"There is no folder gs://bucket/.* with files"):
+        copies.local_copy(BUCKET, ["*.json"])
+    files.write_bytes(files.path_of(BUCKET) / "a.json", b"a")
+    bucket.chosen = lambda method, path: "alt=media" in path
+    bucket.failing, bucket.status = 1.0, 403
+    with pytest.raises(UserError, match=r"cannot be copied to this host's disk: .*no access"):
+        copies.local_copy(BUCKET)
+    assert os.listdir(tmp_path / "copies") == []
+    bucket.failing = 0.0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"a part of the path is a file.* PERL_JAX_CACHE names"):
+        copies.local_copy(BUCKET)
+
+
+def test_a_base_is_put_beside_what_is_there(place):
+    files.write_json(place / "run" / "a.json", 1)
+    files.write_json(place / "config.json", "old")
+    with outputs.filled_folder(place, "config.json") as folder:
+        files.write_json(folder / "weights.json", 1)
+        assert not files.exists(place / "config.json")
+        files.write_json(folder / "config.json", "new")
+    assert set(files.tree(place)) == {"run/a.json", "weights.json", "config.json"}
+    assert files.read_json(place / "config.json") == "new"
