@@ -100,7 +100,7 @@ def described(path: files.Path) -> str | None:
         return _described_run(path)
     content = {entry.name for entry in files.listing(path)}
     size = size_of(files.folder_bytes(path))
-    if content <= {artefacts.RECORD, "tree"}:
+    if content <= {artefacts.RECORD, *artefacts.TREES}:
         with contextlib.suppress(UserError):
             record = artefacts.read_record(path)
             return f"a {record.role} artefact of step {record.step}, {size}"

@@ -38,7 +38,7 @@ from perl_jax.runtime.storage import (
 
 RECORD = "artefact.json"
 # Names of the tree's folder. An artefact that replaces another one has the other's other name.
-_TREES = ("tree", "tree.2")
+TREES = ("tree", "tree.2")
 # What Orbax writes last into a tree; without it nothing of the tree can be read.
 _MANIFEST = "manifest.ocdbt"
 # Endings of the folders that earlier versions wrote beside an artefact, and left when killed.
@@ -183,7 +183,7 @@ def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
     """
     content = trees.digests(adapter)
     target = files.absolute(folder)
-    tree = _TREES[hosts.broadcast_flag(_tree_of(target) == _TREES[0])]
+    tree = TREES[hosts.broadcast_flag(_tree_of(target) == TREES[0])]
     if hosts.is_writer():
         files.make_folder(target)
         files.remove(target / tree)
@@ -201,7 +201,7 @@ def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
         )
         values = files.to_dict(dataclasses.replace(record, format=FORMAT))
         # Read by earlier versions too, if the tree has its first name.
-        named = {} if tree == _TREES[0] else {"tree": tree}
+        named = {} if tree == TREES[0] else {"tree": tree}
         files.write_json(
             target / RECORD, files.with_checksum({**values, **named, "digests": content})
         )
@@ -260,8 +260,8 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
         isinstance(content, dict) and all(isinstance(text, str) for text in content.values())
     )
     require(good, f"{path}.digests is {shown(content)}; it must be an object of texts.")
-    tree = values.pop("tree", _TREES[0])
-    require(tree in _TREES, f"{path} names the folder {tree!r} for its tree.")
+    tree = values.pop("tree", TREES[0])
+    require(tree in TREES, f"{path} names the folder {tree!r} for its tree.")
     return files.from_dict(Record, values, str(path)), content, tree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,15 +98,30 @@ def export_peft(model: Model, role: Any, to: files.PathLike) -> Exported:
     else:
         adapter, record = role.adapter, role.record
     with new_folder(to, _PEFT_MARKER) as folder:
-        _write_peft(folder, model, adapter, record)
-        classifier.read_back(folder, model.tokenizer)
-        with progress.activity("comparing what was written with the adapter"):
-            difference = verify.compare_peft(folder, model, adapter, record)
+        difference = _write_checked_peft(folder, model, adapter, record)
+    return _exported_peft(to, difference, model, adapter, record)
+
+
+def _write_checked_peft(
+    folder: pathlib.Path, model: Model, adapter: Adapter, record: Record
+) -> float:
+    """Writes a role as a PEFT adapter into a folder, reads it back, and returns the largest
+    difference of its outputs.
+    """
+    _write_peft(folder, model, adapter, record)
+    classifier.read_back(folder, model.tokenizer)
+    with progress.activity("comparing what was written with the adapter"):
+        return verify.compare_peft(folder, model, adapter, record)
+
+
+def _exported_peft(
+    to: files.PathLike, difference: float, model: Model, adapter: Adapter, record: Record
+) -> Exported:
+    """Returns the description of a PEFT adapter that was written."""
     notes = _loading_notes(model, adapter, record, "peft")
     return Exported(files.path_of(to), difference, "; ".join(notes))
 
 
-@progress.reported("export")
 def run_export(config: ExportConfig) -> Exported:
     """Writes an export, reads it back, compares its outputs with the role's, and returns an
     `Exported`.
@@ -119,10 +134,11 @@ def run_export(config: ExportConfig) -> Exported:
         "--weights is for merged exports; an adapter's own weights are float32.",
     )
     if config.format == "peft":
-        check_new(config.to, _PEFT_MARKER)
-        model = load_model(config)
-        adapter, record = model.load_role(config.adapter)
-        return export_peft(model, _Role(adapter, record), config.to)
+        with new_folder(config.to, _PEFT_MARKER) as folder:
+            model = load_model(config)
+            adapter, record = model.load_role(config.adapter)
+            difference = _write_checked_peft(folder, model, adapter, record)
+        return _exported_peft(config.to, difference, model, adapter, record)
     require(
         config.quantise.kind == "none",
         "A merged export is made from unquantised weights; leave --quantise.kind out.",
@@ -143,13 +159,6 @@ def run_export(config: ExportConfig) -> Exported:
     notes = [] if kept is None else [f"{kept:.1%} of the adapter's effect survived"]
     notes += _loading_notes(model, adapter, record, "merged")
     return Exported(files.path_of(config.to), difference, "; ".join(notes), kept)
-
-
-class _Role(NamedTuple):
-    """A role and its record."""
-
-    adapter: Adapter
-    record: Record
 
 
 def _loading_notes(model: Model, adapter: Adapter, record: Record, format: str) -> list[str]:

@@ -11,7 +11,7 @@ import tyro
 from perl_jax.errors import require
 from perl_jax.hub import artefacts, peft, verify
 from perl_jax.hub.model import TemplateOptions, load_model
-from perl_jax.runtime import copies, files, outputs
+from perl_jax.runtime import copies, files
 from perl_jax.runtime.outputs import new_folder
 
 
@@ -41,10 +41,9 @@ def run_import(config: ImportConfig) -> files.Path:
     or does not fit the base.
     """
     source = str(files.path_of(config.peft))
-    outputs.check_new(config.to, artefacts.RECORD)
-    folder = copies.local_copy(config.peft, ["*.json", "*.safetensors"])
-    require(files.is_folder(folder), f"There is no folder {source}.")
     with new_folder(config.to, artefacts.RECORD) as written:
+        folder = copies.local_copy(config.peft, ["*.json", "*.safetensors"])
+        require(files.is_folder(folder), f"There is no folder {source}.")
         model = load_model(config)
         adapter, offset = peft.read_peft(folder, model.lm.config)
         values: dict[str, Any] = {}

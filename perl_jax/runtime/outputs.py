@@ -94,27 +94,6 @@ def scratch_folder(target: PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_new(to: PathLike, marker: str) -> files.Path:
-    """Checks that `new_folder` can write a folder, before long work; returns its path.
-
-    Args:
-        to: The folder to make.
-        marker: The file whose presence shows that the folder is complete.
-
-    Raises:
-        UserError: `to` exists. An upload that was stopped may be replaced.
-        FileError: `to` cannot be written.
-    """
-    folder = files.path_of(to)
-    if is_remote(folder):
-        there = files.exists(folder) and not files.exists(folder / _INCOMPLETE)
-    else:
-        there = os.path.lexists(folder)
-    require(not there, f"{folder} exists already; give --to a folder that does not.")
-    check_writable(folder / marker)
-    return folder
-
-
 @contextlib.contextmanager
 def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
     """Context manager that yields an empty folder on this host's disk; its content becomes the
@@ -122,7 +101,8 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
 
     On a disk the folder is renamed, and appears complete or not at all. In a bucket its files are
     uploaded, the marker last; what a stopped upload left is replaced. After an error in the block
-    nothing is left. Missing parents of `to` are made.
+    nothing is left. Missing parents of `to` are made. Before the block it is checked that `to` can
+    be written, so long work belongs into the block.
 
     Args:
         to: The folder to make.
@@ -133,9 +113,13 @@ def new_folder(to: PathLike, marker: str) -> Iterator[pathlib.Path]:
         FileError: `to` cannot be written.
     """
     folder = files.path_of(to)
-    there = files.exists(folder / marker) if is_remote(folder) else os.path.lexists(folder)
+    if is_remote(folder):
+        there = files.exists(folder) and not files.exists(folder / _INCOMPLETE)
+    else:
+        there = os.path.lexists(folder)
     if there:
         require_consent(f"{folder} exists already; give --to a folder that does not.", folder)
+    check_writable(folder / marker)
     if is_remote(folder):
         with tempfile.TemporaryDirectory(prefix="perl_jax_") as built:
             yield pathlib.Path(built)

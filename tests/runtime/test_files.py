@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from perl_jax.errors import UserError
+from perl_jax.errors import Occupied, UserError
 from perl_jax.runtime import buckets, copies, faults, files, outputs, scratch
 
 # An address in the bucket of `tests.bucket` and its way of spelling it.
@@ -228,8 +228,8 @@ def test_a_new_folder_appears_whole_or_not_at_all(place, fails):
     assert files.tree(place) == ({} if fails else {f"made/export/{n}": s for n, s in WHOLE.items()})
     assert not fails or files.kind_of(place) is None
     if not fails:
-        with pytest.raises(UserError, match="exists already"):
-            outputs.check_new(to, "last.json")
+        with pytest.raises(Occupied, match="exists already"), outputs.new_folder(to, "last.json"):
+            raise AssertionError
 
 
 WHOLE = {"last.json": 2, "sub/data": 1}
@@ -239,8 +239,8 @@ def test_an_upload_that_stopped_is_replaced(bucket):
     """Killed before the marker: what is there is no export, and the same command replaces it."""
     to = files.path_of(f"{BUCKET}/export")
     files.write_bytes(to / "stale", b"1")
-    with pytest.raises(UserError, match="export exists already"):
-        outputs.check_new(to, "last.json")
+    with pytest.raises(Occupied, match="export exists"), outputs.new_folder(to, "last.json"):
+        raise AssertionError
     files.write_bytes(to / ".incomplete", b"")
     with outputs.new_folder(to, "last.json") as folder:
         files.write_json(folder / "last.json", 1)
@@ -280,7 +280,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
     with pytest.raises(faults.FileError, match="another/a cannot be written: there is no"):
         files.write_bytes(path, b"a")
     with pytest.raises(UserError, match="there is no such file, folder or bucket"):
-        outputs.check_new(path, "last.json")
+        outputs.check_writable(path)
 
 
 @pytest.mark.parametrize(
