@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from perl_jax.errors import UserError, require
-from perl_jax.evaluation.report.formats import size_of
 from perl_jax.hub import artefacts
 from perl_jax.hub.export import is_export
 from perl_jax.runs import folder as run_folder
 from perl_jax.runs.checkpoints import saved_steps
 from perl_jax.runtime import files, hosts
+from perl_jax.runtime.quantities import size_of
 from perl_jax.runtime.replacing import replacing
 
 FLAG, AGREED, ASK = "--overwrite", "yes", "ask"

@@ -17,7 +17,6 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data.dataset import Dataset
 from perl_jax.data.loading import load_batches, noted
 from perl_jax.data.pipeline import Batches, with_progress
-from perl_jax.hub.attention_path import say_attention
 from perl_jax.hub.model import Model
 from perl_jax.models.microbatches import summed_microbatches
 from perl_jax.runtime import sharding
@@ -28,6 +27,7 @@ from perl_jax.training import step
 from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.loop import Loop
 from perl_jax.training.optimizers import Optimizers, make_optimizer
+from perl_jax.training.start import say_start
 from perl_jax.training.state import TrainState, init_state
 from perl_jax.types import Tree
 
@@ -203,7 +203,7 @@ def supervised_loop(
     """Returns the loop that trains a role on a split of labelled rows, and the update's program.
 
     With a validation split, its rows are measured every `config.evaluate_every` steps, and the step
-    with the best `job.best` is kept. Prints which attention the job uses.
+    with the best `job.best` is kept. Prints a summary of the job (`start.say_start`).
 
     Args:
         model: The base and its mesh.
@@ -221,17 +221,19 @@ def supervised_loop(
     base = None if config.tuning == "full" else model.base
     step_of_job = functools.partial(advance, model, base, job, program)
     facts = noted(dataset, split, config.data, batches)
+    read = {split: batches}
     validate = best = None
     if "validation" in dataset.splits:
         best = job.best
         held_out = load_batches(model, dataset, "validation", config.data, size, None, parts)
         facts |= noted(dataset, "validation", config.data, held_out)
+        read["validation"] = held_out
         measure = held_out_program(model, config, job)
         rows = dataset.rows("validation")
         truth = None if job.truth is None else job.truth(rows, dataset.name, "validation")
         loss = lambda state: held_out_loss(model, job, measure, state, held_out)
         validate = lambda state: (job.validate(model, loss, state, held_out, truth), [])
-    say_attention(job.job, model.lm)
+    say_start(job.job, model, dataset, config, state, read)
     return Loop(job.job, step_of_job, iter(batches), validate, best, job.shown, facts), program
 
 

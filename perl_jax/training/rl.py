@@ -20,7 +20,6 @@ from perl_jax.data.dataset import Dataset, Row, of_rows
 from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.hub import artefacts
 from perl_jax.hub.artefacts import Record
-from perl_jax.hub.attention_path import say_attention
 from perl_jax.hub.model import Model
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
@@ -46,6 +45,7 @@ from perl_jax.training.rl_validation import (
     validate,
 )
 from perl_jax.training.roles import starting_role
+from perl_jax.training.start import say_start
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
 
 
@@ -222,7 +222,8 @@ def train_rl(
             sample=sample,
             show_samples=config.show_samples,
         )
-        say_attention("rl", model.lm)
+        read = {"train": batches} | ({} if held_out is None else {"validation": held_out[1]})
+        say_start("rl", model, dataset, config, state, read)
         state, timings, metrics = train(config, state, loop, run, on_step)
     number, measured = int(state.step), {}
     if hosts.is_writer():

@@ -498,6 +498,8 @@ def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp
         keep=2,
         tensorboard=False,
         wandb=False,
+        wandb_project=None,
+        wandb_name=None,
         profile=None,
         profiled=(),
     )
@@ -514,7 +516,7 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
         "load_batches",
         lambda model, dataset, split, data, size, seed, parts: (split, seed),
     )
-    for name in ("learn_program", "held_out_program", "say_attention"):
+    for name in ("learn_program", "held_out_program", "say_start"):
         monkeypatch.setattr(fit, name, lambda *_: None)
     monkeypatch.setattr(fit, "noted", lambda *_: {})
     validate = lambda model, loss, state, batches, truth: {"batches": batches, "truth": truth}
