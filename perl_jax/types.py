@@ -117,11 +117,14 @@ class Labelled:
         tokens: Prompts with their responses.
         label_B: A label in [0, 1] or a rating, float32.
         weight_B: Weight of each row in a loss, float32; 0 on filler rows.
+        mismatched: The same prompts with responses of other rows, which KTO reads. None: not
+            needed.
     """
 
     tokens: Tokens
     label_B: Array
     weight_B: Array
+    mismatched: Tokens | None = None
 
 
 @flax.struct.dataclass

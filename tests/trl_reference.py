@@ -196,6 +196,141 @@ def dpo(
     return _policy_gradient(trainer, logits_BTV, inputs, temperature=1.0)
 
 
+def kto(
+    logits_BTV: np.ndarray,
+    tokens_BT: np.ndarray,
+    mask_BT: np.ndarray,
+    ref_logp_BT: np.ndarray,
+    label_B: np.ndarray,
+    others: tuple[np.ndarray, np.ndarray, np.ndarray],
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> tuple[float, np.ndarray, float]:
+    """Loss and gradient in the logits of `KTOTrainer._compute_loss`, and its estimate of the KL.
+
+    others: tokens, mask and reference log-probabilities of the mismatched responses, whose logits
+    are the same.
+    """
+    torch, trl = modules()
+    _check(mask_BT)
+    config = trl.KTOConfig(
+        **CPU,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    trainer = _trainer(trl.KTOTrainer, config, calculate_KL=True, precompute_ref_logps=True)
+    other_BT, other_mask_BT, other_ref_BT = others
+    ones = lambda tokens_BT: torch.ones_like(_integers(tokens_BT))
+    inputs = {
+        "input_ids": _integers(tokens_BT),
+        "attention_mask": ones(tokens_BT),
+        "completion_mask": _integers(mask_BT),
+        "KL_input_ids": _integers(other_BT),
+        "KL_attention_mask": ones(other_BT),
+        "KL_completion_mask": _integers(other_mask_BT),
+        "label": torch.tensor(np.asarray(label_B) > 0.5),
+        "ref_logps": _inside(ref_logp_BT, mask_BT).sum(1),
+        "ref_KL_logps": _inside(other_ref_BT, other_mask_BT).sum(1),
+    }
+
+    def loss(logits_BTV: Any) -> Any:
+        trainer.model = GivenLogits(logits_BTV)
+        return trainer._compute_loss(trainer.model, inputs, False)
+
+    return *_differentiate(loss, logits_BTV), trainer._metrics["train"]["kl"][0]
+
+
+def orpo(
+    logits_BTV: np.ndarray, tokens_BT: np.ndarray, mask_BT: np.ndarray, *, beta: float
+) -> tuple[float, np.ndarray]:
+    """Loss and gradient in the logits of `ORPOTrainer.get_batch_loss_metrics`.
+
+    The first half of the rows is chosen, the second half rejected, pair by pair. TRL's
+    log-likelihood of the chosen rows covers prompts too, as a mean over all tokens.
+    """
+    torch, _ = modules()
+    _check(mask_BT)
+    experimental = pytest.importorskip("trl.experimental.orpo")
+    config = experimental.ORPOConfig(**CPU, beta=beta)
+    trainer = _trainer(experimental.ORPOTrainer, config, is_encoder_decoder=False)
+    tokens_BT, mask_BT = _integers(tokens_BT), _integers(mask_BT)
+    labels_BT = torch.where(mask_BT == 1, tokens_BT, -100)
+    batch = {"concatenated_input_ids": tokens_BT, "concatenated_labels": labels_BT}
+    batch["concatenated_attention_mask"] = torch.ones_like(tokens_BT)
+    trainer.concatenated_inputs = lambda *_, **__: batch
+    given = {"chosen_labels": labels_BT[: len(labels_BT) // 2]}
+
+    def loss(logits_BTV: Any) -> Any:
+        model = lambda *_, **__: types.SimpleNamespace(logits=logits_BTV)
+        return trainer.get_batch_loss_metrics(model, given)[0]
+
+    return _differentiate(loss, logits_BTV)
+
+
+def online_dpo(
+    logits_BTV: np.ndarray,
+    tokens_BT: np.ndarray,
+    mask_BT: np.ndarray,
+    ref_logits_BTV: np.ndarray,
+    reward_B: np.ndarray,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+) -> tuple[float, np.ndarray]:
+    """Loss and gradient in the logits of `OnlineDPOTrainer.training_step`, its generation and its
+    rewards replaced.
+
+    The first half of the rows are the first responses to each prompt, the second half the second
+    ones. Column 0 is the prompt.
+    """
+    torch, _ = modules()
+    _check(mask_BT)
+    experimental = pytest.importorskip("trl.experimental.online_dpo")
+    config = experimental.OnlineDPOConfig(**CPU, beta=[beta], loss_type=loss_type)
+    tokens_BT, mask_BT = _integers(tokens_BT), _integers(mask_BT)
+    prompt_mask = torch.ones_like(tokens_BT[:, :1])
+    generated = (tokens_BT[:, :1], prompt_mask, tokens_BT[:, 1:], mask_BT[:, 1:])
+    found = {}
+
+    class Model:
+        """A model of given logits."""
+
+        def __init__(self, logits: Any) -> None:
+            self.logits = logits
+
+        def train(self) -> None:
+            pass
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return types.SimpleNamespace(logits=self.logits)
+
+    trainer = _trainer(
+        experimental.OnlineDPOTrainer,
+        config,
+        ref_model=Model(torch.tensor(np.asarray(ref_logits_BTV))),
+        reward_funcs=[None],
+        eos_token_ids=[-1],
+        max_length=10_000,
+        processing_class=types.SimpleNamespace(
+            batch_decode=lambda ids, **_: [""] * len(ids), eos_token_id=-1
+        ),
+        stats=collections.defaultdict(list),
+        _beta=[beta],
+    )
+    trainer._generate = lambda *_: (*generated, None)
+    trainer._calculate_rewards_from_functions = lambda **_: torch.tensor(np.asarray(reward_B))
+    trainer.accelerator.backward = lambda loss, **_: found.setdefault("loss", loss)
+
+    def loss(logits_BTV: Any) -> Any:
+        trainer.training_step(Model(logits_BTV), {"prompt": [""] * (len(tokens_BT) // 2)})
+        return found["loss"]
+
+    return _differentiate(loss, logits_BTV)
+
+
 def reward(
     chosen_B: np.ndarray,
     rejected_B: np.ndarray,

@@ -44,7 +44,11 @@ OPTIONS = {
 FIRST: dict[str, dict[str, str]] = {
     "sft": {**_TRAINING, **_ADAPTER},
     "reward": {**_TRAINING, **_ADAPTER, "--objective": "pairwise, pointwise or regression"},
-    "dpo": {**_TRAINING, "--policy": "the policy artefact to start from", "--loss": "dpo or ipo"},
+    "dpo": {
+        **_TRAINING,
+        "--policy": "the policy artefact to start from",
+        "--loss": "dpo, ipo or orpo (comparisons), or kto (labels)",
+    },
     "rl": {
         **_MODEL,
         "--run": "the run's folder; the same command resumes it",

@@ -183,7 +183,7 @@ COMMANDS: dict[str, str] = {
     "sft": "fit a policy to demonstrations",
     "reward": "fit a reward model to comparisons, labels or ratings",
     "rl": "improve a policy against rewards, by any of the policy gradients",
-    "dpo": "fit a policy to comparisons without a reward model",
+    "dpo": "fit a policy to preferences without a reward model: DPO, IPO, KTO, ORPO",
     "best-of": "the best of N samples by a reward",
     "evaluate": "compare a policy with its baseline on held-out prompts",
     "generate": "continue a prompt",

@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from perl_jax.data.bucketing import FILLER
+from perl_jax.data.mismatched import MISMATCHED
 from perl_jax.data.tokenise import TokenRows, fill
 from perl_jax.types import Labelled, Layout, Pairs, Prompts, Tokens
 
@@ -43,7 +44,8 @@ def with_layout(batch: Batch, layout: Layout | None) -> Batch:
                 batch, chosen=packed(batch.chosen), rejected=packed(batch.rejected)
             )
         case Labelled():
-            return dataclasses.replace(batch, tokens=packed(batch.tokens))
+            other = None if batch.mismatched is None else packed(batch.mismatched)
+            return dataclasses.replace(batch, tokens=packed(batch.tokens), mismatched=other)
         case Prompts():
             return batch
 
@@ -144,11 +146,26 @@ def labelled(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) ->
     return Labelled(right_padded(rows, indices, columns, pad_id), values[indices] * real_B, real_B)
 
 
+def mismatched(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Labelled:
+    """Returns responses [B] with their labels, as `labelled` does, and with the same prompts before
+    responses of other rows.
+
+    Args:
+        rows: The tokenised rows, of the kind mismatched.
+        indices: Indices into the split, int [B]; `FILLER` makes a row of padding.
+        columns: The padded length of each response with its prompt, in tokens.
+        pad_id: The token id of padding.
+    """
+    others = right_padded(rows, indices, columns, pad_id, response=1)
+    return dataclasses.replace(labelled(rows, indices, columns, pad_id), mismatched=others)
+
+
 COLLATE = {
     "demonstrations": right_padded,
     "corpus": right_padded,
     "comparisons": pairs,
     "labels": labelled,
     "ratings": labelled,
+    MISMATCHED: mismatched,
     "prompts": left_padded,
 }

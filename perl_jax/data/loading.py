@@ -46,6 +46,7 @@ def load_batches(
     most: int | None = None,
     lengths: tuple[int, ...] | None = None,
     fitting: bool = False,
+    others: bool = False,
 ) -> Batches:
     """Returns the batches of a split; each process builds only its own part of them.
 
@@ -62,6 +63,7 @@ def load_batches(
         lengths: Padded lengths, so that programs compiled for them are used again; the longest row
             must fit into the last one. None: selected from the rows.
         fitting: Whether batches are smaller if all rows fit into one (`bucketing.fitting_batch`).
+        others: Whether each labelled row gets the response of another row as well.
 
     Raises:
         UserError: The split has no rows, a row cannot be encoded, or `Batches` refuses an argument.
@@ -83,6 +85,7 @@ def load_batches(
             seed=seed,
             epochs=None if seed is not None else 1,
             lengths=lengths,
+            others=others,
             share=share,
             packed=model.packs(config.packing),
             parts=model.row_parts,

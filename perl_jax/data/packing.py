@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from perl_jax.data.bucketing import FILLER, Plan, round_up
+from perl_jax.data.mismatched import MISMATCHED
 from perl_jax.data.tokenise import TokenRows
 from perl_jax.types import Layout
 
@@ -211,7 +212,13 @@ class Packer:
 
     @functools.cached_property
     def _tokens(self) -> np.ndarray:
-        """The number of tokens of each row of the split; the prompt of a pair counts once."""
+        """The number of tokens of each row of the split; the prompt of a pair counts once.
+
+        Of a mismatched row it is the number for the longer of its responses: each response is in a
+        batch of its own, and both batches have one layout.
+        """
+        if self.rows.kind == MISMATCHED:
+            return self.rows.lengths
         return self.rows.prompts.lengths + sum(response.lengths for response in self.rows.responses)
 
     def _capacity(self, rows: np.ndarray, columns: int) -> int | None:

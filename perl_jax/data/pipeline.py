@@ -27,6 +27,7 @@ from perl_jax.data.bucketing import (
 )
 from perl_jax.data.collate import Batch, collate, with_layout
 from perl_jax.data.config import DataConfig
+from perl_jax.data.mismatched import with_others
 from perl_jax.data.packing import Packer
 from perl_jax.data.store import OPEN
 from perl_jax.data.tokenise import Encoder, TokenRows, tokenise
@@ -276,6 +277,8 @@ def make_batches(
     encoder: Encoder,
     config: DataConfig,
     batch_size: int,
+    *,
+    others: bool = False,
     **how: Any,
 ) -> Batches:
     """Tokenises rows and returns their batches.
@@ -289,14 +292,18 @@ def make_batches(
         encoder: Turns texts into token ids.
         config: The largest lengths of prompts and responses, and the number of padded lengths.
         batch_size: Rows of a whole batch, over all processes.
+        others: Whether each labelled row gets the response of another row as well
+            (`mismatched.with_others`).
         how: Further arguments of `Batches`: at least `seed`.
 
     Raises:
         RowError: A row cannot be encoded.
-        UserError: `Batches` refuses an argument.
+        UserError: `Batches` refuses an argument, or `others` needs more rows.
     """
     rows = list(rows)
     tokens = tokenise(rows, kind, encoder, config.max_prompt_length, config.max_response_length)
+    if others:
+        tokens = with_others(tokens, [row["prompt"] for row in rows])
     columns = columns_digest(rows) if kind in OPEN else ""
     return Batches(tokens, config, batch_size, encoder.pad_id, columns=columns, **how)
 

@@ -100,9 +100,10 @@ class TokenRows:
     """The rows of a split as tokens.
 
     Attributes:
-        kind: The kind of the rows (`store.KINDS`).
+        kind: The kind of the rows (`store.KINDS`), or `mismatched.MISMATCHED`.
         prompts: The tokens that are in no loss; of corpus rows the first token, which is bos.
-        responses: One `Ragged`; two for comparisons (chosen, rejected); none for prompts.
+        responses: One `Ragged`; two for comparisons (chosen, rejected) and mismatched rows (own,
+            another row's); none for prompts.
         numbers: The columns of `store.NUMBERS` that the kind has, float32 [rows] each.
         truncated: How many texts were cut, by column: `prompts`, each name in `RESPONSES`, or
             `texts` of a corpus.

@@ -70,6 +70,7 @@ class PlanConfig:
         lora: The adapter's rank and targets.
         optimizer: The optimizer, whose state is part of the memory.
         algorithm: The algorithm of rl.
+        loss: The objective of dpo.
         batch: Demonstrations, comparisons or episodes per update, over all devices. For evaluate,
             best-of and score: rows at a time. For generate: continuations. export has no batch.
         microbatches: How many parts the batch is split into; they are computed one after the other.
@@ -94,6 +95,7 @@ class PlanConfig:
     lora: LoRAConfig = LoRAConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    loss: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
     batch: int = 128
     microbatches: int = 1
     prompt_length: int = 512
@@ -111,6 +113,7 @@ class PlanConfig:
         errors.require(fixed, "search tries meshes; leave mesh out, or search.")
         read = self.job == "rl" or self.algorithm == AlgorithmConfig()
         errors.require(read, f"algorithm.* is for the job rl; job is {self.job!r}: leave it out.")
+        errors.read_by("loss", self.loss, "dpo", f"the job {self.job}", ("the job dpo",))
         if self.tuning == "full" and self.job != "rl":
             errors.unread(self, ("adapters",), "tuning full", ("tuning lora", "rl"))
         if self.job in READING:
@@ -148,6 +151,8 @@ class PlanConfig:
         more: dict[str, Any] = (
             {"reward": ("-",), "algorithm": self.algorithm} if self.job == "rl" else {}
         )
+        if self.job == "dpo":
+            more = {"loss": self.loss}
         return JOBS[self.job](
             run="-",
             model=self.model,

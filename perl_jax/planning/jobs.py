@@ -6,6 +6,7 @@ runs. Only weights and rows are missing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -107,11 +108,10 @@ def _reward(model: Model, config: RewardCommand) -> Planned:
 
 
 def _dpo(model: Model, config: DPOCommand) -> Planned:
-    """Returns the plan of a DPO job."""
+    """Returns the plan of a job of preference training."""
     role = _role(model, config, head=False)
-    return _supervised(
-        model, config, dpo.job_of(config), {"policy": role}, {"reference": _resting(model, role)}
-    )
+    frozen = {"reference": _resting(model, role)} if config.objective.reference else None
+    return _supervised(model, config, dpo.job_of(config), {"policy": role}, frozen)
 
 
 def _supervised(
@@ -138,22 +138,14 @@ def _supervised(
     begin, state = starting.beginning(
         model, roles, optimizers, frozen or {}, None, loaded, base=config.tuning == "lora"
     )
-    rows = batch = rows_of(model, _batch(config, job.kind))
+    rows = batch = rows_of(model, _batch(config, job.kind, job.others))
     objective = functools.partial(job.objective, model.lm)
     program = fit.learn_program(model, config, objective, state, optimizers)
     base = _base(model, config)
     pieces, measures = [], []
     if isinstance(config, DPOConfig):
-        both, reference = jax.eval_shape(passes.interleaved_pairs, batch), state.frozen["reference"]
-        before = dpo.reference_program(model.lm, config.microbatches)
-        args = (
-            None if reference.weights is not None else model.base,
-            reference,
-            rows_of(model, both),
-        )
-        pieces.append(Piece(before, args, args[2]))
-        logp_BT = rows_of(model, jax.ShapeDtypeStruct(batch.chosen.tokens_BT.shape, jnp.float32))
-        batch = preference.Preferences(batch, logp_BT, logp_BT)
+        before, batch = _compared(model, config, state, batch)
+        pieces += before
         measures.append(
             Piece(
                 dpo.implicit_program(model, config),
@@ -186,6 +178,36 @@ def _supervised(
     return Planned(
         _resident(base, state), (*pieces, *measures, *_start(model, config, begin, state))
     )
+
+
+def _compared(
+    model: Model, config: DPOConfig, state: TrainState, batch: Pairs | Labelled
+) -> tuple[list[Piece], Tree]:
+    """Returns the programs that compare a batch with the reference, and the shapes of the batch
+    that the update reads.
+
+    Args:
+        model: The planned model.
+        config: The settings of preference training.
+        state: The state's shapes.
+        batch: The shapes of the rows.
+    """
+    if not config.objective.reference:
+        return [], batch
+    reference = state.frozen["reference"]
+    base = None if reference.weights is not None else model.base
+    rows, columns = (batch.chosen if isinstance(batch, Pairs) else batch.tokens).tokens_BT.shape
+    logp_BT = rows_of(model, jax.ShapeDtypeStruct((rows, columns), jnp.float32))
+    if isinstance(batch, Pairs):
+        both = rows_of(model, jax.eval_shape(passes.interleaved_pairs, batch))
+        program = dpo.reference_program(model.lm, config.microbatches)
+        piece = Piece(program, (base, reference, both), both)
+        return [piece], preference.Preferences(batch, logp_BT, logp_BT)
+    program = dpo.unpaired_program(model.lm, config.microbatches)
+    piece = Piece(program, (base, reference, state.roles["policy"], batch), batch)
+    kl_B = rows_of(model, jax.ShapeDtypeStruct((rows,), jnp.float32))
+    read = dataclasses.replace(batch, mismatched=None)
+    return [piece], preference.Unpaired(read, logp_BT, kl_B)
 
 
 def _start(model: Model, config: TrainingCommand, begin: Piece, state: TrainState) -> list[Piece]:
@@ -333,12 +355,13 @@ def _learning(
 # Shapes.
 
 
-def _batch(config: TrainingCommand, kind: str) -> Tree:
+def _batch(config: TrainingCommand, kind: str, others: bool = False) -> Tree:
     """Returns the shapes of a batch whose rows all have the largest length.
 
     Args:
         config: The job's config.
         kind: The kind of rows: demonstrations, comparisons or labels.
+        others: Whether labelled rows come with the responses of other rows.
     """
     rows, columns = (
         config.batch_size,
@@ -351,7 +374,7 @@ def _batch(config: TrainingCommand, kind: str) -> Tree:
     return (
         Pairs(tokens, tokens, number_B, number_B, number_B)
         if kind == "comparisons"
-        else Labelled(tokens, number_B, number_B)
+        else Labelled(tokens, number_B, number_B, tokens if others else None)
     )
 
 

@@ -16,14 +16,15 @@ from perl_jax.data.config import DataConfig
 from perl_jax.data.tasks import task_of
 from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, config_json, weights
+from perl_jax.objectives import preference
 from perl_jax.rewards import compose
 from perl_jax.runtime import files
 
-# The kind of rows that a job reads; that of a reward model depends on its objective.
+# The kind of rows that a job reads; that of a reward model depends on its objective, that of a dpo
+# job on its loss.
 _KINDS = {
     "base": "corpus",
     "sft": "demonstrations",
-    "dpo": "comparisons",
     "rl": "prompts",
     "evaluate": "prompts",
 }
@@ -123,6 +124,8 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _kind(job: str, config: Any) -> str:
     """Returns the kind of rows that a job reads, one of `data.store.KINDS`."""
+    if job == "dpo":
+        return preference.OBJECTIVES[config.loss].kind
     return _OBJECTIVES[config.objective] if job == "reward" else _KINDS[job]
 
 

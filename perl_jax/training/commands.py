@@ -94,8 +94,9 @@ class RewardCommand(TrainingCommand, RewardConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOCommand(PolicyCommand, DPOConfig):
-    """Fit a policy to comparisons directly, without a reward model; the reference is the policy
-    that training starts from.
+    """Fit a policy to preferences directly, without a reward model: by --loss dpo, ipo or orpo to
+    comparisons, by --loss kto to labelled responses. The reference is the policy that training
+    starts from; orpo has none.
     """
 
 
@@ -153,14 +154,16 @@ def run_reward(config: RewardCommand) -> files.Path:
 
 @holding(run_of_config)
 def run_dpo(config: DPOCommand) -> files.Path:
-    """Trains a policy on a task's comparisons; returns the folder of the policy artefact.
+    """Trains a policy on a task's comparisons or labels; returns the folder of the policy artefact.
 
     A finished run is left as it is.
     """
     run = open_run("dpo", config)
     if not is_finished(run, "policy", "evaluation.json"):
-        check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
-        rows = of_task(config.data, "comparisons", ("train", "validation", "test"), check)
+        kind, check = config.objective.kind, targets.both_classes
+        if kind == "comparisons":
+            check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
+        rows = of_task(config.data, kind, ("train", "validation", "test"), check)
         train_dpo(
             load_model(config),
             rows,

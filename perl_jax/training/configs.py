@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from perl_jax import errors
 from perl_jax.adapters.lora import TUNINGS, LoRAConfig
 from perl_jax.data.config import DataConfig
+from perl_jax.objectives.preference import OBJECTIVES, PreferenceObjective
 from perl_jax.training.optimizers import OptimizerConfig
 
 
@@ -158,44 +161,76 @@ class RewardConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainingConfig):
-    """Fit a policy to comparisons directly, without a reward model; the reference is the policy
-    that training starts from.
+    """Fit a policy to preferences directly, without a reward model: DPO, IPO or ORPO on
+    comparisons, KTO on labelled responses. The reference is the policy that training starts from.
 
     Attributes:
-        loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023).
+        loss: dpo (Rafailov et al. 2023), ipo (Azar et al. 2023) or orpo (Hong et al. 2024; no
+            reference), which read comparisons; kto (Ethayarajh et al. 2024), which reads labels.
         beta: How strongly the policy is kept near the reference; None: 0.5 for dpo (its paper's
             value for summaries: with 0.1 short, noisily labelled responses drift,
-            docs/log/algorithms.md), 0.1 for ipo.
+            docs/log/algorithms.md), 0.1 for ipo and kto.
         label_smoothing: Assumed share of comparisons whose label is wrong; dpo only.
         soft_labels: Use a comparison's probability as its label, where it is known; dpo only.
-        token_mean: Compare the mean log-ratio of a response's tokens instead of their sum.
+        token_mean: Compare the mean log-ratio of a response's tokens instead of their sum; dpo and
+            ipo only.
+        desirable_weight: Weight of the loss of responses with label 1; kto only.
+        undesirable_weight: Weight of the loss of responses with label 0; kto only.
+        odds_weight: Weight of the odds-ratio term; orpo only.
     """
 
-    loss: Literal["dpo", "ipo"] = "dpo"
+    loss: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
     beta: float | None = None
     label_smoothing: float = 0.0
     soft_labels: bool = False
     token_mean: bool = False
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    odds_weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        errors.one_of("loss", self.loss, ("dpo", "ipo"))
-        errors.positive("beta", self.strength)
-        smoothed = 0 <= self.label_smoothing < 0.5 and (
-            self.loss == "dpo" or self.label_smoothing == 0
-        )
+        errors.one_of("loss", self.loss, OBJECTIVES)
+        for field in ("desirable_weight", "undesirable_weight", "odds_weight"):
+            errors.positive(field, getattr(self, field))
         errors.require(
-            smoothed,
-            f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5) for dpo, and "
-            "be 0 for ipo.",
+            0 <= self.label_smoothing < 0.5,
+            f"label_smoothing is {self.label_smoothing!r}; it must lie in [0, 0.5).",
         )
-        errors.require(
-            self.loss == "dpo" or not self.soft_labels,
-            f"soft_labels are for the loss dpo; loss is {self.loss!r}.",
-        )
+        if self.beta is not None:
+            errors.positive("beta", self.beta)
+        for field, losses in READ_BY.items():
+            errors.read_by(
+                field, getattr(self, field), errors.default_of(DPOConfig, field), self.loss, losses
+            )
         self.check_headless("dpo")
 
     @property
+    def objective(self) -> PreferenceObjective:
+        """The entry of `loss` in the table of preference objectives."""
+        return OBJECTIVES[self.loss]
+
+    @property
     def strength(self) -> float:
-        """Returns beta; if it is None the default of the loss: 0.5 for dpo, 0.1 for ipo."""
-        return {"dpo": 0.5, "ipo": 0.1}[self.loss] if self.beta is None else self.beta
+        """Returns beta; if it is None the default of the loss.
+
+        Raises ValueError for a loss without a reference, which has no beta.
+        """
+        found = self.objective.beta if self.beta is None else self.beta
+        if found is None:
+            raise ValueError(f"{self.loss} has no reference and so no beta")
+        return found
+
+
+# The fields of `DPOConfig` that only some losses read -> these losses.
+READ_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "beta": tuple(name for name, entry in OBJECTIVES.items() if entry.reference),
+        "label_smoothing": ("dpo",),
+        "soft_labels": ("dpo",),
+        "token_mean": ("dpo", "ipo"),
+        "desirable_weight": ("kto",),
+        "undesirable_weight": ("kto",),
+        "odds_weight": ("orpo",),
+    }
+)

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy fitted to comparisons, near where it starts."""
+"""Preference training: a policy fitted to comparisons (DPO, IPO, ORPO) or labels (KTO) directly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
 
 from perl_jax.adapters.full import cast_frozen_role
@@ -22,12 +23,12 @@ from perl_jax.models import passes
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import preference
-from perl_jax.objectives.preference import Preferences
+from perl_jax.objectives.preference import Preferences, Unpaired
 from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, progress
+from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -38,7 +39,7 @@ from perl_jax.training.loop import OnStep, train
 from perl_jax.training.roles import starting_role
 from perl_jax.training.state import TrainState
 from perl_jax.training.trained import Trained, content_of, load_finished, open_library_run
-from perl_jax.types import Pairs
+from perl_jax.types import Array, Labelled, Pairs, Tree
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,26 +76,138 @@ def with_reference(microbatches: int, model: Model, state: TrainState, pairs: Pa
     return Preferences(pairs, *passes.split_pairs(logp_BT))
 
 
+@functools.lru_cache(maxsize=8)
+def unpaired_program(lm: LanguageModel, microbatches: int) -> Program:
+    """Returns the compiled program (base or None, reference, policy, labelled rows) ->
+    (reference_BT, kl_B), which KTO's update reads (`preference.Unpaired`).
+
+    The base is None in full tuning.
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of parts that a batch is computed in, one after the other.
+    """
+    return Program(
+        "reference",
+        functools.partial(compared, lm, microbatches),
+        out_shardings=sharding.batch_sharding(lm.mesh),
+        limit=SHAPES,
+    )
+
+
+def compared(
+    lm: LanguageModel,
+    microbatches: int,
+    base: Tree,
+    reference: Adapter,
+    policy: Adapter,
+    batch: Labelled,
+) -> tuple[Array, Array]:
+    """Returns the reference's log-probabilities of the responses [B, T], and KTO's KL on each row.
+
+    The KL is one number for the whole batch (`preference.mismatched_kl`), whatever the number of
+    microbatches and devices.
+
+    Args:
+        lm: The model's functions.
+        microbatches: Number of parts that the batch is computed in, one after the other.
+        base: The base's weights; None in full tuning.
+        reference: The reference.
+        policy: The policy.
+        batch: Labelled rows with mismatched responses.
+
+    Raises ValueError if the batch has no mismatched responses.
+    """
+    others = batch.mismatched
+    if others is None:
+        raise ValueError("KTO needs the responses of other rows")
+    logprobs = functools.partial(passes.logprobs_in_microbatches, lm, microbatches, base)
+    ratio_B = preference.response_log_ratio(
+        logprobs(policy, others), logprobs(reference, others), others.response_BT
+    )
+    kl = preference.mismatched_kl(ratio_B, batch.weight_B)
+    return logprobs(reference, batch.tokens), jnp.broadcast_to(kl, ratio_B.shape)
+
+
+def with_kl(microbatches: int, model: Model, state: TrainState, batch: Labelled) -> Unpaired:
+    """Returns labelled rows with the reference's log-probabilities and the batch's KL.
+
+    Args:
+        microbatches: Number of parts that a batch is computed in, one after the other.
+        model: The base and its mesh.
+        state: Has the trained role `policy` and the frozen role `reference`.
+        batch: The rows with mismatched responses, on the devices.
+    """
+    reference = state.frozen["reference"]
+    reference_BT, kl_B = unpaired_program(model.lm, microbatches)(
+        model.base if reference.weights is None else None,
+        reference,
+        state.roles["policy"],
+        batch,
+    )
+    return Unpaired(dataclasses.replace(batch, mismatched=None), reference_BT, kl_B)
+
+
 def job_of(config: DPOConfig) -> Supervised:
-    """Returns DPO as a supervised job, whose batches get the reference's log-probabilities."""
-    settings = {
-        "kind": config.loss,
-        "beta": config.strength,
-        "label_smoothing": config.label_smoothing,
-        "mean": config.token_mean,
-        "soft_labels": config.soft_labels,
-    }
-    objective = functools.partial(preference.preference_objective, **settings)
-    shown = ("train/loss", "train/accuracy", "validation/accuracy")
+    """Returns the supervised job of `config.loss`.
+
+    The batches of an objective with a reference get the reference's log-probabilities.
+    """
+    prepare = None
+    if config.loss == "kto":
+        objective = functools.partial(
+            preference.kto_objective,
+            beta=config.strength,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+        prepare = functools.partial(with_kl, config.microbatches)
+    elif config.loss == "orpo":
+        objective = functools.partial(preference.orpo_objective, odds_weight=config.odds_weight)
+    else:
+        objective = functools.partial(
+            preference.preference_objective,
+            kind=config.loss,
+            beta=config.strength,
+            label_smoothing=config.label_smoothing,
+            mean=config.token_mean,
+            soft_labels=config.soft_labels,
+        )
+        prepare = functools.partial(with_reference, config.microbatches)
     return Supervised(
         "dpo",
         "policy",
-        "comparisons",
+        config.objective.kind,
         objective,
         validate_policy,
         None,
-        shown,
-        functools.partial(with_reference, config.microbatches),
+        ("train/loss", "train/accuracy", "validation/accuracy"),
+        prepare,
+        others=config.loss == "kto",
+    )
+
+
+def said_balance(config: DPOConfig, labels: np.ndarray) -> str | None:
+    """Returns a sentence that advises weights for KTO's two classes; None if the weights fit.
+
+    They fit if w_D n_D / (w_U n_U) lies in [1, 4/3] for n_D desirable and n_U undesirable rows.
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), section 4.2.
+
+    Args:
+        config: Has the weights w_D and w_U.
+        labels: The labels of the training rows, of both classes; above 1/2 is desirable.
+    """
+    desirable = int((labels > 0.5).sum())
+    undesirable = len(labels) - desirable
+    share = config.desirable_weight * desirable / (config.undesirable_weight * undesirable)
+    # The weights that people give have few digits.
+    if 0.99 <= share <= 1.34:
+        return None
+    return (
+        f"{desirable} desirable and {undesirable} undesirable responses count as {share:.2f} to 1; "
+        "KTO's paper advises 1 to 1.33: set undesirable_weight to "
+        f"{config.undesirable_weight * share:.3g}, or desirable_weight to "
+        f"{config.desirable_weight / share:.3g}."
     )
 
 
@@ -111,14 +224,15 @@ def train_dpo(
     run: files.PathLike | Run | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Returns a policy trained on comparisons without a reward model (DPO or IPO).
+    """Returns a policy trained on preferences without a reward model (DPO, IPO, KTO or ORPO).
 
-    The reference is the policy that training starts from. With test rows, `Trained.evaluation`
-    holds the result of `evaluate_dpo`.
+    The reference is the policy that training starts from; ORPO has none. With test rows,
+    `Trained.evaluation` holds the result of `evaluate_dpo`.
 
     Args:
         model: The base (`load_model`).
-        rows: Rows with `prompt`, `chosen`, `rejected`, or an opened data set.
+        rows: Rows with `prompt`, `chosen`, `rejected`; for KTO rows with `prompt`, `response`,
+            `label`. Or an opened data set.
         config: Settings; None: the defaults.
         policy: A policy, or the folder of a policy artefact, to start from. None: the base.
         validation: Rows whose loss and accuracy are measured every `config.evaluate_every` steps.
@@ -136,18 +250,23 @@ def train_dpo(
         TrainingError: For NaN or infinity.
     """
     config = config or DPOConfig()
-    dataset = of_rows("comparisons", rows, validation, test)
+    job = job_of(config)
+    dataset = of_rows(job.kind, rows, validation, test)
+    if config.loss == "kto":
+        labels = targets.both_classes(dataset.rows("train"), dataset.name, "train")
+        if (advice := said_balance(config, labels)) and hosts.is_writer():
+            print(f"{dataset.name}, train: {advice}", flush=True)
     start = starting_role(model, config, policy, random_key(config.seed), frozen)
     depends_on = lambda start=start: {"the policy": content_of(start)}
     run = open_library_run("dpo", config, run, model, dataset, depends_on)
     if done := load_finished(run, model, "policy", "evaluation.json"):
         return done
     check_context(model, config.data)
-    job, model = job_of(config), model.relieved((start,))
-    state, optimizers = begin(
-        model, config, job, start, {"reference": cast_frozen_role(start, model.lm.config.dtype)}
-    )
-    del start, depends_on
+    model, frozen_roles = model.relieved((start,)), {}
+    if config.objective.reference:
+        frozen_roles["reference"] = cast_frozen_role(start, model.lm.config.dtype)
+    state, optimizers = begin(model, config, job, start, frozen_roles)
+    del start, frozen_roles, depends_on
     loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
     state, timings, metrics = train(config, state, loop, run, on_step)
     policy = state.roles["policy"]
@@ -155,7 +274,7 @@ def train_dpo(
     if "test" in dataset.splits:
         results = evaluate_dpo(model, dataset, config, job, state)
         progress.say(shown.test_text("dpo", results))
-        measured = {"pairwise_accuracy": results["pairwise_accuracy"]["value"]}
+        measured = {name: found["value"] for name, found in results.items() if name != "data"}
     record = model.record("policy", policy, step=int(state.step), metrics=measured)
     if run is None:
         return Trained(policy, record, metrics, results)
@@ -169,37 +288,56 @@ def train_dpo(
 def evaluate_dpo(
     model: Model, dataset: Dataset, config: DPOConfig, job: Supervised, state: TrainState
 ) -> dict:
-    """Measures how often the implicit reward, beta log(pi / pi_ref), orders the test comparisons.
+    """Measures how well the implicit reward orders the test rows.
 
-    Returns {"pairwise_accuracy": the fields of an `Estimate`, "data": facts about the rows}.
-    Comparisons of equal responses do not count, and those with equal rewards count half.
+    The implicit reward is beta log(pi / pi_ref); without a reference it is the mean log-probability
+    of the response's tokens.
+
+    Returns JSON values. "data": facts about the rows. "pairwise_accuracy", for comparisons: the
+    share of pairs in which the chosen response has the higher reward. Comparisons of equal
+    responses do not count, and those with equal rewards count half. "auc", for labels: the area
+    under the ROC curve of the reward. Both have the fields of an `Estimate`.
 
     Args:
         model: The base and its mesh.
         dataset: Has the split `test`.
-        config: Settings of DPO.
+        config: Settings of the job.
         job: Prepares the batches (`job_of`).
-        state: Has the trained role `policy` and the frozen role `reference`.
+        state: Has the trained role `policy` and, for an objective with a reference, the frozen role
+            `reference`.
     """
     rows = dataset.rows("test")
     batches = load_batches(
-        model, dataset, "test", config.data, config.batch_size, None, config.microbatches
+        model,
+        dataset,
+        "test",
+        config.data,
+        config.batch_size,
+        None,
+        config.microbatches,
+        others=job.others,
     )
     facts = noted(dataset, "test", config.data, batches)
     program = implicit_program(model, config)
     base = model.base if state.roles["policy"].weights is None else None
-    order, chosen, rejected = [], [], []
-    for index, batch in enumerate(with_progress(batches, "evaluating", "pairs")):
+    scale = config.strength if config.objective.reference else 1.0
+    order, found = [], []
+    unit = "pairs" if job.kind == "comparisons" else "rows"
+    for index, batch in enumerate(with_progress(batches, "evaluating", unit)):
         real_B = batches.rows_of(index) >= 0
         order += batches.rows_of(index)[real_B].tolist()
-        chosen_B, rejected_B = to_host(
-            program(base, state.roles["policy"], job.ready(model, state, batch))
-        )
-        chosen += (config.strength * chosen_B[real_B]).tolist()
-        rejected += (config.strength * rejected_B[real_B]).tolist()
+        sides = to_host(program(base, state.roles["policy"], job.ready(model, state, batch)))
+        found.append([scale * side_B[real_B] for side_B in sides])
+    rewards = [np.concatenate(side).astype(np.float64) for side in zip(*found, strict=True)]
+    groups = [group_of(rows[row]) for row in order]
+    if job.kind == "labels":
+        labels = targets.both_classes(rows, dataset.name, "test")[order]
+        auc = statistics.auc_estimate(rewards[0], labels > 0.5, groups)
+        return {"auc": dataclasses.asdict(auc), "data": facts}
     weights = targets.differing_weights(rows, dataset.name, "test", batches)[order]
     counted = weights > 0
-    groups = [group_of(rows[row]) for row, counts in zip(order, counted, strict=True) if counts]
+    chosen, rejected = rewards
+    groups = [group for group, counts in zip(groups, counted, strict=True) if counts]
     accuracy = statistics.pairwise_accuracy(
         np.asarray(chosen)[counted], np.asarray(rejected)[counted], weights[counted], groups
     )
@@ -207,10 +345,11 @@ def evaluate_dpo(
 
 
 def implicit_program(model: Model, config: DPOConfig) -> Program:
-    """Returns the compiled program (base or None, policy, preferences) -> (chosen_B, rejected_B).
+    """Returns the compiled program (base or None, policy, prepared batch) -> log-ratios.
 
-    The two arrays hold log(pi / pi_ref) of the chosen and the rejected responses: the sum over a
-    response's tokens, or their mean with `config.token_mean`.
+    The result is (chosen_B, rejected_B) for comparisons and (ratio_B,) for labels. They hold
+    log(pi / pi_ref) of the responses: the sum over a response's tokens, or their mean with
+    `config.token_mean`. Without a reference they hold the mean of log pi.
     """
     return Program(
         "implicit",
@@ -220,9 +359,14 @@ def implicit_program(model: Model, config: DPOConfig) -> Program:
 
 
 def _implicit(
-    lm: LanguageModel, mean: bool, microbatches: int, base, policy, batch: Preferences
-) -> tuple:
-    """Returns log(pi / pi_ref) of the chosen and the rejected responses, (chosen_B, rejected_B).
+    lm: LanguageModel,
+    mean: bool,
+    microbatches: int,
+    base: Tree,
+    policy: Adapter,
+    batch: Preferences | Pairs | Unpaired,
+) -> tuple[Array, ...]:
+    """Returns log-ratios of responses, as `implicit_program` does.
 
     Args:
         lm: The model's functions.
@@ -230,12 +374,20 @@ def _implicit(
         microbatches: Number of parts that the batch is computed in, one after the other.
         base: The base's weights; None in full tuning.
         policy: The policy.
-        batch: Comparisons with the reference's log-probabilities.
+        batch: The batch that the objective reads.
     """
 
-    def of_rows(part: Preferences) -> tuple:
-        both = passes.interleaved_pairs(part.pairs)
+    def of_rows(part: Preferences | Pairs | Unpaired) -> tuple[Array, ...]:
+        if isinstance(part, Unpaired):
+            tokens = part.labelled.tokens
+            logp_BT = passes.sequence_logprobs(lm, base, policy, tokens)
+            return (
+                preference.response_log_ratio(logp_BT, part.reference_BT, tokens.response_BT, mean),
+            )
+        both = passes.interleaved_pairs(part if isinstance(part, Pairs) else part.pairs)
         logp_BT = passes.sequence_logprobs(lm, base, policy, both)
+        if isinstance(part, Pairs):
+            return passes.split_pairs(preference.mean_logprob(logp_BT, both.response_BT))
         return passes.split_pairs(
             preference.response_log_ratio(logp_BT, part.reference_BT, both.response_BT, mean)
         )

@@ -145,6 +145,8 @@ class Supervised:
             is.
         truth: (rows, name of the data set, split) -> an array [rows] that `validate` compares
             scores with; None: there is no such array.
+        others: Whether each labelled row comes with the response of another row
+            (`data.mismatched`).
     """
 
     job: str
@@ -156,6 +158,7 @@ class Supervised:
     shown: tuple[str, ...]
     prepare: Callable[[Model, TrainState, Tree], Tree] | None = None
     truth: Callable[[Any, str, str], np.ndarray] | None = None
+    others: bool = False
 
     def ready(self, model: Model, state: TrainState, batch: Tree) -> Tree:
         """Returns a batch on the mesh's devices, in the form that the objective reads."""
@@ -215,7 +218,7 @@ def supervised_loop(
         optimizers: One for each trained role, by name.
     """
     seed, size, parts = config.seed, config.batch_size, config.microbatches
-    batches = load_batches(model, dataset, split, config.data, size, seed, parts)
+    batches = load_batches(model, dataset, split, config.data, size, seed, parts, others=job.others)
     objective = functools.partial(job.objective, model.lm)
     program = learn_program(model, config, objective, state, optimizers)
     base = None if config.tuning == "full" else model.base
@@ -225,7 +228,9 @@ def supervised_loop(
     validate = best = None
     if "validation" in dataset.splits:
         best = job.best
-        held_out = load_batches(model, dataset, "validation", config.data, size, None, parts)
+        held_out = load_batches(
+            model, dataset, "validation", config.data, size, None, parts, others=job.others
+        )
         facts |= noted(dataset, "validation", config.data, held_out)
         read["validation"] = held_out
         measure = held_out_program(model, config, job)
@@ -326,9 +331,9 @@ def held_out_loss(
 def validate_policy(
     model: Model, held_out: HeldOut, state: TrainState, batches: Batches, truth: None
 ) -> dict[str, float]:
-    """Returns `validation/loss` and, for comparisons, `validation/accuracy`.
+    """Returns `validation/loss` and, for preference objectives, `validation/accuracy`.
 
-    The accuracy is the share of pairs whose chosen response has the higher implicit reward.
+    The accuracy is the mean of the objective's `train/accuracy` over the held-out rows.
 
     Args:
         model: Not read.

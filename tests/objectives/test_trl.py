@@ -385,6 +385,75 @@ def test_conservative_dpo_is_dpo_of_pairs_and_of_swapped_pairs():
     assert_close(gradient_BTV, (1 - smoothing) * right_BTV + smoothing * swap(wrong_BTV))
 
 
+@pytest.mark.parametrize("far", [1.0, -1.0], ids=["KL above 0", "KL cut at 0"])
+def test_kto(far):
+    # Each row's mismatched response is another row's, under the same logits.
+    given = make_batch()
+    rng = np.random.default_rng(3)
+    label_B = np.array([1, 0, 0, 1, 1, 0, 1, 1], np.float32)
+    other_BT, mask_BT = np.roll(given.tokens_BT, 1, axis=0), np.roll(given.mask_BT, 1, axis=0)
+    logp_BT = trl_reference.logprobs(given.logits_BTV, other_BT)
+    reference_BT = np.where(mask_BT, logp_BT - far * rng.random(logp_BT.shape), np.nan)
+    settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.8}
+    expected, expected_BTV, expected_kl = trl_reference.kto(
+        given.logits_BTV,
+        given.tokens_BT,
+        given.mask_BT,
+        given.ref_BT,
+        label_B,
+        (other_BT, mask_BT, reference_BT),
+        **settings,
+    )
+    assert (expected_kl > 0.5) == (far > 0)
+    weight_B = np.ones(len(label_B), np.float32)
+
+    def loss(logits_BTV):
+        ratio_B = preference.response_log_ratio(
+            next_token_logprobs(logits_BTV, other_BT), reference_BT, mask_BT
+        )
+        kl = preference.mismatched_kl(ratio_B, weight_B)
+        assert float(kl) == pytest.approx(expected_kl, rel=1e-5)
+        ratio_B = preference.response_log_ratio(
+            next_token_logprobs(logits_BTV, given.tokens_BT), given.ref_BT, given.mask_BT
+        )
+        kl_B = jnp.full(len(label_B), kl)
+        return preference.kto(ratio_B, label_B, kl_B, weight_B, **settings).mean
+
+    # The KL is read off while the loss is traced: from given logits, without a gradient.
+    value = loss(given.logits_BTV)
+    assert_close(value, expected)
+    kl = jnp.full(len(label_B), expected_kl, jnp.float32)
+
+    def with_kl(logits_BTV):
+        ratio_B = preference.response_log_ratio(
+            next_token_logprobs(logits_BTV, given.tokens_BT), given.ref_BT, given.mask_BT
+        )
+        return preference.kto(ratio_B, label_B, kl, weight_B, **settings).mean
+
+    assert_close(differentiate(with_kl, given.logits_BTV)[1], expected_BTV)
+
+
+def test_orpo():
+    # TRL's likelihood is a mean over all tokens of prompts and responses: here all chosen rows have
+    # ten tokens of response, and no prompt but column 0.
+    given, beta = make_batch(), 0.4
+    mask_BT = given.mask_BT.copy()
+    mask_BT[: len(mask_BT) // 2, 1:] = True
+    expected, expected_BTV = trl_reference.orpo(
+        given.logits_BTV, given.tokens_BT, mask_BT, beta=beta
+    )
+
+    def loss(logits_BTV):
+        logp_BT = next_token_logprobs(logits_BTV, given.tokens_BT)
+        chosen_B, rejected_B = jnp.split(preference.mean_logprob(logp_BT, mask_BT), 2)
+        weight_B = jnp.ones(chosen_B.shape)
+        return preference.orpo(chosen_B, rejected_B, weight_B, odds_weight=beta)[0].mean
+
+    value, gradient_BTV = differentiate(loss, given.logits_BTV)
+    assert_close(value, expected)
+    assert_close(gradient_BTV, expected_BTV)
+
+
 def our_reward_loss(
     chosen_B: jax.Array, rejected_B: jax.Array, **options: np.ndarray | float
 ) -> jax.Array:

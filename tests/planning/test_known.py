@@ -55,6 +55,8 @@ def plans_of(command: str) -> Iterator[Planned]:
             {"algorithm": AlgorithmConfig("ppo", minibatches=2)},
             {"algorithm": AlgorithmConfig("remax")},
         ]
+    if command == "dpo":
+        settings += [{"loss": "kto"}, {"loss": "orpo"}, {"loss": "kto", "tuning": "full"}]
     for fields in settings:
         config = PlanConfig(
             job=command,
