@@ -269,6 +269,25 @@ def group_advantages(
     return deviation_PG / divisor_P[:, None]
 
 
+def best_and_worst(returns_PG: Array) -> jax.Array:
+    """Returns [P, G]: 1 for the prompt's best sample, -1 for its worst, 0 for the others.
+
+    Of equal samples the first counts. A prompt whose samples are all equal has no preference and
+    gives 0 for all of them. Source: Guo et al. 2024 (arXiv 2402.04792), online DPO, where G = 2.
+
+    Args:
+        returns_PG: Return of each sample.
+
+    Raises ValueError for G = 1.
+    """
+    samples = _samples(returns_PG)
+    one_hot = lambda index_P: jnp.arange(samples)[None, :] == index_P[:, None]
+    best_PG = one_hot(jnp.argmax(returns_PG, axis=1))
+    worst_PG = one_hot(jnp.argmin(returns_PG, axis=1))
+    # For equal returns best and worst are one sample.
+    return best_PG.astype(jnp.float32) - worst_PG.astype(jnp.float32)
+
+
 def _samples(returns_PG: Array) -> int:
     """Returns G, the number of samples per prompt; raises ValueError if G < 2."""
     chex.assert_rank(returns_PG, 2)

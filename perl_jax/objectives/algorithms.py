@@ -8,6 +8,10 @@ policy is still the one that sampled, every ratio is 1 and every algorithm has t
 
 so the algorithms differ in A alone. R - b has the exact policy gradient in expectation if the
 baseline b depends on the prompt only. Comments in the table say which algorithms are biased.
+
+The last entries are no policy gradients: they fit the policy to comparisons of its own samples.
+Their advantage only says which sample of a prompt is preferred to which; their loss is
+`perl_jax.objectives.pairs.pair_loss`.
 """
 
 from __future__ import annotations
@@ -28,7 +32,16 @@ from perl_jax.objectives.losses import LossSum
 from perl_jax.runtime.masked import masked_mean, masked_whiten
 from perl_jax.types import Array
 
-ADVANTAGES = ("critic", "gae", "batch-mean", "leave-one-out", "greedy", "group", "group-std")
+ADVANTAGES = (
+    "critic",
+    "gae",
+    "batch-mean",
+    "leave-one-out",
+    "greedy",
+    "group",
+    "group-std",
+    "best-worst",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +56,9 @@ class Algorithm:
         normalise: Default reduction over tokens, one of `losses.NORMALISERS`.
         kl: Default place of the KL to the reference: in the reward or in the loss.
         whiten: Whether advantages are whitened over the batch by default.
+        pairs: The loss of two samples of a prompt, "dpo" or "ipo" (`losses.preference`), for an
+            algorithm that compares its samples with each other. None: the algorithm is a policy
+            gradient.
     """
 
     advantage: str | Callable[[Array], Array]
@@ -50,6 +66,7 @@ class Algorithm:
     normalise: str
     kl: Literal["reward", "loss"]
     whiten: bool = False
+    pairs: Literal["dpo", "ipo"] | None = None
 
     @property
     def critic(self) -> bool:
@@ -59,7 +76,8 @@ class Algorithm:
     @property
     def grouped(self) -> bool:
         """Whether the algorithm compares the samples of a prompt and so needs 2 or more of them."""
-        return callable(self.advantage) or self.advantage in ("leave-one-out", "group", "group-std")
+        grouped = ("leave-one-out", "group", "group-std", "best-worst")
+        return callable(self.advantage) or self.advantage in grouped
 
     @property
     def greedy(self) -> bool:
@@ -87,6 +105,11 @@ _ENTRIES: dict[str, Algorithm] = {
     # Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438). The KL in each token's
     # reward and the whitened advantages follow Ziegler et al. 2019 (arXiv 1909.08593).
     "ppo": Algorithm("gae", "token", "token", "reward", whiten=True),
+    # Guo et al. 2024 (arXiv 2402.04792): DPO or IPO of the prompt's best sample against its worst;
+    # beta is the KL's coefficient. Departure from the paper: rewards decide instead of a prompted
+    # model, and a prompt with equal rewards counts nothing.
+    "online-dpo": Algorithm("best-worst", None, "sequence", "loss", pairs="dpo"),
+    "online-ipo": Algorithm("best-worst", None, "sequence", "loss", pairs="ipo"),
 }
 # The values of `AlgorithmConfig.name`; `register_algorithm` adds to them.
 ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(_ENTRIES)
@@ -111,6 +134,11 @@ def register_algorithm(name: str, algorithm: Algorithm) -> None:
     errors.one_of("ratio", algorithm.ratio, (None, *ratios.RATIOS))
     errors.one_of("normalise", algorithm.normalise, losses.NORMALISERS)
     errors.one_of("kl", algorithm.kl, ("reward", "loss"))
+    errors.one_of("pairs", algorithm.pairs, (None, "dpo", "ipo"))
+    require(
+        algorithm.pairs is None or algorithm.kl == "loss",
+        f"kl is {algorithm.kl!r}; an algorithm with pairs has its KL in the loss.",
+    )
     _ENTRIES[name] = algorithm
 
 
@@ -120,7 +148,9 @@ READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
     {
         "algorithm.clip": lambda rule: rule.ratio is not None,
         "algorithm.clip_high": lambda rule: rule.ratio is not None,
-        "algorithm.max_ratio": lambda rule: rule.ratio is None,
+        "algorithm.max_ratio": lambda rule: rule.ratio is None and rule.pairs is None,
+        "algorithm.normalise": lambda rule: rule.pairs is None,
+        "algorithm.whiten": lambda rule: rule.pairs is None,
         "algorithm.std_epsilon": lambda rule: rule.advantage == "group-std",
         "algorithm.gamma": lambda rule: rule.advantage == "gae",
         "algorithm.gae_lambda": lambda rule: rule.advantage == "gae",
@@ -128,6 +158,8 @@ READ: Mapping[str, Callable[[Algorithm], bool]] = MappingProxyType(
         "value_head": lambda rule: rule.critic,
         "value_learning_rate": lambda rule: rule.critic,
         "optimizer.head_learning_rate": lambda rule: rule.critic,
+        "kl.place": lambda rule: rule.pairs is None,
+        "kl.estimator": lambda rule: rule.pairs is None,
     }
 )
 
@@ -152,14 +184,15 @@ def check_read(option: str, value: Any, default: Any, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    """The policy-gradient algorithm, and how many updates each batch of rollouts gives.
+    """The RL algorithm, and how many updates each batch of rollouts gives.
 
     Setting an option that the algorithm does not read (see READ) is an error.
 
     Attributes:
-        name: reinforce (PERL's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo.
-        samples: Responses per prompt; None: 4 for algorithms that compare a prompt's samples, else
-            1.
+        name: reinforce (PERL's), reinforce-mean, rloo, remax, grpo, dr-grpo, gspo or ppo; or
+            online-dpo or online-ipo, which fit the policy to comparisons of its own samples.
+        samples: Responses per prompt; None: 4 for algorithms that compare a prompt's samples, 2 for
+            online-dpo and online-ipo, else 1.
         epochs: Passes over each batch of rollouts.
         minibatches: Updates per pass, each on its own part of the rollouts.
         clip: Ratios are clipped to [1 - clip, 1 + clip].
@@ -176,7 +209,16 @@ class AlgorithmConfig:
     """
 
     name: Literal[
-        "reinforce", "reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo", "ppo"
+        "reinforce",
+        "reinforce-mean",
+        "rloo",
+        "remax",
+        "grpo",
+        "dr-grpo",
+        "gspo",
+        "ppo",
+        "online-dpo",
+        "online-ipo",
     ] = "reinforce"
     samples: int | None = None
     epochs: int = 1
@@ -245,7 +287,9 @@ class AlgorithmConfig:
     @property
     def group(self) -> int:
         """G, the number of responses per prompt."""
-        return (4 if self.rule.grouped else 1) if self.samples is None else self.samples
+        if self.samples is not None:
+            return self.samples
+        return 2 if self.rule.pairs else 4 if self.rule.grouped else 1
 
     @property
     def reduction(self) -> str:
@@ -336,6 +380,8 @@ def compute_advantages(
         advantage_B = (return_PG - outcomes.greedy_P[:, None]).reshape(-1)
     elif kind == "leave-one-out":
         advantage_B = advantages.leave_one_out(return_PG).reshape(-1)
+    elif kind == "best-worst":
+        advantage_B = advantages.best_and_worst(return_PG).reshape(-1)
     else:
         advantage_B = advantages.group_advantages(
             return_PG, normalise_std=kind == "group-std", epsilon=config.std_epsilon

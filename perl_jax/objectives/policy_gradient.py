@@ -1,4 +1,4 @@
-"""The policy-gradient objective: losses of policy and value model on scored rollouts."""
+"""The objective of RL: losses of policy and value model on scored rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from perl_jax.adapters.lora import Adapter
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.models.passes import logprobs_and_entropy, values
-from perl_jax.objectives import algorithms, losses, ratios
+from perl_jax.objectives import algorithms, losses, pairs, ratios
 from perl_jax.objectives.algorithms import AlgorithmConfig
 from perl_jax.objectives.losses import Logs, LossSum
 from perl_jax.runtime.masked import masked_sum
@@ -29,8 +29,10 @@ class Experience:
         advantage_BT: Advantage of each token. None: the update computes it from its value model.
         target_BT: What the value model is fitted to. None: no value model.
         old_value_BT: Values at sampling time. None: the value loss is not clipped.
-        reference_BT: Log-probabilities under the reference. None: no KL in the loss.
-        kl_weight_B: KL coefficient of each row. None: no KL in the loss.
+        reference_BT: Log-probabilities under the reference. None: the loss does not read them.
+        kl_weight_B: KL coefficient of each row. None: the loss does not read it.
+        compared: Number of consecutive rows whose losses belong together: the samples of a prompt
+            for algorithms that compare them in the loss.
     """
 
     sequences: Tokens
@@ -40,11 +42,15 @@ class Experience:
     old_value_BT: Array | None = None
     reference_BT: Array | None = None
     kl_weight_B: Array | None = None
+    compared: int = flax.struct.field(pytree_node=False, default=1)
 
     @property
     def group(self) -> int:
-        """Number of consecutive rows that share a packed prompt; 1 where the batch is padded."""
-        return 1 if self.sequences.layout is None else self.sequences.layout.group
+        """Number of consecutive rows that have to stay in one microbatch.
+
+        They share a packed prompt, or their losses belong together.
+        """
+        return max(self.sequences.group, self.compared)
 
 
 # (batch, log-probabilities under the policy) -> (scored rollouts, metrics of the rollouts).
@@ -69,10 +75,10 @@ def policy_gradient_objective(
     Which terms there are depends on the algorithm (`perl_jax.objectives.algorithms`). Policy and
     value model share no trained leaf and each has its own optimizer, so their losses can be added.
 
-    The metrics are policy/loss, policy/ratio, policy/ratio_deviation, policy/clip_fraction,
-    response/entropy, advantage/mean and advantage/square (of x^2); with a KL in the loss kl/loss;
-    with a critic value/loss and mean and square of return and value/error; and those of
-    `experience_of`.
+    The metrics are policy/loss, policy/ratio, policy/ratio_deviation, response/entropy,
+    advantage/mean and advantage/square (of x^2); of a policy gradient policy/clip_fraction; with a
+    KL in the loss kl/loss; with a critic value/loss and mean and square of return and value/error;
+    with a loss of pairs those of `pairs.pair_loss`; and those of `experience_of`.
 
     Args:
         lm: The model's functions.
@@ -89,7 +95,8 @@ def policy_gradient_objective(
             batch that lacks the log-probabilities of the policy that sampled. The trained policy
             still is that policy. None: `batch` is complete.
 
-    Raises ValueError if the algorithm has a critic and the batch has no target_BT.
+    Raises ValueError if the algorithm has a critic and the batch has no target_BT, or if it has a
+    loss of pairs and the batch has no reference_BT.
     """
     sequences, mask_BT = batch.sequences, batch.sequences.response_BT
     policy_key, value_key = (None, None) if key is None else jax.random.split(key)
@@ -125,10 +132,18 @@ def policy_gradient_objective(
         critic_logs = _moments("return", target_BT, mask_BT) | _moments(
             "value/error", target_BT - values_BT, mask_BT
         )
-    terms["policy/loss"] = algorithms.policy_loss(
-        config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, max_response_length
-    )
-    if batch.reference_BT is not None:
+    pair_logs = {}
+    if config.rule.pairs is not None:
+        if batch.reference_BT is None:
+            raise ValueError(f"the algorithm {config.name} needs reference_BT")
+        terms["policy/loss"], pair_logs = pairs.pair_loss(
+            config, logp_BT, batch.reference_BT, advantage_BT, mask_BT, batch.kl_weight_B
+        )
+    else:
+        terms["policy/loss"] = algorithms.policy_loss(
+            config, logp_BT, batch.old_logp_BT, advantage_BT, mask_BT, max_response_length
+        )
+    if batch.reference_BT is not None and config.rule.pairs is None:
         terms["kl/loss"] = losses.kl_loss(
             logp_BT,
             batch.reference_BT,
@@ -150,6 +165,7 @@ def policy_gradient_objective(
         ),
         **_moments("advantage", advantage_BT, mask_BT),
         **critic_logs,
+        **pair_logs,
     }
     return LossSum(sum(term.total for term in terms.values()), terms["policy/loss"].weight), logs
 
@@ -159,8 +175,8 @@ def _ratio_logs(
 ) -> dict[str, jax.Array]:
     """Returns metrics of the importance ratio, each an array [B, T] without gradient.
 
-    policy/ratio: the ratio. policy/ratio_deviation: its distance from 1. policy/clip_fraction:
-    whether it lies outside the algorithm's bounds.
+    policy/ratio: the ratio. policy/ratio_deviation: its distance from 1. policy/clip_fraction, of a
+    policy gradient: whether it lies outside the algorithm's bounds.
 
     Args:
         config: The algorithm.
@@ -171,6 +187,9 @@ def _ratio_logs(
     ratio_BT = jax.lax.stop_gradient(
         ratios.importance_ratio(logp_BT, old_BT, mask_BT, config.rule.ratio or "token")
     )
+    found = {"policy/ratio": ratio_BT, "policy/ratio_deviation": jnp.abs(ratio_BT - 1)}
+    if config.rule.pairs is not None:
+        return found
     low, high = (
         1 - config.clip,
         1 + (config.clip if config.clip_high is None else config.clip_high),
@@ -178,11 +197,7 @@ def _ratio_logs(
     outside_BT = (
         (ratio_BT < low) | (ratio_BT > high) if config.rule.ratio else ratio_BT > config.max_ratio
     )
-    return {
-        "policy/ratio": ratio_BT,
-        "policy/ratio_deviation": jnp.abs(ratio_BT - 1),
-        "policy/clip_fraction": outside_BT,
-    }
+    return found | {"policy/clip_fraction": outside_BT}
 
 
 def _token_means(mask_BT: Array, values: dict[str, Array]) -> Logs:

@@ -223,6 +223,7 @@ def experience_of(
         old_value_BT=rewarded.values_BT if config.algorithm.value_clip is not None else None,
         reference_BT=reference_BT if in_loss else None,
         kl_weight_B=rewarded.beta_B if in_loss else None,
+        compared=config.algorithm.group if config.algorithm.rule.pairs else 1,
     )
     real_B, rows, tokens = (
         jnp.any(mask_BT, axis=1),

@@ -29,7 +29,8 @@ def rollout_layout(
     """Returns how rollouts are packed; None: they stay padded.
 
     They stay padded if the settings or the mesh exclude packing, if the rows do not divide evenly
-    over the parts and microbatches, or if packing would save too little.
+    over the parts and microbatches, or if packing would save too little. For algorithms with a loss
+    of pairs the samples of a prompt must divide evenly, too.
 
     Args:
         model: The base; says whether batches are packed.
@@ -48,6 +49,10 @@ def rollout_layout(
     rows, parts = read_XY.shape[1], model.row_parts
     group = dealt_group(config, rows, parts * microbatches)
     if rows % (parts * microbatches):
+        return None
+    # The loss of a pair keeps the samples of a prompt in one microbatch; a layout that deals rows
+    # one by one would not.
+    if config.algorithm.rule.pairs and microbatches > 1 and group == 1:
         return None
     first_Y = np.arange(rows) % group == 0
     need = max(

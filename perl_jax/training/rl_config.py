@@ -21,7 +21,7 @@ class KLConfig:
 
     Attributes:
         beta: Weight of the KL. In the reward, R = (1 - beta) score - beta KL; in the loss,
-            R = score.
+            R = score. Of online-dpo and online-ipo it is the beta of DPO and IPO.
         place: Put the KL into the reward or into the loss; None: where the algorithm has it.
         estimator: In the reward only k1, whose product with grad log pi is the KL's gradient; in
             the loss k2, or k3 with k2's gradient. None: k1 in the reward, k3 in the loss.
@@ -92,7 +92,7 @@ class RLConfig(TrainingConfig):
     """Policy gradients on rollouts: sample, score, compare with a reference, learn.
 
     Attributes:
-        algorithm: Which policy gradient. In Python a name such as "rloo" stands for its defaults.
+        algorithm: Which algorithm. In Python a name such as "rloo" stands for its defaults.
         kl: How the policy is kept near a reference.
         shaping: Clipping, whitening and penalties of scores.
         temperature: The sampling temperature; log-probabilities are computed at it too.
@@ -144,6 +144,8 @@ class RLConfig(TrainingConfig):
                 self.optimizer.head_learning_rate,
                 OptimizerConfig.head_learning_rate,
             ),
+            ("kl.place", self.kl.place, None),
+            ("kl.estimator", self.kl.estimator, None),
         ):
             algorithms.check_read(option, value, default, self.algorithm.name)
 
@@ -191,6 +193,13 @@ class RLConfig(TrainingConfig):
             f"batch_size is {self.batch_size}; it must be a multiple of algorithm.minibatches "
             f"times microbatches, {parts}.",
         )
+        if self.algorithm.rule.pairs:
+            errors.require(
+                self.batch_size % (parts * self.algorithm.group) == 0,
+                f"batch_size is {self.batch_size}; {self.algorithm.name} keeps a prompt's samples "
+                "together, so it must be a multiple of algorithm.samples times "
+                f"algorithm.minibatches times microbatches, {parts * self.algorithm.group}.",
+            )
         errors.require(
             self.batch_size % self.algorithm.group == 0,
             f"batch_size is {self.batch_size} episodes; it must be a multiple of "
@@ -205,6 +214,15 @@ class RLConfig(TrainingConfig):
 
     def _check_kl(self) -> None:
         """Raises UserError for settings of the KL that do not fit the algorithm or the batch."""
+        compared = not self.algorithm.rule.pairs or (
+            self.kl.reference != "none" and self.kl.beta > 0
+        )
+        errors.require(
+            compared,
+            f"kl.reference is {self.kl.reference} and kl.beta {self.kl.beta!r}; "
+            f"{self.algorithm.name} compares the policy with a reference, and kl.beta, above 0, is "
+            "its beta.",
+        )
         place, estimators = (
             ("loss", tuple(LOSS_ESTIMATORS)) if self.kl_in_loss else ("reward", ("k1",))
         )

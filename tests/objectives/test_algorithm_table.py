@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from perl_jax.errors import UserError
-from perl_jax.objectives import algorithms, losses, policy_gradient, ratios
+from perl_jax.objectives import algorithms, losses, pairs, policy_gradient, ratios
 from perl_jax.objectives.algorithms import ALGORITHMS, AlgorithmConfig, Outcomes
 
 NAN = float("nan")
+# The policy gradients, and the algorithms with a loss of pairs.
+GRADIENTS = [name for name, rule in ALGORITHMS.items() if rule.pairs is None]
+PAIRS = [name for name in ALGORITHMS if name not in GRADIENTS]
 SQRT2 = np.sqrt(2.0)
 
 # Two prompts with two responses each, of 2, 1, 1 and 2 tokens, one of them with a gap.
@@ -49,6 +52,9 @@ def outcomes(**fields) -> Outcomes:
         ("grpo", {}, [-1 / (np.sqrt(2 / 3) + 0.1), 1 / (np.sqrt(2 / 3) + 0.1), 0, 0]),
         ("rloo", {}, [1 - 7 / 3, 3 - 5 / 3, 0, 0]),
         ("reinforce-mean", {}, [-1, 1, 0, 0]),
+        # The best against the worst; the second prompt's responses do not differ.
+        ("online-dpo", {}, [-1, 1, 0, 0]),
+        ("online-ipo", {"samples": 4}, [-1, 1, 0, 0]),
         # Each prompt's own greedy response: worth 0.5 and 4.
         ("remax", {"samples": 2}, [0.5, 2.5, -2, -2]),
     ],
@@ -134,7 +140,8 @@ def test_filler_rows_change_nothing(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_no_gradient_flows_into_what_rollouts_were_worth(name):
-    config = AlgorithmConfig(name, samples=2, whiten=False)
+    plain = {"whiten": False} if name in GRADIENTS else {}
+    config = AlgorithmConfig(name, samples=2, **plain)
 
     def total(numbers):
         found = Outcomes(*numbers[:2], MASK_BT, *numbers[2:])
@@ -156,7 +163,7 @@ def test_no_gradient_flows_into_what_rollouts_were_worth(name):
         np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_the_loss_has_the_algorithms_ratio_bounds_and_mean(name):
     """Ratios 2 and 1/4 in a row of two tokens: their product 1/2, their geometric mean
     sqrt(1/2).
@@ -207,15 +214,17 @@ def test_the_table_names_what_exists():
         assert rule.ratio is None or rule.ratio in ratios.RATIOS
         assert rule.normalise in losses.NORMALISERS
         assert rule.critic == (name in ("reinforce", "ppo"))
-        assert rule.grouped == (name in ("rloo", "grpo", "dr-grpo", "gspo"))
+        assert rule.grouped == (name in ("rloo", "grpo", "dr-grpo", "gspo", *PAIRS))
         assert rule.greedy == (name == "remax")
-        assert (rule.kl == "loss") == (name in ("grpo", "dr-grpo", "gspo"))
+        assert (rule.kl == "loss") == (name in ("grpo", "dr-grpo", "gspo", *PAIRS))
+        assert rule.pairs == {"online-dpo": "dpo", "online-ipo": "ipo"}.get(name)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_defaults_of_each_algorithm(name):
     config = AlgorithmConfig(name)
-    assert config.group == (4 if name in ("rloo", "grpo", "dr-grpo", "gspo") else 1)
+    four = name in ("rloo", "grpo", "dr-grpo", "gspo")
+    assert config.group == (4 if four else 2 if name in PAIRS else 1)
     assert config.updates == 1
     assert config.whitened == (name == "ppo")
     by_name = {
@@ -262,7 +271,7 @@ def test_settings_replace_the_algorithms_own():
         (
             {"name": "sarsa"},
             "algorithm.name is 'sarsa'; it must be one of reinforce, reinforce-mean, rloo, remax, "
-            "grpo, dr-grpo, gspo, ppo.",
+            "grpo, dr-grpo, gspo, ppo, online-dpo, online-ipo.",
         ),
         ({"epochs": 0}, "algorithm.epochs is 0"),
         ({"minibatches": 1.5}, "algorithm.minibatches is 1.5"),
@@ -312,6 +321,8 @@ READERS = {
     "gamma": ("ppo",),
     "gae_lambda": ("ppo",),
     "value_clip": ("ppo",),
+    "normalise": tuple(GRADIENTS),
+    "whiten": tuple(GRADIENTS),
 }
 OTHER = {
     "clip": 0.6,
@@ -321,10 +332,14 @@ OTHER = {
     "gamma": 0.5,
     "gae_lambda": 0.25,
     "value_clip": 0.7,
+    "normalise": "token",
+    "whiten": True,
 }
-# Read by every algorithm: which one, how many responses and updates, and the two of
+# Which policy gradients accept these is in `test_wrong_settings_are_refused_by_name` and
 # `test_settings_replace_the_algorithms_own`.
-EVERY = {"name", "samples", "epochs", "minibatches", "normalise", "whiten"}
+NOT_TRIED = ("normalise", "whiten")
+# Read by every algorithm: which one, how many responses and updates.
+EVERY = {"name", "samples", "epochs", "minibatches"}
 
 
 def changed(config: AlgorithmConfig, **fields) -> AlgorithmConfig:
@@ -342,6 +357,9 @@ def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
     old_values_BT = outside(0, [2, 4], [1], [5], [1, 0])
     found = outcomes(values_BT=old_values_BT, greedy_P=np.array([0.5, 4.0], np.float32))
     advantage_BT, target_BT = algorithms.compute_advantages(config, found)
+    more = (
+        {"reference_BT": outside(NAN, [-1, -2], [-3], [-2], [-2, -1])} if config.rule.pairs else {}
+    )
     # Ratios from 1/4 to 4 in one response, and in others sequences' ratios of 3/2 and 2/3: out of
     # bounds by both signs.
     old_BT = outside(NAN, [-2, -2], [-2], [-2], [-2, -2])
@@ -360,6 +378,8 @@ def numbers_of(config: AlgorithmConfig, monkeypatch) -> np.ndarray:
         old_value_BT=old_values_BT
         if config.rule.advantage == "gae" and config.value_clip is not None
         else None,
+        **more,
+        kl_weight_B=np.full(4, 0.1, np.float32) if more else None,
     )
     roles = {"policy": None, "value": None}
     loss, logs = policy_gradient.policy_gradient_objective(
@@ -386,6 +406,8 @@ def test_every_option_is_read_by_all_or_said_to_be_read_by_some():
     }
     critic = {"reinforce", "ppo"}
     outer = {
+        "kl.place": set(GRADIENTS),
+        "kl.estimator": set(GRADIENTS),
         "value_head": critic,
         "value_learning_rate": critic,
         "optimizer.head_learning_rate": critic,
@@ -401,21 +423,108 @@ def test_an_option_changes_the_numbers_or_is_refused(name, monkeypatch):
     before = numbers(default)
     assert np.all(np.isfinite(before))
     for field, names in READERS.items():
+        if field in NOT_TRIED and name in names:
+            continue
         moved = np.abs(numbers(changed(default, **{field: OTHER[field]})) - before).max()
         if name in names:
             assert moved > 1e-2, field
             assert getattr(AlgorithmConfig(name, **{field: OTHER[field]}), field) == OTHER[field]
             continue
-        assert moved == 0, field
+        # Whitened, the signs of preferences would be other numbers: nothing may set it.
+        assert moved == 0 or field == "whiten", field
         with pytest.raises(UserError) as error:
             AlgorithmConfig(name, **{field: OTHER[field]})
         do = "reads" if len(names) == 1 else "read"
         # In the table's order.
         assert str(error.value) == (
-            f"algorithm.{field} is {OTHER[field]}, which {name} does not read; leave it out "
+            f"algorithm.{field} is {OTHER[field]!r}, which {name} does not read; leave it out "
             f"({', '.join(n for n in ALGORITHMS if n in names)} {do} it)."
         )
         # Its default is no setting.
         assert AlgorithmConfig(name, **{field: getattr(AlgorithmConfig, field)}) == AlgorithmConfig(
             name
+        )
+
+
+# The loss of pairs.
+
+# Two prompts of two responses, whose masks are MASK_BT: sums of log-ratios 3, 1, 2, 5.
+LOGP_BT = outside(NAN, [1.0, 3.0], [2.0], [5.0], [3.0, 4.0])
+REFERENCE_BT = outside(NAN, [0.5, 0.5], [1.0], [3.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+def test_the_loss_of_pairs_by_hand(kind):
+    """The second response to the first prompt is preferred, the first one to the second prompt."""
+    config = AlgorithmConfig(f"online-{kind}")
+    found = dataclasses.replace(outcomes(), return_B=np.array([1.0, 3.0, 2.5, 2.0], np.float32))
+    advantage_BT, _ = algorithms.compute_advantages(config, found)
+
+    def total(logp_BT, reference_BT):
+        beta_B = np.full(4, 0.5, np.float32)
+        return pairs.pair_loss(config, logp_BT, reference_BT, advantage_BT, MASK_BT, beta_B)
+
+    loss, logs = jax.jit(total)(LOGP_BT, REFERENCE_BT)
+    # h = 1 - 3 and 2 - 5; beta h = -1 and -3/2.
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    if kind == "dpo":
+        expected = -np.log(sigmoid(-1)) - np.log(sigmoid(-1.5))
+        slope_P = [-0.5 * (1 - sigmoid(-1)), -0.5 * (1 - sigmoid(-1.5))]
+    else:
+        # 1 / (2 beta) = 1.
+        expected, slope_P = (-2 - 1) ** 2 + (-3 - 1) ** 2, [2 * (-2 - 1), 2 * (-3 - 1)]
+    np.testing.assert_allclose(loss.total, expected, rtol=1e-6)
+    assert float(loss.weight) == 2
+    slope_B = [-slope_P[0], slope_P[0], slope_P[1], -slope_P[1]]
+    gradient_BT = jax.grad(lambda x: total(x, REFERENCE_BT)[0].total)(jnp.asarray(LOGP_BT))
+    np.testing.assert_allclose(
+        gradient_BT, np.where(MASK_BT, np.array(slope_B)[:, None], 0), rtol=1e-5
+    )
+    means = {name: float(value.mean) for name, value in logs.items()}
+    assert means == pytest.approx(
+        {
+            "preference/chosen_reward": 0.5 * (1 + 2) / 2,
+            "preference/rejected_reward": 0.5 * (3 + 5) / 2,
+            "preference/accuracy": 0.0,
+            "preference/untied": 1.0,
+        }
+    )
+
+
+def test_prompts_with_equal_rewards_and_filler_have_no_pair():
+    config = AlgorithmConfig("online-dpo")
+    # The second prompt's rewards are equal; a third prompt is filler.
+    more = lambda x, fill: np.concatenate([x, np.full((2, *x.shape[1:]), fill, x.dtype)])
+    mask_BT = more(MASK_BT, False)
+    found = Outcomes(more(RETURN_B, NAN), more(LOGP_BT, NAN), mask_BT)
+    advantage_BT, _ = algorithms.compute_advantages(config, found)
+    loss, logs = pairs.pair_loss(
+        config,
+        more(LOGP_BT, NAN),
+        more(REFERENCE_BT, NAN),
+        advantage_BT,
+        mask_BT,
+        np.full(6, 0.5, np.float32),
+    )
+    np.testing.assert_allclose(loss.total, np.log1p(np.exp(1.0)), rtol=1e-6)
+    assert float(loss.weight) == 1 and float(logs["preference/untied"].mean) == 0.5
+
+
+def test_of_many_samples_the_best_meets_the_worst():
+    config = AlgorithmConfig("online-dpo", samples=4)
+    found = dataclasses.replace(outcomes(), return_B=np.array([2.0, 3.0, 1.0, 3.0], np.float32))
+    advantage_BT, _ = algorithms.compute_advantages(config, found)
+    # Of the two best the first.
+    np.testing.assert_array_equal(
+        advantage_BT, np.where(MASK_BT, np.array([0, 1, -1, 0])[:, None], 0)
+    )
+    beta_B = np.full(4, 0.5, np.float32)
+    loss, _ = pairs.pair_loss(config, LOGP_BT, REFERENCE_BT, advantage_BT, MASK_BT, beta_B)
+    np.testing.assert_allclose(loss.total, np.log1p(np.exp(-0.5 * (1 - 2))), rtol=1e-6)
+
+
+def test_a_policy_gradient_has_no_loss_of_pairs():
+    with pytest.raises(ValueError, match="rloo is a policy gradient"):
+        pairs.pair_loss(
+            AlgorithmConfig("rloo"), LOGP_BT, REFERENCE_BT, LOGP_BT, MASK_BT, np.ones(4)
         )

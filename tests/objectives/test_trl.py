@@ -24,6 +24,7 @@ from perl_jax.objectives import (
     algorithms,
     kl,
     losses,
+    pairs,
     policy_gradient,
     preference,
     ratios,
@@ -394,7 +395,7 @@ def test_kto(far):
     other_BT, mask_BT = np.roll(given.tokens_BT, 1, axis=0), np.roll(given.mask_BT, 1, axis=0)
     logp_BT = trl_reference.logprobs(given.logits_BTV, other_BT)
     reference_BT = np.where(mask_BT, logp_BT - far * rng.random(logp_BT.shape), np.nan)
-    settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.8}
+    settings = {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.8}
     expected, expected_BTV, expected_kl = trl_reference.kto(
         given.logits_BTV,
         given.tokens_BT,
@@ -407,30 +408,22 @@ def test_kto(far):
     assert (expected_kl > 0.5) == (far > 0)
     weight_B = np.ones(len(label_B), np.float32)
 
+    def ratios_of(logits_BTV, tokens_BT, reference_BT, mask_BT):
+        logp_BT = next_token_logprobs(logits_BTV, tokens_BT)
+        return preference.response_log_ratio(logp_BT, reference_BT, mask_BT)
+
     def loss(logits_BTV):
-        ratio_B = preference.response_log_ratio(
-            next_token_logprobs(logits_BTV, other_BT), reference_BT, mask_BT
-        )
-        kl = preference.mismatched_kl(ratio_B, weight_B)
-        assert float(kl) == pytest.approx(expected_kl, rel=1e-5)
-        ratio_B = preference.response_log_ratio(
-            next_token_logprobs(logits_BTV, given.tokens_BT), given.ref_BT, given.mask_BT
-        )
-        kl_B = jnp.full(len(label_B), kl)
+        other_B = ratios_of(logits_BTV, other_BT, reference_BT, mask_BT)
+        kl_B = jnp.full(len(label_B), preference.mismatched_kl(other_B, weight_B))
+        ratio_B = ratios_of(logits_BTV, given.tokens_BT, given.ref_BT, given.mask_BT)
         return preference.kto(ratio_B, label_B, kl_B, weight_B, **settings).mean
 
-    # The KL is read off while the loss is traced: from given logits, without a gradient.
-    value = loss(given.logits_BTV)
+    other_B = ratios_of(given.logits_BTV, other_BT, reference_BT, mask_BT)
+    kl = preference.mismatched_kl(other_B, weight_B)
+    assert float(kl) == pytest.approx(expected_kl, rel=1e-5)
+    value, gradient_BTV = differentiate(loss, given.logits_BTV)
     assert_close(value, expected)
-    kl = jnp.full(len(label_B), expected_kl, jnp.float32)
-
-    def with_kl(logits_BTV):
-        ratio_B = preference.response_log_ratio(
-            next_token_logprobs(logits_BTV, given.tokens_BT), given.ref_BT, given.mask_BT
-        )
-        return preference.kto(ratio_B, label_B, kl, weight_B, **settings).mean
-
-    assert_close(differentiate(with_kl, given.logits_BTV)[1], expected_BTV)
+    assert_close(gradient_BTV, expected_BTV)
 
 
 def test_orpo():
@@ -448,6 +441,37 @@ def test_orpo():
         chosen_B, rejected_B = jnp.split(preference.mean_logprob(logp_BT, mask_BT), 2)
         weight_B = jnp.ones(chosen_B.shape)
         return preference.orpo(chosen_B, rejected_B, weight_B, odds_weight=beta)[0].mean
+
+    value, gradient_BTV = differentiate(loss, given.logits_BTV)
+    assert_close(value, expected)
+    assert_close(gradient_BTV, expected_BTV)
+
+
+@pytest.mark.parametrize(("theirs", "kind"), [("sigmoid", "dpo"), ("ipo", "ipo")])
+def test_online_dpo(theirs, kind):
+    # TRL's rows are all first responses, then all second ones; ours are prompt by prompt.
+    given, config = make_batch(), AlgorithmConfig(f"online-{kind}")
+    beta, reward_B = 0.3, np.array([1.0, -0.5, 2.0, 0.1, -0.3, 1.7, 2.5, 0.4], np.float32)
+    ref_BTV = given.logits_BTV + np.random.default_rng(5).normal(size=given.logits_BTV.shape)
+    ref_BTV = ref_BTV.astype(np.float32)
+    expected, expected_BTV = trl_reference.online_dpo(
+        given.logits_BTV,
+        given.tokens_BT,
+        given.mask_BT,
+        ref_BTV,
+        reward_B,
+        beta=beta,
+        loss_type=theirs,
+    )
+    order = np.arange(8).reshape(2, 4).T.reshape(-1)
+    mask_BT, tokens_BT = given.mask_BT[order], given.tokens_BT[order]
+    advantage_BT = our_advantages(config, reward_B[order], mask_BT)
+    reference_BT = next_token_logprobs(ref_BTV[order], tokens_BT)
+
+    def loss(logits_BTV):
+        logp_BT = next_token_logprobs(logits_BTV[order], tokens_BT)
+        beta_B = jnp.full(8, beta)
+        return pairs.pair_loss(config, logp_BT, reference_BT, advantage_BT, mask_BT, beta_B)[0].mean
 
     value, gradient_BTV = differentiate(loss, given.logits_BTV)
     assert_close(value, expected)

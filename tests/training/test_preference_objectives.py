@@ -1,4 +1,6 @@
-"""KTO and ORPO as jobs: their first step, what they learn and write, resume, packing, devices."""
+"""KTO, ORPO and online DPO as jobs: their first step, what they learn and write, resume, packing,
+devices.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,22 @@ import jax
 import numpy as np
 import pytest
 
+from perl_jax.data.config import DataConfig
 from perl_jax.errors import UserError
 from perl_jax.models import passes
+from perl_jax.objectives.algorithms import AlgorithmConfig
+from perl_jax.rewards.models import reward
 from perl_jax.runtime.sharding import MeshConfig
 from perl_jax.training import dpo
 from perl_jax.training.commands import DPOCommand, run_dpo
 from perl_jax.training.configs import DPOConfig
 from perl_jax.training.fit import begin, learn_program
+from perl_jax.training.optimizers import OptimizerConfig
+from perl_jax.training.rl import train_rl
+from perl_jax.training.rl_config import KLConfig, RLConfig
 from perl_jax.types import Labelled
 from tests import small
-from tests.rollouts import OPTIMIZER, even_base, placed_model
+from tests.rollouts import OPTIMIZER, Rehearsal, even_base, placed_model, prompts, rl_config
 from tests.training import tiny
 from tests.training.test_run import HARD, Interrupted, assert_same_runs, interrupt_at, saved_state
 
@@ -202,3 +210,103 @@ def test_rows_of_one_class_are_refused(jobs, tmp_path):
     data = dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="labels of one class only; it needs rows with label 0"):
         run_dpo(config(tmp_path / "run", jobs.base, "kto", data=data))
+
+
+# Online DPO.
+
+
+def test_settings_of_online_dpo_are_checked():
+    online = lambda **fields: RLConfig(algorithm=AlgorithmConfig("online-dpo"), **fields)
+    for fields, message in (
+        (
+            {"kl": KLConfig(beta=0.0)},
+            "kl.beta 0.0; online-dpo compares the policy with a reference",
+        ),
+        ({"kl": KLConfig(beta=0.0, reference="none")}, "kl.reference is none and kl.beta 0.0"),
+        ({"kl": KLConfig(place="reward")}, "kl.place is 'reward', which online-dpo does not read"),
+        ({"kl": KLConfig(estimator="k2")}, "kl.estimator is 'k2', which online-dpo does not read"),
+        (
+            {"batch_size": 12, "microbatches": 4},
+            "batch_size is 12; online-dpo keeps a prompt's samples together, so it must be a "
+            "multiple of algorithm.samples times algorithm.minibatches times microbatches, 8.",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            online(**fields)
+        assert message in str(error.value)
+
+
+def online_steps(mesh: MeshConfig | None, **fields):
+    """Policy and metrics after two steps of online DPO, each with its own prompts."""
+    devices = {} if mesh is None else {"mesh": mesh, "devices": jax.devices()}
+    settings = rl_config(
+        algorithm=AlgorithmConfig("online-dpo", samples=fields.pop("samples", 2)),
+        kl=KLConfig(beta=0.3),
+        temperature=1.0,
+        data=DataConfig(max_prompt_length=8, max_response_length=6, packing="off"),
+        **fields,
+    )
+    policy = small.make_adapter(LM, head=False)
+    run = Rehearsal(
+        placed_model(LM, BASE, **devices), policy, small.make_adapter(LM, seed=7), settings
+    )
+    rows = settings.batch_size // settings.algorithm.group
+    some = lambda seed: jax.tree.map(lambda leaf: leaf[:rows], prompts(LM, seed))
+    first, second = run.step(some(0)), run.step(some(1))
+    return jax.device_get(run.state.roles["policy"]), first, second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "fields"),
+    [
+        (None, {"microbatches": 2}),
+        pytest.param(MeshConfig(data=8), {}, marks=pytest.mark.exhaustive),
+        pytest.param(MeshConfig(data=4, fsdp=2), {"microbatches": 2}, marks=pytest.mark.exhaustive),
+        pytest.param(None, {"microbatches": 2, "samples": 4}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_pairs_are_compared_whole_on_any_mesh_and_in_any_microbatches(mesh, fields):
+    samples = {"samples": fields["samples"]} if "samples" in fields else {}
+    policy, first, second = online_steps(None, **samples)
+    # The policy is its reference at first.
+    assert first["policy/loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert first["preference/untied"] == 1.0 and first["preference/accuracy"] == 0.5
+    assert second["preference/chosen_reward"] != 0.0
+    found, *metrics = online_steps(mesh, **fields)
+    for ours, theirs in zip(metrics, (first, second), strict=True):
+        for name in ("policy/loss", "policy/gradient_norm", "preference/chosen_reward"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(policy), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5 * max(np.abs(b).max(), 1e-3), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["online-dpo", pytest.param("online-ipo", marks=pytest.mark.exhaustive)]
+)
+def test_online_dpo_raises_its_reward(name, base, tmp_path):
+    """The reward is the share of "a" in a response; packed, in two updates a step."""
+    model = tiny.open_model(base)
+    rows = [{"prompt": f"number {i}"} for i in range(32)]
+    trained = train_rl(
+        model,
+        rows,
+        RLConfig(
+            algorithm=AlgorithmConfig(name, samples=4, minibatches=2),
+            kl=KLConfig(beta=0.1),
+            temperature=1.0,
+            steps=10,
+            batch_size=32,
+            microbatches=2,
+            optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2),
+            data=DataConfig(max_prompt_length=8, max_response_length=8),
+        ),
+        rewards=[reward(share_of_a)],
+    )
+    scores = [row["reward/score"] for row in trained.metrics]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.1
+
+
+def share_of_a(prompts, responses, rows):
+    return [response.count("a") / max(len(response), 1) for response in responses]
