@@ -31,6 +31,7 @@ import numpy as np
 from experiments.orders.quickstart import LENGTHS, TASK, base_stage
 from experiments.stages import PRETRAINING, Stage, flags
 from perl_jax.objectives.algorithms import ALGORITHMS
+from perl_jax.objectives.preference import OBJECTIVES
 from perl_jax.runs.metrics import read_metrics
 from perl_jax.runtime import files
 
@@ -103,7 +104,7 @@ def stages_of(
     """Returns the stages that train and evaluate one algorithm with one seed.
 
     Args:
-        name: A key of `ALGORITHMS`, or dpo or ipo.
+        name: A key of `ALGORITHMS`, or a key of the preference objectives `OBJECTIVES`.
         seed: The seed of training.
         root: The folder of the experiment.
         model: The folder of the base model.
@@ -112,8 +113,8 @@ def stages_of(
     policy, reward = root / "sft/adapters/policy", root / "reward/adapters/reward"
     folder = f"{name}/{seed}"
     common = (*flags(model=model, seed=seed), *TASK, *LENGTHS)
-    if name in ("dpo", "ipo"):
-        # As many comparisons as the others have episodes.
+    if name in OBJECTIVES:
+        # As many comparisons or labels as the others have episodes.
         train = (
             "dpo",
             flags(policy=policy, loss=name, steps=steps, batch_size=EPISODES, evaluate_every=steps),
@@ -249,7 +250,7 @@ def main() -> int:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="multiplies the steps of base, SFT and reward"
     )
-    parser.add_argument("--only", nargs="*", default=[*ALGORITHMS, "dpo", "ipo"], help="algorithms")
+    parser.add_argument("--only", nargs="*", default=[*ALGORITHMS, *OBJECTIVES], help="algorithms")
     arguments = parser.parse_args()
     root, model = arguments.run, arguments.run / "base" / "model"
     for stage in shared_stages(model, arguments.scale):

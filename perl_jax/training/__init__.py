@@ -1,1 +1,1 @@
-"""The jobs: configs, state, the step, the loop; SFT, reward, DPO, RL."""
+"""The jobs: configs, state, the step, the loop; SFT, reward, preferences, RL."""

@@ -283,7 +283,19 @@ ALGORITHMS = _of(
     ("filler-in-the-baseline", "filler rows are part of the batch's mean", "masked_mean(return_B, jnp.any(mask_BT, axis=1))", "jnp.mean(return_B)", "objectives/test_algorithm_table.py::test_filler_rows_change_nothing"),
     ("upper-bound-ignored", "clip_high is not read", "high = config.clip if config.clip_high is "
                                                      "None else config.clip_high", "high = config.clip", "objectives/test_algorithm_table.py::test_the_loss_has_the_algorithms_ratio_bounds_and_mean"),
+    ("worst-preferred", "online DPO prefers the worst sample", "advantage_B = advantages.best_and_worst(return_PG).reshape(-1)", "advantage_B = -advantages.best_and_worst(return_PG).reshape(-1)", "objectives/test_algorithm_table.py::test_one_advantage_a_response"),
     ("rloo-kl-by-length", "RLOO's KL in the loss is divided by the length", '"sequence" if self.rule.ratio == "product" else self.reduction', "self.reduction", "objectives/test_algorithms.py::test_the_kl_in_the_loss_adds_the_gradient_of_the_reverse_kl"),
+)  # fmt: skip
+
+PAIRS = _of(
+    "objectives/pairs.py",
+    ("ties-are-pairs", "prompts with equal rewards count in the mean", "weight_P = untied_P.astype(jnp.float32)", "weight_P = jnp.ones_like(untied_P, jnp.float32)", "objectives/test_algorithm_table.py::test_prompts_with_equal_rewards_and_filler_have_no_pair"),
+    ("ipo-of-beta", "online IPO's target is 1/2 for every beta", "LossSum(loss.total / jnp.square(beta), loss.weight)", "loss", "objectives/test_algorithm_table.py::test_the_loss_of_pairs_by_hand"),
+    ("pairs-without-reference", "online DPO compares log-probabilities without the reference's", "(inside(logp_BT) - inside(reference_BT))", "inside(logp_BT)", "objectives/test_algorithm_table.py::test_the_loss_of_pairs_by_hand"),
+) + _of(
+    "data/mismatched.py",
+    ("partner-of-the-same-prompt", "KTO's KL reads responses to the row's own prompt", "found = np.where(same, change[half], half)", "found = half", "objectives/test_preference_objectives.py::test_partners_have_other_prompts"),
+    ("partner-is-the-row", "KTO's KL reads each row's own response", "Ragged.of(own[index] for index in partner)", "own", "objectives/test_preference_objectives.py::test_the_response_of_the_partner_follows_the_prompt"),
 )  # fmt: skip
 
 STEPS = (
@@ -302,6 +314,14 @@ STEPS = (
     + _of(
         "objectives/preference.py",
         ("soft-dpo-inverted", "DPO smooths by p where it should by 1 - p", "label_smoothing, 1 - batch.pairs.probability_B", "label_smoothing, batch.pairs.probability_B", "training/test_preference.py::test_soft_labels_margins_and_weights_reach_the_losses"),
+        ("kto-classes-swapped", "KTO pushes desirable responses down", "desirable_weight * label_B * jax.nn.sigmoid(-gain_B)", "desirable_weight * label_B * jax.nn.sigmoid(gain_B)", "objectives/test_preference_objectives.py::test_kto_by_hand"),
+        ("kto-weights-swapped", "KTO weighs desirable responses by the other weight", "loss_B = desirable_weight * label_B", "loss_B = undesirable_weight * label_B", "objectives/test_preference_objectives.py::test_kto_by_hand"),
+        ("kto-through-the-kl", "KTO differentiates the KL that it compares with", "jax.lax.stop_gradient(kl_B)", "kl_B", "objectives/test_preference_objectives.py::test_kto_by_hand"),
+        ("kl-below-0", "KTO's estimate of the KL may be negative", "jnp.maximum(masked_mean(ratio_B, weight_B > 0), 0.0)", "masked_mean(ratio_B, weight_B > 0)", "objectives/test_preference_objectives.py::test_the_kl_is_the_mean_of_real_rows_and_never_negative"),
+        ("kl-of-filler", "filler rows count in KTO's estimate of the KL", "masked_mean(ratio_B, weight_B > 0), 0.0", "jnp.mean(ratio_B), 0.0", "objectives/test_preference_objectives.py::test_the_kl_is_the_mean_of_real_rows_and_never_negative"),
+        ("odds-upside-down", "ORPO prefers the rejected response", "log_odds(rejected_B) - log_odds(chosen_B)", "log_odds(chosen_B) - log_odds(rejected_B)", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
+        ("odds-are-probabilities", "ORPO compares probabilities instead of odds", "return logp_B - rest_B", "return logp_B", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
+        ("orpo-without-sft", "ORPO subtracts its supervised term", "supervised = _weighted(-chosen_B, weight_B)", "supervised = _weighted(chosen_B, weight_B)", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
         ("mean-of-the-padded-row", "the mean log-ratio divides by the row's columns", "jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean", "response_BT.shape[1] if mean", "training/test_steps.py::test_log_ratios_and_their_means_by_hand"),
     )
     + _of(
@@ -440,7 +460,7 @@ EVALUATION = (
     )
     + _of(
         "training/fit.py",
-        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, dataset, "validation", config.data, size, None, parts)', 'load_batches(model, dataset, split, config.data, size, None, parts)', "training/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
+        ("selected-on-train", "the best step is chosen by the rows it was trained on", 'load_batches(model, dataset, "validation", config.data, size, None, parts, others=job.others)', 'load_batches(model, dataset, split, config.data, size, None, parts, others=job.others)', "training/test_measures.py::test_the_step_to_keep_is_chosen_by_validation_rows"),
         ("mean-of-batch-means", "the held-out loss is a mean of batches' means", "total[0] + float(part.total), total[1] + float(part.weight)", "total[0] + float(part.total / part.weight), total[1] + 1.0", "training/test_measures.py::test_a_held_out_loss_is_over_all_rows"),
         ("dropout-in-validation", "held-out losses are measured with dropout", "objective(roles, frozen, part, None)", "objective(roles, frozen, part, jax.random.key(0))", "training/test_measures.py::test_held_out_rows_are_measured_without_dropout"),
     )
@@ -608,5 +628,5 @@ LOOPS = (
 )  # fmt: skip
 
 MUTANTS: tuple[Mutant, ...] = (
-    *MASKED, *LOSSES, *KL, *ADVANTAGES, *LOGPROBS, *ALGORITHMS, *STEPS, *STATE, *DATA, *EVALUATION, *SAMPLING, *ADAPTERS, *LOOPS,
+    *MASKED, *LOSSES, *KL, *ADVANTAGES, *LOGPROBS, *ALGORITHMS, *PAIRS, *STEPS, *STATE, *DATA, *EVALUATION, *SAMPLING, *ADAPTERS, *LOOPS,
 )  # fmt: skip

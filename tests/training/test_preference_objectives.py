@@ -283,10 +283,13 @@ def test_pairs_are_compared_whole_on_any_mesh_and_in_any_microbatches(mesh, fiel
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["online-dpo", pytest.param("online-ipo", marks=pytest.mark.exhaustive)]
+    ("name", "gain"),
+    [("online-dpo", 0.1), pytest.param("online-ipo", 0.04, marks=pytest.mark.exhaustive)],
 )
-def test_online_dpo_raises_its_reward(name, base, tmp_path):
-    """The reward is the share of "a" in a response; packed, in two updates a step."""
+def test_online_dpo_raises_its_reward(name, gain, base):
+    """The reward is the share of "a" in a response; packed, in two updates a step. IPO stops at a
+    difference of 1 / (2 beta).
+    """
     model = tiny.open_model(base)
     rows = [{"prompt": f"number {i}"} for i in range(32)]
     trained = train_rl(
@@ -296,7 +299,7 @@ def test_online_dpo_raises_its_reward(name, base, tmp_path):
             algorithm=AlgorithmConfig(name, samples=4, minibatches=2),
             kl=KLConfig(beta=0.1),
             temperature=1.0,
-            steps=10,
+            steps=25,
             batch_size=32,
             microbatches=2,
             optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2),
@@ -305,7 +308,7 @@ def test_online_dpo_raises_its_reward(name, base, tmp_path):
         rewards=[reward(share_of_a)],
     )
     scores = [row["reward/score"] for row in trained.metrics]
-    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.1
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + gain
 
 
 def share_of_a(prompts, responses, rows):

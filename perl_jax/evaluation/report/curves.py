@@ -33,6 +33,11 @@ LEARNING_PANELS = (
     ("dpo", "validation/accuracy", "DPO: validation accuracy", "share of pairs"),
     ("dpo", "dpo/chosen_reward", "DPO: implicit reward of the chosen", "nats"),
     ("dpo", "dpo/rejected_reward", "DPO: implicit reward of the rejected", "nats"),
+    ("dpo", "kto/desirable_reward", "KTO: implicit reward of the desirable", "nats"),
+    ("dpo", "kto/undesirable_reward", "KTO: implicit reward of the undesirable", "nats"),
+    ("dpo", "kto/kl", "KTO: estimate of the KL", "nats a sequence"),
+    ("dpo", "orpo/sft_loss", "ORPO: loss of the chosen", "nats a token"),
+    ("dpo", "orpo/odds_loss", "ORPO: odds-ratio loss", "loss"),
 )
 # Metrics that are parts of a reward: an ensemble's members, and terms, both before weighting.
 MODEL_PREFIX, TERM_PREFIX = "reward/model_", "reward/term/"

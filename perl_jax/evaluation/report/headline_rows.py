@@ -271,6 +271,12 @@ DPO_ROWS = (
         share_text,
         "points",
     ),
+    estimate_row(
+        "Labels in order of the implicit reward (AUC)",
+        lambda r: estimate(r.evaluation, "auc"),
+        interval_text,
+        "difference",
+    ),
 )
 
 

@@ -311,7 +311,7 @@ def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
     if named in JOB_NAMES:
         return named
     keys = {key for row in rows for key in row}
-    if any(key.startswith("dpo/") for key in keys):
+    if any(key.startswith(("dpo/", "kto/", "orpo/")) for key in keys):
         return "dpo"
     if any(key.startswith(("reward/", "kl/", "policy/")) for key in keys):
         return "rl"
