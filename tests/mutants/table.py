@@ -371,7 +371,7 @@ DATA = (
         ("eos-not-learned", "the token that ends a response is in no loss", "(column_T < ends_B[:, None])", "(column_T < ends_B[:, None] - 1)", "data/test_pipeline.py::test_demonstrations_by_hand_with_filler"),
         ("tail-learned", "the template's tail is in the loss", "ends_B = valid_BT.sum(axis=1) - "
                                                                "tail_B", "ends_B = valid_BT.sum(axis=1)", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
-        ("rejected-is-chosen", "both sides of a pair are the chosen response", "pad_id, response=1)", "pad_id, response=0)", "data/test_pipeline.py::test_pairs_by_hand_share_the_longer_sides_bucket"),
+        ("rejected-is-chosen", "both sides of a pair are the chosen response", "rejected = right_padded(rows, indices, columns, pad_id, response=1)", "rejected = right_padded(rows, indices, columns, pad_id, response=0)", "data/test_pipeline.py::test_pairs_by_hand_share_the_longer_sides_bucket"),
         ("filler-pairs-count", "filler pairs have the weight of the last row", "np.where(indices == FILLER, 0, values[indices]) for", "values[indices] for", "data/test_pipeline.py::test_a_filler_pair_weighs_nothing"),
     ),
     *_of(

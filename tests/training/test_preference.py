@@ -153,10 +153,10 @@ def test_soft_labels_margins_and_weights_reach_the_losses():
 
 def test_settings_of_dpo_are_checked():
     for fields, message in (
-        ({"loss": "orpo"}, "loss is 'orpo'; it must be one of dpo, ipo."),
+        ({"loss": "hinge"}, "loss is 'hinge'; it must be one of dpo, ipo, kto, orpo."),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must lie in"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "and be 0 for ipo"),
-        ({"loss": "ipo", "soft_labels": True}, "soft_labels are for the loss dpo; loss is 'ipo'."),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "which ipo does not read; leave it out .dpo reads"),
+        ({"loss": "ipo", "soft_labels": True}, "soft_labels is True, which ipo does not read"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"stack_on": "y"}, "not both"),
     ):
