@@ -11,6 +11,7 @@ Time      45 minutes
 Numbers   mean gains over 0.773: reinforce +0.142; reinforce-mean +0.136; rloo +0.135; remax +0.135;
           grpo +0.136; dr-grpo +0.132; gspo +0.136; ppo +0.143; dpo +0.145; ipo +0.149
           (runs/algorithms/table.md and algorithms.png are made by the command)
+          The numbers are older than KTO, ORPO, online DPO and online IPO, which the command runs too.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def plot(outcomes: dict[str, list[Outcome]], path: pathlib.Path) -> None:
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 2])
     names = list(outcomes)
-    colours = {name: plt.get_cmap("tab10")(index) for index, name in enumerate(names)}
+    colours = {name: plt.get_cmap("tab20")(index) for index, name in enumerate(names)}
     for name, found in outcomes.items():
         curves = [one.curve for one in found if one.curve]
         if curves:

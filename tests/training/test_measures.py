@@ -304,7 +304,9 @@ def test_dpos_accuracy_is_of_chosen_above_rejected_by_the_rows_own_weights(monke
         dpo, "Program", lambda *_, **__: lambda base, policy, batch: (batch - 2.0, 0.5 - batch / 4)
     )
     config = DPOCommand(run="-", model="-")
-    job = types.SimpleNamespace(ready=lambda model, state, batch: batch)
+    job = types.SimpleNamespace(
+        ready=lambda model, state, batch: batch, kind="comparisons", others=False
+    )
     state = types.SimpleNamespace(roles={"policy": types.SimpleNamespace(weights=None)})
     found = dpo.evaluate_dpo(MODEL, dataset, config, job, state)["pairwise_accuracy"]
     # Row 2 is a tie.
@@ -514,7 +516,7 @@ def test_the_step_to_keep_is_chosen_by_validation_rows(monkeypatch):
     monkeypatch.setattr(
         fit,
         "load_batches",
-        lambda model, dataset, split, data, size, seed, parts: (split, seed),
+        lambda model, dataset, split, data, size, seed, parts, others: (split, seed),
     )
     for name in ("learn_program", "held_out_program", "say_start"):
         monkeypatch.setattr(fit, name, lambda *_: None)

@@ -155,7 +155,10 @@ def test_settings_of_dpo_are_checked():
     for fields, message in (
         ({"loss": "hinge"}, "loss is 'hinge'; it must be one of dpo, ipo, kto, orpo."),
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5; it must lie in"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "which ipo does not read; leave it out .dpo reads"),
+        (
+            {"loss": "ipo", "label_smoothing": 0.1},
+            "which ipo does not read; leave it out .dpo reads",
+        ),
         ({"loss": "ipo", "soft_labels": True}, "soft_labels is True, which ipo does not read"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"stack_on": "y"}, "not both"),
