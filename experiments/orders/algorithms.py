@@ -11,7 +11,8 @@ Time      45 minutes
 Numbers   mean gains over 0.773: reinforce +0.142; reinforce-mean +0.136; rloo +0.135; remax +0.135;
           grpo +0.136; dr-grpo +0.132; gspo +0.136; ppo +0.143; dpo +0.145; ipo +0.149
           (runs/algorithms/table.md and algorithms.png are made by the command)
-          The numbers are older than KTO, ORPO, online DPO and online IPO, which the command runs too.
+          The numbers are older than KTO, ORPO, online DPO and online IPO, which the command runs
+          too.
 """
 
 from __future__ import annotations
