@@ -9,7 +9,8 @@ def said_of(facts: Mapping[str, float], prompt_limit: int, response_limit: int) 
     """Returns sentences that say how many texts of a split were cut, and how many pairs have equal
     responses.
 
-    Returns [] if nothing was cut, no prompt was already rendered and no pair is equal.
+    Returns [] if nothing was cut, no prompt was already rendered, no pair is equal and all
+    responses are complete.
 
     Args:
         facts: The numbers of `tokenise.TokenRows.facts`; a missing one counts as 0.
@@ -46,6 +47,10 @@ def said_of(facts: Mapping[str, float], prompt_limit: int, response_limit: int) 
         sentences.append(
             f"{count('rendered')} of {rows} prompts came rendered by a chat template and were not "
             "rendered again."
+        )
+    if found := count("unfinished"):
+        sentences.append(
+            f"{found} of {rows} responses are not finished: no token that ends a turn follows them."
         )
     equal, after = count("equal_pairs"), count("equal_after_cutting")
     if equal or after:

@@ -14,6 +14,7 @@ import numpy as np
 from perl_jax.data.config import DataConfig
 from perl_jax.data.store import (
     DEFAULTS,
+    FLAGS,
     KINDS,
     NUMBERS,
     OPEN,
@@ -22,6 +23,7 @@ from perl_jax.data.store import (
     RowsBuilder,
     named_group,
     part_of,
+    without_default_flags,
 )
 from perl_jax.errors import UserError, is_number, require
 from perl_jax.runtime import files
@@ -38,8 +40,9 @@ def read_jsonl(
     """Returns the rows of a JSON Lines file. Blank lines are skipped.
 
     `label` and `probability` are numbers in [0, 1], `weight` is 0 or more, `margin` and `rating`
-    are any finite numbers, and `group` is a string or a number. Every other one of `fields` is a
-    string that is not blank. The fields of `DEFAULTS` may be missing and then have their defaults.
+    are any finite numbers, `group` is a string or a number, and `finished` is true or false. Every
+    other one of `fields` is a string that is not blank. The fields of `DEFAULTS` may be missing and
+    then have their defaults.
 
     A line of comparisons may have `ranked`, two or more responses from best to worst, instead of
     `chosen` and `rejected`. It makes one row for every pair of responses; the weights of these rows
@@ -141,7 +144,10 @@ def checked_rows(
     for field in ("answer", "group"):
         if field in kept:
             check_name(kept[field], field, where)
-    return [{field: checked(value, field, where) for field in fields} | kept for value in values]
+    return [
+        without_default_flags({field: checked(value, field, where) for field in fields}) | kept
+        for value in values
+    ]
 
 
 def check_name(value: Any, field: str, where: str) -> None:
@@ -193,7 +199,7 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
     ]
 
 
-def checked(value: dict, field: str, where: str) -> str | float:
+def checked(value: dict, field: str, where: str) -> str | float | bool:
     """Returns the value of one field of a row, or the field's default if it is missing and has one.
 
     A number is returned as float, a group as str.
@@ -214,6 +220,19 @@ def checked(value: dict, field: str, where: str) -> str | float:
     if field == "group":
         check_name(item, field, where)
         return str(item)
+    if field == "split":
+        require(
+            item in SPLITS,
+            f"{where}: the field split is {item!r}; it must be {', '.join(SPLITS[:-1])} or "
+            f"{SPLITS[-1]}.",
+        )
+        return item
+    if field in FLAGS:
+        require(
+            isinstance(item, bool),
+            f"{where}: the field {field} is {item!r}; it must be true or false.",
+        )
+        return item
     if field in NUMBERS:
         low, high = RANGES.get(field, (-math.inf, math.inf))
         bounds = (
@@ -309,6 +328,9 @@ class JsonlBuilder(RowsBuilder):
     has no group), so that the rows of a group stay in one split. A folder has train.jsonl,
     validation.jsonl and test.jsonl; a split without a file has no rows.
 
+    A row's field `split`, if it has one, says to which split it belongs. So the rows that `best-of`
+    made of test prompts are never trained on.
+
     Other columns of prompts are passed to the rewards unchanged. Other columns of other kinds of
     rows are dropped.
     """
@@ -366,22 +388,33 @@ class JsonlBuilder(RowsBuilder):
     def _numbered(
         cls, kind: str, split: str, config: DataConfig
     ) -> Iterator[tuple[files.Path, int, dict]]:
-        """Returns an iterator over (file, number of the line from 1, row) for each row of a split.
+        """Yields (file, number of the line from 1, row) for each row of a split.
 
         Args:
             kind: The kind of the rows.
             split: The split.
             config: `data_dir` names the file or the folder.
+
+        Raises:
+            UserError: A file cannot be read, or a line is wrong or of another split.
         """
         path, fields, others = find(config), KINDS[kind], kind in OPEN
-        if files.is_file(path):
-            return (
-                (path, line, row)
-                for line, row in numbered_rows(path, fields, others)
-                if split_of(named_group(row) or row[fields[0]]) == split
+        single = files.is_file(path)
+        file = path if single else path / f"{split}.jsonl"
+        for line, row in (
+            numbered_rows(file, (*fields, "split"), others) if files.is_file(file) else []
+        ):
+            named = row.pop("split")
+            if others and named:
+                row["split"] = named
+            if single:
+                hashed = split_of(named_group(row) or row[fields[0]]) == split
+                if named == split or (not named and hashed):
+                    yield file, line, row
+                continue
+            require(
+                named in ("", split),
+                f"{file}, line {line}: the row's split is {named}, and the file holds the {split} "
+                "split; put the row into the file of its split, or leave the field split out.",
             )
-        file = path / f"{split}.jsonl"
-        return (
-            (file, line, row)
-            for line, row in (numbered_rows(file, fields, others) if files.is_file(file) else [])
-        )
+            yield file, line, row

@@ -33,22 +33,33 @@ if TYPE_CHECKING:  # rows are read without JAX, which the module of configs impo
 
 # The columns of each kind of rows.
 KINDS: dict[str, tuple[str, ...]] = {
-    "demonstrations": ("prompt", "response", "group"),
+    "demonstrations": ("prompt", "response", "finished", "group"),
     "comparisons": ("prompt", "chosen", "rejected", "probability", "margin", "weight", "group"),
     "labels": ("prompt", "response", "label", "group"),
     "ratings": ("prompt", "response", "rating", "group"),
     "prompts": ("prompt",),
     "corpus": ("text",),
 }
-# Columns that hold numbers; all others hold text.
+# Columns that hold numbers, and columns that hold true or false; all others hold text.
 NUMBERS = ("probability", "margin", "weight", "label", "rating")
+FLAGS = ("finished",)
 # Defaults of the columns that a row may leave out.
 # probability: that `chosen` is preferred; NaN: not known.
 # margin: by how much `chosen` is better; the loss reads it.
 # weight: of the pair in losses and measures.
 # group: the name of the row's dialogue or topic; "": the prompt is the group (`group_of`). Rows of
 #   the kind `prompts` have it among their other columns.
-DEFAULTS = {"probability": float("nan"), "margin": 0.0, "weight": 1.0, "group": ""}
+# finished: whether the response is complete; no token that ends a turn follows one that is not.
+#   Rows in memory have this column only where it is false.
+# split: the split that a row of JSON Lines belongs to; "": its file or a hash decides.
+DEFAULTS = {
+    "probability": float("nan"),
+    "margin": 0.0,
+    "weight": 1.0,
+    "group": "",
+    "finished": True,
+    "split": "",
+}
 # Kinds whose rows may have other columns, with any JSON values, that rewards read (such as
 # `answer`). They are stored together in the column OTHERS, as the text of a JSON object.
 OPEN = ("prompts",)
@@ -137,7 +148,12 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         fields = KINDS[self.builder_config.name]
         stored = (*fields, OTHERS) if self.builder_config.name in OPEN else fields
         features = {
-            name: np.float64 if name in NUMBERS else tfds.features.Text() for name in stored
+            name: np.float64
+            if name in NUMBERS
+            else np.bool_
+            if name in FLAGS
+            else tfds.features.Text()
+            for name in stored
         }
         # TFDS would shuffle the rows. Their order is kept, so that messages can number them; the
         # pipeline shuffles later.
@@ -186,7 +202,7 @@ def stored_row(kind: str, row: Mapping[str, object]) -> dict[str, object]:
 
 class RowSource(Sequence):
     """Gives random access to prepared rows as dictionaries, in which texts are str and numbers
-    float.
+    float. Columns of `FLAGS` are there only where they are not their default.
 
     The other columns of an `OPEN` kind are fields of the row, with the JSON values that were given.
 
@@ -207,11 +223,22 @@ class RowSource(Sequence):
             raise IndexError(f"row {index} of {self._size}")
         row = {name: plain(value) for name, value in self._records[index].items()}
         others = json.loads(str(row.pop(OTHERS, "{}")))
-        return row | others
+        return without_default_flags(row) | others
 
 
-def plain(value: bytes | float) -> str | float:
-    """Returns a stored value as a Python value: bytes as str, a number as float."""
+def without_default_flags(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row without the columns of `FLAGS` that have their default."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in FLAGS or bool(value) != DEFAULTS[name]
+    }
+
+
+def plain(value: bytes | float | np.bool_) -> str | float | bool:
+    """Returns a stored value as a Python value: bytes as str, a number as float, a flag as bool."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
     return value.decode("utf-8") if isinstance(value, bytes) else float(value)
 
 

@@ -55,8 +55,13 @@ class Encoder(Protocol):
         """
         ...
 
+    @property
+    def stop_part(self) -> Sequence[int]:
+        """The ids at the end of a complete response, which end the turn."""
+        ...
+
     def response_ids(self, text: str) -> list[int]:
-        """Returns the ids of a complete response; the last one ends the turn."""
+        """Returns the ids of a complete response; the last ones are `stop_part`."""
         ...
 
     def text_ids(self, text: str) -> list[int]:
@@ -116,6 +121,7 @@ class TokenRows:
         equal: Whether the two responses of each comparison, after cutting, are the same tokens,
             bool [rows]; None for other kinds.
         equal_uncut: How many comparisons have two responses that are equal before cutting.
+        unfinished: How many responses are not complete, so that no token ends them.
     """
 
     kind: str
@@ -129,6 +135,7 @@ class TokenRows:
     templated: int = 0
     equal: np.ndarray | None = None
     equal_uncut: int = 0
+    unfinished: int = 0
 
     @property
     def different(self) -> np.ndarray:
@@ -152,6 +159,8 @@ class TokenRows:
 
         Of comparisons also `equal_pairs`: pairs whose responses are equal before cutting;
         `equal_after_cutting`: further pairs whose responses are equal after it.
+
+        If there are any, `unfinished`: responses that are not complete.
         """
         found = {"rows": len(self.prompts), "cut": self.cut} | {
             f"cut_{what}": number for what, number in self.truncated.items()
@@ -163,7 +172,7 @@ class TokenRows:
                 "equal_pairs": self.equal_uncut,
                 "equal_after_cutting": int(self.equal.sum()) - self.equal_uncut,
             }
-        return found
+        return found | ({"unfinished": self.unfinished} if self.unfinished else {})
 
     @property
     def longest_tail(self) -> int:
@@ -262,7 +271,8 @@ def tokenise(
 
     Prompts keep their end (`Encoder.shortened_prompt`, `clip_prompt`). Responses keep their
     beginning (`clip_response`). A response that is not cut is followed by the chat template's tail,
-    which does not count towards `response_limit`. Corpus texts keep their first prompt_limit +
+    which does not count towards `response_limit`. A response that is not `finished` has neither the
+    tokens that end a turn nor the tail. Corpus texts keep their first prompt_limit +
     response_limit tokens; every token but the first counts as response.
 
     Args:
@@ -297,11 +307,19 @@ def tokenise(
     truncated, templated = {"prompts": int(cut_B.sum())}, sum(how == "text" for _, how in prompts)
     responses, tails, uncut = [], [], []
     tail = list(encoder.tail_ids)
+    finished_B = np.asarray([row.get("finished", DEFAULTS["finished"]) for row in rows], bool)
     for field in RESPONSES[kind]:
         whole = encoded(rows, encoder.response_ids, field)
+        if not finished_B.all():
+            end = len(encoder.stop_part)
+            whole = [
+                ids if finished else ids[: len(ids) - end]
+                for ids, finished in zip(whole, finished_B, strict=True)
+            ]
         clipped = [clip_response(ids, response_limit) for ids in whole]
-        ended_B = np.asarray([len(a) == len(b) for a, b in zip(whole, clipped, strict=True)], bool)
-        truncated[field], cut_B = int((~ended_B).sum()), cut_B | ~ended_B
+        kept_B = np.asarray([len(a) == len(b) for a, b in zip(whole, clipped, strict=True)], bool)
+        truncated[field], cut_B = int((~kept_B).sum()), cut_B | ~kept_B
+        ended_B = kept_B & finished_B
         responses.append(
             Ragged.of(ids + tail if end else ids for ids, end in zip(clipped, ended_B, strict=True))
         )
@@ -329,6 +347,7 @@ def tokenise(
         int(cut_B.sum()),
         templated,
         **pairs,
+        unfinished=int((~finished_B).sum()),
     )
 
 

@@ -41,12 +41,13 @@ class BestOfConfig(RewardOptions):
     The reward is the one that RL maximises, without its KL penalty: the shaped score.
 
     The output is a JSON Lines file on which `sft --data.task jsonl` can train. Its rows have the
-    fields `row` (the prompt's index in its split), `prompt`, `group` (if the prompt has one) and
-    `response`. The numbers are `score`, `reward` (the shaped score, by which responses are
+    fields `split`, `row` (the prompt's index in its split), `prompt`, `group` (if the prompt has
+    one) and `response`. The numbers are `score`, `reward` (the shaped score, by which responses are
     selected) and `finished` (whether the response ended before max_response_length); `mean_NAME`
-    is the mean of a number over the N responses. Prompts whose best response is empty are left out,
-    because nothing can be learned from it. A summary over all prompts is printed to standard error;
-    its `empty` counts the prompts left out.
+    is the mean of a number over the N responses. `sft` reads `split`, so that it never trains on
+    test prompts, and `finished`, so that it never ends a response that was cut. Prompts whose best
+    response is empty are left out, because nothing can be learned from it. A summary over all
+    prompts is printed to standard error; its `empty` counts the prompts left out.
 
     Attributes:
         policy: The policy artefact to sample from; None samples from the base model.
@@ -93,6 +94,10 @@ class BestOfConfig(RewardOptions):
         )
         errors.require(not self.shaping.whiten, whitened)
         self.shaping.check_length(self.data.max_response_length)
+
+
+# The columns of a row that are no numbers.
+_TEXTS = ("split", "row", "prompt", "group", "response")
 
 
 def kl_bound(n: int) -> float:
@@ -143,7 +148,7 @@ def summary(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, float]:
         rows: The rows of `best_responses`, at least one.
         n: The number of responses per prompt.
     """
-    columns = [name for name in rows[0] if name not in ("row", "prompt", "group", "response")]
+    columns = [name for name in rows[0] if name not in _TEXTS]
     names = {"finished": "eos_rate", "mean_finished": "mean_eos_rate"}
     means = {names.get(name, name): float(np.mean([row[name] for row in rows])) for name in columns}
     return means | {"kl_bound": kl_bound(n), "empty": float(sum(map(is_empty, rows)))}
@@ -182,9 +187,9 @@ def best_responses(
 ) -> list[dict[str, Any]]:
     """Returns the best of `config.n` responses to each prompt, in the order of the split.
 
-    Each row has `row` (the prompt's index in the split), `prompt`, `group` (if the prompt has one)
-    and the keys of `best_response` for `score`, `reward` (the shaped score), `finished` and, if the
-    task has a true reward, `gold`.
+    Each row has `split`, `row` (the prompt's index in it), `prompt`, `group` (if the prompt has
+    one) and the keys of `best_response` for `score`, `reward` (the shaped score), `finished` and,
+    if the task has a true reward, `gold`.
 
     Args:
         config: The settings.
@@ -237,6 +242,7 @@ def best_responses(
                     if dataset.gold is not None:
                         measured["gold"] = dataset.gold([prompt] * config.n, list(texts_G))
                     made[row] = {
+                        "split": config.split,
                         "row": row,
                         "prompt": prompt,
                         **({"group": group} if group else {}),

@@ -98,7 +98,7 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     encoded or are too long.
     """
     numbers, rows = zip(
-        *numbered_rows(files.path_of(config.input), ("prompt", "response")), strict=True
+        *numbered_rows(files.path_of(config.input), ("prompt", "response", "finished")), strict=True
     )
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)

@@ -10,7 +10,7 @@ import pytest
 
 from perl_jax.data import jsonl
 from perl_jax.data.config import DataConfig
-from perl_jax.data.store import KINDS, group_of
+from perl_jax.data.store import KINDS, SPLITS, group_of
 from perl_jax.data.tasks import get_task
 from perl_jax.errors import UserError
 
@@ -339,3 +339,34 @@ def test_what_no_batch_or_file_can_hold_is_refused_in_every_split(tmp_path, line
         (folder / f"{name}.jsonl").write_text(good + (line if name == split else good))
     with pytest.raises(UserError, match=f"{split}.jsonl, line 2: .*{message}"):
         opened(folder, "ratings", split)
+
+
+def test_a_row_may_say_its_split(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    named = [{"prompt": f"{n}", "split": split} for n, split in enumerate(("test", "train") * 4)]
+    free = [{"prompt": f"free {n}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in named + free))
+    config = DataConfig(data_dir=str(path))
+    read = {split: list(jsonl.JsonlBuilder.rows("prompts", split, config)) for split in SPLITS}
+    for split, rows in read.items():
+        own = [row for row in rows if "split" in row]
+        assert own == [row for row in named if row["split"] == split]
+        # Others stay where a hash puts them, whatever other rows say.
+        assert [row for row in rows if "split" not in row] == [
+            row for row in free if jsonl.split_of(row["prompt"]) == split
+        ]
+    path.write_text(json.dumps({"prompt": "p", "split": "dev"}))
+    with pytest.raises(
+        UserError,
+        match="line 1: the field split is 'dev'; it must be train, validation or test",
+    ):
+        list(jsonl.JsonlBuilder.rows("prompts", "train", config))
+
+
+def test_finished_is_true_or_false(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "response": "r", "finished": 1}))
+    with pytest.raises(
+        UserError, match="line 1: the field finished is 1; it must be true or false"
+    ):
+        jsonl.read_jsonl(path, KINDS["demonstrations"])

@@ -28,6 +28,7 @@ class Numbers:
     pad_id: int = PAD
     bos_id: int | None = BOS
     tail_ids: tuple[int, ...] = ()
+    stop_part: tuple[int, ...] = (EOS,)
 
     def is_rendered(self, text):
         return False
@@ -528,3 +529,26 @@ def test_no_rows_and_unknown_kind():
 )
 def test_a_batch_has_no_more_rows_than_all_rows_need(batch_size, rows, multiple, expected):
     assert bucketing.fitting_batch(batch_size, rows, multiple) == expected
+
+
+def test_no_end_follows_a_response_that_is_not_finished():
+    encoder = Numbers(tail_ids=(99,))
+    rows = [
+        {"prompt": "5", "response": "7 7", "finished": False},
+        {"prompt": "5", "response": "8 8"},
+        {"prompt": "5", "response": "9 9 9 9", "finished": False},
+    ]
+    found = tokenise.tokenise(rows, "demonstrations", encoder, 8, 3)
+    assert [ids.tolist() for ids in map(found.responses[0].__getitem__, range(3))] == [
+        [7, 7],
+        [8, 8, EOS, 99],
+        [9, 9, 9],
+    ]
+    assert found.tails[0].tolist() == [0, 1, 0] and found.numbers == {}
+    # The last response was cut by the limit too; to be unfinished alone is not to be cut.
+    assert found.facts["cut_response"] == 1 and found.facts["unfinished"] == 2
+    said = counts.said_of(found.facts, 8, 3)
+    assert said[-1] == (
+        "2 of 3 responses are not finished: no token that ends a turn follows them."
+    )
+    assert "unfinished" not in tokenise.tokenise(rows[1:2], "demonstrations", encoder, 8, 3).facts

@@ -28,7 +28,7 @@ def made(kind, split, size):
         yield {
             field: n / 7 if field in store.NUMBERS else f"{field} {n} of {split}"
             for field in fields
-            if field != "group"
+            if field not in ("group", *store.FLAGS)
         }
 
 
@@ -91,7 +91,7 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
         expected = list(made(kind, split, size))
         assert len(source) == len(expected) == size
         for index, row in enumerate(expected):
-            assert set(source[index]) == set(store.KINDS[kind])
+            assert set(source[index]) == set(store.KINDS[kind]) - set(store.FLAGS)
             for field, value in row.items():
                 assert type(source[index][field]) is (float if field in store.NUMBERS else str)
                 assert source[index][field] == (
@@ -99,6 +99,24 @@ def test_every_kind_reads_back_what_was_generated_in_order(tmp_path, kind):
                 )
     with pytest.raises(IndexError):
         source[6]
+
+
+class Unfinished(Counted):
+    """A task with demonstrations that were cut."""
+
+    name = "unfinished"
+
+    @classmethod
+    def rows(cls, kind, split, config):
+        return ({"prompt": "p", "response": f"{n}", "finished": n > 0} for n in range(2))
+
+
+def test_a_response_that_is_not_finished_is_stored_as_such(tmp_path):
+    source = store.open_rows(Unfinished, "demonstrations", "train", small())
+    assert list(source) == [
+        {"prompt": "p", "response": "0", "finished": False, "group": ""},
+        {"prompt": "p", "response": "1", "group": ""},
+    ]
 
 
 def test_a_task_of_ones_own_may_give_prompts_other_columns(tmp_path):

@@ -386,6 +386,7 @@ def test_the_best_of_several_is_written(jobs, tmp_path):
     means = run_best_of(config)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(16)) and means["empty"] == 0
+    assert {row["split"] for row in rows} == {"test"}
     assert (
         all(row["reward"] >= row["mean_reward"] for row in rows)
         and means["reward"] > means["mean_reward"]
@@ -474,7 +475,7 @@ EMPTY = {
 
 
 def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tmp_path):
-    output, prompts = tmp_path / "best" / "train.jsonl", tmp_path / "prompts"
+    output, prompts = tmp_path / "best" / "test.jsonl", tmp_path / "prompts"
     prompts.mkdir()
     # Every second prompt names its dialogue, which its demonstration is of too.
     asked = [
@@ -495,15 +496,26 @@ def test_sft_reads_what_best_of_writes_and_empty_responses_are_left_out(jobs, tm
         "score"
     ] > np.mean([row["score"] for row in rows])
     data = tiny.dataclasses.replace(tiny.DATA, task="jsonl", data_dir=str(output.parent))
-    read = of_split(data, "demonstrations", "train").rows("train")
+    read = of_split(data, "demonstrations", "test").rows("test")
     assert list(read) == [
         {
             "prompt": row["prompt"],
             "response": row["response"],
+            **({} if row["finished"] else {"finished": False}),
             "group": asked[row["row"]].get("group", ""),
         }
         for row in rows
     ]
+    # Rows of test prompts are not trained on: not from a single file, and not from another's name.
+    single = dataclasses.replace(data, data_dir=str(output))
+    with pytest.raises(UserError, match="jsonl has no demonstrations rows in its train split"):
+        of_split(single, "demonstrations", "train")
+    output.rename(output.with_name("train.jsonl"))
+    with pytest.raises(
+        UserError,
+        match=r"train\.jsonl, line 1: the row's split is test, and the file holds the train split",
+    ):
+        of_split(data, "demonstrations", "train")
 
 
 def test_no_file_is_written_where_every_best_response_is_empty(jobs, tmp_path, monkeypatch):
