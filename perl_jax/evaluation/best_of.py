@@ -20,7 +20,7 @@ from perl_jax.data.loading import check_context, load_batches, noted
 from perl_jax.data.pipeline import with_progress
 from perl_jax.data.store import named_group
 from perl_jax.generation.config import RolloutConfig
-from perl_jax.generation.programs import sample_program
+from perl_jax.generation.programs import require_finite, sample_program
 from perl_jax.hub.model import Model, load_model
 from perl_jax.rewards import compose, scoring
 from perl_jax.rewards.compose import Term
@@ -220,7 +220,13 @@ def best_responses(
             rollout = sample(
                 base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index))
             )
+            require_finite(model, rollout)
             score_B = to_host(scorer(roles, rollout, np.maximum(repeated.row_B, 0))[0])
+            errors.require(
+                bool(np.isfinite(score_B).all()),
+                f"The reward is NaN or infinite for {int((~np.isfinite(score_B)).sum())} of "
+                f"{len(score_B)} responses; nothing is written.",
+            )
             rollout = to_host(rollout)
             columns = {
                 "score": score_B,

@@ -25,7 +25,7 @@ from perl_jax.data.tasks import Gold
 from perl_jax.evaluation import intervals, resampling, statistics
 from perl_jax.generation.config import GREEDY, RolloutConfig
 from perl_jax.generation.continuous import ContinuousSampler
-from perl_jax.generation.programs import sample_program
+from perl_jax.generation.programs import require_finite, sample_program
 from perl_jax.hub.attention_path import say_attention
 from perl_jax.hub.model import Model, load_model
 from perl_jax.models import passes
@@ -187,6 +187,7 @@ def respond(
             sharding.put_batch(batch, model.mesh),
             jax.random.key_data(jax.random.fold_in(key, index)),
         )
+        require_finite(model, rollout)
         sequences = rollout.sequences
         own_BT = job.logprobs(model.base, policy, sequences)
         anchor_BT = own_BT if anchor is policy else job.logprobs(model.base, anchor, sequences)
@@ -202,6 +203,13 @@ def respond(
         ids_BT, mask_BT = to_host(sequences.tokens_BT), to_host(sequences.response_BT)
         tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
     merged = {name: np.concatenate(parts) for name, parts in columns.items()}
+    for name in ("kl", *job.raters):
+        errors.require(
+            bool(np.isfinite(merged[name]).all()),
+            f"The measure {name} of {who} is NaN or infinite for "
+            f"{int((~np.isfinite(merged[name])).sum())} of {len(texts)} responses; nothing is "
+            "written.",
+        )
     order = [i for i in np.argsort(merged["row"], kind="stable") if merged["row"][i] >= 0]
     prompts = [job.rows[int(merged["row"][i])]["prompt"] for i in order]
     ordered = [texts[i] for i in order]

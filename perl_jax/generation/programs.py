@@ -6,10 +6,15 @@ import dataclasses
 import functools
 from typing import Any
 
+import numpy as np
+
+from perl_jax.errors import require
 from perl_jax.generation import sampling
 from perl_jax.generation.config import RolloutConfig, SamplingConfig
 from perl_jax.generation.continuous import ContinuousSampler
+from perl_jax.generation.sampling import Rollout
 from perl_jax.hub.model import Model
+from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.platforms import decoding_options, platform_of
 from perl_jax.runtime.programs import SHAPES, Program
 
@@ -94,4 +99,24 @@ def batch_sampler(model: Model, sampler: SamplingConfig, samples: int) -> Progra
         sample,
         limit=SHAPES,
         compiler_options=decoding_options(model.mesh, model.quantise.kind != "none"),
+    )
+
+
+def require_finite(model: Model, rollout: Rollout) -> None:
+    """Raises UserError if a response's log-probabilities are NaN or infinite.
+
+    Its tokens would then have been drawn from no distribution. All processes must call this
+    function.
+
+    Args:
+        model: The model that sampled, for the message.
+        rollout: The responses.
+    """
+    logp_BT = to_host(rollout.logp_BT)
+    wrong = int((~np.isfinite(logp_BT)).any(axis=1).sum())
+    require(
+        wrong == 0,
+        f"{wrong} of {len(logp_BT)} responses of {model.name} have log-probabilities that are NaN "
+        "or infinite: weights of the model or of an adapter are damaged, or too large for "
+        f"{model.lm.config.dtype}.",
     )

@@ -13,7 +13,7 @@ from perl_jax.adapters.lora import Adapter
 from perl_jax.data.tokenise import fill
 from perl_jax.errors import require
 from perl_jax.generation.config import GREEDY
-from perl_jax.generation.programs import batch_sampler, sampling_config
+from perl_jax.generation.programs import batch_sampler, require_finite, sampling_config
 from perl_jax.hub.model import Model, TemplateOptions, load_model
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.seeds import random_key
@@ -108,6 +108,7 @@ def generate(
     rollout = batch_sampler(model, sampler, samples)(
         model.base, adapter, batch, jax.random.key_data(random_key(seed))
     )
+    require_finite(model, rollout)
     sequences = to_host(rollout.sequences)
     texts = []
     for row, (ids_T, mask_T) in enumerate(

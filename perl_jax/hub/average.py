@@ -9,10 +9,10 @@ import numpy as np
 import tyro
 
 from perl_jax.adapters import combine
-from perl_jax.errors import require
+from perl_jax.errors import listed, require
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import TemplateOptions, load_model
-from perl_jax.runtime import files
+from perl_jax.runtime import files, trees
 from perl_jax.runtime.outputs import new_folder
 
 
@@ -74,6 +74,11 @@ def run_average(config: AverageConfig) -> files.Path:
             )
             values = {"score_mean": mean, "score_std": std}
         adapter = model.place(combine.average(adapters, weights, model.lm.config.layers))
+        wrong = trees.not_finite(adapter)
+        require(
+            not wrong,
+            f"The weighted sum is NaN or infinite in {listed(wrong)}; the weights are {weights}.",
+        )
         metrics = {"averaged": list(config.adapters), "weights": list(weights)}
         artefacts.save_artefact(
             written, adapter, model.record(roles[0], adapter, metrics=metrics, **values)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from perl_jax.errors import UserError
+from perl_jax.generation.text import generate
 from perl_jax.hub import artefacts, config_json, peft, weights
 from perl_jax.hub.families import FAMILIES
 from perl_jax.hub.model import Model, ModelOptions, described, load_model
@@ -294,3 +295,16 @@ def test_every_kind_of_damage_is_tried(folders):
     ]
     assert len(found) > 500 and len(set(found)) > 480
     assert {"a named pipe", "64 GiB of zeros", "vocab_size = 1000000000000"} <= set(found)
+
+
+@pytest.mark.slow
+def test_outputs_that_are_not_finite_are_no_text(folders, tmp_path):
+    tensors = load_file(folders.whole / "model.safetensors")
+    huge = shutil.copytree(folders.whole, tmp_path / "huge")
+    for name in tensors:
+        if "up_proj" in name or "down_proj" in name:
+            tensors[name] = np.sign(tensors[name]) * np.float32(1e20)
+    save_file(tensors, huge / "model.safetensors")
+    with pytest.raises(UserError, match=r"2 of 2 responses .* are NaN or infinite"):
+        generate(load_model(str(huge)), None, ["a b"], samples=2, max_new_tokens=4)
+    assert len(generate(folders.model, None, ["a b"], samples=2, max_new_tokens=4)) == 2
