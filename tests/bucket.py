@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import random
 import threading
 import time
@@ -72,6 +73,23 @@ class Bucket:
         """The content of an object."""
         with self.lock:
             return self.storage.get_file(NAME, name)
+
+    def download(self, prefix: str, folder: pathlib.Path) -> pathlib.Path:
+        """Copies all objects below a prefix into a folder of this disk, which is returned."""
+        for name in self.names(f"{prefix}/"):
+            path = folder / name.removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name))
+        return folder
+
+    def upload(self, folder: pathlib.Path, prefix: str) -> None:
+        """Copies a folder of this disk into the bucket."""
+        import fsspec
+
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                name = f"{NAME}/{prefix}/{path.relative_to(folder)}"
+                fsspec.filesystem("gcs", finalize_on_close=True).pipe_file(name, path.read_bytes())
 
     def generation(self, name: str) -> int:
         """The generation of an object; 0: there is none."""

@@ -90,7 +90,7 @@ FILE_CALLS_ALLOWED: dict[str, set[str]] = {
     "runs/provenance.py": {"pathlib.Path", "is_file"},  # the Python file of a reward
     "runs/lease.py": {"open"},  # what the system says of a process
     "runtime/storage.py": {"tempfile.TemporaryDirectory"},  # a link to a folder
-    "runs/metrics.py": {"open"},  # lines are appended
+    "runs/lines.py": {"open"},  # lines are appended
     # The lock of a folder on a disk.
     "runs/owner.py": {
         "pathlib.PurePath",

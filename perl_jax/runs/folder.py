@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perl_jax import errors
-from perl_jax.runs import provenance
+from perl_jax.runs import lines, provenance
 from perl_jax.runs.checkpoints import saved_steps
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import FILE_NAME, import_extra
@@ -43,8 +43,9 @@ _MADE = (
     "validation_samples*",
     "samples*",
     "evaluation_samples*",
-    "checkpoints",
+    "checkpoints*",
     "adapters",
+    "owner.json",
     "evaluation.json",
     "scores.json",
     "cost.json",
@@ -146,7 +147,7 @@ def has_work(folder: files.Path) -> bool:
     metrics = folder / FILE_NAME
     return (
         bool(saved_steps(folder / "checkpoints"))
-        or (files.exists(metrics) and files.size(metrics) > 0)
+        or lines.exist(metrics)
         or any(files.exists(folder / name) for name in ("adapters", *WRITTEN_LAST.values()))
     )
 

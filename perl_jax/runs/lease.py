@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perl_jax.runtime import buckets, files
-from perl_jax.runtime.faults import explained
+from perl_jax.runtime.faults import FileError, explained
 
 # Seconds after which a holder that does not renew its lease has lost it.
 SECONDS = 60.0
@@ -191,21 +191,28 @@ def _write(address: files.Path, content: bytes, generation: int) -> int:
         content: The new content.
         generation: The generation that it must have; 0: there must be none.
 
-    Raises FileExistsError if it has another generation.
+    Raises FileExistsError if it has another generation, and FileError if there is no such bucket.
     """
     client = buckets.client()
     bucket, name = _parts(address)
-    reply = client.call(
-        "POST",
-        client.base.replace("/storage/", "/upload/storage/", 1) + "b/{}/o",
-        bucket,
-        uploadType="media",
-        name=name,
-        ifGenerationMatch=str(generation),
-        data=content,
-        headers={"Content-Type": "application/octet-stream"},
-        json_out=True,
-    )
+    try:
+        reply = client.call(
+            "POST",
+            client.base.replace("/storage/", "/upload/storage/", 1) + "b/{}/o",
+            bucket,
+            uploadType="media",
+            name=name,
+            ifGenerationMatch=str(generation),
+            data=content,
+            headers={"Content-Type": "application/octet-stream"},
+            json_out=True,
+        )
+    except FileNotFoundError as error:
+        raise FileError(
+            f"{address} cannot be written: there is no bucket {bucket}; check the address, or make "
+            "the bucket.",
+            missing=True,
+        ) from error
     return int(reply["generation"])
 
 

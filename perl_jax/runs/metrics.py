@@ -15,7 +15,6 @@ In a run with several processes only the first should open a writer.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import uuid
@@ -24,9 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from perl_jax.errors import UserError, require
+from perl_jax.errors import UserError
+from perl_jax.runs import lines
+from perl_jax.runs.owner import Lost
 from perl_jax.runtime import files
 from perl_jax.runtime.files import write_atomically
+from perl_jax.runtime.outputs import LocalCopy
 
 FILE_NAME = "metrics.jsonl"
 # What RL writes while it trains, and the rows that an evaluation was measured on.
@@ -89,24 +91,8 @@ def read_metrics(path: files.PathLike) -> list[dict[str, Any]]:
     `step`.
     """
     path = files.path_of(path)
-    require(files.exists(path), f"There is no metrics file at {path}.")
-    lines = files.read_bytes(path).split(b"\n")
-    if lines and not lines[-1]:
-        lines.pop()
-    rows = []
-    for index, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # bad JSON and bad UTF-8 alike
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-        elif index < len(lines) - 1:
-            raise UserError(
-                f"Line {index + 1} of {path} is not a JSON object with an integer 'step'; "
-                "restore the file or move it away."
-            )
-    return rows
+    lines.require_lines(path, "metrics file")
+    return lines.read_rows(path)
 
 
 def without_timing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -125,25 +111,6 @@ def without_timing(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 del kept[NONFINITE_KEY]
         cleaned.append(kept)
     return cleaned
-
-
-def prepare_file(path: files.Path, resume_step: int | None) -> int | None:
-    """Prepares a metrics file for appending; returns the last step that it keeps, or None.
-
-    Args:
-        path: The file.
-        resume_step: Rows up to this step are kept, later ones deleted. None starts a new file: an
-            existing one with rows is moved to `NAME.previous.jsonl`.
-    """
-    if resume_step is None:
-        if files.exists(path) and files.size(path):
-            files.move(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
-        return None
-    if not files.exists(path):
-        return None
-    rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows[-1]["step"] if rows else None
 
 
 def import_extra(module: str) -> Any:
@@ -170,7 +137,8 @@ class MetricsWriter:
     request.
 
     Steps must increase: one row per step, so pass training and validation metrics of a step in one
-    call. A row is in the file before `write` returns. Write the row of a step and call `sync`
+    call. On a disk a row is in the file before `write` returns, in a bucket with the next
+    `sync`. Write the row of a step and call `sync`
     before saving the checkpoint of that step. Then the file of a run that was killed and resumed
     equals that of an uninterrupted run, apart from `time/` keys.
 
@@ -199,19 +167,19 @@ class MetricsWriter:
         tensorboard_module = import_extra("tensorboardX") if tensorboard else None
         wandb_module = import_extra("wandb") if wandb else None
         made = files.make_folder(folder)
-        self.path = made / FILE_NAME
-        self._last_step = prepare_file(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  `close` closes it
+        self._lines = lines.Lines(made / FILE_NAME, resume_step)
+        # What the dashboards' packages write; they know disks only.
+        self._local = LocalCopy(made)
         self._tensorboard = None
         self._wandb = None
         if tensorboard_module is not None:
             purge = None if resume_step is None else resume_step + 1
             self._tensorboard = tensorboard_module.SummaryWriter(
-                logdir=str(made / "tensorboard"), purge_step=purge
+                logdir=str(self._local.path / "tensorboard"), purge_step=purge
             )
         if wandb_module is not None:
             self._wandb = wandb_module.init(
-                dir=str(made),
+                dir=str(self._local.path),
                 project=wandb_project or os.environ.get("WANDB_PROJECT") or "perl_jax",
                 name=wandb_name or "/".join(made.absolute().parts[-2:]),
                 id=wandb_id(made, resume_step),
@@ -228,12 +196,11 @@ class MetricsWriter:
         Raises:
             ValueError: If the step is not larger than the last one.
         """
-        if self._last_step is not None and step <= self._last_step:
-            raise ValueError(f"metrics of step {step} come after those of step {self._last_step}")
+        last = self._lines.last_step
+        if last is not None and step <= last:
+            raise ValueError(f"metrics of step {step} come after those of step {last}")
         row = encode_row(step, metrics)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._last_step = step
+        self._lines.write(step, [row])
         finite = {k: v for k, v in row.items() if k not in RESERVED_KEYS and v is not None}
         if self._tensorboard is not None:
             for name, value in finite.items():
@@ -242,27 +209,30 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def sync(self) -> None:
-        """Waits until everything written is on disk; call it before saving a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Waits until everything written is stored; call it before saving a checkpoint."""
+        self._lines.sync()
 
-    def close(self) -> None:
-        """Closes the file and the dashboards; a second call does nothing."""
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
+    def close(self, keep: bool = True, merge: bool = True) -> None:
+        """Closes the file and the dashboards; a second call does nothing.
+
+        Args:
+            keep: False: nothing more is written into the run's folder.
+            merge: Whether parts in a bucket are merged into the file.
+        """
+        self._lines.close(keep, merge)
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        self._local.close(keep)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close(keep=kind is None or not issubclass(kind, Lost), merge=kind is None)
 
 
 class SamplesWriter:
@@ -277,21 +247,24 @@ class SamplesWriter:
     """
 
     def __init__(self, folder: files.Path, resume_step: int | None):
-        self.path = folder / SAMPLES_NAME
-        prepare_file(self.path, resume_step)
+        self._lines = lines.Lines(folder / SAMPLES_NAME, resume_step)
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the samples of a step; they are on disk when the call returns.
+        """Appends the samples of a step; they are stored when the call returns.
 
         Args:
             step: The step.
             rows: One JSON object per sample; without any the file is not touched.
         """
-        if rows:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"step": int(step), **row}) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
+        self._lines.write(step, [{"step": int(step), **row} for row in rows])
+        self._lines.sync()
+
+    def __enter__(self) -> SamplesWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        keep = kind is None or not issubclass(kind, Lost)
+        self._lines.close(keep, merge=kind is None)
 
 
 class NoMetrics:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import jax
 
+from perl_jax.runs.owner import Lost
 from perl_jax.runtime import files
+from perl_jax.runtime.outputs import LocalCopy
 
 
 class Profile:
@@ -26,6 +28,7 @@ class Profile:
         self.folder = (
             folder / f"process-{jax.process_index()}" if jax.process_count() > 1 else folder
         )
+        self._local = LocalCopy(self.folder) if steps else None
         self._steps = frozenset(steps)
         self._open = False
 
@@ -42,8 +45,8 @@ class Profile:
         Args:
             number: The number of the step.
         """
-        if number in self._steps and not self._open:
-            jax.profiler.start_trace(self.folder)
+        if number in self._steps and not self._open and self._local is not None:
+            jax.profiler.start_trace(self._local.path)
             self._open = True
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
@@ -56,6 +59,8 @@ class Profile:
             self._open = False
             jax.profiler.stop_trace()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # A run that fails in the middle of a trace keeps what was traced.
         self._close()
+        if self._local is not None:
+            self._local.close(keep=kind is None or not issubclass(kind, Lost))

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -113,3 +114,15 @@ def tree(folder: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 def copy_object(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
     """Copies an object to another name in its bucket, without reading it here."""
     client().cp_file(os.fspath(path), os.fspath(to))
+
+
+def contents(paths: Sequence[str | os.PathLike[str]]) -> list[bytes]:
+    """Returns the contents of objects, read at the same time.
+
+    Raises FileNotFoundError if there is no such object.
+    """
+    names = [os.fspath(path).removeprefix(SCHEME) for path in paths]
+    if len(names) < 2:
+        return [client().cat_file(name) for name in names]
+    found = client().cat(names)
+    return [found[name] for name in names]

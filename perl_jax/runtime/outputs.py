@@ -177,3 +177,38 @@ def upload(folder: pathlib.Path, to: PathLike, marker: str) -> None:
     for name in sorted(files.tree(folder), key=lambda name: (name == marker, name)):
         with explained(target / name, "written"):
             buckets.client().put_file(os.fspath(folder / name), os.fspath(target / name))
+
+
+class LocalCopy:
+    """A folder on this host's disk for what can be written to disks only; in a run's folder on a
+    disk that is the folder itself, in a bucket its files are copied there at the end.
+
+    Args:
+        folder: The folder that the files are for.
+    """
+
+    def __init__(self, folder: files.Path) -> None:
+        self._folder = folder
+        self._made = tempfile.TemporaryDirectory(prefix="perl_jax_") if is_remote(folder) else None
+        self.path = pathlib.Path(folder if self._made is None else self._made.name)
+
+    def close(self, keep: bool = True) -> None:
+        """Copies the files into the bucket and deletes them here; a second call does nothing.
+
+        Args:
+            keep: Whether the files are copied.
+
+        Raises:
+            FileError: A file cannot be copied.
+        """
+        if self._made is None:
+            return
+        try:
+            for name in files.tree(self.path) if keep else ():
+                with explained(self._folder / name, "written"):
+                    buckets.client().put_file(
+                        os.fspath(self.path / name), os.fspath(self._folder / name)
+                    )
+        finally:
+            self._made.cleanup()
+            self._made = None

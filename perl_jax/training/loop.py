@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from perl_jax.data.pipeline import BatchIterator
 from perl_jax.errors import Interrupted, Stopped, TrainingError, require
-from perl_jax.runs import shown
+from perl_jax.runs import owner, shown
 from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.folder import begin as begin_run
 from perl_jax.runs.folder import clear
@@ -238,7 +238,14 @@ def train(
         numbers = ShownNumbers(loop.shown)
         # Samples that are neither written nor printed are not made.
         sample = loop.sample if folder is not None or loop.show_samples else None
-        with writer, line, termination or contextlib.nullcontext(), profile, waits(termination):
+        with (
+            writer,
+            samples,
+            line,
+            termination or contextlib.nullcontext(),
+            profile,
+            waits(termination),
+        ):
             if sample is not None and start is None:
                 keep_samples(loop, samples, begin, sample(state))
             for step in range(begin + 1, config.steps + 1):
@@ -253,6 +260,8 @@ def train(
                         checkpoints.save(state, cursor, None)
                     raise
                 check_finite(folder, step, metrics)
+                if folder is not None:
+                    owner.check_held(folder)
                 row = metrics | timings.add(step=time.perf_counter() - clock, **phases)
                 row |= loop.facts if step == 1 else {}
                 validated, last = None, step == config.steps
@@ -280,6 +289,8 @@ def train(
                         on_step(encoded)
                 if stop:
                     raise stopped(stop, step)
+        if folder is not None:
+            owner.check_held(folder)
         if loop.best is not None:
             state, _ = checkpoints.restore_best(_given_up(state))
     if folder is not None and writes:

@@ -18,6 +18,7 @@ import numpy as np
 
 from perl_jax.errors import UserError
 from perl_jax.evaluation.intervals import Estimate
+from perl_jax.runs.lines import read_lines
 from perl_jax.runs.metrics import (
     EVALUATION_SAMPLES_NAME,
     FILE_NAME,
@@ -218,7 +219,7 @@ def read_samples(path: files.Path, notes: list[str], name: str) -> list[dict[str
         name: The file's name in the note.
     """
     try:
-        lines = files.read_bytes(path).splitlines()
+        lines = read_lines(path)
     except UserError:
         return []
     rows, bad = [], 0
