@@ -608,7 +608,7 @@ LOOPS = (
         ("padded-with-an-end", "a classifier's padding may be a token that ends a turn", "i is not None and i not in ends and", "i is not None and", "training/test_exchange.py::test_padding_is_a_token_that_no_turn_ends_with"),
     ),
     *_of(
-        "runs/metrics.py",
+        "runs/lines.py",
         ("last-row-lost", "a resumed run loses the row of its checkpoint", 'row["step"] <= resume_step', 'row["step"] < resume_step', "runs/test_metrics.py::TestResume::test_killed_and_resumed_equals_uninterrupted"),
     ),
     *_of(
