@@ -35,6 +35,7 @@ class Dataset:
         location: (split, index from 0) -> text that says where a row comes from, for messages.
         content: Returns a JSON value that determines the rows.
         gold: (prompts, responses) -> true rewards [n]; None: they are not known.
+        tokens: The rows of splits as tokens, so that they are tokenised once (`data.loading`).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset:
     location: Callable[[str, int], str]
     content: Callable[[], object]
     gold: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None
+    tokens: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, split: str) -> Sequence[Row]:
         """Returns the rows of a split; raises UserError if the split has no rows."""

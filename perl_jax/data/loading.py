@@ -9,10 +9,11 @@ from perl_jax.data.config import DataConfig
 from perl_jax.data.counts import said_of
 from perl_jax.data.dataset import Dataset
 from perl_jax.data.pipeline import Batches, make_batches
-from perl_jax.data.tokenise import RowError
+from perl_jax.data.tokenise import RowError, TokenRows, tokenise
 from perl_jax.errors import UserError, require
 from perl_jax.hub.model import Model
-from perl_jax.runtime import hosts, sharding
+from perl_jax.hub.tokenizer import Tokenizer
+from perl_jax.runtime import hosts, progress, sharding
 
 
 def check_context(model: Model, config: DataConfig) -> None:
@@ -32,6 +33,32 @@ def check_context(model: Model, config: DataConfig) -> None:
         f"max_prompt_length + max_response_length is {total}{end}; {model.name} has {positions} "
         "positions.",
     )
+
+
+def tokenised(dataset: Dataset, split: str, tokenizer: Tokenizer, config: DataConfig) -> TokenRows:
+    """Returns the rows of a split as tokens; those of one tokenizer and one length are kept.
+
+    Args:
+        dataset: The rows.
+        split: The split of the dataset.
+        tokenizer: The model's tokenizer.
+        config: The largest lengths of prompts and responses.
+
+    Raises:
+        UserError: The split has no rows, or a row cannot be encoded; the message says where it is.
+    """
+    lengths = (config.max_prompt_length, config.max_response_length)
+    key = (split, *lengths)
+    owner, tokens = dataset.tokens.get(key, (None, None))
+    if owner is not tokenizer:
+        rows = dataset.rows(split)
+        try:
+            with progress.activity(f"tokenising {len(rows)} {split} rows"):
+                tokens = tokenise(rows, dataset.kind, tokenizer, *lengths)
+        except RowError as error:
+            raise UserError(f"{dataset.location(split, error.index)}: {error.reason}") from error
+        dataset.tokens[key] = tokenizer, tokens
+    return tokens
 
 
 def load_batches(
@@ -82,6 +109,7 @@ def load_batches(
             model.tokenizer,
             config,
             batch_size,
+            tokenised(dataset, split, model.tokenizer, config) if most is None else None,
             seed=seed,
             epochs=None if seed is not None else 1,
             lengths=lengths,

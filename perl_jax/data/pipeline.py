@@ -277,6 +277,7 @@ def make_batches(
     encoder: Encoder,
     config: DataConfig,
     batch_size: int,
+    tokens: TokenRows | None = None,
     *,
     others: bool = False,
     **how: Any,
@@ -292,6 +293,7 @@ def make_batches(
         encoder: Turns texts into token ids.
         config: The largest lengths of prompts and responses, and the number of padded lengths.
         batch_size: Rows of a whole batch, over all processes.
+        tokens: The rows as tokens, if they are tokenised already.
         others: Whether each labelled row gets the response of another row as well
             (`mismatched.with_others`).
         how: Further arguments of `Batches`: at least `seed`.
@@ -301,7 +303,8 @@ def make_batches(
         UserError: `Batches` refuses an argument, or `others` needs more rows.
     """
     rows = list(rows)
-    tokens = tokenise(rows, kind, encoder, config.max_prompt_length, config.max_response_length)
+    if tokens is None:
+        tokens = tokenise(rows, kind, encoder, config.max_prompt_length, config.max_response_length)
     if others:
         tokens = with_others(tokens, [row["prompt"] for row in rows])
     columns = columns_digest(rows) if kind in OPEN else ""

@@ -318,6 +318,20 @@ def abstract_adapter(
     )
 
 
+def require_role(folder: files.Path, record: Record, role: str | None) -> None:
+    """Raises UserError if an artefact has another role.
+
+    Args:
+        folder: The artefact's folder, for the message.
+        record: Its record.
+        role: The role that it must have; None accepts any.
+    """
+    require(
+        role in (None, record.role),
+        f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.",
+    )
+
+
 def load_artefact(
     folder: files.Path,
     lm: LanguageModel,
@@ -354,10 +368,7 @@ def load_artefact(
         record.tuning == "full" or record.lora is not None,
         f"{folder / RECORD} does not describe its adapter (field lora is null).",
     )
-    require(
-        role in (None, record.role),
-        f"{folder} holds a {record.role} adapter; a {role} adapter is needed here.",
-    )
+    require_role(folder, record, role)
     require(
         record.has_head or record.role == "policy",
         f"{folder} is a {record.role} artefact without its scalar head; it cannot score.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
@@ -212,7 +212,11 @@ def check_turn_end(folder: files.PathLike, record: Record, tokenizer: Tokenizer)
     )
 
 
-def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
+def load_model(
+    model: files.PathLike | ModelOptions,
+    ready: Callable[[Model], None] | None = None,
+    **options: Any,
+) -> Model:
     """Loads a base model from disk directly onto its devices and returns it with its tokenizer.
 
         load_model("Qwen/Qwen3-0.6B", dtype="bfloat16")
@@ -221,6 +225,8 @@ def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
 
     Args:
         model: A local folder in Hugging Face's format, a hub name, or all options in one object.
+        ready: Called before the weights are read, with a model that lacks them: for checks that
+            need the tokenizer and the config alone. None: nothing is called.
         options: Fields of `TemplateOptions`, such as dtype, mesh, quantise, template.
 
     Raises:
@@ -242,6 +248,9 @@ def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
     use_compilation_cache(settings.compile_cache)
     folder = weights.find_model(settings.model)
     lm, tokenizer = described(settings, folder)
+    sharded = settings.mesh.adapters == "sharded"
+    if ready is not None:
+        ready(Model(str(settings.model), lm, None, tokenizer, "", settings.quantise, sharded))
     marks: dict[str, bytes] = {}
 
     def finish(name: str, leaf: jax.Array) -> Tree:
@@ -259,7 +268,7 @@ def load_model(model: files.PathLike | ModelOptions, **options: Any) -> Model:
         tokenizer,
         trees.fingerprint_of_marks(marks),
         settings.quantise,
-        settings.mesh.adapters == "sharded",
+        sharded,
     )
 
 

@@ -112,7 +112,7 @@ def _inputs(job: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"the chat template {template}",
             lambda: files.file_hash(template),
         )
-    for role, folder in _artefacts(config):
+    for role, folder in artefacts_of(config):
         yield (
             f"the {role} artefact {folder}",
             lambda folder=folder: artefacts.content_of(files.path_of(folder)),
@@ -134,7 +134,27 @@ def check_rows(job: str, config: Any) -> None:
     rows_content(_kind(job, config), config.data)
 
 
-def _artefacts(config: Any) -> Iterator[tuple[str, str]]:
+# The role that an artefact must have, by what a config calls it; any role can lie under another.
+_ROLES = {
+    "policy": "policy",
+    "baseline": "policy",
+    "reference": "policy",
+    "reward": "reward",
+    "judge": "reward",
+    "frozen": None,
+}
+
+
+def check_artefacts(config: Any) -> None:
+    """Raises UserError if an artefact that a config names is not there, is damaged, or has another
+    role; only its record is read.
+    """
+    for name, folder in artefacts_of(config):
+        path = files.path_of(folder)
+        artefacts.require_role(path, artefacts.read_record(path), _ROLES[name])
+
+
+def artefacts_of(config: Any) -> Iterator[tuple[str, str]]:
     """Yields (role, folder) of each artefact that a config names, such as ("policy",
     "runs/sft/adapters/policy").
     """

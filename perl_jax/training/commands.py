@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 from perl_jax import errors
 from perl_jax.data import targets
-from perl_jax.data.dataset import of_task
-from perl_jax.hub.model import ModelOptions, load_model
+from perl_jax.data.dataset import Dataset, of_task
+from perl_jax.data.loading import check_context, load_batches, tokenised
+from perl_jax.hub.model import Model, ModelOptions, load_model
 from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
+from perl_jax.runs import provenance
 from perl_jax.runs.folder import is_finished, open_run
 from perl_jax.runs.owner import holding, run_of_config
 from perl_jax.runtime import files
@@ -120,6 +123,30 @@ class RLCommand(RewardOptions, PolicyCommand, RLConfig):
         )
 
 
+def _ready(
+    config: TrainingCommand, rows: Dataset, read: Sequence[str], samples: int = 1
+) -> Callable[[Model], None]:
+    """Returns checks of the rows that need the tokenizer alone, for `load_model`: an error in them
+    comes before the weights are read.
+
+    Args:
+        config: The command's config.
+        rows: The rows.
+        read: The splits that the job reads; the first one is trained on.
+        samples: Rows of a step that come from one row of the split.
+    """
+
+    def check(model: Model) -> None:
+        """Checks lengths, then tokenises the splits, and plans the batches of training."""
+        check_context(model, config.data)
+        for split in read:
+            tokenised(rows, split, model.tokenizer, config.data)
+        size, parts = config.batch_size // samples, config.microbatches if samples == 1 else 1
+        load_batches(model, rows, read[0], config.data, size, config.seed, parts)
+
+    return check
+
+
 @holding(run_of_config)
 def run_sft(config: SFTCommand) -> files.Path:
     """Trains a policy on a task's demonstrations; returns the folder of the policy artefact.
@@ -128,9 +155,12 @@ def run_sft(config: SFTCommand) -> files.Path:
     """
     run = open_run("sft", config)
     if not is_finished(run, "policy", "cost.json"):
-        rows = of_task(config.data, "demonstrations", ("train", "validation"))
+        read = ("train", "validation")
+        rows = of_task(config.data, "demonstrations", read)
+        provenance.check_artefacts(config)
         # No name here holds the model: full tuning lets go of the base.
-        train_sft(load_model(config), rows, config, frozen=config.stack_on, run=run)
+        ready = _ready(config, rows, read)
+        train_sft(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
     return run.artefact("policy")
 
 
@@ -147,8 +177,11 @@ def run_reward(config: RewardCommand) -> files.Path:
         if config.objective == "pairwise":
             soft = config.split if config.soft_labels else None
             check = functools.partial(targets.check_pairs, soft)
-        rows = of_task(config.data, job.kind, (config.split, "validation", "test"), check)
-        train_reward(load_model(config), rows, config, frozen=config.stack_on, run=run)
+        read = (config.split, "validation", "test")
+        rows = of_task(config.data, job.kind, read, check)
+        provenance.check_artefacts(config)
+        ready = _ready(config, rows, read)
+        train_reward(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
     return run.artefact("reward")
 
 
@@ -163,9 +196,11 @@ def run_dpo(config: DPOCommand) -> files.Path:
         kind, check = config.objective.kind, targets.both_classes
         if kind == "comparisons":
             check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
-        rows = of_task(config.data, kind, ("train", "validation", "test"), check)
+        read = ("train", "validation", "test")
+        rows = of_task(config.data, kind, read, check)
+        provenance.check_artefacts(config)
         train_dpo(
-            load_model(config),
+            load_model(config, _ready(config, rows, read)),
             rows,
             config,
             policy=config.policy,
@@ -184,10 +219,13 @@ def run_rl(config: RLCommand) -> files.Path:
     """
     run = open_run("rl", config)
     if not is_finished(run, "policy", "cost.json"):
-        rows = of_task(config.data, "prompts", ("train",))
         terms = compose.read_terms(config.terms)
+        rows = of_task(config.data, "prompts", ("train",))
+        provenance.check_artefacts(config)
+        read = tuple(split for split in ("train", "validation") if split in rows.splits)
+        samples = config.algorithm.group
         train_rl(
-            load_model(config),
+            load_model(config, _ready(config, rows, read, samples)),
             rows,
             config,
             rewards=RewardTotal(config.reward, config.combine, config.reward_weight, terms),

@@ -392,7 +392,9 @@ def test_another_base_is_refused_by_name(jobs, other_base, tmp_path):
         )
 
 
-def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
+def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path, monkeypatch):
+    # The records say it, before the base is loaded.
+    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match="holds a policy adapter; a reward adapter is needed here"):
         commands.run_rl(tiny.rl_config(tmp_path / "a", jobs.base, jobs.policy, jobs.policy))
     with pytest.raises(UserError, match="holds a value adapter; a policy adapter is needed here"):
@@ -419,9 +421,13 @@ def test_roles_are_not_mistaken_for_each_other(jobs, tmp_path):
             {"data": dataclasses.replace(tiny.DATA, train_size=5)},
             "There are 5 demonstrations rows, fewer than batch_size, which is 8.",
         ),
+        ({"stack_on": "nowhere"}, "nowhere is not an artefact: there is no artefact.json in it"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_training(base, tmp_path, fields, message):
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    base, tmp_path, fields, message, monkeypatch
+):
+    monkeypatch.setattr(hf_checkpoint, "load_base", lambda *_, **__: pytest.fail("weights"))
     with pytest.raises(UserError) as error:
         commands.run_sft(tiny.sft_config(tmp_path / "run", base, **fields))
     assert message in str(error.value)
