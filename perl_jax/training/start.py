@@ -131,7 +131,9 @@ def _parts(rows: TokenRows, index: int) -> Iterator[tuple[str, list[int]]]:
         yield "text", prompt + rows.responses[0][index].tolist()
         return
     yield "prompt", prompt
-    for name, responses in zip(RESPONSES[rows.kind], rows.responses, strict=True):
+    # A labelled row may come with the response of another row.
+    names = RESPONSES.get(rows.kind, ("response", "response of another row"))
+    for name, responses in zip(names, rows.responses, strict=True):
         yield name, responses[index].tolist()
 
 

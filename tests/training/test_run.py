@@ -441,7 +441,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
         ({"tuning": "half"}, "tuning is 'half'; it must be one of lora, full."),
         ({"microbatches": 3}, "microbatches is 3; it must divide batch_size, 8."),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be one of float32, bfloat16."),
-        ({"seed": -1}, "seed is -1; it must be a finite number at least 0."),
+        ({"seed": -1}, "seed is -1; a seed is 0 to 9223372036854775807."),
     ],
 )
 def test_wrong_settings_are_refused_by_name(fields, message):
