@@ -30,6 +30,8 @@ from perl_jax.runtime import files
 
 # The largest number that the float32 arrays of a batch can hold.
 _LARGEST = float(np.finfo(np.float32).max)
+# Fields that are compared with other texts, so that each must be a number or a text.
+COMPARED = ("answer", "group")
 # The least and the greatest value of each column of numbers; others may be any finite number.
 RANGES = {"label": (0, 1), "probability": (0, 1), "weight": (0, math.inf)}
 
@@ -62,7 +64,10 @@ def read_jsonl(
 
 
 def numbered_rows(
-    path: files.PathLike, fields: Sequence[str], others: bool = False
+    path: files.PathLike,
+    fields: Sequence[str],
+    others: bool = False,
+    compared: Sequence[str] = COMPARED,
 ) -> list[tuple[int, dict[str, Any]]]:
     """Returns (number of the line from 1, row) for each row of a file; several rows of a ranking
     have the same number.
@@ -71,6 +76,7 @@ def numbered_rows(
         path: The file.
         fields: The names of the fields that each row gets.
         others: Whether rows keep all other fields too.
+        compared: The other fields that must be a number or a text that is not blank.
 
     Raises:
         UserError: The file cannot be read or has no rows, or a line is wrong (`read_jsonl`).
@@ -82,14 +88,18 @@ def numbered_rows(
         (number, row)
         for number, line in numbered
         if line.strip()
-        for row in parse_line(line, fields, f"{path}, line {number}", others)
+        for row in parse_line(line, fields, f"{path}, line {number}", others, compared)
     ]
     require(bool(rows), f"{path} is empty; it must hold one JSON object a line.")
     return rows
 
 
 def parse_line(
-    line: bytes, fields: Sequence[str], where: str, others: bool = False
+    line: bytes,
+    fields: Sequence[str],
+    where: str,
+    others: bool = False,
+    compared: Sequence[str] = COMPARED,
 ) -> list[dict[str, Any]]:
     """Returns the rows of a line: one, or the pairs of its ranked responses (`read_jsonl`).
 
@@ -98,6 +108,7 @@ def parse_line(
         fields: The names of the fields that each row gets.
         where: The file and the line, the beginning of an error message.
         others: Whether rows keep all other fields too.
+        compared: The other fields that must be a number or a text that is not blank.
 
     Raises:
         UserError: The line is not a JSON object in UTF-8, or a field is missing, repeated or wrong.
@@ -115,11 +126,15 @@ def parse_line(
         raise UserError(f"{where}: not valid JSON (nested too deeply).") from error
     except ValueError as error:  # an integer of thousands of digits
         raise UserError(f"{where}: not valid JSON ({error}).") from error
-    return checked_rows(value, fields, where, others)
+    return checked_rows(value, fields, where, others, compared)
 
 
 def checked_rows(
-    value: Any, fields: Sequence[str], where: str, others: bool = False
+    value: Any,
+    fields: Sequence[str],
+    where: str,
+    others: bool = False,
+    compared: Sequence[str] = COMPARED,
 ) -> list[dict[str, Any]]:
     """Returns the rows of a JSON object: one, or the pairs of its ranked responses (`read_jsonl`).
 
@@ -128,6 +143,7 @@ def checked_rows(
         fields: The names of the fields that each row gets.
         where: Where the object comes from, the beginning of an error message.
         others: Whether rows keep all other fields too.
+        compared: The other fields that must be a number or a text that is not blank.
 
     Raises:
         UserError: The value is no object, or a field is missing or wrong.
@@ -141,7 +157,7 @@ def checked_rows(
     _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}
-    for field in ("answer", "group"):
+    for field in compared:
         if field in kept:
             check_name(kept[field], field, where)
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.bucketing import fitting_batch
 from perl_jax.data.config import DataConfig
-from perl_jax.data.jsonl import numbered_rows
+from perl_jax.data.jsonl import checked, numbered_rows
 from perl_jax.data.pipeline import make_batches, with_progress
 from perl_jax.data.tokenise import RowError
-from perl_jax.errors import UserError
+from perl_jax.errors import TrainingError, UserError
 from perl_jax.hub.model import TemplateOptions, load_model
 from perl_jax.hub.tokenizer import Tokenizer
 from perl_jax.models import passes
@@ -27,14 +27,18 @@ from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import Program
 from perl_jax.types import Tokens, Tree
 
+FIELDS = ("prompt", "response")  # what a row must have
+COMPUTED = ("token_logprobs", "logprob", "score")  # what it gets; the last with a scalar head
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig(TemplateOptions):
     """Compute log-probabilities and scores of the rows of a JSON Lines file.
 
-    Each row needs `prompt` and `response`. It is written with `token_logprobs` (one per response
-    token, end-of-sequence included, in nats), `logprob` (their sum) and, if the adapter has a
-    scalar head, `score` (normalised if the adapter is a reward).
+    Each row needs `prompt` and `response`. It is written with all its columns and with
+    `token_logprobs` (one per response token, end-of-sequence included, in nats), `logprob` (their
+    sum) and, if the adapter has a scalar head, `score` (normalised if the adapter is a reward).
+    These replace columns of the same names.
 
     Attributes:
         input: The file of rows.
@@ -94,12 +98,20 @@ def _measure(
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Returns the rows of the input file, in order, with `token_logprobs`, `logprob` and `score`.
 
-    `score` is there only if the adapter has a scalar head. Raises UserError for rows that cannot be
-    encoded or are too long.
+    All other columns are kept. `score` is computed only if the adapter has a scalar head.
+
+    Raises:
+        UserError: A row cannot be encoded, is too long, or has a column that JSON cannot hold.
+        TrainingError: A number of a row is NaN or infinite.
     """
-    numbers, rows = zip(
-        *numbered_rows(files.path_of(config.input), ("prompt", "response", "finished")), strict=True
+    numbers, whole = zip(
+        *numbered_rows(files.path_of(config.input), FIELDS, others=True, compared=()), strict=True
     )
+    rows = []
+    for number, row in zip(numbers, whole, strict=True):
+        where = f"{config.input}, line {number}"
+        _check_columns(row, where)
+        rows.append({field: checked(row, field, where) for field in (*FIELDS, "finished")})
     model = load_model(config)
     adapter, record = (None, None) if config.adapter is None else model.load_role(config.adapter)
     data = DataConfig(
@@ -121,7 +133,10 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     )
     program = measure_program(model.lm, config.temperature)
     normalise = float if record is None or record.role != "reward" else record.normalise
-    out: list[dict[str, Any]] = [dict(row) for row in rows]
+    out: list[dict[str, Any]] = [dict(row) for row in whole]
+    computed = COMPUTED if adapter is not None and adapter.head is not None else COMPUTED[:2]
+    if replaced := [name for name in computed if any(name in row for row in whole)]:
+        progress.say(f"score: computed numbers replace columns of the input: {', '.join(replaced)}")
     for index, batch in enumerate(with_progress(batches, "scoring")):
         logp_BT, score_B = to_host(
             program(model.base, adapter, sharding.put_batch(batch, model.mesh))
@@ -130,13 +145,50 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
             if row < 0:
                 continue
             token_logprobs = logp_BT[i][batch.response_BT[i]]
-            out[row] |= {
+            found = {
                 "token_logprobs": [float(x) for x in token_logprobs],
                 "logprob": float(np.sum(token_logprobs, dtype=np.float64)),
             }
             if score_B is not None:
-                out[row]["score"] = float(normalise(float(score_B[i])))
+                found["score"] = float(normalise(float(score_B[i])))
+            _check_finite(found, f"{config.input}, line {numbers[row]}")
+            out[row] |= found
     return out
+
+
+def _check_columns(row: Mapping[str, Any], where: str) -> None:
+    """Raises UserError if a column of a row cannot be written as JSON.
+
+    Python reads NaN and numbers that are too large as JSON, which has no such numbers.
+
+    Args:
+        row: The row.
+        where: The file and the line, the beginning of the message.
+    """
+    for name, value in row.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise UserError(
+                f"{where}: the field {name} holds NaN or infinity, which are not JSON."
+            ) from error
+        except RecursionError as error:
+            raise UserError(f"{where}: the field {name} is nested too deeply.") from error
+
+
+def _check_finite(found: Mapping[str, Any], where: str) -> None:
+    """Raises TrainingError if a computed number of a row is NaN or infinite.
+
+    Args:
+        found: The computed columns of the row.
+        where: The file and the line, the beginning of the message.
+    """
+    for name, value in found.items():
+        if not np.all(np.isfinite(value)):
+            raise TrainingError(
+                f"{where}: {name} is NaN or infinite, so nothing was written; the model or its "
+                "adapter gives no finite number for this row."
+            )
 
 
 def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[dict]) -> str:
@@ -166,7 +218,7 @@ def run_score(config: ScoreConfig) -> None:
     """
     if config.output is not None:
         outputs.check_writable(config.output)
-    lines = "".join(json.dumps(row) + "\n" for row in score(config))
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in score(config))
     if config.output is None:
         print(lines, end="")
     else:

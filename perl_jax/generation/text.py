@@ -78,9 +78,13 @@ def generate(
         seed: Seed of sampling.
 
     Raises:
-        UserError: For a prompt without tokens, or a prompt that is too long for max_new_tokens more
-            tokens.
+        UserError: For a prompt without tokens, a prompt that is too long for max_new_tokens more
+            tokens, or an adapter that is no policy.
     """
+    require(
+        adapter is None or adapter.head is None,
+        "The adapter has a scalar head, so it is a reward or value model; generate needs a policy.",
+    )
     require(
         not isinstance(prompts, str), "prompts is one text; give a list of texts, such as [text]."
     )
@@ -124,7 +128,7 @@ def generate(
 def run_generate(config: GenerateConfig) -> list[str]:
     """Loads the model and returns continuations of the config's prompt: command `generate`."""
     model = load_model(config)
-    adapter = None if config.adapter is None else model.load_role(config.adapter)[0]
+    adapter = None if config.adapter is None else model.load_role(config.adapter, "policy")[0]
     return generate(
         model,
         adapter,

@@ -10,9 +10,10 @@ import re
 import numpy as np
 import pytest
 
-from perl_jax.errors import UserError
+from perl_jax.errors import TrainingError, UserError
+from perl_jax.evaluation import score as scoring
 from perl_jax.evaluation.score import ScoreConfig, run_score, score
-from perl_jax.generation.text import GenerateConfig, run_generate
+from perl_jax.generation.text import GenerateConfig, generate, run_generate
 from perl_jax.types import Tokens
 from tests import small
 from tests.training import tiny
@@ -142,6 +143,77 @@ def test_scored_rows_are_written_or_printed(jobs, file, tmp_path, capsys):
     assert [set(json.loads(line)) for line in printed.splitlines()] == [
         {"prompt", "response", "token_logprobs", "logprob"}
     ] * 5
+
+
+def test_all_columns_are_kept_and_computed_ones_are_replaced(base, tmp_path, capsys):
+    rows = [
+        {"id": 7, "response": "here", "prompt": "add 1", "answer": None, "score": "mine"},
+        {"prompt": "add 2", "tags": [{"a": 0.5}], "response": "here", "logprob": -1, "group": ""},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = score(config(base, path))
+    for row, scored in zip(rows, found, strict=True):
+        kept = {name: value for name, value in row.items() if name != "logprob"}
+        assert {name: scored[name] for name in kept} == kept  # the base computes no score
+        assert set(scored) == {*row, "token_logprobs", "logprob"}
+    assert found[1]["logprob"] == pytest.approx(sum(found[1]["token_logprobs"]))
+    said = capsys.readouterr().err
+    assert "score: computed numbers replace columns of the input: logprob\n" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("NaN", "line 2: the field x holds NaN or infinity, which are not JSON."),
+        ('{"a": [1, -Infinity]}', "line 2: the field x holds NaN or infinity"),
+        ("1e999", "line 2: the field x holds NaN or infinity"),
+        ("[" * 100_000 + "]" * 100_000, "line 2: not valid JSON (nested too deeply)."),
+    ],
+)
+def test_columns_that_are_no_json_are_refused_by_their_line(tmp_path, value, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": "r", "x": ' + value + "}\n"
+    )
+    with pytest.raises(UserError) as error:  # before the model is looked for
+        score(config("no such model", path))
+    assert str(error.value).startswith(f"{path}, {message}")
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_numbers_that_are_not_finite_are_an_error_that_names_the_line(
+    base, file, monkeypatch, number
+):
+    measure = scoring.measure_program
+
+    def spoiled(lm, temperature):
+        def program(*arguments):
+            logp_BT, score_B = measure(lm, temperature)(*arguments)
+            return logp_BT.at[2].set(number), score_B
+
+        return program
+
+    monkeypatch.setattr(scoring, "measure_program", spoiled)
+    with pytest.raises(TrainingError) as error:
+        run_score(config(base, file, output=str(file.with_name("out"))))
+    found = re.fullmatch(
+        rf"{re.escape(str(file))}, line \d: token_logprobs is NaN or infinite, so nothing was "
+        r"written; the model or its adapter gives no finite number for this row\.",
+        str(error.value),
+    )
+    assert found and not file.with_name("out").exists()
+
+
+def test_generate_needs_a_policy(jobs, model):
+    settings = {"model": jobs.base, "prompt": PROMPT, "max_new_tokens": 2}
+    with pytest.raises(UserError, match=r"holds a reward adapter; a policy adapter is needed"):
+        run_generate(GenerateConfig(**settings, adapter=str(jobs.reward)))
+    value = jobs.tuned.with_name("value")
+    with pytest.raises(UserError, match=r"holds a value adapter; a policy adapter is needed"):
+        run_generate(GenerateConfig(**settings, adapter=str(value)))
+    with pytest.raises(UserError, match=r"^The adapter has a scalar head, so it is a reward or"):
+        generate(model, tiny.load(jobs.reward, model)[0], [PROMPT])
 
 
 @pytest.mark.parametrize(
