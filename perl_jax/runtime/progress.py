@@ -4,9 +4,9 @@ A job opens one line (`Progress`). What happens within a step of it, such as com
 validating, opens a line below it (`activity`). Nothing has to be passed on: the innermost open line
 is known here.
 
-On a terminal the lines are redrawn in place. Elsewhere (a log file, a notebook) a line is printed
-at most every 30 seconds. A thread prints it when the work itself does not report for so long, so
-that nothing is silent for minutes.
+On a terminal and in a notebook the lines are redrawn in place. Elsewhere (a log file) a line is
+printed at most every 30 seconds. A thread prints it when the work itself does not report for so
+long, so that nothing is silent for minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 import rich.console
 import rich.progress
 
-from perl_jax.runtime import hosts
+from perl_jax.runtime import hosts, notebook
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -83,6 +83,9 @@ class Progress:
         self._unprinted = ""
         self._outer: Progress | None = None
         self._live: rich.progress.Progress | None = None
+        # Of a notebook, and only if no stream was given.
+        display = notebook.display() if stream is None else None
+        self._cell = None if display is None else notebook.Cell(display, clock)
         self._task: rich.progress.TaskID | None = None
         self._ended = threading.Event()
 
@@ -92,7 +95,7 @@ class Progress:
             if self._outer is not None:
                 root = self._root
                 self._stream, self._clock = root._stream, root._clock
-                self._interval, self._live = root._interval, root._live
+                self._interval, self._live, self._cell = root._interval, root._live, root._cell
             self._opened = self._clock()
             _OPEN.append(self)
         if self._outer is None and self._stream.isatty():
@@ -115,6 +118,8 @@ class Progress:
                 shown="",
                 inner=self._outer is not None,
             )
+        elif self._cell is not None:
+            self._draw()
         elif self._outer is None and self._interval > 0:
             threading.Thread(target=self._beat_until_end, daemon=True).start()
         return self
@@ -129,6 +134,8 @@ class Progress:
                 self._live.stop()
             elif self._task is not None:
                 self._live.remove_task(self._task)
+        elif self._cell is not None:
+            self._draw(force=True)
         elif self._unprinted:
             self._print(self._unprinted)
 
@@ -153,6 +160,9 @@ class Progress:
             self._live.update(
                 self._task, completed=done, count=self._count(), shown=self._details_now
             )
+            return
+        if self._cell is not None:
+            self._draw()
             return
         with _LOCK:
             root = self._root
@@ -182,6 +192,23 @@ class Progress:
         else:
             with _LOCK:
                 print(text, file=self._stream, flush=True)
+
+    def _draw(self, force: bool = False) -> None:
+        """Draws all open lines in the notebook's output: the outermost one, and those within it.
+
+        A part of a job that is done within two seconds, and that no job is around, draws nothing.
+
+        Args:
+            force: Whether to draw even if that was done just now.
+        """
+        root = self._root
+        waited = root._clock() - root._opened
+        if self._cell is None or not (root._eager or self._cell.drawn or waited >= 2):
+            return
+        inner = [line for line in _OPEN if line is not root and line._root is root]
+        lines = [f"{notebook.bar(root._done, root._total)} {root._line()}".lstrip()]
+        lines += [f"  {line._stage} {line._count()}".rstrip() for line in inner]
+        self._cell.draw("\n".join(lines), force=force)
 
     def _beat_until_end(self) -> None:
         """Calls `beat` again and again until the line is closed."""

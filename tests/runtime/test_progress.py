@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
+import types
 
 import pytest
 
-from perl_jax.runtime import progress
+from perl_jax.runtime import notebook, progress
 from perl_jax.runtime.progress import Progress
 
 
@@ -160,3 +162,62 @@ class TestInnerLines:
         ):
             raise KeyboardInterrupt
         assert progress._OPEN == []
+
+
+class Output:
+    """IPython's `display`: the texts that each output showed, one after the other."""
+
+    def __init__(self):
+        self.outputs: list[list[str]] = []
+
+    def __call__(self, content, *, raw, display_id):
+        assert raw and display_id
+        texts = [content["text/plain"]]
+        self.outputs.append(texts)
+        return types.SimpleNamespace(
+            update=lambda content, raw: texts.append(content["text/plain"])
+        )
+
+
+def test_in_a_notebook_lines_are_redrawn_in_one_output(monkeypatch, capsys):
+    output, now = Output(), [0.0]
+    monkeypatch.setattr(notebook, "display", lambda: output)
+    with Progress("rl", 4, clock=lambda: now[0]) as line:
+        for step in range(1, 5):
+            now[0] += 1
+            line.update(step, reward=0.5)
+            with progress.activity("validating", 8) as inner:
+                now[0] += 1
+                inner.update(4)
+    (texts,) = output.outputs
+    assert texts[0] == f"{'░' * 24} rl 0/4 (0%)"
+    half = [text for text in texts if "rl 2/4" in text]
+    assert half[0].startswith(f"{'█' * 12}{'░' * 12} rl 2/4 (50%)  2 s/step  4 s left  reward 0.5")
+    assert half[1].splitlines()[1:] == ["  validating 4/8 prompts"]
+    # What is left in the notebook is the last line of the job.
+    assert texts[-1] == f"{'█' * 24} rl 4/4 (100%)  2 s/step  reward 0.5"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_shows_no_part_that_is_over_at_once(monkeypatch):
+    output, now = Output(), [0.0]
+    monkeypatch.setattr(notebook, "display", lambda: output)
+    for seconds, outputs in ((1.0, 0), (3.0, 1)):
+        line = Progress("sampling", 8, clock=lambda: now[0], unit="prompts", eager=False)
+        with line:
+            now[0] += seconds
+            line.update(8)
+        assert len(output.outputs) == outputs
+
+
+def test_only_a_kernel_is_a_notebook(monkeypatch):
+    shell = types.SimpleNamespace()
+    ipython = types.SimpleNamespace(
+        get_ipython=lambda: shell, display=types.SimpleNamespace(display="display")
+    )
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert notebook.display() is None
+    shell.kernel = object()
+    assert notebook.display() == "display"
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert notebook.display() is None
