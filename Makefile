@@ -13,7 +13,7 @@ LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 
-.PHONY: run lint docs test test-slow test-all golden mutants clean
+.PHONY: run lint docs notebook test test-slow test-all golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python -m experiments.orders.quickstart $(RUN_ARGS)
@@ -28,6 +28,10 @@ lint: $(LINT)/.installed
 # The documentation as a site, which follows the files as they change.
 docs: $(LINT)/.installed
 	NO_MKDOCS_2_WARNING=1 $(LINT)/bin/mkdocs serve
+
+# The notebook, from its one source.
+notebook: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.notebook
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)

@@ -74,6 +74,10 @@ setup(
             # A bucket on loopback.
             "gcsfs>=2026.9",
             "gcp-storage-emulator>=2026.7",
+            # The notebook is made and run.
+            "jupytext>=1.19,<2",
+            "nbclient>=0.11,<0.12",
+            "ipykernel>=7.4,<8",
         ],
     },
     entry_points={"console_scripts": ["perl-jax=perl_jax.cli.start:start"]},

@@ -22,8 +22,9 @@
 #
 # The rows are real: questions to an assistant, each with the answer that a person preferred and the
 # one that they did not (Bai et al. 2022, *Training a Helpful and Harmless Assistant*, MIT licence).
-# The model is SmolLM2-135M-Instruct. In Colab or Kaggle choose a TPU or a GPU; the whole notebook
-# then takes some minutes, most of which is compilation. A CPU works too and takes about an hour.
+# The model is SmolLM2-135M-Instruct. In Colab or Kaggle choose a TPU or a GPU as the runtime. A CPU
+# works too; give it smaller numbers in the settings below, such as a fifth of the steps and a
+# `batch_size` of 8.
 
 # %% [markdown]
 # ## Install
@@ -69,10 +70,10 @@ import perl_jax as pj
 SETTINGS = {
     "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "rows": None,  # a file like the one that is downloaded; None: download it
-    "train": 512,  # rows
+    "train": 320,  # rows
     "held_out": 64,
     "prompt": 128,  # tokens
-    "response": 64,
+    "response": 80,
     "sft_steps": 60,
     "reward_steps": 120,
     "rl_steps": 40,
@@ -85,19 +86,21 @@ print(f"perl_jax {pj.__version__} on {jax.devices()}")
 # ## Rows
 #
 # A row is a dictionary. Each task reads the columns that it needs: SFT `prompt` and `response`, the
-# reward model `prompt`, `chosen` and `rejected`, RL `prompt`. Only dialogues with one question are
-# kept. The last rows are held out: they choose the best step, and show what was learned.
+# reward model `prompt`, `chosen` and `rejected`, RL `prompt`. Only dialogues with one question and
+# short answers are kept. The last rows are held out: they choose the best step, and show what was
+# learned.
 
 # %%
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 
 
 def comparison(line):
-    """Returns a row of a line of the file, or None for a dialogue of more than one question."""
+    """Returns a row of a line of the file; None for several questions or a long answer."""
     dialogue = json.loads(line)
     prompt, _, chosen = dialogue["chosen"].rpartition(ASSISTANT)
     same, _, rejected = dialogue["rejected"].rpartition(ASSISTANT)
-    if prompt != same or ASSISTANT in prompt or not chosen.strip() or not rejected.strip():
+    lengths = [len(answer.split()) for answer in (chosen, rejected)]
+    if prompt != same or ASSISTANT in prompt or min(lengths) == 0 or max(lengths) > 50:
         return None
     return {
         "prompt": prompt.removeprefix(HUMAN).strip(),

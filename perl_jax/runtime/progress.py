@@ -135,7 +135,7 @@ class Progress:
             elif self._task is not None:
                 self._live.remove_task(self._task)
         elif self._cell is not None:
-            self._draw(force=True)
+            self._draw(force=True, ended=self._outer is None)
         elif self._unprinted:
             self._print(self._unprinted)
 
@@ -193,13 +193,14 @@ class Progress:
             with _LOCK:
                 print(text, file=self._stream, flush=True)
 
-    def _draw(self, force: bool = False) -> None:
+    def _draw(self, force: bool = False, ended: bool = False) -> None:
         """Draws all open lines in the notebook's output: the outermost one, and those within it.
 
         A part of a job that is done within two seconds, and that no job is around, draws nothing.
 
         Args:
             force: Whether to draw even if that was done just now.
+            ended: Whether the outermost line is closed, which then shows how long it took.
         """
         root = self._root
         waited = root._clock() - root._opened
@@ -207,6 +208,8 @@ class Progress:
             return
         inner = [line for line in _OPEN if line is not root and line._root is root]
         lines = [f"{notebook.bar(root._done, root._total)} {root._line()}".lstrip()]
+        if ended:
+            lines[0] += f"  ({duration(waited)})"
         lines += [f"  {line._stage} {line._count()}".rstrip() for line in inner]
         self._cell.draw("\n".join(lines), force=force)
 

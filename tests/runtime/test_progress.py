@@ -195,7 +195,7 @@ def test_in_a_notebook_lines_are_redrawn_in_one_output(monkeypatch, capsys):
     assert half[0].startswith(f"{'█' * 12}{'░' * 12} rl 2/4 (50%)  2 s/step  4 s left  reward 0.5")
     assert half[1].splitlines()[1:] == ["  validating 4/8 prompts"]
     # What is left in the notebook is the last line of the job.
-    assert texts[-1] == f"{'█' * 24} rl 4/4 (100%)  2 s/step  reward 0.5"
+    assert texts[-1] == f"{'█' * 24} rl 4/4 (100%)  2 s/step  reward 0.5  (8 s)"
     assert capsys.readouterr().err == ""
 
 
