@@ -53,7 +53,7 @@ def test_the_notebook_runs(base, tmp_path):
     settings = SHORT | {"model": base, "rows": str(tmp_path / "rows.jsonl.gz")}
     found = notebook.made()
     client = nbclient.NotebookClient(
-        found, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+        found, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )
     root = str(pathlib.Path(notebook.__file__).parents[1])
     # One device, and no connection to a hub.
@@ -65,7 +65,7 @@ def test_the_notebook_runs(base, tmp_path):
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    client.execute(env=environment, kernel_name="python3")
+    client.execute(env=environment)
     outputs = [output for cell in found.cells for output in cell.get("outputs", ())]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "42 comparisons, of which 24 are trained on" in printed
