@@ -17,8 +17,9 @@ def display() -> Any:
     Jupyter, Colab and Kaggle have such kernels; IPython on a terminal has none.
     """
     ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return None if getattr(shell, "kernel", None) is None else ipython.display.display
+    if ipython is None or getattr(ipython.get_ipython(), "kernel", None) is None:
+        return None
+    return ipython.display.display
 
 
 def bar(done: int, total: int | None) -> str:
