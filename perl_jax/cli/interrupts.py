@@ -28,7 +28,11 @@ class Interrupts:
     """
 
     def __init__(self, command: str, resumes: bool) -> None:
-        again = "; the same command resumes from the last checkpoint" if resumes else ""
+        again = (
+            "; the same command resumes from the last checkpoint, if there is one"
+            if resumes
+            else ""
+        )
         self.sentence = f"stopped by Ctrl-C{again}."
         self._command = command
         self._timer: threading.Timer | None = None

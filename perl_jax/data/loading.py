@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from perl_jax.data.bucketing import fitting_batch
 from perl_jax.data.config import DataConfig
@@ -59,6 +60,23 @@ def tokenised(dataset: Dataset, split: str, tokenizer: Tokenizer, config: DataCo
             raise UserError(f"{dataset.location(split, error.index)}: {error.reason}") from error
         dataset.tokens[key] = tokenizer, tokens
     return tokens
+
+
+def check_rows(dataset: Dataset, splits: Sequence[str], config: DataConfig, model: Model) -> None:
+    """Checks lengths, and tokenises splits; for `load_model`, before the weights are read.
+
+    Args:
+        dataset: The rows.
+        splits: The splits that the job reads.
+        config: The largest lengths of prompts and responses.
+        model: The model without its weights.
+
+    Raises:
+        UserError: Rows can be longer than the model has positions, or a row cannot be encoded.
+    """
+    check_context(model, config)
+    for split in splits:
+        tokenised(dataset, split, model.tokenizer, config)
 
 
 def load_batches(

@@ -5,6 +5,7 @@ distil from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 
 from perl_jax import errors
 from perl_jax.data.config import DataConfig
-from perl_jax.data.dataset import of_split
-from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.dataset import Dataset, of_split
+from perl_jax.data.loading import check_rows, load_batches, noted
 from perl_jax.data.pipeline import with_progress
 from perl_jax.data.store import named_group
 from perl_jax.generation.config import RolloutConfig
@@ -28,6 +29,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.rewards.shaping import ShapingConfig, shaped
+from perl_jax.runs import provenance
 from perl_jax.runtime import files, hosts, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.replacing import require_consent
@@ -168,7 +170,10 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
     if hosts.is_writer():
         outputs.check_writable(output)
     terms = compose.read_terms(config.terms)
-    everything = best_responses(config, load_model(config), terms)
+    dataset = of_split(config.data, "prompts", config.split)
+    provenance.check_artefacts(config)
+    ready = functools.partial(check_rows, dataset, (config.split,), config.data)
+    everything = best_responses(config, load_model(config, ready), dataset, terms)
     written = [row for row in everything if not is_empty(row)]
     nothing = (
         f"The best response is empty for all of the {len(everything)} prompts; there is "
@@ -183,7 +188,7 @@ def run_best_of(config: BestOfConfig) -> dict[str, float]:
 
 
 def best_responses(
-    config: BestOfConfig, model: Model, terms: tuple[Term, ...]
+    config: BestOfConfig, model: Model, dataset: Dataset, terms: tuple[Term, ...]
 ) -> list[dict[str, Any]]:
     """Returns the best of `config.n` responses to each prompt, in the order of the split.
 
@@ -194,13 +199,12 @@ def best_responses(
     Args:
         config: The settings.
         model: The base model.
+        dataset: The prompts.
         terms: The terms of the reward besides the reward models (`config.terms`, parsed).
     """
-    check_context(model, config.data)
     policy = None if config.policy is None else model.load_role(config.policy, "policy")[0]
     rewards = RewardTotal(config.reward, config.combine, config.reward_weight, terms).loaded(model)
     roles, records = rewards.roles, rewards.records
-    dataset = of_split(config.data, "prompts", config.split)
     rows, number = dataset.rows(config.split), config.batch_size // config.n
     batches = load_batches(model, dataset, config.split, config.data, number, None, fitting=True)
     noted(dataset, config.split, config.data, batches)

@@ -18,7 +18,7 @@ from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.config import DataConfig
 from perl_jax.data.dataset import of_split
-from perl_jax.data.loading import check_context, load_batches, noted
+from perl_jax.data.loading import check_rows, load_batches, noted
 from perl_jax.data.pipeline import Batches, with_progress
 from perl_jax.data.store import group_of
 from perl_jax.data.tasks import Gold
@@ -344,9 +344,9 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
     if hosts.is_writer():
         outputs.check_writable(path)
     terms = compose.read_terms(config.terms)
-    model = load_model(config)
-    check_context(model, config.data)
     dataset = of_split(config.data, "prompts", config.split)
+    provenance.check_artefacts(config)
+    model = load_model(config, functools.partial(check_rows, dataset, (config.split,), config.data))
     policy, _ = model.load_role(config.policy, "policy")
     baseline = (
         model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from perl_jax import errors
 from perl_jax.data import targets
 from perl_jax.data.dataset import Dataset, of_task
-from perl_jax.data.loading import check_context, load_batches, tokenised
+from perl_jax.data.loading import check_rows, load_batches
 from perl_jax.hub.model import Model, ModelOptions, load_model
 from perl_jax.rewards import compose
 from perl_jax.rewards.config import RewardOptions
@@ -138,9 +138,7 @@ def _ready(
 
     def check(model: Model) -> None:
         """Checks lengths, then tokenises the splits, and plans the batches of training."""
-        check_context(model, config.data)
-        for split in read:
-            tokenised(rows, split, model.tokenizer, config.data)
+        check_rows(rows, read, config.data, model)
         size, parts = config.batch_size // samples, config.microbatches if samples == 1 else 1
         load_batches(model, rows, read[0], config.data, size, config.seed, parts)
 

@@ -151,7 +151,8 @@ def test_ctrl_c_has_status_130(capsys, monkeypatch):
     monkeypatch.setitem(command.GROUPS, "Train", ("report",))
     assert failure(capsys, "report", "x") == (
         130,
-        "perl-jax report: stopped by Ctrl-C; the same command resumes from the last checkpoint.\n",
+        "perl-jax report: stopped by Ctrl-C; the same command resumes from the last checkpoint, "
+        "if there is one.\n",
     )
 
 
@@ -318,6 +319,12 @@ def test_a_job_on_rows_of_ones_own(model_folder, capsys, tmp_path, monkeypatch):
         read_metrics(run / "metrics.jsonl")
     ) == 2
     assert command.main(["report", str(run)]) == 0 and (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_rows_without_a_task_are_those_of_a_file(name):
+    hints = typing.get_type_hints(command._command(name)[0])
+    assert "data" not in hints or hints["data"]().task == "jsonl"
 
 
 # Help.
