@@ -234,7 +234,7 @@ class Redone(Exception):
 
 @pytest.mark.parametrize("role", ["tuned", "policy", "reward"])
 def test_an_evaluation_of_other_weights_is_done_again(jobs, base, monkeypatch, role):
-    def begin(_):
+    def begin(*_):
         raise Redone
 
     monkeypatch.setattr(compare, "load_model", begin)
