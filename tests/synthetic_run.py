@@ -203,6 +203,49 @@ def sample_rows(job: str, tuning: str, prompts: int) -> list[dict[str, Any]]:
     return rows
 
 
+def written_rows(steps: int) -> list[dict[str, Any]]:
+    """What RL writes while it trains: four prompts at four steps."""
+    texts = {
+        0: "Sure",
+        steps // 3: "Sure, a latte",
+        steps // 2: "A latte!",
+        steps: "A large latte!",
+    }
+    return [
+        {
+            "step": step,
+            "split": "validation",
+            "prompt": NASTY if i == 3 else f"User: A large latte, number {i}\nAssistant:",
+            "response": text + " please" * i,
+            "reward": 0.01 * step,
+            "gold": 0.5,
+            "kl": 0.1 * step,
+            "finished": i != 2,
+        }
+        for step, text in texts.items()
+        for i in range(4)
+    ]
+
+
+def reward_rows() -> list[dict[str, Any]]:
+    """Rows that a reward model scored: two first ones, and a mistake."""
+    return [
+        {
+            "why": why,
+            "row": row,
+            "prompt": f"User: Help me with {row}\nAssistant:",
+            "chosen": {"text": f"Gladly {row}", "score": 1.25},
+            "rejected": {"text": NASTY if row else "No", "score": score},
+        }
+        for why, row, score in (("first", 0, -1.5), ("first", 1, 0.25), ("mistake", 7, 3.5))
+    ]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows as JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def make_run(folder: Path, job: str, tuning: str, steps: int = 60, seed: int = 0) -> Path:
     """One job's folder with all of its files."""
     noise = np.random.default_rng(seed)
@@ -227,10 +270,12 @@ def make_run(folder: Path, job: str, tuning: str, steps: int = 60, seed: int = 0
         write_json(folder / "cost.json", cost(job, tuning))
     if job == "reward":
         write_json(folder / "evaluation.json", reward_evaluation(tuning))
+        write_lines(folder / "evaluation_samples.jsonl", reward_rows())
+    if job == "rl":
+        write_lines(folder / "samples.jsonl", written_rows(steps))
     if job in ("rl", "dpo"):
         write_json(folder / "evaluation.json", policy_evaluation(job, tuning))
-        lines = "".join(json.dumps(row) + "\n" for row in sample_rows(job, tuning, 14))
-        (folder / "evaluation_samples.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(folder / "evaluation_samples.jsonl", sample_rows(job, tuning, 14))
     return folder
 
 

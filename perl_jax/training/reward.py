@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,7 @@ from perl_jax.data.targets import (
     ratings,
 )
 from perl_jax.evaluation import calibration, intervals, statistics
+from perl_jax.evaluation.examples import reward_examples
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.models import passes
@@ -33,9 +35,10 @@ from perl_jax.models.microbatches import each_microbatch
 from perl_jax.objectives import supervised
 from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
+from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
 from perl_jax.runs.owner import holding, run_of
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, progress, sharding
+from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -302,6 +305,10 @@ def train_reward(
     artefact = run.artefact("reward")
     artefacts.save_artefact(artefact, adapter, record)
     cost.write_cost(run.folder, model, state, {"learn": program}, timings)
+    if scores and hosts.is_writer():
+        found = reward_examples(dataset.kind, dataset.rows("test"), scores, record.normalise)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+        files.write_atomically(run.folder / EVALUATION_SAMPLES_NAME, "".join(lines))
     write_results(run.folder, {"scores.json": scores, "evaluation.json": results})
     return Trained(adapter, record, metrics, results, folder=artefact)
 

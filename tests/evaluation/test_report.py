@@ -101,8 +101,10 @@ class TestExperiment:
             "gold",
             "calibration",
             "baselines",
+            "examples",
             "policies",
             "samples",
+            "written",
             "health",
             "time",
             "reproduce",
@@ -194,9 +196,26 @@ class TestExperiment:
         assert page.row("programs compiled") == ["4", "4"]
 
     def test_samples_are_escaped_and_limited(self, page, experiment):
-        assert page.tags.count("article") == 12
+        # Twelve prompts of evaluations, three rows of a reward model, four prompts of an RL run.
+        assert page.tags.count("article") == 12 + 2 * 3 + 2 * 4
         assert "<script>alert('x')</script> & \"quoted\" </pre>" in page.text
         assert "<script" not in (experiment / "report.html").read_text(encoding="utf-8")
+
+    def test_what_rl_wrote_is_shown_from_start_to_end(self, page):
+        assert (
+            "Before training reward 0 \u00b7 gold 0.500 \u00b7 KL 0 Sure "
+            "Step 30 reward 0.300 \u00b7 gold 0.500 \u00b7 KL 3.00 A latte! "
+            "Step 60 reward 0.600 \u00b7 gold 0.500 \u00b7 KL 6.00 A large latte!"
+        ) in page.text
+        assert "KL 6.00 \u00b7 cut A large latte! please please" in page.text
+
+    def test_the_worst_mistakes_of_a_reward_come_first(self, page):
+        shown = page.text[page.text.index("Worst mistakes, LoRA") :]
+        assert shown.startswith(
+            "Worst mistakes, LoRA User: Help me with 7 Assistant: "
+            "Chosen score 1.25 Gladly 7 Rejected score 3.50 "
+        )
+        assert shown.index("First rows, LoRA") < shown.index("Worst mistakes, Full tuning")
 
     def test_pictures_have_words(self, page):
         assert len(page.alts) == 27
@@ -242,7 +261,15 @@ class TestSingleRun:
             ("sft", ["headline", "curves", "time", "reproduce"]),
             (
                 "reward",
-                ["headline", "curves", "calibration", "baselines", "time", "reproduce"],
+                [
+                    "headline",
+                    "curves",
+                    "calibration",
+                    "baselines",
+                    "examples",
+                    "time",
+                    "reproduce",
+                ],
             ),
             (
                 "rl",
@@ -252,6 +279,7 @@ class TestSingleRun:
                     "gold",
                     "policies",
                     "samples",
+                    "written",
                     "health",
                     "time",
                     "reproduce",
@@ -264,6 +292,31 @@ class TestSingleRun:
         page = parse(make_run(tmp_path / "one", job, "lora"))
         assert page.sections == expected
         assert "LoRA against full" not in page.text
+
+    @pytest.mark.parametrize("config", [True, False])
+    def test_an_evaluation_by_itself(self, tmp_path, config):
+        folder = make_run(tmp_path / "one", "rl", "lora")
+        for name in ("metrics.jsonl", "samples.jsonl", "cost.json"):
+            (folder / name).unlink()
+        (folder / "config.json").unlink()
+        if config:
+            (folder / "config.json").write_text(json.dumps({"config": {"job": "evaluate"}}))
+        page = parse(folder)
+        expected = ["headline", "policies", "samples"]
+        assert page.sections == ([*expected, "reproduce"] if config else expected)
+        assert page.row("Gold reward, the policy") == ["0.873 (0.852 to 0.894)"]
+        assert page.row("The baseline")[0].startswith("0.214")
+        assert "The policy's responses beat the baseline's in 82.0 %" in page.text
+        assert "SFT" not in page.text and "Compiled memory" not in page.text
+
+    def test_samples_of_earlier_versions_are_read(self, tmp_path):
+        folder = make_run(tmp_path / "one", "rl", "lora")
+        new = read_experiment(folder).runs[0]
+        (folder / "samples.jsonl").rename(folder / "validation_samples.jsonl")
+        (folder / "evaluation_samples.jsonl").rename(folder / "samples.jsonl")
+        old = read_experiment(folder).runs[0]
+        assert old.samples == new.samples and old.written == new.written
+        assert len(old.samples) == 14 and len(old.written) == 16
 
     def test_job_is_inferred_without_a_config(self, tmp_path):
         for job in ("sft", "reward", "rl", "dpo"):
@@ -579,7 +632,7 @@ class TestHostileText:
         row = {"prompt": "p", "sft": {"text": "x" * 5000}, "rl": {"text": ""}}
         (folder / "evaluation_samples.jsonl").write_text(json.dumps(row) + "\n")
         text = parse(folder).text
-        assert "(3500 characters more)" in text and "(empty)" in text
+        assert "(3,500 characters more)" in text and "(empty)" in text
 
 
 class TestFormats:

@@ -1,9 +1,11 @@
 """Writes one self-contained HTML page from the files in a run's folder.
 
-Two kinds of folder are understood:
+Three kinds of folder are understood:
 
-- A job's run: `config.json` and `metrics.jsonl`, and if they exist `evaluation.json`, `cost.json`
-  and `samples.jsonl`.
+- A job's run: `config.json` and `metrics.jsonl`, and if they exist `evaluation.json`, `cost.json`,
+  `evaluation_samples.jsonl` and `samples.jsonl`.
+- An evaluation by itself: `evaluation.json` and `evaluation_samples.jsonl`, which
+  `perl-jax evaluate` wrote into a folder of its own.
 - An experiment: `experiment.json` with `title`, `summary`, `command`, `hardware`, `seconds`, `task`
   and `runs`, a list of {"name", "job", "tuning", "folder"}. Each folder lies inside the
   experiment's and is a job's run. `job` is base, sft, reward, rl or dpo; `tuning` is lora, full or
@@ -27,7 +29,12 @@ not report it), `phases` ({name: seconds of a step}) and `compilations`.
 A measure is a number or {"value", "low", "high", "n", "groups"}
 (`perl_jax.evaluation.intervals.Estimate`). Files of earlier versions have no `groups`.
 
-`samples.jsonl` holds {"prompt", "sft": {"text", "gold", "proxy"}, "rl": {...}} on each line.
+`evaluation_samples.jsonl` of a policy holds {"prompt", "sft": {"text", "gold", "proxy",
+"finished"}, "rl": {...}} on each line, that of a reward model the rows of
+`perl_jax.evaluation.examples.reward_examples`. `samples.jsonl` holds what RL wrote while it
+trained: {"step", "split", "prompt", "response", "reward", "gold", "kl", "finished"}. Earlier
+versions wrote the first to `samples.jsonl` and the second to `validation_samples.jsonl`; both are
+read.
 
 The first row of metrics, and `data` and `prompts` of `evaluation.json`, may hold numbers of rows
 under `data/SPLIT/NAME`: of all rows, and of rows that were cut to fit
@@ -42,7 +49,7 @@ the network.
 
 from __future__ import annotations
 
-from perl_jax.evaluation.report import curves, sections
+from perl_jax.evaluation.report import curves, samples, sections
 from perl_jax.evaluation.report.headline import headline_table
 from perl_jax.evaluation.report.load import Experiment, read_experiment
 from perl_jax.evaluation.report.markup import Html, join, section, tag
@@ -62,8 +69,10 @@ SECTIONS = (
     curves.gold_against_proxy,
     curves.calibration,
     sections.baseline_table,
+    samples.reward_examples,
     sections.policies,
-    sections.samples,
+    samples.compared,
+    samples.written,
     curves.rl_health,
     sections.rows_used,
     sections.time_spent,

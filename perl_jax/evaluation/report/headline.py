@@ -53,7 +53,7 @@ def headline_table(experiment: Experiment) -> Html:
         if not any(runs):
             continue
         lines.append([JOB_NAMES[job]])
-        for row in JOB_ROWS[job] + COST_ROWS:
+        for row in JOB_ROWS[job] + (() if job == "evaluate" else COST_ROWS):
             cells = [None if run is None else row.shown(run) for run in runs]
             if not row.always and not any(cells):
                 continue
@@ -76,9 +76,10 @@ def headline_table(experiment: Experiment) -> Html:
         if grouped
         else ""
     )
-    caption = (
-        f"In brackets: 95 % confidence intervals{over}. Compiled memory is the compiler's own "
-        "account of "
-        "the step's peak on one device; measured is what the device reported."
+    costs = any(run.job != "evaluate" for run in experiment.runs)
+    memory = (
+        " Compiled memory is the compiler's own account of the step's peak on one device; measured "
+        "is what the device reported."
     )
+    caption = f"In brackets: 95 % confidence intervals{over}.{memory if costs else ''}"
     return table(caption, header, lines)

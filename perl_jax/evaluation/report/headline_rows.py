@@ -280,11 +280,13 @@ DPO_ROWS = (
 )
 
 
-def policy_rows(name: str) -> tuple[Row, ...]:
-    """Returns the table's lines for a job that trains policies.
+def policy_rows(name: str, start: str = "SFT", after: str = "after ") -> tuple[Row, ...]:
+    """Returns the table's lines for a job that trains or compares policies.
 
     Args:
-        name: The job's name on the page, such as `RL`.
+        name: The name of the policy on the page, such as `RL`.
+        start: The name of the policy that it is compared with.
+        after: What comes before the policy's name in the line of its gold reward.
     """
     return (
         Row(
@@ -294,13 +296,13 @@ def policy_rows(name: str) -> tuple[Row, ...]:
             "none",
         ),
         estimate_row(
-            "Gold reward, SFT",
+            f"Gold reward, {start}",
             lambda r: policy_measure(r, "sft", "gold_reward"),
             interval_text,
             "difference",
         ),
         estimate_row(
-            f"Gold reward, after {name}",
+            f"Gold reward, {after}{name}",
             lambda r: policy_measure(r, "rl", "gold_reward"),
             interval_text,
             "difference",
@@ -312,13 +314,13 @@ def policy_rows(name: str) -> tuple[Row, ...]:
             "difference",
         ),
         estimate_row(
-            f"Win rate of {name} over SFT, ties half",
+            f"Win rate of {name} over {start}, ties half",
             win_estimate,
             share_text,
             "points",
         ),
         estimate_row(
-            "KL from the SFT policy (nats)",
+            "KL from the SFT policy (nats)" if start == "SFT" else f"KL from {start} (nats)",
             lambda r: policy_measure(r, "rl", "kl"),
             interval_text,
             "difference",
@@ -330,5 +332,6 @@ JOB_ROWS = {
     "reward": REWARD_ROWS,
     "rl": policy_rows(JOB_NAMES["rl"]),
     "dpo": DPO_ROWS + policy_rows(JOB_NAMES["dpo"]),
+    "evaluate": policy_rows("the policy", "the baseline", after=""),
     "sft": (),
 }

@@ -29,11 +29,19 @@ from perl_jax.runs.metrics import (
 from perl_jax.runtime import files
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
-JOB_NAMES = {"base": "Base model", "sft": "SFT", "reward": "Reward model", "rl": "RL", "dpo": "DPO"}
+JOB_NAMES = {
+    "base": "Base model",
+    "sft": "SFT",
+    "reward": "Reward model",
+    "rl": "RL",
+    "dpo": "DPO",
+    "evaluate": "Evaluation",
+}
 # Where earlier versions wrote what RL wrote while it trained.
 OLD_SAMPLES_NAME = "validation_samples.jsonl"
-# Jobs whose policies `perl-jax evaluate` compares with what they start from.
-POLICY_JOBS = ("rl", "dpo")
+# Jobs whose policies `perl-jax evaluate` compares with what they start from, and that comparison by
+# itself, in a folder of its own.
+POLICY_JOBS = ("rl", "dpo", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Run:
 
     Attributes:
         name: The run's name in the experiment.
-        job: base, sft, reward, rl or dpo.
+        job: base, sft, reward, rl, dpo or evaluate.
         tuning: lora, full or another name; "" if unknown.
         config: config.json.
         rows: The rows of metrics.jsonl.
@@ -115,7 +123,7 @@ class Experiment:
 
     @property
     def policy_runs(self) -> list[Run]:
-        """Returns the runs that train policies: those of RL, then those of DPO."""
+        """Returns the runs with a policy: those of RL, of DPO, and evaluations by themselves."""
         return [run for job in POLICY_JOBS for run in self.runs_of(job)]
 
 
@@ -300,17 +308,24 @@ def command_of(config: Mapping[str, Any]) -> str:
     return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
 
 
-def infer_job(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def infer_job(
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
     """Returns the job of a single run: what its configuration says, or else what its metrics' names
     suggest (sft if nothing else).
 
     Args:
         config: config.json.
         rows: The rows of metrics.jsonl.
+        evaluation: evaluation.json; with a win rate and without metrics it is all that there is.
     """
     named = find_text(config, "job")
     if named in JOB_NAMES:
         return named
+    if not rows and evaluation and "win_rate" in evaluation:
+        return "evaluate"
     keys = {key for row in rows for key in row}
     if any(key.startswith(("dpo/", "kto/", "orpo/")) for key in keys):
         return "dpo"
@@ -331,15 +346,22 @@ def read_run(folder: files.Path, name: str, job: str, tuning: str, notes: list[s
     """
     shown = f"{name}/" if name else ""
     config = read_object(folder / "config.json", notes, f"{shown}config.json")
-    rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
+    evaluation = read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json")
+    # The given job wins, even an unknown one; a configuration's job must be known.
+    named = find_text(config, "job")
+    job = job or (named if named in JOB_NAMES else "")
+    rows = []
+    # An evaluation in a folder of its own has no steps.
+    if job != "evaluate" and (config or files.exists(folder / FILE_NAME) or not evaluation):
+        rows = read_rows(folder / FILE_NAME, notes, f"{shown}{FILE_NAME}")
     samples, written = read_both_samples(folder, shown, notes)
     return Run(
         name=name or folder.name,
-        job=job or infer_job(config, rows),
+        job=job or infer_job(config, rows, evaluation),
         tuning=tuning or find_text(config, "tuning"),
         config=config,
         rows=rows,
-        evaluation=read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json"),
+        evaluation=evaluation,
         cost=read_object(folder / "cost.json", notes, f"{shown}cost.json"),
         samples=samples,
         written=written,
@@ -393,7 +415,7 @@ def read_experiment(folder: files.Path) -> Experiment:
     if files.exists(folder / "experiment.json"):
         about = read_object(folder / "experiment.json", notes, "experiment.json")
         runs = read_listed_runs(folder, about.get("runs"), notes)
-    elif files.exists(folder / FILE_NAME) or files.exists(folder / "config.json"):
+    elif any(files.exists(folder / name) for name in (FILE_NAME, "config.json", "evaluation.json")):
         about = {}
         runs = [read_run(folder, "", "", "", notes)]
         for run in runs:

@@ -81,7 +81,8 @@ def table(
     rows: Sequence[Sequence[object]],
     text_columns: int = 1,
 ) -> Html:
-    """Returns a table that scrolls sideways on a narrow screen.
+    """Returns a table that scrolls sideways on a narrow screen, under its caption and beside its
+    first column, which stay.
 
     Args:
         caption: The text below the table.
@@ -112,8 +113,14 @@ def table(
         body.append(tag("tr", *cells))
     return tag(
         "div",
-        tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body)),
-        class_="scroll",
+        tag(
+            "div",
+            tag("table", tag("thead", head), tag("tbody", *body), aria_label=caption),
+            class_="scroll",
+            tabindex="0",
+        ),
+        tag("p", caption, class_="caption"),
+        class_="table",
     )
 
 

@@ -24,6 +24,7 @@ from perl_jax.evaluation.report.load import (
     tuning_name,
 )
 from perl_jax.evaluation.report.markup import Html, figure, join, section, table, tag, with_interval
+from perl_jax.evaluation.report.samples import side_label
 from perl_jax.runs.metrics import TIMING_PREFIX
 from perl_jax.runtime import progress
 
@@ -38,12 +39,9 @@ POLICY_COLUMNS = {
     "distinct_1": "Distinct\u20111",
     "distinct_2": "Distinct\u20112",
 }
-POLICY_NAMES = {"sft": "SFT", "base": "Base"}
 SHARES = frozenset({"eos_rate", "distinct_1", "distinct_2"})
 # `time/` metrics of a whole step rather than of a phase.
 WHOLE_STEP = frozenset({"step", "total", "elapsed", "wall", "compile", "validate"})
-MOST_PROMPTS = 12
-LONGEST_TEXT = 1500
 # Prefix of metrics that are numbers of rows: data/SPLIT/NAME.
 FACTS = "data/"
 
@@ -92,17 +90,6 @@ def policy_cell(key: str, found: Estimate | None) -> str:
     return with_interval(formats.interval(found))
 
 
-def side_name(run: Run, side: str) -> str:
-    """Returns the displayed name of a policy of a run's evaluation.
-
-    Args:
-        run: The run.
-        side: The policy's key in evaluation.json; `rl` is the policy that the run trained, also in
-            a DPO run, and is displayed with the name of the run's job.
-    """
-    return JOB_NAMES[run.job] if side == "rl" else POLICY_NAMES.get(side, side)
-
-
 def policies(experiment: Experiment) -> Html:
     """Returns the section with a table of the measures of all policies of RL and DPO runs, and a
     table of win rates.
@@ -115,7 +102,7 @@ def policies(experiment: Experiment) -> Html:
     for run in experiment.policy_runs:
         found = entry(run.evaluation, "policies")
         for name, values in found.items() if isinstance(found, Mapping) else ():
-            row = (f"{side_name(run, name)}, {tuning_name(run.tuning)}", values)
+            row = (side_label(run, name), values)
             # RL and DPO runs that start from one SFT policy have the same numbers for it.
             if isinstance(values, Mapping) and row not in rows:
                 rows.append(row)
@@ -144,74 +131,16 @@ def win_table(experiment: Experiment) -> Html:
         counts = (number(block, key) for key in ("wins", "ties", "losses"))
         cells = [DASH if c is None else f"{c:.0f}" for c in counts]
         shown = Estimate(rate, number(block, "low"), number(block, "high"), 0)
-        name = f"{JOB_NAMES[run.job]}, {tuning_name(run.tuning)}"
+        name = side_label(run, "rl")
         judge = judge_text(run) or DASH
         lines.append([name, judge, *cells, formats.percent_interval(shown)])
     if not lines:
         return Html("")
-    header = ["Against SFT", "Judge", "Wins", "Ties", "Losses", "Win rate, ties half"]
-    return table("Win rate of a response over SFT's to the same prompt.", header, lines, 2)
-
-
-def sample_answer(label: str, row: Mapping[str, object], side: str) -> Html:
-    """Returns one response with its rewards, as Html.
-
-    Args:
-        label: The name above the response.
-        row: A row of samples.jsonl.
-        side: The policy's key in the row: `sft` or `rl`.
-    """
-    answer = entry(row, side, "text")
-    shown = str(answer) if isinstance(answer, str) else formats.NOT_MEASURED
-    rewards = [
-        f"{name} {formats.significant(value)}"
-        for key, name in (("gold", "gold"), ("proxy", "proxy"))
-        if (value := number(row, side, key)) is not None
-    ]
-    return tag(
-        "div",
-        tag("p", tag("strong", label), " ", tag("span", " \u00b7 ".join(rewards)), class_="who"),
-        tag("pre", shortened(shown) if shown else "(empty)", dir="auto"),
-        class_="answer",
+    start = (
+        "SFT" if any(run.job != "evaluate" for run in experiment.policy_runs) else "the baseline"
     )
-
-
-def shortened(words: str) -> str:
-    """Returns the text; a text over `LONGEST_TEXT` characters is cut and says how many are left
-    out.
-    """
-    left_out = len(words) - LONGEST_TEXT
-    return words if left_out <= 0 else f"{words[:LONGEST_TEXT]} \u2026 ({left_out} characters more)"
-
-
-def samples(experiment: Experiment) -> Html:
-    """Returns the section with sample responses of SFT, RL and DPO to the first `MOST_PROMPTS`
-    prompts; empty Html without samples.
-
-    Prompts that all runs answered come first, because their responses can be compared.
-    """
-    runs = experiment.policy_runs
-    # The first answer of each run to each prompt.
-    by_prompt: dict[str, dict[int, Mapping[str, object]]] = {}
-    for i, run in enumerate(runs):
-        for row in run.samples:
-            by_prompt.setdefault(str(row.get("prompt", "")), {}).setdefault(i, row)
-    # Prompts that all runs answered come first, because they can be compared.
-    most = max(map(len, by_prompt.values()), default=0)
-    order = sorted(by_prompt, key=lambda p: len(by_prompt[p]) < most)
-    cards = []
-    for prompt in order[:MOST_PROMPTS]:
-        answers = [
-            sample_answer(f"{side_name(runs[i], side)}, {tuning_name(runs[i].tuning)}", row, side)
-            for i, row in by_prompt[prompt].items()
-            for side in ("sft", "rl")
-        ]
-        # RL and DPO runs that start from one SFT policy show its response once.
-        shown = dict.fromkeys(answers)
-        head = tag("pre", shortened(prompt), dir="auto", class_="prompt")
-        cards.append(tag("article", head, tag("div", *shown, class_="answers"), class_="sample"))
-    note = f"The first {len(cards)} of {len(by_prompt)} prompts of the evaluation's samples."
-    return section("samples", "Samples", cards and tag("p", note, class_="note"), *cards)
+    header = [f"Against {start}", "Judge", "Wins", "Ties", "Losses", "Win rate, ties half"]
+    return table(f"Win rate of a response over {start}'s to the same prompt.", header, lines, 2)
 
 
 def split_facts(run: Run) -> dict[str, dict[str, float]]:

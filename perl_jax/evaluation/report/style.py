@@ -13,18 +13,20 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 2px solid var(--line); }
 p { margin: .5rem 0; overflow-wrap: anywhere; }
 section > p { max-width: 46rem; }
-.facts, .note, figcaption, caption { color: var(--soft); font-size: .9rem; }
+.facts, .note, figcaption, .caption { color: var(--soft); font-size: .9rem; }
 .facts { margin: 0 0 1rem; }
 .lead { font-size: 1.08rem; max-width: 50rem; margin-top: 1rem; }
-.scroll { overflow-x: auto; margin: .75rem 0 1.25rem; }
+.table { margin: .75rem 0 1.25rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .93rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; caption-side: bottom; padding-top: .5rem; }
+.caption { margin: .5rem 0 0; }
 th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; }
 thead th { border-bottom: 2px solid #9ca3af; vertical-align: bottom; }
 tbody th { font-weight: 400; min-width: 10rem; }
 th:first-child, td:first-child { padding-left: 0; }
+tbody th[scope=row], thead th:first-child { position: sticky; left: 0; background: #fff; }
 .number { text-align: right; white-space: nowrap; }
 thead .number { white-space: normal; }
 .stacked th, .stacked td { padding-left: .5rem; padding-right: .5rem; }
@@ -47,6 +49,9 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: 1px; background: var(--line); }
 .answer { background: #fff; padding: .6rem .9rem .8rem; min-width: 0; }
 .answer:last-child:nth-child(odd) { grid-column: 1 / -1; }
+.answers.three { grid-template-columns: 1fr 1fr 1fr; }
+.answers.three .answer:last-child:nth-child(odd) { grid-column: auto; }
+h3 { font-size: 1.02rem; margin: 1.5rem 0 .25rem; }
 .who { margin: 0 0 .3rem; font-size: .85rem; display: flex; flex-wrap: wrap; gap: 0 .6rem;
   justify-content: space-between; }
 .who span { color: var(--soft); font-variant-numeric: tabular-nums; }
@@ -63,7 +68,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   main { padding: 1.25rem 1rem 3rem; }
   h1 { font-size: 1.5rem; }
   .number .ci { display: block; font-size: .85em; }
-  .answers { grid-template-columns: 1fr; }
+  .answers, .answers.three { grid-template-columns: 1fr; }
   th, td { padding: .4rem .35rem; }
   table { font-size: .85rem; }
   tbody th { min-width: 6rem; }

@@ -76,7 +76,7 @@ def gold_sentence(experiment: Experiment, job: str) -> str:
 
     Args:
         experiment: The experiment.
-        job: `rl` or `dpo`.
+        job: `rl`, `dpo` or `evaluate`.
     """
     parts = []
     for run in experiment.runs_of(job):
@@ -89,9 +89,13 @@ def gold_sentence(experiment: Experiment, job: str) -> str:
             change = f", a gain of {formats.interval(gain, with_sign=True)},"
         parts.append(
             f"from {formats.significant(before.value)} to {formats.significant(after.value)}"
-            f"{change} with {trained_with(run)}"
+            + (change.rstrip(",") if job == "evaluate" else f"{change} with {trained_with(run)}")
         )
-    return f"{JOB_NAMES[job]} moved the gold reward {'; '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    if job == "evaluate":
+        return f"From the baseline to the policy the gold reward goes {'; '.join(parts)}."
+    return f"{JOB_NAMES[job]} moved the gold reward {'; '.join(parts)}."
 
 
 def win_sentence(experiment: Experiment, job: str) -> str:
@@ -100,18 +104,20 @@ def win_sentence(experiment: Experiment, job: str) -> str:
 
     Args:
         experiment: The experiment.
-        job: `rl` or `dpo`.
+        job: `rl`, `dpo` or `evaluate`.
     """
     parts = []
     for run in experiment.runs_of(job):
         found = win_estimate(run)
         if found is not None:
-            parts.append(f"{formats.percent_interval(found)} ({trained_with(run)})")
+            whose = "" if job == "evaluate" else f" ({trained_with(run)})"
+            parts.append(formats.percent_interval(found) + whose)
     if not parts:
         return ""
     judge = next((j for run in experiment.runs_of(job) if (j := judge_text(run))), "")
     by = f", judged by {judge}" if judge else ""
-    return f"{JOB_NAMES[job]}'s responses beat SFT's in {' and '.join(parts)} of all prompts{by}."
+    ours, theirs = ("The policy", "the baseline") if job == "evaluate" else (JOB_NAMES[job], "SFT")
+    return f"{ours}'s responses beat {theirs}'s in {' and '.join(parts)} of all prompts{by}."
 
 
 def cost_sentence(experiment: Experiment) -> str:
