@@ -166,6 +166,22 @@ def test_evaluation_of_a_pairwise_reward(jobs, model):
     )
 
 
+def test_a_reward_leaves_rows_with_their_scores(jobs, model):
+    found, record = samples(jobs.root / "reward"), tiny.load(jobs.reward, model)[1]
+    scores = tiny.read(jobs.root / "reward" / "scores.json")
+    rows = list(get_task(ORDERS).open("comparisons", "test", tiny.DATA))
+    assert [row["row"] for row in found if row["why"] == "first"] == list(range(8))
+    for row in found:
+        assert row["prompt"] == rows[row["row"]]["prompt"]
+        for side in ("chosen", "rejected"):
+            assert row[side]["text"] == rows[row["row"]][side]
+            assert row[side]["score"] == pytest.approx(
+                record.normalise(scores[side][row["row"]]), abs=1e-6
+            )
+    wrong = sum(a < b for a, b in zip(scores["chosen"], scores["rejected"], strict=True))
+    assert sum(row["why"] == "mistake" for row in found) == min(8, wrong) > 0
+
+
 def test_evaluation_of_a_pointwise_reward(pointwise):
     found = tiny.read(pointwise.parents[1] / "evaluation.json")
     assert set(found) == {
@@ -356,7 +372,10 @@ def test_report_of_every_run(jobs):
         assert page.startswith("<!doctype html>") and "data:image" in page
         number = int(tiny.rows(jobs.root / job)[0]["data/validation/cut"])
         assert f"validation: {number} of 16 rows were cut to fit: " in page
+        if job == "reward":
+            assert "Worst mistakes" in page
     assert samples(jobs.root / "rl")[0]["prompt"].split(" ; ")[0][:20] in page
+    assert "Before training" in page
 
 
 # Checkpoints.
