@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import random
+import re
+import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,7 +20,8 @@ from perl_jax.runs.owner import Lost
 from perl_jax.runtime import files
 from perl_jax.training import commands
 from tests.training import tiny
-from tests.training.processes import settings
+from tests.training.processes import PATIENCE, Limit, settings
+from tests.training.test_hosts import Started
 from tests.training.test_killed import finish, start
 from tests.training.test_run import HARD, Interrupted, assert_same_runs, interrupt_at
 
@@ -170,3 +175,52 @@ def test_kills_faults_and_slow_answers_leave_no_trace(job, jobs, tmp_path, bucke
     assert json.loads((found / "config.json").read_text())["config"]["run"] == RUN
     assert not any("orbax-checkpoint-tmp" in name for name in bucket.names())
     assert not files.exists(f"{RUN}/{owner.FILE_NAME}")
+
+
+@pytest.mark.exhaustive
+def test_two_processes_in_a_bucket_give_the_numbers_of_a_disk(jobs, tmp_path, bucket):
+    """Also after an end by SIGTERM; and a second command on the folder ends in every process."""
+    arguments = ("sft", "--model", jobs.base, *SETTINGS, "--optimizer.name", "adamw")
+    with processes((*arguments, "--run", str(tmp_path / "disk")), tmp_path / "a") as started:
+        started.wait()
+    address = (*arguments, "--run", RUN)
+    with processes(address, tmp_path / "b") as started:
+        wait_for_part(bucket, 4, started)
+        with processes(address, tmp_path / "c") as refused:
+            refused.wait(2)
+            for index in range(2):
+                assert [
+                    re.sub(r"process \d+ on .*UTC", "...", said)
+                    for said in refused.sentences(index)
+                ] == [
+                    f"perl-jax sft: {RUN} is in use by perl-jax sft (...); wait until that ends, or "
+                    "use another folder."
+                ]
+        started.processes[1].send_signal(signal.SIGTERM)
+        started.wait(143)
+    with processes(address, tmp_path / "d") as started:
+        started.wait()
+    found = bucket.download("runs/a", tmp_path / "found")
+    assert_same_runs(tmp_path / "disk", found, ("policy",), tiny.open_model(jobs.base))
+    assert bucket.names("runs/a/owner") == []
+
+
+@contextlib.contextmanager
+def processes(arguments: tuple[str, ...], log: pathlib.Path) -> Iterator[Started]:
+    """One run of two processes; ended at the end."""
+    started = Started(log, arguments, 2, 1)
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+def wait_for_part(bucket, step: int, started: Started) -> None:
+    """Until metrics up to a step are in the bucket."""
+    limit = Limit(started.processes, PATIENCE)
+    while not any(
+        int(name.rpartition("/")[2].split(".")[0]) >= step
+        for name in bucket.names("runs/a/metrics.jsonl.parts/")
+    ):
+        assert not limit.passed() and started.processes[0].poll() is None, started.printed()
+        time.sleep(0.01)
