@@ -122,20 +122,31 @@ class _Handler(emulator.RequestHandler):
         with bucket.lock:
             if fails:
                 self._refuse(bucket.status)
-            elif not self._holds(url.path, urllib.parse.parse_qs(url.query), body):
-                self._refuse(412)
+            elif (refused := self._refused(url.path, urllib.parse.parse_qs(url.query), body)) != 0:
+                self._refuse(refused)
             else:
                 emulator.Router(self).handle(method)
 
-    def _holds(self, path: str, query: dict[str, list[str]], body: bytes) -> bool:
-        """Whether the precondition of a write holds; True for a request without one."""
-        if "ifGenerationMatch" not in query or self.command == "GET":
-            return True
+    def _refused(self, path: str, query: dict[str, list[str]], body: bytes) -> int:
+        """The status of a request whose precondition does not hold; 0 for any other."""
         if "/upload/" in path:
             name = query["name"][0] if "name" in query else _name_in(body)
-        else:
+        elif "/o/" in path:
             name = urllib.parse.unquote(path.partition("/o/")[2])
-        return self._bucket.generation(name) == int(query["ifGenerationMatch"][0])
+        else:
+            name = urllib.parse.unquote(path.removeprefix(f"/{NAME}/"))
+        found = self._bucket.generation(name)
+        self._generation = found if self.command == "GET" else 0
+        if "ifGenerationMatch" in query and found != int(query["ifGenerationMatch"][0]):
+            return 412
+        not_this = query.get("ifGenerationNotMatch", [""])[0]
+        return 304 if found and not_this == str(found) else 0
+
+    def end_headers(self) -> None:
+        """Says which generation was read, without which a client cannot replace it."""
+        if getattr(self, "_generation", 0):
+            self.send_header("x-goog-generation", str(self._generation))
+        super().end_headers()
 
     def _refuse(self, status: int) -> None:
         reply = json.dumps({"error": {"code": status, "message": "as the test wants it"}}).encode()

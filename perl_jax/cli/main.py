@@ -294,7 +294,8 @@ def _unexpected(name: str, error: Exception) -> int:
     if hosts.connected() and hosts.is_peer_failure(error):
         return _failed(name, connecting.LOST, 1)
     if isinstance(error, UserError):
-        return _failed(name, error, 2)
+        passing = isinstance(error, faults.FileError) and error.passing
+        return _failed(name, error, 1 if passing else 2)
     # Disks and buckets also fail where this package calls a library.
     fault = faults.sentence(error)
     if fault is not None:

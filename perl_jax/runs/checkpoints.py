@@ -135,7 +135,8 @@ class Checkpoints:
             "host": ocp.args.JsonSave(dict(host)),
             SEAL: ocp.args.JsonSave(seal),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        with explained(self.folder, "written"):
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
         wrong = None
         if hosts.is_writer():
             files.remove(self.folder / _DELETED)

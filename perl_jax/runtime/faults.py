@@ -84,11 +84,14 @@ class FileError(UserError):
 
     Attributes:
         missing: Whether the reason is that there is no such file, folder or bucket.
+        passing: Whether the same command may succeed later: a bucket's server fails or does not
+            answer.
     """
 
-    def __init__(self, message: str, missing: bool = False) -> None:
+    def __init__(self, message: str, missing: bool = False, passing: bool = False) -> None:
         super().__init__(message)
         self.missing = missing
+        self.passing = passing
 
 
 def reason(error: BaseException) -> str | None:
@@ -149,7 +152,8 @@ def explained(path: object, action: str) -> Iterator[None]:
         if said is None:
             raise
         missing = any(isinstance(found, FileNotFoundError) for found, _ in _chain(error))
-        raise FileError(f"{path} cannot be {action}: {said}.", missing) from error
+        passing = said in (_NO_ANSWER, _STATUS[429]) or said.startswith(_SERVER.partition("(")[0])
+        raise FileError(f"{path} cannot be {action}: {said}.", missing, passing) from error
 
 
 def _chain(error: BaseException) -> Iterator[tuple[BaseException, bool]]:

@@ -193,8 +193,8 @@ def test_two_processes_in_a_bucket_give_the_numbers_of_a_disk(jobs, tmp_path, bu
                     re.sub(r"process \d+ on .*UTC", "...", said)
                     for said in refused.sentences(index)
                 ] == [
-                    f"perl-jax sft: {RUN} is in use by perl-jax sft (...); wait until that ends, or "
-                    "use another folder."
+                    f"perl-jax sft: {RUN} is in use by perl-jax sft (...); wait until that ends, "
+                    "or use another folder."
                 ]
         started.processes[1].send_signal(signal.SIGTERM)
         started.wait(143)
