@@ -37,7 +37,7 @@ from perl_jax.rewards.scoring import Scorer, response_texts
 from perl_jax.runs import provenance, shown
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
-from perl_jax.runs.owner import holding, run_of_config
+from perl_jax.runs.owner import owned
 from perl_jax.runtime import files, hosts, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
@@ -325,7 +325,6 @@ def _is_current(path: files.Path, config: Mapping[str, Any], now: provenance.Fin
     return found.get("config") == config and found.get("stands") == now
 
 
-@holding(run_of_config)
 @progress.reported("evaluate")
 def run_evaluate(config: EvaluateConfig) -> files.Path:
     """Runs the comparison, writes evaluation.json and evaluation_samples.jsonl, and returns the
@@ -335,70 +334,79 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
     policies, rewards and prompts, compared by content). Raises UserError for artefacts, rows or
     settings that do not fit the model.
     """
-    folder = files.path_of(config.run)
-    path = folder / "evaluation.json"
-    now = provenance.fingerprints("evaluate", config)
-    if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
-        progress.say(result_text(config.split, files.read_json(path)))
-        return folder
-    if hosts.is_writer():
-        outputs.check_writable(path)
-    terms = compose.read_terms(config.terms)
-    dataset = of_split(config.data, "prompts", config.split)
-    provenance.check_artefacts(config)
-    model = load_model(config, functools.partial(check_rows, dataset, (config.split,), config.data))
-    policy, _ = model.load_role(config.policy, "policy")
-    baseline = (
-        model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
-    )
-    rows = dataset.rows(config.split)
-    batches = load_batches(
-        model, dataset, config.split, config.data, config.batch_size, None, fitting=True
-    )
-    facts = noted(dataset, config.split, config.data, batches)
-    with contextlib.ExitStack() as stack:
-
-        def rater(rewards: RewardTotal) -> tuple[Scorer, Mapping[str, Adapter]]:
-            """Returns (a started scorer, its reward models by role name); `stack` closes the
-            scorer.
-            """
-            rewards = rewards.loaded(model)
-            records = rewards.records
-            program = scoring.reward_program(model, records, rewards.combine) if records else None
-            scorer = Scorer(model, program, rewards.terms, rewards.weight, rows)
-            return stack.enter_context(scorer), rewards.roles
-
-        raters = {
-            "proxy": rater(RewardTotal(config.reward, config.combine, config.reward_weight, terms))
-        }
-        if config.judge:
-            raters["judge"] = rater(RewardTotal(config.judge))
-        job = Evaluation(
-            model=model,
-            sample=sample_program(
-                model, config.data.max_response_length, config.temperature, config.rollout
-            ),
-            logprobs=logprob_program(model, config.temperature, config.data.max_response_length),
-            raters=raters,
-            batches=batches,
-            rows=rows,
-            gold=dataset.gold,
-            seed=config.seed,
+    with owned(config.run):
+        folder = files.path_of(config.run)
+        path = folder / "evaluation.json"
+        now = provenance.fingerprints("evaluate", config)
+        if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
+            progress.say(result_text(config.split, files.read_json(path)))
+            return folder
+        if hosts.is_writer():
+            outputs.check_writable(path)
+        terms = compose.read_terms(config.terms)
+        dataset = of_split(config.data, "prompts", config.split)
+        provenance.check_artefacts(config)
+        model = load_model(
+            config, functools.partial(check_rows, dataset, (config.split,), config.data)
         )
-        say_attention("evaluate", model.lm)
-        ours, prompts = respond(job, policy, baseline)
-        theirs, _ = respond(job, baseline, baseline)
-    judge = "gold" if dataset.gold is not None else "judge" if config.judge else "proxy"
-    results = {
-        "policies": {"sft": describe(theirs), "rl": describe(ours)},
-        **compare(ours, theirs, judge),
-        "config": files.to_dict(config),
-        "stands": now,
-    }
-    if hosts.is_writer():
-        _write(folder, config, results | {"prompts": facts}, sample_rows(prompts, ours, theirs))
-    progress.say(result_text(config.split, results))
-    return folder
+        policy, _ = model.load_role(config.policy, "policy")
+        baseline = (
+            model.load_role(config.baseline, "policy")[0] if config.baseline is not None else None
+        )
+        rows = dataset.rows(config.split)
+        batches = load_batches(
+            model, dataset, config.split, config.data, config.batch_size, None, fitting=True
+        )
+        facts = noted(dataset, config.split, config.data, batches)
+        with contextlib.ExitStack() as stack:
+
+            def rater(rewards: RewardTotal) -> tuple[Scorer, Mapping[str, Adapter]]:
+                """Returns (a started scorer, its reward models by role name); `stack` closes the
+                scorer.
+                """
+                rewards = rewards.loaded(model)
+                records = rewards.records
+                program = (
+                    scoring.reward_program(model, records, rewards.combine) if records else None
+                )
+                scorer = Scorer(model, program, rewards.terms, rewards.weight, rows)
+                return stack.enter_context(scorer), rewards.roles
+
+            raters = {
+                "proxy": rater(
+                    RewardTotal(config.reward, config.combine, config.reward_weight, terms)
+                )
+            }
+            if config.judge:
+                raters["judge"] = rater(RewardTotal(config.judge))
+            job = Evaluation(
+                model=model,
+                sample=sample_program(
+                    model, config.data.max_response_length, config.temperature, config.rollout
+                ),
+                logprobs=logprob_program(
+                    model, config.temperature, config.data.max_response_length
+                ),
+                raters=raters,
+                batches=batches,
+                rows=rows,
+                gold=dataset.gold,
+                seed=config.seed,
+            )
+            say_attention("evaluate", model.lm)
+            ours, prompts = respond(job, policy, baseline)
+            theirs, _ = respond(job, baseline, baseline)
+        judge = "gold" if dataset.gold is not None else "judge" if config.judge else "proxy"
+        results = {
+            "policies": {"sft": describe(theirs), "rl": describe(ours)},
+            **compare(ours, theirs, judge),
+            "config": files.to_dict(config),
+            "stands": now,
+        }
+        if hosts.is_writer():
+            _write(folder, config, results | {"prompts": facts}, sample_rows(prompts, ours, theirs))
+        progress.say(result_text(config.split, results))
+        return folder
 
 
 def result_text(split: str, results: Mapping[str, Any]) -> str:

@@ -163,7 +163,7 @@ def model_config(model: str, **overrides: Any) -> ModelConfig:
         return preset(model, **overrides)
     folder = files.path_of(model)
     errors.require(
-        files.exists(folder / "config.json"),
+        files.is_folder(folder),
         f"model is {model!r}; it must be a folder with a config.json or one of "
         f"{', '.join(PRESETS)}.",
     )

@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import errno
 import fcntl
-import functools
 import json
 import os
 import pathlib
@@ -21,8 +20,8 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 from perl_jax.errors import TrainingError, UserError
 from perl_jax.runs.lease import Held, Lease
@@ -44,9 +43,6 @@ _held: dict[tuple[int, int], Owner] = {}
 _guard = threading.Lock()
 # The leases of this process by the folder's address.
 _leases: dict[str, Lease] = {}
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class InUse(UserError):
@@ -258,17 +254,24 @@ class Leaseholder:
 
 
 @contextlib.contextmanager
-def owned(folder: files.PathLike) -> Iterator[None]:
+def owned(folder: files.PathLike | Run | None) -> Iterator[None]:
     """Context manager that holds a run's folder for this command.
 
     With several processes process 0 holds it, and all of them must call this function; all hear a
     refusal. Take the folder before anything is read or written there.
+
+    Args:
+        folder: The run's folder. For None (a run without a folder) nothing is held, nor for an
+            opened run, which the caller holds.
 
     Raises:
         InUse: Another command holds the folder; the sentence says which.
         UserError: The folder cannot be made, or its address has a character that a run's may not
             have.
     """
+    if folder is None or isinstance(folder, Run):
+        yield
+        return
     path = files.path_of(folder)
     check_address(path)
     holds, refused = None, None
@@ -303,38 +306,3 @@ def check_held(folder: files.Path) -> None:
                 f"{folder} was taken over by another command, because this one did not renew its "
                 "lease in time: it stops without writing anything more."
             )
-
-
-def holding(
-    folder_of: Callable[..., str | os.PathLike[str] | Run | None],
-) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Returns a decorator: the function holds its run's folder from before its first line until it
-    returns or raises (`owned`).
-
-    Args:
-        folder_of: Returns the folder from the function's arguments. For None, and for a run that
-            its caller holds, nothing is held.
-    """
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @functools.wraps(function)
-        def holds(*arguments: P.args, **named: P.kwargs) -> T:
-            folder = folder_of(*arguments, **named)
-            if folder is None or isinstance(folder, Run):
-                return function(*arguments, **named)
-            with owned(folder):
-                return function(*arguments, **named)
-
-        return holds
-
-    return decorate
-
-
-def run_of(*arguments: Any, run: Any = None, **named: Any) -> Any:
-    """Returns the argument `run` of a function of the library, for `holding`."""
-    return run
-
-
-def run_of_config(config: Any) -> str:
-    """Returns the folder of a command's config, for `holding`."""
-    return config.run

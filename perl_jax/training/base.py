@@ -22,7 +22,7 @@ from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
 from perl_jax.objectives import supervised
 from perl_jax.runs.folder import exist, is_finished, open_run
-from perl_jax.runs.owner import holding, run_of_config
+from perl_jax.runs.owner import owned
 from perl_jax.runtime import files, hosts, sharding, trees
 from perl_jax.runtime.outputs import check_writable, filled_folder
 from perl_jax.runtime.programs import use_compilation_cache
@@ -117,61 +117,61 @@ def _tokenizer(config: BaseConfig, task: TaskLike, dataset: Dataset) -> Tokenize
     return train_bpe((row["text"] for row in dataset.rows("train")), config.vocab_size)
 
 
-@holding(run_of_config)
 def train_base(config: BaseConfig) -> files.Path:
     """Trains a base and writes it as a Hugging Face folder, `config.model`; returns that folder.
 
     A finished base is left as it is. Raises UserError if the folder holds a model that this run did
     not train.
     """
-    task = _task(config)
-    run = open_run("base", config)
-    folder, target = run.folder, files.path_of(config.model)
-    if exist(target / "config.json"):
-        if is_finished(run, None, "cost.json"):
-            return target
-        same = run.replaces is None or run.replaces.get("model") == config.model
-        ours = same and exist(folder / "checkpoints")
-        errors.require(
-            ours,
-            f"{target} already holds a model that this run did not train; give another --model "
-            "folder.",
+    with owned(config.run):
+        task = _task(config)
+        run = open_run("base", config)
+        folder, target = run.folder, files.path_of(config.model)
+        if exist(target / "config.json"):
+            if is_finished(run, None, "cost.json"):
+                return target
+            same = run.replaces is None or run.replaces.get("model") == config.model
+            ours = same and exist(folder / "checkpoints")
+            errors.require(
+                ours,
+                f"{target} already holds a model that this run did not train; give another --model "
+                "folder.",
+            )
+        if hosts.is_writer():
+            check_writable(target / "config.json")
+        dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
+        use_compilation_cache(config.compile_cache)
+        tokenizer = _tokenizer(config, task, dataset)
+        shape = ModelConfig(
+            vocab_size=-(-len(tokenizer) // 8) * 8,
+            width=config.width,
+            ffn_width=config.ffn_width,
+            layers=config.layers,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.width // config.heads,
+            max_positions=config.data.max_prompt_length + config.data.max_response_length,
+            dtype=config.dtype,
+            remat=config.remat,
         )
-    if hosts.is_writer():
-        check_writable(target / "config.json")
-    dataset = of_task(config.data, CORPUS.kind, ("train", "validation"))
-    use_compilation_cache(config.compile_cache)
-    tokenizer = _tokenizer(config, task, dataset)
-    shape = ModelConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
-        width=config.width,
-        ffn_width=config.ffn_width,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.width // config.heads,
-        max_positions=config.data.max_prompt_length + config.data.max_response_length,
-        dtype=config.dtype,
-        remat=config.remat,
-    )
-    mesh = sharding.make_mesh(config.mesh)
-    lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
-    shardings = lm.base_shardings()
-    initial = lm.init_base(random_key(config.seed))
-    base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)
-    model = Model(str(target), lm, base, tokenizer, trees.fingerprint(base))
-    check_context(model, config.data)
-    role = weights_program(lm)(base)
-    state, optimizers = begin(model, config, CORPUS, role)
-    del initial, base, role
-    loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
-    state, timings, _ = train(config, state, loop, run)
-    weights = hosts.fetch(state.roles["policy"].weights)
-    if hosts.is_writer():
-        _save(target, shape, weights, tokenizer)
-    hosts.barrier("base written")
-    cost.write_cost(folder, model, state, {"learn": program}, timings)
-    return target
+        mesh = sharding.make_mesh(config.mesh)
+        lm = LanguageModel(for_devices(shape, mesh, config.attention), mesh)
+        shardings = lm.base_shardings()
+        initial = lm.init_base(random_key(config.seed))
+        base = trees.map_named(lambda name, leaf: jax.device_put(leaf, shardings[name]), initial)
+        model = Model(str(target), lm, base, tokenizer, trees.fingerprint(base))
+        check_context(model, config.data)
+        role = weights_program(lm)(base)
+        state, optimizers = begin(model, config, CORPUS, role)
+        del initial, base, role
+        loop, program = supervised_loop(model, dataset, "train", config, CORPUS, state, optimizers)
+        state, timings, _ = train(config, state, loop, run)
+        weights = hosts.fetch(state.roles["policy"].weights)
+        if hosts.is_writer():
+            _save(target, shape, weights, tokenizer)
+        hosts.barrier("base written")
+        cost.write_cost(folder, model, state, {"learn": program}, timings)
+        return target
 
 
 def _save(target: files.Path, shape: ModelConfig, weights, tokenizer: Tokenizer) -> None:

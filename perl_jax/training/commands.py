@@ -19,7 +19,7 @@ from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.models import RewardTotal
 from perl_jax.runs import provenance
 from perl_jax.runs.folder import is_finished, open_run
-from perl_jax.runs.owner import holding, run_of_config
+from perl_jax.runs.owner import owned
 from perl_jax.runtime import files
 from perl_jax.training.configs import DPOConfig, RewardConfig, SFTConfig, TrainingConfig
 from perl_jax.training.dpo import train_dpo
@@ -145,90 +145,92 @@ def _ready(
     return check
 
 
-@holding(run_of_config)
 def run_sft(config: SFTCommand) -> files.Path:
     """Trains a policy on a task's demonstrations; returns the folder of the policy artefact.
 
     A finished run is left as it is.
     """
-    run = open_run("sft", config)
-    if not is_finished(run, "policy", "cost.json"):
-        read = ("train", "validation")
-        rows = of_task(config.data, "demonstrations", read)
-        provenance.check_artefacts(config)
-        # No name here holds the model: full tuning lets go of the base.
-        ready = _ready(config, rows, read)
-        train_sft(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
-    return run.artefact("policy")
+    with owned(config.run):
+        run = open_run("sft", config)
+        if not is_finished(run, "policy", "cost.json"):
+            read = ("train", "validation")
+            rows = of_task(config.data, "demonstrations", read)
+            provenance.check_artefacts(config)
+            # No name here holds the model: full tuning lets go of the base.
+            ready = _ready(config, rows, read)
+            train_sft(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
+        return run.artefact("policy")
 
 
-@holding(run_of_config)
 def run_reward(config: RewardCommand) -> files.Path:
     """Trains a reward model on a task's rows; returns the folder of the reward artefact.
 
     A finished run is left as it is.
     """
-    run = open_run("reward", config)
-    if not is_finished(run, "reward", "evaluation.json"):
-        job = reward_job(config)
-        check = job.truth
-        if config.objective == "pairwise":
-            soft = config.split if config.soft_labels else None
-            check = functools.partial(targets.check_pairs, soft)
-        read = (config.split, "validation", "test")
-        rows = of_task(config.data, job.kind, read, check)
-        provenance.check_artefacts(config)
-        ready = _ready(config, rows, read)
-        train_reward(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
-    return run.artefact("reward")
+    with owned(config.run):
+        run = open_run("reward", config)
+        if not is_finished(run, "reward", "evaluation.json"):
+            job = reward_job(config)
+            check = job.truth
+            if config.objective == "pairwise":
+                soft = config.split if config.soft_labels else None
+                check = functools.partial(targets.check_pairs, soft)
+            read = (config.split, "validation", "test")
+            rows = of_task(config.data, job.kind, read, check)
+            provenance.check_artefacts(config)
+            ready = _ready(config, rows, read)
+            train_reward(load_model(config, ready), rows, config, frozen=config.stack_on, run=run)
+        return run.artefact("reward")
 
 
-@holding(run_of_config)
 def run_dpo(config: DPOCommand) -> files.Path:
     """Trains a policy on a task's comparisons or labels; returns the folder of the policy artefact.
 
     A finished run is left as it is.
     """
-    run = open_run("dpo", config)
-    if not is_finished(run, "policy", "evaluation.json"):
-        kind, check = config.objective.kind, targets.both_classes
-        if kind == "comparisons":
-            check = functools.partial(targets.check_pairs, "train" if config.soft_labels else None)
-        read = ("train", "validation", "test")
-        rows = of_task(config.data, kind, read, check)
-        provenance.check_artefacts(config)
-        train_dpo(
-            load_model(config, _ready(config, rows, read)),
-            rows,
-            config,
-            policy=config.policy,
-            frozen=config.stack_on,
-            run=run,
-        )
-    return run.artefact("policy")
+    with owned(config.run):
+        run = open_run("dpo", config)
+        if not is_finished(run, "policy", "evaluation.json"):
+            kind, check = config.objective.kind, targets.both_classes
+            if kind == "comparisons":
+                check = functools.partial(
+                    targets.check_pairs, "train" if config.soft_labels else None
+                )
+            read = ("train", "validation", "test")
+            rows = of_task(config.data, kind, read, check)
+            provenance.check_artefacts(config)
+            train_dpo(
+                load_model(config, _ready(config, rows, read)),
+                rows,
+                config,
+                policy=config.policy,
+                frozen=config.stack_on,
+                run=run,
+            )
+        return run.artefact("policy")
 
 
-@holding(run_of_config)
 def run_rl(config: RLCommand) -> files.Path:
     """Trains a policy against rewards on a task's prompts; returns the folder of the policy
     artefact.
 
     A finished run is left as it is.
     """
-    run = open_run("rl", config)
-    if not is_finished(run, "policy", "cost.json"):
-        terms = compose.read_terms(config.terms)
-        rows = of_task(config.data, "prompts", ("train",))
-        provenance.check_artefacts(config)
-        read = tuple(split for split in ("train", "validation") if split in rows.splits)
-        samples = config.algorithm.group
-        train_rl(
-            load_model(config, _ready(config, rows, read, samples)),
-            rows,
-            config,
-            rewards=RewardTotal(config.reward, config.combine, config.reward_weight, terms),
-            policy=config.policy,
-            frozen=config.stack_on,
-            run=run,
-        )
-    return run.artefact("policy")
+    with owned(config.run):
+        run = open_run("rl", config)
+        if not is_finished(run, "policy", "cost.json"):
+            terms = compose.read_terms(config.terms)
+            rows = of_task(config.data, "prompts", ("train",))
+            provenance.check_artefacts(config)
+            read = tuple(split for split in ("train", "validation") if split in rows.splits)
+            samples = config.algorithm.group
+            train_rl(
+                load_model(config, _ready(config, rows, read, samples)),
+                rows,
+                config,
+                rewards=RewardTotal(config.reward, config.combine, config.reward_weight, terms),
+                policy=config.policy,
+                frozen=config.stack_on,
+                run=run,
+            )
+        return run.artefact("policy")

@@ -26,7 +26,7 @@ from perl_jax.objectives import preference
 from perl_jax.objectives.preference import Preferences, Unpaired
 from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
-from perl_jax.runs.owner import holding, run_of
+from perl_jax.runs.owner import owned
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
@@ -211,7 +211,6 @@ def said_balance(config: DPOConfig, labels: np.ndarray) -> str | None:
     )
 
 
-@holding(run_of)
 def train_dpo(
     model: Model,
     rows: Iterable[Row] | Dataset,
@@ -250,39 +249,40 @@ def train_dpo(
         TrainingError: For NaN or infinity.
     """
     config = config or DPOConfig()
-    job = job_of(config)
-    dataset = of_rows(job.kind, rows, validation, test)
-    if config.loss == "kto":
-        labels = targets.both_classes(dataset.rows("train"), dataset.name, "train")
-        if (advice := said_balance(config, labels)) and hosts.is_writer():
-            print(f"{dataset.name}, train: {advice}", flush=True)
-    start = starting_role(model, config, policy, random_key(config.seed), frozen)
-    depends_on = lambda start=start: {"the policy": content_of(start)}
-    run = open_library_run("dpo", config, run, model, dataset, depends_on)
-    if done := load_finished(run, model, "policy", "evaluation.json"):
-        return done
-    check_context(model, config.data)
-    model, frozen_roles = model.relieved((start,)), {}
-    if config.objective.reference:
-        frozen_roles["reference"] = cast_frozen_role(start, model.lm.config.dtype)
-    state, optimizers = begin(model, config, job, start, frozen_roles)
-    del start, frozen_roles, depends_on
-    loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
-    state, timings, metrics = train(config, state, loop, run, on_step)
-    policy = state.roles["policy"]
-    results, measured = {}, {}
-    if "test" in dataset.splits:
-        results = evaluate_dpo(model, dataset, config, job, state)
-        progress.say(shown.test_text("dpo", results))
-        measured = {name: found["value"] for name, found in results.items() if name != "data"}
-    record = model.record("policy", policy, step=int(state.step), metrics=measured)
-    if run is None:
-        return Trained(policy, record, metrics, results)
-    artefact = run.artefact("policy")
-    artefacts.save_artefact(artefact, policy, record)
-    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
-    write_results(run.folder, {"evaluation.json": results})
-    return Trained(policy, record, metrics, results, folder=artefact)
+    with owned(run):
+        job = job_of(config)
+        dataset = of_rows(job.kind, rows, validation, test)
+        if config.loss == "kto":
+            labels = targets.both_classes(dataset.rows("train"), dataset.name, "train")
+            if (advice := said_balance(config, labels)) and hosts.is_writer():
+                print(f"{dataset.name}, train: {advice}", flush=True)
+        start = starting_role(model, config, policy, random_key(config.seed), frozen)
+        depends_on = lambda start=start: {"the policy": content_of(start)}
+        run = open_library_run("dpo", config, run, model, dataset, depends_on)
+        if done := load_finished(run, model, "policy", "evaluation.json"):
+            return done
+        check_context(model, config.data)
+        model, frozen_roles = model.relieved((start,)), {}
+        if config.objective.reference:
+            frozen_roles["reference"] = cast_frozen_role(start, model.lm.config.dtype)
+        state, optimizers = begin(model, config, job, start, frozen_roles)
+        del start, frozen_roles, depends_on
+        loop, program = supervised_loop(model, dataset, "train", config, job, state, optimizers)
+        state, timings, metrics = train(config, state, loop, run, on_step)
+        policy = state.roles["policy"]
+        results, measured = {}, {}
+        if "test" in dataset.splits:
+            results = evaluate_dpo(model, dataset, config, job, state)
+            progress.say(shown.test_text("dpo", results))
+            measured = {name: found["value"] for name, found in results.items() if name != "data"}
+        record = model.record("policy", policy, step=int(state.step), metrics=measured)
+        if run is None:
+            return Trained(policy, record, metrics, results)
+        artefact = run.artefact("policy")
+        artefacts.save_artefact(artefact, policy, record)
+        cost.write_cost(run.folder, model, state, {"learn": program}, timings)
+        write_results(run.folder, {"evaluation.json": results})
+        return Trained(policy, record, metrics, results, folder=artefact)
 
 
 def evaluate_dpo(

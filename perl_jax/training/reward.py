@@ -36,7 +36,7 @@ from perl_jax.objectives import supervised
 from perl_jax.runs import shown
 from perl_jax.runs.folder import write_results
 from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
-from perl_jax.runs.owner import holding, run_of
+from perl_jax.runs.owner import owned
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts, progress, sharding
 from perl_jax.runtime.hosts import to_host
@@ -229,7 +229,6 @@ def reward_job(config: RewardConfig) -> Supervised:
     return dataclasses.replace(job, objective=objective)
 
 
-@holding(run_of)
 def train_reward(
     model: Model,
     rows: Iterable[Row] | Dataset,
@@ -270,47 +269,50 @@ def train_reward(
         TrainingError: For NaN or infinity.
     """
     config = config or RewardConfig()
-    job = reward_job(config)
-    dataset = of_rows(job.kind, rows, validation, test)
-    depends_on = lambda: {"the frozen adapter": content_of(frozen)}
-    run = open_library_run("reward", config, run, model, dataset, depends_on)
-    if done := load_finished(run, model, "reward", "evaluation.json"):
-        return done
-    check_context(model, config.data)
-    # Fold 1 makes the train state's key.
-    body_key, head_key = (jax.random.fold_in(random_key(config.seed), fold) for fold in (0, 2))
-    role = fresh_role(model, config, body_key, frozen)
-    role = dataclasses.replace(role, head=init_head(head_key, model.lm.config.width))
-    model = model.relieved((role,))
-    state, optimizers = begin(model, config, job, role)
-    del role
-    loop, program = supervised_loop(model, dataset, config.split, config, job, state, optimizers)
-    state, timings, metrics = train(config, state, loop, run, on_step)
-    adapter = state.roles["reward"]
-    mean, std = reference_moments(model, dataset, config, adapter)
-    results, scores = {}, {}
-    if "test" in dataset.splits:
-        results, scores = evaluate_reward(model, dataset, config, adapter)
-        progress.say(shown.test_text("reward", results))
-    record = model.record(
-        "reward",
-        adapter,
-        step=int(state.step),
-        metrics=_headline(results),
-        score_mean=mean,
-        score_std=std,
-    )
-    if run is None:
-        return Trained(adapter, record, metrics, results)
-    artefact = run.artefact("reward")
-    artefacts.save_artefact(artefact, adapter, record)
-    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
-    if scores and hosts.is_writer():
-        found = reward_examples(dataset.kind, dataset.rows("test"), scores, record.normalise)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
-        files.write_atomically(run.folder / EVALUATION_SAMPLES_NAME, "".join(lines))
-    write_results(run.folder, {"scores.json": scores, "evaluation.json": results})
-    return Trained(adapter, record, metrics, results, folder=artefact)
+    with owned(run):
+        job = reward_job(config)
+        dataset = of_rows(job.kind, rows, validation, test)
+        depends_on = lambda: {"the frozen adapter": content_of(frozen)}
+        run = open_library_run("reward", config, run, model, dataset, depends_on)
+        if done := load_finished(run, model, "reward", "evaluation.json"):
+            return done
+        check_context(model, config.data)
+        # Fold 1 makes the train state's key.
+        body_key, head_key = (jax.random.fold_in(random_key(config.seed), fold) for fold in (0, 2))
+        role = fresh_role(model, config, body_key, frozen)
+        role = dataclasses.replace(role, head=init_head(head_key, model.lm.config.width))
+        model = model.relieved((role,))
+        state, optimizers = begin(model, config, job, role)
+        del role
+        loop, program = supervised_loop(
+            model, dataset, config.split, config, job, state, optimizers
+        )
+        state, timings, metrics = train(config, state, loop, run, on_step)
+        adapter = state.roles["reward"]
+        mean, std = reference_moments(model, dataset, config, adapter)
+        results, scores = {}, {}
+        if "test" in dataset.splits:
+            results, scores = evaluate_reward(model, dataset, config, adapter)
+            progress.say(shown.test_text("reward", results))
+        record = model.record(
+            "reward",
+            adapter,
+            step=int(state.step),
+            metrics=_headline(results),
+            score_mean=mean,
+            score_std=std,
+        )
+        if run is None:
+            return Trained(adapter, record, metrics, results)
+        artefact = run.artefact("reward")
+        artefacts.save_artefact(artefact, adapter, record)
+        cost.write_cost(run.folder, model, state, {"learn": program}, timings)
+        if scores and hosts.is_writer():
+            found = reward_examples(dataset.kind, dataset.rows("test"), scores, record.normalise)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+            files.write_atomically(run.folder / EVALUATION_SAMPLES_NAME, "".join(lines))
+        write_results(run.folder, {"scores.json": scores, "evaluation.json": results})
+        return Trained(adapter, record, metrics, results, folder=artefact)
 
 
 def reference_moments(

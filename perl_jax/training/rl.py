@@ -24,7 +24,7 @@ from perl_jax.hub.model import Model
 from perl_jax.rewards import scoring
 from perl_jax.rewards.models import RewardTotal, total_of
 from perl_jax.rewards.scoring import Scorer
-from perl_jax.runs.owner import holding, run_of
+from perl_jax.runs.owner import owned
 from perl_jax.runs.provenance import source_of
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts
@@ -127,7 +127,6 @@ def initial_roles(
     return trained, {name: cast_frozen_role(role, dtype) for name, role in frozen.items()}
 
 
-@holding(run_of)
 def train_rl(
     model: Model,
     rows: Iterable[Row] | Dataset,
@@ -166,80 +165,83 @@ def train_rl(
         TrainingError: For NaN or infinity, or a sampler that disagrees with the trainer.
     """
     config = config or RLConfig()
-    dataset = of_rows("prompts", rows, validation)
-    rewards = total_of(rewards)
-    config.check_value_head(len(rewards.models))
-    start = starting_role(model, config, policy, random_key(config.seed), frozen)
-    rewards = rewards.loaded(model)
-    depends_on = functools.partial(_depends_on, start, rewards)
-    run = open_library_run("rl", config, run, model, dataset, depends_on)
-    # It would keep the float32 weights of fully tuned roles.
-    del depends_on
-    if done := load_finished(run, model, "policy", "cost.json"):
-        return done
-    check_context(model, config.data)
-    config.check_stale(0.0 if start.config is None else start.config.dropout)
-    records, terms = rewards.records, rewards.terms
-    combine, weight = rewards.combine, rewards.weight
-    roles, frozen_roles = initial_roles(model, config, start, rewards)
-    # Frees the float32 weights of fully tuned reward models; `frozen_roles` has them in the frozen
-    # dtype.
-    del rewards
-    if config.kl.reference != "base":
-        model = model.relieved((*roles.values(), *frozen_roles.values()))
-    optimizers = make_optimizers(config, roles, model.lm.config.width)
-    state = initial_state(model, config, roles, optimizers, frozen_roles, {"beta": config.kl.beta})
-    # The state has copies of these roles, which would stay on the devices a second time.
-    del start, roles, frozen_roles
-    prompts = config.batch_size // config.algorithm.group
-    batches = load_batches(model, dataset, "train", config.data, prompts, config.seed)
-    scores = None
-    if records:
-        scores = scoring.reward_program(model, records, combine, config.microbatches)
-    programs = Programs(model, config, scores, state, optimizers)
-    base = None if config.tuning == "full" else model.base
-    with Scorer(model, scores, terms, weight, dataset.rows("train")) as scorer:
-        job = Rollouts(model, base, programs, scorer, dataset, dataset.rows("train"), config)
-        shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate", SELECTED_BY)
-        facts = noted(dataset, "train", config.data, batches)
-        measure = best = None
-        held_out = held_out_prompts(job, batches.lengths)
-        examples = shown_prompts(job, batches.lengths, held_out)
-        if held_out is not None:
-            measure = functools.partial(validate, *held_out)
-            best = SELECTED_BY if config.select == "best" else None
-            facts |= noted(dataset, "validation", config.data, held_out[1])
-        step = functools.partial(advance, job)
-        sample = functools.partial(sample_prompts, examples)
-        loop = Loop(
-            "rl",
-            step,
-            iter(batches),
-            measure,
-            best,
-            shown,
-            facts,
-            sample=sample,
-            show_samples=config.show_samples,
+    with owned(run):
+        dataset = of_rows("prompts", rows, validation)
+        rewards = total_of(rewards)
+        config.check_value_head(len(rewards.models))
+        start = starting_role(model, config, policy, random_key(config.seed), frozen)
+        rewards = rewards.loaded(model)
+        depends_on = functools.partial(_depends_on, start, rewards)
+        run = open_library_run("rl", config, run, model, dataset, depends_on)
+        # It would keep the float32 weights of fully tuned roles.
+        del depends_on
+        if done := load_finished(run, model, "policy", "cost.json"):
+            return done
+        check_context(model, config.data)
+        config.check_stale(0.0 if start.config is None else start.config.dropout)
+        records, terms = rewards.records, rewards.terms
+        combine, weight = rewards.combine, rewards.weight
+        roles, frozen_roles = initial_roles(model, config, start, rewards)
+        # Frees the float32 weights of fully tuned reward models; `frozen_roles` has them in the
+        # frozen dtype.
+        del rewards
+        if config.kl.reference != "base":
+            model = model.relieved((*roles.values(), *frozen_roles.values()))
+        optimizers = make_optimizers(config, roles, model.lm.config.width)
+        state = initial_state(
+            model, config, roles, optimizers, frozen_roles, {"beta": config.kl.beta}
         )
-        read = {"train": batches} | ({} if held_out is None else {"validation": held_out[1]})
-        say_start("rl", model, dataset, config, state, read)
-        state, timings, metrics = train(config, state, loop, run, on_step)
-    number, measured = int(state.step), {}
-    if hosts.is_writer():
-        measured = kept_step(run, metrics, config, number, best is not None)
-    made = {
-        name: model.record(name, adapter, step=number, metrics=measured)
-        for name, adapter in state.roles.items()
-    }
-    others = {name: adapter for name, adapter in state.roles.items() if name != "policy"}
-    trained = Trained(state.roles["policy"], made["policy"], metrics, others=others)
-    if run is None:
-        return trained
-    for name, adapter in state.roles.items():
-        artefacts.save_artefact(run.artefact(name), adapter, made[name])
-    cost.write_cost(run.folder, model, state, programs.by_name(), timings)
-    return dataclasses.replace(trained, folder=run.artefact("policy"))
+        # The state has copies of these roles, which would stay on the devices a second time.
+        del start, roles, frozen_roles
+        prompts = config.batch_size // config.algorithm.group
+        batches = load_batches(model, dataset, "train", config.data, prompts, config.seed)
+        scores = None
+        if records:
+            scores = scoring.reward_program(model, records, combine, config.microbatches)
+        programs = Programs(model, config, scores, state, optimizers)
+        base = None if config.tuning == "full" else model.base
+        with Scorer(model, scores, terms, weight, dataset.rows("train")) as scorer:
+            job = Rollouts(model, base, programs, scorer, dataset, dataset.rows("train"), config)
+            shown = ("reward/score", "reward/gold", "kl/sequence", "response/eos_rate", SELECTED_BY)
+            facts = noted(dataset, "train", config.data, batches)
+            measure = best = None
+            held_out = held_out_prompts(job, batches.lengths)
+            examples = shown_prompts(job, batches.lengths, held_out)
+            if held_out is not None:
+                measure = functools.partial(validate, *held_out)
+                best = SELECTED_BY if config.select == "best" else None
+                facts |= noted(dataset, "validation", config.data, held_out[1])
+            step = functools.partial(advance, job)
+            sample = functools.partial(sample_prompts, examples)
+            loop = Loop(
+                "rl",
+                step,
+                iter(batches),
+                measure,
+                best,
+                shown,
+                facts,
+                sample=sample,
+                show_samples=config.show_samples,
+            )
+            read = {"train": batches} | ({} if held_out is None else {"validation": held_out[1]})
+            say_start("rl", model, dataset, config, state, read)
+            state, timings, metrics = train(config, state, loop, run, on_step)
+        number, measured = int(state.step), {}
+        if hosts.is_writer():
+            measured = kept_step(run, metrics, config, number, best is not None)
+        made = {
+            name: model.record(name, adapter, step=number, metrics=measured)
+            for name, adapter in state.roles.items()
+        }
+        others = {name: adapter for name, adapter in state.roles.items() if name != "policy"}
+        trained = Trained(state.roles["policy"], made["policy"], metrics, others=others)
+        if run is None:
+            return trained
+        for name, adapter in state.roles.items():
+            artefacts.save_artefact(run.artefact(name), adapter, made[name])
+        cost.write_cost(run.folder, model, state, programs.by_name(), timings)
+        return dataclasses.replace(trained, folder=run.artefact("policy"))
 
 
 def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:

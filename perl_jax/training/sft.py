@@ -10,7 +10,7 @@ from perl_jax.data.loading import check_context
 from perl_jax.hub import artefacts
 from perl_jax.hub.model import Model
 from perl_jax.objectives import supervised
-from perl_jax.runs.owner import holding, run_of
+from perl_jax.runs.owner import owned
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files
 from perl_jax.runtime.seeds import random_key
@@ -32,7 +32,6 @@ SFT = Supervised(
 )
 
 
-@holding(run_of)
 def train_sft(
     model: Model,
     rows: Iterable[Row] | Dataset,
@@ -64,22 +63,23 @@ def train_sft(
         TrainingError: For NaN or infinity.
     """
     config = config or SFTConfig()
-    dataset = of_rows(SFT.kind, rows, validation)
-    depends_on = lambda: {"the frozen adapter": content_of(frozen)}
-    run = open_library_run("sft", config, run, model, dataset, depends_on)
-    if done := load_finished(run, model, "policy", "cost.json"):
-        return done
-    check_context(model, config.data)
-    role = fresh_role(model, config, random_key(config.seed), frozen)
-    model = model.relieved((role,))
-    state, optimizers = begin(model, config, SFT, role)
-    del role
-    loop, program = supervised_loop(model, dataset, "train", config, SFT, state, optimizers)
-    state, timings, metrics = train(config, state, loop, run, on_step)
-    policy = state.roles["policy"]
-    record = model.record("policy", policy, step=int(state.step))
-    if run is None:
-        return Trained(policy, record, metrics)
-    artefacts.save_artefact(run.artefact("policy"), policy, record)
-    cost.write_cost(run.folder, model, state, {"learn": program}, timings)
-    return Trained(policy, record, metrics, folder=run.artefact("policy"))
+    with owned(run):
+        dataset = of_rows(SFT.kind, rows, validation)
+        depends_on = lambda: {"the frozen adapter": content_of(frozen)}
+        run = open_library_run("sft", config, run, model, dataset, depends_on)
+        if done := load_finished(run, model, "policy", "cost.json"):
+            return done
+        check_context(model, config.data)
+        role = fresh_role(model, config, random_key(config.seed), frozen)
+        model = model.relieved((role,))
+        state, optimizers = begin(model, config, SFT, role)
+        del role
+        loop, program = supervised_loop(model, dataset, "train", config, SFT, state, optimizers)
+        state, timings, metrics = train(config, state, loop, run, on_step)
+        policy = state.roles["policy"]
+        record = model.record("policy", policy, step=int(state.step))
+        if run is None:
+            return Trained(policy, record, metrics)
+        artefacts.save_artefact(run.artefact("policy"), policy, record)
+        cost.write_cost(run.folder, model, state, {"learn": program}, timings)
+        return Trained(policy, record, metrics, folder=run.artefact("policy"))

@@ -22,7 +22,7 @@ GIVEN = {
     "dpo": ("--run", "r", "--model", "m", "--data.packing", "on", "--beta", "0.3"),
     "rl": (
         *("--run", "r", "--model", "m", "--reward", "a", "b", "--algorithm.name", "rloo"),
-        *("--kl.beta", "0.1", "--mesh.fsdp", "2", "--terms", '[{"kind": "length"}]'),
+        *("--kl.beta", "0.1", "--mesh.fsdp", "2", "--terms", '[{"kind": "length", "maximum": 9}]'),
     ),
     "base": ("--run", "r", "--model", "m", "--width", "64"),
     "generate": ("--model", "m", "--prompt", "- a: b", "--template-date", "2024-07-27"),

@@ -579,7 +579,7 @@ def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
 def test_scores_are_normalised_with_the_stored_moments():
     np.testing.assert_array_equal(record().normalise(np.array([0.5, 4.5])), [0.0, 2.0])
     with pytest.raises(UserError, match="The value artefact has no stored score normalisation"):
-        record("value", score_mean=None).normalise(1.0)
+        record("value", score_mean=None, score_std=None).normalise(1.0)
 
 
 def test_the_newest_checkpoint_is_none_that_was_set_aside_or_is_half_written(tmp_path):
