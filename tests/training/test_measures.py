@@ -36,7 +36,8 @@ from perl_jax.types import Labelled, Prompts, Tokens
 # Rows of two batches as a plan has them: not in order, the last one filler.
 ROWS = (np.array([3, 0, 2]), np.array([1, 4, -1]))
 MODEL = types.SimpleNamespace(
-    lm=None,
+    name="made up",
+    lm=types.SimpleNamespace(config=types.SimpleNamespace(dtype="float32")),
     base=None,
     mesh=None,
     tokenizer=types.SimpleNamespace(

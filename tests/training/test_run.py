@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from perl_jax.adapters.lora import LoRAConfig
+from perl_jax.cli import overwrite
 from perl_jax.errors import TrainingError, UserError
 from perl_jax.evaluation import compare
 from perl_jax.generation.config import RolloutConfig
@@ -180,6 +181,29 @@ def test_a_finished_run_goes_on_to_more_steps(jobs, base, model, tmp_path, capsy
     assert tiny.snapshot(tmp_path / "parts") == before
     with pytest.raises(UserError, match="has done 6 steps; steps is 4: give --steps 6 or more"):
         commands.run_reward(parts)
+
+
+@pytest.mark.slow
+def test_a_run_with_other_settings_is_replaced(base, model, tmp_path, capsys):
+    config = tiny.sft_config(tmp_path / "run", base)
+    commands.run_sft(config)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    other = dataclasses.replace(config, seed=1, steps=2)
+    commands.run_sft(dataclasses.replace(other, run=str(tmp_path / "whole")))
+    capsys.readouterr()
+    with overwrite.overwriting("sft", "yes"):
+        # Refused for another reason: what is there stays.
+        with pytest.raises(UserError, match="fewer than batch_size"):
+            commands.run_sft(dataclasses.replace(other, batch_size=64))
+        assert len(tiny.rows(tmp_path / "run")) == 4
+        commands.run_sft(other)
+        assert "4 of 4 steps" in capsys.readouterr().err
+        before = tiny.snapshot(tmp_path / "run")
+        commands.run_sft(other)
+    assert_same_runs(tmp_path / "whole", tmp_path / "run", ("policy",), model)
+    assert tiny.snapshot(tmp_path / "run") == before
+    assert not (tmp_path / "run" / "metrics.previous.jsonl").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_finished_runs_are_left_as_they_are(jobs, monkeypatch):
