@@ -37,11 +37,10 @@ def test_the_pages_show_commands():
     [page for page in PAGES if shown_commands(page.read_text())],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_shown_commands_are_taken(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for file, text in re.findall(
-        r"`(\S+\.yaml)`:\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL
-    ):
-        (tmp_path / file).write_text(text)
-    for name, *rest in shown_commands(page.read_text()):
-        cli._config(name, cli._command(name)[0], rest)
+def test_shown_commands_are_taken(page, tmp_path):
+    text, written = page.read_text(), {}
+    for file, content in re.findall(r"`(\S+\.yaml)`:\n\n```yaml\n(.*?)```", text, re.DOTALL):
+        (tmp_path / file).write_text(content)
+        written[file] = str(tmp_path / file)
+    for name, *rest in shown_commands(text):
+        cli._config(name, cli._command(name)[0], [written.get(word, word) for word in rest])
