@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Transformers warns at import that PyTorch is missing, which this package does not need.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 from perl_jax import __version__  # noqa: E402
 from perl_jax.cli.help import GROUPS, description  # noqa: E402
 from perl_jax.cli.interrupts import Interrupts  # noqa: E402

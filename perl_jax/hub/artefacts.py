@@ -33,6 +33,7 @@ from perl_jax.runtime.storage import (
     changed_leaves,
     hide_unretrieved_errors,
     plain_path,
+    saving,
     short_message,
 )
 
@@ -190,6 +191,7 @@ def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
     hosts.barrier("artefact begun")
     with (
         explained(folder, "written"),
+        saving(),
         plain_path(target) as path,
         ocp.StandardCheckpointer() as checkpointer,
     ):

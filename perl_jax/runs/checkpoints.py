@@ -20,6 +20,7 @@ from perl_jax.runtime.storage import (
     changed_leaves,
     hide_unretrieved_errors,
     plain_path,
+    saving,
     short_message,
 )
 from perl_jax.types import Tree
@@ -119,7 +120,7 @@ class Checkpoints:
                 saved if `best` is None.
 
         Raises:
-            TrainingError: What was saved cannot be read back.
+            TrainingError: The checkpoint cannot be written, or what was saved cannot be read back.
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
@@ -135,8 +136,25 @@ class Checkpoints:
             "host": ocp.args.JsonSave(dict(host)),
             SEAL: ocp.args.JsonSave(seal),
         }
-        with explained(self.folder, "written"):
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+        try:
+            with saving():
+                self._manager.save(
+                    step, args=ocp.args.Composite(**items), metrics=metrics, force=True
+                )
+        except Exception as error:
+            said = None if hosts.is_peer_failure(error) else reason(error)
+            if said is None:
+                raise
+            before = max(saved_steps(self.folder), default=None)
+            kept = (
+                "there is no checkpoint before it"
+                if before is None
+                else f"the same command goes on from the checkpoint of step {before}"
+            )
+            raise TrainingError(
+                f"The checkpoint of step {step} in {self.folder} cannot be written: {said}. The "
+                f"run stopped; {kept}."
+            ) from error
         wrong = None
         if hosts.is_writer():
             files.remove(self.folder / _DELETED)

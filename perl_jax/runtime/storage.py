@@ -8,8 +8,12 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from perl_jax.errors import require
 from perl_jax.runtime import files, trees
@@ -24,6 +28,8 @@ _NOT_IN_BUCKETS = re.compile(r"[*?\[\]\\#\r\n\udc80-\udcff]")
 # 4,096 bytes, and that of macOS 1,024.
 _LONGEST = 600
 
+# The longest time to wait for the threads of a save that failed.
+_WAIT_SECONDS = 10.0
 # Largest number of characters of a storage error in a message (`short_message`).
 _SAID = 300
 
@@ -84,8 +90,52 @@ def short_message(error: BaseException) -> str:
 
 
 def hide_unretrieved_errors() -> None:
-    """Stops asyncio from logging the errors of a checkpoint's other reads after one failed."""
+    """Stops what is printed about a checkpoint's other reads and writes after one failed: by
+    asyncio, and by tensorstore when its answers come after Orbax's event loop has been closed.
+    """
     logging.getLogger("asyncio").addFilter(_retrieved)
+    if sys.unraisablehook is not _unraisable:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _unraisable
+
+
+# The hook that was set before `_unraisable`.
+_hooks: list[Callable[[Any], Any]] = []
+
+
+def _unraisable(found: Any) -> None:
+    """Passes an error that no caller can get to the hook that was set before, unless it is a late
+    answer of tensorstore.
+    """
+    if str(found.exc_value) != "Event loop is closed":
+        _hooks[-1](found)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Context manager around a save by Orbax, after whose failure nothing but its error is seen.
+
+    The save's other threads go on. They are waited for, because those that are left when the
+    interpreter ends print what they were doing.
+    """
+    try:
+        yield
+    except Exception:
+        hide_unretrieved_errors()
+        _wait_for_writers(_WAIT_SECONDS)
+        raise
+
+
+def _wait_for_writers(seconds: float) -> None:
+    """Waits until Orbax's threads have ended, but not longer than some seconds."""
+    end = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if (
+            type(thread).__module__.startswith("orbax.")
+            and thread is not threading.current_thread()
+        ):
+            # Not its own `join`, which raises what the thread has raised.
+            threading.Thread.join(thread, max(0.0, end - time.monotonic()))
 
 
 def _retrieved(record: logging.LogRecord) -> bool:
