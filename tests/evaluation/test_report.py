@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from perl_jax.errors import UserError
 from perl_jax.evaluation.intervals import Estimate
-from perl_jax.evaluation.report import curves, formats, headline, plots, write_report
+from perl_jax.evaluation.report import curves, formats, headline, load, plots, write_report
 from perl_jax.evaluation.report.load import Run, read_experiment
 from perl_jax.evaluation.report.markup import Html, table, tag
 from tests.synthetic_run import NASTY, make_experiment, make_run
@@ -711,3 +711,13 @@ class TestPlots:
 def test_table_aligns_numbers():
     shown = table("c", ["name", "n"], [["a", "1"]])
     assert '<td class="number">1</td>' in shown and '<th scope="row">a</th>' in shown
+
+
+class TestPreferences:
+    @pytest.mark.parametrize("loss", ["ipo", "kto", "orpo"])
+    def test_a_run_is_called_by_its_loss(self, loss):
+        config = {"job": "dpo", "config": {"loss": loss}}
+        assert load.infer_job(config, []) == loss
+        assert load.infer_job({"job": "dpo"}, []) == load.named_job({}, "dpo") == "dpo"
+        assert load.named_job(config, "dpo") == loss and load.named_job(config, "mine") == "mine"
+        assert load.infer_job({}, [{"step": 1, "orpo/odds_loss": 0.5}]) == "orpo"

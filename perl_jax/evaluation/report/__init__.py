@@ -8,8 +8,8 @@ Three kinds of folder are understood:
   `perl-jax evaluate` wrote into a folder of its own.
 - An experiment: `experiment.json` with `title`, `summary`, `command`, `hardware`, `seconds`, `task`
   and `runs`, a list of {"name", "job", "tuning", "folder"}. Each folder lies inside the
-  experiment's and is a job's run. `job` is base, sft, reward, rl or dpo; `tuning` is lora, full or
-  any other name.
+  experiment's and is a job's run. `job` is base, sft, reward, rl or dpo (which the page calls by
+  its loss: DPO, IPO, KTO, ORPO); `tuning` is lora, full or any other name.
 
 `cost.json` holds `parameters_total`, `parameters_trainable`, `checkpoint_bytes`, `base_bytes`,
 `seconds_per_step` (median), `peak_bytes_compiled`, `peak_bytes_measured` (null if the device does

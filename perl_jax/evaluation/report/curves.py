@@ -12,7 +12,15 @@ import numpy as np
 
 from perl_jax.evaluation.intervals import Estimate, wilson
 from perl_jax.evaluation.report import formats, plots
-from perl_jax.evaluation.report.load import Experiment, Run, entry, number, series, tuning_name
+from perl_jax.evaluation.report.load import (
+    PREFERENCES,
+    Experiment,
+    Run,
+    entry,
+    number,
+    series,
+    tuning_name,
+)
 from perl_jax.evaluation.report.markup import Html, figure, section, tag
 from perl_jax.evaluation.report.plots import Curve
 
@@ -29,15 +37,21 @@ LEARNING_PANELS = (
     ("rl", "validation/kl", "RL: validation KL from the reference", "nats a sequence"),
     ("rl", "validation/length", "RL: validation response length", "tokens"),
     ("rl", "validation/eos_rate", "RL: validation responses that end themselves", "share"),
-    ("dpo", "train/loss", "DPO: training loss", "loss"),
-    ("dpo", "validation/accuracy", "DPO: validation accuracy", "share of pairs"),
-    ("dpo", "dpo/chosen_reward", "DPO: implicit reward of the chosen", "nats"),
-    ("dpo", "dpo/rejected_reward", "DPO: implicit reward of the rejected", "nats"),
-    ("dpo", "kto/desirable_reward", "KTO: implicit reward of the desirable", "nats"),
-    ("dpo", "kto/undesirable_reward", "KTO: implicit reward of the undesirable", "nats"),
-    ("dpo", "kto/kl", "KTO: estimate of the KL", "nats a sequence"),
-    ("dpo", "orpo/sft_loss", "ORPO: loss of the chosen", "nats a token"),
-    ("dpo", "orpo/odds_loss", "ORPO: odds-ratio loss", "loss"),
+    *(
+        (loss, metric, f"{name}: {title}", unit)
+        for loss, name in PREFERENCES.items()
+        for metric, title, unit in (
+            ("train/loss", "training loss", "loss"),
+            ("validation/accuracy", "validation accuracy", "share in the right order"),
+            ("dpo/chosen_reward", "implicit reward of the chosen", "nats"),
+            ("dpo/rejected_reward", "implicit reward of the rejected", "nats"),
+            ("kto/desirable_reward", "implicit reward of the desirable", "nats"),
+            ("kto/undesirable_reward", "implicit reward of the undesirable", "nats"),
+            ("kto/kl", "estimate of the KL", "nats a sequence"),
+            ("orpo/sft_loss", "loss of the chosen", "nats a token"),
+            ("orpo/odds_loss", "odds-ratio loss", "loss"),
+        )
+    ),
 )
 # Metrics that are parts of a reward: an ensemble's members, and terms, both before weighting.
 MODEL_PREFIX, TERM_PREFIX = "reward/model_", "reward/term/"

@@ -9,6 +9,7 @@ from perl_jax.evaluation.intervals import Estimate
 from perl_jax.evaluation.report import formats
 from perl_jax.evaluation.report.load import (
     JOB_NAMES,
+    PREFERENCES,
     Run,
     entry,
     estimate,
@@ -331,7 +332,7 @@ def policy_rows(name: str, start: str = "SFT", after: str = "after ") -> tuple[R
 JOB_ROWS = {
     "reward": REWARD_ROWS,
     "rl": policy_rows(JOB_NAMES["rl"]),
-    "dpo": DPO_ROWS + policy_rows(JOB_NAMES["dpo"]),
+    **{loss: DPO_ROWS + policy_rows(name) for loss, name in PREFERENCES.items()},
     "evaluate": policy_rows("the policy", "the baseline", after=""),
     "sft": (),
 }

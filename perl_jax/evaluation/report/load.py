@@ -29,19 +29,21 @@ from perl_jax.runs.metrics import (
 from perl_jax.runtime import files
 
 TUNING_NAMES = {"lora": "LoRA", "full": "Full tuning", "": "This run"}
+# The page calls a run of the job dpo by its loss.
+PREFERENCES = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO"}
 JOB_NAMES = {
     "base": "Base model",
     "sft": "SFT",
     "reward": "Reward model",
     "rl": "RL",
-    "dpo": "DPO",
+    **PREFERENCES,
     "evaluate": "Evaluation",
 }
 # Where earlier versions wrote what RL wrote while it trained.
 OLD_SAMPLES_NAME = "validation_samples.jsonl"
 # Jobs whose policies `perl-jax evaluate` compares with what they start from, and that comparison by
 # itself, in a folder of its own.
-POLICY_JOBS = ("rl", "dpo", "evaluate")
+POLICY_JOBS = ("rl", *PREFERENCES, "evaluate")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Run:
 
     Attributes:
         name: The run's name in the experiment.
-        job: base, sft, reward, rl, dpo or evaluate.
+        job: base, sft, reward, rl, evaluate, or the loss of a job dpo: dpo, ipo, kto or orpo.
         tuning: lora, full or another name; "" if unknown.
         config: config.json.
         rows: The rows of metrics.jsonl.
@@ -308,6 +310,19 @@ def command_of(config: Mapping[str, Any]) -> str:
     return shlex.join(map(str, words)) if isinstance(words, list) else find_text(config, "command")
 
 
+def named_job(config: Mapping[str, Any], given: str = "") -> str:
+    """Returns the job that a configuration names, "" for an unknown one; of a job dpo its loss.
+
+    Args:
+        config: config.json.
+        given: Replaces the configuration's job, even by an unknown one; "" replaces nothing.
+    """
+    named = find_text(config, "job")
+    named = given or (named if named in JOB_NAMES else "")
+    loss = find_text(config, "loss")
+    return loss if named == "dpo" and loss in PREFERENCES else named
+
+
 def infer_job(
     config: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
@@ -321,14 +336,14 @@ def infer_job(
         rows: The rows of metrics.jsonl.
         evaluation: evaluation.json; with a win rate and without metrics it is all that there is.
     """
-    named = find_text(config, "job")
-    if named in JOB_NAMES:
+    if named := named_job(config):
         return named
     if not rows and evaluation and "win_rate" in evaluation:
         return "evaluate"
     keys = {key for row in rows for key in row}
-    if any(key.startswith(("dpo/", "kto/", "orpo/")) for key in keys):
-        return "dpo"
+    for name in PREFERENCES:
+        if any(key.startswith(f"{name}/") for key in keys):
+            return name
     if any(key.startswith(("reward/", "kl/", "policy/")) for key in keys):
         return "rl"
     return "reward" if {"train/accuracy", "validation/accuracy", "validation/auc"} & keys else "sft"
@@ -347,9 +362,7 @@ def read_run(folder: files.Path, name: str, job: str, tuning: str, notes: list[s
     shown = f"{name}/" if name else ""
     config = read_object(folder / "config.json", notes, f"{shown}config.json")
     evaluation = read_object(folder / "evaluation.json", notes, f"{shown}evaluation.json")
-    # The given job wins, even an unknown one; a configuration's job must be known.
-    named = find_text(config, "job")
-    job = job or (named if named in JOB_NAMES else "")
+    job = named_job(config, job)
     rows = []
     # An evaluation in a folder of its own has no steps.
     if job != "evaluate" and (config or files.exists(folder / FILE_NAME) or not evaluation):

@@ -15,6 +15,7 @@ from perl_jax.evaluation.report.headline import DASH
 from perl_jax.evaluation.report.headline_rows import judge_text
 from perl_jax.evaluation.report.load import (
     JOB_NAMES,
+    PREFERENCES,
     Experiment,
     Run,
     entry,
@@ -244,7 +245,7 @@ def time_spent(experiment: Experiment) -> Html:
     tunings = experiment.tunings
     bars: dict[str, dict[str, float]] = {}
     lines: list[list[object]] = []
-    for job in ("rl", "dpo", "reward", "sft"):
+    for job in ("rl", *PREFERENCES, "reward", "sft"):
         for run in experiment.runs_of(job):
             phases = phases_of(run)
             if sum(phases.values()) > 0:

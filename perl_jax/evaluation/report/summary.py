@@ -15,6 +15,7 @@ from perl_jax.evaluation.report.headline_rows import (
 from perl_jax.evaluation.report.load import (
     JOB_NAMES,
     POLICY_JOBS,
+    PREFERENCES,
     Experiment,
     Run,
     estimate,
@@ -28,7 +29,7 @@ def lora_share_sentence(experiment: Experiment) -> str:
 
     It is about the first job of RL, DPO, reward and SFT whose LoRA run has the numbers.
     """
-    for job in ("rl", "dpo", "reward", "sft"):
+    for job in ("rl", *PREFERENCES, "reward", "sft"):
         run = experiment.run(job, "lora")
         if run is None:
             continue
@@ -127,7 +128,11 @@ def cost_sentence(experiment: Experiment) -> str:
     It is about the first job of RL, DPO and the reward model that has a run of each tuning with
     numbers.
     """
-    steps = {"rl": "an RL step", "dpo": "a DPO step", "reward": "a reward-model step"}
+    steps = {"rl": "an RL step"} | {
+        loss: f"{'a' if loss in ('dpo', 'kto') else 'an'} {name} step"
+        for loss, name in PREFERENCES.items()
+    }
+    steps["reward"] = "a reward-model step"
     for job, name in steps.items():
         lora, full = experiment.run(job, "lora"), experiment.run(job, "full")
         if lora is None or full is None:
