@@ -70,8 +70,18 @@ CACHE_VARIABLE = "PERL_JAX_CACHE"
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder of prepared rows: $PERL_JAX_CACHE, or ~/.cache/perl_jax/datasets."""
-    return pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets").expanduser()
+    """Returns the folder of prepared rows: $PERL_JAX_CACHE, or ~/.cache/perl_jax/datasets.
+
+    Raises UserError if its path is not UTF-8, which array_record needs.
+    """
+    folder = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/perl_jax/datasets")
+    folder = folder.expanduser()
+    require(
+        str(folder).encode("utf-8", "replace").decode() == str(folder),
+        f"The cache of prepared rows, {str(folder)!r}, has bytes in its path that are not UTF-8; "
+        f"set {CACHE_VARIABLE} to another folder.",
+    )
+    return folder
 
 
 class RowsBuilder(tfds.core.GeneratorBasedBuilder):

@@ -225,6 +225,9 @@ def test_cache_variable_is_the_default(tmp_path, monkeypatch):
     assert store.cache_folder() == tmp_path / "by variable"
     monkeypatch.delenv("PERL_JAX_CACHE")
     assert store.cache_folder().parts[-3:] == (".cache", "perl_jax", "datasets")
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path / os.fsdecode(b"a\xff")))
+    with pytest.raises(UserError, match="bytes in its path that are not UTF-8"):
+        store.cache_folder()
 
 
 def test_unknown_probability_survives_storage(tmp_path):
