@@ -16,7 +16,7 @@ import pytest
 
 from perl_jax.errors import UserError
 from perl_jax.runs import owner
-from perl_jax.runs.owner import Lost
+from perl_jax.runs.owner import Lost, owned
 from perl_jax.runtime import files
 from perl_jax.training import commands
 from tests.training import tiny
@@ -181,7 +181,14 @@ def test_kills_faults_and_slow_answers_leave_no_trace(job, jobs, tmp_path, bucke
 def test_two_processes_in_a_bucket_give_the_numbers_of_a_disk(jobs, tmp_path, bucket):
     """Also after an end by SIGTERM; and a second command on the folder ends in every process."""
     arguments = ("sft", "--model", jobs.base, *SETTINGS, "--optimizer.name", "adamw")
-    with processes((*arguments, "--run", str(tmp_path / "disk")), tmp_path / "a") as started:
+    disk = (*arguments, "--run", str(tmp_path / "disk"))
+    with owned(tmp_path / "disk"), processes(disk, tmp_path / "z") as refused:
+        refused.wait(2)
+        for index in range(2):
+            (said,) = refused.sentences(index)
+            assert f"perl-jax sft: {tmp_path}/disk is in use by" in said
+    assert not (tmp_path / "disk").exists()
+    with processes(disk, tmp_path / "a") as started:
         started.wait()
     address = (*arguments, "--run", RUN)
     with processes(address, tmp_path / "b") as started:
