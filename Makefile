@@ -12,8 +12,10 @@ LINT := $(VENV)/lint
 LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
+# Trials of each kind of fault (tests/campaign).
+CAMPAIGN_ARGS ?= --trials 10
 
-.PHONY: run lint docs notebook test test-slow test-all golden mutants clean
+.PHONY: run lint docs notebook test test-slow test-all campaign golden mutants clean
 
 run: $(VENV)/.installed
 	$(HUGE_PAGES) $(VENV)/bin/python -m experiments.orders.quickstart $(RUN_ARGS)
@@ -39,10 +41,15 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -n 2 -m "slow and not exhaustive" $(TEST_ARGS)
 
-# Everything: the third tier alone, then the quick one again as XLA ships its optimisations.
+# Everything: the third tier alone, faults put into real commands, then the quick tier again as XLA ships its optimisations.
 test-all: test test-slow
 	$(VENV)/bin/python -m pytest -n 2 -m exhaustive $(TEST_ARGS)
+	$(VENV)/bin/python -m tests.campaign $(CAMPAIGN_ARGS)
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+
+# Faults drawn by a seed, put into real commands: `make campaign CAMPAIGN_ARGS="--only kills --trials 100"`.
+campaign: $(VENV)/.installed-test
+	$(VENV)/bin/python -m tests.campaign $(CAMPAIGN_ARGS)
 
 # Writes the numbers that tests/golden holds every change against. Only where a change of behaviour is meant.
 golden: $(VENV)/.installed-test
