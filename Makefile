@@ -13,7 +13,7 @@ LINT_TOOLS := ruff 'pyright[nodejs]' mkdocs-material 'mkdocstrings[python]'
 TEST_ARGS ?=
 MUTANTS_ARGS ?=
 # Trials of each kind of fault (tests/campaign).
-CAMPAIGN_ARGS ?= --trials 10
+CAMPAIGN_ARGS ?= --trials 4
 
 .PHONY: run lint docs notebook test test-slow test-all campaign golden mutants clean
 

@@ -330,12 +330,11 @@ def judges(bench: Bench) -> str:
             "kind": "judge",
             "url": f"http://127.0.0.1:{port}/v1",
             "model": "m",
-            "key_variable": "JUDGE_KEY",
+            "api_key_variable": "JUDGE_KEY",
             "timeout_seconds": 2,
             "retries": draw.choice((0, 1)),
             "backoff_seconds": 0.01,
         }
-        term = {name: value for name, value in term.items() if name in judge_fields()}
         arguments = [*writing(bench, "best-of", bench.trial / "best.jsonl")]
         arguments[arguments.index(RULE)] = json.dumps([term])
         environment = {"JUDGE_KEY": KEY, "no_proxy": "127.0.0.1"}
@@ -352,13 +351,6 @@ def drip(connection: socket.socket) -> None:
     while True:
         connection.sendall(b" ")
         time.sleep(0.05)
-
-
-def judge_fields() -> set[str]:
-    """The fields of a judge's term."""
-    from perl_jax.rewards.judge import Judge
-
-    return {"kind", *(field.name for field in dataclasses.fields(Judge))}
 
 
 # What a reward function does, and whole files that have no good one.

@@ -22,10 +22,9 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", [100, 101])
 @pytest.mark.parametrize("kind", kinds.KINDS)
-def test_a_fault_is_survived_or_said_in_a_sentence(kind, seed, bench):
-    bench.begin(seed)
+def test_a_fault_is_survived_or_said_in_a_sentence(kind, bench):
+    bench.begin(100)
     assert kinds.KINDS[kind](bench) in ("well", "refused")
 
 
