@@ -45,7 +45,6 @@ _MADE = (
     "evaluation_samples*",
     "checkpoints*",
     "adapters",
-    "owner.json",
     "evaluation.json",
     "scores.json",
     "cost.json",

@@ -13,8 +13,11 @@ import sys
 import pytest
 
 from perl_jax.errors import UserError
+from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import owner
 from perl_jax.runs.owner import FILE_NAME, InUse, owned
+from perl_jax.runs.run import Run
+from perl_jax.runtime import files
 from tests.training.processes import PATIENCE, ROOT
 
 # Holds the folder and says so; ends when its input ends, or as it is told to.
@@ -150,3 +153,12 @@ def test_text_that_says_nobody_is_of_another_process():
     for text in ("", "[]", "{", '{"host": "a"}', b"\xff"):
         assert owner.holder_of(text) is None
     assert "is in use by another process; wait" in owner.refusal("run", None)
+
+
+def test_a_run_that_is_replaced_keeps_its_owner(tmp_path):
+    for name in ("config.json", "metrics.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    with owned(tmp_path):
+        folder_lib.clear(Run(files.path_of(tmp_path), replaces={"job": "sft"}))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", FILE_NAME]
+        assert locked(tmp_path)
