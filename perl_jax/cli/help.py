@@ -55,7 +55,7 @@ FIRST: dict[str, dict[str, str]] = {
         **_ROWS,
         "--policy": "the policy artefact to start from",
         **_REWARD,
-        "--algorithm.name": "reinforce, rloo, grpo, ppo, ...",
+        "--algorithm.name": "reinforce, rloo, grpo, ppo, online-dpo, ...",
         "--steps": "number of steps",
         "--batch-size": "responses of a step",
         "--kl.beta": "weight of the KL to the reference",

@@ -182,7 +182,7 @@ OVERWRITING = (*GROUPS["Train"], "best-of", "export", "import", "average")
 COMMANDS: dict[str, str] = {
     "sft": "fit a policy to demonstrations",
     "reward": "fit a reward model to comparisons, labels or ratings",
-    "rl": "improve a policy against rewards, by any of the policy gradients",
+    "rl": "improve a policy against rewards, by a policy gradient or online DPO",
     "dpo": "fit a policy to preferences without a reward model: DPO, IPO, KTO, ORPO",
     "best-of": "the best of N samples by a reward",
     "evaluate": "compare a policy with its baseline on held-out prompts",
