@@ -59,6 +59,7 @@ FIRST: dict[str, dict[str, str]] = {
         "--steps": "number of steps",
         "--batch-size": "responses of a step",
         "--kl.beta": "weight of the KL to the reference",
+        "--show-samples": "responses printed at every validation; 0 for none",
     },
     "evaluate": {
         **_MODEL,

@@ -351,6 +351,7 @@ DATA = (
         ("bos-beyond-the-limit", "a long prompt with bos is one token too long", "len(ids) - limit + 1 :", "len(ids) - limit :", "data/test_pipeline.py::test_prompts_keep_bos_and_their_last_tokens"),
         ("response-loses-its-beginning", "a long response keeps its end, eos included", "return list(ids[:limit])", "return list(ids[-limit:])", "data/test_pipeline.py::test_long_responses_lose_their_eos_and_are_counted"),
         ("shorter-side-counts", "a pair is as long as its shorter response", "np.maximum.reduce(responses)", "np.minimum.reduce(responses)", "data/test_pipeline.py::test_pairs_by_hand_share_the_longer_sides_bucket"),
+        ("end-of-an-unfinished-response", "a response that is not finished is ended", "ids if finished else ids[: len(ids) - end]", "ids", "data/test_pipeline.py::test_no_end_follows_a_response_that_is_not_finished"),
         ("tail-of-a-cut-response", "a response that was cut is followed by the template's tail", "ids + tail if end else ids", "ids + tail", "hub/test_chat.py::test_the_tail_is_read_by_scores_and_not_by_losses"),
     ),
     *_of(
@@ -390,6 +391,7 @@ DATA = (
         "data/jsonl.py",
         ("ranking-weighs-more", "each pair of a ranking weighs what its line does", ' / len(pairs)\n', "\n", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
         ("ranking-reversed", "a ranking's worse response is chosen", "for better, worse in pairs", "for worse, better in pairs", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
+        ("named-split-ignored", "a row that names its split is split by a hash", "if named == split or (not named and hashed):", "if hashed:", "data/test_jsonl.py::test_a_row_may_say_its_split"),
         ("prompt-in-two-splits", "rows of one prompt go to different splits", "split_of(named_group(row) or row[fields[0]]) == split", "split_of(str(row)) == split", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
     ),
     *_of(
