@@ -39,6 +39,8 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.7",
         "huggingface_hub>=1.0",
+        # Regular expressions with a time-out.
+        "regex>=2024.5.15",
         "qwix>=0.1.8,<0.2",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

@@ -54,7 +54,9 @@ def placed_model(
         "tail_ids": (),
         "without_end": lambda ids: [i for i in ids if i != EOS],
     }
-    tokenizer = types.SimpleNamespace(**ends, pad_id=0, text=lambda ids: " ".join(map(str, ids)))
+    tokenizer = types.SimpleNamespace(
+        **ends, pad_id=0, text=lambda ids, special=False: " ".join(map(str, ids))
+    )
     return Model(
         "tiny",
         lm,

@@ -105,11 +105,19 @@ def description(name: str, summary: str, options: Collection[str] = ()) -> str:
         options: The keys of OPTIONS that the command has.
     """
     parts = [summary]
+    first = FIRST.get(name, {})
     for title, flags in (
-        ("Most runs need no more than", FIRST.get(name, {})),
+        ("Most runs need no more than", first),
         ("These are no settings", {option: OPTIONS[option] for option in options}),
     ):
         width = max(map(len, flags), default=0)
         lines = [f"  {flag:<{width}}  {text}" for flag, text in flags.items()]
         parts += ["", title, *lines] if lines else []
+    if "--terms" in first:
+        # Imported for the commands that have terms alone, because NumPy takes time to import.
+        from perl_jax.rewards import compose
+
+        common = ", ".join(compose.COMMON[1:])
+        parts += ["", f"Kinds of --terms and their fields, besides {common}"]
+        parts += [compose.kinds_text()]
     return "\n".join(parts if len(parts) == 1 else [*parts, "", "All flags:"])

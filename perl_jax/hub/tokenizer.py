@@ -322,10 +322,17 @@ class Tokenizer:
         """Returns the ids with bos in front, once."""
         return ids if ids[:1] == self._bos() else self._bos() + ids
 
-    def text(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, without special tokens."""
+    def text(self, ids: Iterable[int], special_tokens: bool = False) -> str:
+        """Returns the text of ids.
+
+        Args:
+            ids: The ids.
+            special_tokens: Whether the text has the special tokens too.
+        """
         return self.inner.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [int(i) for i in ids],
+            skip_special_tokens=not special_tokens,
+            clean_up_tokenization_spaces=False,
         )
 
     @functools.cached_property

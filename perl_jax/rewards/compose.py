@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ Reward = Callable[[Sequence[str], Sequence[str], Sequence[Row]], np.ndarray]
 
 KINDS: Mapping[str, type] = MappingProxyType({**RULES, "function": FunctionReward, "judge": Judge})
 # Keys that every term may have; its other keys are the fields of its kind.
-COMMON = ("kind", "weight", "name")
+COMMON = ("kind", "weight", "name", "special_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Term:
         name: The term's key in the metrics, unique among the terms.
         weight: The factor of the reward in the total.
         reward: Maps (prompts, responses, rows) to one number per response, an array [n].
+        special_tokens: Whether the reward gets responses with the special tokens in them, such as
+            <think>; the tokens that end a response are left out in any case.
     """
 
     name: str
     weight: float
     reward: Reward
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         checks.require_text("name", self.name)
         checks.require_number("weight", self.weight)
+        checks.require_flag("special_tokens", self.special_tokens)
 
 
 def read_terms(source: files.PathLike | None) -> tuple[Term, ...]:
@@ -53,9 +58,9 @@ def read_terms(source: files.PathLike | None) -> tuple[Term, ...]:
         [{"kind": "length", "weight": 0.2, "maximum": 50},
          {"kind": "function", "function": "my.py:score"}]
 
-    `kind` is a key of `KINDS`. `weight` defaults to 1 and `name` to the kind. All other keys are
-    fields of the kind's class. Paths in the terms are relative to the working directory of the
-    command.
+    `kind` is a key of `KINDS`. `weight` defaults to 1, `name` to the kind and `special_tokens` to
+    false (`Term`). All other keys are fields of the kind's class. Paths in the terms are relative
+    to the working directory of the command.
 
     Args:
         source: The JSON text (`is_inline`), or the path of a file that holds it. None gives no
@@ -139,7 +144,7 @@ def to_term(value: Any, where: str) -> Term:
     kind = value["kind"]
     one_of(f"{where}: kind", kind, KINDS)
     where = f"{where} ({kind})"
-    fields = [field for field in dataclasses.fields(KINDS[kind]) if field.init]
+    fields = term_fields(KINDS[kind])
     names = [field.name for field in fields]
     unknown = [name for name in value if name not in names and name not in COMMON]
     require(
@@ -157,9 +162,48 @@ def to_term(value: Any, where: str) -> Term:
         if name not in COMMON
     }
     try:
-        return Term(value.get("name", kind), value.get("weight", 1.0), KINDS[kind](**settings))
+        return Term(
+            value.get("name", kind),
+            value.get("weight", 1.0),
+            KINDS[kind](**settings),
+            value.get("special_tokens", False),
+        )
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def kinds_text() -> str:
+    """Returns the kinds of terms, each with its fields and their defaults, as lines of a help text.
+
+    A field without a default must be given.
+    """
+    width = max(map(len, KINDS))
+    lines = []
+    for kind, cls in KINDS.items():
+        shown = [
+            field.name
+            if field.default is dataclasses.MISSING
+            else f"{field.name}={shown_default(field.default)}"
+            for field in term_fields(cls)
+        ]
+        indent = " " * (width + 4)
+        lines += textwrap.wrap(
+            f"  {kind:<{width}}  {', '.join(shown)}",
+            80,
+            subsequent_indent=indent,
+            break_long_words=False,
+        )
+    return "\n".join(lines)
+
+
+def shown_default(value: Any) -> str:
+    """Returns a default as JSON writes it; `...` for a long text."""
+    return "..." if isinstance(value, str) and "\n" in value else json.dumps(value)
+
+
+def term_fields(cls: type) -> list[dataclasses.Field]:
+    """Returns the fields of a kind's class that a term may set."""
+    return [field for field in dataclasses.fields(cls) if field.init]
 
 
 def check_names(terms: Sequence[Term]) -> None:
@@ -197,8 +241,17 @@ class Composite:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    @property
+    def special_tokens(self) -> bool:
+        """Whether a term needs the responses with their special tokens."""
+        return any(term.special_tokens for term in self.terms)
+
     def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        rows: Sequence[Row],
+        special: Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """Returns each term's unweighted rewards: {term name: float64 [n]}. An empty batch calls no
         term.
@@ -207,17 +260,26 @@ class Composite:
             prompts: The n prompts as text.
             responses: The n responses as text.
             rows: The rows of the prompts.
+            special: The n responses with their special tokens; None if no term needs them
+                (`special_tokens`).
 
         Raises:
             UserError: A term fails, or does not return n finite numbers.
         """
+        if special is None:
+            if self.special_tokens:
+                raise ValueError("a term needs the responses with their special tokens")
+            special = responses
         checks.require_equal_lengths(prompts, responses, rows)
         if not len(responses):
             return {term.name: np.zeros(0, np.float64) for term in self.terms}
-        return {
-            term.name: checked_column(term, term.reward(prompts, responses, rows), len(responses))
-            for term in self.terms
-        }
+        columns = {}
+        for term in self.terms:
+            texts = special if term.special_tokens else responses
+            columns[term.name] = checked_column(
+                term, term.reward(prompts, texts, rows), len(responses)
+            )
+        return columns
 
     def check_rows(self, rows: Iterable[Row]) -> None:
         """Raises UserError, naming the term and the row, if a row lacks the answer that an

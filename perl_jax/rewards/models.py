@@ -41,7 +41,11 @@ class RewardModel:
 
 
 def reward(
-    function: Callable[..., Sequence[float]], *, weight: float = 1.0, name: str | None = None
+    function: Callable[..., Sequence[float]],
+    *,
+    weight: float = 1.0,
+    name: str | None = None,
+    special_tokens: bool = False,
 ) -> Term:
     """Returns a Python function as a reward term, called in this process.
 
@@ -50,10 +54,11 @@ def reward(
             `rows` are the prompts' rows with all their columns.
         weight: The factor of the numbers in the total.
         name: The term's name in the metrics `reward/term/NAME`; None takes the function's own name.
+        special_tokens: Whether the responses have their special tokens.
     """
     require(callable(function), f"reward is given {function!r}; it must be a function.")
     given = name or getattr(function, "__name__", type(function).__name__)
-    return Term(given, weight, CallableReward(function))
+    return Term(given, weight, CallableReward(function), special_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,15 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from perl_jax import errors
-from perl_jax.errors import UserError, one_of, positive, require
-from perl_jax.rewards import checks
+from perl_jax.errors import one_of, positive, require
+from perl_jax.rewards import answers, checks, patterns
+from perl_jax.rewards.answers import normalised
 
 Row = Mapping[str, Any]
 
@@ -27,10 +29,7 @@ UNITS: Mapping[str, Callable[[str], int]] = {
     "words": lambda text: len(text.split()),
     "characters": len,
 }
-MODES: Mapping[str, Callable[[re.Pattern, str], re.Match | None]] = {
-    "search": re.Pattern.search,
-    "fullmatch": re.Pattern.fullmatch,
-}
+MODES = ("search", "fullmatch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +130,7 @@ class Regex:
 
     Attributes:
         pattern: A pattern in the syntax of Python's `re`; flags are written inside, such as (?i) or
-            (?s). There is no time-out: nested repetitions such as (a+)+ can run for ever on a long
-            response.
+            (?s). A search that takes longer than 5 s is an error.
         mode: `search` or `fullmatch`.
     """
 
@@ -140,24 +138,24 @@ class Regex:
     mode: str = "search"
 
     def __post_init__(self) -> None:
-        checks.require_text("regex.pattern", self.pattern)
+        patterns.check_pattern("regex.pattern", self.pattern)
         one_of("regex.mode", self.mode, MODES)
-        try:
-            re.compile(self.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"regex.pattern is {self.pattern!r}, which is not a regular expression: {error}."
-            ) from error
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
     ) -> np.ndarray:
         """Returns the rewards of n responses, float64 [n] of 0 and 1; `prompts` and `rows` are not
         read.
+
+        Raises UserError if a search takes too long.
         """
-        pattern, match = re.compile(self.pattern), MODES[self.mode]
+        whole = self.mode == "fullmatch"
         return np.array(
-            [match(pattern, response) is not None for response in responses], np.float64
+            [
+                patterns.matches("regex.pattern", self.pattern, response, index, whole)
+                for index, response in enumerate(responses)
+            ],
+            np.float64,
         )
 
 
@@ -165,21 +163,53 @@ class Regex:
 class ExactMatch:
     """Rewards a response that equals the row's answer with 1, any other with 0.
 
-    An answer that is a number is compared as Python prints it. A row without an answer, or with an
+    The response may be text around an answer: `extract` or `pattern` finds the answer in it. They
+    are used on the row's answer too, which is taken whole if they find nothing there. A response
+    without an answer earns 0. Answers that were found are compared as numbers if both are numbers.
+
+    An answer that is a number is read as Python prints it. A row without an answer, or with an
     empty one, is an error; otherwise an empty response would be rewarded.
 
     Attributes:
         field: The field of the row that holds the answer; it may be any column of the prompts.
-        strict: Whether to compare exactly; by default case and runs of white space make no
-            difference.
+        strict: Whether to compare exactly; by default case, runs of white space and variants of a
+            Unicode character (NFKC) make no difference.
+        keep_case: Whether case makes a difference without strict.
+        extract: How the answer is found: `last_number` (1,234.50 is 1234.5), or `boxed`, what is in
+            the last \\boxed{} of LaTeX; None: there is no such search.
+        pattern: A regular expression whose last match is the answer, or its group if it has one;
+            None: there is none.
     """
 
     field: str = "answer"
     strict: bool = False
+    keep_case: bool = False
+    extract: str | None = None
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         checks.require_text("exact_match.field", self.field)
-        checks.require_flag("exact_match.strict", self.strict)
+        for field in ("strict", "keep_case"):
+            checks.require_flag(f"exact_match.{field}", getattr(self, field))
+        if self.extract is not None:
+            one_of("exact_match.extract", self.extract, answers.EXTRACT)
+        if self.pattern is not None:
+            patterns.check_pattern("exact_match.pattern", self.pattern)
+            patterns.require_groups("exact_match.pattern", self.pattern)
+        require(
+            self.extract is None or self.pattern is None,
+            "exact_match has extract and pattern; give one of them.",
+        )
+        numbers = "exact_match with extract last_number compares numbers"
+        for field in ("strict", "keep_case"):
+            require(
+                not getattr(self, field) or self.extract != "last_number",
+                f"{numbers}; leave {field} out.",
+            )
+        require(
+            not (self.strict and self.keep_case),
+            "exact_match.strict compares case too; leave keep_case out.",
+        )
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Row]
@@ -192,13 +222,46 @@ class ExactMatch:
             rows: The row of each response, which holds its answer.
 
         Raises:
-            UserError: A row has no answer.
+            UserError: A row has no answer, or a search takes too long.
         """
-        answers = [self.answer(row, index) for index, row in enumerate(rows)]
-        form = str if self.strict else normalised
-        return np.array(
-            [form(r) == form(a) for r, a in zip(responses, answers, strict=True)], np.float64
-        )
+        expected = [self.answer(row, index) for index, row in enumerate(rows)]
+        pairs = zip(responses, expected, strict=True)
+        return np.array([self.equal(*pair, index) for index, pair in enumerate(pairs)], np.float64)
+
+    def equal(self, response: str, answer: str, index: int) -> bool:
+        """Returns whether a response, or the answer in it, equals an answer.
+
+        Args:
+            response: The response.
+            answer: The row's answer.
+            index: The row's number, for error messages.
+        """
+        given, wanted = self.found(response, index), self.found(answer, index)
+        if given is None:
+            return False
+        wanted = answer if wanted is None else wanted
+        if self.strict:
+            return given == wanted
+        if self.extract is None and self.pattern is None:
+            return normalised(response, self.keep_case) == normalised(answer, self.keep_case)
+        return answers.same(given, wanted, self.keep_case)
+
+    def found(self, text: str, index: int) -> str | Decimal | None:
+        """Returns the answer in a text, or the text if there is nothing to search for.
+
+        Returns None if there is no answer in it, or an empty one.
+
+        Args:
+            text: The text.
+            index: The row's number, for error messages.
+        """
+        if self.pattern is not None:
+            found = patterns.last_match("exact_match.pattern", self.pattern, text, index)
+        elif self.extract is not None:
+            found = answers.EXTRACT[self.extract](text)
+        else:
+            return text
+        return None if isinstance(found, str) and not found.strip() else found
 
     def check_rows(self, rows: Iterable[Row]) -> None:
         """Raises UserError that names the first row without an answer."""
@@ -213,7 +276,8 @@ class ExactMatch:
             index: The row's number, for error messages.
 
         Raises:
-            UserError: The answer is missing, blank, or neither a text nor a finite number.
+            UserError: The answer is missing, blank, or neither a text nor a finite number, or has
+                no number although numbers are compared.
         """
         # Quote the prompt too: an index within a batch says little.
         where = f"Row {index} ({row['prompt'][:SHOWN]!r})" if "prompt" in row else f"Row {index}"
@@ -230,19 +294,18 @@ class ExactMatch:
             f"{where}: the field {self.field} is {value!r}; exact_match needs a text that is not "
             "empty, or a number.",
         )
+        require(
+            self.extract != "last_number" or answers.last_number(str(value)) is not None,
+            f"{where}: the field {self.field} is {str(value)[:SHOWN]!r}, in which there is no "
+            "number (exact_match.extract is last_number).",
+        )
         return str(value)
-
-
-def normalised(text: str) -> str:
-    """Returns the text case-folded (Unicode), stripped, and with runs of white space as single
-    spaces.
-    """
-    return " ".join(text.casefold().split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Rewards occurrences of any of the words with min(occurrences, most) / most; case is ignored.
+    """Rewards occurrences of any of the words with min(occurrences, most) / most; case and variants
+    of a Unicode character (NFKC) make no difference.
 
     Only whole words count: no letter, digit or underscore may touch a match. An entry of several
     words is a phrase. Where two entries begin at the same place, only the longer one counts.

@@ -324,11 +324,14 @@ class Scorer:
         share = sharding.row_share(self.model.mesh)
         rows = [self.rows[int(row)] for row in row_B]
         texts = response_texts(self.model.tokenizer, rollout, share)
+        special = None
+        if terms.special_tokens:
+            special = response_texts(self.model.tokenizer, rollout, share, special_tokens=True)
         columns = {term.name: np.zeros(len(rows), np.float64) for term in terms.terms}
         told = False
         try:
             if share.leads:
-                columns = terms([row["prompt"] for row in rows], texts, rows)
+                columns = terms([row["prompt"] for row in rows], texts, rows, special)
         except stopping.Abandoned:
             told = True
         if hosts.any_process(told):  # all processes stop together
@@ -336,13 +339,19 @@ class Scorer:
         return {name: share.gather(column) for name, column in columns.items()}
 
 
-def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None = None) -> list[str]:
+def response_texts(
+    tokenizer: Tokenizer,
+    rollout: Rollout,
+    share: Share | None = None,
+    special_tokens: bool = False,
+) -> list[str]:
     """Returns the text of each response, without the tokens that end it (`Tokenizer.without_end`).
 
     Args:
         tokenizer: Decodes the ids.
         rollout: The sampled responses.
         share: The rows of the batch to decode, those of this process; None decodes all rows.
+        special_tokens: Whether the texts have the special tokens within the responses.
     """
     part = (lambda rows: rows) if share is None else share.part
     tokens_BT, mask_BT = (
@@ -350,6 +359,6 @@ def response_texts(tokenizer: Tokenizer, rollout: Rollout, share: Share | None =
         part(to_host(rollout.sequences.response_BT)),
     )
     return [
-        tokenizer.text(tokenizer.without_end(ids[mask]))
+        tokenizer.text(tokenizer.without_end(ids[mask]), special_tokens)
         for ids, mask in zip(tokens_BT, mask_BT, strict=True)
     ]

@@ -259,7 +259,8 @@ def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:
     for index, model in enumerate(rewards.loaded_models):
         values[f"reward model {index + 1}"] = [content_of(model.adapter), model.weight]
     for term in rewards.terms:
-        values[f"the reward {term.name}"] = [_source(term.reward), term.weight]
+        texts = ["special tokens"] if term.special_tokens else []
+        values[f"the reward {term.name}"] = [_source(term.reward), term.weight, *texts]
     return values
 
 

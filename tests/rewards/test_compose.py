@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from perl_jax.cli.help import description
 from perl_jax.errors import UserError
-from perl_jax.rewards.compose import KINDS, Composite, Term, read_terms
+from perl_jax.rewards.compose import KINDS, Composite, Term, kinds_text, read_terms, term_fields
 from perl_jax.rewards.config import RewardOptions
 from perl_jax.rewards.function import FunctionReward
 from perl_jax.rewards.judge import Judge
+from perl_jax.rewards.models import reward
 from perl_jax.rewards.rules import RULES, ExactMatch, Format, Length, Words
 
 LENGTH = {"kind": "length", "maximum": 1}
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "rewards.md"
 
 
 def test_terms_of_a_text_and_of_a_file(tmp_path):
@@ -59,6 +64,50 @@ def test_a_key_in_the_terms_is_refused_before_a_run_could_write_it(wrong):
     assert "sk-1" not in str(caught.value)
 
 
+def test_the_documentation_and_the_help_list_every_field_of_every_kind():
+    page = PAGE.read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", page, re.M)
+    documented = {kind: re.findall(r"`(\w+)`", fields) for kind, fields in rows}
+    known = {kind: [field.name for field in term_fields(cls)] for kind, cls in KINDS.items()}
+    assert documented == known
+    for command in ("rl", "evaluate", "best-of"):
+        _, _, text = description(command, "").partition(
+            "Kinds of --terms and their fields, besides "
+        )
+        common, _, kinds = text.partition("\n")
+        assert common.split(", ") == ["weight", "name", "special_tokens"]
+        assert kinds.startswith(kinds_text())
+    shown: dict[str, list[str]] = {}
+    for line in kinds_text().splitlines():
+        if line[2] != " ":
+            kind, line = line.split(maxsplit=1)
+            shown[kind] = []
+        shown[kind] += [part.partition("=")[0].strip() for part in line.split(",") if part.strip()]
+    assert shown == known
+    assert "terms" not in description("score", "")
+
+
+def test_special_tokens_reach_the_terms_that_ask_for_them():
+    terms = [
+        Term("plain", 1.0, Length(minimum=9, scale=1)),
+        *read_terms('{"kind": "regex", "pattern": "<think>", "special_tokens": true}'),
+        reward(lambda prompts, responses: [len(text) for text in responses], special_tokens=True),
+    ]
+    composite = Composite(terms)
+    assert composite.special_tokens
+    assert not Composite(terms[:1]).special_tokens
+    columns = composite(["p"], ["a"], [{}], ["<think>a"])
+    assert {name: column.tolist() for name, column in columns.items()} == {
+        "plain": [-1],
+        "regex": [1],
+        "<lambda>": [8],
+    }
+    with pytest.raises(ValueError, match="a term needs the responses with their special tokens"):
+        composite(["p"], ["a"], [{}])
+    with pytest.raises(UserError, match=r"special_tokens is 1; it must be true or false\.$"):
+        read_terms('{"kind": "format", "special_tokens": 1}')
+
+
 def test_the_table_of_kinds():
     assert dict(KINDS) == {**RULES, "function": FunctionReward, "judge": Judge}
 
@@ -83,7 +132,7 @@ def test_the_table_of_kinds():
         (
             [{**LENGTH, "maxmum": 2, "x": 1}],
             "Reward term 1 (length) has no field maxmum, x; it has minimum, maximum, unit, scale, "
-            "besides kind, weight, name.",
+            "besides kind, weight, name, special_tokens.",
         ),
         (
             [{"kind": "function", "function": "json:loads", "worker": 1}],

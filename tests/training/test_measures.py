@@ -41,7 +41,8 @@ MODEL = types.SimpleNamespace(
     base=None,
     mesh=None,
     tokenizer=types.SimpleNamespace(
-        without_end=lambda ids: [i for i in ids if i != 9], text=lambda ids: " ".join(map(str, ids))
+        without_end=lambda ids: [i for i in ids if i != 9],
+        text=lambda ids, special=False: " ".join(map(str, ids)),
     ),
 )
 
