@@ -85,7 +85,7 @@ def test_a_server_that_drips_does_not_outlive_the_deadline(before, drop):
     with serving(dripping(before, drop)) as port:
         begun = time.monotonic()
         found = message(judge(port, timeout_seconds=0.3))
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
     if before.startswith(b"HTTP/1.1 500"):
         assert found.endswith("in 1 attempt: status 500.")
     elif drop != b"A: b\r\n":  # a hundred headers may come sooner
@@ -203,7 +203,7 @@ def test_a_run_that_gets_sigterm_does_not_wait_for_the_judge(silent):
         begun = time.monotonic()
         with pytest.raises(stopping.Abandoned):
             ask(judge(port, timeout_seconds=60, retries=9), 5)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
         assert termination.noted
         termination.noted = 0  # the test itself goes on
     assert not stopping.told()
@@ -215,7 +215,7 @@ def test_ctrl_c_does_not_wait_for_the_judge(silent):
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         ask(judge(port, timeout_seconds=60), 5)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -231,7 +231,7 @@ def test_a_process_ends_at_once_while_the_judge_is_silent(silent, number):
         begun = time.monotonic()
         process.send_signal(number)
         assert process.wait(20) == -number
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
 
 
 def test_an_error_of_one_response_ends_the_waits_for_the_others():
@@ -247,7 +247,7 @@ def test_an_error_of_one_response_ends_the_waits_for_the_others():
         begun = time.monotonic()
         with pytest.raises(UserError, match="status 400"):
             ask(judge(port, timeout_seconds=60, concurrency=4), 9)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15
 
 
 def key_in(request: bytes) -> str:
