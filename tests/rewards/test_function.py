@@ -215,7 +215,7 @@ import os, subprocess, time
 
 def score(prompts, responses):
     pipe, how = open(prompts[0], "wb", 0), responses[0].split()
-    program = ["sh", "-c", "echo begun; sleep 20; echo late"]
+    program = ["sh", "-c", "echo begun; sleep 90; echo late"]
     if how[0] == "child":
         subprocess.Popen(program, stdout=pipe)
     elif how[0] == "session":
@@ -226,10 +226,10 @@ def score(prompts, responses):
     elif os.fork() == 0:
         os.setsid()
         pipe.write(b"begun\\n")
-        time.sleep(20)
+        time.sleep(90)
     pipe.close()
     if how[1] == "hang":
-        time.sleep(20)
+        time.sleep(90)
     return [1.0]
 """
 HOW = [
@@ -286,7 +286,7 @@ def test_the_end_of_the_context_ends_what_the_function_started(tmp_path, reader,
         wait_for_begin(reader)
         begun = time.monotonic()
     assert reader.read() == b""
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 45
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -462,7 +462,7 @@ def test_a_run_that_gets_sigterm_does_not_wait_for_the_function(tmp_path):
         begun = time.monotonic()
         with pytest.raises(stopping.Abandoned):
             ask(reward, "hang")
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 45
         assert reward.worker.process is None
         termination.noted = 0  # the test itself goes on
 

@@ -112,7 +112,7 @@ def test_a_tls_handshake_and_a_full_queue_of_connections_end_too():
         assert found.endswith("in 1 attempt: no answer within 0.3 s.")
         for one in waiting:
             one.close()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def endless(before: bytes, piece: bytes):
