@@ -86,6 +86,10 @@ TIERS: dict[str, dict[str, str]] = {
         "test_a_process_whose_fellows_do_not_come_says_so": EXHAUSTIVE,
         "test_a_run_goes_on_in_another_layout": EXHAUSTIVE,
         "test_ctrl_c_on_one_of_two_processes_saves_the_step_of_both": EXHAUSTIVE,
+        "test_ctrl_c_without_a_folder_is_that_of_python": SLOW,
+        "test_signals_save_the_step_and_ctrl_c_again_ends_it[numbers0-Stopped-saved0]": SLOW,
+        "test_signals_save_the_step_and_ctrl_c_again_ends_it[numbers2-Stopped-saved2]": SLOW,
+        "test_signals_save_the_step_and_ctrl_c_again_ends_it[numbers3-KeyboardInterrupt-saved3]": SLOW,
         "test_evaluation_and_best_of_n_see_all_rows": EXHAUSTIVE,
         "test_sigterm_saves_the_step_and_the_same_command_goes_on": EXHAUSTIVE,
         "test_sigterm_to_all_leaves_no_trace": EXHAUSTIVE,
@@ -134,6 +138,7 @@ TIERS: dict[str, dict[str, str]] = {
         "test_chosen_steps_are_traced_and_change_nothing": SLOW,
     },
     "training/test_run.py": {
+        "test_a_base_goes_on_and_is_replaced_with_its_model": EXHAUSTIVE,
         "test_the_best_validation_step_is_kept": SLOW,
         "test_200_steps_of_ragged_packed_rows_compile_no_more_than_the_first_few[reward]": EXHAUSTIVE,
         "test_an_interrupted_run_goes_on_as_if_nothing_had_been[rl]": SLOW,

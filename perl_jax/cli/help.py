@@ -108,7 +108,7 @@ def description(name: str, summary: str, options: Collection[str] = ()) -> str:
     first = FIRST.get(name, {})
     for title, flags in (
         ("Most runs need no more than", first),
-        ("These are no settings", {option: OPTIONS[option] for option in options}),
+        ("Options that are no settings", {option: OPTIONS[option] for option in options}),
     ):
         width = max(map(len, flags), default=0)
         lines = [f"  {flag:<{width}}  {text}" for flag, text in flags.items()]

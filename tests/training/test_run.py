@@ -206,6 +206,28 @@ def test_a_run_with_other_settings_is_replaced(base, model, tmp_path, capsys):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
+def test_a_base_goes_on_and_is_replaced_with_its_model(tmp_path):
+    train = base_lib.train_base
+    weights = lambda name: (tmp_path / name / "model.safetensors").read_bytes()
+    train(tiny.base_config(tmp_path / "whole", tmp_path / "one", steps=4))
+    parts = tiny.base_config(tmp_path / "parts", tmp_path / "two", steps=2)
+    train(parts)
+    longer = dataclasses.replace(parts, steps=4)
+    train(longer)
+    small.assert_same(saved_state(tmp_path / "whole"), saved_state(tmp_path / "parts"))
+    assert weights("one") == weights("two")
+    before = tiny.snapshot(tmp_path)
+    train(longer)
+    assert tiny.snapshot(tmp_path) == before
+    other = dataclasses.replace(longer, seed=3)
+    with overwrite.overwriting("base", "yes"):
+        with pytest.raises(UserError, match="already holds a model that this run did not train"):
+            train(dataclasses.replace(other, model=str(tmp_path / "one")))
+        train(other)
+    assert weights("one") != weights("two")
+
+
 def test_finished_runs_are_left_as_they_are(jobs, monkeypatch):
     before = tiny.snapshot(jobs.root)
     # Nothing is even loaded.
