@@ -16,8 +16,8 @@ class DataConfig:
 
     Attributes:
         task: jsonl (your own JSON Lines), or PATH.py:NAME or MODULE:NAME for a `perl_jax.Task`.
-        data_dir: For jsonl the file or the folder of the rows; for a task that reads a data set the
-            folder of its files.
+        data_dir: For jsonl the file or the folder of the rows, on a disk or in a bucket; for a task
+            that reads a data set the folder of its files.
         data_seed: Seed of the rows of a task that generates them.
         train_size: Read at most so many rows of the training split; None: all.
         evaluation_size: Read at most so many rows of each other split; None: all.

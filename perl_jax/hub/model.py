@@ -343,8 +343,8 @@ class ModelOptions:
     """The base model and how it is computed.
 
     Attributes:
-        model: The base model: a local folder in Hugging Face's format, or a hub name (NAME or
-            NAME@REVISION).
+        model: The base model: a folder in Hugging Face's format, on a disk or in a bucket
+            (gs://BUCKET/PATH), or a hub name (NAME or NAME@REVISION).
         dtype: The dtype of the frozen base and of activations.
         remat: What the backward pass recomputes to save memory: none, dots (everything except
             products with weights) or full (whole layers).
@@ -354,8 +354,8 @@ class ModelOptions:
             the reason.
         quantise: Store the frozen base's matrices in 8 or 4 bits.
         mesh: The number of devices along each axis of the mesh.
-        compile_cache: A folder that keeps compiled programs for later processes. None uses
-            JAX_COMPILATION_CACHE_DIR, or keeps none if that is not set.
+        compile_cache: A folder, on a disk or in a bucket, that keeps compiled programs for later
+            processes. None uses JAX_COMPILATION_CACHE_DIR, or keeps none if that is not set.
     """
 
     model: str
