@@ -19,6 +19,7 @@ from perl_jax.cli import main
 from perl_jax.errors import UserError
 from perl_jax.generation.config import SamplingConfig
 from perl_jax.models.config import Rope
+from perl_jax.rewards.judge import Judge
 from perl_jax.runtime.seeds import numpy_generator, random_key
 from tests.small import CONFIG
 
@@ -82,6 +83,19 @@ def test_what_no_device_computes_with_is_refused_by_the_fields_name(cls, field, 
         with pytest.raises(UserError, match=rf"\b{field} is ") as error:
             made(cls, **{field: value})
         assert str(error.value).count("\n") == 0 and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("timeout_seconds", "backoff_seconds", "retries", "concurrency", "max_tokens"),
+        *("top_logprobs", "temperature"),
+    ],
+)
+@pytest.mark.parametrize("value", [1e39, 10**400, math.nan, -math.inf, "3", True])
+def test_a_judge_has_numbers_that_a_clock_can_count(field, value):
+    with pytest.raises(UserError, match=rf"judge\.{field} is "):
+        Judge(url="http://127.0.0.1:1/v1", model="m", **{field: value})
 
 
 def test_lists_of_numbers_are_short_before_they_are_made():

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from perl_jax.errors import is_number, require
+from perl_jax.errors import COUNT, is_number, require, shown
 
 
 def require_number(field: str, value: Any) -> None:
@@ -16,9 +16,12 @@ def require_number(field: str, value: Any) -> None:
 
 
 def require_count(field: str, value: Any, least: int) -> None:
-    """Raises UserError, naming `field`, unless `value` is a whole number of at least `least`."""
+    """Raises UserError, naming `field`, unless `value` is a whole number of at least `least` and at
+    most `COUNT`.
+    """
     good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(good, f"{field} is {value!r}; it must be a whole number of at least {least}.")
+    require(good, f"{field} is {shown(value)}; it must be a whole number of at least {least}.")
+    require(value <= COUNT, f"{field} is {shown(value)}; it must be at most {COUNT}.")
 
 
 def require_text(field: str, value: Any) -> None:

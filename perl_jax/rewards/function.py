@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from perl_jax.errors import UserError, positive, require
+from perl_jax.errors import COUNT, UserError, positive, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.worker import LOST_PIPE
 from perl_jax.runtime import files, stopping
@@ -281,8 +281,8 @@ class FunctionReward:
                 all(part.isidentifier() for part in source.split(".")),
                 f"function.function is {self.function!r}; {form}.",
             )
-        positive("function.timeout_seconds", self.timeout_seconds)
-        positive("function.start_seconds", self.start_seconds)
+        positive("function.timeout_seconds", self.timeout_seconds, most=COUNT)
+        positive("function.start_seconds", self.start_seconds, most=COUNT)
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]

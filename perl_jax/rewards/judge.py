@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from perl_jax.errors import UserError, default_of, one_of, positive, read_by, require
+from perl_jax.errors import COUNT, UserError, default_of, one_of, positive, read_by, require
 from perl_jax.rewards import checks
 from perl_jax.rewards.judge_answers import READERS, Unreadable, first_choice
 from perl_jax.rewards.judge_endpoint import Unavailable, chat_url, check_url, post, without_key
@@ -129,7 +129,7 @@ class Judge:
                 "(OPENAI_API_KEY), not a key.",
             )
         for field in ("timeout_seconds", "backoff_seconds"):
-            positive(f"judge.{field}", getattr(self, field))
+            positive(f"judge.{field}", getattr(self, field), most=COUNT)
         positive("judge.temperature", self.temperature, zero=True)
         checks.require_count("judge.retries", self.retries, 0)
         for field in ("concurrency", "max_tokens", "top_logprobs"):
