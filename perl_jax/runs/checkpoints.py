@@ -199,8 +199,9 @@ class Checkpoints:
             error = error or UserError("another process cannot read its part")
             if fits and not (seal is None and isinstance(error, ValueError)):
                 raise self._damage(step, self._said(error)) from error
+            why = str(error).replace(str(self._path), str(self.folder))
             raise UserError(
-                f"The checkpoint of step {step} in {self.folder} does not fit this job: {error}"
+                f"The checkpoint of step {step} in {self.folder} does not fit this job: {why}"
             ) from error
         if seal is not None and not fits:
             other = sorted(
