@@ -272,7 +272,8 @@ def train_dpo(
         policy = state.roles["policy"]
         results, measured = {}, {}
         if "test" in dataset.splits:
-            results = evaluate_dpo(model, dataset, config, job, state)
+            with progress.activity("dpo"):
+                results = evaluate_dpo(model, dataset, config, job, state)
             progress.say(shown.test_text("dpo", results))
             measured = {name: found["value"] for name, found in results.items() if name != "data"}
         record = model.record("policy", policy, step=int(state.step), metrics=measured)

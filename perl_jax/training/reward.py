@@ -289,11 +289,12 @@ def train_reward(
         )
         state, timings, metrics = train(config, state, loop, run, on_step)
         adapter = state.roles["reward"]
-        mean, std = reference_moments(model, dataset, config, adapter)
         results, scores = {}, {}
-        if "test" in dataset.splits:
-            results, scores = evaluate_reward(model, dataset, config, adapter)
-            progress.say(shown.test_text("reward", results))
+        with progress.activity("reward"):
+            mean, std = reference_moments(model, dataset, config, adapter)
+            if "test" in dataset.splits:
+                results, scores = evaluate_reward(model, dataset, config, adapter)
+                progress.say(shown.test_text("reward", results))
         record = model.record(
             "reward",
             adapter,
