@@ -144,6 +144,10 @@ def test_text(job: str, results: Mapping[str, Any]) -> str:
     return f"{job}: test{many}: {', '.join(said)}."
 
 
+# The metrics of training that the end of a job says.
+_TRAINING = ("train/loss", "reward/score", "reward/gold", "kl/sequence")
+
+
 def training_text(job: str, rows: Sequence[Mapping[str, Any]], step: int, best: bool) -> str:
     """Returns a sentence with the numbers of the step that a training keeps, and the time of all
     steps.
@@ -157,14 +161,18 @@ def training_text(job: str, rows: Sequence[Mapping[str, Any]], step: int, best: 
     names = ("time/step", "time/validate")
     seconds = sum(row.get(name) or 0.0 for row in rows for name in names)
     kept = next((row for row in rows if row["step"] == step), {})
-    keys = [
-        key
-        for key in kept
-        if key.startswith("validation/") or key in ("train/loss", "reward/score", "kl/sequence")
-    ]
-    numbers = ", ".join(f"{label(key)} {number(kept[key])}" for key in keys)
+    parts = []
+    for where, keys in (
+        ("validation", [key for key in kept if key.startswith("validation/")]),
+        ("training", [key for key in _TRAINING if key in kept]),
+    ):
+        said = ", ".join(
+            f"{label(key).removeprefix('validation ')} {number(kept[key])}" for key in keys
+        )
+        parts += [f"{where} {said}"] if said else []
     why = "the best one" if best else "the last one"
-    return f"{job}: {len(rows)} steps in {duration(seconds)}; of step {step}, {why}: {numbers}."
+    steps = f"{len(rows)} steps in {duration(seconds)}"
+    return f"{job}: {steps}; step {step}, {why}: {'; '.join(parts)}."
 
 
 def sample_text(

@@ -74,10 +74,10 @@ def test_the_end_of_a_training_says_the_numbers_of_the_step_that_is_kept():
         {"step": 2, "train/loss": 1.0, "kl/sequence": 0.25, "time/step": 5.0, "time/validate": 1.0},
     ]
     assert shown.training_text("rl", rows, 1, best=True) == (
-        "rl: 2 steps in 1 min 06 s; of step 1, the best one: loss 2, validation reward 0.5."
+        "rl: 2 steps in 1 min 06 s; step 1, the best one: validation reward 0.5; training loss 2."
     )
     assert shown.training_text("rl", rows, 2, best=False).endswith(
-        "of step 2, the last one: loss 1, KL 0.25."
+        "step 2, the last one: training loss 1, KL 0.25."
     )
 
 
