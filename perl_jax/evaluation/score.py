@@ -95,6 +95,7 @@ def _measure(
     return logp_BT, passes.scores(lm, base, adapter, tokens)
 
 
+@progress.reported("score")
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Returns the rows of the input file, in order, with `token_logprobs`, `logprob` and `score`.
 
@@ -211,7 +212,6 @@ def _first_too_long(config: ScoreConfig, tokenizer: Tokenizer, rows: Sequence[di
     raise ValueError("no row is too long")
 
 
-@progress.reported("score")
 def run_score(config: ScoreConfig) -> None:
     """Runs `score` and writes the rows as JSON Lines to `config.output`, or prints them if it is
     None.

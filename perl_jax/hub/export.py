@@ -122,6 +122,7 @@ def _exported_peft(
     return Exported(files.path_of(to), difference, "; ".join(notes))
 
 
+@progress.reported("export")
 def run_export(config: ExportConfig) -> Exported:
     """Writes an export, reads it back, compares its outputs with the role's, and returns an
     `Exported`.

@@ -106,6 +106,10 @@ class Progress:
                 rich.progress.TextColumn("{task.fields[shown]}", markup=False),
                 _Elapsed(),
                 console=rich.console.Console(file=self._stream),
+                # What a command prints into a file or a pipe must get there.
+                redirect_stdout=sys.stdout.isatty(),
+                # Only the line of a job stays when it is done.
+                transient=not self._eager,
             )
             live.start()
             self._live = live

@@ -153,6 +153,12 @@ class TestInnerLines:
         assert doing(3) == (3, "doing it") and doing.__doc__ == "Says so."
         assert progress._OPEN == []
 
+    def test_what_is_printed_into_a_file_gets_there(self, capsys):
+        with Progress("score", 2, stream=Terminal(), clock=Clock()) as line:
+            line.update(1)
+            print('{"score": 1}')
+        assert capsys.readouterr().out == '{"score": 1}\n'
+
     def test_an_error_closes_the_lines(self):
         stream = io.StringIO()
         with (
