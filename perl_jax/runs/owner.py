@@ -27,6 +27,7 @@ from perl_jax.errors import TrainingError, UserError
 from perl_jax.runs.lease import Held, Lease
 from perl_jax.runs.run import Run
 from perl_jax.runtime import files, hosts
+from perl_jax.runtime.faults import reason
 from perl_jax.runtime.storage import check_address
 
 # The file in a run's folder that says who holds it; there is none while nobody does.
@@ -143,8 +144,9 @@ class Owner:
                 _held[key] = self
             except OSError as error:
                 self._remove_made()
+                said = None if error.errno == errno.EEXIST else reason(error)
                 raise UserError(
-                    f"{folder} cannot be used as a run's folder: {error.strerror or error}."
+                    f"{folder} cannot be used as a run's folder: {said or error.strerror or error}."
                 ) from error
             except BaseException:
                 self._remove_made()

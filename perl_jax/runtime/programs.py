@@ -84,7 +84,7 @@ def _check_environments_cache() -> None:
 
     JAX would warn at each program.
     """
-    folder = jax.config.values["jax_compilation_cache_dir"]
+    folder = jax.config.jax_compilation_cache_dir
     if folder is None:
         return
     try:

@@ -272,3 +272,33 @@ def test_a_part_has_its_first_percentile_and_not_its_last():
             store.part_of(text, {"below": (0, own), "own": (own, own + 1), "above": (own + 1, 100)})
             == "own"
         )
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"a part of the path is a file.* PERL_JAX_CACHE names"):
+        COUNTED.open("prompts", "train", small())
+
+
+def test_a_cache_that_fills_up_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
+
+    def fails(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: write of 8 bytes: No space left on device")
+
+    monkeypatch.setattr(Counted, "download_and_prepare", fails)
+    with pytest.raises(UserError, match=r"cache of prepared rows in .*: the disk is full"):
+        COUNTED.open("prompts", "train", small())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_file_that_a_task_does_not_find_is_not_blamed_on_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERL_JAX_CACHE", str(tmp_path / "cache"))
+
+    def reads(*_, **__):
+        (tmp_path / "gone").read_text()
+
+    monkeypatch.setattr(Counted, "download_and_prepare", reads)
+    with pytest.raises(UserError, match="/gone cannot be used: there is no such file"):
+        COUNTED.open("prompts", "train", small())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +136,18 @@ def test_what_compiling_leaves_is_given_back_once_a_shape(monkeypatch):
     for size in (3, 3, 4, 3):
         double(jnp.ones(size))
     assert len(times) == 2
+
+
+def test_an_unwritable_cache_of_the_environment_is_said_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "programs"))
+    programs._check_environments_cache.cache_clear()
+    with warnings.catch_warnings():
+        for _ in range(2):
+            programs.use_compilation_cache(None)
+    said = capsys.readouterr().err
+    jax.config.update("jax_compilation_cache_dir", before)
+    programs._check_environments_cache.cache_clear()
+    assert said.count("JAX_COMPILATION_CACHE_DIR: ") == 1
+    assert "a part of the path is a file" in said and "Compiled programs are not kept." in said
