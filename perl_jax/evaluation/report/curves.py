@@ -202,8 +202,14 @@ def reward_panels(runs: Sequence[Run]) -> list[Html]:
     unit = "score" if "terms" in paid else "normalised score"
     whose = lambda run: f" ({tuning_name(run.tuning)})" if len(runs) > 1 else ""
     parts = [
-        panel(f"RL: reward, by part{whose(run)}", part_curves(run), "mean, before its weight")
+        # A single curve has no legend, so the title names it.
+        panel(
+            f"RL: {'reward, by part' if len(curves) > 1 else curves[0].label}{whose(run)}",
+            curves,
+            "mean, before its weight",
+        )
         for run in runs
+        if (curves := part_curves(run))
     ]
     return [
         panel(f"RL: score by {paid}", curves_of(runs, "reward/score"), unit),

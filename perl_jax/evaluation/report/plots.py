@@ -192,6 +192,10 @@ def finish(axes: Axes, xlabel: str, ylabel: str, legend: bool = True) -> None:
     """
     axes.set_xlabel(xlabel)
     if xlabel == "step":
+        low, high = axes.dataLim.intervalx
+        if low == high:
+            # Around a single step, matplotlib would show fractions of steps.
+            axes.set_xlim(low - 1, high + 1)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylabel(ylabel)
     axes.yaxis.set_major_locator(MaxNLocator(6))
