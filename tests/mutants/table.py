@@ -626,6 +626,23 @@ LOOPS = (
     *_of(
         "rewards/compose.py",
         ("terms-weigh-alike", "the weights of reward terms are not read", "sum(term.weight * checked_column(", "sum(checked_column(", "rewards/test_compose.py::test_columns_and_their_weighted_sum"),
+        ("special-tokens-for-none", "a term that asks for special tokens gets the text without them", "special if term.special_tokens else responses", "responses", "rewards/test_compose.py::test_special_tokens_reach_the_terms_that_ask_for_them"),
+    ),
+    *_of(
+        "rewards/answers.py",
+        ("the-first-box", "a box that begins first is taken for the last one", "begin > best", "best < 0", "rewards/test_rules.py::test_the_last_box"),
+    ),
+    *_of(
+        "rewards/function.py",
+        ("a-late-reply-pays", "a reply to an earlier batch is taken for this batch's", "while number != self.number:", "while number < 0:", "rewards/test_function.py::test_a_reply_to_another_batch_is_dropped_and_what_is_no_reply_ends_the_worker"),
+    ),
+    *_of(
+        "rewards/judge_transport.py",
+        ("a-deadline-that-is-late", "a server that sends a byte now and then outlives the deadline", "if seconds <= 0:", "if seconds <= -20:", "rewards/test_judge_faults.py::test_a_server_that_drips_does_not_outlive_the_deadline[body]"),
+    ),
+    *_of(
+        "rewards/judge_endpoint.py",
+        ("a-key-is-shown", "a key that the server sends back is shown", 'text = text.replace(form, "(key)")', "pass", "rewards/test_judge_faults.py::test_a_key_that_the_server_sends_back_is_shown_nowhere"),
     ),
 )  # fmt: skip
 
