@@ -93,7 +93,9 @@ def _check_environments_cache() -> None:
         print(
             f"JAX_COMPILATION_CACHE_DIR: {error} Compiled programs are not kept.", file=sys.stderr
         )
-        warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
+        warnings.filterwarnings(
+            "ignore", message="Error (reading|writing) persistent compilation cache"
+        )
 
 
 def release_freed_memory() -> None:
