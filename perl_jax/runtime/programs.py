@@ -23,6 +23,8 @@ LENGTHS = 16
 SHAPES = 8 * LENGTHS
 # The name by which it is tried whether a folder can be written.
 _PROBE = "probe"
+# How JAX's warnings of a cache that cannot be used begin.
+_WARNED = "Error (reading|writing) persistent compilation cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,7 @@ def _check_environments_cache() -> None:
         print(
             f"JAX_COMPILATION_CACHE_DIR: {error} Compiled programs are not kept.", file=sys.stderr
         )
-        warnings.filterwarnings(
-            "ignore", message="Error (reading|writing) persistent compilation cache"
-        )
+        warnings.filterwarnings("ignore", message=_WARNED)
 
 
 def release_freed_memory() -> None:
