@@ -37,12 +37,14 @@ class Running:
         pid: Its process id; also that of its process group.
         output: The file with what it printed, to both streams.
         status: Its exit status, below 0 for a signal; None while it runs.
+        limited: Whether it has limits.
     """
 
     commands: Commands
     pid: int
     output: pathlib.Path
     status: int | None = None
+    limited: bool = False
 
     def poll(self) -> int | None:
         """Returns the exit status, or None while the command runs."""
@@ -70,6 +72,9 @@ class Running:
 
     def printed(self) -> str:
         """Returns what the command printed."""
+        if self.limited:
+            # What is in the pipe still comes.
+            time.sleep(0.5)
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 
@@ -116,7 +121,7 @@ class Commands:
             "limits": dict(limits or {}),
             "output": str(output),
         }
-        return Running(self, self.ask(request), output)
+        return Running(self, self.ask(request), output, limited=bool(limits))
 
 
 @contextlib.contextmanager
@@ -178,6 +183,19 @@ def _serve() -> None:
         os.write(answers, f"{json.dumps(answer)}\n".encode())
 
 
+def _through_a_pipe(file: int) -> int:
+    """Returns the end of a pipe; a process of its own copies what is written there to a file."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(writing)
+        while piece := os.read(reading, 65536):
+            os.write(file, piece)
+        os._exit(0)
+    os.close(reading)
+    os.close(file)
+    return writing
+
+
 def _become(request: Mapping[str, Any]) -> None:
     """Runs a command in the forked process; never returns."""
     from perl_jax.cli.main import main
@@ -185,7 +203,10 @@ def _become(request: Mapping[str, Any]) -> None:
     status = 1
     try:
         os.setsid()
-        file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        if request["limits"]:
+            # Limits of files must not be those of what is printed.
+            file = _through_a_pipe(file)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(file, 1)
         os.dup2(file, 2)

@@ -45,7 +45,7 @@ class Said(Running):
 
 
 def said(status: int | None, text: str) -> Running:
-    return Said(None, 0, pathlib.Path(), status, text)  # type: ignore[arg-type]
+    return Said(None, 0, pathlib.Path(), status, text=text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
