@@ -60,6 +60,7 @@ def test_a_real_fault_in_orbax_is_a_sentence_and_nothing_else_is_printed(tmp_pat
     assert not (tmp_path / "policy" / artefacts.RECORD).exists()
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_is_named_and_stays(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     state = make_state()
