@@ -367,7 +367,7 @@ BODIES = (
     "time.sleep(600)",
     "sys.exit('bye')",
     "os.fork(); return [float(len(r)) for r in responses]",
-    "print('x' * 100000); return [1.0] * len(responses)",
+    "print('x' * 2000); return [1.0] * len(responses)",
     "os.close(1); os.close(2); return [1.0] * len(responses)",
     "return [10 ** 400] * len(responses)",
     "return score(prompts, responses)",
