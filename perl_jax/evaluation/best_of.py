@@ -218,14 +218,13 @@ def best_responses(
     made: dict[int, dict[str, Any]] = {}
     with Scorer(model, program, rewards.terms, rewards.weight, rows) as scorer:
         for index, batch in enumerate(with_progress(batches, "responding to", "prompts")):
-            # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
             repeated = batch.repeated(config.n)
             prompts = sharding.put_batch(batch.repeated(config.n // shared), model.mesh)
             rollout = sample(
                 base, policy, prompts, jax.random.key_data(jax.random.fold_in(key, index))
             )
             require_finite(model, rollout)
-            score_B = to_host(scorer(roles, rollout, np.maximum(repeated.row_B, 0))[0])
+            score_B = to_host(scorer(roles, rollout, repeated.row_B)[0])
             errors.require(
                 bool(np.isfinite(score_B).all()),
                 f"The reward is NaN or infinite for {int((~np.isfinite(score_B)).sum())} of "

@@ -197,8 +197,7 @@ def respond(
         columns["row"].append(job.batches.rows_of(index))
         columns["finished"].append(to_host(rollout.finished_B))
         for name, (scorer, models) in job.raters.items():
-            # Terms see filler prompts (row -1) with the text of row 0; their results are dropped.
-            columns[name].append(to_host(scorer(models, rollout, np.maximum(batch.row_B, 0))[0]))
+            columns[name].append(to_host(scorer(models, rollout, batch.row_B)[0]))
         texts += response_texts(model.tokenizer, rollout)
         ids_BT, mask_BT = to_host(sequences.tokens_BT), to_host(sequences.response_BT)
         tokens += [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]

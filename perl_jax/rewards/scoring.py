@@ -261,7 +261,7 @@ class Scorer:
             frozen: The frozen roles of the train state by name, among them the reward models
                 (`role_name`).
             rollout: The sampled responses.
-            row_B: Indices into `rows` of this process's part of the batch.
+            row_B: Indices into `rows` of this process's part of the batch; -1 for a filler row.
         """
         score_B, scores_MB, columns = self.parts(frozen, rollout, row_B)
         logs: dict[str, float] = {}
@@ -287,7 +287,7 @@ class Scorer:
         Args:
             frozen: The frozen roles, as in a call.
             rollout: The sampled responses.
-            row_B: Indices into `rows` of this process's part of the batch.
+            row_B: Indices into `rows` of this process's part of the batch; -1 for a filler row.
         """
         parts: list[Array] = []
         scores_MB, columns = None, {}
@@ -311,27 +311,32 @@ class Scorer:
     ) -> dict[str, np.ndarray]:
         """Returns the unweighted rewards of all rows of the batch: {term name: float64 [B]}.
 
-        Each row is scored by one process only; the results are then gathered on all processes.
+        Each row is scored by one process only; the results are then gathered on all processes. The
+        terms do not see filler rows, which get 0: a judge would be paid for them.
 
         Args:
             terms: The terms.
             rollout: The sampled responses of the whole batch.
-            row_B: Indices into `rows` of this process's part of the batch.
+            row_B: Indices into `rows` of this process's part of the batch; -1 for a filler row.
 
         Raises:
             stopping.Abandoned: A process was told to stop while a term waited.
         """
         share = sharding.row_share(self.model.mesh)
-        rows = [self.rows[int(row)] for row in row_B]
-        texts = response_texts(self.model.tokenizer, rollout, share)
-        special = None
+        real = np.flatnonzero(row_B >= 0)
+        rows = [self.rows[int(row_B[index])] for index in real]
+        texts_B = response_texts(self.model.tokenizer, rollout, share)
+        texts, special = [texts_B[index] for index in real], None
         if terms.special_tokens:
-            special = response_texts(self.model.tokenizer, rollout, share, special_tokens=True)
-        columns = {term.name: np.zeros(len(rows), np.float64) for term in terms.terms}
+            marked_B = response_texts(self.model.tokenizer, rollout, share, special_tokens=True)
+            special = [marked_B[index] for index in real]
+        columns = {term.name: np.zeros(len(row_B), np.float64) for term in terms.terms}
         told = False
         try:
-            if share.leads:
-                columns = terms([row["prompt"] for row in rows], texts, rows, special)
+            if share.leads and rows:
+                found = terms([row["prompt"] for row in rows], texts, rows, special)
+                for name, values in found.items():
+                    columns[name][real] = values
         except stopping.Abandoned:
             told = True
         if hosts.any_process(told):  # all processes stop together

@@ -295,8 +295,7 @@ def measured_responses(
     whole, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
     rollout = with_layout(rollout, whole)
     mask_BT = rollout.sequences.response_BT
-    # Filler prompts have row -1; the reward terms read row 0 for them.
-    row_B = np.maximum(batch.repeated(group).row_B, 0)
+    row_B = batch.repeated(group).row_B
     score_B, scores_MB, columns = job.scorer.parts(state.frozen, rollout, row_B)
     measured = {
         "reward": score_B,
@@ -309,7 +308,8 @@ def measured_responses(
             kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT
         )
     measured = {name: np.asarray(to_host(values), np.float64) for name, values in measured.items()}
-    gold_B = gold_rewards(job, row_B, rollout)
+    # Filler prompts have row -1; the true reward reads row 0 for them.
+    gold_B = gold_rewards(job, np.maximum(row_B, 0), rollout)
     if gold_B is not None:
         measured["gold"] = np.asarray(gold_B, np.float64)
     return rollout, measured, _parts(scores_MB, columns)

@@ -15,6 +15,31 @@ from perl_jax.runtime import sharding
 from perl_jax.runtime.sharding import MeshConfig
 
 
+def test_filler_rows_reach_no_term():
+    tokenizer = word_tokenizer(["hm", "yes"])
+    ids_T = np.asarray(tokenizer.inner.convert_tokens_to_ids(["hm", "yes", "</s>"]))
+    rollout = types.SimpleNamespace(
+        sequences=types.SimpleNamespace(
+            tokens_BT=np.stack([ids_T] * 3), response_BT=np.asarray([[False, True, True]] * 3)
+        )
+    )
+    asked = []
+
+    def lengths(prompts, responses):
+        asked.append((list(prompts), list(responses)))
+        return [float(len(prompt)) for prompt in prompts]
+
+    mesh = sharding.make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
+    model = types.SimpleNamespace(tokenizer=tokenizer, mesh=mesh)
+    rows = [{"prompt": "a"}, {"prompt": "bc"}]
+    with Scorer(model, None, (reward(lengths, name="lengths"),), 1.0, rows) as scorer:
+        score_B = scorer({}, rollout, np.asarray([1, -1, 0]))[0]
+        none_B = scorer({}, rollout, np.asarray([-1, -1, -1]))[0]
+    assert asked == [(["bc", "a"], ["yes", "yes"])]
+    assert np.asarray(score_B).tolist() == [2.0, 0.0, 1.0]
+    assert np.asarray(none_B).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_special_tokens_reach_the_terms_that_ask_for_them():
     tokenizer = word_tokenizer(["hm", "yes"])
     tokenizer.inner.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
