@@ -204,50 +204,21 @@ def train(
         _require_no_files(config)
     if run is not None:
         clear(run)
-    timings, rows = Timings(), []
-    keeper: Keeper = (
-        Memory(loop.best)
-        if folder is None
-        else Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
-    )
-    with contextlib.closing(keeper) as checkpoints:
-        start = checkpoints.latest_step()
-        if start is not None:
-            state, saved = checkpoints.restore_newest(_given_up(state))
-            start = int(state.step)
-            loop.batches.set_state(saved["cursor"])
-        begin, writes = int(state.step), hosts.is_writer()
+    timings, rows, writes = Timings(), [], hosts.is_writer()
+    with contextlib.closing(_keeper(config, loop, folder)) as checkpoints:
+        state, start = _resumed(checkpoints, state, loop)
+        begin = int(state.step)
         if run is not None:
             begin_run(run)
-        writer = samples = line = NoMetrics()
-        if writes:
-            line = Progress(loop.job, config.steps, begin)
-        if folder is not None and writes:
-            writer = MetricsWriter(
-                folder,
-                start,
-                config.tensorboard,
-                config.wandb,
-                config.wandb_project,
-                config.wandb_name,
-            )
-            samples = SamplesWriter(folder, start)
+        out = Outputs(config, loop, folder if writes else None, start, begin)
         # Without a folder there is nothing to save, and signals stay what they were.
         termination = None if folder is None else Termination()
         profile = Profile(files.path_of(folder or ".") / "profile", config.profiled)
-        numbers = ShownNumbers(loop.shown)
         # Samples that are neither written nor printed are not made.
         sample = loop.sample if folder is not None or loop.show_samples else None
-        with (
-            writer,
-            samples,
-            line,
-            termination or contextlib.nullcontext(),
-            profile,
-            waits(termination),
-        ):
+        with out, termination or contextlib.nullcontext(), profile, waits(termination):
             if sample is not None and start is None:
-                keep_samples(loop, samples, begin, sample(state))
+                out.keep_samples(begin, sample(state))
             for step in range(begin + 1, config.steps + 1):
                 clock, cursor = time.perf_counter(), {"cursor": loop.batches.get_state()}
                 try:
@@ -256,7 +227,7 @@ def train(
                 except stopping.Abandoned:
                     # A reward was waiting, so nothing has changed since the last step.
                     if step - 1 > (checkpoints.latest_step() or 0):
-                        writer.sync()
+                        out.writer.sync()
                         checkpoints.save(state, cursor, None)
                     raise
                 check_finite(folder, step, metrics)
@@ -266,21 +237,15 @@ def train(
                 row |= loop.facts if step == 1 else {}
                 validated, last = None, step == config.steps
                 if step % config.evaluate_every == 0 or last:
-                    if loop.validate is not None:
-                        clock = time.perf_counter()
-                        validated, made = loop.validate(state)
-                        row |= validated | {"time/validate": time.perf_counter() - clock}
-                        keep_samples(loop, samples, step, made)
-                    elif sample is not None:
-                        keep_samples(loop, samples, step, sample(state))
-                writer.write(step, row)
+                    validated = _validate(loop, state, step, sample, out, row)
+                out.writer.write(step, row)
                 stop = 0 if termination is None else termination.asked()
                 due = bool(stop) or last or step % config.checkpoint_every == 0
                 if due or (validated and loop.best):
-                    writer.sync()
+                    out.writer.sync()
                     cursor = {"cursor": loop.batches.get_state()}
                     checkpoints.save(state, cursor, validated if loop.best else None)
-                line.update(step, **numbers.after(step, row))
+                out.show(step, row)
                 if writes and (folder is None or on_step is not None):
                     encoded = encode_row(step, row)
                     if folder is None:
@@ -298,6 +263,112 @@ def train(
     if rows:
         progress.say(shown.training_text(loop.job, rows, int(state.step), loop.best is not None))
     return state, timings, rows
+
+
+def _keeper(config: TrainingConfig, loop: Loop, folder: files.Path | None) -> Keeper:
+    """Returns what keeps a run's states: checkpoints in its folder, or the memory without one."""
+    if folder is None:
+        return Memory(loop.best)
+    return Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
+
+
+def _resumed(checkpoints: Keeper, state: TrainState, loop: Loop) -> tuple[TrainState, int | None]:
+    """Returns (state, step) of the newest checkpoint and sets the batches to its cursor; without
+    checkpoints the given state and None.
+
+    Args:
+        checkpoints: The run's checkpoints.
+        state: The state of step 0; its arrays are deleted if there is a checkpoint.
+        loop: Has the batches.
+    """
+    if checkpoints.latest_step() is None:
+        return state, None
+    state, saved = checkpoints.restore_newest(_given_up(state))
+    loop.batches.set_state(saved["cursor"])
+    return state, int(state.step)
+
+
+def _validate(
+    loop: Loop,
+    state: TrainState,
+    step: int,
+    sample: Callable[[TrainState], list[dict[str, Any]]] | None,
+    out: Outputs,
+    row: dict[str, Any],
+) -> dict[str, float] | None:
+    """Returns the validation metrics of a step, which are added to its row; None: the loop has no
+    validation. Samples are kept in both cases.
+
+    Args:
+        loop: The loop.
+        state: The state to measure.
+        step: The step.
+        sample: Makes samples where there is no validation; None: none are made.
+        out: Keeps the samples.
+        row: The step's metrics; changed in place.
+    """
+    if loop.validate is None:
+        if sample is not None:
+            out.keep_samples(step, sample(state))
+        return None
+    clock = time.perf_counter()
+    validated, made = loop.validate(state)
+    row |= validated | {"time/validate": time.perf_counter() - clock}
+    out.keep_samples(step, made)
+    return validated
+
+
+class Outputs(contextlib.ExitStack):
+    """What a run writes and prints: metrics, samples, the progress line. A context manager.
+
+    Args:
+        config: Settings of the job.
+        loop: The loop.
+        folder: The run's folder; None: nothing is written.
+        start: The step that the run resumes from; None: it begins.
+        begin: The last step that is done.
+
+    Attributes:
+        writer: Writes a row of metrics a step.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        loop: Loop,
+        folder: files.Path | None,
+        start: int | None,
+        begin: int,
+    ) -> None:
+        super().__init__()
+        self._loop = loop
+        self._numbers = ShownNumbers(loop.shown)
+        self.writer = self._samples = self._line = NoMetrics()
+        if hosts.is_writer():
+            self._line = Progress(loop.job, config.steps, begin)
+        if folder is not None:
+            dashboards = (config.tensorboard, config.wandb)
+            self.writer = MetricsWriter(
+                folder, start, *dashboards, config.wandb_project, config.wandb_name
+            )
+            self._samples = SamplesWriter(folder, start)
+
+    def __enter__(self) -> Outputs:
+        super().__enter__()
+        for output in (self.writer, self._samples, self._line):
+            self.enter_context(output)
+        return self
+
+    def keep_samples(self, step: int, made: list[dict[str, Any]]) -> None:
+        """Writes samples of a step, and prints the first ones if the loop says so."""
+        self._samples.write(step, made)
+        if self._loop.show_samples and made:
+            first = made[: self._loop.show_samples]
+            progress.say(shown.sample_text(self._loop.job, step, first))
+
+    def show(self, step: int, row: Mapping[str, Any]) -> None:
+        """Shows a step on the progress line, with the metrics that the loop names."""
+        self._line.update(step, **self._numbers.after(step, row))
 
 
 class ShownNumbers:
@@ -328,20 +399,6 @@ class ShownNumbers:
             elif name in row:
                 found[shown.label(name)] = row[name]
         return found
-
-
-def keep_samples(loop: Loop, samples: Any, step: int, made: list[dict[str, Any]]) -> None:
-    """Writes samples into the run's folder, and prints the first ones if the loop says so.
-
-    Args:
-        loop: The loop.
-        samples: The writer of samples.
-        step: The step.
-        made: The samples.
-    """
-    samples.write(step, made)
-    if loop.show_samples and made:
-        progress.say(shown.sample_text(loop.job, step, made[: loop.show_samples]))
 
 
 def stopped(number: int, step: int | None) -> BaseException:
