@@ -91,6 +91,20 @@ FIRST: dict[str, dict[str, str]] = {
         "--input": "a JSON Lines file with prompt and response",
         "--output": "the file to write; default: standard output",
     },
+    "export": {
+        **_MODEL,
+        "--format": "peft (an adapter) or merged (a whole checkpoint)",
+        "--to": "the folder to write",
+    },
+    "import": {
+        **_MODEL,
+        "--to": "the artefact to write",
+    },
+    "average": {
+        "--weights": "one number for each; default: the mean",
+        **_MODEL,
+        "--to": "the artefact to write",
+    },
     "base": {**_TRAINING, "--width": "size of the hidden states", "--layers": "number of layers"},
 }
 

@@ -75,7 +75,7 @@ class Interrupts:
         if number in (signal.SIGTERM, signal.SIGINT) and first:
             self._stopping = loop
             if number == signal.SIGINT and hosts.is_writer():
-                self._say("this step is finished and saved first; Ctrl-C again ends at once.")
+                self._say("finishing and saving this step; Ctrl-C again ends at once.")
         elif number == signal.SIGINT and self._timer is None:
             self._timer = threading.Timer(GRACE, self._end)
             self._timer.daemon = True

@@ -57,7 +57,7 @@ class BestOfConfig(RewardOptions):
         data: The prompts.
         split: The split that the prompts are taken from.
         shaping: Clipping and penalties of scores, as in RL.
-        output: The file to write; it must not exist yet.
+        output: The file to write; it must not exist, unless --overwrite is given.
         batch_size: How many responses are sampled at a time, over all devices.
         temperature: The sampling temperature.
         rollout: How responses are decoded.

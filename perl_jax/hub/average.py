@@ -23,7 +23,7 @@ class AverageConfig(TemplateOptions):
     Attributes:
         adapters: The artefacts.
         weights: One weight per artefact; None weighs all equally, with a sum of 1.
-        to: The artefact's folder to write; it must not exist yet.
+        to: The artefact's folder to write; it must not exist, unless --overwrite is given.
     """
 
     adapters: tyro.conf.Positional[tuple[str, ...]]

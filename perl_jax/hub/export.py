@@ -37,7 +37,7 @@ class ExportConfig(TemplateOptions):
         adapter: The artefact to export.
         format: peft (adapter_config.json and adapter_model.safetensors) or merged (a whole
             checkpoint with the adapter added to its weights).
-        to: The folder to write; it must not exist yet.
+        to: The folder to write; it must not exist, unless --overwrite is given.
         weights: The dtype of a merged checkpoint: stored (the dtype of the base's files; bfloat16
             can round small updates away) or float32 (twice the size, keeps the adapter's whole
             effect).

@@ -21,7 +21,7 @@ class ImportConfig(TemplateOptions):
 
     Attributes:
         peft: The folder with adapter_config.json and adapter_model.safetensors.
-        to: The artefact's folder to write; it must not exist yet.
+        to: The artefact's folder to write; it must not exist, unless --overwrite is given.
     """
 
     peft: tyro.conf.Positional[str]

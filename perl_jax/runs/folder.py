@@ -13,7 +13,7 @@ from perl_jax.runs.checkpoints import saved_steps
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import FILE_NAME, import_extra
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, hosts
+from perl_jax.runtime import files, hosts, progress
 from perl_jax.runtime.replacing import require_consent
 
 # The file with fingerprints of a run's inputs, beside its config.json.
@@ -320,7 +320,7 @@ def _check_inputs(folder: files.Path, now: provenance.Fingerprints) -> None:
 
 
 def is_finished(run: Run, role: str | None, last: str) -> bool:
-    """Returns whether a run has its artefact and the file that it writes last.
+    """Returns whether a run has its artefact and the file that it writes last, and says so.
 
     A run that goes on to another last step, or replaces another, is not finished. With several
     processes all must call this function; all get the answer of the first process.
@@ -331,7 +331,13 @@ def is_finished(run: Run, role: str | None, last: str) -> bool:
         last: The name of the file that the run writes last.
     """
     written = [run.folder / last, *([] if role is None else [run.artefact(role)])]
-    return not run.goes_on and run.replaces is None and exist(*written)
+    done = not run.goes_on and run.replaces is None and exist(*written)
+    if done:
+        progress.say(
+            f"{run.folder} holds this run, which has done all its steps: nothing is trained. More "
+            "--steps continue it; another --run begins anew."
+        )
+    return done
 
 
 def exist(*paths: files.Path) -> bool:

@@ -179,6 +179,7 @@ def train_rl(
             return done
         check_context(model, config.data)
         config.check_stale(0.0 if start.config is None else start.config.dropout)
+        paid = _paid(config, rewards)
         records, terms = rewards.records, rewards.terms
         combine, weight = rewards.combine, rewards.weight
         roles, frozen_roles = initial_roles(model, config, start, rewards)
@@ -225,7 +226,7 @@ def train_rl(
                 show_samples=config.show_samples,
             )
             read = {"train": batches} | ({} if held_out is None else {"validation": held_out[1]})
-            say_start("rl", model, dataset, config, state, read)
+            say_start("rl", model, dataset, config, state, read, {"rewards": paid})
             state, timings, metrics = train(config, state, loop, run, on_step)
         number, measured = int(state.step), {}
         if hosts.is_writer():
@@ -242,6 +243,26 @@ def train_rl(
             artefacts.save_artefact(run.artefact(name), adapter, made[name])
         cost.write_cost(run.folder, model, state, programs.by_name(), timings)
         return dataclasses.replace(trained, folder=run.artefact("policy"))
+
+
+def _paid(config: RLConfig, rewards: RewardTotal) -> str:
+    """Returns what a response is paid by, as text: reward models, terms, and the loss of one that
+    does not end.
+
+    Args:
+        config: Settings of RL.
+        rewards: The rewards.
+    """
+    number = len(rewards.models)
+    models = [f"{number} reward model{'s' if number > 1 else ''}"] if number else []
+    text = ", ".join([*models, *(term.name for term in rewards.terms)])
+    penalty = config.shaping.missing_eos_penalty
+    if penalty:
+        text += (
+            f"; a response that does not end within {config.data.max_response_length} tokens "
+            f"loses {penalty:g} (--shaping.missing-eos-penalty)"
+        )
+    return text
 
 
 def _depends_on(policy: Adapter, rewards: RewardTotal) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def say_start(
     config: TrainingConfig,
     state: TrainState,
     batches: Mapping[str, Batches],
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Prints a summary of a job to standard error, one fact a line; only the first process prints.
 
@@ -40,6 +41,7 @@ def say_start(
         config: Settings of the job.
         state: The state of step 0; only shapes and dtypes are read.
         batches: The tokenised rows, by split; the first split is the one to train on.
+        more: Further facts, by name; None: there are none.
     """
     if not hosts.is_writer():
         return
@@ -49,8 +51,9 @@ def say_start(
         "cut": _cut(config, {split: found.rows for split, found in batches.items()}),
         "weights": _weights(model, config, state),
         "devices": _devices(model),
-        "attention": "; ".join(f"{k}: {path}" for k, path in attention_paths(model.lm).items()),
+        "attention": attention_paths(model.lm)["training"],
         "template": _template(model.tokenizer, config),
+        **(more or {}),
     }
     lines = [f"{job}: {name}: {fact}." for name, fact in facts.items()]
     lines += [f"{job}: the first row as the model reads it:"]

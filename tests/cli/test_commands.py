@@ -190,7 +190,7 @@ def test_ctrl_c_twice_ends_a_loop_that_does_not_return_to_python():
     )
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == (
-        "perl-jax report: this step is finished and saved first; Ctrl-C again ends at once.\n"
+        "perl-jax report: finishing and saving this step; Ctrl-C again ends at once.\n"
         "perl-jax report: stopped by Ctrl-C.\n"
     )
 

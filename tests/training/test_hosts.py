@@ -565,7 +565,7 @@ def test_ctrl_c_on_one_of_two_processes_saves_the_step_of_both(base, tmp_path):
             f"perl-jax sft: stopped by Ctrl-C after step {step}, which is saved; the same command "
             "resumes from there."
         )
-        first = "perl-jax sft: this step is finished and saved first; Ctrl-C again ends at once."
+        first = "perl-jax sft: finishing and saving this step; Ctrl-C again ends at once."
         assert processes.sentences(0) == [first, said] and processes.sentences(1) == [said]
     assert steps_done(tmp_path / "run") == step < STEPS
 

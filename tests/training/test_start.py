@@ -38,7 +38,7 @@ def test_a_job_says_what_it_does_before_its_first_step(base, capsys):
         "sft: weights: trains policy 1.12 k in float32 (adapters on a base of 5.33 k); base in "
         "float32.\n"
         "sft: devices: 1 x cpu; mesh: data 1, fsdp 1, tensor 1.\n"
-        "sft: attention: training: blocked ("
+        "sft: attention: blocked ("
     )
     assert printed.partition("sft: template: ")[2].startswith(
         "none, a prompt is the text after bos.\n"
