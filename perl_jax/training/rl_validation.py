@@ -179,7 +179,7 @@ def sample_prompts(shown: Shown, state: TrainState) -> list[dict[str, Any]]:
     """
     samples: list[dict[str, Any]] = []
     most = most_samples(shown.job.config)
-    for answered in answers(shown.job, shown.batches, state, compare=False):
+    for answered in answers(shown.job, shown.batches, state, whole=False):
         samples += samples_of(shown.job, answered, shown.split, most - len(samples))
         if len(samples) >= most:
             break
@@ -204,7 +204,7 @@ class Answered:
 
 
 def answers(
-    job: Rollouts, batches: Batches, state: TrainState, compare: bool = True
+    job: Rollouts, batches: Batches, state: TrainState, whole: bool = True
 ) -> Iterator[Answered]:
     """Yields the responses to each batch of prompts, and their measures.
 
@@ -212,14 +212,14 @@ def answers(
         job: Programs, rewards, settings, and the rows of the prompts.
         batches: The batches.
         state: Has the policy and the reference.
-        compare: Whether the KL to the reference is measured.
+        whole: Whether everything is measured (`measured_responses`).
     """
     group = job.config.algorithm.group
     key = jax.random.fold_in(random_key(job.config.seed), _VALIDATION)
-    stage = "validating" if compare else "sampling"
+    stage = "validating" if whole else "sampling"
     for index, batch in enumerate(with_progress(batches, stage, "prompts")):
         rollout, measures, parts = measured_responses(
-            job, state, batch, jax.random.fold_in(key, index), compare
+            job, state, batch, jax.random.fold_in(key, index), whole
         )
         texts = response_texts(job.model.tokenizer, rollout)
         yield Answered(np.repeat(batches.rows_of(index), group), texts, measures, parts)
@@ -260,7 +260,7 @@ def samples_of(job: Rollouts, answered: Answered, split: str, most: int) -> list
 
 
 def measured_responses(
-    job: Rollouts, state: TrainState, batch: Prompts, key: jax.Array, compare: bool = True
+    job: Rollouts, state: TrainState, batch: Prompts, key: jax.Array, whole: bool = True
 ) -> tuple[Rollout, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Samples responses to a batch of prompts; returns (rollout, measures by name, parts by name).
 
@@ -283,7 +283,8 @@ def measured_responses(
         state: Has the policy and the reference.
         batch: The prompts, on the host.
         key: The key of sampling.
-        compare: Whether the KL is measured.
+        whole: Whether everything is measured. Otherwise there is no KL, and terms score the first
+            response to each prompt alone, which samples show: a judge is paid for each response.
     """
     config, programs, base, policy = job.config, job.programs, job.base, state.roles["policy"]
     group = config.algorithm.group
@@ -292,17 +293,18 @@ def measured_responses(
     # The key has the same sharding as in training; with another `sample` would compile again.
     data = jax.device_put(np.asarray(jax.random.key_data(key)), sharding.replicated(job.model.mesh))
     rollout = programs.sample(base, policy, prompts, data)
-    whole, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
-    rollout = with_layout(rollout, whole)
+    layout, _ = layouts_of(job, rollout, batch.tokens_BP.shape[1], None)
+    rollout = with_layout(rollout, layout)
     mask_BT = rollout.sequences.response_BT
     row_B = batch.repeated(group).row_B
-    score_B, scores_MB, columns = job.scorer.parts(state.frozen, rollout, row_B)
+    scored_B = row_B if whole else np.where(np.arange(len(row_B)) % group == 0, row_B, -1)
+    score_B, scores_MB, columns = job.scorer.parts(state.frozen, rollout, scored_B)
     measured = {
         "reward": score_B,
         "length": jnp.sum(mask_BT, axis=1),
         "eos_rate": rollout.finished_B,
     }
-    reference_BT = reference_logprobs(job, state, rollout) if compare else None
+    reference_BT = reference_logprobs(job, state, rollout) if whole else None
     if reference_BT is not None:
         measured["kl"] = kl.sequence_kl(
             kl.k1(programs.logprobs(base, policy, rollout.sequences), reference_BT), mask_BT

@@ -537,7 +537,7 @@ class TestMissing:
     def test_every_file_can_be_missing(self, experiment, tmp_path, blank_pictures):
         files = [p.relative_to(experiment) for p in sorted(experiment.rglob("*.json*"))]
         files = [p for p in files if p.name != "experiment.json"]
-        assert len(files) == 36
+        assert len(files) == 40
         for i, name in enumerate(n for n in files if n.parts[0] != "full"):
             folder = shutil.copytree(experiment, tmp_path / str(i))
             (folder / name).unlink()

@@ -113,7 +113,8 @@ def test_each_reward_model_is_planned():
         response_length=8,
     ).job_config()
     whole = lambda **fields: plan_job(model, dataclasses.replace(config, **fields))
-    one, three, none = whole(), whole(reward=("a", "b", "c")), whole(reward=(), terms="[]")
+    terms = '{"kind": "length", "maximum": 8}'
+    one, three, none = whole(), whole(reward=("a", "b", "c")), whole(reward=(), terms=terms)
     assert {"reward", "reward_1", "reward_2"} <= three.resident["frozen roles"].keys()
     assert "reward" in {piece.name for piece in one.pieces} and "reward" not in {
         piece.name for piece in none.pieces

@@ -271,10 +271,10 @@ def test_two_processes_give_the_numbers_of_one(job, jobs, counting, tmp_path):
     for run, layout in (("one", {"count": 1, "devices": 8}), ("two", {"count": 2, "devices": 4})):
         counts.unlink(missing_ok=True)
         whole(name, tmp_path / run, ("--model", jobs.base, *SETTINGS, *more), **layout)
-        # Each response once: those that are learned from, and those to the 16 held-out prompts at
-        # steps 4 and 8.
-        validated = 2 * 16 * (4 if "grpo" in more else 1)
-        assert terms not in more or len(counts.read_text()) == STEPS * BATCH + validated
+        # Each response once: those that are learned from, those to the 16 held-out prompts at steps
+        # 4 and 8, and the first one to each prompt before the first step, in batches up to 8.
+        shown = 2 * 16 * 4 + 8 if "grpo" in more else 2 * 16 + 16
+        assert terms not in more or len(counts.read_text()) == STEPS * BATCH + shown
     # Comparisons leave the head's bias a gradient of rounding errors alone, which Adam blows up.
     aside = ("head/bias",) if job == "reward" else ()
     assert_close_runs(tmp_path / "one", tmp_path / "two", relative=1e-5, absolute=2e-6, aside=aside)
