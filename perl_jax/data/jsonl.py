@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from perl_jax.data.store import (
     part_of,
     without_default_flags,
 )
-from perl_jax.errors import UserError, is_number, require
+from perl_jax.errors import UserError, is_number, listed, require
 from perl_jax.runtime import files
 
 # The largest number that the float32 arrays of a batch can hold.
@@ -150,12 +151,13 @@ def checked_rows(
     """
     require(
         isinstance(value, Mapping),
-        f"{where}: must be a JSON object with "
-        f"{', '.join(field for field in fields if field not in DEFAULTS)}.",
+        f"{where}: must be a JSON object with {', '.join(required(fields))}.",
     )
     value = dict(value)
     _check_text(value, where)
     values = ranked_pairs(value, where) if "ranked" in value and "rejected" in fields else [value]
+    missing = [field for field in required(fields) if field not in values[0]]
+    require(not missing, f"{where}: {_missing(missing, fields, value)}")
     kept = {field: item for field, item in value.items() if field not in fields} if others else {}
     for field in compared:
         if field in kept:
@@ -164,6 +166,64 @@ def checked_rows(
         without_default_flags({field: checked(value, field, where) for field in fields}) | kept
         for value in values
     ]
+
+
+def required(fields: Sequence[str]) -> list[str]:
+    """Returns those of `fields` that have no default (`DEFAULTS`), so that each row needs them."""
+    return [field for field in fields if field not in DEFAULTS]
+
+
+def _missing(missing: Sequence[str], fields: Sequence[str], row: Mapping[str, Any]) -> str:
+    """Returns the sentence on a row without fields that it needs: what the kind of rows has, and
+    what the row has.
+
+    Args:
+        missing: The names of the missing fields, one or more.
+        fields: The names of all fields that are read.
+        row: The row.
+    """
+    gone = f"field {missing[0]} is" if len(missing) == 1 else f"fields {_joined(missing)} are"
+    read = [kind for kind, columns in KINDS.items() if set(columns) == set(fields) - {"split"}]
+    needs = f"{_plural(read[0]) if read else 'rows'} have {_joined(required(fields))}"
+    if "rejected" in fields:
+        needs += ", or ranked instead of chosen and rejected"
+    # A name may hold anything, a line break too.
+    names = [name if str(name).isprintable() else repr(name) for name in map(str, row)]
+    like = kind_of_row(row)
+    same = f", as {_plural(like)} do" if like else ""
+    has = f"this row has {_joined(names) if names else 'no fields'}{same}"
+    return f"the {gone} missing; {needs}; {has}."
+
+
+def kind_of_row(row: Mapping[str, Any]) -> str | None:
+    """Returns the kind of rows (`KINDS`) whose needed fields a row has; None if no kind fits.
+
+    A row with a field that only other kinds have does not fit: `prompt` with `chosen` alone fits
+    neither prompts nor comparisons. Of several kinds the one with the most needed fields counts.
+
+    Args:
+        row: The row; its values are not looked at.
+    """
+    names = set(row) | ({"chosen", "rejected"} if "ranked" in row else set())
+    known = {field for columns in KINDS.values() for field in columns}
+    fitting = [
+        kind
+        for kind, columns in KINDS.items()
+        if names.issuperset(required(columns)) and names & known <= set(columns)
+    ]
+    return max(fitting, key=lambda kind: len(required(KINDS[kind])), default=None)
+
+
+def _plural(kind: str) -> str:
+    """Returns the rows of a kind in words: `comparisons`, `corpus rows`."""
+    return f"{kind} rows" if kind == "corpus" else kind
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Returns names as text, such as "a, b and c"; after the eighth only their number."""
+    if len(names) > 8 or len(names) < 2:
+        return listed(names)
+    return f"{listed(names[:-1])} and {listed(names[-1:])}"
 
 
 def check_name(value: Any, field: str, where: str) -> None:
@@ -216,7 +276,7 @@ def ranked_pairs(value: dict, where: str) -> list[dict]:
 
 
 def checked(value: dict, field: str, where: str) -> str | float | bool:
-    """Returns the value of one field of a row, or the field's default if it is missing and has one.
+    """Returns the value of one field of a row, or the field's default if it is missing.
 
     A number is returned as float, a group as str.
 
@@ -226,12 +286,11 @@ def checked(value: dict, field: str, where: str) -> str | float | bool:
         where: Where the row comes from, the beginning of an error message.
 
     Raises:
-        UserError: The field is missing and has no default, or `read_jsonl` does not allow its
-            value.
+        UserError: `read_jsonl` does not allow the value.
+        KeyError: The field is missing and has no default.
     """
     if field not in value and field in DEFAULTS:
         return DEFAULTS[field]
-    require(field in value, f"{where}: the field {field} is missing.")
     item = value[field]
     if field == "group":
         check_name(item, field, where)
@@ -267,10 +326,24 @@ def checked(value: dict, field: str, where: str) -> str | float | bool:
         return float(item)
     require(
         isinstance(item, str),
-        f"{where}: the field {field} is a {type(item).__name__}; it must be a string.",
+        f"{where}: the field {field} is {type_in_words(item)}; it must be a string.",
     )
     require(bool(item.strip()), f"{where}: the field {field} is empty.")
     return item
+
+
+def type_in_words(value: Any) -> str:
+    """Returns the type of a value in words, such as "a number"; null, true and false as such."""
+    if value is None or isinstance(value, (bool, np.bool_)):
+        return json.dumps(None if value is None else bool(value))
+    names = {
+        "a string": str,
+        "a number": numbers.Number,
+        "a list": (list, tuple),
+        "an object": Mapping,
+    }
+    found = (name for name, types in names.items() if isinstance(value, types))
+    return next(found, f"of the type {type(value).__name__}")
 
 
 def _distinct(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -399,6 +472,32 @@ class JsonlBuilder(RowsBuilder):
         """
         file, line, _ = next(itertools.islice(cls._numbered(kind, split, config), index, None))
         return f"{file}, line {line}"
+
+    @classmethod
+    def why_no_rows(
+        cls, kind: str, split: str, config: DataConfig, sizes: Mapping[str, int]
+    ) -> str:
+        """Returns the sentence on a split without rows: the file, how its rows are split, and what
+        gives the split rows.
+
+        Args:
+            kind: The kind of the rows.
+            split: The split.
+            config: `data_dir` names the file or the folder.
+            sizes: The number of rows of each split that has some.
+        """
+        path = find(config)
+        said = f"{path} has no {kind} rows in its {split} split"
+        if not files.is_file(path):
+            return f"{said}: there is no file {path / f'{split}.jsonl'}."
+        size = sum(sizes.values())
+        names = " and ".join(f"{name}.jsonl" for name in dict.fromkeys(("train", split)))
+        return (
+            f"{said}: it has {size} {'row' if size == 1 else 'rows'}, and the rows of a single "
+            "file are split 80/10/10 (train, validation, test) by a hash of their group, or of "
+            f"their {KINDS[kind][0]} without one; give more rows, a folder with {names}, or rows "
+            f'with "split": "{split}".'
+        )
 
     @classmethod
     def _numbered(

@@ -151,6 +151,20 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder):
         """
         return f"{cls.name}, row {index + 1} of the {kind} in the {split} split"
 
+    @classmethod
+    def why_no_rows(
+        cls, kind: str, split: str, config: DataConfig, sizes: Mapping[str, int]
+    ) -> str:
+        """Returns the sentence on a split that has no rows.
+
+        Args:
+            kind: The kind of the rows.
+            split: The split.
+            config: Where rows come from.
+            sizes: The number of rows of each split that has some.
+        """
+        return f"{cls.name} has no {kind} rows in its {split} split."
+
     def _info(self) -> tfds.core.DatasetInfo:
         """Returns what TFDS needs to know of the rows: their columns with types, and that their
         order is kept.
@@ -387,5 +401,6 @@ def open_rows(builder: type[RowsBuilder], kind: str, split: str, config: DataCon
     folder = prepare(builder, kind, config)
     reader = builder(config, data_dir=str(folder), config=kind)
     if split not in reader.info.splits:
-        raise NoRows(f"{builder.name} has no {kind} rows in its {split} split.")
+        sizes = {name: info.num_examples for name, info in reader.info.splits.items()}
+        raise NoRows(builder.why_no_rows(kind, split, config, sizes))
     return RowSource(reader.as_data_source(split), config.size(split))

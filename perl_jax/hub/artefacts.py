@@ -242,7 +242,10 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
     damaged.
     """
     path = folder / RECORD
-    require(files.exists(path), f"{folder} is not an artefact: there is no {RECORD} in it.")
+    if not files.exists(path):
+        within = [str(found) for found in _in_run(folder)]
+        hint = f"; did you mean {listed(within, separator=' or ')}?" if within else "."
+        raise UserError(f"{folder} is not an artefact: there is no {RECORD} in it{hint}")
     values = files.read_json(path)
     require(isinstance(values, dict), f"{path} does not hold a JSON object.")
     found = values.get("format")
@@ -265,6 +268,13 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
     tree = values.pop("tree", TREES[0])
     require(tree in TREES, f"{path} names the folder {tree!r} for its tree.")
     return files.from_dict(Record, values, str(path)), content, tree
+
+
+def _in_run(folder: files.Path) -> list[files.Path]:
+    """Returns the folders of a run's artefacts, `adapters/ROLE`, sorted by name; [] for a folder
+    that is no run.
+    """
+    return [path for path in files.listing(folder / "adapters") if files.exists(path / RECORD)]
 
 
 def content_of(folder: files.Path) -> Any:

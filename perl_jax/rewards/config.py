@@ -32,7 +32,7 @@ class RewardOptions(ModelOptions):
         super().__post_init__()
         errors.require(
             bool(self.reward) or self.terms is not None,
-            "There is no reward: give reward artefacts, or terms.",
+            "There is no reward: give --reward FOLDER or --terms JSON.",
         )
         if self.terms is not None and compose.is_inline(self.terms):
             # Before the text is written into a run's folder: it may hold a key in a wrong place.

@@ -91,7 +91,7 @@ class Worker:
         )
         theirs.close()  # the worker has a copy
         try:
-            self.takes_rows = self.receive(target, seconds, "starting up (start_seconds)")
+            self.takes_rows = self.receive(target, seconds, "starting up", "start_seconds")
         except BaseException:
             self.kill()  # nothing to save: the function is not loaded
             raise
@@ -110,7 +110,7 @@ class Worker:
             stopping.Abandoned: This process was told to stop; the worker is killed.
         """
         prompts, responses, rows = batch
-        what = f"a batch of {len(responses)} (timeout_seconds)"
+        what = f"a batch of {len(responses)}"
         self.number += 1
         message = (
             self.number,
@@ -124,12 +124,12 @@ class Worker:
         except OSError:
             self.ended(target, what)
         try:
-            return self.receive(target, seconds, what)
+            return self.receive(target, seconds, what, "timeout_seconds")
         except (KeyboardInterrupt, stopping.Abandoned):
             self.kill()  # the function still computes
             raise
 
-    def receive(self, target: str, seconds: float, what: str) -> Any:
+    def receive(self, target: str, seconds: float, what: str, setting: str) -> Any:
         """Waits for the reply to the last message and returns its content: `takes_rows` after the
         start, later the rewards of a batch.
 
@@ -139,6 +139,7 @@ class Worker:
             target: The function's name, for error messages.
             seconds: The longest time to wait. After it the process is killed.
             what: What the worker is doing, for error messages.
+            setting: The setting that `seconds` is from, for the message of a time-out.
 
         Raises:
             UserError: The message reports an error, none came in time, or the process has ended.
@@ -157,7 +158,7 @@ class Worker:
                     self.kill()
                     raise UserError(
                         f"The reward function {target} took longer than {seconds:g} s for {what} "
-                        "and was ended."
+                        f"({setting}) and was ended."
                     )
                 stopping.check()
             try:

@@ -82,7 +82,7 @@ class RewardTotal:
     def __post_init__(self) -> None:
         require(
             bool(self.models) or bool(self.terms),
-            "There is no reward: give reward models, or terms.",
+            "There is no reward: give rewards=[...], of reward models, their folders, or terms.",
         )
 
     def loaded(self, model: Model) -> RewardTotal:

@@ -266,7 +266,8 @@ def test_rows_of_a_task_are_checked_like_lines_of_a_file():
         ),
         (
             lambda m: pj.train_rl(m, [{"prompt": "a"}], rewards=[]),
-            "There is no reward: give reward models, or terms",
+            r"There is no reward: give rewards=\[\.\.\.\], of reward models, their folders, or "
+            r"terms\.",
         ),
         (
             lambda m: pj.train_rl(m, [{"prompt": "a"}], rewards=[3]),

@@ -220,10 +220,10 @@ def test_folders_that_hold_no_model(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "tea"}', "line 2: the field response is missing."),
+        ('{"prompt": "tea"}', "line 2: the field response is missing;"),
         (
             '{"prompt": 3, "response": "yes"}',
-            "line 2: the field prompt is a int; it must be a string.",
+            "line 2: the field prompt is a number; it must be a string.",
         ),
         ('{"prompt": "", "response": "yes"}', "line 2: the field prompt is empty."),
         ('{"prompt": "tea", "response": "yes"', "line 2: not valid JSON"),

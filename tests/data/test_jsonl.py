@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 
+import numpy as np
 import pytest
 
 from perl_jax.data import jsonl
@@ -46,10 +47,14 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     [
         ("{", r"a\.jsonl, line 3: not valid JSON \(.*column 2\)"),
         ("[1]", r"line 3: must be a JSON object with prompt, response, label"),
-        ('{"prompt": "p", "response": "r"}', "line 3: the field label is missing"),
+        (
+            '{"prompt": "p", "response": "r"}',
+            "line 3: the field label is missing; rows have prompt, response and label; this row "
+            r"has prompt and response, as demonstrations do\.$",
+        ),
         (
             '{"prompt": 1, "response": "r", "label": 1}',
-            "line 3: the field prompt is a int; it must be a string",
+            "line 3: the field prompt is a number; it must be a string",
         ),
         ('{"prompt": "p", "response": " ", "label": 1}', "line 3: the field response is empty"),
         (
@@ -129,8 +134,107 @@ def test_folder_with_a_file_for_each_split(tmp_path):
     write(folder / "test.jsonl", {"text": "three"})
     assert opened(folder, "corpus", "train") == [{"text": "one"}, {"text": "two"}]
     assert opened(folder, "corpus", "test") == [{"text": "three"}]
-    with pytest.raises(UserError, match="jsonl has no corpus rows in its validation split"):
+    with pytest.raises(UserError) as caught:
         opened(folder, "corpus", "validation")
+    assert str(caught.value) == (
+        f"{folder} has no corpus rows in its validation split: there is no file "
+        f"{folder / 'validation.jsonl'}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "size", "by", "split", "names"),
+    [
+        (
+            "demonstrations",
+            [{"prompt": "p", "response": "r"}] * 2,
+            "2 rows",
+            "prompt",
+            "validation",
+            "train.jsonl and validation.jsonl",
+        ),
+        ("corpus", [{"text": "t", "split": "test"}], "1 row", "text", "train", "train.jsonl"),
+    ],
+)
+def test_a_file_too_small_for_a_split_says_how_it_is_split(
+    tmp_path, kind, rows, size, by, split, names
+):
+    path = write(tmp_path / "few.jsonl", *rows)
+    with pytest.raises(UserError) as caught:
+        opened(path, kind, split)
+    assert str(caught.value) == (
+        f"{path} has no {kind} rows in its {split} split: it has {size}, and the rows of a single "
+        "file are split 80/10/10 (train, validation, test) by a hash of their group, or of their "
+        f"{by} without one; give more rows, a folder with {names}, or rows with "
+        f'"split": "{split}".'
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        (
+            "demonstrations",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "source": 1},
+            "the field response is missing; demonstrations have prompt and response; this row has "
+            "prompt, chosen, rejected and source, as comparisons do.",
+        ),
+        (
+            "labels",
+            {"prompt": "p", "ranked": ["a", "b"]},
+            "the fields response and label are missing; labels have prompt, response and label; "
+            "this row has prompt and ranked, as comparisons do.",
+        ),
+        (
+            "comparisons",
+            {"prompt": "p", "response": "a", "rating": 3, "group": "g"},
+            "the fields chosen and rejected are missing; comparisons have prompt, chosen and "
+            "rejected, or ranked instead of chosen and rejected; this row has prompt, response, "
+            "rating and group, as ratings do.",
+        ),
+        (
+            "demonstrations",
+            {"prompt": "p", "chosen": "a"},
+            "the field response is missing; demonstrations have prompt and response; this row has "
+            "prompt and chosen.",
+        ),
+        (
+            "prompts",
+            {},
+            "the field prompt is missing; prompts have prompt; this row has no fields.",
+        ),
+        (
+            "corpus",
+            {"a\nb": 1, **{f"x{i}": i for i in range(9)}},
+            "the field text is missing; corpus rows have text; this row has 'a\\nb', x0, x1, x2, "
+            "x3, x4, x5, x6 and 2 more.",
+        ),
+    ],
+)
+def test_a_row_of_another_kind_is_named(tmp_path, kind, row, message):
+    path = write(tmp_path / "a.jsonl", row)
+    with pytest.raises(UserError) as caught:
+        opened(path, kind, "train")
+    assert str(caught.value) == f"{path}, line 1: {message}"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (3, "a number"),
+        (2.5, "a number"),
+        (np.float32(1), "a number"),
+        (None, "null"),
+        (False, "false"),
+        (["p"], "a list"),
+        ({"a": 1}, "an object"),
+        (b"p", "of the type bytes"),
+    ],
+)
+def test_a_value_of_another_type_is_said_in_words(value, words):
+    with pytest.raises(UserError) as caught:
+        jsonl.checked_rows({"prompt": value}, KINDS["prompts"], "Here")
+    assert str(caught.value) == f"Here: the field prompt is {words}; it must be a string."
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
@@ -275,7 +379,7 @@ def test_a_ranking_gives_every_pair_and_one_weight(tmp_path):
             {"ranked": ["a", "b"], "chosen": "a"},
             "line 1: give ranked, or chosen and rejected, not both",
         ),
-        ({"ranked": ["a", 3]}, "line 1: the field rejected is a int; it must be a string"),
+        ({"ranked": ["a", 3]}, "line 1: the field rejected is a number; it must be a string"),
         (
             {"chosen": "a", "rejected": "b", "margin": "big"},
             "line 1: the field margin is 'big'; it must be a number that is finite",

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -568,6 +569,16 @@ def test_other_folders_and_newer_formats_are_refused(tmp_path, artefact):
             UserError, match=f"{path} is not an artefact: there is no artefact.json in it"
         ):
             load(path)
+    # The folder of a run, whose artefacts are below it.
+    run = tmp_path / "run"
+    shutil.copytree(artefact, run / "adapters" / "policy")
+    (run / "adapters" / "torn").mkdir()
+    expected = f"there is no artefact.json in it; did you mean {run}/adapters/policy?"
+    with pytest.raises(UserError, match=f"{run} is not an artefact: {re.escape(expected)}$"):
+        load(run)
+    shutil.copytree(artefact, run / "adapters" / "value")
+    with pytest.raises(UserError, match=r"adapters/policy or .*/run/adapters/value\?$"):
+        load(run)
     change_record(artefact, format=3, surprise=True)
     with pytest.raises(UserError, match="has format 3; this version reads formats 1 and 2"):
         load(artefact)

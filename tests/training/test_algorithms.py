@@ -388,7 +388,9 @@ def test_an_evaluation_reports_the_reward_that_rl_was_paid(jobs, second, tmp_pat
     alone, _, found = proxies("alone", terms=terms)
     assert np.allclose(both, 2 * np.minimum(a, b) + alone, atol=1e-5)
     assert "judge_reward" not in found["policies"]["rl"]
-    with pytest.raises(UserError, match=r"There is no reward: give reward artefacts, or terms\."):
+    with pytest.raises(
+        UserError, match=r"There is no reward: give --reward FOLDER or --terms JSON\."
+    ):
         tiny.evaluate_config(tmp_path / "none", jobs.base, policy=str(jobs.policy))
 
 

@@ -533,7 +533,7 @@ def test_no_file_is_written_where_every_best_response_is_empty(jobs, tmp_path, m
 
 def test_settings_of_best_of_are_checked():
     for fields, message in (
-        ({"reward": ()}, "There is no reward: give reward artefacts, or terms."),
+        ({"reward": ()}, "There is no reward: give --reward FOLDER or --terms JSON."),
         ({"n": 3, "batch_size": 8}, "it must be a multiple of n, 3"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         (

@@ -562,7 +562,7 @@ CRITICLESS = ("reinforce-mean", "rloo", "remax", "grpo", "dr-grpo", "gspo")
             lambda: {"value_head": "reward", "reward": (), "terms": '{"kind": "format"}'},
             "value_head reward begins with a reward artefact's head",
         ),
-        (lambda: {"reward": ()}, "There is no reward: give reward artefacts, or terms."),
+        (lambda: {"reward": ()}, "There is no reward: give --reward FOLDER or --terms JSON."),
         (lambda: {"combine": "max"}, "combine is 'max'; it must be one of mean, min."),
         (
             lambda: {"reward_weight": float("inf")},
