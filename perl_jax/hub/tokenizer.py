@@ -152,7 +152,7 @@ class Tokenizer:
                 folder, local_files_only=True, trust_remote_code=False
             )
             # Some wrong settings are noticed only when a text is encoded.
-            inner.encode("a", add_special_tokens=False)
+            inner.encode(_known_word(inner), add_special_tokens=False)
         # The libraries raise a bare Exception for files that they cannot read; tokenizers, which is
         # written in Rust, also a PanicException, which is no Exception.
         except BaseException as error:
@@ -462,3 +462,14 @@ def _wrap(fast: FastTokenizer) -> Tokenizer:
             tokenizer_object=fast, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unknown
         )
     )
+
+
+def _known_word(inner: PreTrainedTokenizerBase) -> str:
+    """Returns a word that a tokenizer can encode: of its vocabulary, which need not know all
+    words and need not have a token for unknown ones; "" if it has no word of small letters.
+    """
+    vocabulary = inner.get_vocab()
+    if "a" in vocabulary:
+        return "a"
+    words = (word for word in vocabulary if word.isascii() and word.isalpha() and word.islower())
+    return next(words, "")

@@ -202,3 +202,15 @@ def test_the_fingerprint_covers_all_that_decides_a_texts_ids(part):
     again = tokenizer_lib.train_bpe(["low lower lowest", "new newer newest"], 280)
     again.inner(["low", "lower newest"], padding=True, truncation=True, max_length=3)
     assert again.fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("word", ["cat", "w0"])
+def test_a_closed_vocabulary_needs_no_unknown_token(word, tmp_path):
+    # A benchmark's, whose rows have known words alone; it knows neither "a" nor an unknown token.
+    vocabulary = {"<pad>": 0, "</s>": 1, word: 2}
+    fast = FastTokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast, eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert Tokenizer.load(tmp_path).text_ids(word) == [2, 1]
