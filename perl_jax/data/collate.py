@@ -147,8 +147,8 @@ def labelled(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) ->
 
 
 def mismatched(rows: TokenRows, indices: np.ndarray, columns: int, pad_id: int) -> Labelled:
-    """Returns responses [B] with their labels, as `labelled` does, and with the same prompts before
-    responses of other rows.
+    """Returns labelled responses [B] (`labelled`) and mismatched ones: each prompt with another
+    row's response.
 
     Args:
         rows: The tokenised rows, of the kind mismatched.

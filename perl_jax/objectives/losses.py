@@ -144,7 +144,7 @@ def bradley_terry(
     # Skipped for c = 0: the square of a huge score is infinite, and 0 times infinity is NaN.
     if centring:
         loss_B = loss_B + centring * jnp.square(chosen_B + rejected_B)
-    return _weighted(loss_B, weight_B)
+    return weighted(loss_B, weight_B)
 
 
 def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
@@ -158,7 +158,7 @@ def squared_error(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
     chex.assert_rank([score_B, label_B, weight_B], 1)
     real_B = weight_B > 0
     error_B = masked_values(score_B, real_B) - masked_values(label_B, real_B)
-    return _weighted(jnp.square(error_B), weight_B)
+    return weighted(jnp.square(error_B), weight_B)
 
 
 def binary_cross_entropy(score_B: Array, label_B: Array, weight_B: Array) -> LossSum:
@@ -177,7 +177,7 @@ def binary_cross_entropy(score_B: Array, label_B: Array, weight_B: Array) -> Los
     score_B, label_B = masked_values(score_B, real_B), masked_values(label_B, real_B)
     # Not softplus(s) - y s: it is equal, but rounds to 0 for a confident correct answer.
     loss_B = label_B * jax.nn.softplus(-score_B) + (1 - label_B) * jax.nn.softplus(score_B)
-    return _weighted(loss_B, weight_B)
+    return weighted(loss_B, weight_B)
 
 
 def reinforce(
@@ -369,13 +369,13 @@ def preference(
     h_B = masked_values(chosen_B, real_B) - masked_values(rejected_B, real_B)
     if kind == "dpo":
         right_B, wrong_B = jax.nn.softplus(-beta * h_B), jax.nn.softplus(beta * h_B)
-        return _weighted((1 - label_smoothing) * right_B + label_smoothing * wrong_B, weight_B)
+        return weighted((1 - label_smoothing) * right_B + label_smoothing * wrong_B, weight_B)
     if kind != "ipo" or each or label_smoothing:
         raise ValueError(
             f"unknown preference loss {kind!r} (smoothing {label_smoothing}); known: dpo, and ipo "
             "without smoothing"
         )
-    return _weighted(jnp.square(h_B - 1 / (2 * beta)), weight_B)
+    return weighted(jnp.square(h_B - 1 / (2 * beta)), weight_B)
 
 
 def _inside(mask_BT: Array, *arrays_BT: Array) -> tuple[jax.Array, ...]:
@@ -383,14 +383,15 @@ def _inside(mask_BT: Array, *arrays_BT: Array) -> tuple[jax.Array, ...]:
     return tuple(masked_values(x_BT, mask_BT) for x_BT in arrays_BT)
 
 
-def _weighted(loss_B: Array, weight_B: Array) -> LossSum:
-    """Returns the `LossSum` of row losses, weighted by `weight_B`.
+def weighted(x_B: Array, weight_B: Array) -> LossSum:
+    """Returns the `LossSum` of one number of each row, weighted by `weight_B`.
 
-    The losses of rows of weight 0 must be finite.
+    Rows of weight 0 do not count; their numbers may be NaN.
     """
-    chex.assert_equal_shape([loss_B, weight_B])
-    weight_B = weight_B.astype(loss_B.dtype)
-    return LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))
+    chex.assert_equal_shape([x_B, weight_B])
+    x_B = masked_values(x_B, weight_B > 0)
+    weight_B = weight_B.astype(x_B.dtype)
+    return LossSum(jnp.sum(x_B * weight_B), jnp.sum(weight_B))
 
 
 Logs = dict[str, LossSum]

@@ -59,10 +59,9 @@ def pair_loss(
     if config.rule.pairs == "ipo":
         loss = LossSum(loss.total / jnp.square(beta), loss.weight)
     real_P = jnp.any(mask_BT.reshape(len(weight_P), -1), axis=1).astype(jnp.float32)
-    mean = lambda x_P, weight_P: LossSum(jnp.sum(x_P * weight_P), jnp.sum(weight_P))
     return loss, {
-        "preference/chosen_reward": mean(chosen_P, weight_P),
-        "preference/rejected_reward": mean(rejected_P, weight_P),
-        "preference/accuracy": mean(in_order(chosen_P, rejected_P), weight_P),
-        "preference/untied": mean(weight_P, real_P),
+        "preference/chosen_reward": losses.weighted(chosen_P, weight_P),
+        "preference/rejected_reward": losses.weighted(rejected_P, weight_P),
+        "preference/accuracy": losses.weighted(in_order(chosen_P, rejected_P), weight_P),
+        "preference/untied": losses.weighted(weight_P, real_P),
     }

@@ -199,7 +199,7 @@ def kto(
     # 1 - sigmoid(x) = sigmoid(-x), which does not round to 0 for large x.
     loss_B = desirable_weight * label_B * jax.nn.sigmoid(-gain_B)
     loss_B = loss_B + undesirable_weight * (1 - label_B) * jax.nn.sigmoid(gain_B)
-    return _weighted(loss_B, weight_B)
+    return losses.weighted(loss_B, weight_B)
 
 
 def mismatched_kl(ratio_B: Array, weight_B: Array) -> jax.Array:
@@ -266,10 +266,10 @@ def kto_objective(
     wanted_B = label_B > 0.5
     right_B = jnp.where(wanted_B, in_order(ratio_B, batch.kl_B), in_order(batch.kl_B, ratio_B))
     logs = {
-        "train/accuracy": _weighted(right_B, weight_B),
-        "kto/desirable_reward": _weighted(beta * ratio_B, weight_B * wanted_B),
-        "kto/undesirable_reward": _weighted(beta * ratio_B, weight_B * ~wanted_B),
-        "kto/kl": _weighted(batch.kl_B, weight_B),
+        "train/accuracy": losses.weighted(right_B, weight_B),
+        "kto/desirable_reward": losses.weighted(beta * ratio_B, weight_B * wanted_B),
+        "kto/undesirable_reward": losses.weighted(beta * ratio_B, weight_B * ~wanted_B),
+        "kto/kl": losses.weighted(batch.kl_B, weight_B),
     }
     loss = kto(
         ratio_B,
@@ -325,7 +325,7 @@ def odds_ratio(chosen_B: Array, rejected_B: Array, weight_B: Array) -> LossSum:
     chex.assert_rank([chosen_B, rejected_B, weight_B], 1)
     real_B = weight_B > 0
     chosen_B, rejected_B = masked_values(chosen_B, real_B), masked_values(rejected_B, real_B)
-    return _weighted(jax.nn.softplus(log_odds(rejected_B) - log_odds(chosen_B)), weight_B)
+    return losses.weighted(jax.nn.softplus(log_odds(rejected_B) - log_odds(chosen_B)), weight_B)
 
 
 def orpo(
@@ -350,7 +350,7 @@ def orpo(
     if not odds_weight > 0:
         raise ValueError(f"odds_weight {odds_weight} must be above 0")
     odds = odds_ratio(chosen_B, rejected_B, weight_B)
-    supervised = _weighted(-chosen_B, weight_B)
+    supervised = losses.weighted(-chosen_B, weight_B)
     loss = LossSum(supervised.total + odds_weight * odds.total, odds.weight)
     return loss, {"orpo/sft_loss": supervised, "orpo/odds_loss": odds}
 
@@ -382,10 +382,3 @@ def orpo_objective(
     chosen_B, rejected_B = split_pairs(mean_logprob(logp_BT, both.response_BT))
     loss, terms = orpo(chosen_B, rejected_B, weight_B, odds_weight=odds_weight)
     return loss, {"train/accuracy": accuracy(batch, chosen_B, rejected_B), **terms}
-
-
-def _weighted(x_B: Array, weight_B: Array) -> LossSum:
-    """Returns the `LossSum` of a number of each row, weighted; rows of weight 0 may hold NaN."""
-    x_B = masked_values(x_B, weight_B > 0)
-    weight_B = weight_B.astype(x_B.dtype)
-    return LossSum(jnp.sum(x_B * weight_B), jnp.sum(weight_B))

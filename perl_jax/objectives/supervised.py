@@ -46,7 +46,7 @@ def accuracy(batch: Pairs, chosen_B: Array, rejected_B: Array) -> LossSum:
         rejected_B: Scores of the other responses.
     """
     weight_B = batch.weight_B * responses_differ(batch)
-    return LossSum(jnp.sum(in_order(chosen_B, rejected_B) * weight_B), jnp.sum(weight_B))
+    return losses.weighted(in_order(chosen_B, rejected_B), weight_B)
 
 
 def pairwise_objective(

@@ -185,7 +185,7 @@ def _connect(budget: Budget, address: tuple[str, int], *_: object) -> socket.soc
 
 
 class _Connection(http.client.HTTPConnection):
-    """An HTTP connection with a budget."""
+    """An HTTP connection that keeps to a request's budget of time and bytes."""
 
     _tunnel_host: str | None  # the server, if a proxy is between
 
@@ -196,7 +196,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _TLSConnection(_Connection):
-    """An HTTPS connection with a budget."""
+    """An HTTPS connection that keeps to a request's budget of time and bytes."""
 
     default_port = 443
 
@@ -211,7 +211,7 @@ class _TLSConnection(_Connection):
 
 
 class _Handler(urllib.request.HTTPHandler):
-    """Opens http addresses with a budget."""
+    """Opens http addresses by connections that keep to a request's budget."""
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class _Handler(urllib.request.HTTPHandler):
 
 
 class _TLSHandler(urllib.request.HTTPSHandler):
-    """Opens https addresses with a budget."""
+    """Opens https addresses by connections that keep to a request's budget."""
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()

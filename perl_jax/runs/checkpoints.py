@@ -89,7 +89,7 @@ class Checkpoints:
                 files.make_folder(self.folder)
             self._path = stack.enter_context(plain_path(self.folder))
             # Before the manager reads the metrics, from which it picks the best step.
-            self._examine_all()
+            hosts.by_writer(self._clean)
             try:
                 self._manager = ocp.CheckpointManager(self._path, options=options)
             except Exception as error:
@@ -155,18 +155,26 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self.folder} cannot be written: {said}. The "
                 f"run stopped; {kept}."
             ) from error
-        wrong = None
-        if hosts.is_writer():
-            files.remove(self.folder / _DELETED)
-            listed = step in saved_steps(self.folder)
-            found = examine(self.folder / str(step))
-            wrong = found.wrong or (None if listed and found.seal == seal else "it is not listed")
-        wrong = hosts.broadcast_json(wrong)
+        wrong = hosts.by_writer(lambda: self._read_back(step, seal))
         if wrong is not None:
             raise TrainingError(
                 f"The checkpoint of step {step} in {self.folder} was saved, but cannot be read "
                 f"back ({wrong}); the run stopped."
             )
+
+    def _read_back(self, step: int, seal: Mapping[str, Any]) -> str | None:
+        """Returns what is wrong with a checkpoint that was just saved; None: nothing.
+
+        Deletes what Orbax has put aside to be deleted.
+
+        Args:
+            step: The checkpoint's step.
+            seal: The checksums that were saved with it.
+        """
+        files.remove(self.folder / _DELETED)
+        listed = step in saved_steps(self.folder)
+        found = examine(self.folder / str(step))
+        return found.wrong or (None if listed and found.seal == seal else "it is not listed")
 
     def restore(self, abstract: Tree, step: int | None = None) -> tuple[Tree, dict[str, Any]]:
         """Returns (state, host state) of a checkpoint. The host state holds the data cursor.
@@ -282,27 +290,11 @@ class Checkpoints:
             f"{damaged[0]} No checkpoint is undamaged; start a new run in another --run folder."
         )
 
-    def _examine_all(self) -> None:
-        """Examines all checkpoints, and deletes or sets aside those that cannot be used.
-
-        Process 0 does it; all processes must call this method.
-
-        Raises UserError if there are checkpoints and none is whole, or if they cannot be read.
-        """
-        refused = None
-        if hosts.is_writer():
-            try:
-                self._clean()
-            except UserError as error:
-                refused = error
-        said = hosts.broadcast_json(None if refused is None else str(refused))
-        if said is not None:
-            raise refused or UserError(said)
-
     def _clean(self) -> None:
-        """Deletes what killed processes left, and sets damaged checkpoints aside.
+        """Examines all checkpoints, deletes what killed processes left, sets damaged ones aside.
 
-        Raises Damaged if no checkpoint is whole.
+        Raises Damaged if there are checkpoints and none is whole, and UserError if they cannot be
+        read.
         """
         files.remove(self.folder / _DELETED)
         steps = saved_steps(self.folder)
@@ -347,16 +339,13 @@ class Checkpoints:
         All processes must call this method. Raises Damaged if the checkpoint is not whole, and
         UserError if it cannot be read.
         """
-        said: list[Any] = [None, None, None]
-        if hosts.is_writer():
-            try:
-                found = examine(self.folder / str(step))
-                said = [found.seal, found.wrong, None]
-            except UserError as error:
-                said = [None, None, str(error)]
-        seal, wrong, refused = hosts.broadcast_json(said)
-        if refused is not None:
-            raise UserError(refused)
+
+        def look() -> list[Any]:
+            """Returns [checksums, what is wrong]; called by process 0."""
+            found = examine(self.folder / str(step))
+            return [found.seal, found.wrong]
+
+        seal, wrong = hosts.by_writer(look)
         if wrong is not None:
             raise self._damage(step, wrong)
         return seal

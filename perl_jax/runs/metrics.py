@@ -132,15 +132,24 @@ def import_extra(module: str) -> Any:
         ) from error
 
 
+def _keeps(error: type[BaseException] | None) -> bool:
+    """Returns whether a writer may still write into the run's folder when its block ends.
+
+    Args:
+        error: The type of the error that ended the block; None: there was none.
+    """
+    return error is None or not issubclass(error, Lost)
+
+
 class MetricsWriter:
     """Appends one object per step to `folder/metrics.jsonl`, and to TensorBoard and wandb on
     request.
 
     Steps must increase: one row per step, so pass training and validation metrics of a step in one
-    call. On a disk a row is in the file before `write` returns, in a bucket with the next
-    `sync`. Write the row of a step and call `sync`
-    before saving the checkpoint of that step. Then the file of a run that was killed and resumed
-    equals that of an uninterrupted run, apart from `time/` keys.
+    call. On a disk a row is in the file before `write` returns, in a bucket with the next `sync`.
+    Write the row of a step and call `sync` before saving the checkpoint of that step. Then the file
+    of a run that was killed and resumed equals that of an uninterrupted run, apart from `time/`
+    keys.
 
     Args:
         folder: The run's folder.
@@ -232,11 +241,12 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self.close(keep=kind is None or not issubclass(kind, Lost), merge=kind is None)
+        self.close(keep=_keeps(kind), merge=kind is None)
 
 
 class SamplesWriter:
-    """Appends samples of what RL writes to `folder/samples.jsonl`, as objects with `step` first.
+    """Appends RL's sampled responses to `folder/samples.jsonl`: one JSON object per line, with the
+    key `step` first.
 
     A resumed writer deletes the samples written after the checkpoint that it resumes from, as
     `MetricsWriter` does. The file is created with the first sample.
@@ -263,8 +273,7 @@ class SamplesWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        keep = kind is None or not issubclass(kind, Lost)
-        self._lines.close(keep, merge=kind is None)
+        self._lines.close(_keeps(kind), merge=kind is None)
 
 
 class NoMetrics:

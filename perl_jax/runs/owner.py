@@ -276,21 +276,18 @@ def owned(folder: files.PathLike | Run | None) -> Iterator[None]:
         return
     path = files.path_of(folder)
     check_address(path)
-    holds, refused = None, None
-    if hosts.is_writer():
-        try:
-            remote = files.is_remote(path)
-            holds = Leaseholder(path) if remote else Owner(pathlib.Path(path))
-        except UserError as error:
-            refused = error
+    holds: list[Owner | Leaseholder] = []
+
+    def take() -> None:
+        """Takes the folder; called by process 0."""
+        holds.append(Leaseholder(path) if files.is_remote(path) else Owner(pathlib.Path(path)))
+
     try:
-        said = hosts.broadcast_json(None if refused is None else str(refused))
-        if said is not None:
-            raise refused or InUse(said)
+        hosts.by_writer(take)
         yield
     finally:
-        if holds is not None:
-            holds.release()
+        for held in holds:
+            held.release()
 
 
 def check_held(folder: files.Path) -> None:

@@ -151,6 +151,24 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(all_gather(padded)[0][: int(sizes[0])].tobytes())
 
 
+def by_writer(make: Callable[[], Any]) -> Any:
+    """Returns the JSON value make(), called by process 0 alone, on all processes.
+
+    All processes must call this function. A UserError of make() is raised on all of them, so that
+    none waits for a process that has given up.
+    """
+    made, refused = None, None
+    if is_writer():
+        try:
+            made = make()
+        except UserError as error:
+            refused = error
+    said, made = broadcast_json([None if refused is None else str(refused), made])
+    if said is not None:
+        raise refused or UserError(said)
+    return made
+
+
 # Arrays.
 
 
@@ -308,9 +326,11 @@ class Termination:
             signal.raise_signal(self.noted)
 
     def asked(self) -> int:
-        """Returns the signal that any process has received so far; 0: none has received any.
+        """Returns the number of the signal that any process has received so far; 0: no process has
+        received one.
 
-        SIGTERM goes before SIGINT. All processes must call this method at the same step.
+        If processes have received both signals, it is SIGTERM. All processes must call this method
+        at the same step.
         """
         return int(all_gather(np.asarray(self.noted)).max())
 

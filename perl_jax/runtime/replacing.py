@@ -1,4 +1,4 @@
-"""What `--overwrite` allows: to replace what a command would otherwise refuse to touch."""
+"""Asks for consent before a folder or file is replaced; `--overwrite` gives the consent."""
 
 from __future__ import annotations
 

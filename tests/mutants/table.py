@@ -132,17 +132,17 @@ LOSSES = (
     ),
     (
         "weights-ignored", "rows count alike, whatever they weigh",
-        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * "
+        "LossSum(jnp.sum(x_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(x_B * "
                                                                   "(weight_B > 0)), "
                                                                   "jnp.sum(weight_B > "
-                                                                  "0).astype(loss_B.dtype))",
+                                                                  "0).astype(x_B.dtype))",
         "objectives/test_losses.py::test_bradley_terry_by_hand",
     ),
     (
         "divided-by-rows", "a weighted sum is divided by the number of rows",
-        "LossSum(jnp.sum(loss_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(loss_B * "
+        "LossSum(jnp.sum(x_B * weight_B), jnp.sum(weight_B))", "LossSum(jnp.sum(x_B * "
                                                                   "weight_B), jnp.sum(weight_B > "
-                                                                  "0).astype(loss_B.dtype))",
+                                                                  "0).astype(x_B.dtype))",
         "objectives/test_losses.py::test_bradley_terry_by_hand",
     ),
     (
@@ -321,7 +321,7 @@ STEPS = (
         ("kl-of-filler", "filler rows count in KTO's estimate of the KL", "masked_mean(ratio_B, weight_B > 0), 0.0", "jnp.mean(ratio_B), 0.0", "objectives/test_preference_objectives.py::test_the_kl_is_the_mean_of_real_rows_and_never_negative"),
         ("odds-upside-down", "ORPO prefers the rejected response", "log_odds(rejected_B) - log_odds(chosen_B)", "log_odds(chosen_B) - log_odds(rejected_B)", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
         ("odds-are-probabilities", "ORPO compares probabilities instead of odds", "return logp_B - rest_B", "return logp_B", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
-        ("orpo-without-sft", "ORPO subtracts its supervised term", "supervised = _weighted(-chosen_B, weight_B)", "supervised = _weighted(chosen_B, weight_B)", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
+        ("orpo-without-sft", "ORPO subtracts its supervised term", "supervised = losses.weighted(-chosen_B, weight_B)", "supervised = losses.weighted(chosen_B, weight_B)", "objectives/test_preference_objectives.py::test_orpo_by_hand"),
         ("mean-of-the-padded-row", "the mean log-ratio divides by the row's columns", "jnp.maximum(jnp.sum(response_BT, axis=1), 1) if mean", "response_BT.shape[1] if mean", "training/test_steps.py::test_log_ratios_and_their_means_by_hand"),
     )
     + _of(

@@ -147,10 +147,13 @@ class TestInnerLines:
     def test_a_reported_function_is_the_innermost_activity_while_it_runs(self):
         @progress.reported("doing it")
         def doing(value):
-            """Says so."""
+            """Returns the value and the stage that is shown."""
             return value, progress._OPEN[-1]._stage
 
-        assert doing(3) == (3, "doing it") and doing.__doc__ == "Says so."
+        assert (
+            doing(3) == (3, "doing it")
+            and doing.__doc__ == "Returns the value and the stage that is shown."
+        )
         assert progress._OPEN == []
 
     def test_what_is_printed_into_a_file_gets_there(self, capsys):

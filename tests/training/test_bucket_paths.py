@@ -26,7 +26,7 @@ from perl_jax.training.commands import run_sft
 from tests.training import tiny
 
 ROWS = [{"prompt": "milk", "response": "tea"}, {"prompt": "two", "response": "one milk"}]
-BUCKET = "gs://bucket/work"
+BUCKET = "gs://bucket/made"
 
 
 def put(folder: files.PathLike, to: str) -> str:
@@ -79,7 +79,7 @@ def test_commands_read_and_write_a_bucket(base, tmp_path, bucket, monkeypatch):
         np.asarray(verify.outputs(loaded, loaded.base, adapter)) for adapter in (ours, theirs)
     ]
     np.testing.assert_allclose(*logits, atol=1e-5)
-    with pytest.raises(UserError, match="gs://bucket/work/mean exists already"):
+    with pytest.raises(UserError, match="gs://bucket/made/mean exists already"):
         run_average(AverageConfig(adapters=(role,), model=model, to=f"{BUCKET}/mean"))
 
 
