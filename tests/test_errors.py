@@ -12,7 +12,7 @@ import pytest
 from perl_jax import errors
 from perl_jax.adapters.lora import LoRAConfig
 from perl_jax.errors import UserError
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 from perl_jax.training.optimizers import OptimizerConfig
 
 
@@ -71,15 +71,15 @@ def test_positive_takes_finite_numbers_only(value):
 
 def test_configs_survive_json():
     value = Outer(Inner(3, ("p", "q")), LoRAConfig(rank=4, targets="q,v"), "there", "b", (1, 2))
-    as_dict = files.to_dict(value)
+    as_dict = json_values.to_dict(value)
     assert (
         as_dict["inner"] == {"size": 3, "names": ["p", "q"]} and as_dict["lora"]["targets"] == "q,v"
     )
-    assert files.from_dict(Outer, as_dict) == value
-    assert files.from_dict(Outer, files.to_dict(Outer(Inner()))) == Outer(Inner())
-    assert files.to_dict(Outer(Inner(), path=pathlib.Path("a/b")))["path"] == "a/b"
-    assert files.from_dict(
-        OptimizerConfig, files.to_dict(OptimizerConfig(clip_norm=None))
+    assert json_values.from_dict(Outer, as_dict) == value
+    assert json_values.from_dict(Outer, json_values.to_dict(Outer(Inner()))) == Outer(Inner())
+    assert json_values.to_dict(Outer(Inner(), path=pathlib.Path("a/b")))["path"] == "a/b"
+    assert json_values.from_dict(
+        OptimizerConfig, json_values.to_dict(OptimizerConfig(clip_norm=None))
     ) == OptimizerConfig(clip_norm=None)
 
 
@@ -90,17 +90,17 @@ def test_unknown_fields_are_refused_wherever_they_are(values):
         match=r"(Outer has no field speed; it has inner, lora, path|Outer\.inner has no field "
         r"speed; it has size, names)",
     ):
-        files.from_dict(Outer, values)
+        json_values.from_dict(Outer, values)
 
 
 def test_fields_that_are_missing_are_named():
     with pytest.raises(UserError, match="Outer needs the field inner, which is not there"):
-        files.from_dict(Outer, {"path": "a"})
+        json_values.from_dict(Outer, {"path": "a"})
 
 
 def test_values_are_checked_when_restored():
     with pytest.raises(UserError, match=r"lora\.rank is -1"):
-        files.from_dict(Outer, {"inner": {}, "lora": {"rank": -1}})
+        json_values.from_dict(Outer, {"inner": {}, "lora": {"rank": -1}})
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path):
 )
 def test_values_of_another_type_are_named(values, message):
     with pytest.raises(UserError) as error:
-        files.from_dict(Outer, values, "x.json")
+        json_values.from_dict(Outer, values, "x.json")
     assert message in str(error.value)
 
 

@@ -13,7 +13,7 @@ import tyro
 import yaml
 
 from perl_jax.errors import UserError, require, shown
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 
 FLAG = "--config"
 # The most bytes of a file of settings, and the most opening brackets, whose square is the time that
@@ -168,7 +168,7 @@ def _unchecked(where: str, above: str, config: type, values: Any) -> Any:
             value = (
                 _unchecked(where, f"{path}.", hint, value)
                 if isinstance(hint, type) and dataclasses.is_dataclass(hint)
-                else files.restored(f"{where}{path}", hint, value)
+                else json_values.restored(f"{where}{path}", hint, value)
             )
         elif field.default is not dataclasses.MISSING:
             value = field.default

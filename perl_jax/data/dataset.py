@@ -14,7 +14,7 @@ from perl_jax.data.jsonl import checked_rows
 from perl_jax.data.store import DEFAULTS, KINDS, OPEN, NoRows, named_group
 from perl_jax.data.tasks import TaskLike, task_of
 from perl_jax.errors import one_of, require
-from perl_jax.runtime import files, hosts
+from perl_jax.runtime import hosts, json_values
 
 # Characters of a shared prompt that a message shows.
 _SHOWN = 80
@@ -98,7 +98,7 @@ def of_rows(
         ]
         if found:
             splits[split] = found
-    return Dataset("the given rows", kind, splits, location, lambda: files.digest(splits))
+    return Dataset("the given rows", kind, splits, location, lambda: json_values.digest(splits))
 
 
 def _without_defaults(row: Any) -> Any:

@@ -25,7 +25,8 @@ import tensorflow_datasets as tfds
 from perl_jax.errors import UserError, one_of, require
 from perl_jax.runtime import files
 from perl_jax.runtime.faults import FileError, sentence
-from perl_jax.runtime.files import digest, file_hash
+from perl_jax.runtime.files import file_hash
+from perl_jax.runtime.json_values import digest
 from perl_jax.runtime.outputs import scratch_folder
 
 if TYPE_CHECKING:  # rows are read without JAX, which the module of configs imports

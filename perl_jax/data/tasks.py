@@ -18,7 +18,7 @@ from perl_jax.data.config import DataConfig
 from perl_jax.data.jsonl import JsonlBuilder, checked_rows
 from perl_jax.data.store import KINDS, OPEN, NoRows, RowsBuilder, open_rows
 from perl_jax.errors import UserError, default_of, one_of, require
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 
 Gold = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 # Settings of `DataConfig` that only some tasks read.
@@ -153,7 +153,8 @@ class Task:
     def content(self, kind: str, config: DataConfig) -> object:
         """Returns a digest of all rows of each split of a kind: {split: 16 hex digits}."""
         return {
-            split: files.digest(self._checked(kind, split, config)) for split in self.splits[kind]
+            split: json_values.digest(self._checked(kind, split, config))
+            for split in self.splits[kind]
         }
 
     def location(self, kind: str, split: str, config: DataConfig, index: int) -> str:

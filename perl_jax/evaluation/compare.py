@@ -38,7 +38,7 @@ from perl_jax.runs import provenance, shown
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import EVALUATION_SAMPLES_NAME
 from perl_jax.runs.owner import owned
-from perl_jax.runtime import files, hosts, outputs, progress, sharding
+from perl_jax.runtime import files, hosts, json_values, outputs, progress, sharding
 from perl_jax.runtime.hosts import to_host
 from perl_jax.runtime.programs import SHAPES, Program
 from perl_jax.runtime.seeds import random_key
@@ -337,7 +337,7 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
         folder = files.path_of(config.run)
         path = folder / "evaluation.json"
         now = provenance.fingerprints("evaluate", config)
-        if hosts.broadcast_flag(_is_current(path, files.to_dict(config), now)):
+        if hosts.broadcast_flag(_is_current(path, json_values.to_dict(config), now)):
             progress.say(result_text(config.split, files.read_json(path)))
             return folder
         if hosts.is_writer():
@@ -399,7 +399,7 @@ def run_evaluate(config: EvaluateConfig) -> files.Path:
         results = {
             "policies": {"sft": describe(theirs), "rl": describe(ours)},
             **compare(ours, theirs, judge),
-            "config": files.to_dict(config),
+            "config": json_values.to_dict(config),
             "stands": now,
         }
         if hosts.is_writer():
@@ -448,7 +448,7 @@ def _write(
     """
     files.make_folder(folder)
     if not files.exists(folder / "config.json"):
-        settings = {"job": "evaluate", **files.to_dict(config)}
+        settings = {"job": "evaluate", **json_values.to_dict(config)}
         files.write_json(folder / "config.json", {"config": settings, "environment": environment()})
     lines = [json.dumps(row) + "\n" for row in samples]
     files.write_atomically(folder / EVALUATION_SAMPLES_NAME, "".join(lines))

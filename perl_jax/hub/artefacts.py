@@ -27,7 +27,7 @@ from perl_jax.errors import (
 )
 from perl_jax.models.config import ModelConfig
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files, hosts, trees
+from perl_jax.runtime import files, hosts, json_values, trees
 from perl_jax.runtime.faults import explained
 from perl_jax.runtime.storage import (
     changed_leaves,
@@ -158,7 +158,7 @@ def base_fingerprint(config: ModelConfig, weights: str) -> str:
         config: The base's configuration; its `function` has these fields.
         weights: The fingerprint of the weights (`trees.fingerprint`).
     """
-    return files.digest([weights, config.function])
+    return json_values.digest([weights, config.function])
 
 
 def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
@@ -201,11 +201,11 @@ def save_artefact(folder: files.Path, adapter: Adapter, record: Record) -> None:
             files.exists(target / tree / _MANIFEST),
             f"The tree in {folder} was saved, but cannot be read back: it has no {_MANIFEST}.",
         )
-        values = files.to_dict(dataclasses.replace(record, format=FORMAT))
+        values = json_values.to_dict(dataclasses.replace(record, format=FORMAT))
         # Read by earlier versions too, if the tree has its first name.
         named = {} if tree == TREES[0] else {"tree": tree}
         files.write_json(
-            target / RECORD, files.with_checksum({**values, **named, "digests": content})
+            target / RECORD, json_values.with_checksum({**values, **named, "digests": content})
         )
         for path in files.listing(target):
             if path.name not in (RECORD, tree):
@@ -256,7 +256,7 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
     )
     if found > 1:
         require(
-            files.has_valid_checksum(values),
+            json_values.has_valid_checksum(values),
             f"{path} is damaged: it does not have the checksum that it was written with.",
         )
         values.pop("checksum")
@@ -267,7 +267,7 @@ def _read_record(folder: files.Path) -> tuple[Record, dict[str, str] | None, str
     require(good, f"{path}.digests is {shown(content)}; it must be an object of texts.")
     tree = values.pop("tree", TREES[0])
     require(tree in TREES, f"{path} names the folder {tree!r} for its tree.")
-    return files.from_dict(Record, values, str(path)), content, tree
+    return json_values.from_dict(Record, values, str(path)), content, tree
 
 
 def _in_run(folder: files.Path) -> list[files.Path]:
@@ -290,7 +290,7 @@ def content_of(folder: files.Path) -> Any:
         if content is not None
         else {name: files.file_hash(folder / name) for name in files.tree(folder)}
     )
-    return [files.to_dict(record), content, hashes]
+    return [json_values.to_dict(record), content, hashes]
 
 
 def abstract_adapter(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from perl_jax.errors import UserError, require, shown
 from perl_jax.hub.chat import DATE, Chat, template_of
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 
 # Endings of the files that transformers may read for a tokenizer, and the most bytes of one.
 _READ = (".json", ".jinja", ".model", ".txt")
@@ -354,7 +354,9 @@ class Tokenizer:
         else:
             whole = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
         dated = [str(self.chat.date)] if self.chat is not None and self.chat.uses_date else []
-        return files.digest([whole, self.bos_id, self.eos_id, self.inner.chat_template, *dated])
+        return json_values.digest(
+            [whole, self.bos_id, self.eos_id, self.inner.chat_template, *dated]
+        )
 
     @property
     def first_fingerprint(self) -> str:

@@ -21,7 +21,7 @@ from perl_jax.planning.jobs import plan_job, planned_model
 from perl_jax.planning.measure import Measured, measure
 from perl_jax.planning.pieces import Phase, Planned
 from perl_jax.planning.reading import Role, plan_command
-from perl_jax.runtime import files, sharding
+from perl_jax.runtime import json_values, sharding
 from perl_jax.training.commands import TrainingCommand
 
 # Printed wherever the compiler's estimate is shown.
@@ -196,7 +196,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         return out
 
     return {
-        "config": files.to_dict(found.config),
+        "config": json_values.to_dict(found.config),
         "mesh": found.mesh,
         "chip": {
             "usable_bytes": found.usable,

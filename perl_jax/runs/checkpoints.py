@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from perl_jax.errors import TrainingError, UserError
 from perl_jax.runs.whole import SEAL, examine, saved_steps
-from perl_jax.runtime import buckets, files, hosts, trees
+from perl_jax.runtime import buckets, files, hosts, json_values, trees
 from perl_jax.runtime.faults import explained, reason
 from perl_jax.runtime.storage import (
     changed_leaves,
@@ -124,11 +124,11 @@ class Checkpoints:
         """
         step = int(state.step)
         metrics = None if metrics is None or self._best is None else dict(metrics)
-        seal = files.with_checksum(
+        seal = json_values.with_checksum(
             {
                 "state": trees.digests(state),
-                "host": files.digest(host),
-                "metrics": files.digest(metrics),
+                "host": json_values.digest(host),
+                "metrics": json_values.digest(metrics),
             }
         )
         items = {

@@ -13,7 +13,7 @@ from perl_jax.runs.checkpoints import saved_steps
 from perl_jax.runs.environment import environment
 from perl_jax.runs.metrics import FILE_NAME, import_extra
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, hosts, progress
+from perl_jax.runtime import files, hosts, json_values, progress
 from perl_jax.runtime.replacing import require_consent
 
 # The file with fingerprints of a run's inputs, beside its config.json.
@@ -93,7 +93,7 @@ def open_run(
     """
     folder = files.path_of(config.run if run is None else run)
     path = folder / "config.json"
-    values = {"job": job, **files.to_dict(config)}
+    values = {"job": job, **json_values.to_dict(config)}
     _check_agreement(values)
     for module, wanted in (("tensorboardX", config.tensorboard), ("wandb", config.wandb)):
         if wanted:

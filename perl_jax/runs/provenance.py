@@ -18,7 +18,7 @@ from perl_jax.errors import UserError
 from perl_jax.hub import artefacts, config_json, weights
 from perl_jax.objectives import preference
 from perl_jax.rewards import compose
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 
 # The kind of rows that a job reads; that of a reward model depends on its objective, that of a dpo
 # job on its loss.
@@ -75,7 +75,7 @@ def changed(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> 
 def _read(make: Callable[[], Any]) -> str | None:
     """Returns the digest of the JSON value that `make()` returns; None if it cannot be read."""
     try:
-        return files.digest(make())
+        return json_values.digest(make())
     # A job reports unreadable inputs itself; a finished job no longer needs them.
     except (UserError, OSError):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from perl_jax.errors import UserError
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 from perl_jax.runtime.faults import FileError, explained
 
 # The item of a checkpoint that holds checksums of the other items; earlier versions wrote none.
@@ -89,9 +89,9 @@ def examine(folder: files.Path) -> Found:
     # The sentence names a file that is not what it should be.
     except UserError as error:
         return Found(wrong=str(error).removesuffix("."))
-    if not files.has_valid_checksum(seal) or files.digest(measured) != seal["metrics"]:
+    if not json_values.has_valid_checksum(seal) or json_values.digest(measured) != seal["metrics"]:
         return Found(wrong="its checksums or its metrics")
-    if files.digest(host) != seal["host"]:
+    if json_values.digest(host) != seal["host"]:
         return Found(wrong="its data cursor")
     return Found(seal=seal)
 

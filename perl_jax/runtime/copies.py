@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from perl_jax.errors import UserError, require
-from perl_jax.runtime import buckets, files
+from perl_jax.runtime import buckets, files, json_values
 from perl_jax.runtime.faults import FileError, explained
 from perl_jax.runtime.outputs import scratch_folder
 
@@ -52,7 +52,7 @@ def local_copy(folder: files.PathLike, patterns: Sequence[str] = ("*",)) -> path
         }
     require(bool(facts), f"There is no folder {source} with files {', '.join(patterns)}.")
     content = [[name, about["size"], about.get("generation")] for name, about in facts.items()]
-    copy = cache_folder() / files.digest([str(source), content])
+    copy = cache_folder() / json_values.digest([str(source), content])
     if files.is_folder(copy):
         return copy
     try:

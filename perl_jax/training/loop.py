@@ -7,15 +7,13 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from perl_jax.data.pipeline import BatchIterator
 from perl_jax.errors import Interrupted, Stopped, TrainingError, require
 from perl_jax.runs import owner, shown
-from perl_jax.runs.checkpoints import Checkpoints
 from perl_jax.runs.folder import begin as begin_run
 from perl_jax.runs.folder import clear
 from perl_jax.runs.metrics import (
@@ -33,6 +31,7 @@ from perl_jax.runtime.hosts import Termination
 from perl_jax.runtime.progress import Progress
 from perl_jax.training.configs import TrainingConfig
 from perl_jax.training.cost import Timings
+from perl_jax.training.keepers import Keeper, open_keeper
 from perl_jax.training.state import TrainState
 
 # Is called with each step's number and metrics.
@@ -68,99 +67,6 @@ class Loop:
     facts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sample: Callable[[TrainState], list[dict[str, Any]]] | None = None
     show_samples: int = 0
-
-
-class Keeper(Protocol):
-    """What the loop needs of `Checkpoints`, or of `Memory` in a run without a folder."""
-
-    def latest_step(self) -> int | None:
-        """Returns the step to resume from; None: there is none."""
-        ...
-
-    def save(
-        self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
-    ) -> None:
-        """Saves a state under its step.
-
-        Args:
-            state: The state to save.
-            host: The host state, a JSON object: the data cursor.
-            metrics: The validation metrics, if they were measured at this step; else None.
-        """
-        ...
-
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns (state, host state) of the newest step that can be read, placed as `abstract`
-        says.
-        """
-        ...
-
-    def restore_best(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns (state, host state) of the step with the highest metric that can be read, placed
-        as `abstract` says.
-        """
-        ...
-
-    def close(self) -> None:
-        """Releases threads and files."""
-        ...
-
-
-class Memory:
-    """Replaces `Checkpoints` in a run without a folder: keeps a copy of the best state on the
-    devices.
-
-    Args:
-        best: The metric whose highest value marks the best state; None: no state is kept.
-    """
-
-    def __init__(self, best: str | None) -> None:
-        self._best = best
-        self._value = -float("inf")
-        self._state: TrainState | None = None
-
-    def latest_step(self) -> None:
-        """Returns None: there is nothing to resume from."""
-
-    def save(
-        self, state: TrainState, host: Mapping[str, Any], metrics: Mapping[str, float] | None
-    ) -> None:
-        """Copies the state if its metric `best` is higher than that of every state before.
-
-        Does nothing without metrics, or if `best` is None.
-
-        Args:
-            state: The state. Its arrays are copied, because the next step reuses their buffers.
-            host: Not read.
-            metrics: The validation metrics of this step; None: it was not validated.
-        """
-        if self._best is not None and metrics is not None and metrics[self._best] > self._value:
-            self._value = metrics[self._best]
-            # The arrays of `state` are donated to the next step.
-            self._state = jax.tree.map(jnp.copy, state)
-
-    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state, the only one that is kept, and an empty host state, {}.
-
-        The argument is not read. Raises ValueError if no state has been kept.
-        """
-        return self._held(), {}
-
-    def restore_best(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the best state and an empty host state, {}.
-
-        The argument is not read. Raises ValueError if no state has been kept.
-        """
-        return self._held(), {}
-
-    def _held(self) -> TrainState:
-        """Returns the kept copy. Raises ValueError if no state has been kept."""
-        if self._state is None:
-            raise ValueError("no validated step has been saved")
-        return self._state
-
-    def close(self) -> None:
-        """Does nothing: there are no threads or files."""
 
 
 def train(
@@ -205,7 +111,7 @@ def train(
     if run is not None:
         clear(run)
     timings, rows, writes = Timings(), [], hosts.is_writer()
-    with contextlib.closing(_keeper(config, loop, folder)) as checkpoints:
+    with contextlib.closing(open_keeper(folder, config.keep, loop.best)) as checkpoints:
         state, start = _resumed(checkpoints, state, loop)
         begin = int(state.step)
         if run is not None:
@@ -263,13 +169,6 @@ def train(
     if rows:
         progress.say(shown.training_text(loop.job, rows, int(state.step), loop.best is not None))
     return state, timings, rows
-
-
-def _keeper(config: TrainingConfig, loop: Loop, folder: files.Path | None) -> Keeper:
-    """Returns what keeps a run's states: checkpoints in its folder, or the memory without one."""
-    if folder is None:
-        return Memory(loop.best)
-    return Checkpoints(folder / "checkpoints", keep=config.keep, best=loop.best)
 
 
 def _resumed(checkpoints: Keeper, state: TrainState, loop: Loop) -> tuple[TrainState, int | None]:

@@ -17,7 +17,7 @@ from perl_jax.runs.folder import is_finished, open_run
 from perl_jax.runs.metrics import FILE_NAME, read_metrics
 from perl_jax.runs.provenance import Fingerprints
 from perl_jax.runs.run import Run
-from perl_jax.runtime import files, trees
+from perl_jax.runtime import files, json_values, trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +101,10 @@ def open_library_run(
     if run is None or isinstance(run, Run):
         return run
     prints: Fingerprints = {
-        f"the base {model.name}": files.digest(model.fingerprint),
-        f"the tokenizer of {model.name}": files.digest(model.tokenizer.fingerprint),
-        f"the rows of {dataset.name}": files.digest(dataset.content()),
-        **{name: files.digest(value) for name, value in depends_on().items()},
+        f"the base {model.name}": json_values.digest(model.fingerprint),
+        f"the tokenizer of {model.name}": json_values.digest(model.tokenizer.fingerprint),
+        f"the rows of {dataset.name}": json_values.digest(dataset.content()),
+        **{name: json_values.digest(value) for name, value in depends_on().items()},
     }
     return open_run(job, config, run, prints)
 
@@ -120,7 +120,7 @@ def content_of(adapter: Adapter | files.PathLike | None) -> Any:
         return None
     if not isinstance(adapter, Adapter):
         return artefacts.content_of(files.path_of(adapter))
-    settings = None if adapter.config is None else files.to_dict(adapter.config)
+    settings = None if adapter.config is None else json_values.to_dict(adapter.config)
     return [trees.digests(adapter), settings]
 
 

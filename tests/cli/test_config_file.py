@@ -13,7 +13,7 @@ import yaml
 from perl_jax.cli import config_file
 from perl_jax.cli import main as command
 from perl_jax.errors import UserError
-from perl_jax.runtime import files
+from perl_jax.runtime import json_values
 
 # What each command needs, with some settings of every type.
 GIVEN = {
@@ -40,7 +40,7 @@ def config_of(name: str, *arguments: str):
 @pytest.mark.parametrize("name", command.FROM_FILES)
 def test_a_file_gives_the_config_that_it_was_written_from(name, tmp_path):
     config = config_of(name, *GIVEN[name])
-    values = files.to_dict(config)
+    values = json_values.to_dict(config)
     job = {} if "job" in values else {"job": name}
     # As a run has it, and as a person may write it.
     run, own = tmp_path / "config.json", tmp_path / "own.yaml"

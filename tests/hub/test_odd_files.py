@@ -26,7 +26,7 @@ from perl_jax.hub.model import Model, ModelOptions, described, load_model
 from perl_jax.hub.peft_settings import check_settings
 from perl_jax.hub.tokenizer import train_bpe
 from perl_jax.models.language_model import LanguageModel
-from perl_jax.runtime import files
+from perl_jax.runtime import json_values
 from tests import odd_files
 from tests.small import CONFIG, make_adapter, make_base
 
@@ -129,7 +129,7 @@ def trials_of(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], None]]]:
         values = json.loads(path.read_bytes())
         values.pop("checksum")
         for what, changed in odd_files.odd_fields(values):
-            text = json.dumps(files.with_checksum(changed)).encode()
+            text = json.dumps(json_values.with_checksum(changed)).encode()
             yield f"with a checksum, {what}", lambda text=text: odd_files.put(path, text)
 
 

@@ -545,9 +545,9 @@ ADAPTERS = (
     *(
     _of(
         "runs/whole.py",
-        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if files.digest(host) != seal["host"]:', "if False:", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+        ("cursor-unchecked", "a data cursor that is not the saved one passes", 'if json_values.digest(host) != seal["host"]:', "if False:", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
         ("metrics-unchecked", "metrics of a checkpoint that are not the saved ones pass, and "
-                              "choose the best step", 'or files.digest(measured) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
+                              "choose the best step", 'or json_values.digest(measured) != seal["metrics"]', "", "runs/test_checkpoints.py::test_a_cursor_or_a_metric_that_is_not_the_saved_one_is_refused"),
     )
     + _of(
         "runs/checkpoints.py",
@@ -556,7 +556,7 @@ ADAPTERS = (
     + _of(
         "hub/artefacts.py",
         ("normalised-the-wrong-way", "a reward's scores are multiplied by their deviation", "(scores - self.score_mean) / self.score_std", "(scores - self.score_mean) * self.score_std", "runs/test_checkpoints.py::test_scores_are_normalised_with_the_stored_moments"),
-        ("fingerprint-of-weights-alone", "a base with other rope or caps is taken for the same", "files.digest([weights, config.function])", "files.digest([weights])", "runs/test_checkpoints.py::test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for"),
+        ("fingerprint-of-weights-alone", "a base with other rope or caps is taken for the same", "json_values.digest([weights, config.function])", "json_values.digest([weights])", "runs/test_checkpoints.py::test_the_fingerprint_of_a_base_covers_what_its_weights_are_used_for"),
     )
 ),
 )  # fmt: skip

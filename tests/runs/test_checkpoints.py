@@ -26,7 +26,7 @@ from perl_jax.hub.artefacts import Record
 from perl_jax.models.config import Rope
 from perl_jax.runs import checkpoints as checkpoints_lib
 from perl_jax.runs.checkpoints import Checkpoints
-from perl_jax.runtime import files, trees
+from perl_jax.runtime import files, json_values, trees
 from perl_jax.training.optimizers import OptimizerConfig, make_optimizer
 from perl_jax.training.state import TrainState, init_state
 from tests import small
@@ -415,7 +415,7 @@ def artefact(tmp_path) -> pathlib.Path:
 
 def change_record(folder: pathlib.Path, **fields) -> None:
     path = folder / artefacts.RECORD
-    path.write_text(json.dumps(files.with_checksum(json.loads(path.read_text()) | fields)))
+    path.write_text(json.dumps(json_values.with_checksum(json.loads(path.read_text()) | fields)))
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora without head", "full"])

@@ -14,7 +14,7 @@ import pytest
 from perl_jax.data.config import DataConfig
 from perl_jax.errors import Occupied, UserError
 from perl_jax.runs import folder as folder_lib
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 from perl_jax.training.commands import RLCommand, SFTCommand
 from perl_jax.training.optimizers import OptimizerConfig
 
@@ -46,7 +46,7 @@ def test_opening_leaves_nothing_and_the_first_step_writes(config, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     folder_lib.begin(run)
     found = files.read_json(run.folder / "config.json")
-    assert found["config"] == {"job": "sft", **files.to_dict(config)}
+    assert found["config"] == {"job": "sft", **json_values.to_dict(config)}
     assert (run.folder / folder_lib.INPUTS_FILE).exists()
 
 

@@ -508,7 +508,7 @@ def test_a_run_does_each_step_once_and_gives_back_the_best(done, best, step, tmp
         profiled=(),
     )
     kept = Kept(3, None if done is None else state)
-    monkeypatch.setattr(loop_lib, "Checkpoints", lambda *_, **__: kept)
+    monkeypatch.setattr(loop_lib, "open_keeper", lambda *_: kept)
     found, _, rows = loop_lib.train(config, state, loop, Run(tmp_path))
     assert [row["step"] for row in rows][-2:] == [3, 4]
     assert int(found.step) == step and seen == ([1, 2, 3, 4] if done is None else [3, 4])

@@ -22,7 +22,7 @@ from perl_jax.hub import artefacts
 from perl_jax.runs import folder as folder_lib
 from perl_jax.runs import provenance
 from perl_jax.runs.provenance import source_of
-from perl_jax.runtime import files
+from perl_jax.runtime import files, json_values
 from perl_jax.training import roles
 from perl_jax.training.commands import RLCommand
 from perl_jax.training.rl_config import KLConfig
@@ -92,7 +92,7 @@ def other_record(role: str, **fields) -> Callable[[pathlib.Path], None]:
 
     def change(folder: pathlib.Path) -> None:
         path = folder / role / artefacts.RECORD
-        files.write_json(path, files.with_checksum(files.read_json(path) | fields))
+        files.write_json(path, json_values.with_checksum(files.read_json(path) | fields))
 
     return change
 
