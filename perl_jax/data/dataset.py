@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.jsonl import checked_rows
+from perl_jax.data.row_checks import checked_rows
 from perl_jax.data.store import DEFAULTS, KINDS, OPEN, NoRows, named_group
 from perl_jax.data.tasks import TaskLike, task_of
 from perl_jax.errors import one_of, require

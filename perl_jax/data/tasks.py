@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from perl_jax.data.config import DataConfig
-from perl_jax.data.jsonl import JsonlBuilder, checked_rows
+from perl_jax.data.jsonl import JsonlBuilder
+from perl_jax.data.row_checks import checked_rows
 from perl_jax.data.store import KINDS, OPEN, NoRows, RowsBuilder, open_rows
 from perl_jax.errors import UserError, default_of, one_of, require
 from perl_jax.runtime import files, json_values

@@ -14,8 +14,9 @@ from perl_jax import errors
 from perl_jax.adapters.lora import Adapter
 from perl_jax.data.bucketing import fitting_batch
 from perl_jax.data.config import DataConfig
-from perl_jax.data.jsonl import checked, numbered_rows
+from perl_jax.data.jsonl import numbered_rows
 from perl_jax.data.pipeline import make_batches, with_progress
+from perl_jax.data.row_checks import checked
 from perl_jax.data.tokenise import RowError
 from perl_jax.errors import TrainingError, UserError
 from perl_jax.hub.model import TemplateOptions, load_model

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from perl_jax.data import jsonl
+from perl_jax.data import jsonl, row_checks
 from perl_jax.data.config import DataConfig
 from perl_jax.data.store import KINDS, SPLITS, group_of
 from perl_jax.data.tasks import get_task
@@ -233,7 +233,7 @@ def test_a_row_of_another_kind_is_named(tmp_path, kind, row, message):
 )
 def test_a_value_of_another_type_is_said_in_words(value, words):
     with pytest.raises(UserError) as caught:
-        jsonl.checked_rows({"prompt": value}, KINDS["prompts"], "Here")
+        row_checks.checked_rows({"prompt": value}, KINDS["prompts"], "Here")
     assert str(caught.value) == f"Here: the field prompt is {words}; it must be a string."
 
 

@@ -388,9 +388,12 @@ DATA = (
         ("split-bounds-closed", "a split takes the first percentile of the next one", "if low <= percentile < high", "if low <= percentile <= high", "data/test_store.py::test_a_part_has_its_first_percentile_and_not_its_last"),
     ),
     *_of(
-        "data/jsonl.py",
+        "data/row_checks.py",
         ("ranking-weighs-more", "each pair of a ranking weighs what its line does", ' / len(pairs)\n', "\n", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
         ("ranking-reversed", "a ranking's worse response is chosen", "for better, worse in pairs", "for worse, better in pairs", "data/test_jsonl.py::test_a_ranking_gives_every_pair_and_one_weight"),
+    ),
+    *_of(
+        "data/jsonl.py",
         ("named-split-ignored", "a row that names its split is split by a hash", "if named == split or (not named and hashed):", "if hashed:", "data/test_jsonl.py::test_a_row_may_say_its_split"),
         ("prompt-in-two-splits", "rows of one prompt go to different splits", "split_of(named_group(row) or row[fields[0]]) == split", "split_of(str(row)) == split", "data/test_jsonl.py::test_one_file_is_split_by_prompt"),
     ),
