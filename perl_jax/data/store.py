@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 from perl_jax.errors import UserError, one_of, require
 from perl_jax.runtime import files
+from perl_jax.runtime.copies import CACHE_VARIABLE
 from perl_jax.runtime.faults import FileError, sentence
 from perl_jax.runtime.files import file_hash
 from perl_jax.runtime.json_values import digest
@@ -66,8 +67,6 @@ DEFAULTS = {
 OPEN = ("prompts",)
 OTHERS = "others"
 SPLITS = ("train", "validation", "test")
-# The environment variable that names the folder of prepared rows.
-CACHE_VARIABLE = "PERL_JAX_CACHE"
 
 
 def cache_folder() -> pathlib.Path:

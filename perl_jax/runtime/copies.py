@@ -13,7 +13,7 @@ from perl_jax.runtime import buckets, files, json_values
 from perl_jax.runtime.faults import FileError, explained
 from perl_jax.runtime.outputs import scratch_folder
 
-# The environment variable that names the folder of caches.
+# The environment variable that names the folder of copies and of prepared rows (`data.store`).
 CACHE_VARIABLE = "PERL_JAX_CACHE"
 # Files that are copied at the same time.
 _AT_ONCE = 8
